@@ -1,0 +1,130 @@
+"""The command line: `seer-scale COMMAND`. Thin: each command is one call into the house."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from seer_scale.config import all_keys, recipe_names
+from seer_scale.errors import EXIT_DONE, UserError, complain, nearest
+
+USAGE = """seer-scale: self-supervised pretraining of large convnets, from a laptop to 512 GPUs.
+
+  seer-scale train RECIPE --data.path DIR [--key value ...]   train, or go on where the run stopped (--help: every key)
+  seer-scale eval knn RUN [--key value ...]                   kNN accuracy of a run's newest checkpoint
+  seer-scale report RUN                                       write RUN/report.html anew
+  seer-scale recipes                                          the shipped recipes
+  seer-scale data demo DIR                                    write the demo's corpus of textures
+  seer-scale bench step                                       the step against a plain loop of timm and textbook SwAV
+
+Several processes on this machine: python tools/launch.py RECIPE --cluster local [--ranks N] [--key value ...]
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 1 failed, 2 bad input, 75 stopped with its state saved)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "eval": evaluate, "report": report, "recipes": recipes, "data": data, "bench": bench}
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return EXIT_DONE
+    try:
+        if words[0] not in commands:
+            raise UserError(f"{words[0]!r} is not a command; {nearest(words[0], commands)}")
+        return commands[words[0]](words[1:])
+    except UserError as error:
+        return complain(error)
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def train(words: list[str]) -> int:
+    if "-h" in words or "--help" in words:
+        print(help_of_train())
+        return EXIT_DONE
+    if not words or words[0].startswith("--"):
+        raise UserError(f"train needs a recipe first: a YAML file or one of {', '.join(recipe_names())}.")
+    from seer_scale.train.start import run_training
+
+    return run_training(words[0], words[1:])
+
+
+def help_of_train() -> str:
+    lines = ["seer-scale train RECIPE [--key value ...]", "", f"RECIPE: a YAML file or one of {', '.join(recipe_names())}.", ""]
+    lines += ["Precedence: defaults < recipe < command line. Lists are written [1, 2]. Keys, types, defaults:", ""]
+    for key, kind, default, meaning in all_keys():
+        shown = json.dumps(default, default=lambda o: o.__dict__) if default is not None else "none"
+        lines += [f"  --{key} {kind}", f"      {meaning} (default {shown})"]
+    return "\n".join(lines)
+
+
+def recipes(words: list[str]) -> int:
+    from seer_scale.config import RECIPES
+
+    described = {}
+    for name in recipe_names():
+        head = [x[1:].strip() for x in (RECIPES / f"{name}.yaml").read_text().splitlines() if x.startswith("#")]
+        described[name] = " ".join(head)
+    print(json.dumps(described, indent=1) if "--json" in words else "\n\n".join(f"{n}\n  {t}" for n, t in described.items()))
+    return EXIT_DONE
+
+
+# ------------------------------------------------------------------------------------------------ eval, report
+
+
+def evaluate(words: list[str]) -> int:
+    if len(words) < 2 or words[0] != "knn":
+        raise UserError("Say what to evaluate and which run: seer-scale eval knn RUN.")
+    from seer_scale import world as worlds
+    from seer_scale.evaluate.run import knn_of_run
+
+    as_json, overrides = "--json" in words, [w for w in words[2:] if w != "--json"]
+    world = worlds.start(Path(words[1]) / "logs")
+    try:
+        scores = knn_of_run(Path(words[1]), overrides, world)
+    finally:
+        worlds.stop(world)
+    if world.is_main:
+        text = f"kNN top-1 {scores['knn/top1']:.1f} %, top-5 {scores['knn/top5']:.1f} % after {scores['samples_seen']:,} samples ({scores['checkpoint']})"
+        print(json.dumps(scores) if as_json else text)
+    return EXIT_DONE
+
+
+def report(words: list[str]) -> int:
+    from seer_scale.observe.report import write_report
+
+    if not words or not Path(words[0]).is_dir():
+        raise UserError(f"{words[0] if words else 'report'} is not a run's folder: give one, such as runs/demo.")
+    print(write_report(Path(words[0])))
+    return EXIT_DONE
+
+
+# ------------------------------------------------------------------------------------------------ data, bench
+
+
+def data(words: list[str]) -> int:
+    if len(words) != 2 or words[0] != "demo":
+        raise UserError("Say what to do: seer-scale data demo DIR writes the demo's corpus.")
+    from seer_scale.data.demo import write_demo_corpus
+
+    write_demo_corpus(Path(words[1]))
+    print(f"The demo corpus is in {words[1]}.")
+    return EXIT_DONE
+
+
+def bench(words: list[str]) -> int:
+    if not words or words[0] != "step":
+        raise UserError("Say what to measure: seer-scale bench step.")
+    from seer_scale.bench import step
+
+    parser = argparse.ArgumentParser(prog="seer-scale bench step", description=step.__doc__)
+    step.add_arguments(parser)
+    print(step.run(parser.parse_args(words[1:])))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

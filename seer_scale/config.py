@@ -1,0 +1,434 @@
+"""Recipes: frozen typed dataclasses, read from YAML and the command line by one pure `resolve()`.
+
+Precedence: defaults < YAML < command line. Every problem of a recipe is found in one pass and reported together, each
+as one sentence with key, value, rule and nearest fix. Nothing mutates a `Config` afterwards. Durations are counted in
+samples (images), so a recipe means the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from seer_scale.errors import ConfigError, UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def opt(default: Any, help: str, *, ge=None, gt=None, le=None, lt=None):  # noqa: A002 - the field's help
+    """A field with its meaning and range; tuples are checked item by item."""
+    limits = {k: v for k, v in dict(ge=ge, gt=gt, le=le, lt=lt).items() if v is not None}
+    return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    dir: str = opt("", "folder of the run: config, metrics, logs, checkpoints, report; empty = runs/<recipe name>")
+    seed: int = opt(0, "seed of weights, image order and crops", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    path: str = opt("", "images: a folder tree, a list file (one path a line, optional tab and label), a tar or a folder of tars")
+    kind: Literal["auto", "folder", "list", "tar"] = opt("auto", "how to read data.path; auto looks at it")
+    workers: int = opt(4, "loader processes a rank; 0 loads in the training process", ge=0)
+    prefetch: int = opt(4, "batches each worker keeps ready", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    num: int = opt(2, "crops of this kind an image", ge=1)
+    size: int = opt(224, "height and width in pixels", ge=8)
+    scale: tuple[float, float] = opt((0.14, 1.0), "share of the image's area a crop covers, from and to", gt=0.0, le=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    crops: tuple[Crop, ...] = opt(
+        (Crop(), Crop(num=4, size=96, scale=(0.05, 0.14))), "kinds of crops; the codes come from the first kind"
+    )
+    flip: float = opt(0.5, "probability of a horizontal flip", ge=0, le=1)
+    jitter: tuple[float, float, float, float] = opt((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue", ge=0)
+    jitter_p: float = opt(0.8, "probability of colour jitter", ge=0, le=1)
+    grey_p: float = opt(0.2, "probability of dropping colour", ge=0, le=1)
+    blur_p: float = opt(0.5, "probability of a Gaussian blur", ge=0, le=1)
+    blur_sigma: tuple[float, float] = opt((0.1, 2.0), "standard deviation of the blur in pixels, from and to", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    name: str = opt("regnety_8gf", "backbone: a registered name, or regnety with the six keys below")
+    depth: int | None = opt(None, "regnety: number of blocks", ge=1)
+    w0: int | None = opt(None, "regnety: initial width", ge=8)
+    wa: float | None = opt(None, "regnety: slope of the width", ge=0)
+    wm: float | None = opt(None, "regnety: width quantisation factor", gt=1)
+    group_width: int | None = opt(None, "regnety: channels a group", ge=1)
+    se_ratio: float | None = opt(None, "regnety: squeeze-and-excitation ratio to the block's input width", gt=0)
+
+    def free(self) -> dict[str, Any]:
+        """The keys of a free `regnety`, those given."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "name" and v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwAV:
+    hidden: tuple[int, ...] = opt((4096, 4096), "widths of the projection head's hidden layers", ge=1)
+    dim: int = opt(256, "width of the embedding", ge=2)
+    batch_norm: bool = opt(True, "BatchNorm in the projection head")
+    prototypes: tuple[int, ...] = opt((16000,), "number of prototypes of each set", ge=2)
+    temperature: float = opt(0.1, "softmax temperature of the prediction", gt=0)
+    epsilon: float = opt(0.05, "entropy weight of the Sinkhorn assignment", gt=0)
+    iterations: int = opt(10, "Sinkhorn iterations", ge=1)
+    queue: int = opt(0, "past global samples that join the assignment; 0 = none", ge=0)
+    queue_from_samples: int = opt(0, "the queue joins once this many samples were seen (and it is full)", ge=0)
+    freeze_samples: int = opt(0, "prototypes stay fixed for the first so many samples", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    name: Literal["lars", "sgd", "adamw"] = opt("lars", "optimiser; lars is LARC with clip off, as in VISSL")
+    lr: float = opt(0.3, "peak learning rate for a global batch of optim.lr_batch", gt=0)
+    lr_batch: int = opt(256, "batch optim.lr was chosen for; the rate scales linearly with train.global_batch; 0 = no scaling", ge=0)
+    momentum: float = opt(0.9, "SGD and LARS momentum", ge=0, lt=1)
+    weight_decay: float = opt(1e-5, "weight decay", ge=0)
+    trust: float = opt(0.001, "LARS trust coefficient", gt=0)
+    exclude_vectors: bool = opt(False, "no LARS scaling and no weight decay for biases and normalisation parameters")
+    betas: tuple[float, float] = opt((0.9, 0.999), "AdamW", ge=0, lt=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    name: Literal["cosine", "plateau"] = opt("cosine", "after warm-up: cosine to the end, or constant, cut when the loss stops falling")
+    warmup_samples: int = opt(0, "samples of linear warm-up", ge=0)
+    warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
+    final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
+    plateau_factor: float = opt(0.5, "plateau: multiply the rate by this", gt=0, lt=1)
+    plateau_samples: int = opt(0, "plateau: compare the mean loss of windows of so many samples", ge=0)
+    plateau_threshold: float = opt(0.001, "plateau: a window must lower the best mean loss by this share", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    samples: int = opt(0, "length of the run: images seen (an image seen in two epochs counts twice)", ge=1)
+    global_batch: int = opt(256, "images an update, over all ranks", ge=1)
+    precision: Literal["fp32", "fp16", "bf16"] = opt("fp32", "compute type of convolutions and matrix products")
+    max_skips: int = opt(50, "updates skipped in a row, for gradients that are not finite, that end the run", ge=1)
+    collapse_after: float = opt(0.3, "share of the run after which a loss still at ln K is reported", ge=0, le=1)
+    log_every: int = opt(10, "updates between two metric lines", ge=1)
+    threads: int = opt(0, "CPU threads a rank; 0 = the cores shared out among the ranks of a machine", ge=0)
+    channels_last: bool = opt(False, "keep images and feature maps channels-last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    engine: Literal["single", "ddp", "fsdp"] = opt("fsdp", "what holds parameters, gradients and optimiser state")
+    ranks: int = opt(1, "ranks the recipe was written for; a run may use another number", ge=1)
+    replicate: int = opt(1, "fsdp: copies of the sharded model (HSDP: replicate x shard ranks)", ge=1)
+    reshard_after_forward: bool = opt(True, "fsdp: free gathered weights between forward and backward")
+    sync_bn_group: int = opt(0, "ranks that share BatchNorm statistics; 0 = all, 1 = none", ge=0)
+    activation_checkpoint: tuple[int, ...] = opt((), "stages (1 to 4) whose blocks are recomputed in the backward pass", ge=1, le=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every_samples: int = opt(0, "samples between checkpoints; 0 = only at the end and on a stop", ge=0)
+    keep_last: int = opt(2, "newest checkpoints kept", ge=1)
+    keep_every_samples: int = opt(0, "also keep those at multiples of so many samples; 0 = none", ge=0)
+    resume: str = opt("auto", "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path")
+    init_from: str = opt("", "start a new run from the weights of this checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn:
+    bank: str = opt("", "labelled images whose classes vote; empty = data.path where it has labels")
+    queries: str = opt("", "labelled images to classify; empty = every fifth image of the bank, held out")
+    size: int = opt(224, "images are resized so that the short side is 8/7 of this, then centre cropped", ge=8)
+    k: int = opt(20, "neighbours that vote", ge=1)
+    temperature: float = opt(0.07, "weight of a neighbour is exp(cosine / temperature)", gt=0)
+    batch: int = opt(64, "images a forward pass", ge=1)
+    limit: int = opt(0, "use at most so many bank images; 0 = all", ge=0)
+    every_samples: int = opt(0, "samples between evaluations during training; 0 = only before and after", ge=0)
+    enabled: bool = opt(True, "evaluate at all; needs labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: Run = Run()
+    data: Data = Data()
+    views: Views = Views()
+    model: Model = Model()
+    swav: SwAV = SwAV()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    train: Train = dataclasses.field(default_factory=lambda: Train(samples=1))
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    knn: Knn = Knn()
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate after linear scaling by the global batch."""
+        o = self.optim
+        return o.lr * self.train.global_batch / o.lr_batch if o.lr_batch else o.lr
+
+    @property
+    def num_crops(self) -> int:
+        return sum(c.num for c in self.views.crops)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries and lists, as written to config.yaml."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+# ------------------------------------------------------------------------------------------------ typed reading
+
+
+class _Bad(Exception):
+    """A value that does not fit its type; the text completes the sentence "KEY is VALUE, but ..."."""
+
+
+def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
+    """`value` as type `tp`. Raises _Bad for a value of another kind; nested problems go to `problems`."""
+    origin, args = typing.get_origin(tp), typing.get_args(tp)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, key, problems)
+    if origin is Literal:
+        if value not in args:
+            raise _Bad(f"must be one of {', '.join(map(str, args))}; {nearest(str(value), args)}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        item_types = [args[0]] * len(items) if args[1:] == (Ellipsis,) else list(args)
+        if len(items) != len(item_types):
+            raise _Bad(f"needs {len(item_types)} values, as in [{', '.join('1' * len(item_types))}]")
+        return tuple(_coerce(t, v, f"{key}[{i}]", problems) for i, (t, v) in enumerate(zip(item_types, items)))
+    if dataclasses.is_dataclass(tp):
+        return _build(tp, value, key, problems)
+    if tp is bool and isinstance(value, bool):
+        return value
+    if tp is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if tp in (int, float) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-6 as text: a number is what float() takes
+            number = float(value) if not isinstance(value, int) else value
+            if tp is float:
+                return float(number)
+            if isinstance(number, int) or number.is_integer():
+                return int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise _Bad(f"must be {names.get(tp, tp)}")
+
+
+def _check_limits(limits: dict[str, float], value: Any) -> None:
+    for v in value if isinstance(value, tuple) else (value,):
+        if not isinstance(v, int | float) or isinstance(v, bool):
+            continue
+        if not math.isfinite(v):
+            raise _Bad("must be finite")
+        for rule, bound in limits.items():
+            ok, words = {
+                "ge": (v >= bound, "at least"), "gt": (v > bound, "greater than"),
+                "le": (v <= bound, "at most"), "lt": (v < bound, "less than"),
+            }[rule]  # fmt: skip
+            if not ok:
+                raise _Bad(f"must be {words} {bound}")
+
+
+def _build(cls: type, given: Any, prefix: str, problems: list[str]) -> Any:
+    """Dataclass `cls` from a mapping; problems are collected, and a broken field keeps its default."""
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        problems.append(f"{prefix or 'the recipe'} is {given!r}, but must be a section of keys.")
+        given = {}
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for name, value in given.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        if name not in fields:
+            known = [f"{prefix}.{n}" if prefix else n for n in fields]
+            everywhere = {k.rsplit(".", 1)[-1]: k for k, *_ in all_keys()}
+            hint = f"did you mean {everywhere[name]}?" if name in everywhere else nearest(key, known)
+            problems.append(f"{key} is not a key; {hint}")
+            continue
+        try:
+            values[name] = _coerce(hints[name], value, key, problems)
+            _check_limits(fields[name].metadata.get("limits", {}), values[name])
+        except _Bad as bad:
+            values.pop(name, None)
+            problems.append(f"{key} is {value!r}, but {bad}.")
+    return cls(**({"samples": 1} if cls is Train and "samples" not in values else {}) | values)
+
+
+def all_keys(cls: type = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:
+    """Every key as (dotted name, type, default, meaning), in the order of the recipe."""
+    rows = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        key = f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(hints[f.name]):
+            rows += all_keys(hints[f.name], key + ".")
+        else:
+            rows.append((key, _type_name(hints[f.name]), f.default, f.metadata["help"]))
+    return rows
+
+
+def _type_name(tp: Any) -> str:
+    origin, args = typing.get_origin(tp), typing.get_args(tp)
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is tuple:
+        return f"[{_type_name(args[0])}, ...]" if args[1:] == (Ellipsis,) else f"[{', '.join(map(_type_name, args))}]"
+    if origin is types.UnionType:
+        return _type_name(args[0])
+    return "{num, size, scale}" if tp is Crop else tp.__name__
+
+
+# ------------------------------------------------------------------------------------------------ sources of a recipe
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str) -> dict[str, Any]:
+    """The mapping in a shipped recipe or a YAML file. Raises UserError."""
+    path = Path(name_or_path)
+    if name_or_path in recipe_names():
+        path = RECIPES / f"{name_or_path}.yaml"
+    elif not path.is_file():
+        raise UserError(f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; {nearest(name_or_path, recipe_names())}")
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{path} must hold sections of keys, such as 'train:', not {type(given).__name__}.")
+    return given
+
+
+def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`--a.b value` and `--a.b=value` as a nested mapping, with the problems found; values are read as YAML."""
+    nested: dict[str, Any] = {}
+    problems, words, text_keys = [], list(words), {k for k, tp, *_ in all_keys() if tp == "str"}
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"{word!r} stands alone; overrides are written --section.key value.")
+            continue
+        key, given, value = word[2:].partition("=")
+        if not given:
+            if not words or (words[0].startswith("--")):
+                problems.append(f"--{key} has no value; write --{key} VALUE.")
+                continue
+            value = words.pop(0)
+        try:
+            parsed = value if key in text_keys else yaml.safe_load(value)
+        except yaml.YAMLError:
+            problems.append(f"--{key} is {value!r}, but must be a YAML value, such as 3, 0.1, true or [1, 2].")
+            continue
+        *sections, name = key.split(".")
+        place = nested
+        for s in sections:
+            place = place.setdefault(s, {})
+            if not isinstance(place, dict):
+                problems.append(f"--{key} goes below {s}, which was given a value.")
+                place = {}
+        place[name] = parsed
+    return nested, problems
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for k, v in over.items():
+        both[k] = _merge(both[k], v) if isinstance(v, dict) and isinstance(both.get(k), dict) else v
+    return both
+
+
+# ------------------------------------------------------------------------------------------------ resolve
+
+
+def resolve(
+    given: dict[str, Any],
+    overrides: list[str] | dict[str, Any] = (),
+    *,
+    world_size: int | None = None,
+    also: Callable[[Config], list[str]] = lambda config: [],
+) -> Config:
+    """The frozen Config of a recipe, checked for `world_size` ranks (default: parallel.ranks).
+
+    `also` brings the checks of rooms above this one (does the data exist, can the model be built). Raises ConfigError
+    with every problem.
+    """
+    over, problems = (overrides, []) if isinstance(overrides, dict) else parse_overrides(list(overrides))
+    merged = _merge(given, over)
+    config = _build(Config, merged, "", problems)
+    if not isinstance(merged.get("train"), dict) or "samples" not in merged["train"]:
+        problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
+    if not config.data.path:
+        problems.append("data.path is empty: give a folder of images, a list file or tars, as in --data.path ~/Pictures.")
+    problems += cross_checks(config, world_size or config.parallel.ranks) + also(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def cross_checks(c: Config, world_size: int) -> list[str]:
+    """Rules between keys, and between keys and the number of ranks; each broken one is a sentence."""
+    problems = []
+    batch, p, s = c.train.global_batch, c.parallel, c.swav
+
+    def fail(condition: bool, sentence: str) -> None:
+        if condition:
+            problems.append(sentence)
+
+    if batch % world_size:
+        below, above = batch // world_size * world_size, -(-batch // world_size) * world_size
+        near = " or ".join(str(n) for n in (below, above) if n)
+        fail(True, f"train.global_batch is {batch}, but must divide evenly among {world_size} ranks; nearest: {near}.")
+    if p.sync_bn_group and world_size % p.sync_bn_group:
+        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+        near = min(divisors, key=lambda d: abs(d - p.sync_bn_group))
+        fail(True, f"parallel.sync_bn_group is {p.sync_bn_group}, but must divide the {world_size} ranks; nearest: {near}.")
+    if world_size % p.replicate:
+        near = max(d for d in range(1, p.replicate + 1) if world_size % d == 0)
+        fail(True, f"parallel.replicate is {p.replicate}, but must divide the {world_size} ranks; nearest: {near}.")
+    fail(p.replicate > 1 and p.engine != "fsdp", f"parallel.replicate is {p.replicate}, but parallel.engine is {p.engine}, which has no replicas; use engine fsdp or replicate 1.")
+    fail(p.engine == "single" and world_size > 1, f"parallel.engine is single, but there are {world_size} ranks; use ddp or fsdp.")
+    normalised = batch // world_size * (p.sync_bn_group or world_size)
+    fail(normalised < 2, f"train.global_batch is {batch}, which leaves BatchNorm {normalised} image to normalise over; it needs at least 2.")
+    for k in s.prototypes:
+        most = 4 * (batch + s.queue)
+        fail(k > most, f"swav.prototypes is {k}, but an assignment of {batch + s.queue} samples (train.global_batch + swav.queue) can use at most 4 times as many; nearest: {most}.")
+    fail(not s.prototypes, "swav.prototypes is empty, but must name at least one set; nearest: [3000].")
+    fail(not c.views.crops, "views.crops is empty, but must name at least one kind of crop; nearest: [{num: 2}].")
+    fail(bool(c.views.crops) and c.num_crops < 2, "views.crops makes 1 crop an image, but SwAV compares at least 2; nearest: num: 2.")
+    for i, crop in enumerate(c.views.crops):
+        fail(crop.scale[0] > crop.scale[1], f"views.crops[{i}].scale is {list(crop.scale)}, but must go from small to large.")
+    sizes = [crop.size for crop in c.views.crops]
+    fail(len(set(sizes)) < len(sizes), f"views.crops has the sizes {sizes}, but each kind needs its own; give kinds of one size one entry.")
+    fail(c.views.blur_sigma[0] > c.views.blur_sigma[1], f"views.blur_sigma is {list(c.views.blur_sigma)}, but must go from small to large.")
+    fail(c.views.jitter[3] > 0.5, f"views.jitter has hue {c.views.jitter[3]}, but a hue shift is at most 0.5; nearest: 0.5.")
+    fail(s.queue % batch != 0, f"swav.queue is {s.queue}, but must be a multiple of train.global_batch ({batch}); nearest: {max(1, round(s.queue / batch)) * batch}.")
+    fail(c.schedule.warmup_samples > c.train.samples, f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.samples} samples; nearest: {c.train.samples}.")
+    fail(c.schedule.name == "plateau" and c.schedule.plateau_samples < batch * c.train.log_every, f"schedule.plateau_samples is {c.schedule.plateau_samples}, but a window needs at least one metric line; nearest: {batch * c.train.log_every} (train.global_batch x train.log_every).")
+    free = c.model.free()
+    fail(c.model.name != "regnety" and bool(free), f"model.{next(iter(free), '')} is given, but model.name is {c.model.name}, whose shape is fixed; use model.name regnety.")
+    fail(bool(c.checkpoint.init_from) and c.checkpoint.resume not in ("auto", "none"), "checkpoint.init_from and checkpoint.resume both name a checkpoint: init_from starts a new run from weights, resume goes on with everything; give one.")
+    return problems

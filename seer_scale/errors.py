@@ -1,0 +1,55 @@
+"""Errors a user can act on.
+
+`UserError` is one sentence that names the thing, the value, the rule and the nearest fix; the command line prints
+it without a traceback and exits with status 2. `ConfigError` carries every problem of a recipe at once.
+Anything else that escapes is a defect of ours and keeps its traceback (exit status 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
+"""Exit statuses: done, failed, bad input, and stopped on request with its state saved (EX_TEMPFAIL: run it again)."""
+
+
+class UserError(Exception):
+    """Something given by the user cannot work; the message says what to do instead."""
+
+
+class ConfigError(UserError):
+    """All problems of one recipe, each a sentence."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n".join([f"The recipe has {count}:", *(f"  - {p}" for p in problems)]))
+
+
+class DataError(UserError):
+    """The images cannot be read as given."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used as asked."""
+
+
+class TrainingFailed(UserError):
+    """The run cannot go on (the loss is not finite any more, say). Exit status 1: the recipe itself was valid."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A clause that names the closest known word, or all of them when none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
+
+
+def complain(error: UserError) -> int:
+    """Print a user's error on rank 0 and return the exit status it deserves."""
+    if os.environ.get("RANK", os.environ.get("SUBMITIT_LOCAL_GLOBALID", os.environ.get("SLURM_PROCID", "0"))) == "0":
+        print(f"seer-scale: {error}", file=sys.stderr, flush=True)
+    return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_BAD_INPUT

@@ -1,0 +1,52 @@
+"""Features of images, shared out among the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seer_scale.data.loader import decoded
+from seer_scale.data.sources import Source
+from seer_scale.data.views import to_float
+from seer_scale.world import World
+
+Represent = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Normalised images [N, 3, S, S] -> features [N, D] and embeddings [N, dim]; all ranks call it equally often."""
+
+
+def features(
+    represent: Represent, source: Source, indices: np.ndarray, *, size: int, batch: int, workers: int, world: World
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """This rank's share of `indices`: (features [b, D], embeddings [b, dim], labels [b], image numbers [b]) a batch.
+
+    Every rank yields equally often, for the collectives within `represent` and the caller's own; a rank that has run
+    out yields empty batches. Images that cannot be read are left out.
+    """
+    mine = indices[world.rank :: world.size]
+    batches = decoded(source, mine, size, batch=batch, workers=workers)
+    rounds = -(-(-(-len(indices) // world.size)) // batch)
+    for _ in range(rounds):
+        images, labels, numbers = next(batches, (None, None, None))
+        if images is None:  # take part in the collectives all the same
+            images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+            labels = numbers = torch.empty(0, dtype=torch.int64)
+        f, z = represent(to_float(images.to(world.device)))
+        n, device = len(labels), world.device
+        yield f[:n], z[:n], labels.to(device), numbers.to(device)
+
+
+def gather_rows(x: Tensor, world: World) -> Tensor:
+    """The rows of all ranks, in rank order, on every rank; ranks may have different numbers of rows. Two all-gathers."""
+    if world.size == 1:
+        return x
+    counts = x.new_zeros(world.size, dtype=torch.int64)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(x)], device=x.device))
+    most = int(counts.max())
+    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    out = x.new_empty(world.size * most, *x.shape[1:])
+    dist.all_gather_into_tensor(out, padded)
+    return torch.cat([part[:n] for part, n in zip(out.split(most), counts.tolist())]) if most else x

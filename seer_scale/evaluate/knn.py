@@ -1,0 +1,107 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al., arXiv 1805.01978, section 3.4).
+
+Cosine similarity; each of the k nearest bank images votes for its class with exp(similarity / temperature). The bank
+streams past the queries: no bank feature is kept, and no similarity matrix larger than queries x batch is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seer_scale.config import Config, Knn
+from seer_scale.data.sources import Source, open_source
+from seer_scale.errors import DataError
+from seer_scale.evaluate.features import Represent, features, gather_rows
+from seer_scale.world import World
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Bank and query images; `classes` names the labels of both."""
+
+    bank: Source
+    bank_indices: np.ndarray
+    queries: Source
+    query_indices: np.ndarray
+    classes: list[str]
+    query_to_bank: np.ndarray
+    """Label of a query class in the bank's numbering."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What kNN found for Q queries: image numbers [Q], bank image numbers and similarities [Q, k], nearest first."""
+
+    queries: Tensor
+    bank: Tensor
+    similarity: Tensor
+
+
+def labelled_images(config: Config, source: Source | None = None) -> Labelled | None:
+    """The images kNN is to use; None where there are no labels and none were asked for. Raises DataError.
+
+    source: data.path, already opened.
+    """
+    c = config.knn
+    if not c.enabled:
+        return None
+    bank = open_source(c.bank) if c.bank else source or open_source(config.data.path, config.data.kind)
+    if not bank.has_labels:
+        if c.bank or c.queries:
+            raise DataError(f"{c.bank or config.data.path} has no labels, but kNN needs them: sort the images into one folder a class, or set knn.enabled false.")
+        return None
+    everyone = np.arange(len(bank))
+    if c.queries:
+        queries, held, kept = open_source(c.queries), None, everyone
+        if not queries.has_labels:
+            raise DataError(f"knn.queries {c.queries} has no labels: sort the images into one folder a class.")
+        held = np.arange(len(queries))
+    else:  # every fifth of a fixed shuffle, so that folders sorted by class are cut evenly
+        shuffled = np.random.Generator(np.random.PCG64(0)).permutation(len(bank))
+        queries, held, kept = bank, np.sort(shuffled[::5]), np.sort(np.delete(shuffled, np.s_[::5]))
+    if c.limit and len(kept) > c.limit:
+        kept = np.sort(np.random.Generator(np.random.PCG64(1)).choice(kept, c.limit, replace=False))
+    unknown = sorted(set(queries.classes) - set(bank.classes))
+    if unknown:
+        raise DataError(f"The queries have the class {unknown[0]!r}, which the bank has not: use one set of classes for knn.bank and knn.queries.")
+    query_to_bank = np.array([bank.classes.index(name) for name in queries.classes])
+    return Labelled(bank, kept, queries, held, list(bank.classes), query_to_bank)
+
+
+@torch.no_grad()
+def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: World) -> tuple[dict[str, float], Neighbours]:
+    """Top-1 and top-5 in percent, and the neighbours. Collective over all ranks; the same result on each."""
+    options = dict(size=c.size, batch=c.batch, workers=workers, world=world)
+    parts = [(f, y, i) for f, _, y, i in features(represent, images.queries, images.query_indices, **options)]
+    f, y, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
+    order = ids.argsort()
+    f, y, ids = torch.nn.functional.normalize(f[order], dim=1), y[order], ids[order]
+    y = torch.from_numpy(images.query_to_bank).to(y.device)[y]
+
+    nearest = f.new_full((len(f), 0), 0.0)
+    found = labels = ids.new_empty((len(f), 0))
+    for g, _, yb, ib in features(represent, images.bank, images.bank_indices, **options):
+        similarity = f @ torch.nn.functional.normalize(g, dim=1).T
+        nearest, found, labels = _best(
+            c.k,
+            torch.cat([nearest, similarity], 1),
+            torch.cat([found, ib.expand(len(f), -1)], 1),
+            torch.cat([labels, yb.expand(len(f), -1)], 1),
+        )
+    if world.size > 1:
+        columns = (gather_rows(x.T.contiguous(), world).T for x in (nearest, found, labels))
+        nearest, found, labels = _best(c.k, *columns)
+    votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / c.temperature).exp())
+    ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices == y[:, None]
+    scores = {"knn/top1": 100 * ranked[:, 0].float().mean().item(), "knn/top5": 100 * ranked.any(1).float().mean().item()}
+    return scores, Neighbours(ids, found, nearest)
+
+
+def _best(k: int, similarity: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The k most similar columns of each row, most similar first."""
+    top = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    return top.values, *(x.gather(1, top.indices) for x in others)

@@ -1,0 +1,75 @@
+"""Pictures of what was learned, for the report: crops, nearest neighbours, and what prototypes collect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from seer_scale.config import Views
+from seer_scale.data.sampler import ElasticSampler
+from seer_scale.data.sources import Source
+from seer_scale.data.views import decode, make_views, resize_centre
+from seer_scale.errors import DataError
+from seer_scale.evaluate.features import Represent, features, gather_rows
+from seer_scale.evaluate.knn import Labelled, Neighbours
+from seer_scale.observe.gallery import Gallery
+from seer_scale.world import World
+
+SHOWN, ROW, PIXELS = 6, 8, 96
+"""Queries or prototypes shown, images in a row, and their height and width."""
+
+
+def show_crops(run_dir: Path, source: Source, views: Views, sampler: ElasticSampler) -> None:
+    """The crops of the first few images of the run that can be read."""
+    gallery, shown = Gallery(run_dir), 0
+    for index in sampler.at(0, np.arange(min(sampler.n, 4 * SHOWN))).tolist():
+        try:
+            image = decode(source.read(index))
+        except DataError:
+            continue
+        gallery.add_crops(index, [crop for kind in make_views(image, views, sampler.seed, 0, index) for crop in kind])
+        shown += 1
+        if shown == SHOWN:
+            break
+    gallery.save()
+
+
+def show_neighbours(run_dir: Path, stage: str, images: Labelled, found: Neighbours) -> None:
+    """The nearest bank images of a few queries, the same queries at every stage."""
+    gallery = Gallery(run_dir)
+    for row in np.linspace(0, len(found.queries) - 1, SHOWN).round().astype(int).tolist():
+        query = int(found.queries[row])
+        label = images.queries.classes[images.queries.label(query)]
+        near = [
+            (_small(images.bank, i), images.classes[images.bank.label(i)], s)
+            for i, s in zip(found.bank[row, :ROW].tolist(), found.similarity[row, :ROW].tolist())
+        ]
+        gallery.add_neighbours(stage, _small(images.queries, query), label, near)
+    gallery.save()
+
+
+@torch.no_grad()
+def show_prototypes(
+    run_dir: Path, represent: Represent, prototypes: torch.Tensor, source: Source, *,
+    size: int, batch: int, workers: int, world: World, most: int = 2000,
+) -> None:  # fmt: skip
+    """The images nearest to the prototypes that hold theirs closest. Collective; rank 0 writes. prototypes [K, dim]."""
+    indices = np.arange(len(source))[:: max(1, len(source) // most)]
+    stream = features(represent, source, indices, size=size, batch=batch, workers=workers, world=world)
+    parts = [(z, i) for _, z, _, i in stream]
+    z, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
+    if not world.is_main or len(ids) < ROW:
+        return
+    similarity = z @ prototypes.to(z).T
+    share = torch.bincount(similarity.argmax(1), minlength=len(prototypes)) / len(z)
+    top = similarity.topk(ROW, dim=0)
+    gallery = Gallery(run_dir)
+    for k in torch.where(share > 0, top.values.mean(0), -1).topk(min(SHOWN, len(prototypes))).indices.tolist():
+        gallery.add_prototype(k, share[k].item(), [_small(source, int(i)) for i in ids[top.indices[:, k]]])
+    gallery.save()
+
+
+def _small(source: Source, index: int) -> np.ndarray:
+    return resize_centre(decode(source.read(index)), PIXELS)

@@ -1,0 +1,222 @@
+"""RegNetY: Radosavovic et al., "Designing Network Design Spaces" (arXiv 2003.13678), in the sizes of SEER
+(arXiv 2103.01988 up to 256GF, arXiv 2202.08360 for 10B). Parameter and buffer names are timm's, without its head.
+
+The network takes a list of image tensors, one a resolution, and passes the whole list through each unit once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from seer_scale.errors import UserError
+from seer_scale.models.norm import BatchNorm
+from seer_scale.rng import Constant, Init, Normal
+
+
+@dataclass(frozen=True)
+class RegNetSpec:
+    """The generator of a RegNetY: block j of `depth` has width w0 + wa * j, quantised to w0 * wm^k, in multiples of 8."""
+
+    depth: int
+    w0: int
+    wa: float
+    wm: float
+    group_width: int
+    se_ratio: float = 0.25
+    stem_width: int = 32
+
+
+REGNETY: dict[str, RegNetSpec] = {
+    "regnety_200mf": RegNetSpec(13, 24, 36.44, 2.49, 8),
+    "regnety_400mf": RegNetSpec(16, 48, 27.89, 2.09, 8),
+    "regnety_600mf": RegNetSpec(15, 48, 32.54, 2.32, 16),
+    "regnety_800mf": RegNetSpec(14, 56, 38.84, 2.40, 16),
+    "regnety_1_6gf": RegNetSpec(27, 48, 20.71, 2.65, 24),
+    "regnety_3_2gf": RegNetSpec(21, 80, 42.63, 2.66, 24),
+    "regnety_4gf": RegNetSpec(22, 96, 31.41, 2.24, 64),
+    "regnety_6_4gf": RegNetSpec(25, 112, 33.22, 2.27, 72),
+    "regnety_8gf": RegNetSpec(17, 192, 76.82, 2.19, 56),
+    "regnety_12gf": RegNetSpec(19, 168, 73.36, 2.37, 112),
+    "regnety_16gf": RegNetSpec(18, 200, 106.23, 2.48, 112),
+    "regnety_32gf": RegNetSpec(20, 232, 115.89, 2.53, 232),
+    "regnety_64gf": RegNetSpec(20, 352, 147.48, 2.40, 328),
+    "regnety_128gf": RegNetSpec(27, 456, 160.83, 2.52, 264),
+    "regnety_256gf": RegNetSpec(27, 640, 230.83, 2.53, 373),
+    "regnety_10b": RegNetSpec(27, 1744, 620.83, 2.52, 1010),
+}
+
+
+def stage_plan(spec: RegNetSpec) -> tuple[list[int], list[int]]:
+    """(widths, depths) of the four stages: the paper's rule, then each width snapped to a multiple of the group width.
+
+    Raises UserError where the values make no RegNetY of four stages.
+    """
+    for name, holds, rule in (
+        ("depth", spec.depth >= 4, "be at least 4"),
+        ("w0", spec.w0 >= 8 and spec.w0 % 8 == 0, "be a positive multiple of 8"),
+        ("wa", spec.wa >= 0, "not be negative"),
+        ("wm", spec.wm > 1, "be above 1"),
+        ("group_width", spec.group_width >= 1, "be at least 1"),
+        ("se_ratio", 1 / 16 < spec.se_ratio <= 1, "be above 1/16 and at most 1"),
+    ):
+        if not holds:
+            raise UserError(f"A RegNetY cannot have {name} {getattr(spec, name)}: it must {rule}.")
+    depths: dict[int, int] = {}
+    for j in range(spec.depth):
+        power = round(math.log((spec.w0 + spec.wa * j) / spec.w0) / math.log(spec.wm))
+        width = 8 * round(spec.w0 * spec.wm**power / 8)
+        depths[width] = depths.get(width, 0) + 1
+    if len(depths) != 4:
+        fix = "raise wa or depth, or lower wm" if len(depths) < 4 else "lower wa or depth, or raise wm"
+        count = "1 stage width" if len(depths) == 1 else f"{len(depths)} stage widths"
+        raise UserError(f"{spec} makes {count} {list(depths)}; a RegNetY has 4: {fix}.")
+    widths = []
+    for width in depths:
+        group = min(spec.group_width, width)
+        widths.append(group * round(width / group))
+    return widths, list(depths.values())
+
+
+class Conv(nn.Conv2d):
+    """A convolution that keeps its resolution up to its stride; its weights are whatever memory held until drawn."""
+
+    def __init__(self, in_channels, out_channels, kernel_size=1, stride=1, groups=1, bias=False):
+        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draws nothing: initial values come from `RegNetY.initialisers` through seer_scale.rng."""
+
+    def num_macs(self, size: int) -> int:
+        """Multiply-accumulates to make one size x size output."""
+        per_pixel = self.kernel_size[0] ** 2 * self.in_channels // self.groups * self.out_channels
+        return per_pixel * size**2
+
+
+class ConvNorm(nn.Module):
+    """Convolution and BatchNorm, of a list of [N_r, C, H_r, W_r]."""
+
+    def __init__(self, in_channels: int, out_channels: int, **conv: int):
+        super().__init__()
+        self.conv = Conv(in_channels, out_channels, **conv)
+        self.bn = BatchNorm(out_channels)
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return self.bn([self.conv(x) for x in xs])
+
+
+class Stem(ConvNorm):
+    """Convolution, BatchNorm, ReLU."""
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [relu(x, inplace=True) for x in super().forward(xs)]
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention (arXiv 1709.01507)."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.fc1 = Conv(channels, hidden, bias=True)
+        self.fc2 = Conv(hidden, channels, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(relu(self.fc1(x.mean((2, 3), keepdim=True)), inplace=True)).sigmoid()
+
+
+class Block(nn.Module):
+    """1x1, grouped 3x3, SE, 1x1, plus a shortcut; bottleneck ratio 1."""
+
+    def __init__(self, in_width: int, width: int, stride: int, group_width: int, se_ratio: float):
+        super().__init__()
+        self.conv1 = ConvNorm(in_width, width)
+        self.conv2 = ConvNorm(width, width, kernel_size=3, stride=stride, groups=width // group_width)
+        self.se = SqueezeExcite(width, round(se_ratio * in_width))
+        self.conv3 = ConvNorm(width, width)
+        self.downsample = ConvNorm(in_width, width, stride=stride) if (in_width, stride) != (width, 1) else None
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        ys = [relu(y, inplace=True) for y in self.conv1(xs)]
+        ys = [self.se(relu(y, inplace=True)) for y in self.conv2(ys)]
+        ys = self.conv3(ys)
+        shortcuts = self.downsample(xs) if self.downsample is not None else xs
+        return [relu(y.add_(shortcut), inplace=True) for y, shortcut in zip(ys, shortcuts)]
+
+
+class RegNetY(nn.Module):
+    """The trunk of a RegNetY up to global average pooling.
+
+    Construction draws nothing and works on the meta device; `seer_scale.models.registry.initialise` fills the weights.
+    """
+
+    def __init__(self, spec: RegNetSpec):
+        super().__init__()
+        widths, depths = stage_plan(spec)
+        self.stem = Stem(3, spec.stem_width, kernel_size=3, stride=2)
+        in_width = spec.stem_width
+        for s, (width, depth) in enumerate(zip(widths, depths), 1):
+            stage = nn.ModuleDict()
+            for b in range(1, depth + 1):
+                group_width = min(spec.group_width, width)
+                stage[f"b{b}"] = Block(in_width, width, 2 if b == 1 else 1, group_width, spec.se_ratio)
+                in_width = width
+            self.add_module(f"s{s}", stage)
+        self.num_features = in_width
+
+    def forward(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+        """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
+        if isinstance(xs, Tensor):
+            return self.forward([xs])[0]
+        for unit in self.units().values():
+            xs = unit(xs)
+        return [x.mean((2, 3)) for x in xs]
+
+    def forward_stages(self, xs: list[Tensor] | Tensor) -> list[list[Tensor]] | list[Tensor]:
+        """The feature maps after each stage, finest first: [N_r, width, H_r / 2^(s+1), W_r / 2^(s+1)] for s = 1 ... 4."""
+        if isinstance(xs, Tensor):
+            return [maps[0] for maps in self.forward_stages([xs])]
+        units, stages = self.units(), []
+        xs = units["stem"](xs)
+        for names in self.stage_units():
+            for name in names:
+                xs = units[name](xs)
+            stages.append(xs)
+        return stages
+
+    def units(self) -> dict[str, nn.Module]:
+        """What is sharded and recomputed together, in order of use: "stem", "s1.b1", ...; each takes and gives a list."""
+        blocks = {name: self.get_submodule(name) for stage in self.stage_units() for name in stage}
+        return {"stem": self.stem, **blocks}
+
+    def stage_units(self) -> list[list[str]]:
+        """The names of the units of each stage."""
+        return [[f"s{s}.{b}" for b in self.get_submodule(f"s{s}")] for s in (1, 2, 3, 4)]
+
+    def num_flops(self, size: int) -> int:
+        """Multiply-accumulates of the convolutions in one forward of one size x size image."""
+        size = math.ceil(size / 2)
+        total = self.stem.conv.num_macs(size)
+        for name, block in self.units().items():
+            if name == "stem":
+                continue
+            total += block.conv1.conv.num_macs(size)
+            size = math.ceil(size / block.conv2.conv.stride[0])
+            total += block.conv2.conv.num_macs(size) + block.conv3.conv.num_macs(size)
+            total += block.se.fc1.num_macs(1) + block.se.fc2.num_macs(1)
+            total += block.downsample.conv.num_macs(size) if block.downsample is not None else 0
+        return total
+
+    def initialisers(self) -> dict[str, Init]:
+        """How each parameter starts: He's normal over the fan out without division by groups; BatchNorm at identity."""
+        inits: dict[str, Init] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Conv):
+                inits[f"{name}.weight"] = Normal(math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels)))
+                if module.bias is not None:
+                    inits[f"{name}.bias"] = Constant(0)
+            elif isinstance(module, BatchNorm):
+                inits[f"{name}.weight"], inits[f"{name}.bias"] = Constant(1), Constant(0)
+        return inits

@@ -1,0 +1,276 @@
+"""Where metrics go: metrics.jsonl (the record), TensorBoard, and the console.
+
+metrics.jsonl holds one JSON object a line, in the order things happened. A line with the key "event" tells of something
+(kinds "start" and "resume" say from which samples_seen a process went on); every other line is a row of metrics.
+`read_metrics` turns that history into the one path the weights really took.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+BEGINNINGS = ("start", "resume")
+"""Kinds of events with which a process begins: what was logged beyond their samples_seen is abandoned."""
+
+TAIL = 1 << 16  # bytes of an existing metrics.jsonl that tell the recent rate: about 150 lines
+
+
+def _plain(value: Any) -> Any:
+    """`value` as strict JSON can hold it: numbers that are not finite become None, tensors and arrays plain numbers."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among `lines`; a torn line is passed over."""
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("samples_seen"), int):
+            yield record
+
+
+def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows, events) of a run, also while it runs. A run without metrics.jsonl has neither.
+
+    Rows are sorted by samples_seen, one for each: lines of the same samples_seen are merged and the later value wins.
+    Rows of a stretch that a restart abandoned are dropped. Events are all kept, in the order they happened.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    events = []
+    path = Path(run_dir) / "metrics.jsonl"
+    for record in _records(path.read_bytes().splitlines() if path.exists() else ()):
+        samples = record["samples_seen"]
+        if "event" in record:
+            events.append(record)
+            if record["event"] in BEGINNINGS:
+                rows = {s: row for s, row in rows.items() if s <= samples}
+        else:
+            rows[samples] = rows.get(samples, {}) | record
+    return [rows[s] for s in sorted(rows)], events
+
+
+def _number(row: dict[str, Any], name: str) -> float | None:
+    """A metric of a row; None where it is missing or was not finite."""
+    value = row.get(name)
+    return value if isinstance(value, int | float) else None
+
+
+def speed_text(rate: float) -> str:
+    """A rate in images a second, as many digits as mean something."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+class _Rate:
+    """Images a second by the wall clock over the last 50 pairs of lines; time between two processes is left out."""
+
+    def __init__(self):
+        self._deltas: deque[tuple[int, float]] = deque(maxlen=50)
+        self._last: tuple[int, float] | None = None
+
+    def begin(self) -> None:
+        self._last = None
+
+    def add(self, samples: int, at: float) -> None:
+        if self._last and samples > self._last[0] and at > self._last[1]:
+            self._deltas.append((samples - self._last[0], at - self._last[1]))
+        self._last = samples, at
+
+    @property
+    def img_per_s(self) -> float | None:
+        samples, seconds = map(sum, zip(*self._deltas)) if self._deltas else (0, 0.0)
+        return samples / seconds if seconds else None
+
+
+class RunLog:
+    """The log of a run, held open by rank 0; with `active` False every call does nothing.
+
+    `total_samples` is the length of the run in images, `ln_k` the loss of a uniform assignment in nats.
+    A disk that is full stops the logging, with one sentence, and never the run.
+    """
+
+    def __init__(self, run_dir: Path, total_samples: int, ln_k: float, *, active: bool):
+        self.run_dir, self.total_samples, self.ln_k, self.active = Path(run_dir), total_samples, ln_k, active
+        self._rate = _Rate()
+        self._latest: dict[str, Any] = {"samples_seen": 0}
+        self._fd, self._tensorboard, self._live, self._silent = -1, None, None, False
+
+    def __enter__(self) -> RunLog:
+        if not self.active:
+            return self
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.run_dir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._recall()
+        console = Console(highlight=False)
+        if sys.stdout.isatty() and not console.is_dumb_terminal:
+            self._live = Live(get_renderable=self._display, console=console, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live:
+            self._live.stop()
+        if self._tensorboard:
+            with self._whatever_the_disk():
+                self._tensorboard.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._tensorboard, self._live = -1, None, None
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One row: `metrics` by name, with samples_seen; wall_time (unix seconds) is added. knn/top1 is in percent."""
+        if not self.active:
+            return
+        row = _plain({"samples_seen": self._latest["samples_seen"]} | metrics | {"wall_time": time.time()})
+        self._take_in(row)
+        with self._whatever_the_disk():
+            self._append(row)
+            self._to_tensorboard(row)
+        if self._live is None:
+            print(self._sentence(row), flush=True)
+        elif "knn/top1" in row:
+            self._live.console.print(self._sentence(row))
+
+    def event(self, kind: str, text: str, **fields: Any) -> None:
+        """Tell what happened, in one sentence. Kinds "start" and "resume" take the samples_seen they begin from."""
+        if not self.active:
+            return
+        event = {"event": kind, "text": text, "samples_seen": self._latest["samples_seen"]} | fields
+        event = _plain(event | {"wall_time": time.time()})
+        if kind in BEGINNINGS:
+            self._rate.begin()
+            self._latest["samples_seen"] = event["samples_seen"]
+        with self._whatever_the_disk():
+            self._append(event)
+            if kind in BEGINNINGS:
+                self._open_tensorboard(purge_from=event["samples_seen"] + 1)
+        if self._live:
+            self._live.console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def eta_s(self) -> float | None:
+        """Seconds to the end of the run at the recent rate; None while no rate is known."""
+        rate = self._rate.img_per_s or _number(self._latest, "throughput/img_per_s") or 0
+        left = max(0, self.total_samples - self._latest["samples_seen"])
+        return left / rate if rate * 1e9 > left else None  # 30 years would say that the rate is none
+
+    # -------------------------------------------------------------------------------------------- the record
+
+    def _recall(self) -> None:
+        """Heal a last line torn by a kill, and learn the recent rate and values from the end of the file."""
+        size = os.fstat(self._fd).st_size
+        start = max(0, size - TAIL)
+        tail = os.pread(self._fd, size - start, start)
+        whole = tail[: tail.rfind(b"\n") + 1]
+        os.ftruncate(self._fd, start + len(whole))
+        for record in _records(whole.splitlines()):
+            if record.get("event") in BEGINNINGS:
+                self._rate.begin()
+                self._latest["samples_seen"] = record["samples_seen"]
+            elif "event" not in record:
+                self._take_in(record)
+        self._rate.begin()
+        self._latest.pop("wall_time", None)  # the time between two processes is no time of the run
+
+    def _take_in(self, row: dict[str, Any]) -> None:
+        self._latest |= row
+        if "step" in row and "wall_time" in row:
+            self._rate.add(row["samples_seen"], row["wall_time"])
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """One line by one write: a reader, or a kill, sees all of it or none."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._fd).st_size
+        if os.write(self._fd, line) < len(line):
+            os.ftruncate(self._fd, size)
+            raise OSError("only part of a line could be written")
+
+    @contextmanager
+    def _whatever_the_disk(self) -> Iterator[None]:
+        try:
+            yield
+            self._silent = False
+        except OSError as error:
+            if not self._silent:
+                print(f"Metrics cannot be written to {self.run_dir} ({error.strerror or error}): free some space; "
+                      "the run goes on, unlogged until then.", file=sys.stderr, flush=True)  # fmt: skip
+            self._silent, self._tensorboard = True, None  # its thread does not survive an error: open another one
+
+    def _open_tensorboard(self, purge_from: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # costs seconds: rank 0 only
+
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._tensorboard = SummaryWriter(self.run_dir / "tensorboard", purge_step=purge_from, flush_secs=10)
+
+    def _to_tensorboard(self, row: dict[str, Any]) -> None:
+        if self._tensorboard is None:
+            self._open_tensorboard()
+        for name, value in row.items():
+            if isinstance(value, int | float) and name not in ("samples_seen", "wall_time"):
+                self._tensorboard.add_scalar(name, value, row["samples_seen"], walltime=row["wall_time"])
+
+    # -------------------------------------------------------------------------------------------- the console
+
+    def _values(self, row: dict[str, Any]) -> list[str]:
+        """What a person wants of a row, in a few words each."""
+        words = []
+        if "loss" in row:
+            loss = _number(row, "loss")
+            words.append(f"loss {'not finite' if loss is None else f'{loss:.3f}'} (ln K {self.ln_k:.3f})")
+        if (lr := _number(row, "lr")) is not None:
+            words.append(f"lr {lr:.3g}")
+        if (scale := _number(row, "loss_scale")) is not None and scale != 1:
+            words.append(f"scale {scale:g}" if scale < 1 else f"scale {scale:.0f}")
+        if (top1 := _number(row, "knn/top1")) is not None:
+            words.append(f"kNN top-1 {top1:.1f} %")
+        return words
+
+    def _speed(self, row: dict[str, Any], idle_s: float = 0) -> list[str]:
+        words, rate, eta = [], _number(row, "throughput/img_per_s"), self.eta_s()
+        if rate is not None:
+            words.append(f"{speed_text(rate)} img/s")
+        if eta is not None:
+            words.append(f"ETA {timedelta(seconds=round(max(0, eta - idle_s)))}")
+        return words
+
+    def _sentence(self, row: dict[str, Any]) -> str:
+        speed = self._speed(row) if "step" in row else []
+        return "  ".join([f"samples {row['samples_seen']:,}/{self.total_samples:,}", *self._values(row), *speed])
+
+    def _display(self) -> Group:
+        """Two lines at the foot of the terminal: how far, and how well."""
+        latest = dict(self._latest)  # the display refreshes in a thread of its own
+        samples, idle_s = latest["samples_seen"], time.time() - latest.get("wall_time", time.time())
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(ratio=1)
+        grid.add_column(no_wrap=True)
+        bar = ProgressBar(total=max(1, self.total_samples), completed=samples)
+        grid.add_row(bar, "  ".join([f"{samples:,}/{self.total_samples:,}", *self._speed(latest, idle_s)]))
+        return Group(grid, Text("  ".join(self._values(latest)), style="dim", no_wrap=True, overflow="ellipsis"))

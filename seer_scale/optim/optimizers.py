@@ -1,0 +1,116 @@
+"""LARS, SGD and AdamW over named, possibly sharded parameters, without a host synchronisation.
+
+An optimiser never knows the sharding: it works on local shards, and the norms LARS needs are those of whole tensors,
+which the engine brings (one stacked collective for all of them). Whether an update happens at all is a device scalar,
+`found_inf`: where it is 1 the fused kernels leave parameters and state as they were.
+State is created at once, so that a checkpoint can load into it; it has the parameters' sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from seer_scale.config import Optim
+
+LARS_EPS = 1e-8
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's shard of a tensor; the tensor itself where it is not sharded."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def build_optimizer(params: Mapping[str, Tensor], config: Optim) -> Optimizer:
+    return (AdamW if config.name == "adamw" else SGD)(params, config)
+
+
+class Optimizer:
+    """`params`: name -> parameter (fp32, DTensor or plain). `state`: "name/slot" -> tensor of the same sharding."""
+
+    slots: tuple[str, ...]
+
+    def __init__(self, params: Mapping[str, Tensor], config: Optim):
+        self.params, self.config = dict(params), config
+        self.state = {f"{n}/{slot}": torch.zeros_like(p) for n, p in self.params.items() for slot in self.slots}
+
+    def update(self, lr: float, norms: Tensor, found_inf: Tensor, frozen: Collection[str] = ()) -> None:
+        """One update from the parameters' `.grad` (unscaled; overwritten).
+
+        norms: [2, P] Euclidean norms of the whole parameters and of their gradients, in the order of `params`.
+        found_inf: 0-dim fp32, 1 to change nothing. frozen: names left alone, state included.
+        """
+        names = [n for n in self.params if n not in frozen]
+        chosen = [i for i, n in enumerate(self.params) if n not in frozen]
+        params = [local(self.params[n]) for n in names]
+        grads = [local(self.params[n].grad) for n in names]
+        if names:
+            self._update(names, params, grads, lr, norms.unbind(1), chosen, found_inf)
+
+    def _update(self, names, params, grads, lr, norms, chosen, found_inf) -> None:
+        raise NotImplementedError
+
+    def _slot(self, names: list[str], slot: str) -> list[Tensor]:
+        return [local(self.state[f"{n}/{slot}"]) for n in names]
+
+    def _is_excluded(self, name: str) -> bool:
+        return self.config.exclude_vectors and self.params[name].ndim < 2
+
+
+class SGD(Optimizer):
+    """SGD with momentum; with `lars`, LARC with clip off (apex/parallel/LARC.py as VISSL used it for SEER).
+
+    g <- (g + wd p) * trust |p| / (|g| + wd |p| + 1e-8); where |p| or |g| is zero, g is left as it is, without weight
+    decay (VISSL's rule). Then v <- momentum v + g; p <- p - lr v.
+    """
+
+    slots = ("momentum",)
+
+    def _update(self, names, params, grads, lr, norms, chosen, found_inf) -> None:
+        c, device = self.config, params[0].device
+        decay = torch.tensor([0.0 if self._is_excluded(n) else c.weight_decay for n in names], device=device)
+        if c.name == "lars":
+            p, g = torch.stack([norms[i] for i in chosen], dim=1)
+            ratio = c.trust * p / (g + decay * p + LARS_EPS)
+            plain = torch.tensor([self._is_excluded(n) for n in names], device=device)
+            zero = (p == 0) | (g == 0)
+            ratio = torch.where(plain | zero, 1.0, ratio)
+            shrink = torch.where(zero, 0.0, decay * ratio)
+            for q, grad, r, s in zip(params, grads, ratio.unbind(), shrink.unbind()):
+                grad.mul_(r).addcmul_(q, s)
+        else:
+            for q, grad, d in zip(params, grads, decay.unbind()):
+                grad.addcmul_(q, d)
+        torch._fused_sgd_(
+            params, grads, self._slot(names, "momentum"), weight_decay=0.0, momentum=c.momentum, lr=lr, dampening=0.0,
+            nesterov=False, maximize=False, is_first_step=False, found_inf=found_inf,
+        )  # fmt: skip
+
+
+class AdamW(Optimizer):
+    """AdamW (arXiv 1711.05101), as torch.optim.AdamW; the number of updates a parameter had is a tensor of its state."""
+
+    slots = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, params: Mapping[str, Tensor], config: Optim):
+        super().__init__(params, config)
+        self.state |= {f"{n}/step": torch.zeros((), device=local(p).device) for n, p in self.params.items()}
+
+    def _update(self, names, params, grads, lr, norms, chosen, found_inf) -> None:
+        c = self.config
+        for excluded in (False, True):
+            some = [i for i, n in enumerate(names) if self._is_excluded(n) == excluded]
+            if not some:
+                continue
+            pick = lambda seq: [seq[i] for i in some]  # noqa: E731
+            steps = self._slot(pick(names), "step")
+            torch._foreach_add_(steps, 1.0)
+            torch._fused_adamw_(
+                pick(params), pick(grads), self._slot(pick(names), "exp_avg"), self._slot(pick(names), "exp_avg_sq"), [],
+                steps, lr=lr, beta1=c.betas[0], beta2=c.betas[1], weight_decay=0.0 if excluded else c.weight_decay,
+                eps=1e-8, amsgrad=False, maximize=False, found_inf=found_inf,
+            )  # fmt: skip
+            torch._foreach_sub_(steps, [found_inf] * len(steps))

@@ -1,0 +1,372 @@
+"""The training run: from a resolved recipe to checkpoints, a log and a report.
+
+`samples_seen` is the only clock. Between two metric lines the host never reads a device value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from seer_scale import __version__
+from seer_scale.checkpoint import store
+from seer_scale.config import Config
+from seer_scale.data.loader import Batch, loader
+from seer_scale.data.sampler import ElasticSampler
+from seer_scale.data.sources import Source, open_source
+from seer_scale.data.views import to_float
+from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, TrainingFailed, UserError
+from seer_scale.evaluate.knn import knn, labelled_images
+from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
+from seer_scale.methods.swav import SwAV
+from seer_scale.observe.report import write_report
+from seer_scale.observe.sinks import RunLog, read_metrics
+from seer_scale.optim.schedules import LearningRate
+from seer_scale.parallel import build_engine
+from seer_scale.train.stop import StopRequest
+from seer_scale.world import World
+
+
+def train(config: Config, world: World, run_dir: Path) -> int:
+    """Run or go on until the samples are seen or a stop is agreed; returns the exit status. Collective."""
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    with store.RunLock(run_dir, world), StopRequest(world) as stop:
+        source = _open(config, world)
+        return Trainer(config, world, run_dir, source, stop).run()
+
+
+def _open(config: Config, world: World) -> Source:
+    """Rank 0 opens first, so that an index is built once; every rank learns of a problem."""
+    source, error = None, None
+    for turn in (world.is_main, not world.is_main):
+        if turn:
+            try:
+                source = open_source(config.data.path, config.data.kind)
+            except UserError as problem:
+                error = problem
+        sentences = world.gather_objects(None if error is None else str(error))
+        if any(sentences):
+            raise UserError(next(s for s in sentences if s))
+    return source
+
+
+class Trainer:
+    def __init__(self, config: Config, world: World, run_dir: Path, source: Source, stop: StopRequest):
+        self.config, self.world, self.run_dir, self.source, self.stop = config, world, run_dir, source, stop
+        self.folder = run_dir / "checkpoints"
+        self.samples_seen = self.step = 0
+        self.labelled = labelled_images(config, source)
+        self.schedule = LearningRate(config)
+        resume = self._find_resume()  # before anything is built
+        with torch.device("meta"):
+            method = SwAV(config, world)
+        self.ln_k = method.ln_k
+        self.engine = build_engine(method, config, world)
+        self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main)
+        self.resumed_from = self._load(resume) if resume else None
+        if world.is_main:
+            _write_whole(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        self._warned_of_collapse = False
+        ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
+        self._saved = (self.samples_seen, self.resumed_from) if ours else None
+
+    # --- resume
+
+    def _find_resume(self) -> Path | None:
+        c, warnings = self.config.checkpoint, []
+        if c.resume not in ("auto", "none"):
+            path = Path(c.resume)
+            problem = store.flaw(path, self.world)
+            if problem:
+                raise CheckpointError(f"checkpoint.resume {path} cannot be used: {problem}.")
+            return path
+        found = store.newest(self.folder, self.world, warn=warnings.append)
+        for sentence in warnings:
+            print(sentence, file=sys.stderr, flush=True)
+        if found and c.resume == "none":
+            raise UserError(f"{self.run_dir} already holds {found.name}, and checkpoint.resume is none: choose another run.dir, or resume auto.")
+        return found
+
+    def _load(self, path: Path) -> Path:
+        meta = store.read_meta(path)
+        then = meta["config"]
+        if meta["num_images"] != len(self.source):
+            raise UserError(f"{path} was trained on {meta['num_images']:,} images and data.path has {len(self.source):,}: their order depends on the number, so bring the same images, or start another run.dir with checkpoint.init_from.")
+        if then["run"]["seed"] != self.config.run.seed:
+            raise UserError(f"run.seed is {self.config.run.seed}, but {path} was trained with {then['run']['seed']}, which the order of its images follows; use that seed, or another run.dir with checkpoint.init_from.")
+        if then["optim"]["name"] != self.config.optim.name and {then["optim"]["name"], self.config.optim.name} != {"sgd", "lars"}:
+            raise UserError(f"optim.name is {self.config.optim.name}, but {path} holds the state of {then['optim']['name']}; use that one, or another run.dir with checkpoint.init_from.")
+        store.load(path, self.engine.state(), self.world)
+        self.samples_seen, self.step = meta["samples_seen"], meta["step"]
+        self.schedule.state |= meta["schedule"]
+        self._changed = _differences(then, self.config.to_dict())
+        return path
+
+    def _begin(self) -> None:
+        c, w = self.config, self.world
+        where = f"{w.size} rank{'s' if w.size > 1 else ''} ({type(self.engine).__name__.lower().replace('engine', 'single')}, {w.device.type})"
+        facts = dict(ranks=w.size, engine=c.parallel.engine, device=w.device.type, samples_seen=self.samples_seen,
+                     parameters=sum(p.numel() for p in self.engine.params.values()))  # fmt: skip
+        if self.resumed_from:
+            changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
+            self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}", **facts)
+            return
+        if c.checkpoint.init_from:
+            path = Path(c.checkpoint.init_from)
+            problem = store.flaw(path, w)
+            if problem:
+                raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
+            store.load(path, self.engine.state(), w, only="model/")
+        started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
+        self.log.event("start", started, **facts)
+
+    # --- the run
+
+    def run(self) -> int:
+        with self.log:
+            self._begin()
+            if not self.resumed_from:
+                self._evaluate("before")
+                if self.world.is_main:
+                    sampler = ElasticSampler(len(self.source), self.config.run.seed, self.config.train.global_batch)
+                    show_crops(self.run_dir, self.source, self.config.views, sampler)
+            reason = self._train()
+            if reason:
+                saved = self._save()
+                told = f"saved as {saved.name}" if saved else "the newest checkpoint stands"
+                self.log.event("stop", f"Stopped by {reason} after {self.samples_seen:,} samples; {told}. Start it again and it goes on.")
+                self._report()
+                return EXIT_STOPPED
+            if not self._save():
+                raise CheckpointError("The run is complete, but its last checkpoint could not be written: free some space and start it again, it goes on from the one before.")
+            if self._needs_last_evaluation():
+                self._evaluate("after")
+                self._show_prototypes()
+            self.log.event("done", f"Done: {self.samples_seen:,} samples in {self.step:,} updates.")
+            self._report()
+        return EXIT_DONE
+
+    def _train(self) -> str | None:
+        """Updates until the end, or until a stop is agreed: then its reason."""
+        c, engine = self.config, self.engine
+        window = Window(self.world)
+        for batch in self._batches(window):
+            seen = self.samples_seen
+            due = self._is_due(seen)
+            views = [self._to_device(v) for v in batch.views]
+            lr = self.schedule(seen)
+            loss, watched = engine.forward(views, samples_seen=seen, watch=due)
+            engine.backward(loss)
+            stats = engine.update(lr, engine.method.frozen(seen))
+            self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
+            window.add(batch, loss.detach())
+            del loss, views
+            if due:
+                self._log(window, lr, stats, watched)
+            if self._crosses(c.checkpoint.every_samples):
+                self._save()
+            if self._crosses(c.knn.every_samples) and not self._is_last(seen):
+                self._evaluate("during")
+            reason = self.stop.agreed()
+            if reason and not self._is_last(seen):
+                return reason
+        return None
+
+    def _batches(self, window: Window) -> Iterator[Batch]:
+        c, w = self.config, self.world
+        batches = loader(
+            self.source, c.data, c.views, seed=c.run.seed, global_batch=c.train.global_batch, rank=w.rank,
+            world_size=w.size, start=self.samples_seen, stop=c.train.samples, pin=w.device.type == "cuda",
+        )  # fmt: skip
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            window.waited_s += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+    def _to_device(self, crops: torch.Tensor) -> torch.Tensor:
+        x = to_float(crops.to(self.world.device, non_blocking=True))
+        return x.contiguous(memory_format=torch.channels_last) if self.config.train.channels_last else x
+
+    def _is_last(self, seen: int) -> bool:
+        return seen + self.config.train.global_batch >= self.config.train.samples
+
+    def _is_due(self, seen: int) -> bool:
+        """Whether the update that begins at `seen` ends with a metric line: every log_every, and at each checkpoint."""
+        after, every = seen + self.config.train.global_batch, self.config.checkpoint.every_samples
+        at_checkpoint = bool(every) and after // every != seen // every
+        return self.step == 0 or (self.step + 1) % self.config.train.log_every == 0 or at_checkpoint or self._is_last(seen)
+
+    def _crosses(self, every: int) -> bool:
+        """Whether the last update reached or passed a multiple of `every` samples."""
+        return bool(every) and self.samples_seen // every != (self.samples_seen - self.config.train.global_batch) // every
+
+    # --- what is due now and then
+
+    def _log(self, window: Window, lr: float, stats: dict[str, torch.Tensor], watched: dict[str, torch.Tensor]) -> None:
+        """One metric line: one reduction of device values, one of host counts."""
+        scaler = self.engine.scaler
+        means, counts = window.reduce(watched)
+        own = torch.stack([stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.skipped_in_a_row])
+        grad_norm, param_norm, scale, skipped, in_a_row = own.tolist()
+        loss = means.pop("loss_sum").item() / max(1.0, means.pop("loss_count").item())
+        row = {
+            "step": self.step, "samples_seen": self.samples_seen, "epoch": self.samples_seen / len(self.source),
+            "loss": loss, "lr": lr, "loss_scale": scale, "grad_norm": grad_norm, "param_norm": param_norm,
+            "skipped": int(skipped), **window.timing(self.config.train.global_batch), "mem/peak_gib": _peak_gib(self.world),
+            **self.engine.method.summarise(means), "swav/below_ln_k": self.ln_k - loss,
+            "data/unreadable": counts[1], "data/fingerprint": counts[0],
+        }  # fmt: skip
+        self.log.log(row)
+        for sentence in window.unreadable[:5]:
+            print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
+        window.reset()
+        if self.schedule.observe(self.samples_seen, loss):
+            self.log.event("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
+        if in_a_row >= self.config.train.max_skips:
+            raise TrainingFailed(f"The last {int(in_a_row)} updates were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
+        self._watch_for_collapse(loss)
+
+    def _watch_for_collapse(self, loss: float) -> None:
+        """A loss still at ln K, well past the warm-up, has learned nothing: say so once, with what to try."""
+        c = self.config
+        past = max(c.train.collapse_after * c.train.samples, c.schedule.warmup_samples, c.swav.freeze_samples)
+        if self._warned_of_collapse or self.samples_seen < past or loss < 0.98 * self.ln_k:
+            return
+        self._warned_of_collapse = True
+        self.log.event("collapse", f"The loss is {loss:.3f}, and ln K is {self.ln_k:.3f}: predictions are uniform, nothing is being learned. Try a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger train.global_batch or swav.queue.")
+
+    def _save(self) -> Path | None:
+        """A checkpoint of this moment; None, with a sentence in the log, if it could not be written."""
+        if self._saved and self._saved[0] == self.samples_seen:
+            return self._saved[1]
+        begin, c = time.perf_counter(), self.config.checkpoint
+        self.engine.average_buffers()
+        meta = {
+            "samples_seen": self.samples_seen, "step": self.step, "num_images": len(self.source),
+            "schedule": self.schedule.state, "config": self.config.to_dict(), "world_size": self.world.size,
+            "engine": self.config.parallel.engine, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
+        }  # fmt: skip
+        try:
+            path = store.save(self.folder, self.engine.state(), meta, self.world)
+            store.retain(self.folder, c.keep_last, c.keep_every_samples, self.world)
+        except CheckpointError as problem:
+            self.log.event("checkpoint_failed", str(problem))
+            return None
+        self._saved = (self.samples_seen, path)
+        self.log.event("checkpoint", f"Saved {path.name} in {time.perf_counter() - begin:.1f} s.", seconds=time.perf_counter() - begin)
+        return path
+
+    def _evaluate(self, stage: str) -> None:
+        if self.labelled is None:
+            return
+        begin, c = time.perf_counter(), self.config.knn
+        self.engine.average_buffers()
+        scores, found = knn(self.engine.represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
+        self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **scores, "time/knn_s": time.perf_counter() - begin})
+        if stage in ("before", "after") and self.world.is_main:
+            show_neighbours(self.run_dir, stage, self.labelled, found)
+
+    def _show_prototypes(self) -> None:
+        c = self.config
+        prototypes = self.engine.whole(self.engine.method.unit_rows[0])
+        show_prototypes(
+            self.run_dir, self.engine.represent, prototypes, self.source,
+            size=c.knn.size, batch=c.knn.batch, workers=c.data.workers, world=self.world,
+        )  # fmt: skip
+
+    def _needs_last_evaluation(self) -> bool:
+        rows = read_metrics(self.run_dir)[0] if self.world.is_main else []
+        return self.world.broadcast_object(not any(r.get("knn/stage") == "after" and r["samples_seen"] >= self.samples_seen for r in rows))
+
+    def _report(self) -> None:
+        if self.world.is_main:
+            path = write_report(self.run_dir)
+            print(f"Report: {path}", flush=True)
+
+
+class Window:
+    """What happened since the last metric line: sums on the device, counts on the host."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss_sum = torch.zeros((), device=self.world.device)
+        self.loss_count = torch.zeros((), device=self.world.device)
+        self.fingerprint, self.unreadable, self.updates = 0, [], 0
+        self.waited_s, self._begin = 0.0, time.perf_counter()
+
+    def add(self, batch: Batch, loss: torch.Tensor) -> None:
+        finite = loss.isfinite()
+        self.loss_sum += torch.where(finite, loss, 0.0)
+        self.loss_count += finite
+        self.fingerprint = (self.fingerprint + fingerprint(batch.indices.numpy())) % 2**52
+        self.unreadable += batch.unreadable
+        self.updates += 1
+
+    def reduce(self, watched: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images."""
+        named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | watched
+        flat = self.world.sum_(torch.cat([v.flatten().float() for v in named.values()])) / self.world.size
+        parts = flat.cpu().split([v.numel() for v in named.values()])
+        counts = torch.tensor([self.fingerprint, len(self.unreadable)])
+        if self.world.size > 1:
+            dist.all_reduce(counts, group=self.world.control)
+        return dict(zip(named, parts)), [int(counts[0]) % 2**52, int(counts[1])]
+
+    def timing(self, global_batch: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._begin
+        return {
+            "time/step_s": elapsed / self.updates,
+            "time/data_wait_frac": min(1.0, self.waited_s / elapsed),
+            "throughput/img_per_s": global_batch * self.updates / elapsed,
+        }
+
+
+def fingerprint(indices: np.ndarray) -> int:
+    """A sum over image numbers that shows whether two runs saw the same images, in whatever order and on however many ranks."""
+    x = indices.astype(np.uint64) + np.uint64(1)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int(((x ^ (x >> np.uint64(31))) >> np.uint64(12)).sum() % np.uint64(2**52))
+
+
+def _peak_gib(world: World) -> float:
+    """Peak memory of this rank: of the accelerator where there is one, else resident."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, as "key old -> new"."""
+    out = []
+    for key in {**then, **now}:
+        a, b = then.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append(f"{prefix}{key} {json.dumps(a)} -> {json.dumps(b)}")
+    return out
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    aside.rename(path)

@@ -1,0 +1,163 @@
+"""Who takes part in a run: ranks, devices, process groups, and the few collectives the rest of the house uses.
+
+`start()` recognises submitit, torchrun and srun, or stays a world of one. No port is ever fixed: rank 0 listens on a
+free one and publishes its address in a file of the run directory (torchrun brings its own rendezvous).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from seer_scale.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run as seen by one of them. `control` is a gloo group for decisions made on the host."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+    control: dist.ProcessGroup | None = None
+    _groups: dict[int, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def group(self, size: int) -> dist.ProcessGroup | None:
+        """The group of `size` consecutive ranks this one is in; None for groups of one. Collective on first use."""
+        if size <= 1 or self.size == 1:
+            return None
+        if size not in self._groups:
+            if size == self.size:
+                self._groups[size] = dist.group.WORLD
+            else:
+                for first in range(0, self.size, size):
+                    group = dist.new_group(list(range(first, first + size)), timeout=TIMEOUT)
+                    if first <= self.rank < first + size:
+                        self._groups[size] = group
+        return self._groups[size]
+
+    # Host-side decisions: blocking, over gloo, never between two updates unless something is due.
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value, group=self.control)
+        return out
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def first_problem(self, error: BaseException | None) -> str | None:
+        """The text of the first rank's error, agreed by all ranks; None where no rank has one."""
+        texts = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        return next((t for t in texts if t), None)
+
+    def sum_(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` summed over all ranks, in place; one all-reduce."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the environment says this process stands; `torchrun` brings its own rendezvous."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    torchrun: bool = False
+
+
+def detect(env: Mapping[str, str] = os.environ) -> Place:
+    """This process's place in a run started by torchrun, submitit's local executor or srun; else a world of one."""
+    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif "SUBMITIT_LOCAL_GLOBALID" in env:
+        names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS")
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    else:
+        return Place()
+    rank, size, local_rank, local_size = (int(env.get(n, default)) for n, default in zip(names, (0, 1, 0, 1)))
+    return Place(rank, size, local_rank, local_size, names[0] == "RANK")
+
+
+def start(rendezvous: Path, attempt: str = "", *, device: str | None = None) -> World:
+    """Join the run. Collective over all its ranks.
+
+    rendezvous: a folder all ranks see; attempt: a word all ranks of this start share and no other start has (under
+    SLURM the job, step and restart are one).
+    Raises UserError when the other ranks do not come within the timeout.
+    """
+    place = detect()
+    rank, size = place.rank, place.size
+    cuda = torch.cuda.is_available() if device is None else device == "cuda"
+    where = torch.device("cuda", place.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(where)
+    if size == 1:
+        return World(device=where)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if place.torchrun:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        slurm = [os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
+        store = _store(rendezvous / f"rendezvous-{attempt or '.'.join(slurm)}", rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return World(rank, size, place.local_rank, place.local_size, where, control)
+
+
+def stop(world: World) -> None:
+    """Leave the run; collective."""
+    if world.size > 1 and dist.is_initialized():
+        world.barrier()
+        dist.destroy_process_group()
+
+
+def _store(published: Path, rank: int, size: int) -> dist.TCPStore:
+    if rank == 0:
+        published.parent.mkdir(parents=True, exist_ok=True)
+        store = dist.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        aside = published.with_suffix(".tmp")
+        host = "127.0.0.1" if "SLURM_PROCID" not in os.environ else socket.gethostname()
+        aside.write_text(f"{host}:{store.port}")
+        aside.rename(published)
+        return store
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while not published.exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"Rank 0 did not publish its address in {published}: is {published.parent} on a file system all nodes share?")
+        time.sleep(0.05)
+    host, port = published.read_text().rsplit(":", 1)
+    return dist.TCPStore(host, int(port), size, is_master=False, timeout=TIMEOUT)

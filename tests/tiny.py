@@ -1,0 +1,61 @@
+"""A small RegNetY + SwAV recipe and batches for tests that run the real step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from seer_scale.config import Config, resolve
+from seer_scale.methods.swav import SwAV
+from seer_scale.parallel import build_engine
+from seer_scale.parallel.engine import Engine
+from seer_scale.world import World
+
+RECIPE = {
+    "data": {"path": "unused"},
+    "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8},
+    "views": {"crops": [{"num": 2, "size": 32}, {"num": 2, "size": 16, "scale": [0.05, 0.14]}]},
+    "swav": {"hidden": [32], "dim": 16, "prototypes": [12, 7], "iterations": 3},
+    "optim": {"name": "lars", "lr": 0.6, "lr_batch": 0},
+    "schedule": {"warmup_samples": 32, "warmup_from": 0.1},
+    "train": {"samples": 160, "global_batch": 8},
+}
+
+
+def world_of(rank: int, size: int) -> World:
+    return World(rank, size, control=dist.group.WORLD if size > 1 else None)
+
+
+def tiny(world: World, **overrides) -> tuple[Config, Engine]:
+    """The engine of RECIPE; overrides are "section.key": value."""
+    nested: dict = {}
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        nested.setdefault(section, {})[name] = value
+    config = resolve(RECIPE, nested, world_size=world.size)
+    with torch.device("meta"):
+        method = SwAV(config, world)
+    return config, build_engine(method, config, world)
+
+
+def fake_views(config: Config, step: int, world: World) -> list[torch.Tensor]:
+    """This rank's slice of a random global batch that depends on `step` alone; crop-major."""
+    generator = torch.Generator().manual_seed(step)
+    b = config.train.global_batch // world.size
+    out = []
+    for crop in config.views.crops:
+        whole = torch.randn(crop.num, config.train.global_batch, 3, crop.size, crop.size, generator=generator)
+        out.append(whole[:, world.rank * b : (world.rank + 1) * b].flatten(0, 1))
+    return out
+
+
+def losses_of(engine: Engine, config: Config, world: World, steps: range, lr: float = 0.3) -> list[float]:
+    """Global mean loss of each of `steps` updates."""
+    out = []
+    for step in steps:
+        seen = step * config.train.global_batch
+        loss, _ = engine.forward(fake_views(config, step, world), samples_seen=seen)
+        engine.backward(loss)
+        engine.update(lr, engine.method.frozen(seen))
+        out.append((world.sum_(loss.detach().clone()) / world.size).item())
+    return out

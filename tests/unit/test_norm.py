@@ -1,0 +1,94 @@
+"""BatchNorm on one rank: a list is one call an entry, and recomputation leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from seer_scale.models.norm import BatchNorm, StatsTape, _affine, _combine, _input_gradient, _moments, _sums
+from seer_scale.models.registry import build_backbone, initialise
+
+SHAPES = [(3, 4, 5, 5), (6, 4, 3, 2), (5, 4)]
+
+
+def plain_and_ours(channels: int = 4) -> tuple[nn.BatchNorm2d, BatchNorm]:
+    torch.manual_seed(0)
+    plain, ours = nn.BatchNorm2d(channels), BatchNorm(channels)
+    plain._check_input_dim = lambda x: None  # [N, C] too
+    nn.init.normal_(plain.weight)
+    nn.init.normal_(plain.bias)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+def test_a_list_is_one_call_an_entry_in_order():
+    plain, ours = plain_and_ours()
+    for training in (True, True, False):
+        plain.train(training), ours.train(training)
+        xs = [torch.randn(shape) + 1 for shape in SHAPES]
+        ys = ours(xs)
+        assert all(torch.equal(y, plain(x)) for x, y in zip(xs, ys))
+        assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), ours.buffers()))
+    assert ours.num_batches_tracked == 2 * len(SHAPES)
+    assert torch.equal(ours(xs[0]), plain(xs[0]))  # a single tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_half_precision_in_and_out_with_fp32_statistics(dtype, training):
+    plain, ours = plain_and_ours()
+    plain.train(training), ours.train(training)
+    x = (torch.randn(64, 4, 5, 5) + 8).to(dtype)
+    y, expected = ours(x), plain(x.float())
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected.to(dtype))
+    torch.testing.assert_close(ours.running_var, plain.running_var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("splits", [[1, 2], [0, 3], [2, 0, 1]])
+def test_the_statistics_of_parts_combine_to_those_of_the_whole(shape, splits):
+    """The maths of the grouped path without ranks: any split, even with an empty part first, and its gradient."""
+    plain, ours = plain_and_ours()
+    x = torch.randn(shape, requires_grad=True)
+    dy = torch.randn(shape)
+    y = plain(x)
+    y.backward(dy)
+    edges = [round(len(x) * sum(splits[:i]) / 3) for i in range(len(splits) + 1)]
+    parts = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    with torch.no_grad():
+        mean, invstd = map(torch.stack, zip(*[_moments(x[p], 1e-5) for p in parts]))
+        count = torch.tensor([x[p].numel() / 4 or 1e-30 for p in parts])
+        mean, invstd = _combine(None, mean, invstd, ours.running_mean, ours.running_var, 0.1, 1e-5, count)
+        sums = [_sums(dy[p], x[p], mean, invstd, ours.weight) for p in parts]
+        total = [sum(s) for s in zip(*sums)]
+        for p in parts:
+            ours_y = _affine(x[p], ours.weight, ours.bias, mean, invstd, 1e-5)
+            torch.testing.assert_close(ours_y, y[p], rtol=1e-5, atol=1e-5)
+            dx = _input_gradient(dy[p], x[p], mean, invstd, ours.weight, *total, count.sum().int())
+            torch.testing.assert_close(dx, x.grad[p], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.running_mean, plain.running_mean)
+    torch.testing.assert_close(ours.running_var, plain.running_var)
+
+
+def test_recomputing_every_unit_changes_no_bit():
+    model = build_backbone("regnety", depth=5, w0=8, wa=12.0, wm=2.0, group_width=8)
+    initialise(model, 0)
+    recomputed = copy.deepcopy(model)
+    for unit in recomputed.units().values():
+        forward = unit.forward
+        unit.forward = lambda xs, forward=forward: checkpoint(
+            forward, xs, use_reentrant=False, context_fn=StatsTape.contexts
+        )
+    xs = [torch.randn(2, 3, 64, 64), torch.randn(4, 3, 48, 48)]
+    for _ in range(2):  # the second step sees the running statistics of the first
+        for m in (model, recomputed):
+            loss = sum(y.square().mean() for y in m(xs))
+            loss.backward(retain_graph=True)
+            loss.backward()  # a kept graph is recomputed again
+    for a, b in zip(model.parameters(), recomputed.parameters()):
+        assert torch.equal(a.grad, b.grad)
+    for (name, a), b in zip(model.named_buffers(), recomputed.buffers()):
+        assert torch.equal(a, b), name

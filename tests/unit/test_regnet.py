@@ -1,0 +1,172 @@
+"""RegNetY against the published table and against timm. A new row of REGNETY is tested by being listed."""
+
+import re
+import time
+
+import pytest
+import timm
+import torch
+
+from seer_scale.errors import UserError
+from seer_scale.models.norm import BatchNorm
+from seer_scale.models.registry import backbone_names, build_backbone, initialise
+from seer_scale.models.regnet import REGNETY, RegNetY, stage_plan
+
+# widths, depths, trunk parameters, GMAC at 224: docs/facts, from arXiv 2003.13678 (to 32GF), 2103.01988 and 2202.08360
+PUBLISHED = {
+    "regnety_8gf": ([168, 448, 896, 2016], [2, 4, 10, 1], 37_163_068, 8.0),
+    "regnety_16gf": ([224, 448, 1232, 3024], [2, 4, 11, 1], 80_565_140, 15.9),
+    "regnety_32gf": ([232, 696, 1392, 3712], [2, 5, 12, 1], 141_333_770, 32.3),
+    "regnety_64gf": ([328, 984, 1968, 4920], [2, 5, 12, 1], 276_457_786, 64.1),
+    "regnety_128gf": ([528, 1056, 2904, 7392], [2, 7, 17, 1], 637_419_894, 127.5),
+    "regnety_256gf": ([746, 1492, 4103, 10444], [2, 7, 17, 1], 1_272_156_138, 254.4),
+    "regnety_10b": ([2020, 4040, 11110, 28280], [2, 7, 17, 1], 9_323_934_872, 1863),
+}
+TIMM = {
+    "200mf": "002", "400mf": "004", "600mf": "006", "800mf": "008", "1_6gf": "016", "3_2gf": "032", "4gf": "040",
+    "6_4gf": "064", "8gf": "080", "12gf": "120", "16gf": "160", "32gf": "320", "64gf": "640", "128gf": "1280",
+    "256gf": "2560",
+}  # fmt: skip
+SMALL = ["200mf", "400mf", "600mf", "800mf", "1_6gf", "3_2gf", "4gf"]
+TINY = {"depth": 5, "w0": 8, "wa": 12.0, "wm": 2.0, "group_width": 8}  # widths 8 16 32 64, depths 1 1 2 1
+
+
+def on_meta(name: str) -> RegNetY:
+    with torch.device("meta"):
+        return build_backbone(name)
+
+
+def tiny() -> RegNetY:
+    model = build_backbone("regnety", **TINY)
+    initialise(model, seed=0)
+    return model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_table(name):
+    widths, depths, parameters, gmac = PUBLISHED[name]
+    model = on_meta(name)
+    assert stage_plan(REGNETY[name]) == (widths, depths)
+    assert model.num_features == widths[-1]
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.num_flops(224) / 1e9 == pytest.approx(gmac, abs=0.5 if gmac > 1000 else 0.05)
+
+
+@pytest.mark.parametrize("name", REGNETY)
+def test_every_row(name):
+    """Each row is built on meta in under a second, and its units and initialisers cover every parameter once."""
+    start = time.process_time()
+    model = on_meta(name)
+    assert time.process_time() - start < 1
+    parameters = dict(model.named_parameters())
+    assert model.initialisers().keys() == parameters.keys()
+    assert [f"{unit}.{p}" for unit, m in model.units().items() for p, _ in m.named_parameters()] == list(parameters)
+    assert ["stem", *sum(model.stage_units(), [])] == list(model.units())
+
+
+@pytest.mark.parametrize("size", TIMM)
+def test_names_and_shapes_are_timms(size):
+    with torch.device("meta"):
+        theirs = timm.create_model(f"regnety_{TIMM[size]}", num_classes=0).state_dict()
+    ours = on_meta(f"regnety_{size}").state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("size", SMALL)
+def test_outputs_are_timms(size):
+    ours = build_backbone(f"regnety_{size}")
+    initialise(ours, seed=1)
+    theirs = timm.create_model(f"regnety_{TIMM[size]}", num_classes=0)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for training in (True, False):  # the eval pass runs on the statistics that the training pass left
+            y, expected = ours.train(training)(x), theirs.train(training)(x)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_multiply_accumulates_are_those_of_the_convolutions_run():
+    model, counted = tiny(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, _, y: counted.append(m.weight.numel() * y[0, 0].numel()))
+    for size in (64, 75, 96):
+        counted.clear()
+        model(torch.zeros(2, 3, size, size))
+        assert model.num_flops(size) == sum(counted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_list_is_one_call_an_entry_and_enters_each_unit_once(training):
+    together, apart = tiny().train(training), tiny().train(training)
+    calls = []
+    for name, unit in together.units().items():
+        unit.register_forward_hook(lambda *_, name=name: calls.append(name))
+    xs = [torch.randn(3, 3, 64, 64), torch.randn(5, 3, 40, 48)]
+    for y, x in zip(together(xs), xs, strict=True):
+        assert y.shape == (len(x), together.num_features)
+        assert torch.equal(y, apart(x))
+    assert calls == list(together.units())
+    assert all(torch.equal(a, b) for a, b in zip(together.buffers(), apart.buffers()))
+
+
+def test_stage_maps_lead_to_the_pooled_features():
+    model, x = tiny().eval(), torch.randn(2, 3, 64, 64)
+    maps = model.forward_stages(x)
+    assert [tuple(m.shape[1:]) for m in maps] == [(w, 16 // 2**i, 16 // 2**i) for i, w in enumerate([8, 16, 32, 64])]
+    assert torch.equal(maps[-1].mean((2, 3)), model(x))
+    assert torch.equal(model.forward_stages([x])[1][0], maps[1])
+
+
+def test_construction_draws_nothing_and_weights_follow_from_the_seed():
+    before = torch.get_rng_state()
+    first, second = tiny(), tiny()
+    assert torch.equal(before, torch.get_rng_state())
+    for layer in second.modules():
+        if isinstance(layer, BatchNorm):
+            layer.running_mean.fill_(3)
+    initialise(second, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    initialise(second, seed=1)
+    assert not torch.equal(first.stem.conv.weight, second.stem.conv.weight)
+
+
+def test_grouped_convolutions_start_by_their_full_fan_out():
+    model = build_backbone("regnety_800mf")
+    initialise(model, seed=0)
+    conv = model.s3.b2.conv2.conv
+    assert conv.groups == 20 and conv.weight.std().item() == pytest.approx((2 / (9 * 320)) ** 0.5, rel=0.02)
+    assert set(model.s3.b2.conv3.bn.weight.tolist()) == {1.0} and not model.s3.b2.se.fc1.bias.any()
+
+
+def test_the_free_regnety_is_the_named_one_on_the_same_generator():
+    with torch.device("meta"):
+        free = build_backbone("regnety", depth=17, w0=192, wa=76.82, wm=2.19, group_width=56)
+    named = on_meta("regnety_8gf")
+    assert {k: v.shape for k, v in free.state_dict().items()} == {k: v.shape for k, v in named.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "name, free, said",
+    [
+        ("regnety_256g", {}, "did you mean regnety_256gf?"),
+        ("regnety_8gf", {"depth": 9}, "use regnety"),
+        ("regnety", {}, "needs depth, w0, wa, wm, group_width"),
+        ("regnety", TINY | {"group_with": 8}, "did you mean group_width?"),
+        ("regnety", TINY | {"depth": 4.5}, "must be int"),
+        ("regnety", TINY | {"w0": 9}, "multiple of 8"),
+        ("regnety", TINY | {"wm": 1.0}, "above 1"),
+        ("regnety", TINY | {"group_width": 0}, "at least 1"),
+        ("regnety", TINY | {"se_ratio": 0}, "se_ratio 0"),
+        ("regnety", TINY | {"wa": 0.0}, "1 stage width "),
+    ],
+)
+def test_impossible_requests_name_the_fix(name, free, said):
+    with pytest.raises(UserError, match=re.escape(said)), torch.device("meta"):
+        build_backbone(name, **free)
+
+
+def test_names():
+    assert backbone_names() == [*REGNETY, "regnety"]

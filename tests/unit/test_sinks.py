@@ -1,0 +1,251 @@
+"""The record of a run: strict JSON whatever comes, whole lines after any kill, one path through any restarts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from seer_scale.observe import sinks
+from seer_scale.observe.sinks import RunLog, read_metrics
+
+BATCH = 64
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves when told to."""
+
+    class Clock:
+        now = 1_700_000_000.0
+
+        def time(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(sinks, "time", clock)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def no_tensorboard(request, monkeypatch):
+    """Opening TensorBoard costs seconds; the one test about it has the real one."""
+    if "tensorboard" not in request.node.name:
+        monkeypatch.setattr(RunLog, "_open_tensorboard", lambda self, purge_from=None: None)
+        monkeypatch.setattr(RunLog, "_to_tensorboard", lambda self, row: None)
+
+
+def open_log(run_dir, total=6400) -> RunLog:
+    return RunLog(run_dir, total, 4.159, active=True)
+
+
+def row(step: int, **more) -> dict:
+    return {"step": step, "samples_seen": step * BATCH, "loss": 4.0, "throughput/img_per_s": 100.0} | more
+
+
+def strict_lines(run_dir) -> list[dict]:
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (run_dir / "metrics.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+NAMES = ["loss", "lr", "loss_scale", "knn/top1", "throughput/img_per_s"]
+numbers = st.floats() | st.floats(width=32).map(np.float32) | st.floats(width=32).map(torch.tensor)
+values = st.recursive(
+    numbers | st.none() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+)
+anything = st.builds(
+    lambda a, b: a | b, st.dictionaries(st.text(), values), st.dictionaries(st.sampled_from(NAMES), numbers)
+)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(metrics=anything, text=st.text(), samples=st.integers(0, 2**40))
+def test_every_line_is_strict_json_whatever_the_values(tmp_path, metrics, text, samples):
+    path = tmp_path / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    with open_log(tmp_path) as log:
+        log.log(metrics | {"step": 1, "samples_seen": samples})
+        log.event("note", text, samples_seen=samples, detail=metrics)
+    first, second = strict_lines(tmp_path)
+    assert first["samples_seen"] == second["samples_seen"] == samples
+    assert second["text"] == text
+
+
+def test_numbers_that_are_not_finite_become_null_and_tensors_numbers(tmp_path):
+    with open_log(tmp_path) as log:
+        log.log(row(1, loss=float("nan"), lr=np.float32("inf"), grad_norm=torch.tensor(1.5), some=[1, float("-inf")]))
+    (line,) = strict_lines(tmp_path)
+    assert (line["loss"], line["lr"], line["grad_norm"], line["some"]) == (None, None, 1.5, [1, None])
+
+
+def test_a_kill_at_any_byte_loses_at_most_the_line_being_written(tmp_path):
+    with open_log(tmp_path) as log:
+        for step in (1, 2):
+            log.log(row(step))
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    for cut in range(len(whole)):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:cut])
+        before = [r["step"] for r in read_metrics(tmp_path)[0]]
+        with open_log(tmp_path) as log:
+            log.log(row(3))
+        steps = [line["step"] for line in strict_lines(tmp_path)]
+        assert steps == [1, 2][: whole[:cut].count(b"\n")] + [3]
+        assert set(steps) - {3} <= set(before)  # a reader may see a last line whose end of line is still missing
+
+
+def test_a_restart_drops_the_rows_beyond_the_point_it_went_on_from(tmp_path):
+    with open_log(tmp_path) as log:
+        log.event("start", "A new run.", samples_seen=0)
+        log.log({"samples_seen": 0, "knn/top1": 20.0})
+        for step in range(1, 8):
+            log.log(row(step, loss=1.0))
+        log.log({"samples_seen": 7 * BATCH, "knn/top1": 99.0})
+    with open_log(tmp_path) as log:
+        log.event("resume", "Going on from 256 images.", samples_seen=4 * BATCH)
+        for step in (5, 6):
+            log.log(row(step, loss=2.0))
+        log.log({"samples_seen": 6 * BATCH, "knn/top1": 40.0})
+    rows, events = read_metrics(tmp_path)
+    assert [r["samples_seen"] // BATCH for r in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in rows[1:]] == [1.0] * 4 + [2.0] * 2
+    assert [r["knn/top1"] for r in rows if "knn/top1" in r] == [20.0, 40.0]
+    assert rows[-1]["step"] == 6  # an evaluation joins the row of its samples_seen
+    assert [e["event"] for e in events] == ["start", "resume"]
+
+
+def test_without_resume_events_the_later_line_of_the_same_samples_wins(tmp_path):
+    with open_log(tmp_path) as log:
+        log.log(row(1, loss=1.0))
+        log.log(row(2, loss=1.0))
+        log.log(row(1, loss=3.0))
+    assert [r["loss"] for r in read_metrics(tmp_path)[0]] == [3.0, 1.0]
+
+
+def test_a_run_without_metrics_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path) == ([], [])
+
+
+def test_the_eta_survives_a_restart_and_leaves_out_the_time_between(tmp_path, clock):
+    with open_log(tmp_path) as log:
+        assert log.eta_s() is None
+        log.event("start", "A new run.", samples_seen=0)
+        for step in range(1, 51):  # 64 images every 2 s
+            clock.now += 2
+            log.log(row(step))
+        assert log.eta_s() == pytest.approx(50 * 2)
+    clock.now += 86_400
+    with open_log(tmp_path) as log:
+        log.event("resume", "Going on.", samples_seen=40 * BATCH)
+        assert log.eta_s() == pytest.approx(60 * 2)
+        clock.now += 30
+        log.log(row(41))
+        assert log.eta_s() == pytest.approx(59 * 2)
+    with open_log(tmp_path) as log:
+        assert log.eta_s() == pytest.approx(59 * 2)
+
+
+def test_one_line_is_enough_for_a_first_eta(tmp_path):
+    with open_log(tmp_path) as log:
+        log.log(row(1, **{"throughput/img_per_s": 100.0}))
+        assert log.eta_s() == pytest.approx((6400 - BATCH) / 100)
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    with RunLog(tmp_path, 400_000, 5.7038, active=True) as log:
+        log.event("start", "A new run [of 400,000 images].", samples_seen=0)
+        log.log(
+            {
+                "step": 50,
+                "samples_seen": 12_800,
+                "loss": 5.412,
+                "lr": 0.3,
+                "loss_scale": 65536.0,
+                "throughput/img_per_s": 812.0,
+            }
+        )
+        log.log({"samples_seen": 12_800, "knn/top1": 43.14})
+        log.log({"step": 51, "samples_seen": 13_056, "loss": float("nan")})
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.splitlines() == [
+        "A new run [of 400,000 images].",
+        "samples 12,800/400,000  loss 5.412 (ln K 5.704)  lr 0.3  scale 65536  812 img/s  ETA 0:07:57",
+        "samples 12,800/400,000  kNN top-1 43.1 %",
+        out.splitlines()[-1],
+    ]
+    assert "loss not finite (ln K 5.704)" in out.splitlines()[-1]
+
+
+def test_on_a_terminal_the_progress_is_live(tmp_path):
+    program = f"""
+from pathlib import Path
+from seer_scale.observe.sinks import RunLog
+RunLog._open_tensorboard = RunLog._to_tensorboard = lambda self, *_, **__: None
+with RunLog(Path({str(tmp_path)!r}), 6400, 4.159, active=True) as log:
+    log.event("start", "A new run.", samples_seen=0)
+    log.log({row(50, loss=3.5, lr=0.3, **{"knn/top1": 41.0})})
+"""
+    ours, theirs = os.openpty()
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stdin=theirs, env=env)
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    for words in ("A new run.", "3,200/6,400", "100 img/s", "ETA 0:00:32", "loss 3.500 (ln K 4.159)", "41.0 %", "━━━"):
+        assert words in text, words
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
+    with RunLog(tmp_path / "run", 100, 1.0, active=False) as log:
+        log.log(row(1))
+        log.event("start", "A new run.", samples_seen=0)
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_told_once_and_never_ends_the_run(tmp_path, monkeypatch, capsys):
+    write = os.write
+
+    def full(fd, data):
+        write(fd, data[:5])
+        return 5
+
+    with open_log(tmp_path) as log:
+        log.log(row(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            log.log(row(2))
+            log.log(row(3))
+        log.log(row(4))
+    assert [line["step"] for line in strict_lines(tmp_path)] == [1, 4]
+    assert capsys.readouterr().err.count("free some space") == 1
+
+
+def test_tensorboard_has_the_scalars_by_samples_without_the_abandoned_ones(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_log(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.log(row(step, loss=1.0))
+    with open_log(tmp_path) as log:
+        log.event("resume", "Going on.", samples_seen=BATCH)
+        log.log(row(2, loss=2.0))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(BATCH, 1.0), (2 * BATCH, 2.0)]

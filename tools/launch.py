@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Start a recipe on several processes: python tools/launch.py RECIPE --cluster local [--ranks N] [--key value ...]"""
+
+from __future__ import annotations
+
+import sys
+
+from seer_scale.errors import UserError, complain, nearest
+
+CLUSTERS = ("local",)
+HELP = f"""{__doc__}
+
+  RECIPE           a shipped recipe's name or a YAML file
+  --cluster local  processes on this machine, by submitit's local executor
+  --ranks N        number of processes (default: the recipe's parallel.ranks)
+  --key value      any key of the recipe (seer-scale train --help shows them)
+
+Ctrl-C saves and stops; the same command goes on. Exit status: 0 done, 1 failed, 2 bad input, 75 stopped and saved.
+"""
+
+
+def main(words: list[str]) -> int:
+    if not words or "-h" in words or "--help" in words:
+        print(HELP)
+        return 0
+    try:
+        recipe, own, overrides = _split(words)
+        cluster = own.get("--cluster")
+        if cluster not in CLUSTERS:
+            raise UserError(f"--cluster is {cluster!r}, but must be one of {', '.join(CLUSTERS)}; {nearest(str(cluster), CLUSTERS)}")
+        ranks = own.get("--ranks", "0")
+        if not ranks.isdigit():
+            raise UserError(f"--ranks is {ranks!r}, but must be a whole number of processes, such as 2.")
+        from seer_scale.launch.local import launch
+
+        return launch(recipe, overrides, int(ranks) or None)
+    except UserError as error:
+        return complain(error)
+
+
+def _split(words: list[str]) -> tuple[str, dict[str, str], list[str]]:
+    """The recipe, the launcher's own options, and the recipe's overrides."""
+    own, rest, words = {}, [], list(words)
+    while words:
+        name, given, value = words.pop(0).partition("=")
+        if name in ("--cluster", "--ranks"):
+            if not given and not words:
+                raise UserError(f"{name} has no value; write {name} VALUE.")
+            own[name] = value if given else words.pop(0)
+        else:
+            rest.append(name + given + value)
+    if not rest or rest[0].startswith("--"):
+        raise UserError("The recipe comes first: python tools/launch.py RECIPE --cluster local.")
+    return rest[0], own, rest[1:]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
