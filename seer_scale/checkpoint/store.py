@@ -291,8 +291,9 @@ def _difference(path: Path, wanted: State, metadata: Metadata, only: str) -> str
         return f"{path} holds nothing under {only!r}."
     for key in sorted(here | there):
         if here.get(key) != there.get(key):
+            kind = "is of another architecture" if key.startswith("model/") else "does not fit this recipe"
             return (
-                f"{path} is of another architecture: {key} is {there.get(key, 'absent')} in the checkpoint and "
+                f"{path} {kind}: {key} is {there.get(key, 'absent')} in the checkpoint and "
                 f"{here.get(key, 'absent')} in this run; choose the recipe that wrote it, or another checkpoint."
             )
     return None

@@ -89,9 +89,7 @@ def cells(x, y, draw):
     centre_x = (np.arange(columns) + left + draw.random((rows, columns))).astype(np.float32)
     centre_y = (np.arange(rows)[:, None] + top + draw.random((rows, columns))).astype(np.float32)
     i, j = np.floor(x).astype(int) - left, np.floor(y).astype(int) - top
-    near = [
-        np.hypot(x - centre_x[j + b, i + a], y - centre_y[j + b, i + a]) for a in (-1, 0, 1) for b in (-1, 0, 1)
-    ]
+    near = [np.hypot(x - centre_x[j + b, i + a], y - centre_y[j + b, i + a]) for a in (-1, 0, 1) for b in (-1, 0, 1)]
     first, second = np.partition(np.stack(near), 1, axis=0)[:2]
     return _soft(second - first - draw.uniform(0.1, 0.2), draw.uniform(8, 15))
 
@@ -144,24 +142,26 @@ def photograph(texture: Texture, draw: np.random.Generator, difficulty: Difficul
     one, other = _two_colours(draw, saturation, draw.uniform(*d.contrast))
     image = one + (other - one) * pattern
     for _ in range(draw.integers(d.clutter[0], d.clutter[1] + 1)):
-        _cover(image, draw, _colour(draw, saturation), d.clutter_size)
+        _cover(image, draw, _colours(draw, saturation), d.clutter_size)
     direction = draw.uniform(0, _TURN)
     ramp = np.cos(direction) * (u / width - 0.5) + np.sin(direction) * (v / height - 0.5)
     image *= (1 - draw.uniform(*d.lighting) * (ramp + 0.5).clip(0, 1))[..., None]
-    image = 255 * image + draw.normal(0, draw.uniform(*d.noise), image.shape)
+    image = 255 * image + draw.uniform(*d.noise) * draw.standard_normal(image.shape, np.float32)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def _colour(draw: np.random.Generator, saturation: float) -> np.ndarray:
-    """A random colour in [0, 1]^3, drawn towards its own grey."""
-    colour = draw.random(3, np.float32)
-    return colour.mean() + saturation * (colour - colour.mean())
+def _colours(draw: np.random.Generator, saturation: float, *shape: int) -> np.ndarray:
+    """Random colours float32 [*shape, 3] in [0, 1], drawn towards their own grey."""
+    colours = draw.random((*shape, 3), np.float32)
+    grey = colours.mean(-1, keepdims=True)
+    return grey + np.float32(saturation) * (colours - grey)
 
 
-def _two_colours(draw: np.random.Generator, saturation: float, distance: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours `distance` apart (root mean square over the channels), as nearly as a hundred draws come to it."""
-    pairs = [(_colour(draw, saturation), _colour(draw, saturation)) for _ in range(100)]
-    return min(pairs, key=lambda p: abs(np.sqrt(((p[0] - p[1]) ** 2).mean()) - distance))
+def _two_colours(draw: np.random.Generator, saturation: float, distance: float) -> np.ndarray:
+    """Two colours [2, 3] `distance` apart (root mean square over the channels), as nearly as fifty draws come to it."""
+    pairs = _colours(draw, saturation, 50, 2)
+    apart = np.sqrt(((pairs[:, 0] - pairs[:, 1]) ** 2).mean(-1))
+    return pairs[np.abs(apart - distance).argmin()]
 
 
 def _cover(image: np.ndarray, draw: np.random.Generator, colour: np.ndarray, sizes: tuple[float, float]) -> None:
@@ -187,8 +187,10 @@ def write_demo_corpus(
     """
     folder = Path(folder)
     if train % len(CLASSES) or test % len(CLASSES):
-        raise DataError(f"a demo corpus of {train} + {test} images cannot be balanced: both must be multiples of {len(CLASSES)}.")
-    about = {"version": VERSION, "train": train, "test": test, "seed": seed, "difficulty": dataclasses.asdict(difficulty)}
+        raise DataError(
+            f"a demo corpus of {train} + {test} images has unequal classes: give multiples of {len(CLASSES)}."
+        )
+    about = dict(version=VERSION, train=train, test=test, seed=seed, difficulty=dataclasses.asdict(difficulty))
     manifest = json.dumps(about, indent=1)
     if _holds(folder, manifest):
         return folder
@@ -203,8 +205,9 @@ def write_demo_corpus(
             for n in range(count // len(CLASSES)):
                 draw = numpy_generator(seed, "demo", split, name, n)
                 image = photograph(textures[name], draw, difficulty)
-                quality = [cv2.IMWRITE_JPEG_QUALITY, int(draw.integers(difficulty.quality[0], difficulty.quality[1] + 1))]
-                _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)
+                quality = int(draw.integers(difficulty.quality[0], difficulty.quality[1] + 1))
+                bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+                _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
                 (aside / split / name / f"{n:04d}.jpg").write_bytes(data.tobytes())
     (aside / "manifest.json").write_text(manifest)
     try:

@@ -88,17 +88,19 @@ def _readable(
         try:
             return decode(source.read(index)), index
         except DataError as error:
-            reasons.append(f"{source.name(index)}: {error}")
+            name = source.name(index)
+            reasons.append(f"{name}: {str(error).removeprefix(f'{name} ')}")
             unreadable.append(reasons[-1])
-    raise DataError(f"{GIVE_UP_AFTER} images in a row cannot be read, so check data.path; the first: {'; '.join(reasons[:3])}.")
+    first = "; ".join(reasons[:3])
+    raise DataError(f"{GIVE_UP_AFTER} images in a row cannot be read, so check data.path; the first: {first}.")
 
 
 def decoded(
     source: Source, indices: Sequence[int] | np.ndarray, size: int, *, batch: int, workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(images uint8 [b, 3, size, size], labels int64 [b], image numbers int64 [b]) for evaluation, in order, b <= batch.
+    """(images uint8 [b, 3, size, size], labels int64 [b], image numbers int64 [b]) for evaluation, in order.
 
-    Images that cannot be read are left out; the label is -1 where there is none.
+    b is at most `batch`. Images that cannot be read are left out; the label is -1 where there is none.
     """
     build = partial(_load_centres, source, np.asarray(indices, np.int64), size, batch)
     for images, labels, numbers in _stream(build, range(0, len(indices), batch), workers, 2, False):

@@ -131,7 +131,9 @@ class _LabelsBuilder:
         self.codes.append(-1 if value is None else self.values.setdefault(value, len(self.values)))
 
 
-def _number(codes: np.ndarray, values: Sequence[str], classes: Sequence[str], where: str) -> tuple[np.ndarray, list[str]]:
+def _number(
+    codes: np.ndarray, values: Sequence[str], classes: Sequence[str], where: str
+) -> tuple[np.ndarray, list[str]]:
     """Labels int32 and class names from codes into `values`: whole numbers stand for themselves, names are sorted.
 
     classes: names in the order the user gave (classes.txt), or empty.
@@ -139,7 +141,10 @@ def _number(codes: np.ndarray, values: Sequence[str], classes: Sequence[str], wh
     if all(v.isascii() and v.isdigit() for v in values):
         numbers = [int(v) for v in values]
         if classes and numbers and max(numbers) >= len(classes):
-            raise DataError(f"{where} has label {max(numbers)}, but classes.txt beside it names only {len(classes)} classes; complete or remove classes.txt.")
+            raise DataError(
+                f"{where} has label {max(numbers)}, but classes.txt beside it names only {len(classes)} classes; "
+                "complete or remove classes.txt."
+            )
         names = list(classes)
     else:
         names = list(classes) if set(values) <= set(classes) else sorted(values)
@@ -232,7 +237,10 @@ def list_file(path: str) -> Files:
                 if not name.strip():
                     continue
                 if labels.codes and bool(tab) != (labels.codes[0] >= 0):
-                    raise DataError(f"{path}: line {number} has {'a' if tab else 'no'} label, unlike the lines before; give every line a tab and a label, or none.")
+                    raise DataError(
+                        f"{path}: line {number} has {'a' if tab else 'no'} label, unlike the lines before; "
+                        "give every line a tab and a label, or none."
+                    )
                 names.add(name)
                 labels.add(label.strip() if tab else None)
     except OSError as error:
@@ -242,7 +250,10 @@ def list_file(path: str) -> Files:
     found = names.build()
     first = [os.path.join(root, found[i]) for i in range(min(100, len(found)))]
     if not any(map(os.path.exists, first)):
-        raise DataError(f"{path} lists {first[0]!r}, which does not exist, nor do the lines after it; relative paths are taken from the list's own folder.")
+        raise DataError(
+            f"{path} lists {first[0]!r}, which does not exist, nor do the lines after it; "
+            "relative paths are taken from the list's own folder."
+        )
     if labels.codes[0] < 0:
         return Files(root, found, None, ())
     return Files(root, found, *_number(np.array(labels.codes, np.int32), list(labels.values), (), path))
@@ -263,7 +274,8 @@ class Tars(Source):
         parts = [_index(p) for p in self._paths]
         self._starts = np.cumsum([0, *(len(p["offset"]) for p in parts)])
         if not self._starts[-1]:
-            raise DataError(f"{_few(self._paths)} holds no image: looked for members that end in {', '.join(SUFFIXES)}.")
+            looked = ", ".join(SUFFIXES)
+            raise DataError(f"{_few(self._paths)} holds no image: looked for members that end in {looked}.")
         self._offset, self._size = (np.concatenate([p[k] for p in parts]) for k in ("offset", "size"))
         blob_starts = np.cumsum([0, *(len(p["names"]) for p in parts)])
         ends = np.concatenate([p["name_ends"] + s for p, s in zip(parts, blob_starts)])
@@ -389,7 +401,7 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
             tail = os.pread(file.fileno(), 1 << 20, archive.offset)
     except tarfile.ReadError as error:
         if not len(offsets) and "end of data" not in str(error):
-            raise DataError(f"{tar} is not a tar that can be read at random ({error}); unpack a compressed one first.") from error
+            raise DataError(f"{tar} is not a plain tar ({error}); unpack a compressed one first.") from error
         raise DataError(f"{tar} is cut short ({last}); fetch it again or remove it.") from error
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{tar} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
@@ -423,7 +435,9 @@ def _guess(path: str) -> str:
         if path.lower().endswith(".tar"):
             return "tar"
         if path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")):
-            raise DataError(f"{path} is compressed, so its images cannot be read at random; unpack it to .tar files or a folder.")
+            raise DataError(
+                f"{path} is compressed, so no image can be read alone; unpack it to .tar files or a folder."
+            )
         if _is_image(path):
             raise DataError(f"{path} is a single image; give its folder, or a list file.")
         return "list"
@@ -432,7 +446,7 @@ def _guess(path: str) -> str:
         return "folder"
     other = next((e.name for e in entries if _is_image(e.name) or (e.is_dir() and not e.name.startswith("."))), None)
     if other:
-        raise DataError(f"{path} holds tars and also {other}; say which is meant with data.kind tar or data.kind folder.")
+        raise DataError(f"{path} holds tars and also {other}; say what is meant by data.kind tar or data.kind folder.")
     return "tar"
 
 
@@ -449,7 +463,7 @@ def _tar_paths(path: str) -> list[str]:
         else:
             found = sorted(glob.glob(part))
         if not found:
-            raise DataError(f"{part} holds no .tar file; give a folder of tars, or a glob such as {os.path.dirname(part) or '.'}/*.tar.")
+            raise DataError(f"{part} holds no .tar file; give a folder of tars, or a glob such as shards/*.tar.")
         paths += found
     return list(dict.fromkeys(paths))
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from seer_scale.config import Views
 from seer_scale.errors import DataError
@@ -51,7 +51,7 @@ def decode(data: bytes) -> np.ndarray:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
             if height * width > MAX_PIXELS:
                 raise DataError(f"it announces {width} x {height} pixels, more than {MAX_PIXELS}")
-            if space in ("YCbCr", "RGB", "Gray", "GRAY"):
+            if space in ("YCbCr", "RGB", "Gray"):
                 return _upright(simplejpeg.decode_jpeg(data, "RGB"), _jpeg_orientation(data))
         except (ValueError, KeyError):
             pass  # strict about every oddity: Pillow tells the harmless ones from the broken
@@ -70,6 +70,8 @@ def _decode_pillow(data: bytes) -> np.ndarray:
                 orientation = _orientation(image)
         except DataError:
             raise
+        except UnidentifiedImageError as error:
+            raise DataError("its bytes are of no known image format") from error
         except Exception as error:  # decoders fail on hostile bytes with every kind of exception
             raise DataError(f"it is no whole image ({type(error).__name__}: {error})") from error
     return _upright(pixels, orientation)

@@ -304,6 +304,7 @@ def test_a_difference_is_told_before_anything_is_read(tmp_path):
     assert "model/new is absent in the checkpoint and float32 [2]" in refusal({"model/new": torch.zeros(2)})
     assert "model/w is float32 [4096] in the checkpoint and absent" in refusal({}, without="model/w")
     assert "int64 [4096] in this run" in refusal({"model/w": torch.zeros(4096, dtype=torch.int64)})
+    assert "does not fit this recipe: scaler/scale is absent" in refusal({"scaler/scale": torch.ones(())})
     assert "holds nothing under 'modle/'" in refusal({}, only="modle/")
 
 

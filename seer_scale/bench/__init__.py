@@ -1,0 +1,1 @@
+"""Measurements that print what they compare: `seer-scale bench NAME`."""

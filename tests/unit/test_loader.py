@@ -1,0 +1,220 @@
+"""Batches: the same images and the same crops for any ranks, workers and restart; broken images replaced and told."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seer_scale.config import Crop, Data, Views
+from seer_scale.data import loader as module
+from seer_scale.data.loader import decoded, loader
+from seer_scale.data.sources import open_source
+from seer_scale.errors import DataError
+
+VIEWS = Views(crops=(Crop(num=2, size=24), Crop(num=3, size=16, scale=(0.05, 0.14))))
+N, BATCH = 30, 12
+
+
+def jpeg(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3)).astype(np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for n in range(N):
+        (root / str(n % 3)).mkdir(exist_ok=True)
+        (root / str(n % 3) / f"{n}.jpg").write_bytes(jpeg(n))
+    return open_source(str(root))
+
+
+def batches(source, *, workers=0, rank=0, world_size=1, start=0, stop=5 * BATCH, seed=3, global_batch=BATCH):
+    part = dict(seed=seed, global_batch=global_batch, rank=rank, world_size=world_size, start=start, stop=stop)
+    return list(loader(source, Data(workers=workers, prefetch=2), VIEWS, **part))
+
+
+def same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert x.samples_seen == y.samples_seen and torch.equal(x.indices, y.indices) and x.unreadable == y.unreadable
+        assert all(torch.equal(p, q) for p, q in zip(x.views, y.views))
+
+
+def joined(parts):
+    """The batches of all ranks as one rank's: by crops, as each view tensor is crop-major."""
+    out = []
+    for ranks in zip(*parts):
+        views = [
+            torch.cat([v.unflatten(0, (c.num, -1)) for v in kind], dim=1).flatten(0, 1)
+            for c, kind in zip(VIEWS.crops, zip(*(r.views for r in ranks)))
+        ]
+        told = [line for r in ranks for line in r.unreadable]
+        out.append(module.Batch(views, torch.cat([r.indices for r in ranks]), ranks[0].samples_seen, told))
+    return out
+
+
+def test_shapes_and_layout(photos):
+    first = batches(photos)[0]
+    assert [tuple(v.shape) for v in first.views] == [(24, 3, 24, 24), (36, 3, 16, 16)]
+    assert all(v.dtype == torch.uint8 and v.is_contiguous() for v in first.views) and first.indices.dtype == torch.int64
+    image = int(first.indices[4])
+    expected = module.make_views(module.decode(photos.read(image)), VIEWS, 3, 0, image)
+    for got, crops in zip(first.views, expected):
+        for c, crop in enumerate(crops):
+            assert np.array_equal(got[c * BATCH + 4], crop)
+
+
+def test_any_ranks_workers_and_start_give_the_same(photos):
+    alone = batches(photos)
+    for world_size in (1, 2, 4):
+        for workers in (0, 2):
+            parts = [batches(photos, rank=r, world_size=world_size, workers=workers) for r in range(world_size)]
+            same(joined(parts), alone)
+    same(batches(photos, start=3 * BATCH, workers=3), alone[3:])
+    seen = np.concatenate([b.indices for b in alone])
+    assert sorted(seen[:N]) == sorted(seen[N : 2 * N]) == list(range(N)) and seen[:N].tolist() != seen[N:].tolist()
+
+
+def test_the_runs_own_generator_is_left_alone(photos):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    batches(photos, workers=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_crops_change_from_epoch_to_epoch(photos):
+    by_image = {}
+    for batch in batches(photos):
+        for i, image in enumerate(batch.indices.tolist()):
+            by_image.setdefault(image, []).append(batch.views[0][i])
+    assert all(len(v) == 2 and not torch.equal(*v) for v in by_image.values())
+
+
+# ----------------------------------------------------------------------------------------------- broken images
+
+
+@pytest.fixture()
+def broken(tmp_path, photos):
+    """The same photographs; 5 is empty, 11 is cut short, 17 is a web page, 23 is gone."""
+    names = []
+    for n in range(N):
+        data = {5: b"", 11: photos.read(11)[:300], 17: b"<html>"}.get(n, photos.read(n))
+        if n != 23:
+            (tmp_path / f"{n:02d}.jpg").write_bytes(data)
+        names.append(f"{n:02d}.jpg")
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    return open_source(str(tmp_path / "list.txt"))
+
+
+def test_broken_images_are_replaced_by_the_next_of_the_order(photos, broken):
+    bad = {5, 11, 17, 23}
+    whole, got = batches(photos, stop=60), batches(broken, stop=60)
+    order = np.concatenate([b.indices for b in whole])
+    used = np.concatenate([b.indices for b in got])
+    told = [line for b in got for line in b.unreadable]
+    for p in range(60):
+        epoch, offset = divmod(p, N)
+        while (image := order[epoch * N + offset % N]) in bad:
+            offset += 1
+        assert used[p] == image
+    assert len(told) >= 2 * len(bad) and {Path(t.split(": ")[0]).stem for t in told} == {"05", "11", "17", "23"}
+    assert any("05.jpg: the file is empty" in t for t in told)
+    kept = [(a, b) for a, b in zip(whole, got) if not set(a.indices.tolist()) & bad]
+    for a, b in kept:
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views))
+
+
+def test_a_replacement_has_the_crops_of_its_own_image(broken):
+    for batch in batches(broken, stop=N // BATCH * BATCH):
+        for i, image in enumerate(batch.indices.tolist()):
+            own = module.make_views(module.decode(broken.read(image)), VIEWS, 3, 0, image)
+            assert np.array_equal(batch.views[0][i], own[0][0])
+
+
+def test_replacement_does_not_depend_on_ranks_or_workers(broken):
+    alone = batches(broken)
+    same(joined([batches(broken, rank=r, world_size=4, workers=2) for r in range(4)]), alone)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_readable_is_one_sentence(tmp_path, workers):
+    for n in range(3):
+        (tmp_path / f"{n}.jpg").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"^100 images in a row cannot be read, so check data.path; .*: the file is empty"
+    ):
+        batches(open_source(str(tmp_path)), workers=workers)
+
+
+# -------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decoded_is_in_order_and_leaves_out_the_broken(photos, broken, workers):
+    got = list(decoded(photos, [4, 2, 9, 1, 0], 32, batch=2, workers=workers))
+    assert [i.tolist() for _, _, i in got] == [[4, 2], [9, 1], [0]]
+    assert all(images.shape == (len(i), 3, 32, 32) and images.dtype == torch.uint8 for images, _, i in got)
+    assert all(labels.tolist() == [photos.label(n) for n in i.tolist()] for _, labels, i in got)
+    got = list(decoded(broken, [4, 5, 11, 17, 23, 6], 32, batch=2, workers=workers))
+    assert [i.tolist() for _, _, i in got] == [[4], [6]] and all((lab == -1).all() for _, lab, _ in got)
+
+
+# ----------------------------------------------------------------------------------------------------- workers
+
+RUN = """
+import sys, os
+from seer_scale.config import Data
+from seer_scale.data.loader import loader
+from seer_scale.data.sources import open_source
+from tests.unit.test_loader import VIEWS
+part = dict(seed=0, global_batch=4, rank=0, world_size=1, start=0, stop=10**9)
+it = loader(open_source(sys.argv[1]), Data(workers=2), VIEWS, **part)
+next(it)
+print(*open(f"/proc/self/task/{os.getpid()}/children").read().split(), flush=True)
+for line in sys.stdin:
+    print(next(it).samples_seen, flush=True)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")
+def test_workers_ignore_stop_signals_and_die_with_their_parent(tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.jpg").write_bytes(jpeg(n))
+    run = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(tmp_path)], cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        children = [int(c) for c in run.stdout.readline().split()]
+        assert len(children) >= 2
+        for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            for child in children[-2:]:
+                os.kill(child, stop)
+        for step in range(1, 20):  # more than was prefetched: the workers are still at work
+            print(file=run.stdin, flush=True)
+            assert run.stdout.readline().strip() == str(4 * step)
+    finally:
+        run.kill()
+        run.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(c) for c in children[-2:]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,95 @@
+"""The loss and the queue against the textbook; what a uniform prediction costs; what SwAV says of itself."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from seer_scale.bench.step import textbook_loss, textbook_sinkhorn
+from seer_scale.world import World
+from tests.tiny import fake_views, losses_of, tiny
+
+WORLD = World()
+
+
+def test_loss_equals_the_textbook():
+    config, engine = tiny(WORLD, **{"parallel.engine": "single", "swav.prototypes": [12]})
+    method = engine.method
+    views = fake_views(config, 0, WORLD)
+    loss, _ = method(views, samples_seen=0)
+    with torch.no_grad():
+        method.eval()  # the same running statistics for both
+        z = method.embed(views)
+        scores = method.prototypes[0](z)
+        ours = method(views, samples_seen=0)[0]
+    assert torch.isfinite(loss)
+    assert torch.allclose(ours, textbook_loss(scores.flatten(0, 1), config), atol=1e-5)
+
+
+def test_prototype_sets_average():
+    config, engine = tiny(WORLD, **{"parallel.engine": "single"})
+    method = engine.method.eval()
+    views = fake_views(config, 0, WORLD)
+    with torch.no_grad():
+        both = method(views, samples_seen=0)[0]
+        scores = [p(method.embed(views)) for p in method.prototypes]
+    alone = [textbook_loss(s.flatten(0, 1), config) for s in scores]
+    assert torch.allclose(both, sum(alone) / 2, atol=1e-5)
+
+
+def test_uniform_prediction_costs_ln_k():
+    """FACTS: 8.0064 for K = 3000, 9.6803 for K = 16,000."""
+    config, engine = tiny(WORLD, **{"parallel.engine": "single"})
+    method = engine.method
+    for k, expected in ((3000, 8.0064), (16000, 9.6803)):
+        codes = torch.softmax(torch.randn(2, 8, k), 2)
+        assert math.isclose(method._swapped(torch.zeros(4, 8, k), codes).item(), expected, abs_tol=1e-4)
+    assert math.isclose(method.ln_k, (math.log(12) + math.log(7)) / 2)
+
+
+def test_queue_joins_the_assignment_when_full():
+    """With the queue, codes are those of queue and batch assigned together; before it is full, those of the batch."""
+    over = {"parallel.engine": "single", "swav.queue": 16, "swav.prototypes": [12]}
+    config, engine = tiny(WORLD, **over)
+    method = engine.method.train()
+    embedded = []
+    for step in range(2):
+        method.eval()
+        with torch.no_grad():
+            embedded.append(method.embed(fake_views(config, step, WORLD))[:2])
+            method.training = True
+            method(fake_views(config, step, WORLD), samples_seen=8 * step)
+    assert torch.allclose(method.queue, torch.cat([embedded[1], embedded[0]], dim=1))
+    method.eval()
+    views = fake_views(config, 2, WORLD)
+    with torch.no_grad():
+        z, w = method.embed(views), method.prototypes[0].weight
+        for seen, others in ((8, []), (16, [method.queue])):
+            loss = method(views, samples_seen=seen)[0]
+            codes = torch.stack([
+                textbook_sinkhorn(torch.cat([z[c], *(q[c] for q in others)]) @ w.T, config.swav.epsilon, config.swav.iterations)[:8]
+                for c in range(2)
+            ])
+            assert torch.allclose(loss, method._swapped(z @ w.T, codes), atol=1e-5)
+
+
+def test_frozen_prototypes_do_not_move_and_rows_keep_unit_length():
+    config, engine = tiny(WORLD, **{"parallel.engine": "single", "swav.freeze_samples": 16})
+    start = engine.params["prototypes.0.weight"].detach().clone()
+    losses_of(engine, config, WORLD, range(2))
+    assert torch.equal(engine.params["prototypes.0.weight"], start)
+    losses_of(engine, config, WORLD, range(2, 4))
+    moved = engine.params["prototypes.0.weight"].detach()
+    assert not torch.allclose(moved, start, atol=1e-4)
+    assert torch.allclose(moved.norm(dim=1), torch.ones(12), atol=1e-6)
+
+
+def test_it_watches_itself():
+    config, engine = tiny(WORLD, **{"parallel.engine": "single"})
+    _, watched = engine.forward(fake_views(config, 0, WORLD), samples_seen=0, watch=True)
+    figures = engine.method.summarise(watched)
+    assert 0 < figures["swav/prototype_use"] <= 1 and 0 < figures["swav/assignment_entropy"] <= 1
+    collapsed = {f"prediction.{i}": F.one_hot(torch.tensor(0), k).float() for i, k in enumerate((12, 7))}
+    collapsed |= {f"code_entropy.{i}": torch.tensor(math.log(k)) for i, k in enumerate((12, 7))}
+    figures = engine.method.summarise(collapsed)
+    assert math.isclose(figures["swav/prototype_use"], (1 / 12 + 1 / 7) / 2) and math.isclose(figures["swav/assignment_entropy"], 1, rel_tol=1e-6)
