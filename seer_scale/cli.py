@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from seer_scale.config import all_keys, recipe_names
-from seer_scale.errors import EXIT_DONE, UserError, complain, nearest
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain, nearest
 
 USAGE = """seer-scale: self-supervised pretraining of large convnets, from a laptop to 512 GPUs.
 
@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         return commands[words[0]](words[1:])
     except UserError as error:
         return complain(error)
+    except KeyboardInterrupt:
+        print("Stopped at once: what was done since the newest checkpoint is lost.", file=sys.stderr, flush=True)
+        return EXIT_FAILED
 
 
 # ------------------------------------------------------------------------------------------------ train
@@ -83,10 +86,8 @@ def evaluate(words: list[str]) -> int:
 
     as_json, overrides = "--json" in words, [w for w in words[2:] if w != "--json"]
     world = worlds.start(Path(words[1]) / "logs")
-    try:
-        scores = knn_of_run(Path(words[1]), overrides, world)
-    finally:
-        worlds.stop(world)
+    scores = knn_of_run(Path(words[1]), overrides, world)
+    worlds.stop(world)
     if world.is_main:
         text = f"kNN top-1 {scores['knn/top1']:.1f} %, top-5 {scores['knn/top5']:.1f} % after {scores['samples_seen']:,} samples ({scores['checkpoint']})"
         print(json.dumps(scores) if as_json else text)

@@ -307,6 +307,17 @@ def recipe_names() -> list[str]:
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that has each key once: of two, plain YAML takes the last and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [k.value for k, _ in node.value]
+        twice = next((k for i, k in enumerate(keys) if k in keys[:i]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1} begins a section that has {twice} twice")
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(name_or_path: str) -> dict[str, Any]:
     """The mapping in a shipped recipe or a YAML file. Raises UserError."""
     path = Path(name_or_path)
@@ -315,7 +326,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     elif not path.is_file():
         raise UserError(f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; {nearest(name_or_path, recipe_names())}")
     try:
-        given = yaml.safe_load(path.read_text()) or {}
+        given = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):

@@ -19,6 +19,9 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
 class UserError(Exception):
     """Something given by the user cannot work; the message says what to do instead."""
 
+    is_local = False
+    """Raised on this rank alone, which therefore has to tell it."""
+
 
 class ConfigError(UserError):
     """All problems of one recipe, each a sentence."""
@@ -49,7 +52,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def complain(error: UserError) -> int:
-    """Print a user's error on rank 0 and return the exit status it deserves."""
-    if os.environ.get("RANK", os.environ.get("SUBMITIT_LOCAL_GLOBALID", os.environ.get("SLURM_PROCID", "0"))) == "0":
+    """Print a user's error, once for all ranks, and return the exit status it deserves."""
+    if error.is_local or os.environ.get("RANK", os.environ.get("SUBMITIT_LOCAL_GLOBALID", os.environ.get("SLURM_PROCID", "0"))) == "0":
         print(f"seer-scale: {error}", file=sys.stderr, flush=True)
     return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_BAD_INPUT

@@ -128,13 +128,17 @@ def start(rendezvous: Path, attempt: str = "", *, device: str | None = None) -> 
     if size == 1:
         return World(device=where)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    published = None
     if place.torchrun:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         slurm = [os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
-        store = _store(rendezvous / f"rendezvous-{attempt or '.'.join(slurm)}", rank, size)
+        published = rendezvous / f"rendezvous-{attempt or '.'.join(slurm)}"
+        store = _store(published, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    if published and rank == 0:
+        published.unlink(missing_ok=True)  # all have read it, and a later start must not
     return World(rank, size, place.local_rank, place.local_size, where, control)
 
 
@@ -145,14 +149,25 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "Timed out")
+    )
+
+
 def _store(published: Path, rank: int, size: int) -> dist.TCPStore:
     if rank == 0:
-        published.parent.mkdir(parents=True, exist_ok=True)
         store = dist.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
         aside = published.with_suffix(".tmp")
         host = "127.0.0.1" if "SLURM_PROCID" not in os.environ else socket.gethostname()
-        aside.write_text(f"{host}:{store.port}")
-        aside.rename(published)
+        try:
+            published.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(f"{host}:{store.port}")
+            aside.rename(published)
+        except OSError as error:
+            raise UserError(f"{published.parent} cannot be written ({error.strerror}): choose another run.dir.") from error
         return store
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     while not published.exists():

@@ -27,7 +27,7 @@ def _rank_main(rank, world_size, rendezvous, fn, args, queue):
         queue.put((rank, True, result))
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
-        raise SystemExit(1)
+        raise SystemExit(1) from None
 
 
 def run_ranks(world_size: int, fn, *args, timeout: float = 240.0) -> list:

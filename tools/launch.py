@@ -28,12 +28,12 @@ def main(words: list[str]) -> int:
         cluster = own.get("--cluster")
         if cluster not in CLUSTERS:
             raise UserError(f"--cluster is {cluster!r}, but must be one of {', '.join(CLUSTERS)}; {nearest(str(cluster), CLUSTERS)}")
-        ranks = own.get("--ranks", "0")
-        if not ranks.isdigit():
+        ranks = own.get("--ranks")
+        if ranks is not None and not (ranks.isdecimal() and int(ranks)):
             raise UserError(f"--ranks is {ranks!r}, but must be a whole number of processes, such as 2.")
         from seer_scale.launch.local import launch
 
-        return launch(recipe, overrides, int(ranks) or None)
+        return launch(recipe, overrides, int(ranks) if ranks else None)
     except UserError as error:
         return complain(error)
 

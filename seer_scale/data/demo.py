@@ -30,14 +30,14 @@ class Difficulty:
 
     size: tuple[int, int] = (64, 96)  # height and width in pixels, each on its own
     period: tuple[float, float] = (8.0, 14.0)  # pixels from one element of the texture to the next
-    rotation: tuple[float, float] = (-0.4, 0.4)  # radians; views are not rotated, so a wide range splits a class
+    rotation: tuple[float, float] = (-0.25, 0.25)  # radians; views are not rotated, so a wide range splits a class
     warp: tuple[float, float] = (0.0, 0.15)  # bending of the texture, in periods
-    colour: tuple[float, float] = (0.1, 0.6)  # saturation: 0 is grey, 1 any colour of the cube
-    contrast: tuple[float, float] = (0.3, 0.7)  # distance of the two colours, where 1 is black from white
-    lighting: tuple[float, float] = (0.0, 0.5)  # brightness lost from one side of the image to the other
-    clutter: tuple[int, int] = (0, 3)  # plain shapes that lie over the texture
+    colour: tuple[float, float] = (0.0, 0.4)  # saturation: 0 is grey, 1 any colour of the cube
+    contrast: tuple[float, float] = (0.45, 0.85)  # distance of the two colours, where 1 is black from white
+    lighting: tuple[float, float] = (0.0, 0.35)  # brightness lost from one side of the image to the other
+    clutter: tuple[int, int] = (0, 2)  # plain shapes that lie over the texture
     clutter_size: tuple[float, float] = (0.05, 0.18)  # their half axes, as a share of the image's side
-    noise: tuple[float, float] = (2.0, 10.0)  # standard deviation of the sensor's noise, in levels of 255
+    noise: tuple[float, float] = (1.0, 6.0)  # standard deviation of the sensor's noise, in levels of 255
     quality: tuple[int, int] = (70, 95)  # of the JPEG
 
 

@@ -65,7 +65,7 @@ def open_source(path: str, kind: str = "auto") -> Source:
         raise DataError(f"data.kind is {kind!r}, but must be one of {', '.join(KINDS)}; {nearest(kind, KINDS)}")
     if not path:
         raise DataError("data.path is empty: give a folder of images, a list file or tars.")
-    kind = _guess(path) if kind == "auto" else kind
+    kind = kind_of(path) if kind == "auto" else kind
     if kind == "tar":
         return Tars(_tar_paths(path))
     _must_exist(path)
@@ -426,8 +426,8 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------- paths
 
 
-def _guess(path: str) -> str:
-    """Which kind of source a path is."""
+def kind_of(path: str) -> str:
+    """Which kind of source a path is; lists no images. Raises DataError where it is none."""
     if not os.path.exists(path) and (glob.has_magic(path) or "," in path):
         return "tar"
     _must_exist(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -28,7 +29,7 @@ def features(
     """
     mine = indices[world.rank :: world.size]
     batches = decoded(source, mine, size, batch=batch, workers=workers)
-    rounds = -(-(-(-len(indices) // world.size)) // batch)
+    rounds = math.ceil(math.ceil(len(indices) / world.size) / batch)
     for _ in range(rounds):
         images, labels, numbers = next(batches, (None, None, None))
         if images is None:  # take part in the collectives all the same

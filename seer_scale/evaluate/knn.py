@@ -78,6 +78,8 @@ def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: 
     options = dict(size=c.size, batch=c.batch, workers=workers, world=world)
     parts = [(f, y, i) for f, _, y, i in features(represent, images.queries, images.query_indices, **options)]
     f, y, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
+    if not len(ids):
+        raise DataError(f"None of the {len(images.query_indices)} images that kNN is to classify can be read: check them, or set knn.enabled false.")
     order = ids.argsort()
     f, y, ids = torch.nn.functional.normalize(f[order], dim=1), y[order], ids[order]
     y = torch.from_numpy(images.query_to_bank).to(y.device)[y]
@@ -95,6 +97,8 @@ def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: 
     if world.size > 1:
         columns = (gather_rows(x.T.contiguous(), world).T for x in (nearest, found, labels))
         nearest, found, labels = _best(c.k, *columns)
+    if not labels.shape[1]:
+        raise DataError(f"None of the {len(images.bank_indices)} images of kNN's bank can be read: check them, or set knn.enabled false.")
     votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / c.temperature).exp())
     ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices == y[:, None]
     scores = {"knn/top1": 100 * ranked[:, 0].float().mean().item(), "knn/top5": 100 * ranked.any(1).float().mean().item()}

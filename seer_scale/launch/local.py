@@ -7,6 +7,7 @@ left when a rank is lost, and returns the run's exit status. When the launcher i
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -19,6 +20,10 @@ import submitit
 from seer_scale.config import load_recipe, parse_overrides
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError, complain
 from seer_scale.train.start import resolve_recipe, run_dir_of, run_training
+from seer_scale.train.stop import SIGNALS
+
+STOPPING = "Stopping after this update, with a checkpoint; once more to stop at once."
+STOPPING_AT_ONCE = "Stopping at once: what was done since the newest checkpoint is lost."
 
 GRACE_S = 20.0
 """Seconds that ranks may go on after one of them is gone; they cannot finish a collective without it."""
@@ -31,15 +36,20 @@ def launch(recipe: str, overrides: list[str], ranks: int | None = None) -> int:
     ranks = ranks or resolve_ranks(given, overrides)
     config = resolve_recipe(recipe, overrides, ranks)
     logs = run_dir_of(config, recipe) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    executor = submitit.LocalExecutor(folder=logs)
-    executor.update_parameters(tasks_per_node=ranks, timeout_min=60 * 24 * 365, **_devices())
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the terminal's Ctrl-C must not reach the controller
     try:
-        job = executor.submit(_rank, recipe, overrides, uuid.uuid4().hex[:12], os.getpid(), str(Path.cwd()))
-        return _Watch(job, ranks).until_end()
-    finally:
-        signal.signal(signal.SIGINT, before)
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{logs.parent} cannot hold a run ({error.strerror}): choose another run.dir.") from error
+    executor = submitit.LocalExecutor(folder=logs)
+    executor.update_parameters(tasks_per_node=ranks, timeout_min=60 * 24 * 365)
+    # Blocked and inherited: a stop reaches a rank when it can save (StopRequest lets it in), never the controller.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    job = executor.submit(_rank, recipe, overrides, uuid.uuid4().hex[:12], os.getpid(), str(Path.cwd()), visible)
+    watch = _Watch(job, ranks)
+    with watch:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return watch.until_end()
 
 
 def resolve_ranks(given: dict, overrides: list[str]) -> int:
@@ -52,28 +62,34 @@ def resolve_ranks(given: dict, overrides: list[str]) -> int:
     return 1
 
 
-def _devices() -> dict:
-    import torch
-
-    count = torch.cuda.device_count()
-    return {"visible_gpus": tuple(range(count))} if count else {}
-
-
-def _rank(recipe: str, overrides: list[str], attempt: str, launcher: int, folder: str) -> int:
-    """What each process runs; returns the exit status."""
+def _rank(recipe: str, overrides: list[str], attempt: str, launcher: int, folder: str, visible: str | None) -> int:
+    """What each process runs; returns the exit status. visible: CUDA_VISIBLE_DEVICES as the user gave it."""
     os.chdir(folder)
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # submitit hides the GPUs it was not told of
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     threading.Thread(target=_stop_without, args=(launcher,), daemon=True).start()
     try:
         return run_training(recipe, overrides, attempt)
     except UserError as error:
         return complain(error)
+    except KeyboardInterrupt:  # a second Ctrl-C, of which the launcher tells
+        return EXIT_FAILED
 
 
 def _stop_without(launcher: int) -> None:
-    """Save and stop when the launcher is gone."""
-    while Path(f"/proc/{launcher}").exists():
+    """Save and stop when the launcher is gone, or the controller that started this rank."""
+    controller = os.getppid()
+    while _is_alive(launcher) and os.getppid() == controller:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 class _Watch:
@@ -82,30 +98,46 @@ class _Watch:
     def __init__(self, job: submitit.Job, ranks: int):
         self.job, self.ranks = job, ranks
         self._asked_to_stop = 0
+        self._told: set[int] = set()
+        self._shown: set[str] = set()
         self._read: dict[Path, int] = {}
         self._lost_at: float | None = None
 
-    def until_end(self) -> int:
-        before = {s: signal.signal(s, self._pass_on) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-        try:
-            while not self.job.get_info()["jobState"] in ("FINISHED", "INTERRUPTED"):
-                self._follow()
-                self._end_what_is_left()
-                time.sleep(0.2)
-            self._follow()
-            return self._status()
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+    def __enter__(self) -> _Watch:
+        self._before = {s: signal.signal(s, self._ask) for s in SIGNALS}
+        return self
 
-    def _pass_on(self, number: int, _) -> None:
+    def __exit__(self, *_) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def until_end(self) -> int:
+        told = 0
+        while self.job.get_info()["jobState"] == "RUNNING":
+            self._follow()
+            if self._asked_to_stop > told:
+                told = self._asked_to_stop
+                print(STOPPING if told == 1 else STOPPING_AT_ONCE, file=sys.stderr, flush=True)
+            self._pass_on()
+            self._end_what_is_left()
+            time.sleep(0.2)
+        self._follow()
+        status = self._status()
+        for left in self.job.paths.folder.glob(f"{self.job.job_id}_*.pkl"):
+            left.unlink()
+        return status
+
+    def _ask(self, number: int, _) -> None:
         self._asked_to_stop += 1
+
+    def _pass_on(self) -> None:
+        """Once to each rank, as soon as it is there."""
         if self._asked_to_stop > 1:
-            print("Stopping at once: what was done since the newest checkpoint is lost.", file=sys.stderr, flush=True)
             self._signal_ranks(signal.SIGKILL)
-            return
-        print("Stopping after this update, with a checkpoint; once more to stop at once.", file=sys.stderr, flush=True)
-        self._signal_ranks(signal.SIGTERM)
+        elif self._asked_to_stop:
+            new = [pid for pid in self._children() if pid not in self._told]
+            self._signal_ranks(signal.SIGTERM, new)
+            self._told |= set(new)
 
     def _children(self) -> list[int]:
         """Process numbers of the ranks that are alive."""
@@ -115,8 +147,8 @@ class _Watch:
         except OSError:
             return []
 
-    def _signal_ranks(self, number: int) -> None:
-        for pid in self._children():
+    def _signal_ranks(self, number: int, pids: list[int] | None = None) -> None:
+        for pid in self._children() if pids is None else pids:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
@@ -145,17 +177,24 @@ class _Watch:
                     self._read[path] = self._read.get(path, 0) + len(whole)
                     to = sys.stderr if path == paths.stderr else sys.stdout
                     for line in whole.decode(errors="replace").splitlines():
-                        if not line.startswith("submitit "):
-                            print(f"[rank {rank}] {line}" if rank else line, file=to, flush=True)
+                        if line.startswith("submitit ") or (rank and line in self._shown):
+                            continue  # what all ranks complain of is told once
+                        if path == paths.stderr:
+                            self._shown.add(line)
+                        print(f"[rank {rank}] {line}" if rank else line, file=to, flush=True)
 
     def _status(self) -> int:
-        """The worst of the ranks' statuses; a rank that left none has failed."""
-        statuses = []
+        """The worst of the ranks' statuses; a rank that left none has failed. Bad input is the cause of other failures."""
+        statuses, killed = [], self._asked_to_stop > 1
         for rank in range(self.ranks):
             try:
-                statuses.append(self.job.task(rank).result() if self.ranks > 1 else self.job.result())
-            except Exception:
+                job = self.job.task(rank) if self.ranks > 1 else self.job
+                outcome, value = pickle.loads(job.paths.result_pickle.read_bytes())
+                statuses.append(value if outcome == "success" else EXIT_FAILED)
+            except OSError:
                 statuses.append(EXIT_FAILED)
+                if not killed:
+                    print(f"Rank {rank} was ended from outside (by kill, or for want of memory): the newest checkpoint stands, start the run again.", file=sys.stderr, flush=True)
         order = [EXIT_DONE, EXIT_STOPPED]
         bad = [s for s in statuses if s not in order]
-        return bad[0] if bad else max(statuses, key=order.index)
+        return max(bad) if bad else max(statuses, key=order.index)

@@ -105,7 +105,7 @@ class AdamW(Optimizer):
             some = [i for i, n in enumerate(names) if self._is_excluded(n) == excluded]
             if not some:
                 continue
-            pick = lambda seq: [seq[i] for i in some]  # noqa: E731
+            pick = lambda seq, some=some: [seq[i] for i in some]  # noqa: E731
             steps = self._slot(pick(names), "step")
             torch._foreach_add_(steps, 1.0)
             torch._fused_adamw_(

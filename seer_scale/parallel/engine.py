@@ -146,7 +146,7 @@ class Engine:
         for module in self.method.modules():
             if isinstance(module, BatchNorm):
                 module.reset_running_stats()
-        for name, buffer in self.method.named_buffers(recurse=False):
+        for _, buffer in self.method.named_buffers(recurse=False):
             buffer.zero_()
 
     @torch.no_grad()

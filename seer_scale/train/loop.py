@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +28,23 @@ from seer_scale.data.loader import Batch, loader
 from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.views import to_float
-from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, TrainingFailed, UserError
+from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
 from seer_scale.evaluate.knn import knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.methods.swav import SwAV
-from seer_scale.observe.report import write_report
+from seer_scale.observe.report import headline, write_report
 from seer_scale.observe.sinks import RunLog, read_metrics
+from seer_scale.optim.optimizers import local
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
 from seer_scale.train.stop import StopRequest
 from seer_scale.world import World
 
 
-def train(config: Config, world: World, run_dir: Path) -> int:
+def train(config: Config, world: World, run_dir: Path, stop: StopRequest) -> int:
     """Run or go on until the samples are seen or a stop is agreed; returns the exit status. Collective."""
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // world.local_size))
-    with store.RunLock(run_dir, world), StopRequest(world) as stop:
+    with store.RunLock(run_dir, world):
         source = _open(config, world)
         return Trainer(config, world, run_dir, source, stop).run()
 
@@ -75,25 +78,39 @@ class Trainer:
         self.engine = build_engine(method, config, world)
         self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main)
         self.resumed_from = self._load(resume) if resume else None
-        if world.is_main:
-            _write_whole(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        self._write_config()
         self._warned_of_collapse = False
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
         self._saved = (self.samples_seen, self.resumed_from) if ours else None
+
+    def _write_config(self) -> None:
+        problem = None
+        if self.world.is_main:
+            try:
+                _write_whole(self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            except OSError as error:
+                problem = f"{self.run_dir} cannot be written ({error.strerror}): free some space, or choose another run.dir."
+        if problem := self.world.broadcast_object(problem):
+            raise UserError(problem)
 
     # --- resume
 
     def _find_resume(self) -> Path | None:
         c, warnings = self.config.checkpoint, []
-        if c.resume not in ("auto", "none"):
-            path = Path(c.resume)
-            problem = store.flaw(path, self.world)
-            if problem:
-                raise CheckpointError(f"checkpoint.resume {path} cannot be used: {problem}.")
-            return path
         found = store.newest(self.folder, self.world, warn=warnings.append)
         for sentence in warnings:
             print(sentence, file=sys.stderr, flush=True)
+        if c.resume not in ("auto", "none"):
+            path = Path(c.resume)
+            # this run dir went on from `path` before: the same command, given again, goes on with what came of it
+            if found and Path(store.read_meta(found)["config"]["checkpoint"]["resume"]).resolve() == path.resolve():
+                return found
+            problem = store.flaw(path, self.world)
+            if problem:
+                raise CheckpointError(f"checkpoint.resume {path} cannot be used: {problem}.")
+            if found and found.resolve() != path.resolve():
+                raise UserError(f"checkpoint.resume is {path}, but {self.run_dir} already holds {found.name}, and a run.dir holds one line of checkpoints: give another run.dir to go on from the one named, or resume auto to go on from {found.name}.")
+            return path
         if found and c.resume == "none":
             raise UserError(f"{self.run_dir} already holds {found.name}, and checkpoint.resume is none: choose another run.dir, or resume auto.")
         return found
@@ -136,29 +153,40 @@ class Trainer:
     def run(self) -> int:
         with self.log:
             self._begin()
-            if not self.resumed_from:
-                self._evaluate("before")
-                if self.world.is_main:
-                    sampler = ElasticSampler(len(self.source), self.config.run.seed, self.config.train.global_batch)
-                    show_crops(self.run_dir, self.source, self.config.views, sampler)
-            reason = self._train()
-            if reason:
-                saved = self._save()
-                told = f"saved as {saved.name}" if saved else "the newest checkpoint stands"
-                self.log.event("stop", f"Stopped by {reason} after {self.samples_seen:,} samples; {told}. Start it again and it goes on.")
+            try:
+                if not self.resumed_from:
+                    self._show_crops()
+                    self._evaluate("before")
+                self._train()
+                if not self._save():
+                    raise TrainingFailed("The run is complete, but its last checkpoint could not be written: free some space and start it again, it goes on from the one before.")
+                if self._needs_last_evaluation():
+                    self._evaluate("after")
+                    self._show_prototypes()
+            except _Stop as stop:
+                self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. Start it again and it goes on.")
                 self._report()
                 return EXIT_STOPPED
-            if not self._save():
-                raise CheckpointError("The run is complete, but its last checkpoint could not be written: free some space and start it again, it goes on from the one before.")
-            if self._needs_last_evaluation():
-                self._evaluate("after")
-                self._show_prototypes()
-            self.log.event("done", f"Done: {self.samples_seen:,} samples in {self.step:,} updates.")
+            self._tell("done", f"Done: {self.samples_seen:,} samples in {self.step:,} updates.")
             self._report()
         return EXIT_DONE
 
-    def _train(self) -> str | None:
-        """Updates until the end, or until a stop is agreed: then its reason."""
+    def _stop_if_agreed(self) -> None:
+        reason = self.stop.agreed(self.world)
+        if reason:
+            raise _Stop(reason)
+
+    def _save_at_stop(self) -> str:
+        if not self.samples_seen:
+            return "there is nothing to save yet"
+        saved = self._save()
+        return f"saved as {saved.name}" if saved else "its state could not be saved, so it goes on from the checkpoint before"
+
+    def _tell(self, kind: str, text: str, **fields: Any) -> None:
+        self.log.event(kind, text, samples_seen=self.samples_seen, **fields)
+
+    def _train(self) -> None:
+        """Updates until the end. Raises _Stop where a stop is agreed before it."""
         c, engine = self.config, self.engine
         window = Window(self.world)
         for batch in self._batches(window):
@@ -178,10 +206,8 @@ class Trainer:
                 self._save()
             if self._crosses(c.knn.every_samples) and not self._is_last(seen):
                 self._evaluate("during")
-            reason = self.stop.agreed()
-            if reason and not self._is_last(seen):
-                return reason
-        return None
+            if not self._is_last(seen):
+                self._stop_if_agreed()
 
     def _batches(self, window: Window) -> Iterator[Batch]:
         c, w = self.config, self.world
@@ -191,7 +217,11 @@ class Trainer:
         )  # fmt: skip
         while True:
             begin = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except DataError as problem:
+                problem.is_local = True
+                raise
             window.waited_s += time.perf_counter() - begin
             if batch is None:
                 return
@@ -222,7 +252,8 @@ class Trainer:
         means, counts = window.reduce(watched)
         own = torch.stack([stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.skipped_in_a_row])
         grad_norm, param_norm, scale, skipped, in_a_row = own.tolist()
-        loss = means.pop("loss_sum").item() / max(1.0, means.pop("loss_count").item())
+        total, count = means.pop("loss_sum").item(), means.pop("loss_count").item()
+        loss = total / count if count else math.nan
         row = {
             "step": self.step, "samples_seen": self.samples_seen, "epoch": self.samples_seen / len(self.source),
             "loss": loss, "lr": lr, "loss_scale": scale, "grad_norm": grad_norm, "param_norm": param_norm,
@@ -234,8 +265,8 @@ class Trainer:
         for sentence in window.unreadable[:5]:
             print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
         window.reset()
-        if self.schedule.observe(self.samples_seen, loss):
-            self.log.event("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
+        if count and self.schedule.observe(self.samples_seen, loss):
+            self._tell("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
         if in_a_row >= self.config.train.max_skips:
             raise TrainingFailed(f"The last {int(in_a_row)} updates were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
         self._watch_for_collapse(loss)
@@ -244,16 +275,22 @@ class Trainer:
         """A loss still at ln K, well past the warm-up, has learned nothing: say so once, with what to try."""
         c = self.config
         past = max(c.train.collapse_after * c.train.samples, c.schedule.warmup_samples, c.swav.freeze_samples)
-        if self._warned_of_collapse or self.samples_seen < past or loss < 0.98 * self.ln_k:
+        if self._warned_of_collapse or self.samples_seen < past or not abs(loss / self.ln_k - 1) <= 0.02:
             return
         self._warned_of_collapse = True
-        self.log.event("collapse", f"The loss is {loss:.3f}, and ln K is {self.ln_k:.3f}: predictions are uniform, nothing is being learned. Try a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger train.global_batch or swav.queue.")
+        self._tell("collapse", f"The loss is {loss:.3f}, and ln K is {self.ln_k:.3f}: predictions are uniform, nothing is being learned. Try a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger train.global_batch or swav.queue.")
 
     def _save(self) -> Path | None:
-        """A checkpoint of this moment; None, with a sentence in the log, if it could not be written."""
+        """A checkpoint of this moment; None, with a sentence in the log, if it could not be written.
+
+        Raises TrainingFailed for weights that are not finite: they must not take the place of good ones.
+        """
         if self._saved and self._saved[0] == self.samples_seen:
             return self._saved[1]
         begin, c = time.perf_counter(), self.config.checkpoint
+        norms = torch._foreach_norm([local(p.detach()) for p in self.engine.params.values()])
+        if not self.world.sum_(torch.stack(norms).sum()).isfinite():
+            raise TrainingFailed("Weights are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
         self.engine.average_buffers()
         meta = {
             "samples_seen": self.samples_seen, "step": self.step, "num_images": len(self.source),
@@ -262,12 +299,15 @@ class Trainer:
         }  # fmt: skip
         try:
             path = store.save(self.folder, self.engine.state(), meta, self.world)
-            store.retain(self.folder, c.keep_last, c.keep_every_samples, self.world)
         except CheckpointError as problem:
-            self.log.event("checkpoint_failed", str(problem))
+            self._tell("checkpoint_failed", str(problem))
             return None
         self._saved = (self.samples_seen, path)
-        self.log.event("checkpoint", f"Saved {path.name} in {time.perf_counter() - begin:.1f} s.", seconds=time.perf_counter() - begin)
+        try:
+            store.retain(self.folder, c.keep_last, c.keep_every_samples, self.world)
+        except CheckpointError as problem:
+            self._tell("retain_failed", f"Old checkpoints in {self.folder} cannot be deleted: {problem}.")
+        self._tell("checkpoint", f"Saved {path.name} in {time.perf_counter() - begin:.1f} s.", seconds=time.perf_counter() - begin)
         return path
 
     def _evaluate(self, stage: str) -> None:
@@ -275,18 +315,31 @@ class Trainer:
             return
         begin, c = time.perf_counter(), self.config.knn
         self.engine.average_buffers()
-        scores, found = knn(self.engine.represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
+        scores, found = knn(self._represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
         self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **scores, "time/knn_s": time.perf_counter() - begin})
         if stage in ("before", "after") and self.world.is_main:
-            show_neighbours(self.run_dir, stage, self.labelled, found)
+            with _pictures_may_fail():
+                show_neighbours(self.run_dir, stage, self.labelled, found)
+
+    def _represent(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The engine's, with a stop between any two batches: an evaluation may outlast the grace of a preemption."""
+        self._stop_if_agreed()
+        return self.engine.represent(images)
+
+    def _show_crops(self) -> None:
+        if self.world.is_main:
+            sampler = ElasticSampler(len(self.source), self.config.run.seed, self.config.train.global_batch)
+            with _pictures_may_fail():
+                show_crops(self.run_dir, self.source, self.config.views, sampler)
 
     def _show_prototypes(self) -> None:
         c = self.config
         prototypes = self.engine.whole(self.engine.method.unit_rows[0])
-        show_prototypes(
-            self.run_dir, self.engine.represent, prototypes, self.source,
-            size=c.knn.size, batch=c.knn.batch, workers=c.data.workers, world=self.world,
-        )  # fmt: skip
+        with _pictures_may_fail():  # rank 0 writes after the last collective
+            show_prototypes(
+                self.run_dir, self._represent, prototypes, self.source,
+                size=c.knn.size, batch=c.knn.batch, workers=c.data.workers, world=self.world,
+            )  # fmt: skip
 
     def _needs_last_evaluation(self) -> bool:
         rows = read_metrics(self.run_dir)[0] if self.world.is_main else []
@@ -294,8 +347,24 @@ class Trainer:
 
     def _report(self) -> None:
         if self.world.is_main:
-            path = write_report(self.run_dir)
-            print(f"Report: {path}", flush=True)
+            with _pictures_may_fail():
+                path = write_report(self.run_dir)
+                if line := headline(read_metrics(self.run_dir)[0]):
+                    print(line, flush=True)
+                print(f"Report: {path}", flush=True)
+
+
+class _Stop(Exception):
+    """All ranks agreed to stop; the text is the signal's name."""
+
+
+@contextmanager
+def _pictures_may_fail() -> Iterator[None]:
+    """A full disk costs a picture or the report, never the run."""
+    try:
+        yield
+    except OSError as error:
+        print(f"The report cannot be written ({error.strerror or error}): free some space, then run seer-scale report.", file=sys.stderr, flush=True)
 
 
 class Window:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from seer_scale import world as worlds
 from seer_scale.config import Config, load_recipe, resolve
-from seer_scale.errors import UserError
+from seer_scale.data.sources import kind_of
+from seer_scale.errors import TrainingFailed, UserError
 from seer_scale.models.registry import build_backbone
 from seer_scale.train.loop import train
+from seer_scale.train.stop import StopRequest
 
 
 def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config:
@@ -19,14 +22,31 @@ def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config
 
 
 def _beyond_config(config: Config) -> list[str]:
-    """Problems that only the rooms of models and data can see."""
-    problems = []
-    try:
+    """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
+
+    c = config
+
+    def model() -> None:
         with torch.device("meta"):
-            build_backbone(config.model.name, **config.model.free())
-    except UserError as problem:
-        problems.append(str(problem))
+            build_backbone(c.model.name, **c.model.free())
+
+    checks = {"model": model}
+    if c.data.kind == "auto":
+        checks["data.path"] = partial(_kind_of, c.data.path)
+    if c.knn.enabled:
+        checks |= {"knn.bank": partial(_kind_of, c.knn.bank), "knn.queries": partial(_kind_of, c.knn.queries)}
+    problems = []
+    for key, check in checks.items():
+        try:
+            check()
+        except UserError as problem:
+            problems.append(f"{key}: {problem}")
     return problems
+
+
+def _kind_of(path: str) -> None:
+    if path:
+        kind_of(path)
 
 
 def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
@@ -36,11 +56,16 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     """
     config = resolve_recipe(recipe, overrides, worlds.detect().size)
     run_dir = run_dir_of(config, recipe)
-    world = worlds.start(run_dir / "logs", attempt)
-    try:
-        return train(config, world, run_dir)
-    finally:
-        worlds.stop(world)
+    with StopRequest() as stop:
+        world = worlds.start(run_dir / "logs", attempt)
+        try:
+            status = train(config, world, run_dir, stop)
+        except RuntimeError as error:
+            if world.size > 1 and worlds.is_lost_rank(error):
+                raise TrainingFailed("Another rank has ended, so this one cannot go on; see what that one said. The newest checkpoint stands: start the run again.") from error
+            raise
+    worlds.stop(world)  # not after an error, when the other ranks may wait in another collective
+    return status
 
 
 def run_dir_of(config: Config, recipe: str) -> Path:

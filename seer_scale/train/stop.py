@@ -16,15 +16,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopRequest:
-    """A context in which SIGINT, SIGTERM and SIGUSR2 ask the run to stop; the same signal again has its usual effect."""
+    """A context in which SIGINT, SIGTERM and SIGUSR2 ask the run to stop; the same signal again ends the process.
 
-    def __init__(self, world: World):
-        self.world, self._mine = world, 0
+    Enter it before ranks join: a signal that comes while they do is honoured at the first boundary. Signals that a
+    launcher had blocked until now are let in.
+    """
+
+    def __init__(self):
+        self._mine = 0
         self._before: dict[int, object] = {}
-        self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequest:
         self._before = {s: signal.signal(s, self._ask) for s in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(self, *_) -> None:
@@ -33,18 +38,18 @@ class StopRequest:
 
     def _ask(self, number: int, _) -> None:
         self._mine = number
-        signal.signal(number, self._before[number] or signal.SIG_DFL)
+        # not the handler before ours: submitit's would start the ranks anew
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    def agreed(self) -> str | None:
-        """The name of the signal some rank had got by the previous call; all ranks call it once a step."""
+    def agreed(self, world: World) -> str | None:
+        """The name of the signal some rank had got by the previous call (alone: by now); all ranks call it as often."""
         flag = torch.tensor([self._mine])
-        work = None
-        if self.world.size > 1:
-            work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
-        earlier, self._pending = self._pending, (work, flag)
-        if earlier is None:
-            return None
-        if earlier[0] is not None:
+        if world.size > 1:
+            work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=world.control, async_op=True)
+            earlier, self._pending = self._pending, (work, flag)
+            if earlier is None:
+                return None
             earlier[0].wait()
-        number = int(earlier[1])
+            flag = earlier[1]
+        number = int(flag)
         return signal.Signals(number).name if number else None

@@ -1,0 +1,28 @@
+# Two commands: `make demo` shows what it does, `make test` proves it. Both build .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := OMP_NUM_THREADS=1
+
+.PHONY: install demo test lint clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+demo: install
+	$(BIN)/seer-scale data demo runs/demo-corpus
+	$(RUN) $(BIN)/python tools/launch.py demo --cluster local
+
+test: install
+	$(RUN) $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check seer_scale tests tools
+
+clean:
+	rm -rf $(VENV) runs/demo runs/demo-corpus

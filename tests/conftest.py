@@ -1,0 +1,36 @@
+"""One thread a process, here and in every process a test starts; a small corpus of real JPEGs."""
+
+from __future__ import annotations
+
+import os
+
+for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_threads] = "1"
+
+from pathlib import Path  # noqa: E402
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def write_photos(root: Path, classes: int = 3, each: int = 8, pixels: int = 40) -> Path:
+    """Stripes of another slope a class over patches of colour, as JPEGs in one folder a class."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:pixels, :pixels]
+    for c in range(classes):
+        place = root / f"class{c}"
+        place.mkdir(parents=True)
+        for i in range(each):
+            wave = 128 + 90 * np.sin((x * np.cos(c) + y * np.sin(c)) / 3 + rng.uniform(0, 6))
+            patches = cv2.resize(rng.uniform(-100, 100, (4, 4, 3)), (pixels, pixels), interpolation=cv2.INTER_CUBIC)
+            image = wave[..., None] + patches + rng.normal(0, 12, (pixels, pixels, 3))
+            assert cv2.imwrite(str(place / f"{i}.jpg"), image.clip(0, 255).astype(np.uint8))
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("corpus") / "photos")

@@ -1,0 +1,202 @@
+"""Runs of a tiny recipe as processes of their own.
+
+`start(...)` forks ranks from a server that has imported everything, so that a run costs its updates and not eight
+seconds of imports; `command(...)` starts the real command. Nothing here sleeps for a fixed time: `until` polls.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from seer_scale.observe.sinks import read_metrics
+
+PYTHON, ROOT = sys.executable, Path(__file__).parents[2]
+LAUNCH = [PYTHON, str(ROOT / "tools" / "launch.py")]
+TRAIN = [PYTHON, "-m", "seer_scale.cli", "train"]
+LIMIT_S = 120
+MARK = f"SEER_SCALE_TEST_{uuid.uuid4().hex}"
+"""An environment variable that all processes started by `command` inherit, by which strays are known."""
+
+RECIPE = {
+    "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8},
+    "data": {"workers": 0},
+    "views": {"crops": [{"num": 2, "size": 32, "scale": [0.3, 1.0]}, {"num": 1, "size": 24, "scale": [0.1, 0.3]}]},
+    "swav": {"hidden": [32], "dim": 16, "prototypes": [12], "iterations": 3},
+    # BatchNorm over so few images magnifies rounding: at this rate twenty updates keep it near 1e-6
+    "optim": {"name": "lars", "lr": 0.02, "lr_batch": 0},
+    "schedule": {"warmup_samples": 8, "warmup_from": 0.1},
+    "train": {"samples": 160, "global_batch": 8, "log_every": 1, "threads": 1},
+    "parallel": {"engine": "fsdp"},
+    "checkpoint": {"every_samples": 24, "keep_last": 3},
+    "knn": {"size": 32, "k": 3, "batch": 8},
+}
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["seer_scale.cli", "seer_scale.launch.local", "seer_scale.evaluate.run", "torch.utils.tensorboard", "tests.e2e.runs"]
+)
+
+
+def recipe(folder: Path, photos: Path, **changes: dict) -> str:
+    """A YAML file of RECIPE; changes are section={key: value}."""
+    given = {k: v | changes.get(k, {}) for k, v in RECIPE.items()}
+    given["data"] = {"path": str(photos)} | given["data"]
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(given))
+    return str(path)
+
+
+class Run:
+    """Forked ranks whose output goes to one file each."""
+
+    def __init__(self, words: list[str], ranks: int, folder: Path, limit_bytes: int | None):
+        attempt = uuid.uuid4().hex[:8]
+        self.outputs = [folder / f"output-{attempt}-{r}" for r in range(ranks)]
+        self.processes = [
+            _context.Process(target=_rank, args=(words, r, ranks, attempt, str(folder), limit_bytes)) for r in range(ranks)
+        ]
+        for p in self.processes:
+            p.start()
+
+    @property
+    def text(self) -> str:
+        return "".join(p.read_text() for p in self.outputs if p.exists())
+
+    def kill(self, number: int, rank: int = 0) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def wait(self) -> list[int]:
+        """The exit status of each rank, negative where a signal ended it."""
+        until(lambda: all(p.exitcode is not None for p in self.processes), lambda: self.text)
+        return [p.exitcode for p in self.processes]
+
+
+def start(*words: object, ranks: int = 1, folder: Path, limit_bytes: int | None = None) -> Run:
+    """`seer-scale WORDS` on forked ranks; limit_bytes: no file may grow larger, as if the disk were full."""
+    return Run([str(w) for w in words], ranks, folder, limit_bytes)
+
+
+def run(*words: object, ranks: int = 1, folder: Path, status: int = 0, limit_bytes: int | None = None) -> str:
+    """The output of a run that must end with `status` on every rank."""
+    r = start(*words, ranks=ranks, folder=folder, limit_bytes=limit_bytes)
+    found = r.wait()
+    assert found == [status] * ranks, f"exit {found}, not {status}:\n{r.text}"
+    return r.text
+
+
+def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, limit_bytes: int | None) -> None:
+    out = os.open(Path(folder) / f"output-{attempt}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    from seer_scale import cli
+    from seer_scale.errors import UserError, complain
+    from seer_scale.train.start import run_training
+
+    if limit_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    if ranks == 1:
+        sys.exit(cli.main(words))
+    for name, value in (("GLOBALID", rank), ("LOCALID", rank), ("NTASKS", ranks)):
+        os.environ[f"SUBMITIT_LOCAL_{name}"] = str(value)
+    try:
+        sys.exit(run_training(words[1], words[2:], attempt))
+    except UserError as error:
+        sys.exit(complain(error))
+
+
+# ------------------------------------------------------------------------------------------------ real commands
+
+
+class Command:
+    """A command of ours as a user starts it; output in one file."""
+
+    def __init__(self, words: list[str], folder: Path):
+        self.output = folder / f"output-{uuid.uuid4().hex[:8]}"
+        env = os.environ | {MARK: "1", "OMP_NUM_THREADS": "1"}
+        with self.output.open("w") as out:
+            self.process = subprocess.Popen(words, stdout=out, stderr=out, env=env, cwd=folder)
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait(self) -> int:
+        until(lambda: self.process.poll() is not None, lambda: self.text)
+        return self.process.returncode
+
+
+def command(*words: object, folder: Path) -> Command:
+    return Command([str(w) for w in words], folder)
+
+
+def processes(marked: str = MARK) -> dict[int, str]:
+    """Live processes, zombies included, that `command` started, with their command lines."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if marked.encode() in (place / "environ").read_bytes():
+                found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
+def ranks_of(launcher: Command) -> list[int]:
+    """Process numbers of a launcher's ranks, in the order they were started."""
+    return sorted(p for p, line in processes().items() if "submitit.core._submit" in line)
+
+
+def end_all() -> None:
+    for pid in processes():
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+# ------------------------------------------------------------------------------------------------ what a run left
+
+
+def until(condition: Callable[[], object], tell: Callable[[], str] = lambda: "", limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit_s} s in vain:\n{tell()}"
+        time.sleep(0.05)
+
+
+def steps(run_dir: Path) -> dict[int, dict]:
+    """Metric rows of the updates, by samples_seen."""
+    return {r["samples_seen"]: r for r in read_metrics(run_dir)[0] if "step" in r}
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    return [e for e in read_metrics(run_dir)[1] if e["event"] == kind]
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(p.name for p in (run_dir / "checkpoints").glob("samples-*"))
+
+
+def reaches(run_dir: Path, samples: int) -> Callable[[], bool]:
+    """Whether the run has logged the update after `samples` and has a checkpoint."""
+    return lambda: any(s > samples for s in steps(run_dir)) and bool(checkpoints(run_dir))
+
+
+def assert_same_path(run_dir: Path, straight: Path, relative: float = 1e-4) -> None:
+    """The same updates from the same images with the same losses."""
+    a, b = steps(run_dir), steps(straight)
+    assert list(a) == list(b)
+    assert [r["data/fingerprint"] for r in a.values()] == [r["data/fingerprint"] for r in b.values()]
+    for seen in a:
+        assert abs(a[seen]["loss"] - b[seen]["loss"]) <= relative * b[seen]["loss"], (seen, a[seen]["loss"], b[seen]["loss"])

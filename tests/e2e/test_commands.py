@@ -1,0 +1,56 @@
+"""Commands on a finished run, and torchrun in the place of our launcher."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+
+import pytest
+
+from seer_scale.cli import main
+from tests.e2e import runs
+from tests.e2e.runs import checkpoints, command, recipe
+
+
+def scores(capsys, *words: object) -> dict:
+    assert main(["eval", "knn", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def last_knn(run_dir) -> dict:
+    return [r for r in runs.read_metrics(run_dir)[0] if "knn/top1" in r][-1]
+
+
+def test_eval_gives_the_score_of_the_run(straight, photos, capsys):
+    found = scores(capsys, straight)
+    assert found["knn/top1"] == last_knn(straight)["knn/top1"] and found["samples_seen"] == 160
+    assert found["checkpoint"] == checkpoints(straight)[-1]
+    # images that are in the bank find themselves
+    assert scores(capsys, straight, "--knn.bank", photos, "--knn.queries", photos, "--knn.k", 1)["knn/top1"] == 100
+    assert main(["eval", "knn", str(straight)]) == 0
+    assert f"kNN top-1 {found['knn/top1']:.1f} %" in capsys.readouterr().out
+    assert main(["eval", "knn", str(straight), "--knn.bank", "/no/where"]) == 2
+    assert "/no/where does not exist" in capsys.readouterr().err
+
+
+def test_report(straight, capsys):
+    (straight / "report.html").unlink()
+    assert main(["report", str(straight)]) == 0
+    assert capsys.readouterr().out.strip() == str(straight / "report.html")
+    assert "kNN top-1" in (straight / "report.html").read_text()
+
+
+def test_torchrun(tmp_path, photos):
+    given, place = recipe(tmp_path, photos, train={"samples": 48}), tmp_path / "run"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ours = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port, "-m", "seer_scale.cli"]
+    trained = command(*ours, "train", given, "--run.dir", place, folder=tmp_path)
+    assert trained.wait() == 0, trained.text
+    assert list(runs.steps(place)) == list(range(8, 49, 8)) and "on 24 images, 2 ranks (fsdp, cpu)" in trained.text
+    scored = command(*ours, "eval", "knn", place, "--json", folder=tmp_path)
+    assert scored.wait() == 0, scored.text
+    found = [json.loads(line) for line in scored.text.splitlines() if line.startswith("{")]
+    assert len(found) == 1 and found[0]["knn/top1"] == pytest.approx(last_knn(place)["knn/top1"])

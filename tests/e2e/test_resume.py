@@ -1,0 +1,153 @@
+"""A run stopped at any moment, in any way, goes on as if it had not been, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+
+from tests.e2e import runs
+from tests.e2e.runs import (
+    LAUNCH,
+    TRAIN,
+    assert_same_path,
+    checkpoints,
+    command,
+    events,
+    reaches,
+    recipe,
+    run,
+    start,
+    until,
+)
+
+
+def test_killed_on_two_ranks_goes_on_on_one(straight, tmp_path, photos):
+    """kill -9 of the whole launched run, mid-way: updates after the newest checkpoint are repeated."""
+    given, place = recipe(tmp_path, photos, data={"workers": 1}), tmp_path / "run"
+    launcher = command(*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, folder=tmp_path)
+    until(reaches(place, 72), lambda: launcher.text)
+    runs.end_all()
+    assert launcher.wait() == -signal.SIGKILL
+    until(lambda: not runs.processes())
+    done = max(runs.steps(place))
+    assert done < 160
+
+    text = run("train", given, "--run.dir", place, "--parallel.engine", "ddp", folder=tmp_path)
+    begun = events(place, "resume")[0]["samples_seen"]
+    assert 0 < begun <= done and begun % 24 == 0 and f"samples-{begun:012d}" in text
+    assert_same_path(place, straight)
+
+
+def test_a_lost_rank_ends_the_others(straight, tmp_path, photos):
+    given, place = recipe(tmp_path, photos), tmp_path / "run"
+    words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place)
+    launcher = command(*words, folder=tmp_path)
+    until(reaches(place, 40), lambda: launcher.text)
+    os.kill(runs.ranks_of(launcher)[1], signal.SIGKILL)
+    assert launcher.wait() == 1
+    assert "Rank 1 was ended from outside" in launcher.text and "Another rank has ended" in launcher.text
+    assert "Traceback" not in launcher.text
+    assert not list((place / "logs").glob("*.pkl")) and not list((place / "logs").glob("rendezvous*"))
+
+    # the launcher itself killed: its ranks save and stop, and the next start goes on from there
+    launcher = command(*words, folder=tmp_path)
+    until(lambda: events(place, "resume") and reaches(place, events(place, "resume")[-1]["samples_seen"])(), lambda: launcher.text)
+    launcher.process.kill()
+    assert launcher.wait() == -signal.SIGKILL
+    until(lambda: not runs.processes())
+    run("train", given, "--run.dir", place, folder=tmp_path)
+    assert len(events(place, "stop")) == 1 or max(runs.steps(place)) == 160
+    assert_same_path(place, straight)
+
+
+def test_launcher_passes_stops_on(straight, tmp_path, photos):
+    """One that comes before the ranks can hear it, then one in mid-run; the same command goes on each time."""
+    given, place = recipe(tmp_path, photos), tmp_path / "run"
+    words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place)
+    for number, moment in (signal.SIGUSR2, runs.ranks_of), (signal.SIGINT, lambda _: reaches(place, 24)()):
+        launcher = command(*words, folder=tmp_path)
+        until(partial(moment, launcher), lambda: launcher.text)  # noqa: B023
+        launcher.process.send_signal(number)
+        assert launcher.wait() == 75, launcher.text
+        assert "Start it again and it goes on." in launcher.text
+        assert bool(checkpoints(place)) == (number == signal.SIGINT)
+    run("train", given, "--run.dir", place, folder=tmp_path)
+    assert_same_path(place, straight)
+
+
+def test_signal_to_train(straight, tmp_path, photos):
+    """The command itself, by SIGTERM, then SIGINT in the middle of what it had left."""
+    given, place = recipe(tmp_path, photos), tmp_path / "run"
+    words = (*TRAIN, given, "--run.dir", place)
+    first = command(*words, folder=tmp_path)
+    until(reaches(place, 24), lambda: first.text)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 75, first.text
+    begun = max(runs.steps(place))
+    second = start(*words[3:], folder=tmp_path)
+    until(reaches(place, begun), lambda: second.text)
+    second.kill(signal.SIGINT)
+    assert second.wait() == [75], second.text
+    assert checkpoints(place)[-1] == f"samples-{max(runs.steps(place)):012d}"
+    run(*words[3:], folder=tmp_path, ranks=2)
+    assert [e["samples_seen"] for e in events(place, "resume")] == [e["samples_seen"] for e in events(place, "stop")]
+    assert_same_path(place, straight)
+
+
+def test_second_signal_ends_at_once(tmp_path, photos):
+    given, place = recipe(tmp_path, photos, train={"samples": 80_000}), tmp_path / "run"
+    r = start("train", given, "--run.dir", place, folder=tmp_path)
+    until(reaches(place, 24), lambda: r.text)
+    r.kill(signal.SIGINT)
+    r.kill(signal.SIGINT)
+    assert r.wait()[0] in (1, 75), r.text  # the kernel may make one of two signals
+    assert "Traceback" not in r.text and "Stopped " in r.text
+    run("train", given, "--run.dir", place, "--train.samples", max(runs.steps(place)) + 8, folder=tmp_path)
+
+
+def test_a_stop_during_evaluation_does_not_wait_for_its_end(tmp_path, photos):
+    """Before the first update there is nothing to save; during the run there is."""
+    given, place = recipe(tmp_path, photos, knn={"every_samples": 8, "batch": 1}, train={"samples": 80_000}), tmp_path / "run"
+    r = start("train", given, "--run.dir", place, ranks=2, folder=tmp_path)
+    until(lambda: events(place, "start"))
+    r.kill(signal.SIGTERM, rank=1)
+    assert r.wait() == [75, 75], r.text
+    assert "Stopped by SIGTERM" in r.text
+
+
+def test_torn_checkpoint_is_passed_over(straight, tmp_path, photos):
+    given, place = recipe(tmp_path, photos), tmp_path / "run"
+    run("train", given, "--run.dir", place, "--train.samples", 72, folder=tmp_path)
+    whole, torn = checkpoints(place)[-2:]
+    file = next((place / "checkpoints" / torn).glob("*.distcp"))
+    os.truncate(file, file.stat().st_size // 2)
+    text = run("train", given, "--run.dir", place, "--schedule.warmup_samples", 9, folder=tmp_path)
+    assert f"{torn} is passed over" in text and f"Going on from {place}/checkpoints/{whole}" in text
+    assert "Changed since: " in text and "schedule.warmup_samples 8 -> 9" in text
+
+
+def test_resume_and_init_from_are_different_words(tmp_path, photos):
+    given, place = recipe(tmp_path, photos, train={"samples": 48}), tmp_path / "run"
+    run("train", given, "--run.dir", place, folder=tmp_path)
+    old, new = (place / "checkpoints" / name for name in checkpoints(place)[-2:])
+
+    text = run("train", given, "--run.dir", place, "--checkpoint.resume", "none", folder=tmp_path, status=2)
+    assert "already holds samples-000000000048" in text and "resume auto" in text
+    text = run("train", given, "--run.dir", place, "--checkpoint.resume", old, folder=tmp_path, status=2)
+    assert "give another run.dir" in text and len(checkpoints(place)) == 2
+
+    # an older one goes on in a run.dir of its own, and the same command, given again, goes on there
+    words = ("train", given, "--run.dir", tmp_path / "branch", "--checkpoint.resume", old, "--train.samples")
+    run(*words, 56, folder=tmp_path)
+    assert [e["samples_seen"] for e in events(tmp_path / "branch", "resume")] == [24]
+    run(*words, 64, folder=tmp_path)
+    assert [e["samples_seen"] for e in events(tmp_path / "branch", "resume")] == [24, 56]
+    assert list(runs.steps(tmp_path / "branch")) == [32, 40, 48, 56, 64]
+    run("train", given, "--run.dir", place, "--checkpoint.resume", new, "--train.samples", 56, folder=tmp_path)
+
+    run("train", given, "--run.dir", tmp_path / "fresh", "--checkpoint.init_from", new, folder=tmp_path)
+    rows = runs.read_metrics(tmp_path / "fresh")[0]
+    assert [r["samples_seen"] for r in rows] == list(range(0, 49, 8))
+    after = [r for r in runs.read_metrics(place)[0] if r["samples_seen"] == 48][0]
+    assert rows[0]["knn/top1"] == after["knn/top1"]

@@ -1,0 +1,86 @@
+"""The command line answers each mistake with one sentence, and never with a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seer_scale.cli import main
+from seer_scale.config import recipe_names
+
+LAUNCHER = Path(__file__).parents[2] / "tools" / "launch.py"
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["trian"], "'trian' is not a command; did you mean train?"),
+        (["train"], "train needs a recipe first"),
+        (["train", "--data.path", "x"], "train needs a recipe first"),
+        (["eval", "knn"], "eval knn RUN"),
+        (["eval", "linear", "x"], "eval knn RUN"),
+        (["eval", "knn", "no/run"], "no/run is not a run's folder"),
+        (["report"], "is not a run's folder"),
+        (["report", "no/run"], "no/run is not a run's folder"),
+        (["data", "dem", "x"], "seer-scale data demo DIR"),
+        (["bench", "stop"], "seer-scale bench step"),
+    ],
+)
+def test_a_mistake_is_answered(words, part, capsys):
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("seer-scale: ") and part in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"], ["train", "--help"], ["train", "demo", "-h"]])
+def test_help(words, capsys):
+    assert main(words) == 0
+    assert "seer-scale train RECIPE" in capsys.readouterr().out
+
+
+def test_recipes(capsys):
+    assert main(["recipes", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == recipe_names() and all("Cost:" in text for text in told.values())
+    assert main(["recipes"]) == 0
+
+
+def test_interrupted(capsys, monkeypatch):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("seer_scale.cli.recipes", interrupted)
+    assert main(["recipes"]) == 1
+    assert capsys.readouterr().err.startswith("Stopped at once")
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["demo"], "--cluster is None, but must be one of local"),
+        (["demo", "--cluster", "locla"], "did you mean local?"),
+        (["demo", "--cluster"], "--cluster has no value"),
+        (["--cluster", "local"], "The recipe comes first"),
+        (["demo", "--cluster", "local", "--ranks", "two"], "--ranks is 'two'"),
+        (["demo", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"),
+    ],
+)
+def test_launcher_mistakes(words, part, capsys):
+    sys.path.insert(0, str(LAUNCHER.parent))
+    try:
+        from launch import main as launch
+    finally:
+        sys.path.pop(0)
+    assert launch(words) == 2
+    told = capsys.readouterr().err
+    assert part in told and told.count("\n") == 1
+
+
+def test_commands_start_in_a_moment():
+    """Help and mistakes need no torch, whose import takes seconds."""
+    code = "import sys; from seer_scale import cli; cli.main(['recipes']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

@@ -1,0 +1,118 @@
+"""Recipes: precedence, every problem at once and in full, and shipped recipes that hold."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from seer_scale.cli import help_of_train
+from seer_scale.config import RECIPES, Config, all_keys, load_recipe, recipe_names, resolve
+from seer_scale.errors import ConfigError, UserError
+
+SMALL = {"data": {"path": "images"}, "train": {"samples": 640, "global_batch": 64}, "swav": {"prototypes": [30]}}
+
+
+def problems(given: dict, overrides: list[str] = (), **options) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(given, overrides, **options)
+    return caught.value.problems
+
+
+def test_defaults_below_recipe_below_command_line():
+    given = SMALL | {"optim": {"momentum": 0.8, "trust": 0.01}}
+    optim = resolve(given, ["--optim.trust", "0.02", "--optim.weight_decay=0"]).optim
+    assert (optim.lr, optim.momentum, optim.trust, optim.weight_decay) == (0.3, 0.8, 0.02, 0.0)
+
+
+@pytest.mark.parametrize("word, number", [("1e-6", 1e-6), ("1.0e-6", 1e-6), ("1E6", 1e6), ("3", 3.0), (".5", 0.5)])
+def test_numbers_as_people_write_them(word, number):
+    given = SMALL | yaml.safe_load(f"optim: {{weight_decay: {word}}}")
+    assert resolve(given).optim.weight_decay == resolve(SMALL, ["--optim.weight_decay", word]).optim.weight_decay == number
+    assert resolve(SMALL, ["--train.samples", "1e6"]).train.samples == 1_000_000
+
+
+def test_text_stays_text():
+    assert resolve(SMALL, ["--data.path", "1e6", "--run.dir", "007"]).data.path == "1e6"
+    assert resolve(SMALL, ["--run.dir", "007"]).run.dir == "007"
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("--train.global_batch=0", ["train.global_batch", "0", "at least 1"]),
+        ("--train.global_batch=2.5", ["train.global_batch", "2.5", "a whole number"]),
+        ("--optim.lr=.inf", ["optim.lr", "inf", "finite"]),
+        ("--optim.lr=fast", ["optim.lr", "'fast'", "a number"]),
+        ("--optim.name=adam", ["optim.name", "'adam'", "lars, sgd, adamw", "did you mean adamw?"]),
+        ("--optim.learning_rate=1", ["optim.learning_rate is not a key", "did you mean optim.lr"]),
+        ("--optim.momentun=1", ["optim.momentun is not a key", "did you mean optim.momentum?"]),
+        ("--optim.global_batch=1", ["optim.global_batch is not a key", "did you mean train.global_batch?"]),
+        ("--views=3", ["views is 3", "a section of keys"]),
+        ("--parallel.sync_bn_group=3", ["parallel.sync_bn_group is 3", "divide the 4 ranks", "nearest: "]),
+        ("--train.global_batch=66", ["train.global_batch is 66", "divide evenly among 4 ranks", "nearest: 64 or 68"]),
+        ("--swav.prototypes=[3000]", ["swav.prototypes is 3000", "at most 4 times as many", "nearest: 256"]),
+        ("--swav.queue=100", ["swav.queue is 100", "a multiple of train.global_batch (64)", "nearest: 128"]),
+        ("--parallel.replicate=3", ["parallel.replicate is 3", "divide the 4 ranks", "nearest: 2"]),
+        ("--parallel.engine=single", ["parallel.engine is single", "4 ranks", "use ddp or fsdp"]),
+        ("--views.jitter=[0.4, 0.4]", ["views.jitter", "[0.4, 0.4]", "needs 4 values"]),
+        ("--views.crops=[{size: 4}]", ["views.crops[0].size is 4", "at least 8"]),
+        ("--model.depth=9", ["model.depth is given", "use model.name regnety"]),
+        ("--schedule.warmup_samples=1000", ["schedule.warmup_samples is 1000", "640 samples", "nearest: 640"]),
+    ],
+)
+def test_a_problem_names_key_value_rule_and_fix(override, parts):
+    found = problems(SMALL, [override], world_size=4)
+    assert len(found) == 1, found
+    for part in parts:
+        assert part in found[0]
+    assert found[0].endswith((".", "?")) and "\n" not in found[0]
+
+
+def test_all_problems_at_once():
+    words = ["--optim.lr", "-1", "--nonsense.key", "1", "alone", "--train.precision", "fp8", "--swav.queue"]
+    found = problems({"train": {"global_batch": 10}}, words, world_size=4, also=lambda config: ["one of a room above."])
+    for part in ("optim.lr", "nonsense", "'alone'", "fp8", "--swav.queue has no value", "train.samples is missing", "data.path is empty", "divide evenly", "room above"):  # fmt: skip
+        assert sum(part in p for p in found) == 1, (part, found)
+
+
+def test_round_trip():
+    config = resolve(SMALL, ["--swav.prototypes=[20, 30]", "--model.name=regnety", "--model.depth=5"])
+    assert resolve(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_recipes_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="There is no recipe 'cifar_laptob'.*did you mean cifar_laptop"):
+        load_recipe("cifar_laptob")
+    (tmp_path / "a.yaml").write_text("train: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_recipe(str(tmp_path / "a.yaml"))
+    (tmp_path / "c.yaml").write_text("train: {samples: 1}\ntrain: {global_batch: 2}\n")
+    with pytest.raises(UserError, match="has train twice"):
+        load_recipe(str(tmp_path / "c.yaml"))
+    (tmp_path / "b.yaml").write_text("- a\n")
+    with pytest.raises(UserError, match="must hold sections"):
+        load_recipe(str(tmp_path / "b.yaml"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipe_holds(name):
+    text = (RECIPES / f"{name}.yaml").read_text()
+    head = re.match(r"(#.*\n)+", text)
+    assert head, "a recipe begins with a comment"
+    command = next(line for line in head[0].splitlines() if name in line)
+    assert "seer-scale train" in command or "tools/launch.py" in command
+    assert re.search(r"^# Cost: ", head[0], re.M) and re.search(r"^# Should reach: ", head[0], re.M)
+    given = load_recipe(name)
+    config = resolve(given, ["--data.path", "images"])
+    assert config.parallel.ranks == (given.get("parallel") or {}).get("ranks", 1)
+    assert resolve(config.to_dict()) == config
+
+
+def test_help_names_every_key():
+    lines = help_of_train().splitlines()
+    for key, kind, _, meaning in all_keys():
+        row = lines.index(f"  --{key} {kind}")
+        assert meaning and meaning in lines[row + 1]
+    assert {k.split(".")[0] for k, *_ in all_keys()} == set(Config.__dataclass_fields__)

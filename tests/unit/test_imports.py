@@ -1,0 +1,49 @@
+"""The house's order: a room imports from rooms below it and from itself, and from nowhere else."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import seer_scale
+
+HOUSE = Path(seer_scale.__file__).parent
+ROOMS = [
+    "cli", "bench", "launch", "train", "evaluate", "plan", "checkpoint", "parallel", "methods", "models", "data", "optim",
+    "observe", "core",
+]  # fmt: skip
+CORE = {"config", "errors", "world", "rng"}
+ONLY = {"submitit": {"launch"}, "deepspeed": {"parallel"}, "fairscale": {"parallel"}, "torch.distributed.fsdp": {"parallel"}}
+MODULES = sorted(HOUSE.rglob("*.py"))
+
+
+def room(parts: tuple[str, ...]) -> str:
+    return "core" if not parts or parts[0] in CORE else parts[0]
+
+
+def imported(path: Path) -> list[str]:
+    """Every name a module imports, in full, wherever in the module it does."""
+    names = []
+    package = ("seer_scale", *path.relative_to(HOUSE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            names += [f"{base if node.level else node.module}.{a.name}" for a in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(HOUSE)) for p in MODULES])
+def test_imports_point_down(path):
+    here = room(path.relative_to(HOUSE).with_suffix("").parts) if path.name != "__init__.py" or path.parent != HOUSE else "core"
+    assert here in ROOMS, f"{here} is no room of the house"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "seer_scale" and name != "seer_scale.__version__":
+            there = room(tuple(parts[1:]))
+            assert there in ROOMS and ROOMS.index(there) >= ROOMS.index(here), f"{here} imports {name}, of {there} above it"
+        for kept, rooms in ONLY.items():
+            assert not f"{name}.".startswith(f"{kept}.") or here in rooms, f"{here} imports {name}: only {rooms} may"
