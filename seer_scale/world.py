@@ -153,7 +153,7 @@ def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "Timed out")
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
     )
 
 

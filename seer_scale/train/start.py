@@ -23,7 +23,6 @@ def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config
 
 def _beyond_config(config: Config) -> list[str]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
-
     c = config
 
     def model() -> None:
@@ -62,7 +61,8 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
             status = train(config, world, run_dir, stop)
         except RuntimeError as error:
             if world.size > 1 and worlds.is_lost_rank(error):
-                raise TrainingFailed("Another rank has ended, so this one cannot go on; see what that one said. The newest checkpoint stands: start the run again.") from error
+                cause = str(error).strip().splitlines()[0]
+                raise TrainingFailed(f"Another rank has ended, so this one cannot go on; see what that one said. The newest checkpoint stands: start the run again. ({cause})") from error
             raise
     worlds.stop(world)  # not after an error, when the other ranks may wait in another collective
     return status
