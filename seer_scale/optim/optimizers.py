@@ -48,7 +48,7 @@ class Optimizer:
         params = [local(self.params[n]) for n in names]
         grads = [local(self.params[n].grad) for n in names]
         if names:
-            self._update(names, params, grads, lr, norms.unbind(1), chosen, found_inf)
+            self._update(names, params, grads, lr, norms, chosen, found_inf)
 
     def _update(self, names, params, grads, lr, norms, chosen, found_inf) -> None:
         raise NotImplementedError
@@ -69,21 +69,22 @@ class SGD(Optimizer):
 
     slots = ("momentum",)
 
+    def __init__(self, params: Mapping[str, Tensor], config: Optim):
+        super().__init__(params, config)
+        excluded = [self._is_excluded(n) for n in self.params]
+        device = local(next(iter(self.params.values()))).device
+        self._decay = torch.tensor([0.0 if e else config.weight_decay for e in excluded], device=device)
+        self._unscaled = torch.tensor([e or config.name != "lars" for e in excluded], device=device)
+
     def _update(self, names, params, grads, lr, norms, chosen, found_inf) -> None:
-        c, device = self.config, params[0].device
-        decay = torch.tensor([0.0 if self._is_excluded(n) else c.weight_decay for n in names], device=device)
-        if c.name == "lars":
-            p, g = torch.stack([norms[i] for i in chosen], dim=1)
-            ratio = c.trust * p / (g + decay * p + LARS_EPS)
-            plain = torch.tensor([self._is_excluded(n) for n in names], device=device)
-            zero = (p == 0) | (g == 0)
-            ratio = torch.where(plain | zero, 1.0, ratio)
-            shrink = torch.where(zero, 0.0, decay * ratio)
-            for q, grad, r, s in zip(params, grads, ratio.unbind(), shrink.unbind()):
-                grad.mul_(r).addcmul_(q, s)
-        else:
-            for q, grad, d in zip(params, grads, decay.unbind()):
-                grad.addcmul_(q, d)
+        c = self.config
+        p, g = norms
+        zero = (p == 0) | (g == 0) if c.name == "lars" else torch.zeros_like(self._unscaled)
+        ratio = torch.where(self._unscaled | zero, 1.0, c.trust * p / (g + self._decay * p + LARS_EPS))
+        shrink = torch.where(zero, 0.0, self._decay * ratio)
+        ratio, shrink = ratio.unbind(), shrink.unbind()
+        for i, q, grad in zip(chosen, params, grads):
+            grad.mul_(ratio[i]).addcmul_(q, shrink[i])
         torch._fused_sgd_(
             params, grads, self._slot(names, "momentum"), weight_decay=0.0, momentum=c.momentum, lr=lr, dampening=0.0,
             nesterov=False, maximize=False, is_first_step=False, found_inf=found_inf,

@@ -16,9 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 
 from seer_scale import __version__
@@ -38,6 +36,7 @@ from seer_scale.optim.optimizers import local
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
 from seer_scale.train.stop import StopRequest
+from seer_scale.train.window import Window
 from seer_scale.world import World
 
 
@@ -202,12 +201,16 @@ class Trainer:
             del loss, views
             if due:
                 self._log(window, lr, stats, watched)
-            if self._crosses(c.checkpoint.every_samples):
-                self._save()
-            if self._crosses(c.knn.every_samples) and not self._is_last(seen):
-                self._evaluate("during")
-            if not self._is_last(seen):
-                self._stop_if_agreed()
+            with window.paused():
+                if self._crosses(c.checkpoint.every_samples):
+                    self._save()
+                if self._crosses(c.knn.every_samples) and not self._is_last(seen):
+                    self._evaluate("during")
+            reason = None if self._is_last(seen) else self.stop.agreed(self.world)
+            if reason:
+                if window.updates:  # so that the log accounts for every image
+                    self._log(window, lr, stats, {})
+                raise _Stop(reason)
 
     def _batches(self, window: Window) -> Iterator[Batch]:
         c, w = self.config, self.world
@@ -247,7 +250,7 @@ class Trainer:
     # --- what is due now and then
 
     def _log(self, window: Window, lr: float, stats: dict[str, torch.Tensor], watched: dict[str, torch.Tensor]) -> None:
-        """One metric line: one reduction of device values, one of host counts."""
+        """One metric line: one reduction of device values, one of host counts. `watched` may be empty."""
         scaler = self.engine.scaler
         means, counts = window.reduce(watched)
         own = torch.stack([stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.skipped_in_a_row])
@@ -258,7 +261,7 @@ class Trainer:
             "step": self.step, "samples_seen": self.samples_seen, "epoch": self.samples_seen / len(self.source),
             "loss": loss, "lr": lr, "loss_scale": scale, "grad_norm": grad_norm, "param_norm": param_norm,
             "skipped": int(skipped), **window.timing(self.config.train.global_batch), "mem/peak_gib": _peak_gib(self.world),
-            **self.engine.method.summarise(means), "swav/below_ln_k": self.ln_k - loss,
+            **(self.engine.method.summarise(means) if watched else {}), "swav/below_ln_k": self.ln_k - loss,
             "data/unreadable": counts[1], "data/fingerprint": counts[0],
         }  # fmt: skip
         self.log.log(row)
@@ -365,54 +368,6 @@ def _pictures_may_fail() -> Iterator[None]:
         yield
     except OSError as error:
         print(f"The report cannot be written ({error.strerror or error}): free some space, then run seer-scale report.", file=sys.stderr, flush=True)
-
-
-class Window:
-    """What happened since the last metric line: sums on the device, counts on the host."""
-
-    def __init__(self, world: World):
-        self.world = world
-        self.reset()
-
-    def reset(self) -> None:
-        self.loss_sum = torch.zeros((), device=self.world.device)
-        self.loss_count = torch.zeros((), device=self.world.device)
-        self.fingerprint, self.unreadable, self.updates = 0, [], 0
-        self.waited_s, self._begin = 0.0, time.perf_counter()
-
-    def add(self, batch: Batch, loss: torch.Tensor) -> None:
-        finite = loss.isfinite()
-        self.loss_sum += torch.where(finite, loss, 0.0)
-        self.loss_count += finite
-        self.fingerprint = (self.fingerprint + fingerprint(batch.indices.numpy())) % 2**52
-        self.unreadable += batch.unreadable
-        self.updates += 1
-
-    def reduce(self, watched: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images."""
-        named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | watched
-        flat = self.world.sum_(torch.cat([v.flatten().float() for v in named.values()])) / self.world.size
-        parts = flat.cpu().split([v.numel() for v in named.values()])
-        counts = torch.tensor([self.fingerprint, len(self.unreadable)])
-        if self.world.size > 1:
-            dist.all_reduce(counts, group=self.world.control)
-        return dict(zip(named, parts)), [int(counts[0]) % 2**52, int(counts[1])]
-
-    def timing(self, global_batch: int) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._begin
-        return {
-            "time/step_s": elapsed / self.updates,
-            "time/data_wait_frac": min(1.0, self.waited_s / elapsed),
-            "throughput/img_per_s": global_batch * self.updates / elapsed,
-        }
-
-
-def fingerprint(indices: np.ndarray) -> int:
-    """A sum over image numbers that shows whether two runs saw the same images, in whatever order and on however many ranks."""
-    x = indices.astype(np.uint64) + np.uint64(1)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return int(((x ^ (x >> np.uint64(31))) >> np.uint64(12)).sum() % np.uint64(2**52))
 
 
 def _peak_gib(world: World) -> float:

@@ -30,7 +30,8 @@ CASES = {
     "frozen": {"swav.freeze_samples": 40},
     "no_bn_head": {"swav.batch_norm": False},
 }
-LR = {"adamw": 0.003, "sgd": 0.03}
+LR = {"adamw": 3e-4, "sgd": 3e-4}
+"""0.02 for LARS: a network this small on a batch of 8 is chaotic, and larger steps magnify the last bit a thousandfold."""
 ENGINES = {
     2: {"ddp": {"parallel.engine": "ddp"}, "fsdp": {"parallel.engine": "fsdp"}},
     4: {
@@ -43,7 +44,7 @@ ENGINES = {
 
 def losses_of_case(world: World, case: str, engine: dict) -> list[float]:
     config, built = tiny(world, **CASES[case], **engine)
-    return losses_of(built, config, world, range(UPDATES.get(case, 8)), LR.get(case, 0.3))
+    return losses_of(built, config, world, range(UPDATES.get(case, 8)), LR.get(case, 0.02))
 
 
 @functools.cache
@@ -91,18 +92,19 @@ def skipped_on_all(world: World) -> dict:
     out = {}
     for name in ("ddp", "fsdp"):
         config, engine = tiny(world, **{"parallel.engine": name, "train.precision": "fp16"})
+        engine.scaler.scale.fill_(256.0)  # where nothing overflows by itself
         losses_of(engine, config, world, range(1))
         before = {k: v.clone() for k, v in engine.state().items() if k.startswith(("model/backbone.s", "optim/")) and "running" not in k and "num_b" not in k}
-        scale = engine.scaler.scale.item()
+        scale, skipped = engine.scaler.scale.item(), engine.scaler.skipped.item()
         views = fake_views(config, 1, world)
         loss, _ = engine.forward(views, samples_seen=8)
         engine.backward(loss * (torch.inf if world.rank == 1 else 1.0))
         engine.update(0.3)
         moved = [k for k, v in engine.state().items() if k in before and not torch.equal(_local(v), _local(before[k]))]
         halved = engine.scaler.scale.item() == scale / 2
-        counts = (engine.scaler.skipped.item(), engine.scaler.skipped_in_a_row.item())
+        counted = engine.scaler.skipped.item() - skipped == 1 and engine.scaler.skipped_in_a_row.item() >= 1
         losses_of(engine, config, world, range(2, 3))
-        out[name] = (moved, halved, counts, engine.scaler.skipped_in_a_row.item())
+        out[name] = (moved, halved, counted, engine.scaler.skipped_in_a_row.item())
     return out
 
 
@@ -112,7 +114,8 @@ def _local(t):
 
 def precision_run(world: World, precision: str) -> list[float]:
     config, engine = tiny(world, **{"parallel.engine": "fsdp", "train.precision": precision, "optim.name": "sgd"})
-    return losses_of(engine, config, world, range(12), 0.003)
+    engine.scaler.scale.fill_(256.0 if precision == "fp16" else 1.0)  # no skips while the scale settles
+    return losses_of(engine, config, world, range(12), 3e-4)
 
 
 def averaged_statistics(world: World) -> tuple[float, float]:
@@ -181,14 +184,14 @@ def test_codes_do_not_depend_on_the_ranks(ranks, size):
 
 def test_an_inf_on_one_rank_skips_the_update_on_all(ranks):
     for rank in ranks[2]:
-        for name, (moved, halved, counts, after) in rank["skip"].items():
-            assert moved == [] and halved and counts == (1.0, 1.0) and after == 0.0, name
+        for name, (moved, halved, counted, after) in rank["skip"].items():
+            assert moved == [] and halved and counted and after == 0.0, name
 
 
 def test_half_precision_follows_fp32(ranks):
     runs = ranks[2][0]["precision"]
     for precision in ("fp16", "bf16"):
-        assert abs(np.mean(runs[precision]) / np.mean(runs["fp32"]) - 1) < 0.01, precision
+        np.testing.assert_allclose(np.mean(runs[precision]), np.mean(runs["fp32"]), rtol=0.01)
 
 
 def test_what_is_saved_of_batch_norm_is_the_mean_over_groups(ranks):

@@ -1,0 +1,69 @@
+"""What happened between two metric lines, and which images it happened to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from seer_scale.data.loader import Batch
+from seer_scale.world import World
+
+
+class Window:
+    """What happened since the last metric line: sums on the device, counts on the host."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss_sum = torch.zeros((), device=self.world.device)
+        self.loss_count = torch.zeros((), device=self.world.device)
+        self.fingerprint, self.unreadable, self.updates = 0, [], 0
+        self.waited_s, self._begin = 0.0, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A checkpoint or an evaluation: its time is none of the updates'."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
+    def add(self, batch: Batch, loss: torch.Tensor) -> None:
+        finite = loss.isfinite()
+        self.loss_sum += torch.where(finite, loss, 0.0)
+        self.loss_count += finite
+        self.fingerprint = (self.fingerprint + fingerprint(batch.indices.numpy())) % 2**52
+        self.unreadable += batch.unreadable
+        self.updates += 1
+
+    def reduce(self, watched: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images."""
+        named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | watched
+        flat = self.world.sum_(torch.cat([v.flatten().float() for v in named.values()])) / self.world.size
+        parts = flat.cpu().split([v.numel() for v in named.values()])
+        counts = torch.tensor([self.fingerprint, len(self.unreadable)])
+        if self.world.size > 1:
+            dist.all_reduce(counts, group=self.world.control)
+        return dict(zip(named, parts)), [int(counts[0]) % 2**52, int(counts[1])]
+
+    def timing(self, global_batch: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._begin
+        return {
+            "time/step_s": elapsed / self.updates,
+            "time/data_wait_frac": min(1.0, self.waited_s / elapsed),
+            "throughput/img_per_s": global_batch * self.updates / elapsed,
+        }
+
+
+def fingerprint(indices: np.ndarray) -> int:
+    """A sum over image numbers that shows whether two runs saw the same images, in whatever order and on however many ranks."""
+    x = indices.astype(np.uint64) + np.uint64(1)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int(((x ^ (x >> np.uint64(31))) >> np.uint64(12)).sum() % np.uint64(2**52))
