@@ -21,6 +21,8 @@ import torch.distributed as dist
 from seer_scale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
+CONTROL_TIMEOUT = timedelta(hours=1)
+"""Decisions on the host may wait for rank 0 to list or index the images; a rank that ends is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def start(rendezvous: Path, attempt: str = "", *, device: str | None = None) -> 
         published = rendezvous / f"rendezvous-{attempt or '.'.join(slurm)}"
         store = _store(published, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     if published and rank == 0:
         published.unlink(missing_ok=True)  # all have read it, and a later start must not
     return World(rank, size, place.local_rank, place.local_size, where, control)

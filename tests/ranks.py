@@ -30,7 +30,7 @@ def _rank_main(rank, world_size, rendezvous, fn, args, queue):
         raise SystemExit(1) from None
 
 
-def run_ranks(world_size: int, fn, *args, timeout: float = 240.0) -> list:
+def run_ranks(world_size: int, fn, *args, timeout: float = 400.0) -> list:
     """fn must be importable (module level); its result must pickle: return numbers, lists or numpy arrays."""
     context = mp.get_context("spawn")
     queue = context.Queue()

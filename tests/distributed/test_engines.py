@@ -35,6 +35,7 @@ LR = {"adamw": 3e-4, "sgd": 3e-4}
 ENGINES = {
     2: {"ddp": {"parallel.engine": "ddp"}, "fsdp": {"parallel.engine": "fsdp"}},
     4: {
+        "ddp": {"parallel.engine": "ddp"},
         "fsdp": {"parallel.engine": "fsdp"},
         "fsdp_kept": {"parallel.engine": "fsdp", "parallel.reshard_after_forward": False},
         "hsdp": {"parallel.engine": "fsdp", "parallel.replicate": 2},
