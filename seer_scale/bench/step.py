@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> str:
     if reference:
         ratio = statistics.median(r / o for o, r in zip(times["ours"], times["reference"]))
         lines.append(f"ours / reference: {ratio:.3f} times the images/s (median of {args.rounds} interleaved rounds; peaks hold both models)")
-    macs = sum(c.num * method.backbone.num_flops(c.size) for c in config.views.crops)
+    macs = sum(c.num * method.backbone.num_macs(c.size) for c in config.views.crops)
     tflops = 6e-12 * macs * args.batch * args.updates / statistics.median(times["ours"])
     peak = next((p for n, p in PEAK_TFLOPS.items() if n in where), None)
     share = f", {tflops / peak:.1%} of {peak} (model FLOP utilisation)" if peak and args.precision != "fp32" else ""

@@ -195,7 +195,7 @@ class RegNetY(nn.Module):
         """The names of the units of each stage."""
         return [[f"s{s}.{b}" for b in self.get_submodule(f"s{s}")] for s in (1, 2, 3, 4)]
 
-    def num_flops(self, size: int) -> int:
+    def num_macs(self, size: int) -> int:
         """Multiply-accumulates of the convolutions in one forward of one size x size image."""
         size = math.ceil(size / 2)
         total = self.stem.conv.num_macs(size)

@@ -145,7 +145,8 @@ class Trainer:
                 raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
             store.load(path, self.engine.state(), w, only="model/")
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
-        self.log.event("start", started, **facts)
+        unlabelled = c.knn.enabled and self.labelled is None
+        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled, **facts)
 
     # --- the run
 
