@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if words[0] not in commands:
             raise UserError(f"{words[0]!r} is not a command; {nearest(words[0], commands)}")
+        if _asks_help(words) and words[0] != "train" and words[:2] != ["bench", "step"]:  # these show their own
+            print(USAGE)
+            return EXIT_DONE
         return commands[words[0]](words[1:])
     except UserError as error:
         return complain(error)
@@ -41,11 +44,20 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def _asks_help(words: list[str]) -> bool:
+    return "-h" in words or "--help" in words
+
+
+def _no_more(words: list[str], usage: str) -> None:
+    if words:
+        raise UserError(f"{words[0]!r} is not expected here: the command is {usage}.")
+
+
 # ------------------------------------------------------------------------------------------------ train
 
 
 def train(words: list[str]) -> int:
-    if "-h" in words or "--help" in words:
+    if _asks_help(words):
         print(help_of_train())
         return EXIT_DONE
     if not words or words[0].startswith("--"):
@@ -67,6 +79,7 @@ def help_of_train() -> str:
 def recipes(words: list[str]) -> int:
     from seer_scale.config import RECIPES
 
+    _no_more([w for w in words if w != "--json"], "seer-scale recipes [--json]")
     described = {}
     for name in recipe_names():
         head = [x[1:].strip() for x in (RECIPES / f"{name}.yaml").read_text().splitlines() if x.startswith("#")]
@@ -79,14 +92,14 @@ def recipes(words: list[str]) -> int:
 
 
 def evaluate(words: list[str]) -> int:
+    as_json, words = "--json" in words, [w for w in words if w != "--json"]
     if len(words) < 2 or words[0] != "knn":
         raise UserError("Say what to evaluate and which run: seer-scale eval knn RUN.")
     from seer_scale import world as worlds
     from seer_scale.evaluate.run import knn_of_run
 
-    as_json, overrides = "--json" in words, [w for w in words[2:] if w != "--json"]
     world = worlds.start(Path(words[1]) / "logs")
-    scores = knn_of_run(Path(words[1]), overrides, world)
+    scores = knn_of_run(Path(words[1]), words[2:], world)
     worlds.stop(world)
     if world.is_main:
         text = f"kNN top-1 {scores['knn/top1']:.1f} %, top-5 {scores['knn/top5']:.1f} % after {scores['samples_seen']:,} samples ({scores['checkpoint']})"
@@ -99,6 +112,11 @@ def report(words: list[str]) -> int:
 
     if not words or not Path(words[0]).is_dir():
         raise UserError(f"{words[0] if words else 'report'} is not a run's folder: give one, such as runs/demo.")
+    _no_more(words[1:], "seer-scale report RUN")
+    if not any((Path(words[0]) / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise UserError(
+            f"{words[0]} is not a run's folder (it has neither config.yaml nor metrics.jsonl): give one, such as runs/demo."
+        )
     print(write_report(Path(words[0])))
     return EXIT_DONE
 
@@ -107,8 +125,9 @@ def report(words: list[str]) -> int:
 
 
 def data(words: list[str]) -> int:
-    if len(words) != 2 or words[0] != "demo":
+    if len(words) < 2 or words[0] != "demo" or words[1].startswith("-"):
         raise UserError("Say what to do: seer-scale data demo DIR writes the demo's corpus.")
+    _no_more(words[2:], "seer-scale data demo DIR")
     from seer_scale.data.demo import write_demo_corpus
 
     write_demo_corpus(Path(words[1]))

@@ -2,7 +2,8 @@
 
 Precedence: defaults < YAML < command line. Every problem of a recipe is found in one pass and reported together, each
 as one sentence with key, value, rule and nearest fix. Nothing mutates a `Config` afterwards. Durations are counted in
-samples (images), so a recipe means the same on any number of ranks.
+samples (images), so a recipe means the same on any number of ranks; one key counts ranks, parallel.sync_bn_group, as
+the papers do, and what BatchNorm then normalises over is that many ranks' share of the batch.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Train:
     global_batch: int = opt(256, "images an update, over all ranks", ge=1)
     precision: Literal["fp32", "fp16", "bf16"] = opt("fp32", "compute type of convolutions and matrix products")
     max_skips: int = opt(50, "updates skipped in a row, for gradients that are not finite, that end the run", ge=1)
-    collapse_after: float = opt(0.3, "share of the run after which a loss still at ln K is reported", ge=0, le=1)
+    collapse_after: float = opt(0.1, "share of the run, after warm-up and freezing, at which a loss still at ln K is reported", ge=0, le=1)
     log_every: int = opt(10, "updates between two metric lines", ge=1)
     threads: int = opt(0, "CPU threads a rank; 0 = the cores shared out among the ranks of a machine", ge=0)
     channels_last: bool = opt(False, "keep images and feature maps channels-last")
@@ -130,6 +131,7 @@ class Train:
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     engine: Literal["single", "ddp", "fsdp"] = opt("fsdp", "what holds parameters, gradients and optimiser state")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute; auto = GPUs where there are any")
     ranks: int = opt(1, "ranks the recipe was written for; a run may use another number", ge=1)
     replicate: int = opt(1, "fsdp: copies of the sharded model (HSDP: replicate x shard ranks)", ge=1)
     reshard_after_forward: bool = opt(True, "fsdp: free gathered weights between forward and backward")
@@ -154,7 +156,8 @@ class Knn:
     k: int = opt(20, "neighbours that vote", ge=1)
     temperature: float = opt(0.07, "weight of a neighbour is exp(cosine / temperature)", gt=0)
     batch: int = opt(64, "images a forward pass", ge=1)
-    limit: int = opt(0, "use at most so many bank images; 0 = all", ge=0)
+    limit: int = opt(100_000, "use at most so many bank images; 0 = all", ge=0)
+    limit_queries: int = opt(10_000, "classify at most so many queries; 0 = all", ge=0)
     every_samples: int = opt(0, "samples between evaluations during training; 0 = only before and after", ge=0)
     enabled: bool = opt(True, "evaluate at all; needs labels")
 
@@ -394,10 +397,34 @@ def resolve(
         problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
     if not config.data.path:
         problems.append("data.path is empty: give a folder of images, a list file or tars, as in --data.path ~/Pictures.")
-    problems += cross_checks(config, world_size or config.parallel.ranks) + also(config)
+    problems += cross_checks(config, world_size or config.parallel.ranks) + without_effect(config) + also(config)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def without_effect(c: Config) -> list[str]:
+    """Keys that differ from their default but that nothing would read: nothing given is silently ignored."""
+    needs = {
+        "optim.trust": (c.optim.name == "lars", "optim.name lars"),
+        "optim.momentum": (c.optim.name != "adamw", "optim.name lars or sgd"),
+        "optim.betas": (c.optim.name == "adamw", "optim.name adamw"),
+        "schedule.final": (c.schedule.name == "cosine", "schedule.name cosine"),
+        "schedule.plateau_factor": (c.schedule.name == "plateau", "schedule.name plateau"),
+        "schedule.plateau_samples": (c.schedule.name == "plateau", "schedule.name plateau"),
+        "schedule.plateau_threshold": (c.schedule.name == "plateau", "schedule.name plateau"),
+        "swav.queue_from_samples": (c.swav.queue > 0, "a swav.queue"),
+        "parallel.reshard_after_forward": (c.parallel.engine == "fsdp", "parallel.engine fsdp"),
+        "data.prefetch": (c.data.workers > 0, "data.workers of at least 1"),
+    }
+    problems = []
+    for key, _, default, _ in all_keys():
+        has_effect, need = needs.get(key, (True, ""))
+        section, name = key.split(".")
+        value = getattr(getattr(c, section), name)
+        if not has_effect and value != default:
+            problems.append(f"{key} is {value}, but has no effect without {need}; remove it, or give that.")
+    return problems
 
 
 def cross_checks(c: Config, world_size: int) -> list[str]:
@@ -427,6 +454,8 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
     for k in s.prototypes:
         most = 4 * (batch + s.queue)
         fail(k > most, f"swav.prototypes is {k}, but an assignment of {batch + s.queue} samples (train.global_batch + swav.queue) can use at most 4 times as many; nearest: {most}.")
+    stages = p.activation_checkpoint
+    fail(len(set(stages)) < len(stages), f"parallel.activation_checkpoint is {list(stages)}, but each stage can be named once; nearest: {sorted(set(stages))}.")
     fail(not s.prototypes, "swav.prototypes is empty, but must name at least one set; nearest: [3000].")
     fail(not c.views.crops, "views.crops is empty, but must name at least one kind of crop; nearest: [{num: 2}].")
     fail(bool(c.views.crops) and c.num_crops < 2, "views.crops makes 1 crop an image, but SwAV compares at least 2; nearest: num: 2.")

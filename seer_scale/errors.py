@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import socket
 import sys
 from collections.abc import Iterable
 
@@ -52,7 +53,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def complain(error: UserError) -> int:
-    """Print a user's error, once for all ranks, and return the exit status it deserves."""
-    if error.is_local or os.environ.get("RANK", os.environ.get("SUBMITIT_LOCAL_GLOBALID", os.environ.get("SLURM_PROCID", "0"))) == "0":
-        print(f"seer-scale: {error}", file=sys.stderr, flush=True)
+    """Print a user's error, once a machine, and return the exit status it deserves."""
+    rank, place = (
+        next((os.environ[name] for name in names if name in os.environ), "0")
+        for names in (
+            ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID"),
+            ("LOCAL_RANK", "SUBMITIT_LOCAL_LOCALID", "SLURM_LOCALID"),
+        )
+    )
+    if rank == "0" or place == "0" or error.is_local:
+        where = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
+        print(f"seer-scale{where}: {error}", file=sys.stderr, flush=True)
     return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_BAD_INPUT

@@ -7,6 +7,7 @@ free one and publishes its address in a file of the run directory (torchrun brin
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -107,24 +108,31 @@ def detect(env: Mapping[str, str] = os.environ) -> Place:
     elif "SUBMITIT_LOCAL_GLOBALID" in env:
         names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS")
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     else:
         return Place()
-    rank, size, local_rank, local_size = (int(env.get(n, default)) for n, default in zip(names, (0, 1, 0, 1)))
+    # SLURM writes "8(x64)" or "8,4": the first number serves
+    given = (re.match(r"\d+", env.get(n, default)) for n, default in zip(names, ("0", "1", "0", "1")))
+    rank, size, local_rank, local_size = (int(m.group()) for m in given)
     return Place(rank, size, local_rank, local_size, names[0] == "RANK")
 
 
-def start(rendezvous: Path, attempt: str = "", *, device: str | None = None) -> World:
+def start(rendezvous: Path, attempt: str = "", *, device: str = "auto") -> World:
     """Join the run. Collective over all its ranks.
 
     rendezvous: a folder all ranks see; attempt: a word all ranks of this start share and no other start has (under
     SLURM the job, step and restart are one).
-    Raises UserError when the other ranks do not come within the timeout.
+    device: cpu, cuda, or auto. Raises UserError where the GPUs do not suffice, or the other ranks do not come within the
+    timeout.
     """
     place = detect()
     rank, size = place.rank, place.size
-    cuda = torch.cuda.is_available() if device is None else device == "cuda"
-    where = torch.device("cuda", place.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    gpus = torch.cuda.device_count() if cuda else 0
+    # a rank sees all GPUs of its machine, or its own alone where SLURM binds one to each task
+    if cuda and place.local_rank >= gpus and gpus != 1 or cuda and gpus == 1 < place.local_size and not bound_to_one():
+        raise UserError(f"This machine has {gpus} GPUs for {place.local_size} ranks: start {max(1, gpus)} a machine, or give parallel.device cpu.")
+    where = torch.device("cuda", min(place.local_rank, gpus - 1)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
     if size == 1:
@@ -142,6 +150,11 @@ def start(rendezvous: Path, attempt: str = "", *, device: str | None = None) -> 
     if published and rank == 0:
         published.unlink(missing_ok=True)  # all have read it, and a later start must not
     return World(rank, size, place.local_rank, place.local_size, where, control)
+
+
+def bound_to_one() -> bool:
+    """Whether SLURM has given each task a GPU of its own (--gpus-per-task, --gpu-bind)."""
+    return any(k in os.environ for k in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK"))
 
 
 def stop(world: World) -> None:

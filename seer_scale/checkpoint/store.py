@@ -244,7 +244,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be used as a checkpoint: {e}; {hint}") from None
 
 
-def load(path: Path, state: State, world: World, *, only: str = "") -> None:
+def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] = "") -> None:
     """Fill the tensors of `state`, those whose name begins with `only`, in place from the checkpoint `path`.
 
     Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read; each rank
@@ -278,7 +278,7 @@ class _Reader(dcp.FileSystemReader):
         return self.metadata
 
 
-def _difference(path: Path, wanted: State, metadata: Metadata, only: str) -> str | None:
+def _difference(path: Path, wanted: State, metadata: Metadata, only: str | tuple[str, ...]) -> str | None:
     """A sentence on the first tensor that differs between the run and the checkpoint."""
 
     def form(dtype: torch.dtype, size: torch.Size) -> str:

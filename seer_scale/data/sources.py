@@ -30,7 +30,7 @@ OPEN_TARS = 64
 class Source:
     """A fixed sequence of encoded images. Picklable, safe after fork; nothing is held open until first read.
 
-    labels: int32 [n], -1 where an image has none, or None; classes: the labels' names, empty where they have none.
+    labels: int32 [n], each an index into `classes`, -1 where an image has none; or None. classes: the labels' names.
     """
 
     labels: np.ndarray | None = None
@@ -134,18 +134,21 @@ class _LabelsBuilder:
 def _number(
     codes: np.ndarray, values: Sequence[str], classes: Sequence[str], where: str
 ) -> tuple[np.ndarray, list[str]]:
-    """Labels int32 and class names from codes into `values`: whole numbers stand for themselves, names are sorted.
+    """Labels int32 and class names from codes into `values`: the number n is line n of classes.txt, counted from 0.
 
-    classes: names in the order the user gave (classes.txt), or empty.
+    classes: names in the order the user gave (classes.txt), or empty: then the values, in order, are the names.
     """
     if all(v.isascii() and v.isdigit() for v in values):
         numbers = [int(v) for v in values]
-        if classes and numbers and max(numbers) >= len(classes):
+        if classes and max(numbers) >= len(classes):
             raise DataError(
                 f"{where} has label {max(numbers)}, but classes.txt beside it names only {len(classes)} classes; "
                 "complete or remove classes.txt."
             )
         names = list(classes)
+        if not names:  # numbers may have gaps, or be larger than any array
+            position = {n: i for i, n in enumerate(sorted(set(numbers)))}
+            names, numbers = [str(n) for n in position], [position[n] for n in numbers]
     else:
         names = list(classes) if set(values) <= set(classes) else sorted(values)
         position = {name: n for n, name in enumerate(names)}
@@ -229,7 +232,7 @@ def list_file(path: str) -> Files:
     label. Raises DataError when there is none, or none of the first hundred exists."""
     root, names, labels = os.path.dirname(path), _NamesBuilder(), _LabelsBuilder()
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline=None) as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline=None) as file:
             for number, line in enumerate(file, 1):
                 name, tab, label = line.rstrip("\n").partition("\t")
                 if "\0" in name:
@@ -328,7 +331,7 @@ def _merge(parts: list[dict[str, np.ndarray]], source: str) -> tuple[np.ndarray,
 
 def _read_classes(tar: str) -> list[str]:
     path = Path(tar).parent / "classes.txt"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if path.is_file() else []
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -461,11 +464,19 @@ def _tar_paths(path: str) -> list[str]:
             _must_exist(part)
             found = [part]
         else:
-            found = sorted(glob.glob(part))
+            found = sorted(_matches(part))
         if not found:
             raise DataError(f"{part} holds no .tar file; give a folder of tars, or a glob such as shards/*.tar.")
         paths += found
     return list(dict.fromkeys(paths))
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a glob matches; the folders at its beginning that exist as written are meant so, brackets and all."""
+    folder = os.path.dirname(pattern)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return glob.glob(glob.escape(folder) + pattern[len(folder) :])
 
 
 def _must_exist(path: str) -> None:

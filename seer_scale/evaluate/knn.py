@@ -6,6 +6,7 @@ streams past the queries: no bank feature is kept, and no similarity matrix larg
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from seer_scale.config import Config, Knn
+from seer_scale.data.sampler import permute
 from seer_scale.data.sources import Source, open_source
-from seer_scale.errors import DataError
+from seer_scale.errors import CheckpointError, DataError
 from seer_scale.evaluate.features import Represent, features, gather_rows
 from seer_scale.world import World
 
@@ -54,22 +56,26 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
         if c.bank or c.queries:
             raise DataError(f"{c.bank or config.data.path} has no labels, but kNN needs them: sort the images into one folder a class, or set knn.enabled false.")
         return None
-    everyone = np.arange(len(bank))
     if c.queries:
-        queries, held, kept = open_source(c.queries), None, everyone
+        queries, held = open_source(c.queries), 0
         if not queries.has_labels:
             raise DataError(f"knn.queries {c.queries} has no labels: sort the images into one folder a class.")
-        held = np.arange(len(queries))
-    else:  # every fifth of a fixed shuffle, so that folders sorted by class are cut evenly
-        shuffled = np.random.Generator(np.random.PCG64(0)).permutation(len(bank))
-        queries, held, kept = bank, np.sort(shuffled[::5]), np.sort(np.delete(shuffled, np.s_[::5]))
-    if c.limit and len(kept) > c.limit:
-        kept = np.sort(np.random.Generator(np.random.PCG64(1)).choice(kept, c.limit, replace=False))
+        asked = _drawn(queries, 0, c.limit_queries)
+    else:
+        queries, asked = bank, _drawn(bank, 0, min(math.ceil(len(bank) / 5), c.limit_queries or len(bank)))
+        held = len(asked)
+    kept = _drawn(bank, held, c.limit)
     unknown = sorted(set(queries.classes) - set(bank.classes))
     if unknown:
         raise DataError(f"The queries have the class {unknown[0]!r}, which the bank has not: use one set of classes for knn.bank and knn.queries.")
     query_to_bank = np.array([bank.classes.index(name) for name in queries.classes])
-    return Labelled(bank, kept, queries, held, list(bank.classes), query_to_bank)
+    return Labelled(bank, kept, queries, asked, list(bank.classes), query_to_bank)
+
+
+def _drawn(source: Source, first: int, most: int) -> np.ndarray:
+    """Image numbers at up to `most` (0: all) places from `first` on in a fixed shuffle, which cuts classes evenly."""
+    n = len(source)
+    return np.sort(permute(np.arange(first, min(n, first + most) if most else n), n, seed=0, epoch=0))
 
 
 @torch.no_grad()
@@ -80,6 +86,7 @@ def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: 
     f, y, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
     if not len(ids):
         raise DataError(f"None of the {len(images.query_indices)} images that kNN is to classify can be read: check them, or set knn.enabled false.")
+    _check_finite(f)
     order = ids.argsort()
     f, y, ids = torch.nn.functional.normalize(f[order], dim=1), y[order], ids[order]
     y = torch.from_numpy(images.query_to_bank).to(y.device)[y]
@@ -99,10 +106,20 @@ def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: 
         nearest, found, labels = _best(c.k, *columns)
     if not labels.shape[1]:
         raise DataError(f"None of the {len(images.bank_indices)} images of kNN's bank can be read: check them, or set knn.enabled false.")
+    _check_finite(nearest)  # topk takes what is no number for the largest
     votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / c.temperature).exp())
     ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices == y[:, None]
     scores = {"knn/top1": 100 * ranked[:, 0].float().mean().item(), "knn/top5": 100 * ranked.any(1).float().mean().item()}
     return scores, Neighbours(ids, found, nearest)
+
+
+def _check_finite(x: Tensor) -> None:
+    """x: the same on all ranks, so that all raise."""
+    if not x.isfinite().all():
+        raise CheckpointError(
+            "The features are not finite, so kNN means nothing: the weights or BatchNorm statistics are broken; "
+            "use an earlier checkpoint."
+        )
 
 
 def _best(k: int, similarity: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

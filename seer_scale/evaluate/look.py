@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,12 @@ def show_neighbours(run_dir: Path, stage: str, images: Labelled, found: Neighbou
         query = int(found.queries[row])
         label = images.queries.classes[images.queries.label(query)]
         near = [
-            (_small(images.bank, i), images.classes[images.bank.label(i)], s)
+            (image, images.classes[images.bank.label(i)], s)
             for i, s in zip(found.bank[row, :ROW].tolist(), found.similarity[row, :ROW].tolist())
+            for image in _small(images.bank, [i])
         ]
-        gallery.add_neighbours(stage, _small(images.queries, query), label, near)
+        for image in _small(images.queries, [query] if near else []):
+            gallery.add_neighbours(stage, image, label, near)
     gallery.save()
 
 
@@ -56,7 +59,7 @@ def show_prototypes(
     size: int, batch: int, workers: int, world: World, most: int = 2000,
 ) -> None:  # fmt: skip
     """The images nearest to the prototypes that hold theirs closest. Collective; rank 0 writes. prototypes [K, dim]."""
-    indices = np.arange(len(source))[:: max(1, len(source) // most)]
+    indices = np.arange(0, len(source), max(1, len(source) // most))
     stream = features(represent, source, indices, size=size, batch=batch, workers=workers, world=world)
     parts = [(z, i) for _, z, _, i in stream]
     z, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
@@ -67,9 +70,15 @@ def show_prototypes(
     top = similarity.topk(ROW, dim=0)
     gallery = Gallery(run_dir)
     for k in torch.where(share > 0, top.values.mean(0), -1).topk(min(SHOWN, len(prototypes))).indices.tolist():
-        gallery.add_prototype(k, share[k].item(), [_small(source, int(i)) for i in ids[top.indices[:, k]]])
+        if pictures := _small(source, ids[top.indices[:, k]].tolist()):
+            gallery.add_prototype(k, share[k].item(), pictures)
     gallery.save()
 
 
-def _small(source: Source, index: int) -> np.ndarray:
-    return resize_centre(decode(source.read(index)), PIXELS)
+def _small(source: Source, indices: list[int]) -> list[np.ndarray]:
+    """Thumbnails of those images that can still be read: files vanish while a run lasts."""
+    images = []
+    for index in indices:
+        with contextlib.suppress(DataError):
+            images.append(resize_centre(decode(source.read(index)), PIXELS))
+    return images

@@ -22,6 +22,7 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
         raise UserError(f"{run_dir} is not a run's folder (it has no config.yaml): give one, such as runs/demo.")
     recipe = load_recipe(str(run_dir / "config.yaml"))
     recipe["parallel"] |= {"engine": "ddp", "replicate": 1, "sync_bn_group": 0}
+    overrides = [*overrides, "--knn.enabled", "true"]  # asking for it enables it
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
     images = labelled_images(config)
     if images is None:

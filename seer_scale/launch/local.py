@@ -20,7 +20,7 @@ import submitit
 from seer_scale.config import load_recipe, parse_overrides
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, UserError, complain
 from seer_scale.train.start import resolve_recipe, run_dir_of, run_training
-from seer_scale.train.stop import SIGNALS
+from seer_scale.train.stop import ECHO_S, SIGNALS
 
 STOPPING = "Stopping after this update, with a checkpoint; once more to stop at once."
 STOPPING_AT_ONCE = "Stopping at once: what was done since the newest checkpoint is lost."
@@ -97,7 +97,7 @@ class _Watch:
 
     def __init__(self, job: submitit.Job, ranks: int):
         self.job, self.ranks = job, ranks
-        self._asked_to_stop = 0
+        self._asked_to_stop, self._asked_at = 0, 0.0
         self._told: set[int] = set()
         self._shown: set[str] = set()
         self._read: dict[Path, int] = {}
@@ -128,7 +128,8 @@ class _Watch:
         return status
 
     def _ask(self, number: int, _) -> None:
-        self._asked_to_stop += 1
+        if time.monotonic() - self._asked_at > ECHO_S:
+            self._asked_to_stop, self._asked_at = self._asked_to_stop + 1, time.monotonic()
 
     def _pass_on(self) -> None:
         """Once to each rank, as soon as it is there."""

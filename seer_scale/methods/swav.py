@@ -33,6 +33,8 @@ class SwAV(nn.Module):
         s = config.swav
         self.head = ProjectionHead(self.backbone.num_features, s.hidden, s.dim, batch_norm=s.batch_norm)
         self.prototypes = nn.ModuleList(nn.Linear(s.dim, k, bias=False) for k in s.prototypes)
+        self.queue_since = 0
+        """The sample from which on the queue has been filled."""
         if s.queue:
             self.register_buffer("queue", torch.zeros(self.num_assigned, s.queue, s.dim))
 
@@ -110,7 +112,7 @@ class SwAV(nn.Module):
         """
         c = self.config
         share = z.new_empty(self.num_assigned, 0, z.shape[2])
-        if c.queue and samples_seen >= max(c.queue_from_samples, c.queue):
+        if c.queue and samples_seen >= max(c.queue_from_samples, self.queue_since + c.queue):
             share = self.queue.tensor_split(self.world.size, dim=1)[self.world.rank]
         rows = torch.cat([z.flatten(0, 1), share.flatten(0, 1)])
         both = [p(rows).split([z.shape[0] * z.shape[1], share.shape[0] * share.shape[1]]) for p in self.prototypes]

@@ -30,6 +30,8 @@ class Engine:
     def __init__(self, method: nn.Module, config: Config, world: World):
         self.method, self.config, self.world = method, config, world
         self.dtype = COMPUTE[config.train.precision]
+        # fp32 means fp32: on recent GPUs convolutions would otherwise round their inputs to TF32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.dtype != torch.float32
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
         group = world.group(config.parallel.sync_bn_group or world.size)
         for module in method.modules():
@@ -41,6 +43,7 @@ class Engine:
         self.module = self._wrap(method)
         self.params: dict[str, Tensor] = dict(method.named_parameters())
         self._initialise()
+        self._statistics, self._before = _one_tensor(method)
         self.module = self._finish(self.module)
         self.optimizer = build_optimizer(self.params, config.optim)
         self._is_sharded = torch.tensor([isinstance(p, DTensor) for p in self.params.values()], device=world.device)
@@ -67,6 +70,7 @@ class Engine:
 
     def forward(self, views: list[Tensor], *, samples_seen: int, watch: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss over this rank's views (float, normalised), and what it watches."""
+        self._before.copy_(self._statistics)
         with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.module(views, samples_seen=samples_seen, watch=watch)
 
@@ -100,6 +104,8 @@ class Engine:
         norms, found_inf = self._norms(found_inf)
         self.optimizer.update(lr, norms, found_inf, frozen)
         self.scaler.update(found_inf)
+        # a forward that was not finite must not stay in the running statistics
+        self._statistics.copy_(torch.where(found_inf > 0, self._before, self._statistics))
         self._restore_unit_rows()
         for p in self.params.values():
             p.grad = None
@@ -129,6 +135,11 @@ class Engine:
 
     # --- state
 
+    def is_finite(self) -> bool:
+        """Whether all weights and running statistics of all ranks are; a host synchronisation and an all-reduce."""
+        norms = torch._foreach_norm([*(local(p.detach()) for p in self.params.values()), self._statistics])
+        return bool(self.world.sum_(torch.stack(norms).sum()).isfinite())
+
     @torch.no_grad()
     def _initialise(self) -> None:
         """Materialise and fill: values depend on (seed, name) alone, one whole parameter at a time on the CPU."""
@@ -152,14 +163,9 @@ class Engine:
     @torch.no_grad()
     def average_buffers(self) -> None:
         """BatchNorm's running statistics become their mean over all ranks; one all-reduce, none where all share."""
-        size = self.config.parallel.sync_bn_group or self.world.size
-        stats = [b for n, b in self.method.named_buffers() if n.endswith(("running_mean", "running_var"))]
-        if size == self.world.size or not stats:
-            return
-        flat = torch.cat([b.flatten() for b in stats])
-        dist.all_reduce(flat)
-        for b, mean in zip(stats, (flat / self.world.size).split([b.numel() for b in stats])):
-            b.copy_(mean.view_as(b))
+        if (self.config.parallel.sync_bn_group or self.world.size) != self.world.size:
+            dist.all_reduce(self._statistics)
+            self._statistics /= self.world.size
 
     def whole(self, name: str) -> Tensor:
         """A parameter's full value on every rank; collective where it is sharded."""
@@ -167,11 +173,27 @@ class Engine:
         return p.full_tensor() if isinstance(p, DTensor) else p
 
     def state(self) -> dict[str, Tensor]:
-        """The neutral state, by reference: loading writes into it. Call `average_buffers` before saving."""
+        """The neutral state, by reference: loading writes into it. Call `average_buffers` before saving.
+
+        model/ holds weights and BatchNorm statistics, optim/ and scaler/ what updates need, and memory/ what a method
+        remembers of past samples and can fill anew (SwAV's queue).
+        """
         out = {f"model/{n}": p.detach() for n, p in self.params.items()}
-        out |= {f"model/{n}": b for n, b in self.method.named_buffers()}
+        own = dict(self.method.named_buffers(recurse=False))
+        out |= {f"memory/{n}" if n in own else f"model/{n}": b for n, b in self.method.named_buffers()}
         out |= {f"optim/{n}": t for n, t in self.optimizer.state.items()}
         return out | self.scaler.state()
+
+
+def _one_tensor(method: nn.Module) -> tuple[Tensor, Tensor]:
+    """The method's float buffers become views of one tensor, so that keeping and restoring them is one copy each."""
+    owners = [(m, n, b) for m in method.modules() for n, b in m.named_buffers(recurse=False) if b.is_floating_point()]
+    flat = torch.cat([b.flatten() for _, _, b in owners])
+    first = 0
+    for module, name, b in owners:  # .data: views proper share a version, and autograd would see all change with one
+        setattr(module, name, flat.data[first : first + b.numel()].view_as(b))
+        first += b.numel()
+    return flat, flat.clone()
 
 
 def _chunk(whole: Tensor, parts: int, index: int) -> Tensor:

@@ -14,10 +14,16 @@ class LossScaler:
 
     def __init__(self, device: torch.device, *, dynamic: bool):
         self.dynamic = dynamic
-        self.scale = torch.full((), INIT_SCALE if dynamic else 1.0, device=device)
+        self.scale = torch.ones((), device=device)
         self.good = torch.zeros((), dtype=torch.int32, device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        """The scale a run begins with; also where a resumed one changes its precision."""
+        self.scale.fill_(INIT_SCALE if self.dynamic else 1.0)
+        self.good.zero_()
 
     def state(self) -> dict[str, Tensor]:
         return {f"scaler/{k}": v for k, v in vars(self).items() if isinstance(v, Tensor)}

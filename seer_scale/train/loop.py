@@ -27,12 +27,11 @@ from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.views import to_float
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
-from seer_scale.evaluate.knn import knn, labelled_images
+from seer_scale.evaluate.knn import Labelled, knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.methods.swav import SwAV
 from seer_scale.observe.report import headline, write_report
 from seer_scale.observe.sinks import RunLog, read_metrics
-from seer_scale.optim.optimizers import local
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
 from seer_scale.train.stop import StopRequest
@@ -42,33 +41,36 @@ from seer_scale.world import World
 
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest) -> int:
     """Run or go on until the samples are seen or a stop is agreed; returns the exit status. Collective."""
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // world.local_size))
+    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     with store.RunLock(run_dir, world):
-        source = _open(config, world)
-        return Trainer(config, world, run_dir, source, stop).run()
+        return Trainer(config, world, run_dir, *_open(config, world), stop).run()
 
 
-def _open(config: Config, world: World) -> Source:
-    """Rank 0 opens first, so that an index is built once; every rank learns of a problem."""
-    source, error = None, None
+def _open(config: Config, world: World) -> tuple[Source, Labelled | None]:
+    """The images to train on and those of kNN. Rank 0 opens first, so that an index is built once; every rank learns
+    of a problem."""
+    source, labelled, error = None, None, None
     for turn in (world.is_main, not world.is_main):
         if turn:
             try:
                 source = open_source(config.data.path, config.data.kind)
+                labelled = labelled_images(config, source)
             except UserError as problem:
                 error = problem
         sentences = world.gather_objects(None if error is None else str(error))
         if any(sentences):
             raise UserError(next(s for s in sentences if s))
-    return source
+    return source, labelled
 
 
 class Trainer:
-    def __init__(self, config: Config, world: World, run_dir: Path, source: Source, stop: StopRequest):
-        self.config, self.world, self.run_dir, self.source, self.stop = config, world, run_dir, source, stop
+    def __init__(
+        self, config: Config, world: World, run_dir: Path, source: Source, labelled: Labelled | None, stop: StopRequest
+    ):
+        self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
+        self.source, self.labelled = source, labelled
         self.folder = run_dir / "checkpoints"
         self.samples_seen = self.step = 0
-        self.labelled = labelled_images(config, source)
         self.schedule = LearningRate(config)
         resume = self._find_resume()  # before anything is built
         with torch.device("meta"):
@@ -76,9 +78,9 @@ class Trainer:
         self.ln_k = method.ln_k
         self.engine = build_engine(method, config, world)
         self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main)
+        self._warned_of_collapse = False
         self.resumed_from = self._load(resume) if resume else None
         self._write_config()
-        self._warned_of_collapse = False
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
         self._saved = (self.samples_seen, self.resumed_from) if ours else None
 
@@ -123,9 +125,19 @@ class Trainer:
             raise UserError(f"run.seed is {self.config.run.seed}, but {path} was trained with {then['run']['seed']}, which the order of its images follows; use that seed, or another run.dir with checkpoint.init_from.")
         if then["optim"]["name"] != self.config.optim.name and {then["optim"]["name"], self.config.optim.name} != {"sgd", "lars"}:
             raise UserError(f"optim.name is {self.config.optim.name}, but {path} holds the state of {then['optim']['name']}; use that one, or another run.dir with checkpoint.init_from.")
-        store.load(path, self.engine.state(), self.world)
+        state = self.engine.state()
+        store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
+        self._warned_of_collapse = meta["warned_of_collapse"]
+        if then["train"]["precision"] != self.config.train.precision:
+            self.engine.scaler.restart()
+        if then["swav"]["queue"] == self.config.swav.queue:
+            self.engine.method.queue_since = meta["queue_since"]
+            if self.config.swav.queue:
+                store.load(path, state, self.world, only=("memory/",))
+        else:
+            self.engine.method.queue_since = self.samples_seen
         self._changed = _differences(then, self.config.to_dict())
         return path
 
@@ -143,7 +155,7 @@ class Trainer:
             problem = store.flaw(path, w)
             if problem:
                 raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
-            store.load(path, self.engine.state(), w, only="model/")
+            store.load(path, self.engine.state(), w, only=("model/",))
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
         unlabelled = c.knn.enabled and self.labelled is None
         self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled, **facts)
@@ -266,8 +278,7 @@ class Trainer:
             "data/unreadable": counts[1], "data/fingerprint": counts[0],
         }  # fmt: skip
         self.log.log(row)
-        for sentence in window.unreadable[:5]:
-            print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
+        self._tell_of_unreadable(window.unreadable)
         window.reset()
         if count and self.schedule.observe(self.samples_seen, loss):
             self._tell("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
@@ -275,10 +286,18 @@ class Trainer:
             raise TrainingFailed(f"The last {int(in_a_row)} updates were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
         self._watch_for_collapse(loss)
 
+    def _tell_of_unreadable(self, sentences: list[str]) -> None:
+        """The first few on the console, all of them in logs/unreadable-RANK.txt."""
+        for sentence in sentences[:3]:
+            print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
+        if sentences:
+            with _disk_may_fill(), (self.run_dir / "logs" / f"unreadable-{self.world.rank}.txt").open("a") as file:
+                file.writelines(s + "\n" for s in sentences)
+
     def _watch_for_collapse(self, loss: float) -> None:
         """A loss still at ln K, well past the warm-up, has learned nothing: say so once, with what to try."""
         c = self.config
-        past = max(c.train.collapse_after * c.train.samples, c.schedule.warmup_samples, c.swav.freeze_samples)
+        past = max(c.schedule.warmup_samples, c.swav.freeze_samples) + c.train.collapse_after * c.train.samples
         if self._warned_of_collapse or self.samples_seen < past or not abs(loss / self.ln_k - 1) <= 0.02:
             return
         self._warned_of_collapse = True
@@ -292,13 +311,13 @@ class Trainer:
         if self._saved and self._saved[0] == self.samples_seen:
             return self._saved[1]
         begin, c = time.perf_counter(), self.config.checkpoint
-        norms = torch._foreach_norm([local(p.detach()) for p in self.engine.params.values()])
-        if not self.world.sum_(torch.stack(norms).sum()).isfinite():
-            raise TrainingFailed("Weights are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
+        if not self.engine.is_finite():
+            raise TrainingFailed("Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
         self.engine.average_buffers()
         meta = {
             "samples_seen": self.samples_seen, "step": self.step, "num_images": len(self.source),
-            "schedule": self.schedule.state, "config": self.config.to_dict(), "world_size": self.world.size,
+            "schedule": self.schedule.state, "queue_since": self.engine.method.queue_since,
+            "warned_of_collapse": self._warned_of_collapse, "config": self.config.to_dict(), "world_size": self.world.size,
             "engine": self.config.parallel.engine, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
         }  # fmt: skip
         try:
@@ -322,7 +341,7 @@ class Trainer:
         scores, found = knn(self._represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
         self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **scores, "time/knn_s": time.perf_counter() - begin})
         if stage in ("before", "after") and self.world.is_main:
-            with _pictures_may_fail():
+            with _disk_may_fill():
                 show_neighbours(self.run_dir, stage, self.labelled, found)
 
     def _represent(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,13 +352,13 @@ class Trainer:
     def _show_crops(self) -> None:
         if self.world.is_main:
             sampler = ElasticSampler(len(self.source), self.config.run.seed, self.config.train.global_batch)
-            with _pictures_may_fail():
+            with _disk_may_fill():
                 show_crops(self.run_dir, self.source, self.config.views, sampler)
 
     def _show_prototypes(self) -> None:
         c = self.config
         prototypes = self.engine.whole(self.engine.method.unit_rows[0])
-        with _pictures_may_fail():  # rank 0 writes after the last collective
+        with _disk_may_fill():  # rank 0 writes after the last collective
             show_prototypes(
                 self.run_dir, self._represent, prototypes, self.source,
                 size=c.knn.size, batch=c.knn.batch, workers=c.data.workers, world=self.world,
@@ -351,7 +370,7 @@ class Trainer:
 
     def _report(self) -> None:
         if self.world.is_main:
-            with _pictures_may_fail():
+            with _disk_may_fill():
                 path = write_report(self.run_dir)
                 if line := headline(read_metrics(self.run_dir)[0]):
                     print(line, flush=True)
@@ -363,12 +382,12 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _pictures_may_fail() -> Iterator[None]:
-    """A full disk costs a picture or the report, never the run."""
+def _disk_may_fill() -> Iterator[None]:
+    """A full disk costs a picture, a line or the report, never the run."""
     try:
         yield
-    except OSError as error:
-        print(f"The report cannot be written ({error.strerror or error}): free some space, then run seer-scale report.", file=sys.stderr, flush=True)
+    except (OSError, DataError) as error:
+        print(f"The report or a log cannot be written ({getattr(error, 'strerror', None) or error}): free some space, then run seer-scale report.", file=sys.stderr, flush=True)
 
 
 def _peak_gib(world: World) -> float:

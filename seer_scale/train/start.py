@@ -56,7 +56,7 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     config = resolve_recipe(recipe, overrides, worlds.detect().size)
     run_dir = run_dir_of(config, recipe)
     with StopRequest() as stop:
-        world = worlds.start(run_dir / "logs", attempt)
+        world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device)
         try:
             status = train(config, world, run_dir, stop)
         except RuntimeError as error:

@@ -5,7 +5,9 @@ The agreement of one step is read at the next, from an all-reduce that ran besid
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -13,10 +15,12 @@ import torch.distributed as dist
 from seer_scale.world import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+ECHO_S = 1.0
+"""A signal to a process group comes twice, from the group and from the launcher: within so long it is one request."""
 
 
 class StopRequest:
-    """A context in which SIGINT, SIGTERM and SIGUSR2 ask the run to stop; the same signal again ends the process.
+    """A context in which SIGINT, SIGTERM and SIGUSR2 ask the run to stop; the same signal again, a second later, ends the process.
 
     Enter it before ranks join: a signal that comes while they do is honoured at the first boundary. Signals that a
     launcher had blocked until now are let in.
@@ -24,6 +28,7 @@ class StopRequest:
 
     def __init__(self):
         self._mine = 0
+        self._asked_at: dict[int, float] = {}
         self._before: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -38,8 +43,10 @@ class StopRequest:
 
     def _ask(self, number: int, _) -> None:
         self._mine = number
-        # not the handler before ours: submitit's would start the ranks anew
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if time.monotonic() - self._asked_at.setdefault(number, time.monotonic()) > ECHO_S:
+            # not the handler before ours: submitit's would start the ranks anew
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agreed(self, world: World) -> str | None:
         """The name of the signal some rank had got by the previous call (alone: by now); all ranks call it as often."""

@@ -125,7 +125,7 @@ class Command:
         self.output = folder / f"output-{uuid.uuid4().hex[:8]}"
         env = os.environ | {MARK: "1", "OMP_NUM_THREADS": "1"}
         with self.output.open("w") as out:
-            self.process = subprocess.Popen(words, stdout=out, stderr=out, env=env, cwd=folder)
+            self.process = subprocess.Popen(words, stdout=out, stderr=out, env=env, cwd=folder, start_new_session=True)
 
     @property
     def text(self) -> str:

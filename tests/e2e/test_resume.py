@@ -62,16 +62,20 @@ def test_a_lost_rank_ends_the_others(straight, tmp_path, photos):
 
 
 def test_launcher_passes_stops_on(straight, tmp_path, photos):
-    """One that comes before the ranks can hear it, then one in mid-run; the same command goes on each time."""
+    """One that comes before the ranks can hear it, then one to the whole process group in mid-run, as `timeout` and
+    service managers send it, which reaches the ranks twice; the same command goes on each time."""
     given, place = recipe(tmp_path, photos), tmp_path / "run"
     words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place)
-    for number, moment in (signal.SIGUSR2, runs.ranks_of), (signal.SIGINT, lambda _: reaches(place, 24)()):
+    for number, moment, send in (
+        (signal.SIGUSR2, runs.ranks_of, os.kill),
+        (signal.SIGTERM, lambda _: reaches(place, 24)(), os.killpg),
+    ):
         launcher = command(*words, folder=tmp_path)
         until(partial(moment, launcher), lambda: launcher.text)  # noqa: B023
-        launcher.process.send_signal(number)
+        send(launcher.process.pid, number)
         assert launcher.wait() == 75, launcher.text
         assert "Start it again and it goes on." in launcher.text
-        assert bool(checkpoints(place)) == (number == signal.SIGINT)
+        assert bool(checkpoints(place)) == (number == signal.SIGTERM)
     run("train", given, "--run.dir", place, folder=tmp_path)
     assert_same_path(place, straight)
 
@@ -151,3 +155,16 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     assert [r["samples_seen"] for r in rows] == list(range(0, 49, 8))
     after = [r for r in runs.read_metrics(place)[0] if r["samples_seen"] == 48][0]
     assert rows[0]["knn/top1"] == after["knn/top1"]
+
+
+def test_precision_and_queue_may_change_on_a_resume(tmp_path, photos):
+    """The loss scale begins anew with another precision; a queue that was not there is filled before it joins."""
+    given, place = recipe(tmp_path, photos), tmp_path / "run"
+    run("train", given, "--run.dir", place, "--train.samples", 24, folder=tmp_path)
+    changed = ("--train.precision", "fp16", "--swav.queue", 16, "--train.samples", 64)
+    text = run("train", given, "--run.dir", place, *changed, folder=tmp_path)
+    assert "train.precision" in text and "swav.queue" in text  # the log names what changed
+    rows = runs.steps(place)
+    assert rows[24]["loss_scale"] == 1.0 and rows[64]["loss_scale"] >= 2**10
+    run("train", given, "--run.dir", place, "--train.samples", 80, folder=tmp_path)
+    assert runs.steps(place)[80]["loss_scale"] == 1.0

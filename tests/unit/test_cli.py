@@ -27,16 +27,33 @@ LAUNCHER = Path(__file__).parents[2] / "tools" / "launch.py"
         (["report"], "is not a run's folder"),
         (["report", "no/run"], "no/run is not a run's folder"),
         (["data", "dem", "x"], "seer-scale data demo DIR"),
+        (["data", "demo", "--force"], "seer-scale data demo DIR"),
+        (["data", "demo", "a", "b"], "'b' is not expected here: the command is seer-scale data demo DIR"),
+        (["recipes", "zzz"], "'zzz' is not expected here: the command is seer-scale recipes"),
+        (["recipes", "--jsn"], "'--jsn' is not expected here"),
+        (["report", "folder", "extra"], "'extra' is not expected here: the command is seer-scale report RUN"),
+        (["report", "folder"], "folder is not a run's folder (it has neither config.yaml nor metrics.jsonl)"),
+        (["eval", "knn", "--json"], "eval knn RUN"),
         (["bench", "stop"], "seer-scale bench step"),
     ],
 )
-def test_a_mistake_is_answered(words, part, capsys):
+def test_a_mistake_is_answered(words, part, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
     assert main(words) == 2
+    assert not any((tmp_path / "folder").iterdir()) and len(list(tmp_path.iterdir())) == 1
     told = capsys.readouterr().err
     assert told.startswith("seer-scale: ") and part in told and told.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["help"], ["train", "--help"], ["train", "demo", "-h"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["--help"], ["help"], ["train", "--help"], ["train", "demo", "-h"], ["recipes", "--help"], ["report", "-h"],
+        ["report", "--help"], ["eval", "--help"], ["eval", "knn", "--help"], ["eval", "knn", "x", "-h"],
+        ["data", "--help"], ["data", "demo", "--help"], ["bench", "--help"],
+    ],
+)  # fmt: skip
 def test_help(words, capsys):
     assert main(words) == 0
     assert "seer-scale train RECIPE" in capsys.readouterr().out

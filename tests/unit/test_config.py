@@ -116,3 +116,23 @@ def test_help_names_every_key():
         row = lines.index(f"  --{key} {kind}")
         assert meaning and meaning in lines[row + 1]
     assert {k.split(".")[0] for k, *_ in all_keys()} == set(Config.__dataclass_fields__)
+
+
+def test_what_would_have_no_effect_is_refused():
+    """Rule 7: nothing given is ever silently ignored."""
+    for key, value, need in (
+        ("optim.trust", "0.5", "optim.name lars"),
+        ("optim.betas", "[0.1, 0.2]", "optim.name adamw"),
+        ("schedule.plateau_factor", "0.1", "schedule.name plateau"),
+        ("swav.queue_from_samples", "64", "a swav.queue"),
+        ("parallel.reshard_after_forward", "false", "parallel.engine fsdp"),
+    ):
+        words = ["--data.path", "-", "--optim.name", "sgd", "--parallel.engine", "ddp", f"--{key}", value]
+        with pytest.raises(ConfigError) as problem:
+            resolve(load_recipe("photos_laptop"), words, world_size=1)
+        assert len(problem.value.problems) == 1 and key in str(problem.value) and need in str(problem.value)
+
+
+def test_a_stage_recomputes_once():
+    with pytest.raises(ConfigError, match=r"activation_checkpoint is \[1, 1\].*nearest: \[1\]"):
+        resolve(load_recipe("photos_laptop"), ["--data.path", "-", "--parallel.activation_checkpoint", "[1, 1]"], world_size=1)

@@ -89,11 +89,17 @@ def test_list_file_paths_are_relative_to_it(tmp_path):
     assert source.classes == ["ant", "cat"] and [source.label(i) for i in range(2)] == [1, 0]
 
 
-def test_list_file_numeric_labels_stand_for_themselves(tmp_path):
+def test_list_file_numbers_become_classes_in_their_order(tmp_path):
     touch(tmp_path / "1.jpg")
-    (tmp_path / "list.txt").write_text("1.jpg\t10\n1.jpg\t2\n")
+    (tmp_path / "list.txt").write_text("1.jpg\t10\n1.jpg\t2\n1.jpg\t02\n1.jpg\t9999999999\n")
     source = open_source(str(tmp_path / "list.txt"))
-    assert [source.label(i) for i in range(2)] == [10, 2] and not source.classes
+    assert [source.label(i) for i in range(4)] == [1, 0, 0, 2] and source.classes == ["2", "10", "9999999999"]
+
+
+def test_list_file_of_windows_begins_with_a_mark(tmp_path):
+    touch(tmp_path / "1.jpg", b"one")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf1.jpg\r\n")
+    assert open_source(str(tmp_path / "list.txt")).read(0) == b"one"
 
 
 # -------------------------------------------------------------------------------------------------------- tars
@@ -118,6 +124,16 @@ def test_tar_labels_from_cls_members_and_classes_file(tmp_path):
     source = open_source(str(path))
     assert [source.label(i) for i in range(3)] == [1, 0, None] and source.classes == ["ant", "bee"]
     assert not source.has_labels  # the third has none
+    (tmp_path / "classes.txt").write_text("ant\n")
+    with pytest.raises(DataError, match="has label 1, but classes.txt beside it names only 1 classes"):
+        open_source(str(path))
+
+
+def test_tar_numbers_without_classes_file_become_classes(tmp_path):
+    for n, label in enumerate((b"7", b"3", b"7")):
+        write_tar(tmp_path / f"{n}.tar", {"k.jpg": b"x", "k.cls": label})
+    source = open_source(str(tmp_path))
+    assert source.has_labels and source.classes == ["3", "7"] and source.labels.tolist() == [1, 0, 1]
 
 
 def test_tar_folders_are_numbered_by_classes_file(tmp_path):
@@ -147,6 +163,14 @@ def test_tars_by_folder_glob_and_comma_list_are_the_same(tmp_path):
     d = tmp_path
     ways = [str(d), f"{d}/*.tar", f"{d}/1.tar,{d}/2.tar", f"{d}/1.tar, {d}/*.tar"]
     assert all(contents(open_source(w)) == contents(open_source(ways[0])) for w in ways)
+
+
+def test_glob_in_a_folder_whose_name_has_brackets(tmp_path, monkeypatch):
+    (tmp_path / "g[0]" / "part1").mkdir(parents=True)
+    write_tar(tmp_path / "g[0]" / "part1" / "x.tar", {"1.jpg": b"one"})
+    monkeypatch.chdir(tmp_path)
+    for path in ("g[0]/part1/*.tar", "g[0]/part[12]/x.tar", f"{tmp_path}/g[0]/*/*.tar", "g[[]0]/part1/*.tar"):
+        assert open_source(path).read(0) == b"one"
 
 
 def test_index_is_cached_and_rebuilt_when_the_tar_changes(tmp_path, monkeypatch):
