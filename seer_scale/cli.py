@@ -115,7 +115,8 @@ def report(words: list[str]) -> int:
     _no_more(words[1:], "seer-scale report RUN")
     if not any((Path(words[0]) / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise UserError(
-            f"{words[0]} is not a run's folder (it has neither config.yaml nor metrics.jsonl): give one, such as runs/demo."
+            f"{words[0]} is not a run's folder (it has neither config.yaml nor metrics.jsonl): "
+            "give one, such as runs/demo."
         )
     print(write_report(Path(words[0])))
     return EXIT_DONE

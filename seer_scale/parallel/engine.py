@@ -47,7 +47,7 @@ class Engine:
         self.module = self._finish(self.module)
         self.optimizer = build_optimizer(self.params, config.optim)
         self._is_sharded = torch.tensor([isinstance(p, DTensor) for p in self.params.values()], device=world.device)
-        self._restore_unit_rows()
+        self._restore_unit_rows(torch.zeros((), device=world.device))
 
     # --- what the engines differ in
 
@@ -106,7 +106,7 @@ class Engine:
         self.scaler.update(found_inf)
         # a forward that was not finite must not stay in the running statistics
         self._statistics.copy_(torch.where(found_inf > 0, self._before, self._statistics))
-        self._restore_unit_rows()
+        self._restore_unit_rows(found_inf)
         for p in self.params.values():
             p.grad = None
         return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf}
@@ -127,11 +127,11 @@ class Engine:
         return together[:-1].view_as(norms).sqrt(), together[-1].clamp(max=1.0)
 
     @torch.no_grad()
-    def _restore_unit_rows(self) -> None:
+    def _restore_unit_rows(self, skipped: Tensor) -> None:
         """Rows are whole on one rank (sharding is along dimension 0), so this needs no collective."""
         for name in self.method.unit_rows:
             shard = local(self.params[name])
-            shard.copy_(torch.nn.functional.normalize(shard, dim=1))
+            shard.copy_(torch.where(skipped > 0, shard, torch.nn.functional.normalize(shard, dim=1)))
 
     # --- state
 

@@ -123,7 +123,8 @@ def test_no_more_is_drawn_than_asked_for(tmp_path):
 
     write_corpus(tmp_path)
     c = dataclasses.replace(c, data=Data(path=str(tmp_path / "train")))
-    few = labelled_images(dataclasses.replace(c, knn=dataclasses.replace(c.knn, queries=str(tmp_path / "test"), limit=9)))
+    beside = dataclasses.replace(c.knn, queries=str(tmp_path / "test"), limit=9)
+    few = labelled_images(dataclasses.replace(c, knn=beside))
     assert len(few.query_indices) == 7 and len(few.bank_indices) == 9
     everything = labelled_images(dataclasses.replace(c, knn=dataclasses.replace(c.knn, limit=0, limit_queries=0)))
     assert len(everything.query_indices) == 7 and len(everything.bank_indices) == 27  # of 34
@@ -133,8 +134,9 @@ def test_numbers_as_labels(tmp_path):
     """Bank and queries have the same numbers, not the same positions of them: names decide."""
     write_corpus(tmp_path)
     named = images_of(tmp_path)
-    (tmp_path / "bank.txt").write_text("".join(f"train/class{n}/{i}.jpg\t{7 * n}\n" for n in range(3) for i in range(11)))
-    (tmp_path / "queries.txt").write_text("".join(f"test/class{n}/{i}.jpg\t{7 * n}\n" for n in (1, 2) for i in range(5)))
+    for name, split, classes, num in (("bank", "train", range(3), 11), ("queries", "test", (1, 2), 5)):
+        lines = [f"{split}/class{n}/{i}.jpg\t{7 * n}\n" for n in classes for i in range(num)]
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
     c = dataclasses.replace(KNN, queries=str(tmp_path / "queries.txt"))
     images = labelled_images(Config(data=Data(path=str(tmp_path / "bank.txt")), knn=c))
     assert images.classes == ["0", "7", "14"] and images.query_to_bank.tolist() == [1, 2]
