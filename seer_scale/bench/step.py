@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> str:
         lines.append(line + (f"   peak {peaks[name]:.1f} GiB" if peaks else ""))
     if reference:
         ratio = statistics.median(r / o for o, r in zip(times["ours"], times["reference"]))
-        lines.append(f"ours / reference: {ratio:.3f} times the images/s (median of {args.rounds} interleaved rounds; peaks hold both models)")
+        lines.append(f"ours / reference: {ratio:.3f} times the images/s (median of {args.rounds} interleaved rounds{'; peaks hold both models' if peaks else ''})")
     macs = sum(c.num * method.backbone.num_macs(c.size) for c in config.views.crops)
     tflops = 6e-12 * macs * args.batch * args.updates / statistics.median(times["ours"])
     peak = next((p for n, p in PEAK_TFLOPS.items() if n in where), None)
