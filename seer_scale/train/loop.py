@@ -284,21 +284,27 @@ class Trainer:
             self._tell("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
         if in_a_row >= self.config.train.max_skips:
             raise TrainingFailed(f"The last {int(in_a_row)} updates were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
-        self._watch_for_collapse(loss)
+        self._watch_for_collapse(loss, row.get("swav/assignment_entropy", 0.0))
 
     def _tell_of_unreadable(self, sentences: list[str]) -> None:
         """The first few on the console, all of them in logs/unreadable-RANK.txt."""
         for sentence in sentences[:3]:
             print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
         if sentences:
-            with _disk_may_fill(), (self.run_dir / "logs" / f"unreadable-{self.world.rank}.txt").open("a") as file:
-                file.writelines(s + "\n" for s in sentences)
+            with _disk_may_fill():
+                logs = self.run_dir / "logs"
+                logs.mkdir(exist_ok=True)
+                with (logs / f"unreadable-{self.world.rank}.txt").open("a") as file:
+                    file.writelines(s + "\n" for s in sentences)
 
-    def _watch_for_collapse(self, loss: float) -> None:
-        """A loss still at ln K, well past the warm-up, has learned nothing: say so once, with what to try."""
+    def _watch_for_collapse(self, loss: float, entropy: float) -> None:
+        """A loss at ln K with codes that say nothing, past the warm-up, has learned nothing: say so once.
+
+        A healthy loss passes ln K on its way down, but its codes are decided (an entropy of at most some 0.9 ln K).
+        """
         c = self.config
         past = max(c.schedule.warmup_samples, c.swav.freeze_samples) + c.train.collapse_after * c.train.samples
-        if self._warned_of_collapse or self.samples_seen < past or not abs(loss / self.ln_k - 1) <= 0.02:
+        if self._warned_of_collapse or self.samples_seen < past or entropy < 0.95 or not abs(loss / self.ln_k - 1) <= 0.02:
             return
         self._warned_of_collapse = True
         self._tell("collapse", f"The loss is {loss:.3f}, and ln K is {self.ln_k:.3f}: predictions are uniform, nothing is being learned. Try a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger train.global_batch or swav.queue.")
