@@ -167,5 +167,9 @@ def test_unreadable_images_among_good_ones(tmp_path):
     for name in ("class0/3.jpg", "class2/1.jpg"):
         assert f"Replaced an image that cannot be read: {photos}/{name}" in text
     alone = tmp_path / "alone"
-    run(*words, alone, folder=tmp_path)
+    text = run(*words, alone, folder=tmp_path)
     runs.assert_same_path(place, alone)
+    listed = (alone / "logs" / "unreadable-0.txt").read_text()  # every one of them, also where no launcher made logs/
+    assert len(listed.splitlines()) == sum(r["data/unreadable"] for r in steps(alone).values())
+    assert all(name in listed for name in ("class0/3.jpg", "class1/5.jpg", "class2/1.jpg"))
+    assert "cannot be written" not in text
