@@ -22,6 +22,7 @@ import yaml
 from seer_scale.errors import ConfigError, UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+ZERO = ("zero1", "zero2", "zero3")
 
 
 def opt(default: Any, help: str, *, ge=None, gt=None, le=None, lt=None):  # noqa: A002 - the field's help
@@ -120,23 +121,36 @@ class Schedule:
 class Train:
     samples: int = opt(0, "length of the run: images seen (an image seen in two epochs counts twice)", ge=1)
     global_batch: int = opt(256, "images an update, over all ranks", ge=1)
+    micro_batch: int = opt(0, "most images a rank takes through the network at once; a larger share of the batch is accumulated, with the same codes (one forward more); 0 = all at once", ge=0)
     precision: Literal["fp32", "fp16", "bf16"] = opt("fp32", "compute type of convolutions and matrix products")
     max_skips: int = opt(50, "updates skipped in a row, for gradients that are not finite, that end the run", ge=1)
     collapse_after: float = opt(0.1, "share of the run, after warm-up and freezing, at which a loss still at ln K is reported", ge=0, le=1)
     log_every: int = opt(10, "updates between two metric lines", ge=1)
     threads: int = opt(0, "CPU threads a rank; 0 = the cores shared out among the ranks of a machine", ge=0)
-    channels_last: bool = opt(False, "keep images and feature maps channels-last")
+    memory_format: Literal["auto", "contiguous", "channels_last"] = opt("auto", "layout of images and feature maps; auto measures both at the start and takes the faster")
+    compile: bool = opt(False, "compile each unit with torch.compile")
+    min_loss_scale: float = opt(1.0, "fp16: a loss scale that has fallen below this ends the run", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    engine: Literal["single", "ddp", "fsdp"] = opt("fsdp", "what holds parameters, gradients and optimiser state")
+    engine: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fairscale"] = opt(
+        "auto", "what holds parameters, gradients and optimiser state (docs/engines.md); auto = the cheapest that fits"
+    )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute; auto = GPUs where there are any")
     ranks: int = opt(1, "ranks the recipe was written for; a run may use another number", ge=1)
     replicate: int = opt(1, "fsdp: copies of the sharded model (HSDP: replicate x shard ranks)", ge=1)
+    shard: int = opt(0, "fsdp: ranks one copy of the model is spread over; 0 = ranks / replicate", ge=0)
     reshard_after_forward: bool = opt(True, "fsdp: free gathered weights between forward and backward")
+    max_unit_gib: float = opt(2.0, "fsdp, zero3: most GiB gathered at once; larger units are split into their layers", gt=0)
+    offload: bool = opt(False, "zero1, zero2, zero3: fp32 weights and optimiser state live in the host's memory, and update there")
+    ds_config: str = opt("", "zero1, zero2, zero3: JSON with what DeepSpeed needs beyond the recipe; empty = ds_configs/<engine>.json")
     sync_bn_group: int = opt(0, "ranks that share BatchNorm statistics; 0 = all, 1 = none", ge=0)
-    activation_checkpoint: tuple[int, ...] = opt((), "stages (1 to 4) whose blocks are recomputed in the backward pass", ge=1, le=4)
+    activation_checkpoint: str | tuple[tuple[int, ...], ...] = opt(
+        "none",
+        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or for each of the 4 "
+        "stages the blocks that end a recomputed run, as in [[2], [7], [9, 17], []]",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +200,12 @@ class Config:
     def num_crops(self) -> int:
         return sum(c.num for c in self.views.crops)
 
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of each rank an update: the fewest equal ones of at most train.micro_batch images."""
+        share = self.train.global_batch // world_size
+        most = self.train.micro_batch or share
+        return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries and lists, as written to config.yaml."""
         return _plain(dataclasses.asdict(self))
@@ -208,7 +228,10 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
     """`value` as type `tp`. Raises _Bad for a value of another kind; nested problems go to `problems`."""
     origin, args = typing.get_origin(tp), typing.get_args(tp)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, key, problems)
+        if value is None and type(None) in args:
+            return None
+        kinds = [a for a in args if a is not type(None) and isinstance(value, list | tuple) == (typing.get_origin(a) is tuple)]
+        return _coerce((kinds or args)[0], value, key, problems)
     if origin is Literal:
         if value not in args:
             raise _Bad(f"must be one of {', '.join(map(str, args))}; {nearest(str(value), args)}")
@@ -299,7 +322,7 @@ def _type_name(tp: Any) -> str:
     if origin is tuple:
         return f"[{_type_name(args[0])}, ...]" if args[1:] == (Ellipsis,) else f"[{', '.join(map(_type_name, args))}]"
     if origin is types.UnionType:
-        return _type_name(args[0])
+        return " | ".join(_type_name(a) for a in args if a is not type(None))
     return "{num, size, scale}" if tp is Crop else tp.__name__
 
 
@@ -414,7 +437,10 @@ def without_effect(c: Config) -> list[str]:
         "schedule.plateau_samples": (c.schedule.name == "plateau", "schedule.name plateau"),
         "schedule.plateau_threshold": (c.schedule.name == "plateau", "schedule.name plateau"),
         "swav.queue_from_samples": (c.swav.queue > 0, "a swav.queue"),
-        "parallel.reshard_after_forward": (c.parallel.engine == "fsdp", "parallel.engine fsdp"),
+        "parallel.reshard_after_forward": (c.parallel.engine in ("fsdp", "auto"), "parallel.engine fsdp"),
+        "parallel.max_unit_gib": (c.parallel.engine in ("fsdp", "zero3", "auto"), "parallel.engine fsdp or zero3"),
+        "parallel.ds_config": (c.parallel.engine in ZERO, f"parallel.engine {', '.join(ZERO)}"),
+        "train.min_loss_scale": (c.train.precision == "fp16", "train.precision fp16"),
         "data.prefetch": (c.data.workers > 0, "data.workers of at least 1"),
     }
     problems = []
@@ -447,15 +473,18 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
     if world_size % p.replicate:
         near = max(d for d in range(1, p.replicate + 1) if world_size % d == 0)
         fail(True, f"parallel.replicate is {p.replicate}, but must divide the {world_size} ranks; nearest: {near}.")
-    fail(p.replicate > 1 and p.engine != "fsdp", f"parallel.replicate is {p.replicate}, but parallel.engine is {p.engine}, which has no replicas; use engine fsdp or replicate 1.")
+    elif p.shard and p.replicate * p.shard != world_size:
+        fail(True, f"parallel.replicate x parallel.shard is {p.replicate} x {p.shard} = {p.replicate * p.shard}, but there are {world_size} ranks; nearest: shard {world_size // p.replicate}.")
+    for key, value in (("replicate", p.replicate > 1), ("shard", p.shard > 0)):
+        fail(value and p.engine not in ("fsdp", "auto"), f"parallel.{key} is {getattr(p, key)}, but parallel.engine is {p.engine}, which has no mesh of replicas and shards; use engine fsdp, or leave {key} out.")
     fail(p.engine == "single" and world_size > 1, f"parallel.engine is single, but there are {world_size} ranks; use ddp or fsdp.")
-    normalised = batch // world_size * (p.sync_bn_group or world_size)
-    fail(normalised < 2, f"train.global_batch is {batch}, which leaves BatchNorm {normalised} image to normalise over; it needs at least 2.")
+    fail(p.offload and p.engine not in ZERO, f"parallel.offload is true, but parallel.engine is {p.engine}, which offloads nothing; use {', '.join(ZERO)}, or offload false.")
+    if batch % world_size == 0:
+        normalised = batch // world_size // c.accumulation(world_size) * (p.sync_bn_group or world_size)
+        fail(normalised < 2, f"train.global_batch is {batch}, which leaves BatchNorm {normalised} image to normalise over; it needs at least 2.")
     for k in s.prototypes:
         most = 4 * (batch + s.queue)
         fail(k > most, f"swav.prototypes is {k}, but an assignment of {batch + s.queue} samples (train.global_batch + swav.queue) can use at most 4 times as many; nearest: {most}.")
-    stages = p.activation_checkpoint
-    fail(len(set(stages)) < len(stages), f"parallel.activation_checkpoint is {list(stages)}, but each stage can be named once; nearest: {sorted(set(stages))}.")
     fail(not s.prototypes, "swav.prototypes is empty, but must name at least one set; nearest: [3000].")
     fail(not c.views.crops, "views.crops is empty, but must name at least one kind of crop; nearest: [{num: 2}].")
     fail(bool(c.views.crops) and c.num_crops < 2, "views.crops makes 1 crop an image, but SwAV compares at least 2; nearest: num: 2.")

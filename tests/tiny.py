@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -13,8 +15,8 @@ from seer_scale.world import World
 
 RECIPE = {
     "data": {"path": "unused"},
-    "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8},
-    "views": {"crops": [{"num": 2, "size": 32}, {"num": 2, "size": 16, "scale": [0.05, 0.14]}]},
+    "model": {"name": "regnety", "depth": 5, "w0": 8, "wa": 12.0, "wm": 2.0, "group_width": 8},
+    "views": {"crops": [{"num": 2, "size": 24}, {"num": 2, "size": 16, "scale": [0.05, 0.14]}]},
     "swav": {"hidden": [32], "dim": 16, "prototypes": [12, 7], "iterations": 3},
     "optim": {"name": "lars", "lr": 0.6, "lr_batch": 0},
     "schedule": {"warmup_samples": 32, "warmup_from": 0.1},
@@ -49,13 +51,19 @@ def fake_views(config: Config, step: int, world: World) -> list[torch.Tensor]:
     return out
 
 
+def micro_batches(config: Config, step: int, world: World) -> list[Callable[[], list[torch.Tensor]]]:
+    """What makes each micro-batch of this rank's slice."""
+    num = config.accumulation(world.size)
+    views = [v.unflatten(0, (c.num, -1)).chunk(num, dim=1) for v, c in zip(fake_views(config, step, world), config.views.crops)]
+    return [lambda i=i: [v[i].flatten(0, 1) for v in views] for i in range(num)]
+
+
 def losses_of(engine: Engine, config: Config, world: World, steps: range, lr: float = 0.3) -> list[float]:
     """Global mean loss of each of `steps` updates."""
     out = []
     for step in steps:
         seen = step * config.train.global_batch
-        loss, _ = engine.forward(fake_views(config, step, world), samples_seen=seen)
-        engine.backward(loss)
+        loss, _ = engine.gradients(micro_batches(config, step, world), samples_seen=seen)
         engine.update(lr, engine.method.frozen(seen))
-        out.append((world.sum_(loss.detach().clone()) / world.size).item())
+        out.append((world.sum_(loss.clone()) / world.size).item())
     return out

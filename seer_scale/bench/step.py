@@ -1,7 +1,8 @@
 """The update against a plain loop: timm's RegNetY called once a resolution, textbook SwAV (the reference's
 distributed_sinkhorn), torch.optim.SGD, torch.amp.GradScaler; the same weights, views and precision in one process.
 
-Prints images/s of both, the median of the ratio over interleaved rounds, and both losses.
+Prints images/s of both, the median of the ratio over interleaved rounds, and both losses. With `--recipe` the model,
+crops, head, prototypes, assignment, precision and recomputation are a recipe's, as far as nothing else is given.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
-from seer_scale.config import Config, resolve
+from seer_scale.bench.ranks import wait
+from seer_scale.config import Config, Crop, load_recipe, resolve
 from seer_scale.errors import UserError
 from seer_scale.methods.swav import SwAV
 from seer_scale.parallel import build_engine
@@ -28,20 +33,82 @@ TIMM = {"200mf": "002", "400mf": "004", "600mf": "006", "800mf": "008", "1_6gf":
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "V100": 125}
 """Dense half-precision peak of a device, from the makers' data sheets."""
 
+ALONE = World()
+
+
+SEER_V100 = ("regnety_256gf", "2x224,4x96", 2.78)
+"""Model, crops, images/s of one of 512 V100s: 6.125 s an update of 8,704 images (arXiv 2103.01988)."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="regnety_200mf", help="a backbone timm has too")
+    parser.add_argument("--recipe", default="", help="a shipped recipe or a YAML file")
+    parser.add_argument("--model", default="", help="a backbone timm has too; regnety_200mf where there is no recipe")
     parser.add_argument("--batch", type=int, default=8, help="images an update")
-    parser.add_argument("--crops", default="2x96,4x64", help="number x size of each kind of crop")
-    parser.add_argument("--prototypes", type=int, default=32)
-    parser.add_argument("--precision", default="fp32", choices=list(COMPUTE))
+    parser.add_argument("--crops", default="", help="number x size of each kind of crop; 2x96,4x64 where there is no recipe")
+    parser.add_argument("--prototypes", type=int, default=0, help="32 where there is no recipe")
+    parser.add_argument("--precision", default="", choices=["", *COMPUTE], help="fp32 where there is no recipe")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5, help="rounds of updates, ours and the reference's in turn")
     parser.add_argument("--updates", type=int, default=4, help="updates a round")
     parser.add_argument("--channels-last", action="store_true", help="both keep feature maps channels-last")
-    parser.add_argument("--alone", action="store_true", help="ours only, for models of which two do not fit")
-    parser.add_argument("--recompute", default="", help="stages whose blocks are recomputed, as in 1,2,3")
+    parser.add_argument("--alone", action="store_true", help="ours only, for models of which two do not fit; with the recipe's optimiser")
+    parser.add_argument("--recompute", default="", help='parallel.activation_checkpoint of ours, as in "every 1" or "[[2], [7], [9, 17], []]"')
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's default")
+
+
+def read_crops(text: str) -> list[dict[str, int]]:
+    """`2x96,4x64` as views.crops. Raises UserError."""
+    try:
+        return [dict(zip(("num", "size"), map(int, kind.split("x")), strict=True)) for kind in text.split(",")]
+    except ValueError:
+        raise UserError(f"--crops is {text!r}, but must be number x size of each kind, as in 2x96,4x64.") from None
+
+
+def small_recipe(model: str, crops: list[dict[str, int]], batch: int, prototypes: int, precision: str) -> dict:
+    """A recipe for timing; the data are never read."""
+    return {
+        "data": {"path": "-"}, "model": {"name": model}, "views": {"crops": crops},
+        "swav": {"hidden": [512], "dim": 128, "prototypes": [prototypes], "iterations": 3},
+        "optim": {"name": "lars", "lr": 0.03, "lr_batch": 0}, "schedule": {"warmup_samples": 0},
+        "train": {"samples": 10**6, "global_batch": batch, "precision": precision},
+    }  # fmt: skip
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """What to time on one rank: the recipe, or a small one, and over it what is given. Raises UserError."""
+    crops, precision = args.crops or "2x96,4x64", args.precision or "fp32"
+    given = small_recipe(args.model or "regnety_200mf", read_crops(crops), args.batch, args.prototypes or 32, precision)
+    over: dict = {"parallel": {"engine": "single"}}
+    if args.recipe:
+        given = load_recipe(args.recipe)
+        over = {"data": {"path": "-"}, "parallel": {"engine": "single", "ranks": 1, "replicate": 1, "shard": 0, "sync_bn_group": 0}}
+        over |= {"model": {"name": args.model}} if args.model else {}
+        over |= {"views": {"crops": read_crops(args.crops)}} if args.crops else {}
+        over |= {"swav": {"prototypes": [args.prototypes]}} if args.prototypes else {}
+        over |= {"train": {"precision": args.precision}} if args.precision else {}
+    if args.recompute:
+        over["parallel"]["activation_checkpoint"] = yaml.safe_load(args.recompute)
+    if not args.alone:
+        over["optim"] = {"name": "sgd", "lr": 0.03, "lr_batch": 0}
+        given = given | {"optim": {}}
+    config = resolve(given, over, world_size=1)
+    # what a recipe must keep to make sense, such as images for its prototypes, a timing need not
+    return replace(config, train=replace(config.train, global_batch=args.batch, micro_batch=0))
+
+
+def fake_views(crops: Sequence[Crop], batch: int, device: torch.device, channels_last: bool, seed: int = 0) -> list[Tensor]:
+    """Random images, for each resolution [num * batch, 3, S, S]."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    sizes = [(c.num * batch, 3, c.size, c.size) for c in crops]
+    return [torch.randn(s, generator=generator).to(device).contiguous(memory_format=layout) for s in sizes]
+
+
+def macs_an_image(method: SwAV, crops: Sequence[Crop]) -> int:
+    """Multiply-accumulates of one forward of one image's crops: the trunk's convolutions, groups counted as such, the
+    head's matrices and the prototypes."""
+    linear = sum(m.in_features * m.out_features for m in method.modules() if isinstance(m, nn.Linear))
+    return sum(c.num * (method.backbone.num_macs(c.size) + linear) for c in crops)
 
 
 class Reference(nn.Module):
@@ -75,13 +142,13 @@ class Reference(nn.Module):
 
 
 @torch.no_grad()
-def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """distributed_sinkhorn of main_swav.py on one process. scores [B, K] -> codes [B, K]."""
+def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int, world: World = ALONE) -> Tensor:
+    """distributed_sinkhorn of main_swav.py. scores [B, K] of this rank -> codes [B, K]."""
     Q = torch.exp(scores / epsilon).t()
-    K, B = Q.shape
-    Q /= Q.sum()
+    K, B = Q.shape[0], Q.shape[1] * world.size
+    Q /= world.sum_(Q.sum())
     for _ in range(iterations):
-        Q /= Q.sum(dim=1, keepdim=True)
+        Q /= world.sum_(Q.sum(dim=1, keepdim=True))
         Q /= K
         Q /= Q.sum(dim=0, keepdim=True)
         Q /= B
@@ -105,8 +172,6 @@ class ReferenceLoop:
     def __init__(self, engine: Engine, config: Config, device: torch.device):
         self.config, self.device, self.dtype = config, device, COMPUTE[config.train.precision]
         self.model = Reference(engine.method, config.model.name).to(device)
-        if config.train.channels_last:
-            self.model.to(memory_format=torch.channels_last)
         o = config.optim
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.peak_lr, momentum=o.momentum, weight_decay=o.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -126,73 +191,64 @@ class ReferenceLoop:
 
 def run(args: argparse.Namespace) -> str:
     """Measure; returns the lines to print. Raises UserError."""
-    if args.model.removeprefix("regnety_") not in TIMM:
-        raise UserError(f"timm has no {args.model}; choose from {', '.join('regnety_' + n for n in TIMM)}.")
+    config = configure(args)
+    name, batch, kinds = config.model.name, args.batch, config.views.crops
+    if not args.alone and name.removeprefix("regnety_") not in TIMM:
+        raise UserError(f"timm has no {name}: give --alone, or one of {', '.join('regnety_' + n for n in TIMM)}.")
+    if not args.alone and len(config.swav.prototypes) > 1:
+        raise UserError("The reference has one set of prototypes: give --alone, or --prototypes.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    crops = [dict(zip(("num", "size"), map(int, kind.split("x")))) for kind in args.crops.split(",")]
-    given = {
-        "data": {"path": "-"}, "model": {"name": args.model}, "views": {"crops": crops},
-        "swav": {"hidden": [512], "dim": 128, "prototypes": [args.prototypes], "iterations": 3},
-        "optim": {"name": "sgd", "lr": 0.03, "lr_batch": 0}, "schedule": {"warmup_samples": 0},
-        "train": {"samples": 10**6, "global_batch": args.batch, "precision": args.precision, "channels_last": args.channels_last},
-        "parallel": {"engine": "single", "activation_checkpoint": [int(s) for s in args.recompute.split(",") if s]},
-    }  # fmt: skip
-    config = resolve(given, world_size=1)
     device = torch.device(args.device)
     world = World(device=device)
     with torch.device("meta"):
         method = SwAV(config, world)
     engine = build_engine(method, config, world)
     reference = None if args.alone else ReferenceLoop(engine, config, device)
-
-    generator = torch.Generator().manual_seed(0)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    views = [
-        torch.randn(c.num * args.batch, 3, c.size, c.size, generator=generator).to(device).contiguous(memory_format=layout)
-        for c in config.views.crops
-    ]
+    if reference and args.channels_last:
+        reference.model.to(memory_format=torch.channels_last)
+    views = fake_views(kinds, batch, device, args.channels_last)
 
     def ours() -> Tensor:
-        loss, _ = engine.forward(views, samples_seen=0)
-        engine.backward(loss)
+        loss, _ = engine.gradients([lambda: views], samples_seen=0)
         engine.update(config.peak_lr)
-        return loss.detach()
+        return loss
 
     loops = {"ours": ours} | ({"reference": lambda: reference.update(views)} if reference else {})
     times: dict[str, list[float]] = {name: [] for name in loops}
     losses: dict[str, float] = {}
     peaks = {}
     for turn in range(args.rounds + 1):  # the first warms up
-        for name, update in loops.items():
-            _synchronise(device)
+        for loop, update in loops.items():
+            wait(device)
             begin = time.perf_counter()
             for _ in range(args.updates):
                 loss = update()
-            _synchronise(device)
-            times[name] += [time.perf_counter() - begin] * bool(turn)
-            losses[name] = loss.item()
+            wait(device)
+            times[loop] += [time.perf_counter() - begin] * bool(turn)
+            losses[loop] = loss.item()
             if device.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+                peaks[loop] = torch.cuda.max_memory_allocated() / 2**30
                 torch.cuda.reset_peak_memory_stats()
     total = (args.rounds + 1) * args.updates
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [f"{args.model}, crops {args.crops}, batch {args.batch}, {args.precision}, {where}, torch {torch.__version__}"]
-    for name, seconds in times.items():
-        rate = args.batch * args.updates / statistics.median(seconds)
-        line = f"{name:9}  {rate:9.2f} images/s   loss after {total} updates {losses[name]:.6f}"
-        lines.append(line + (f"   peak {peaks[name]:.1f} GiB" if peaks else ""))
+    place = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    crops, precision = ",".join(f"{c.num}x{c.size}" for c in kinds), config.train.precision
+    lines = [f"{name}, crops {crops}, batch {batch}, {precision}, {place}, torch {torch.__version__}"]
+    recomputed = config.parallel.activation_checkpoint
+    if args.recipe or recomputed != "none":
+        s, widths = config.swav, " x ".join(map(str, [*config.swav.hidden, config.swav.dim]))
+        norm, told = " with BatchNorm" if s.batch_norm else "", recomputed if isinstance(recomputed, str) else [list(r) for r in recomputed]
+        lines.append(f"head {widths}{norm}, prototypes {list(s.prototypes)}, {config.optim.name}, recomputed: {told}")
+    for loop, seconds in times.items():
+        line = f"{loop:9}  {batch * args.updates / statistics.median(seconds):9.2f} images/s   loss after {total} updates {losses[loop]:.6f}"
+        lines.append(line + (f"   peak {peaks[loop]:.1f} GiB" if peaks else ""))
     if reference:
         ratio = statistics.median(r / o for o, r in zip(times["ours"], times["reference"]))
         lines.append(f"ours / reference: {ratio:.3f} times the images/s (median of {args.rounds} interleaved rounds{'; peaks hold both models' if peaks else ''})")
-    macs = sum(c.num * method.backbone.num_macs(c.size) for c in config.views.crops)
-    tflops = 6e-12 * macs * args.batch * args.updates / statistics.median(times["ours"])
-    peak = next((p for n, p in PEAK_TFLOPS.items() if n in where), None)
-    share = f", {tflops / peak:.1%} of {peak} (model FLOP utilisation)" if peak and args.precision != "fp32" else ""
-    lines.append(f"ours: {macs / 1e9:.1f} GMAC an image forward, {tflops:.2f} TFLOP/s without recomputation{share}")
+    macs, rate = macs_an_image(method, kinds), batch * args.updates / statistics.median(times["ours"])
+    peak = next((p for n, p in PEAK_TFLOPS.items() if n in place), None)
+    share = f", {6e-12 * macs * rate / peak:.1%} of {peak} (model FLOP utilisation)" if peak and precision != "fp32" else ""
+    lines.append(f"ours: {macs / 1e9:.1f} GMAC an image forward, {6e-12 * macs * rate:.2f} TFLOP/s without recomputation{share}")
+    if (name, crops) == SEER_V100[:2]:
+        lines.append(f"the paper: {SEER_V100[2]} images/s on each of 512 V100 in fp16, {6e-12 * macs * SEER_V100[2]:.1f} TFLOP/s by the same count; ours here: {rate / SEER_V100[2]:.2f} times that")
     return "\n".join(lines)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

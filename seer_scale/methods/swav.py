@@ -1,12 +1,14 @@
 """SwAV: swapped prediction of online cluster assignments (arXiv 2006.09882; as used by SEER, arXiv 2103.01988).
 
-What an engine may ask of a method (the face all methods share): `forward`, `units`, `initialisers`, `fp32_units`,
-`unit_rows`, `frozen`, `summarise`, `backbone`. A method sees tensors and the world's collectives, never the sharding.
+What an engine may ask of a method (the face all methods share): `forward`, `targets`, `units`, `initialisers`,
+`fp32_units`, `unit_rows`, `frozen`, `summarise`, `backbone`. A method sees tensors and the world's collectives, never
+the sharding.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,16 @@ from seer_scale.models.heads import ProjectionHead
 from seer_scale.models.registry import build_backbone
 from seer_scale.rng import Init, UnitRows
 from seer_scale.world import World
+
+
+@dataclass(frozen=True)
+class Look:
+    """What SwAV's codes are made of: embeddings [C, B, dim] of a micro-batch's assigned crops, their scores [C, B, K]
+    and those of a share of the queue [C, Q, K], a prototype set each; fp32, detached."""
+
+    embeddings: Tensor
+    scores: list[Tensor]
+    queued: list[Tensor]
 
 
 class SwAV(nn.Module):
@@ -78,45 +90,61 @@ class SwAV(nn.Module):
         return z.view(self.num_crops, -1, z.shape[1])
 
     def forward(
-        self, views: list[Tensor], *, samples_seen: int | None = None, watch: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor]:
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int | None = None,
+        look: tuple[int, int] | None = None,
+        targets: list[Tensor] | None = None,
+        watch: bool = False,
+    ):
         """The loss over this rank's images, and, with `watch`, tensors whose mean over ranks `summarise` reads.
 
-        Without `samples_seen`, what evaluation looks at: the backbone's features [N, D] of the one resolution in
-        `views` and the unit-length embeddings [N, dim]; one entrance, because a sharded module has one.
-        Collectives: the backbone's, Sinkhorn's (iterations + 1 all-reduces), and with a queue one all-gather.
+        A sharded module has one entrance, so two other questions come through it. Without `samples_seen`, what
+        evaluation looks at: the backbone's features [N, D] of the one resolution in `views` and the unit-length
+        embeddings [N, dim]. With `look` (i, n), a `Look` at the i-th of this rank's n micro-batches, from which
+        `targets` makes the codes that a second forward takes.
+        Collectives: the backbone's; where it makes the codes itself, those of `targets`.
         """
         if samples_seen is None:
             features = self.backbone(views)[0]
             return features.float(), F.normalize(self.head(features).float(), dim=1)
         z = self.embed(views)
         with torch.autocast(z.device.type, enabled=False):
-            scores, queued = self._score(z, samples_seen)
-            codes = sinkhorn(
-                [torch.cat([s.detach()[: self.num_assigned], q], dim=1) for s, q in zip(scores, queued)],
-                self.config.epsilon,
-                self.config.iterations,
-                self.world,
-            )
-            codes = [q[:, : z.shape[1]] for q in codes]
-            losses = [self._swapped(s, q) for s, q in zip(scores, codes)]
-            loss = torch.stack(losses).mean()
-        if self.config.queue and self.training:
-            self._enqueue(z.detach()[: self.num_assigned])
+            scores, queued = self._score(z, samples_seen if targets is None else None, look or (0, 1))
+            seen = Look(z[: self.num_assigned].detach(), [s[: self.num_assigned].detach() for s in scores], queued)
+            if look:
+                return seen
+            codes = self.targets([seen], samples_seen)[0] if targets is None else targets
+            loss = torch.stack([self._swapped(s, q) for s, q in zip(scores, codes)]).mean()
         return loss, self._watch(scores, codes) if watch else {}
 
-    def _score(self, z: Tensor, samples_seen: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Scores of the crops, [V, B, K] a set, and of this rank's share of the queue, [C, Q_local, K] a set.
+    def _score(self, z: Tensor, samples_seen: int | None, part: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores of the crops, [V, B, K] a set, and of this part's share of the queue, [C, Q_part, K] a set.
 
         One call a prototype set, so that a sharded set is gathered once.
         """
-        c = self.config
+        c, (index, num) = self.config, part
         share = z.new_empty(self.num_assigned, 0, z.shape[2])
-        if c.queue and samples_seen >= max(c.queue_from_samples, self.queue_since + c.queue):
-            share = self.queue.tensor_split(self.world.size, dim=1)[self.world.rank]
+        if c.queue and samples_seen is not None and samples_seen >= max(c.queue_from_samples, self.queue_since + c.queue):
+            share = self.queue.tensor_split(self.world.size * num, dim=1)[self.world.rank * num + index]
         rows = torch.cat([z.flatten(0, 1), share.flatten(0, 1)])
         both = [p(rows).split([z.shape[0] * z.shape[1], share.shape[0] * share.shape[1]]) for p in self.prototypes]
         return [s.unflatten(0, z.shape[:2]) for s, _ in both], [q.detach().unflatten(0, share.shape[:2]) for _, q in both]
+
+    @torch.no_grad()
+    def targets(self, looks: list[Look], samples_seen: int) -> list[list[Tensor]]:
+        """Codes [C, B, K] a prototype set for each micro-batch, assigned over the whole global batch and the queue,
+        which the batch then enters. Collectives: Sinkhorn's (iterations + 1 all-reduces); with a queue one all-gather.
+        """
+        sizes = [look.embeddings.shape[1] for look in looks]
+        sets = range(len(self.prototypes))
+        scores = [torch.cat([look.scores[i] for look in looks] + [look.queued[i] for look in looks], dim=1) for i in sets]
+        codes = sinkhorn(scores, self.config.epsilon, self.config.iterations, self.world)
+        if self.config.queue and self.training:
+            self._enqueue(torch.cat([look.embeddings for look in looks], dim=1))
+        by_set = [q[:, : sum(sizes)].split(sizes, dim=1) for q in codes]
+        return [list(of_look) for of_look in zip(*by_set)]
 
     def _swapped(self, scores: Tensor, codes: Tensor) -> Tensor:
         """Cross-entropy of each code with the prediction of every other crop. scores [V, B, K], codes [C, B, K]."""

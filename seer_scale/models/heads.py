@@ -27,6 +27,10 @@ class ProjectionHead(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """What can be sharded apart, in order of use; BatchNorm has vectors alone, which are not sharded."""
+        return {name: module for name, module in self.named_children() if isinstance(module, nn.Linear)}
+
     def initialisers(self) -> dict[str, Init]:
         """torch's defaults for Linear, as data."""
         out: dict[str, Init] = {}

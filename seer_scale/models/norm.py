@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -45,11 +46,12 @@ class BatchNorm(nn.BatchNorm2d):
             return [F.batch_norm(x, *running, weight, bias, eps=self.eps) for x in xs]
         tape = getattr(_thread, "tape", None)
         recomputing = tape is not None and tape.replay
-        if not recomputing:
+        if recomputing or getattr(_thread, "kept", False):
+            # autograd must find as many saved tensors in a recompute as the first time, so None would not do
+            running = [r.clone() for r in running]
+        else:
             self.num_batches_tracked.add_(len(xs))
         if self.process_group is None or dist.get_world_size(self.process_group) == 1:
-            if recomputing:  # autograd must find as many saved tensors as the first time, so None would not do
-                running = [r.clone() for r in running]
             return [F.batch_norm(x, *running, weight, bias, True, self.momentum, self.eps) for x in xs]
         if recomputing:
             stats = next(tape.left)
@@ -61,6 +63,16 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 _thread = threading.local()
+
+
+@contextmanager
+def running_statistics_kept() -> Iterator[None]:
+    """Forward passes in training mode inside leave this thread's running statistics and batch counts as they are."""
+    _thread.kept = True
+    try:
+        yield
+    finally:
+        _thread.kept = False
 
 
 @dataclass

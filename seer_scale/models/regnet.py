@@ -116,15 +116,15 @@ class Stem(ConvNorm):
 
 
 class SqueezeExcite(nn.Module):
-    """Channel attention (arXiv 1709.01507)."""
+    """Channel attention (arXiv 1709.01507), of a list of [N_r, C, H_r, W_r]."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.fc1 = Conv(channels, hidden, bias=True)
         self.fc2 = Conv(hidden, channels, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(relu(self.fc1(x.mean((2, 3), keepdim=True)), inplace=True)).sigmoid()
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [x * self.fc2(relu(self.fc1(x.mean((2, 3), keepdim=True)), inplace=True)).sigmoid() for x in xs]
 
 
 class Block(nn.Module):
@@ -140,10 +140,14 @@ class Block(nn.Module):
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         ys = [relu(y, inplace=True) for y in self.conv1(xs)]
-        ys = [self.se(relu(y, inplace=True)) for y in self.conv2(ys)]
+        ys = self.se([relu(y, inplace=True) for y in self.conv2(ys)])
         ys = self.conv3(ys)
         shortcuts = self.downsample(xs) if self.downsample is not None else xs
         return [relu(y.add_(shortcut), inplace=True) for y, shortcut in zip(ys, shortcuts)]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What can be sharded apart, in order of use; each takes a list once a pass."""
+        return dict(self.named_children())
 
 
 class RegNetY(nn.Module):
@@ -170,24 +174,28 @@ class RegNetY(nn.Module):
         """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
         if isinstance(xs, Tensor):
             return self.forward([xs])[0]
-        for unit in self.units().values():
-            xs = unit(xs)
+        for names in (["stem"], *self.stage_units()):
+            xs = self.chain(names, xs)
         return [x.mean((2, 3)) for x in xs]
 
     def forward_stages(self, xs: list[Tensor] | Tensor) -> list[list[Tensor]] | list[Tensor]:
         """The feature maps after each stage, finest first: [N_r, width, H_r / 2^(s+1), W_r / 2^(s+1)] for s = 1 ... 4."""
         if isinstance(xs, Tensor):
             return [maps[0] for maps in self.forward_stages([xs])]
-        units, stages = self.units(), []
-        xs = units["stem"](xs)
+        xs, stages = self.stem(xs), []
         for names in self.stage_units():
-            for name in names:
-                xs = units[name](xs)
+            xs = self.chain(names, xs)
             stages.append(xs)
         return stages
 
+    def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
+        """xs through the units `names`, one after the other; `seer_scale.parallel.recompute` puts its own in place."""
+        for name in names:
+            xs = self.get_submodule(name)(xs)
+        return xs
+
     def units(self) -> dict[str, nn.Module]:
-        """What is sharded and recomputed together, in order of use: "stem", "s1.b1", ...; each takes and gives a list."""
+        """What an engine shards and recomputes by, in order of use: "stem", "s1.b1", ...; each takes and gives a list."""
         blocks = {name: self.get_submodule(name) for stage in self.stage_units() for name in stage}
         return {"stem": self.stem, **blocks}
 

@@ -1,63 +1,55 @@
-"""LARS, SGD and AdamW over named, possibly sharded parameters, without a host synchronisation.
+"""LARS, SGD and AdamW over named pieces of parameters, without a host synchronisation.
 
-An optimiser never knows the sharding: it works on local shards, and the norms LARS needs are those of whole tensors,
-which the engine brings (one stacked collective for all of them). Whether an update happens at all is a device scalar,
-`found_inf`: where it is 1 the fused kernels leave parameters and state as they were.
-State is created at once, so that a checkpoint can load into it; it has the parameters' sharding.
+An optimiser never knows the sharding: it works on what this rank holds, and the norms LARS needs are those of whole
+tensors, which the engine brings (one stacked collective for all of them). Whether an update happens at all is a device
+scalar, `found_inf`: where it is 1 the fused kernels leave parameters and state as they were.
+State is created at once, so that a checkpoint can load into it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from seer_scale.config import Optim
 
 LARS_EPS = 1e-8
 
 
-def local(t: Tensor) -> Tensor:
-    """This rank's shard of a tensor; the tensor itself where it is not sharded."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def build_optimizer(params: Mapping[str, Tensor], config: Optim) -> Optimizer:
-    return (AdamW if config.name == "adamw" else SGD)(params, config)
+def build_optimizer(pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim) -> Optimizer:
+    return (AdamW if config.name == "adamw" else SGD)(pieces, vectors, config)
 
 
 class Optimizer:
-    """`params`: name -> parameter (fp32, DTensor or plain). `state`: "name/slot" -> tensor of the same sharding."""
+    """`pieces`: name -> what this rank updates of a parameter (fp32; may be empty). `vectors`: names of parameters with
+    fewer than two dimensions. `state`: "name/slot" -> tensor like the piece."""
 
     slots: tuple[str, ...]
 
-    def __init__(self, params: Mapping[str, Tensor], config: Optim):
-        self.params, self.config = dict(params), config
-        self.state = {f"{n}/{slot}": torch.zeros_like(p) for n, p in self.params.items() for slot in self.slots}
+    def __init__(self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim):
+        self.pieces, self.config = dict(pieces), config
+        self.excluded = frozenset(vectors if config.exclude_vectors else ())
+        self.state = {f"{n}/{slot}": torch.zeros_like(p) for n, p in self.pieces.items() for slot in self.slots}
 
-    def update(self, lr: float, norms: Tensor, found_inf: Tensor, frozen: Collection[str] = ()) -> None:
-        """One update from the parameters' `.grad` (unscaled; overwritten).
+    @torch.no_grad()
+    def update(self, grads: Sequence[Tensor], lr: float, norms: Tensor, found_inf: Tensor, frozen: Collection[str] = ()) -> None:
+        """One update from the pieces' gradients (unscaled; overwritten), in the order of `pieces`.
 
-        norms: [2, P] Euclidean norms of the whole parameters and of their gradients, in the order of `params`.
+        norms: [2, P] Euclidean norms of the whole parameters and of their gradients, in that order.
         found_inf: 0-dim fp32, 1 to change nothing. frozen: names left alone, state included.
         """
-        names = [n for n in self.params if n not in frozen]
-        chosen = [i for i, n in enumerate(self.params) if n not in frozen]
-        params = [local(self.params[n]) for n in names]
-        grads = [local(self.params[n].grad) for n in names]
-        if names:
-            self._update(names, params, grads, lr, norms, chosen, found_inf)
+        chosen = [i for i, n in enumerate(self.pieces) if n not in frozen]
+        names = list(self.pieces)
+        if chosen:
+            self._update([names[i] for i in chosen], [grads[i] for i in chosen], lr, norms, chosen, found_inf)
 
-    def _update(self, names, params, grads, lr, norms, chosen, found_inf) -> None:
+    def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
         raise NotImplementedError
 
     def _slot(self, names: list[str], slot: str) -> list[Tensor]:
-        return [local(self.state[f"{n}/{slot}"]) for n in names]
-
-    def _is_excluded(self, name: str) -> bool:
-        return self.config.exclude_vectors and self.params[name].ndim < 2
+        return [self.state[f"{n}/{slot}"] for n in names]
 
 
 class SGD(Optimizer):
@@ -69,15 +61,15 @@ class SGD(Optimizer):
 
     slots = ("momentum",)
 
-    def __init__(self, params: Mapping[str, Tensor], config: Optim):
-        super().__init__(params, config)
-        excluded = [self._is_excluded(n) for n in self.params]
-        device = local(next(iter(self.params.values()))).device
+    def __init__(self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim):
+        super().__init__(pieces, vectors, config)
+        excluded = [n in self.excluded for n in self.pieces]
+        device = next(iter(self.pieces.values())).device
         self._decay = torch.tensor([0.0 if e else config.weight_decay for e in excluded], device=device)
         self._unscaled = torch.tensor([e or config.name != "lars" for e in excluded], device=device)
 
-    def _update(self, names, params, grads, lr, norms, chosen, found_inf) -> None:
-        c = self.config
+    def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
+        c, params = self.config, [self.pieces[n] for n in names]
         p, g = norms
         zero = (p == 0) | (g == 0) if c.name == "lars" else torch.zeros_like(self._unscaled)
         ratio = torch.where(self._unscaled | zero, 1.0, c.trust * p / (g + self._decay * p + LARS_EPS))
@@ -96,14 +88,14 @@ class AdamW(Optimizer):
 
     slots = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, params: Mapping[str, Tensor], config: Optim):
-        super().__init__(params, config)
-        self.state |= {f"{n}/step": torch.zeros((), device=local(p).device) for n, p in self.params.items()}
+    def __init__(self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim):
+        super().__init__(pieces, vectors, config)
+        self.state |= {f"{n}/step": torch.zeros((), device=p.device) for n, p in self.pieces.items()}
 
-    def _update(self, names, params, grads, lr, norms, chosen, found_inf) -> None:
-        c = self.config
+    def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
+        c, params = self.config, [self.pieces[n] for n in names]
         for excluded in (False, True):
-            some = [i for i, n in enumerate(names) if self._is_excluded(n) == excluded]
+            some = [i for i, n in enumerate(names) if (n in self.excluded) == excluded]
             if not some:
                 continue
             pick = lambda seq, some=some: [seq[i] for i in some]  # noqa: E731

@@ -1,21 +1,81 @@
-"""Engines by name: all make the same update, and differ in what each rank holds and what is moved."""
+"""Engines by name: all make the same update, and differ in what each rank holds and what is moved (docs/engines.md)."""
 
 from __future__ import annotations
 
+import importlib
+import os
+
+import torch
 from torch import nn
 
 from seer_scale.config import Config
-from seer_scale.parallel.ddp import DDP
+from seer_scale.errors import UserError
 from seer_scale.parallel.engine import Engine
-from seer_scale.parallel.fsdp import FSDP
 from seer_scale.world import World
 
-ENGINES = {"single": Engine, "ddp": DDP, "fsdp": FSDP}
+ENGINES = {
+    "single": ("engine", "Engine"),
+    "ddp": ("ddp", "DDP"),
+    "fsdp": ("fsdp", "FSDP"),
+    "zero1": ("zero", "Zero1"),
+    "zero2": ("zero", "Zero2"),
+    "zero3": ("zero", "Zero3"),
+    "fairscale": ("fairscale", "Fairscale"),
+}
+"""Module and class of each, imported where used: DeepSpeed and fairscale take seconds."""
+
+SHARE = 0.4
+"""Of a rank's memory, what weights, gradients and optimiser state may take before they are sharded; activations,
+which no engine shards, need the rest."""
 
 
 def build_engine(method: nn.Module, config: Config, world: World) -> Engine:
-    """Collective over all ranks: builds groups, materialises and initialises the parameters.
+    """Collective over all ranks: builds groups, materialises and initialises the parameters. Raises UserError.
 
     On one rank there is nothing to share out, and every engine is `single`.
     """
-    return (ENGINES[config.parallel.engine] if world.size > 1 else Engine)(method, config, world)
+    module, name = ENGINES[choose_engine(method, config, world)]
+    return getattr(load(module), name)(method, config, world)
+
+
+def load(module: str):
+    """A module of this package. Raises UserError where it needs a package that is not installed."""
+    try:
+        return importlib.import_module(f"seer_scale.parallel.{module}")
+    except ModuleNotFoundError as missing:
+        raise UserError(f"parallel.engine needs {missing.name}, which is not installed: pip install {missing.name}, or use engine fsdp.") from missing
+
+
+def choose_engine(method: nn.Module, config: Config, world: World) -> str:
+    """The engine's name: `single` on one rank; what the recipe names; for auto the cheapest that fits, by size.
+
+    `ddp` moves least where all ranks can hold everything; else `fsdp`, whose gathers are half as wide as its weights.
+    Collective where it is auto.
+    """
+    p = config.parallel
+    if world.size == 1 or p.engine != "auto":
+        return "single" if world.size == 1 else p.engine
+    if p.replicate > 1 or p.shard:
+        return "fsdp"
+    slots = 2 if config.optim.name == "adamw" else 1
+    held = 4 * (2 + slots) * sum(q.numel() for q in method.parameters())
+    return "ddp" if held <= SHARE * min(world.gather_objects(_memory(world))) else "fsdp"
+
+
+def _memory(world: World) -> int:
+    """Bytes this rank can have."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
+
+
+def check_device(config: Config) -> list[str]:
+    """What this machine's devices cannot do of the recipe; before any is taken."""
+    if config.parallel.device == "cuda" and not torch.cuda.is_available():
+        return ["parallel.device is cuda, but there is no GPU here; use parallel.device cpu or auto."]
+    if config.parallel.device == "cpu" or not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    if config.train.precision == "bf16" and major < 8:
+        return [f"train.precision is bf16, but {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no bf16; use fp16."]
+    return []

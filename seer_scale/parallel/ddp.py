@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,9 +12,12 @@ from seer_scale.parallel.engine import Engine
 
 
 class DDP(Engine):
+    name = "ddp"
+
     def _finish(self, module: nn.Module) -> nn.Module:
-        if self.world.size == 1:
-            return module
         with warnings.catch_warnings():  # newer torch renames broadcast_buffers, older torch knows no other name
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def _accumulating(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.module.no_sync()

@@ -2,11 +2,14 @@
 
 `Engine` is the unsharded engine of one rank and the frame of all others, which override how the method is wrapped,
 how gradients are averaged and over which ranks a tensor is spread. An engine knows no method: it asks one for its
-units, initial values, unit-length rows and frozen names. State leaves and enters in the neutral form: parameter name
--> fp32 tensor (a DTensor where sharded), so a run may change engine and size when it resumes.
+units, targets, initial values, unit-length rows and frozen names. What a rank updates of a parameter is a `Shard`, a
+run of its elements in fp32; state leaves and enters in that form, so a run may change engine and size on a resume.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -14,18 +17,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from seer_scale.config import Config
-from seer_scale.models.norm import BatchNorm
-from seer_scale.optim.optimizers import build_optimizer, local
-from seer_scale.parallel.recompute import recompute
+from seer_scale.models.norm import BatchNorm, running_statistics_kept
+from seer_scale.optim.optimizers import build_optimizer
+from seer_scale.parallel.recompute import find_segments, recompute
 from seer_scale.parallel.scaling import LossScaler
+from seer_scale.parallel.shard import Shard
 from seer_scale.rng import draw
 from seer_scale.world import World
 
 COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+Batch = Callable[[], list[Tensor]]
+"""Makes the views of one micro-batch, for each resolution [num * B, 3, S, S], crop-major, float, normalised."""
+
 
 class Engine:
     """`single`. `method` comes on the meta device and leaves materialised, wrapped and initialised."""
+
+    name = "single"
 
     def __init__(self, method: nn.Module, config: Config, world: World):
         self.method, self.config, self.world = method, config, world
@@ -33,21 +42,26 @@ class Engine:
         # fp32 means fp32: on recent GPUs convolutions would otherwise round their inputs to TF32
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.dtype != torch.float32
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
+        self.shapes = {n: p.shape for n, p in method.named_parameters()}
+        self.vectors = {n for n, shape in self.shapes.items() if len(shape) < 2}
         group = world.group(config.parallel.sync_bn_group or world.size)
         for module in method.modules():
             if isinstance(module, BatchNorm):
                 module.process_group = group
-        for stage in config.parallel.activation_checkpoint:
-            for name in method.backbone.stage_units()[stage - 1]:
-                recompute(method.backbone.units()[name])
+        if config.train.compile:
+            for unit in method.units().values():
+                unit.forward = torch.compile(unit.forward)
+        recompute(method.backbone, find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units()))
         self.module = self._wrap(method)
-        self.params: dict[str, Tensor] = dict(method.named_parameters())
-        self._initialise()
-        self._statistics, self._before = _one_tensor(method)
+        self._materialise()
+        self.buffers = Buffers(method)
         self.module = self._finish(self.module)
-        self.optimizer = build_optimizer(self.params, config.optim)
-        self._is_sharded = torch.tensor([isinstance(p, DTensor) for p in self.params.values()], device=world.device)
+        self.shards: dict[str, Shard] = self._shards()
+        spread = [self._is_spread(n) for n in self.shards]
+        self._spread = torch.tensor(spread, dtype=torch.float32, device=world.device)
+        self.optimizer = build_optimizer({n: s.local for n, s in self.shards.items()}, self.vectors, config.optim)
         self._restore_unit_rows(torch.zeros((), device=world.device))
+        self.refresh()
 
     # --- what the engines differ in
 
@@ -59,20 +73,75 @@ class Engine:
         """Wrap the materialised method."""
         return module
 
+    def _shards(self) -> dict[str, Shard]:
+        """What this rank updates of each parameter."""
+        return {n: Shard.of(p.detach()) for n, p in self.method.named_parameters()}
+
     def _shard_group(self) -> tuple[dist.ProcessGroup | None, int]:
         """The ranks over which one copy of the parameters is spread, and this rank's place among them."""
         return None, 0
 
-    def _average_gradients(self) -> None:
-        """What backward has not averaged over the ranks yet."""
+    def _is_spread(self, name: str) -> bool:
+        """Whether the ranks of `_shard_group` hold different runs of it, rather than each the whole."""
+        return False
+
+    def _accumulating(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of one of several micro-batches."""
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _gradients(self) -> list[Tensor]:
+        """Of this rank's shards, averaged over all ranks but still scaled."""
+        out = []
+        for p in self.method.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            out.append(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad)
+        return out
+
+    def _around(self, apply: Callable[[], None]) -> None:
+        """Average what backward has not, `apply` the update to the shards, and bring it to where forward reads."""
+        apply()
+
+    def _drop_gradients(self) -> None:
+        for p in self.method.parameters():
+            p.grad = None
+
+    def refresh(self) -> None:
+        """Bring what was written into the shards outside an update to where forward reads. Collective."""
 
     # --- the step
 
-    def forward(self, views: list[Tensor], *, samples_seen: int, watch: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's loss over this rank's views (float, normalised), and what it watches."""
-        self._before.copy_(self._statistics)
+    def gradients(self, batches: Sequence[Batch], *, samples_seen: int, watch: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of this rank's share of the global batch, in micro-batches of equal size.
+
+        Returns the method's loss over it, and what the method watches. With several micro-batches a forward without
+        gradients comes first, so that the method's targets (SwAV's codes) are those of the whole global batch; running
+        statistics then move once, by the mean over micro-batches, as they would over groups of ranks.
+        """
+        self.buffers.keep()
+        if len(batches) == 1:
+            loss, watched = self._forward(batches[0](), samples_seen=samples_seen, watch=watch)
+            self._backward(loss * self.scaler.scale)
+            return loss.detach(), watched
+        num = len(batches)
+        with torch.no_grad(), running_statistics_kept():
+            seen = [self._forward(b(), samples_seen=samples_seen, look=(i, num)) for i, b in enumerate(batches)]
+            targets = self.method.targets(seen, samples_seen)
+        outs = []
+        for i, batch in enumerate(batches):
+            with self._accumulating(i == num - 1), self.buffers.micro_batch(i, num):
+                loss, watched = self._forward(batch(), samples_seen=samples_seen, targets=targets[i], watch=watch)
+                self._backward(loss * self.scaler.scale / num)
+            outs.append({"": loss.detach()} | watched)
+        means = {k: torch.stack([o[k] for o in outs]).mean(0) for k in outs[0]}
+        return means.pop(""), means
+
+    def _forward(self, views: list[Tensor], **how):
         with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(views, samples_seen=samples_seen, watch=watch)
+            return self.module(views, **how)
 
     @torch.no_grad()
     def represent(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,79 +150,76 @@ class Engine:
         Every rank must call it as often as the others.
         """
         self.module.eval()
-        with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.module([images])
+        out = self._forward([images])
         self.module.train()
         return out
-
-    def backward(self, loss: Tensor) -> None:
-        (loss * self.scaler.scale).backward()
 
     @torch.no_grad()
     def update(self, lr: float, frozen: frozenset[str] = frozenset()) -> dict[str, Tensor]:
         """Average, unscale, agree whether all gradients are finite, update or skip, restore unit rows, drop gradients.
 
-        Collectives: one stacked all-reduce of norms and finiteness over the shard group, and what
-        `_average_gradients` needs. No host synchronisation. Returns device scalars for the log.
+        Collectives: one stacked all-reduce of norms and finiteness over the shard group, and what the engine needs
+        (docs/engines.md). No host synchronisation. Returns device scalars for the log.
         """
-        self._average_gradients()
-        for p in self.params.values():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        found_inf = self.scaler.unscale_([local(p.grad) for p in self.params.values()])
-        norms, found_inf = self._norms(found_inf)
-        self.optimizer.update(lr, norms, found_inf, frozen)
+        stats: dict[str, Tensor] = {}
+        self._around(lambda: stats.update(self._apply(lr, frozen)))
+        self._drop_gradients()
+        return stats
+
+    def _apply(self, lr: float, frozen: frozenset[str]) -> dict[str, Tensor]:
+        grads = self._gradients()
+        norms, found_inf = self._norms(grads, self.scaler.unscale_(grads))
+        where = grads[0].device
+        self.optimizer.update(grads, lr, norms.to(where), found_inf.to(where), frozen)
         self.scaler.update(found_inf)
         # a forward that was not finite must not stay in the running statistics
-        self._statistics.copy_(torch.where(found_inf > 0, self._before, self._statistics))
+        self.buffers.restore_where(found_inf > 0)
         self._restore_unit_rows(found_inf)
-        for p in self.params.values():
-            p.grad = None
         return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf}
 
-    def _norms(self, found_inf: Tensor) -> tuple[Tensor, Tensor]:
+    def _norms(self, grads: list[Tensor], found_inf: Tensor) -> tuple[Tensor, Tensor]:
         """Norms [2, P] of the whole parameters and gradients, and found_inf agreed by all ranks."""
-        params = [local(p) for p in self.params.values()]
-        grads = [local(p.grad) for p in self.params.values()]
+        params = [s.local for s in self.shards.values()]
         norms = torch.stack([torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))])
+        norms = norms.to(self.world.device)
         group, place = self._shard_group()
         if group is None:
             return norms, found_inf
         squares = norms.square()
-        if place:  # what is not sharded is whole on every rank, and counts once
-            squares = torch.where(self._is_sharded, squares, 0.0)
+        if place:  # what every rank of the group holds whole counts once
+            squares = torch.where(self._spread > 0, squares, 0.0)
         together = torch.cat([squares.flatten(), found_inf.view(1)])
         dist.all_reduce(together, group=group)
         return together[:-1].view_as(norms).sqrt(), together[-1].clamp(max=1.0)
 
     @torch.no_grad()
     def _restore_unit_rows(self, skipped: Tensor) -> None:
-        """Rows are whole on one rank (sharding is along dimension 0), so this needs no collective."""
+        """Rows are whole on one rank here, so this needs no collective."""
         for name in self.method.unit_rows:
-            shard = local(self.params[name])
-            shard.copy_(torch.where(skipped > 0, shard, torch.nn.functional.normalize(shard, dim=1)))
+            rows = self.shards[name].local
+            unit = torch.nn.functional.normalize(rows.view(-1, self.shapes[name][1]), dim=1).view_as(rows)
+            rows.copy_(torch.where(skipped.to(rows.device) > 0, rows, unit))
 
     # --- state
 
     def is_finite(self) -> bool:
         """Whether all weights and running statistics of all ranks are; a host synchronisation and an all-reduce."""
-        norms = torch._foreach_norm([*(local(p.detach()) for p in self.params.values()), self._statistics])
-        return bool(self.world.sum_(torch.stack(norms).sum()).isfinite())
+        norms = torch.stack(torch._foreach_norm([s.local for s in self.shards.values()])).to(self.world.device)
+        return bool(self.world.sum_(norms.sum() + self.buffers.all.norm()).isfinite())
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _materialise(self) -> None:
         """Materialise and fill: values depend on (seed, name) alone, one whole parameter at a time on the CPU."""
         self.method.to_empty(device=self.world.device)
-        inits, seed = self.method.initialisers(), self.config.run.seed
-        missing = set(self.params) ^ set(inits)
-        assert not missing, f"parameters and initial values differ in {sorted(missing)}"
-        self.params = dict(self.method.named_parameters())
-        for name, p in self.params.items():
-            whole = draw(inits[name], p.shape, seed, name)
-            if isinstance(p, DTensor):
-                mesh = p.device_mesh
-                whole = _chunk(whole, mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
-            local(p).copy_(whole)
+        for name, shard in Engine._shards(self).items():
+            shard.local.copy_(shard.cut(self._initial(name)))
+        self._reset_buffers()
+
+    def _initial(self, name: str) -> Tensor:
+        """The whole initial value of a parameter, on the CPU."""
+        return draw(self.method.initialisers()[name], self.shapes[name], self.config.run.seed, name)
+
+    def _reset_buffers(self) -> None:
         for module in self.method.modules():
             if isinstance(module, BatchNorm):
                 module.reset_running_stats()
@@ -164,39 +230,66 @@ class Engine:
     def average_buffers(self) -> None:
         """BatchNorm's running statistics become their mean over all ranks; one all-reduce, none where all share."""
         if (self.config.parallel.sync_bn_group or self.world.size) != self.world.size:
-            dist.all_reduce(self._statistics)
-            self._statistics /= self.world.size
+            dist.all_reduce(self.buffers.statistics)
+            self.buffers.statistics /= self.world.size
 
+    @torch.no_grad()
     def whole(self, name: str) -> Tensor:
-        """A parameter's full value on every rank; collective where it is sharded."""
-        p = self.params[name].detach()
-        return p.full_tensor() if isinstance(p, DTensor) else p
+        """A parameter's full fp32 value on every rank; collective where it is spread."""
+        shard = self.shards[name]
+        group, _ = self._shard_group()
+        if group is None or not self._is_spread(name):
+            return shard.local.view(shard.shape)
+        whole = torch.zeros(shard.shape, device=self.world.device)
+        whole.view(-1)[shard.start : shard.stop] = shard.local.view(-1)
+        dist.all_reduce(whole, group=group)
+        return whole
 
     def state(self) -> dict[str, Tensor]:
-        """The neutral state, by reference: loading writes into it. Call `average_buffers` before saving.
+        """The neutral state, by reference. Call `average_buffers` before saving it, and `refresh` after loading into it.
 
-        model/ holds weights and BatchNorm statistics, optim/ and scaler/ what updates need, and memory/ what a method
-        remembers of past samples and can fill anew (SwAV's queue).
+        model/ holds weights (`Shard`s) and BatchNorm statistics, optim/ and scaler/ what updates need, and memory/ what
+        a method remembers of past samples and can fill anew (SwAV's queue).
         """
-        out = {f"model/{n}": p.detach() for n, p in self.params.items()}
+        out: dict[str, Tensor] = {f"model/{n}": s for n, s in self.shards.items()}
         own = dict(self.method.named_buffers(recurse=False))
         out |= {f"memory/{n}" if n in own else f"model/{n}": b for n, b in self.method.named_buffers()}
-        out |= {f"optim/{n}": t for n, t in self.optimizer.state.items()}
+        for slot, t in self.optimizer.state.items():
+            shard = self.shards[slot.rpartition("/")[0]]
+            out[f"optim/{slot}"] = shard.like(t) if t.shape == shard.local.shape else t
         return out | self.scaler.state()
 
 
-def _one_tensor(method: nn.Module) -> tuple[Tensor, Tensor]:
-    """The method's float buffers become views of one tensor, so that keeping and restoring them is one copy each."""
-    owners = [(m, n, b) for m in method.modules() for n, b in m.named_buffers(recurse=False) if b.is_floating_point()]
-    flat = torch.cat([b.flatten() for _, _, b in owners])
-    first = 0
-    for module, name, b in owners:  # .data: views proper share a version, and autograd would see all change with one
-        setattr(module, name, flat.data[first : first + b.numel()].view_as(b))
-        first += b.numel()
-    return flat, flat.clone()
+class Buffers:
+    """A method's float buffers as views of one tensor, so that keeping and restoring them is one copy each.
 
+    `all`: first the method's own (SwAV's queue), then BatchNorm's running statistics, which `statistics` is a view of.
+    """
 
-def _chunk(whole: Tensor, parts: int, index: int) -> Tensor:
-    """The piece of dimension 0 that torch's Shard(0) gives to `index`."""
-    pieces = whole.chunk(parts)
-    return pieces[index] if index < len(pieces) else whole[:0]
+    def __init__(self, method: nn.Module):
+        owners = [(m, n, b) for m in method.modules() for n, b in m.named_buffers(recurse=False) if b.is_floating_point()]
+        self.all = torch.cat([b.flatten() for _, _, b in owners])
+        first = 0
+        for module, name, b in owners:  # .data: views proper share a version, and autograd would see all change with one
+            setattr(module, name, self.all.data[first : first + b.numel()].view_as(b))
+            first += b.numel()
+        own = sum(b.numel() for module, _, b in owners if module is method)
+        self.statistics = self.all.data[own:]
+        self._before = self.all.clone()
+        self._before_statistics = self._before[own:]
+        self._sum = torch.zeros_like(self.statistics)
+
+    def keep(self) -> None:
+        self._before.copy_(self.all)
+
+    def restore_where(self, condition: Tensor) -> None:
+        self.all.copy_(torch.where(condition, self._before, self.all))
+
+    @contextmanager
+    def micro_batch(self, index: int, num: int) -> Iterator[None]:
+        """Each micro-batch starts from the statistics kept; after the last, they are the mean of what each came to."""
+        self.statistics.copy_(self._before_statistics)
+        yield
+        self._sum = self._sum * bool(index) + self.statistics / num
+        if index == num - 1:
+            self.statistics.copy_(self._sum)

@@ -7,6 +7,8 @@ an N x (ranks / N) mesh (HSDP): sharded within a row, averaged across rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,17 +16,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from seer_scale.parallel.engine import Engine
+from seer_scale.parallel.units import sharded_units
 
 
 class FSDP(Engine):
+    name = "fsdp"
+
     def _wrap(self, method: nn.Module) -> nn.Module:
         replicate = self.config.parallel.replicate
         shape = (self.world.size,) if replicate == 1 else (replicate, self.world.size // replicate)
         names = ("shard",) if replicate == 1 else ("replicate", "shard")
         self.mesh = init_device_mesh(self.world.device.type, shape, mesh_dim_names=names)
         vectors = {p for p in method.parameters() if p.ndim < 2}
-        units = method.units()
-        for name, unit in units.items():
+        for name, unit in sharded_units(method, self.config).items():
             dtype = torch.float32 if name in method.fp32_units else self.dtype
             self._shard(unit, dtype, vectors)
         self._shard(method, self.dtype, vectors)
@@ -43,12 +47,13 @@ class FSDP(Engine):
     def _shard_group(self) -> tuple[dist.ProcessGroup | None, int]:
         return self.mesh["shard"].get_group(), self.mesh["shard"].get_local_rank()
 
-    @torch.no_grad()
-    def _average_gradients(self) -> None:
-        grads = [p.grad for p in self.params.values() if p.ndim < 2 and p.grad is not None]
-        if not grads or self.world.size == 1:
-            return
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat, dist.ReduceOp.SUM)
+    def _is_spread(self, name: str) -> bool:
+        return name not in self.vectors
+
+    def _around(self, apply: Callable[[], None]) -> None:
+        vectors = [p.grad for n, p in self.method.named_parameters() if n in self.vectors and p.grad is not None]
+        flat = torch.cat([g.flatten() for g in vectors])
+        dist.all_reduce(flat)
         flat /= self.world.size
-        torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in grads]), grads)])
+        torch._foreach_copy_(vectors, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in vectors]), vectors)])
+        apply()

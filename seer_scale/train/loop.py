@@ -11,8 +11,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataErro
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.methods.swav import SwAV
+from seer_scale.models.layout import choose_memory_format
 from seer_scale.observe.report import headline, write_report
 from seer_scale.observe.sinks import RunLog, read_metrics
 from seer_scale.optim.schedules import LearningRate
@@ -75,6 +77,7 @@ class Trainer:
         resume = self._find_resume()  # before anything is built
         with torch.device("meta"):
             method = SwAV(config, world)
+        self.memory_format = choose_memory_format(method.backbone, config, world)
         self.ln_k = method.ln_k
         self.engine = build_engine(method, config, world)
         self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main)
@@ -127,6 +130,7 @@ class Trainer:
             raise UserError(f"optim.name is {self.config.optim.name}, but {path} holds the state of {then['optim']['name']}; use that one, or another run.dir with checkpoint.init_from.")
         state = self.engine.state()
         store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
+        self.engine.refresh()
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
         self._warned_of_collapse = meta["warned_of_collapse"]
@@ -143,9 +147,10 @@ class Trainer:
 
     def _begin(self) -> None:
         c, w = self.config, self.world
-        where = f"{w.size} rank{'s' if w.size > 1 else ''} ({type(self.engine).__name__.lower().replace('engine', 'single')}, {w.device.type})"
-        facts = dict(ranks=w.size, engine=c.parallel.engine, device=w.device.type, samples_seen=self.samples_seen,
-                     parameters=sum(p.numel() for p in self.engine.params.values()))  # fmt: skip
+        where = f"{w.size} rank{'s' if w.size > 1 else ''} ({self.engine.name}, {w.device.type})"
+        facts = dict(ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
+                     memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
+                     parameters=sum(shape.numel() for shape in self.engine.shapes.values()))  # fmt: skip
         if self.resumed_from:
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
             self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}", **facts)
@@ -156,6 +161,7 @@ class Trainer:
             if problem:
                 raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
             store.load(path, self.engine.state(), w, only=("model/",))
+            self.engine.refresh()
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
         unlabelled = c.knn.enabled and self.labelled is None
         self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled, **facts)
@@ -204,14 +210,11 @@ class Trainer:
         for batch in self._batches(window):
             seen = self.samples_seen
             due = self._is_due(seen)
-            views = [self._to_device(v) for v in batch.views]
             lr = self.schedule(seen)
-            loss, watched = engine.forward(views, samples_seen=seen, watch=due)
-            engine.backward(loss)
+            loss, watched = engine.gradients(self._micro_batches(batch.views), samples_seen=seen, watch=due)
             stats = engine.update(lr, engine.method.frozen(seen))
             self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
-            window.add(batch, loss.detach())
-            del loss, views
+            window.add(batch, loss)
             if due:
                 self._log(window, lr, stats, watched)
             with window.paused():
@@ -243,9 +246,16 @@ class Trainer:
                 return
             yield batch
 
-    def _to_device(self, crops: torch.Tensor) -> torch.Tensor:
-        x = to_float(crops.to(self.world.device, non_blocking=True))
-        return x.contiguous(memory_format=torch.channels_last) if self.config.train.channels_last else x
+    def _micro_batches(self, views: list[torch.Tensor]) -> list[Callable[[], list[torch.Tensor]]]:
+        """What makes each micro-batch from this rank's views, for each resolution uint8 [num * B, 3, S, S]."""
+        num = self.config.accumulation(self.world.size)
+        views = [v.to(self.world.device, non_blocking=True) for v in views]
+        parts = [v.unflatten(0, (crop.num, -1)).chunk(num, dim=1) for v, crop in zip(views, self.config.views.crops)]
+
+        def micro_batch(i: int) -> list[torch.Tensor]:
+            return [to_float(p[i].flatten(0, 1)).contiguous(memory_format=self.memory_format) for p in parts]
+
+        return [partial(micro_batch, i) for i in range(num)]
 
     def _is_last(self, seen: int) -> bool:
         return seen + self.config.train.global_batch >= self.config.train.samples
@@ -284,6 +294,8 @@ class Trainer:
             self._tell("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
         if in_a_row >= self.config.train.max_skips:
             raise TrainingFailed(f"The last {int(in_a_row)} updates were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
+        if scale < self.config.train.min_loss_scale and self.engine.scaler.dynamic:
+            raise TrainingFailed(f"The loss scale has fallen to {scale:g}, below train.min_loss_scale {self.config.train.min_loss_scale:g}, because gradients overflow fp16 again and again: lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
         self._watch_for_collapse(loss, row.get("swav/assignment_entropy", 0.0))
 
     def _tell_of_unreadable(self, sentences: list[str]) -> None:
@@ -324,7 +336,7 @@ class Trainer:
             "samples_seen": self.samples_seen, "step": self.step, "num_images": len(self.source),
             "schedule": self.schedule.state, "queue_since": self.engine.method.queue_since,
             "warned_of_collapse": self._warned_of_collapse, "config": self.config.to_dict(), "world_size": self.world.size,
-            "engine": self.config.parallel.engine, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
+            "engine": self.engine.name, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
         }  # fmt: skip
         try:
             path = store.save(self.folder, self.engine.state(), meta, self.world)

@@ -8,12 +8,17 @@ from pathlib import Path
 import torch
 
 from seer_scale import world as worlds
-from seer_scale.config import Config, load_recipe, resolve
+from seer_scale.config import ZERO, Config, load_recipe, resolve
 from seer_scale.data.sources import kind_of
-from seer_scale.errors import TrainingFailed, UserError
+from seer_scale.errors import ConfigError, TrainingFailed, UserError
+from seer_scale.methods.swav import SwAV
 from seer_scale.models.registry import build_backbone
+from seer_scale.parallel import check_device, load
+from seer_scale.parallel.recompute import find_segments
+from seer_scale.parallel.units import sharded_units
 from seer_scale.train.loop import train
 from seer_scale.train.stop import StopRequest
+from seer_scale.world import World
 
 
 def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config:
@@ -25,11 +30,9 @@ def _beyond_config(config: Config) -> list[str]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
     c = config
 
-    def model() -> None:
-        with torch.device("meta"):
-            build_backbone(c.model.name, **c.model.free())
-
-    checks = {"model": model}
+    checks = {"model": partial(_shape, c)}
+    if c.parallel.engine in ZERO:
+        checks["parallel.ds_config"] = partial(load("zero").deepspeed_config, c, 1)
     if c.data.kind == "auto":
         checks["data.path"] = partial(_kind_of, c.data.path)
     if c.knn.enabled:
@@ -43,6 +46,15 @@ def _beyond_config(config: Config) -> list[str]:
     return problems
 
 
+def _shape(config: Config) -> None:
+    """The model can be built, cut into units and recomputed as the recipe says. Raises UserError."""
+    with torch.device("meta"):
+        build_backbone(config.model.name, **config.model.free())
+        method = SwAV(config, World())
+    find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units())
+    sharded_units(method, config)
+
+
 def _kind_of(path: str) -> None:
     if path:
         kind_of(path)
@@ -54,6 +66,8 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     attempt: a word all ranks of this start share (see world.start). Raises UserError.
     """
     config = resolve_recipe(recipe, overrides, worlds.detect().size)
+    if problems := check_device(config):
+        raise ConfigError(problems)
     run_dir = run_dir_of(config, recipe)
     with StopRequest() as stop:
         world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device)

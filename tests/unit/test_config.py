@@ -131,8 +131,3 @@ def test_what_would_have_no_effect_is_refused():
         with pytest.raises(ConfigError) as problem:
             resolve(load_recipe("photos_laptop"), words, world_size=1)
         assert len(problem.value.problems) == 1 and key in str(problem.value) and need in str(problem.value)
-
-
-def test_a_stage_recomputes_once():
-    with pytest.raises(ConfigError, match=r"activation_checkpoint is \[1, 1\].*nearest: \[1\]"):
-        resolve(load_recipe("photos_laptop"), ["--data.path", "-", "--parallel.activation_checkpoint", "[1, 1]"], world_size=1)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seer_scale.data.loader import Batch
 from seer_scale.train.window import Window
 from seer_scale.world import World
-from tests.tiny import fake_views, losses_of, tiny
+from tests.tiny import losses_of, micro_batches, tiny
 
 WORLD = World()
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
@@ -30,19 +30,18 @@ class _Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-@pytest.mark.parametrize("over", [{}, {"swav.queue": 16, "swav.freeze_samples": 16}, {"train.precision": "fp16"}])
+@pytest.mark.parametrize("over", [{}, {"swav.queue": 16, "swav.freeze_samples": 16}, {"train.precision": "fp16"}, {"train.micro_batch": 2}])
 def test_no_value_is_read_between_metrics(optimizer, over):
     config, engine = tiny(WORLD, **{"parallel.engine": "single", "optim.name": optimizer}, **over)
     losses_of(engine, config, WORLD, range(1))
     window = Window(WORLD)
     for step in range(1, 4):  # frozen and not, queue filling and full
-        views = fake_views(config, step, WORLD)
+        parts = micro_batches(config, step, WORLD)
         batch = Batch([], torch.arange(8), 8 * step, [])
         with _Reads() as reads:
-            loss, _ = engine.forward(views, samples_seen=8 * step)
-            engine.backward(loss)
+            loss, _ = engine.gradients(parts, samples_seen=8 * step)
             engine.update(0.01, engine.method.frozen(8 * step))
-            window.add(batch, loss.detach())
+            window.add(batch, loss)
         assert reads.found == []
 
 

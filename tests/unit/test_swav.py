@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from seer_scale.bench.step import textbook_loss, textbook_sinkhorn
 from seer_scale.world import World
-from tests.tiny import fake_views, losses_of, tiny
+from tests.tiny import fake_views, losses_of, micro_batches, tiny
 
 WORLD = World()
 
@@ -75,18 +75,18 @@ def test_queue_joins_the_assignment_when_full():
 
 def test_frozen_prototypes_do_not_move_and_rows_keep_unit_length():
     config, engine = tiny(WORLD, **{"parallel.engine": "single", "swav.freeze_samples": 16})
-    start = engine.params["prototypes.0.weight"].detach().clone()
+    start = engine.whole("prototypes.0.weight").clone()
     losses_of(engine, config, WORLD, range(2))
-    assert torch.equal(engine.params["prototypes.0.weight"], start)
+    assert torch.equal(engine.whole("prototypes.0.weight"), start)
     losses_of(engine, config, WORLD, range(2, 4))
-    moved = engine.params["prototypes.0.weight"].detach()
+    moved = engine.whole("prototypes.0.weight")
     assert not torch.allclose(moved, start, atol=1e-4)
     assert torch.allclose(moved.norm(dim=1), torch.ones(12), atol=1e-6)
 
 
 def test_it_watches_itself():
     config, engine = tiny(WORLD, **{"parallel.engine": "single"})
-    _, watched = engine.forward(fake_views(config, 0, WORLD), samples_seen=0, watch=True)
+    _, watched = engine.gradients(micro_batches(config, 0, WORLD), samples_seen=0, watch=True)
     figures = engine.method.summarise(watched)
     assert 0 < figures["swav/prototype_use"] <= 1 and 0 < figures["swav/assignment_entropy"] <= 1
     collapsed = {f"prediction.{i}": F.one_hot(torch.tensor(0), k).float() for i, k in enumerate((12, 7))}

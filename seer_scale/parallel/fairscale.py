@@ -1,0 +1,67 @@
+"""fairscale's OSS and ShardedDataParallel: each parameter's update belongs to one rank.
+
+Every rank holds all weights; a gradient is reduced to its parameter's owner, which alone keeps optimiser state,
+updates, and broadcasts the result. Parameters are dealt out largest first, so that the ranks hold about as much.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.data_parallel import ShardedDataParallel
+from fairscale.optim.oss import OSS
+from torch import Tensor, nn
+
+from seer_scale.parallel.engine import Engine
+from seer_scale.parallel.handed import Handed
+from seer_scale.parallel.shard import Shard
+
+
+class Fairscale(Engine):
+    name = "fairscale"
+
+    def _finish(self, module: nn.Module) -> nn.Module:
+        largest_first = sorted(module.parameters(), key=lambda p: p.numel(), reverse=True)
+        self.oss = OSS(largest_first, optim=lambda groups: Handed(groups))
+        logging.getLogger().setLevel(logging.WARNING)
+        # freezing is ours, so nothing about the parameters changes that fairscale should look for
+        wrapped = ShardedDataParallel(module, self.oss, broadcast_buffers=False, sync_models_at_startup=False, auto_refresh_trainable=False)
+        wrapped.refresh_trainable()  # else the first forward does, and moves the parameters
+        return wrapped
+
+    def _owns(self, p: Tensor) -> bool:
+        return self.oss._param_to_rank[p] == self.world.rank
+
+    def _shards(self) -> dict[str, Shard]:
+        named = self.method.named_parameters()
+        return {n: Shard.of(p.detach()) if self._owns(p) else Shard(p.new_empty(0), 0, p.shape) for n, p in named}
+
+    def _shard_group(self) -> tuple[dist.ProcessGroup | None, int]:
+        return dist.group.WORLD, self.world.rank
+
+    def _is_spread(self, name: str) -> bool:
+        return True
+
+    def _accumulating(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.module.no_sync()
+
+    def _gradients(self) -> list[Tensor]:
+        nothing = torch.empty(0, device=self.world.device)
+        return [self._gradient(p) if self._owns(p) else nothing for p in self.method.parameters()]
+
+    def _gradient(self, p: Tensor) -> Tensor:
+        return torch.zeros_like(p) if p.grad is None else p.grad
+
+    def _around(self, apply: Callable[[], None]) -> None:
+        self.oss.optim.apply = apply
+        self.oss.step()
+
+    def _drop_gradients(self) -> None:
+        self.module.zero_grad(set_to_none=True)  # small ones are views of a buffer and must stay
+
+    def refresh(self) -> None:
+        self.oss._broadcast_params()

@@ -1,0 +1,200 @@
+"""DeepSpeed's ZeRO: stage 1 shards optimiser state, 2 gradients too, 3 weights too.
+
+DeepSpeed keeps, reduces and gathers; the update is ours, on this rank's runs of its flat fp32 master copy. To it the
+model is fp32 without loss scaling: autocast, the scaler and the agreement to skip are the engine's, as everywhere.
+A unit is gathered as a whole (DeepSpeed's "leaf module").
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from seer_scale.parallel.ds_config import deepspeed_config
+from seer_scale.parallel.engine import Engine
+from seer_scale.parallel.handed import Handed
+from seer_scale.parallel.shard import Shard
+from seer_scale.parallel.units import sharded_units
+
+deepspeed.utils.logger.setLevel(logging.ERROR)
+import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+"""A C++ extension for collectives of inference, built at first use: never needed here."""
+
+
+class Zero(Engine):
+    """Stages 1 and 2: weights are whole on every rank."""
+
+    def _wrap(self, method: nn.Module) -> nn.Module:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the process group there is
+        self.ds_config = deepspeed_config(self.config, self.world.size, max(self.shapes[n].numel() for n in self.vectors))
+        return method
+
+    def _finish(self, module: nn.Module) -> nn.Module:
+        self.handed = Handed(module.parameters())
+        with _reduction_by_parameter():
+            self.deepspeed, self.zero, *_ = deepspeed.initialize(
+                model=module, optimizer=self.handed, config=self.ds_config, dist_init_required=False
+            )
+        self._silence()
+        self.flat = self._flat()
+        return self.deepspeed.module
+
+    def _silence(self) -> None:
+        """DeepSpeed's own norms and checks of finiteness wait for the device; ours replace them."""
+        self.zero.compute_grad_norm = self.zero.check_grad_overflow = False
+        if self.config.parallel.offload:
+            self.zero.set_norm_for_param_grad_in_gpu = lambda p: None
+            self.zero.update_offload_overflow_tracker_for_param_grad = lambda p: None
+
+    def _flat(self) -> Tensor:
+        """This rank's part of the fp32 master copy: one vector, as there is one parameter group."""
+        (flat,) = self.zero.single_partition_of_fp32_groups
+        return flat
+
+    def _place(self, p: nn.Parameter) -> tuple[int, int, int]:
+        """Where this rank's run of `p` begins in it, where in the flat vector, and how long it is."""
+        m = p._hp_mapping
+        return (0, 0, 0) if m is None else (m.lp_fragment_address.start, m.hp_fragment_address.start, m.hp_fragment_address.numel)
+
+    def _shards(self) -> dict[str, Shard]:
+        self.places = {n: self._place(p) for n, p in self.method.named_parameters()}
+        return {n: Shard(self.flat.detach()[at : at + k], first, self.shapes[n]) for n, (first, at, k) in self.places.items()}
+
+    def _shard_group(self) -> tuple[dist.ProcessGroup | None, int]:
+        return dist.group.WORLD, self.world.rank
+
+    def _is_spread(self, name: str) -> bool:
+        return True
+
+    @contextmanager
+    def _accumulating(self, last: bool) -> Iterator[None]:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        yield
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+
+    def _forward(self, views: list[Tensor], **how):
+        self.zero.clear_backward_seen_flag()
+        return super()._forward(views, **how)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.deepspeed._backward_prologue()
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def _gradients(self) -> list[Tensor]:
+        return [self.flat.grad[at : at + k] for _, at, k in self.places.values()]
+
+    def _around(self, apply: Callable[[], None]) -> None:
+        self.handed.apply = apply
+        self.zero.step()
+
+    def _drop_gradients(self) -> None:
+        self.zero.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _restore_unit_rows(self, skipped: Tensor) -> None:
+        """A row may lie on two ranks: one all-reduce of the rows' partial squares."""
+        rows, squares = {}, []
+        for name in self.method.unit_rows:
+            run, (num, width) = self.shards[name], self.shapes[name]
+            rows[name] = torch.arange(run.start, run.stop, device=run.local.device) // width
+            squares.append(run.local.new_zeros(num).index_add_(0, rows[name], run.local.square()))
+        together = torch.cat(squares).to(self.world.device)
+        dist.all_reduce(together)
+        lengths = together.sqrt().clamp(min=1e-12).to(self.flat.device).split([len(s) for s in squares])
+        for name, length in zip(self.method.unit_rows, lengths):
+            local = self.shards[name].local
+            local.copy_(torch.where(skipped.to(local.device) > 0, local, local / length[rows[name]]))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.zero.update_lp_params()
+
+
+class Zero1(Zero):
+    name = "zero1"
+
+
+class Zero2(Zero):
+    name = "zero2"
+
+
+class Zero3(Zero):
+    """Weights are spread too, and gathered a unit at a time; matrices in the compute type, prototypes in fp32."""
+
+    name = "zero3"
+
+    @torch.no_grad()
+    def _materialise(self) -> None:
+        """A parameter at a time: no rank ever holds more of the model than one of them and its own runs."""
+        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
+        init = deepspeed.zero.Init(config_dict_or_path=self.ds_config, dtype=torch.float32)
+        for prefix, module in self.method.named_modules():
+            for name, _ in list(module.named_parameters(recurse=False)):
+                p = nn.Parameter(self._initial(f"{prefix}.{name}" if prefix else name).to(self.world.device))
+                setattr(module, name, p)
+                init._convert_to_deepspeed_param(p)
+                p.partition()  # without a broadcast: every rank has drawn the same values
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.zeros_like(buffer, device=self.world.device))
+        self._reset_buffers()
+
+    def _finish(self, module: nn.Module) -> nn.Module:
+        for name, unit in sharded_units(self.method, self.config).items():
+            unit._z3_leaf = True
+            for p in unit.parameters():
+                if name not in self.method.fp32_units and len(p.ds_shape) > 1:
+                    p.comm_dtype = self.dtype
+        return super()._finish(module)
+
+    def _silence(self) -> None:
+        self.zero._get_norm_groups = lambda: [torch.zeros(())]
+        if self.config.parallel.offload:
+            self.zero._constant_buffered_norm2 = lambda *_, **__: None
+
+    def _flat(self) -> Tensor:
+        (flat,) = self.zero.fp32_partitioned_groups_flat
+        return flat
+
+    def _place(self, p: nn.Parameter) -> tuple[int, int, int]:
+        size = p.ds_tensor.ds_numel
+        first = min(size * p.ds_zero_partition_rank, p.ds_numel)
+        _, at, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+        return first, at, min(p.ds_numel - first, size)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        self.zero._partition_all_parameters()
+        self.zero._reassign_or_swap_out_partitioned_parameters(0)
+        if persistent := self.zero.persistent_parameters:
+            persistent[0].all_gather(persistent)
+
+
+@contextmanager
+def _reduction_by_parameter() -> Iterator[None]:
+    """Units are gathered whole, but their gradients are reduced by hooks of the parameters: DeepSpeed reduces a leaf
+    module's in a backward hook of it, which never fires for lists of tensors."""
+    own = DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks
+
+    def create(self):
+        for p in self.module.parameters():
+            if hasattr(p, "ds_z3_leaf_module"):
+                del p.ds_z3_leaf_module
+        own(self)
+
+    DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks = create
+    try:
+        yield
+    finally:
+        DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks = own

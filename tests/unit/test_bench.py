@@ -1,0 +1,187 @@
+"""Each bench at toy size prints what it promises, and counts bytes, passes and multiplications right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from seer_scale.bench import engines, lars, sinkhorn, step
+from seer_scale.errors import UserError
+from seer_scale.methods import sinkhorn as ours
+from seer_scale.methods.swav import SwAV
+from seer_scale.models.registry import build_backbone
+from seer_scale.world import World
+
+RECIPE = """
+model: {name: regnety_200mf}
+views: {crops: [{num: 2, size: 32}, {num: 2, size: 16}]}
+swav: {hidden: [24, 16], dim: 8, batch_norm: false, prototypes: [48], epsilon: 0.03, iterations: 2}
+train: {samples: 1000, global_batch: 16, precision: bf16}
+parallel: {ranks: 2, sync_bn_group: 2, activation_checkpoint: every 2}
+"""
+
+
+def options(bench, *words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args([*words, "--device", "cpu"])
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    return str(tmp_path / "small.yaml")
+
+
+# --- engines
+
+
+def test_engines():
+    words = ["--engines", "fsdp", "--features", "replicate", "--crops", "2x32", "--batch", "8"]
+    told = json.loads(engines.run(options(engines, *words, "--rounds", "1", "--json")))
+    rows = {r["case"]: r for r in told["rows"]}
+    assert list(rows) == ["ddp", "fsdp"]
+    assert told["left_out"] == ["replicate is left out: two copies, each spread over ranks, need 4 ranks, not 2."]
+    with torch.device("meta"):
+        method = SwAV(step.configure(options(step, "--crops", "2x32")), World())
+    matrices = sum(p.numel() for p in method.parameters() if p.ndim > 1)
+    vectors = sum(p.numel() for p in method.parameters() if p.ndim < 2)
+    statistics = sum(b.numel() for b in method.buffers() if b.is_floating_point())
+    # weight, gradient and momentum in fp32; statistics, what they were before, and their sum over micro-batches
+    whole = 12 * (matrices + vectors) + 12 * statistics
+    assert 0 <= rows["ddp"]["held_bytes"] - whole < 0.01 * whole
+    assert rows["fsdp"]["held_bytes"] == pytest.approx(whole - 6 * matrices, rel=0.01)
+    assert rows["fsdp"]["peak_bytes"] < rows["ddp"]["peak_bytes"]
+    assert all(r["images_per_s"] > 0 and r["peak_bytes"] > r["held_bytes"] for r in rows.values())
+    lines = engines.aligned(told["rows"])
+    assert lines[0].split() == ["images/s", "ratio", "peak", "ratio", "held", "ratio", "to"]
+    assert re.fullmatch(r"fsdp +[\d.]+ +[\d.]+ +[\d.]+ MiB +[\d.]+ +[\d.]+ MiB +[\d.]+  ddp", lines[2])
+
+
+def test_cases_of_engines():
+    cases, left_out = engines.list_cases(options(engines, "--engines", "zero1,fairscale", "--batch", "16", "--compile"), 4)
+    assert not left_out and [c.name for c in cases] == [
+        "ddp", "zero1", "fairscale", "fsdp", "fsdp, activation_checkpoint every 1", "fsdp, reshard_after_forward false",
+        "fsdp, replicate 2", "fsdp, precision bf16", "fsdp, precision fp16", "fsdp, sync_bn_group 1",
+        "fsdp, micro_batch 2 (2 micro-batches)", "zero1, offload", "fsdp, compile",
+    ]  # fmt: skip
+    for words in (["--engines", "zero4"], ["--features", "offlod"]):
+        with pytest.raises(UserError, match="did you mean"):
+            engines.list_cases(options(engines, *words), 2)
+
+
+def test_live_bytes():
+    with engines.LiveBytes() as count:
+        x = torch.zeros(1000)
+        y = x.view(10, 100)[2:]
+        with torch.device("meta"):
+            torch.zeros(10**6)
+        assert count.now == 4000
+        count.reset()
+        ((y + 1).mul_(2)).sum()
+        assert count.now == 4000 and count.peak == 4000 + 3200 + 4
+        x.untyped_storage().resize_(0)
+        assert count.now == 0
+
+
+# --- lars
+
+
+def test_lars(recipe):
+    words = ["--recipe", recipe, "--as-if", "3", "--rounds", "1"]
+    title, held, one, loop, ratio, same = lars.run(options(lars, *words)).splitlines()
+    shapes = lars.shapes_of(recipe)
+    matrices = [s for s in shapes.values() if len(s) > 1]
+    assert f"{len(shapes)} tensors ({len(matrices)} matrices), 2 ranks" in title and "as if one of 3" in held
+    assert f"1 all-reduce of {2 * len(shapes) + 1} numbers, 0 host" in one and f"{2 * len(matrices)} all-reduces" in loop
+    assert re.match(r"ours: [\d.]+ times the speed", ratio) and same.startswith("same parameters after 2 updates")
+    # the ranks it stands for hold each matrix once
+    assert all(sum(lars.held(s, r, 3).numel() for r in range(3)) == s.numel() for s in matrices)
+    with pytest.raises(UserError, match="nearest: 2"):
+        lars.run(options(lars, "--as-if", "1"))
+
+
+# --- sinkhorn
+
+
+def test_sinkhorn():
+    words = ["--batch", "32", "--prototypes", "20", "--iterations", "5", "--ranks", "2", "--rounds", "1"]
+    title, count, speed, mine, bound, textbook, ratio = sinkhorn.run(options(sinkhorn, *words)).splitlines()
+    assert title.startswith("B = 32, K = 20, 5 iterations, 1 crops, 2 ranks, CPU") and "GB/s reading (sum)" in speed
+    assert "6 all-reduces of 20 floats" in bound and float(textbook.split()[-1]) < 1e-6
+    assert re.match(r"ours / bound: [\d.]+; textbook / ours: [\d.]+ \(medians", ratio) and mine.startswith("ours ")
+    with pytest.raises(UserError, match="nearest: 8"):
+        sinkhorn.run(options(sinkhorn, "--batch", "9", "--ranks", "4"))
+
+
+class _Passes(TorchDispatchMode):
+    """Counts operations that read a matrix of `size` elements, and those that write one as well."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.reads, self.copies = size, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        tensors = [a for a in args if isinstance(a, torch.Tensor) and a.numel() == self.size]
+        if tensors and not func.is_view and "split" not in func.__name__:
+            writes = isinstance(out, torch.Tensor) and out.numel() == self.size
+            self.reads, self.copies = self.reads + (not writes), self.copies + writes
+        return out
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5, 10])
+def test_passes_of_sinkhorn(iterations):
+    scores = torch.randn(1, 14, 50)
+    with _Passes(scores.numel()) as seen:
+        ours.sinkhorn([scores], 0.05, iterations, World())
+    assert (seen.reads, seen.copies) == sinkhorn.passes(iterations)
+    assert iterations != 10 or sinkhorn.passes(10) == (20, 11)  # counted by hand: 42 passes
+
+
+# --- step
+
+
+def test_step_of_a_recipe(recipe, monkeypatch):
+    monkeypatch.setattr(step, "SEER_V100", ("regnety_200mf", "2x32,2x16", 2.78))
+    title, head, mine, other, ratio, macs, paper = step.run(options(step, "--recipe", recipe, "--batch", "8", "--rounds", "1", "--updates", "1", "--precision", "fp32")).splitlines()
+    assert title.startswith("regnety_200mf, crops 2x32,2x16, batch 8, fp32, CPU")
+    assert head == "head 24 x 16 x 8, prototypes [48], sgd, recomputed: every 2"
+    first, second = (float(line.split()[-1]) for line in (mine, other))
+    assert first == pytest.approx(second, rel=1e-2) and "times the images/s" in ratio and "GMAC" in macs
+    rate, times = float(mine.split()[1]), float(re.search(r"ours here: ([\d.]+) times", paper)[1])
+    assert paper.startswith("the paper: 2.78 images/s on each of 512 V100") and times == pytest.approx(rate / 2.78, rel=0.01)
+
+
+def test_configuration_of_step():
+    got = step.configure(options(step, "--recipe", "seer_regnety_256gf", "--batch", "16", "--alone", "--recompute", "every 1"))
+    assert got.swav.prototypes == (16000,) and got.swav.hidden == (8192, 8192) and not got.swav.batch_norm
+    assert got.train.global_batch == 16 and got.train.precision == "fp16" and got.optim.name == "lars"
+    assert got.parallel.engine == "single" and got.parallel.activation_checkpoint == "every 1"
+    assert [(c.num, c.size) for c in got.views.crops] == [(2, 224), (4, 96)]
+    listed = step.configure(options(step, "--recipe", "seer_regnety_10b", "--recompute", "[[1], [], [3, 5], []]"))
+    assert listed.parallel.activation_checkpoint == ((1,), (), (3, 5), ()) and listed.optim.name == "sgd"
+    assert step.configure(options(step)).model.name == "regnety_200mf"
+    with pytest.raises(UserError, match="as in 2x96,4x64"):
+        step.configure(options(step, "--crops", "96"))
+    with pytest.raises(UserError, match="timm has no regnety_10b"):
+        step.run(options(step, "--model", "regnety_10b"))
+
+
+def test_multiplications_of_an_image(recipe):
+    config = step.configure(options(step, "--recipe", recipe, "--alone", "--batch", "1", "--precision", "fp32"))
+    with torch.device("meta"):
+        method = SwAV(config, World())
+    # the trunk by torch's counter, which knows groups; head and prototypes by hand
+    trunk = build_backbone("regnety_200mf").eval()
+    with FlopCounterMode(display=False) as count, torch.no_grad():
+        trunk([torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)])
+    assert trunk.num_features == 368
+    linear = 368 * 24 + 24 * 16 + 16 * 8 + 8 * 48
+    assert step.macs_an_image(method, config.views.crops) == count.get_total_flops() // 2 + 4 * linear
