@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ USAGE = """seer-scale: self-supervised pretraining of large convnets, from a lap
   seer-scale report RUN                                       write RUN/report.html anew
   seer-scale recipes                                          the shipped recipes
   seer-scale data demo DIR                                    write the demo's corpus of textures
-  seer-scale bench step                                       the step against a plain loop of timm and textbook SwAV
+  seer-scale bench step | engines | lars | sinkhorn           speed and memory, each against a reference in the same run
 
 Several processes on this machine: python tools/launch.py RECIPE --cluster local [--ranks N] [--key value ...]
 """
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if words[0] not in commands:
             raise UserError(f"{words[0]!r} is not a command; {nearest(words[0], commands)}")
-        if _asks_help(words) and words[0] != "train" and words[:2] != ["bench", "step"]:  # these show their own
+        if _asks_help(words) and words[0] != "train" and not (words[0] == "bench" and words[1] in BENCHES):  # these show their own
             print(USAGE)
             return EXIT_DONE
         return commands[words[0]](words[1:])
@@ -136,14 +137,17 @@ def data(words: list[str]) -> int:
     return EXIT_DONE
 
 
-def bench(words: list[str]) -> int:
-    if not words or words[0] != "step":
-        raise UserError("Say what to measure: seer-scale bench step.")
-    from seer_scale.bench import step
+BENCHES = ("step", "engines", "lars", "sinkhorn")
 
-    parser = argparse.ArgumentParser(prog="seer-scale bench step", description=step.__doc__)
-    step.add_arguments(parser)
-    print(step.run(parser.parse_args(words[1:])))
+
+def bench(words: list[str]) -> int:
+    if not words or words[0] not in BENCHES:
+        hint = nearest(words[0], BENCHES) if words else f"one of {', '.join(BENCHES)}."
+        raise UserError(f"Say what to measure, as in seer-scale bench step; {hint}")
+    module = importlib.import_module(f"seer_scale.bench.{words[0]}")
+    parser = argparse.ArgumentParser(prog=f"seer-scale bench {words[0]}", description=module.__doc__)
+    module.add_arguments(parser)
+    print(module.run(parser.parse_args(words[1:])))
     return EXIT_DONE
 
 

@@ -38,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def passes(iterations: int) -> tuple[int, int]:
     """(passes that read a matrix, passes that read one and write one) of `sinkhorn`.
 
-    scores / epsilon: 1 of the second kind. Columns: their maximum reads; minus it and exp_ are 2 of the second kind,
-    their sum reads. Each absorption: plus g and softmax, 2 of the second kind. Each further iteration: two
-    matrix-vector products read. At the end, times u and times v: 2 of the second kind.
+    Columns: their maximum reads; the shift and exp_ are 2 of the second kind, their sum reads. Each absorption: the
+    shift and softmax, 2 of the second kind. Each further iteration: a matrix-vector product reads, and a second one
+    where the iteration does not end in an absorption.
     """
-    absorptions = 1 + (iterations - 1) // ABSORB
-    return 2 + 2 * (iterations - 1), 1 + 2 + 2 * absorptions + 2
+    further = iterations - 1
+    absorptions = -(-further // ABSORB)
+    return 2 + 2 * further - absorptions, 2 + 2 * (1 + absorptions)
 
 
 def measure(world: World, given: argparse.Namespace) -> dict:

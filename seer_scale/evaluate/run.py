@@ -21,7 +21,8 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not a run's folder (it has no config.yaml): give one, such as runs/demo.")
     recipe = load_recipe(str(run_dir / "config.yaml"))
-    recipe["parallel"] |= {"engine": "ddp", "replicate": 1, "sync_bn_group": 0}
+    recipe["parallel"] = {"device": recipe["parallel"]["device"]}  # how it was trained does not bind its evaluation
+    recipe["train"] |= {"micro_batch": 0, "compile": False}
     overrides = [*overrides, "--knn.enabled", "true"]  # asking for it enables it
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
     images = labelled_images(config)
@@ -35,5 +36,6 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
     engine = build_engine(method, config, world)
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
     store.load(path, state, world, only="model/")
+    engine.refresh()
     scores, _ = knn(engine.represent, images, config.knn, workers=config.data.workers, world=world)
     return scores | {"samples_seen": store.read_meta(path)["samples_seen"], "checkpoint": path.name, "run": str(run_dir)}

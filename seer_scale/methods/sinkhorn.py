@@ -6,6 +6,8 @@ by each prototype's global maximum; the rest are matrix-vector products on the s
 scalings u (samples) and v (prototypes) are absorbed into P every few iterations. Right for any finite score: after a
 row normalisation no entry of P exceeds 1 and a prototype that had mass 1 before it keeps at least 1/K, so a
 prototype's sum stays within [1/K, B] an iteration and ABSORB of them keep u and v within fp32.
+
+Its time is that of moving matrices, so there is one besides the scores, written in place again and again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from seer_scale.world import World
 
 ABSORB = 4
+ROWS = 16
 
 
 @torch.no_grad()
@@ -27,29 +30,50 @@ def sinkhorn(scores: list[Tensor], epsilon: float, iterations: int, world: World
     may be 0). Returns the same shapes. Collectives: `iterations` + 1 all-reduces of sum(C * K) floats, whatever the
     number of crops and sets.
     """
-    S = [s.float() / epsilon for s in scores]
-    m = _reduce([_column_max(s) for s in S], dist.ReduceOp.MAX, world)
-    sums = _reduce([(s - mx.unsqueeze(1)).exp_().sum(1) for s, mx in zip(S, m)], dist.ReduceOp.SUM, world)
+    S = [s.float() for s in scores]
+    P = [torch.empty_like(s) for s in S]
+    m = _reduce([_column_max(s) / epsilon for s in S], dist.ReduceOp.MAX, world)
+    for p, s, mx in zip(P, S, m):
+        _shifted(s, epsilon, -mx, p).exp_()
+    sums = _column_sums(_ones(P), P, world)
     g = [-(mx + c.log()) for mx, c in zip(m, sums)]  # log of the prototypes' scaling, [C, K]
-    P, u, v = _absorb(S, g)
+    u = _absorb(S, epsilon, g, P)
     for i in range(1, iterations):
-        sums = _reduce([torch.bmm(ub.unsqueeze(1), p).squeeze(1) for ub, p in zip(u, P)], dist.ReduceOp.SUM, world)
-        v = [c.reciprocal() for c in sums]
-        u = [torch.bmm(p, vk.unsqueeze(2)).squeeze(2).reciprocal() for p, vk in zip(P, v)]
-        if i % ABSORB == 0:
-            g = [x + vk.log() for x, vk in zip(g, v)]
-            P, u, v = _absorb(S, g)
-    return [p * ub.unsqueeze(2) * vk.unsqueeze(1) for p, ub, vk in zip(P, u, v)]
+        sums = _column_sums(u, P, world)  # v is their reciprocal
+        if i % ABSORB and i < iterations - 1:
+            u = [torch.bmm(p, c.reciprocal().unsqueeze(2)).squeeze(2).reciprocal() for p, c in zip(P, sums)]
+        else:
+            g = [x - c.log() for x, c in zip(g, sums)]
+            u = _absorb(S, epsilon, g, P)
+    return P
 
 
-def _absorb(S: list[Tensor], g: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """P, u, v: prototypes scaled by exp(g), then samples normalised: that is a softmax, right for any score. u = v = 1."""
-    P = [(s + gk.unsqueeze(1)).softmax(2) for s, gk in zip(S, g)]
-    return P, [torch.ones_like(p[:, :, 0]) for p in P], [torch.ones_like(x) for x in g]
+def _absorb(S: list[Tensor], epsilon: float, g: list[Tensor], P: list[Tensor]) -> list[Tensor]:
+    """P: prototypes scaled by exp(g), then samples normalised: that is a softmax, right for any score. Returns u = 1."""
+    for s, gk, p in zip(S, g, P):
+        torch.softmax(_shifted(s, epsilon, gk, p), 2, out=p)
+    return _ones(P)
+
+
+def _ones(P: list[Tensor]) -> list[Tensor]:
+    return [torch.ones_like(p[:, :, 0]) for p in P]
+
+
+def _shifted(s: Tensor, epsilon: float, by: Tensor, out: Tensor) -> Tensor:
+    """s / epsilon + by, in one pass."""
+    return torch.add(by.unsqueeze(1), s, alpha=1 / epsilon, out=out)
+
+
+def _column_sums(u: list[Tensor], P: list[Tensor], world: World) -> list[Tensor]:
+    """Of the samples of all ranks, scaled by u."""
+    return _reduce([torch.bmm(ub.unsqueeze(1), p).squeeze(1) for ub, p in zip(u, P)], dist.ReduceOp.SUM, world)
 
 
 def _column_max(s: Tensor) -> Tensor:
-    return s.amax(1) if s.shape[1] else s.new_full((s.shape[0], s.shape[2]), -torch.inf)
+    if not s.shape[1]:
+        return s.new_full((s.shape[0], s.shape[2]), -torch.inf)
+    # a few rows at a time stay in the cache: twice as fast on a CPU
+    return torch.stack([rows.amax(1) for rows in s.split(ROWS, 1)]).amax(0)
 
 
 def _reduce(parts: list[Tensor], op: dist.ReduceOp, world: World) -> list[Tensor]:

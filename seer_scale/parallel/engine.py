@@ -112,6 +112,9 @@ class Engine:
     def refresh(self) -> None:
         """Bring what was written into the shards outside an update to where forward reads. Collective."""
 
+    def close(self) -> None:
+        """Let go of what the engine keeps outside itself."""
+
     # --- the step
 
     def gradients(self, batches: Sequence[Batch], *, samples_seen: int, watch: bool = False) -> tuple[Tensor, dict[str, Tensor]]:

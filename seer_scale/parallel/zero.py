@@ -20,6 +20,7 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from seer_scale.parallel.ds_config import deepspeed_config
@@ -27,6 +28,9 @@ from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.handed import Handed
 from seer_scale.parallel.shard import Shard
 from seer_scale.parallel.units import sharded_units
+
+KEPT = -1
+"""A user of a vector, besides modules: while there is one, DeepSpeed does not free it."""
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
 import_module("deepspeed.comm.torch").build_shm_op = lambda: None
@@ -38,7 +42,7 @@ class Zero(Engine):
 
     def _wrap(self, method: nn.Module) -> nn.Module:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the process group there is
-        self.ds_config = deepspeed_config(self.config, self.world.size, max(self.shapes[n].numel() for n in self.vectors))
+        self.ds_config = deepspeed_config(self.config, self.world.size, sum(s.numel() for s in self.shapes.values()))
         return method
 
     def _finish(self, module: nn.Module) -> nn.Module:
@@ -121,6 +125,10 @@ class Zero(Engine):
     def refresh(self) -> None:
         self.zero.update_lp_params()
 
+    def close(self) -> None:
+        self.deepspeed.destroy()
+        FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m is not self.method]
+
 
 class Zero1(Zero):
     name = "zero1"
@@ -156,7 +164,31 @@ class Zero3(Zero):
             for p in unit.parameters():
                 if name not in self.method.fp32_units and len(p.ds_shape) > 1:
                     p.comm_dtype = self.dtype
-        return super()._finish(module)
+        module = super()._finish(module)
+        self.whole_vectors = [p for n, p in self.method.named_parameters() if n in self.vectors]
+        for p in self.whole_vectors:
+            p.ds_persist = True
+        if not self.ds_config["zero_optimization"]["stage3_prefetch_bucket_size"]:
+            self._forget_order()
+        return module
+
+    def _forget_order(self) -> None:
+        """DeepSpeed records the order of modules to prefetch, and at each forward out of that order starts anew, with
+        collectives and waits of its own; not to prefetch is to need no order."""
+        order = self.zero.parameter_offload.get_param_coordinator()
+        if not order.is_invalid_trace():
+            order._invalidate_trace()
+        order.reset_step = lambda: None
+
+    def _around(self, apply: Callable[[], None]) -> None:
+        super()._around(apply)
+        self._gather_vectors()
+
+    def _gather_vectors(self) -> None:
+        """In one all-gather; DeepSpeed would take one each."""
+        self.whole_vectors[0].all_gather_coalesced(self.whole_vectors).wait()
+        for p in self.whole_vectors:
+            p.ds_active_sub_modules.add(KEPT)
 
     def _silence(self) -> None:
         self.zero._get_norm_groups = lambda: [torch.zeros(())]
@@ -164,7 +196,15 @@ class Zero3(Zero):
             self.zero._constant_buffered_norm2 = lambda *_, **__: None
 
     def _flat(self) -> Tensor:
-        (flat,) = self.zero.fp32_partitioned_groups_flat
+        """On the device, the partition itself is the master copy: both are fp32, and DeepSpeed's clone is given back."""
+        (flat,), (stored,) = self.zero.fp32_partitioned_groups_flat, self.zero.fp16_partitioned_groups_flat
+        if not self.config.parallel.offload:
+            flat.data = stored.data
+
+            def lend(_: int) -> None:  # else all gradients are copied to where they are already in order
+                flat.grad, self.zero.averaged_gradients[0] = self.zero.grad_partitions_flat_buffer, None
+
+            self.zero._prepare_fp32_grad_for_sub_group = lend
         return flat
 
     def _place(self, p: nn.Parameter) -> tuple[int, int, int]:
@@ -177,8 +217,7 @@ class Zero3(Zero):
     def refresh(self) -> None:
         self.zero._partition_all_parameters()
         self.zero._reassign_or_swap_out_partitioned_parameters(0)
-        if persistent := self.zero.persistent_parameters:
-            persistent[0].all_gather(persistent)
+        self._gather_vectors()
 
 
 @contextmanager

@@ -130,7 +130,7 @@ class _Passes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         tensors = [a for a in args if isinstance(a, torch.Tensor) and a.numel() == self.size]
-        if tensors and not func.is_view and "split" not in func.__name__:
+        if tensors and not func.is_view and not any(word in func.__name__ for word in ("split", "empty_like")):
             writes = isinstance(out, torch.Tensor) and out.numel() == self.size
             self.reads, self.copies = self.reads + (not writes), self.copies + writes
         return out
@@ -142,7 +142,7 @@ def test_passes_of_sinkhorn(iterations):
     with _Passes(scores.numel()) as seen:
         ours.sinkhorn([scores], 0.05, iterations, World())
     assert (seen.reads, seen.copies) == sinkhorn.passes(iterations)
-    assert iterations != 10 or sinkhorn.passes(10) == (20, 11)  # counted by hand: 42 passes
+    assert iterations != 10 or sinkhorn.passes(10) == (17, 10)  # counted by hand: 37 passes
 
 
 # --- step

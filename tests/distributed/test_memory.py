@@ -1,0 +1,108 @@
+"""What a rank holds, in bytes, against the formulas of docs/engines.md; and that no rank ever holds a sharded model whole."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from seer_scale.config import resolve
+from seer_scale.methods.swav import SwAV
+from seer_scale.parallel import build_engine
+from seer_scale.parallel import engine as frame
+from seer_scale.world import World
+from tests.ranks import run_ranks
+from tests.tiny import RECIPE, micro_batches, world_of
+
+WIDE = {
+    "model": {"name": "regnety", "depth": 5, "w0": 64, "wa": 96.0, "wm": 2.0, "group_width": 32},
+    "swav": {"hidden": [512, 512], "dim": 64, "prototypes": [32], "iterations": 3, "batch_norm": False},
+}
+"""4 million parameters, of which a part of a thousand is in vectors, so that buffers of fixed size do not matter."""
+ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3", "fairscale")
+
+
+def formula(engine: str, N: int, P: int, V: int, s: int) -> tuple[float, float]:
+    """docs/engines.md: bytes of weights and optimiser state (with DeepSpeed's master copy), and bytes of gradients."""
+    M = P - V
+    return {
+        "ddp": (4 * P + 4 * s * P, 4 * P),
+        "fsdp": ((4 + 4 * s) * (M / N + V), 4 * (M / N + V)),
+        "hsdp": ((4 + 4 * s) * (2 * M / N + V), 4 * (2 * M / N + V)),
+        "zero1": (4 * P + (4 + 4 * s) * P / N, 4 * P / N),
+        "zero2": (4 * P + (4 + 4 * s) * P / N, 4 * P / N),
+        "zero3": ((4 + 4 * s) * P / N + 4 * V, 8 * P / N),
+        "fairscale": (4 * P + 4 * s * P / N, 4 * P),
+    }[engine]
+
+
+def held() -> int:
+    """Bytes of all float storages Python can reach."""
+    gc.collect()
+    storages = {}
+    for o in gc.get_objects():
+        if isinstance(o, torch.Tensor) and type(o) in (torch.Tensor, torch.nn.Parameter) and o.is_floating_point() and o.device.type == "cpu":
+            for t in (o, o.grad) if o.is_leaf else (o,):
+                if t is not None and type(t) in (torch.Tensor, torch.nn.Parameter):
+                    storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def build(world: World, engine: str, optimizer: str) -> tuple:
+    over = {"parallel": {"engine": "fsdp", "replicate": 2} if engine == "hsdp" else {"engine": engine}, "optim": {"name": optimizer, "lr": 1e-3}}
+    config = resolve({**RECIPE, **WIDE}, over, world_size=world.size)
+    with torch.device("meta"):
+        method = SwAV(config, world)
+    return config, build_engine(method, config, world)
+
+
+def measured(rank: int, size: int) -> dict:
+    """(engine, optimiser) -> bytes held just before an update, and at most while it was being built."""
+    world, out = world_of(rank, size), {}
+    build(world, "zero3", "lars")[1].close()  # what DeepSpeed makes once
+    for name in ENGINES:
+        for optimizer in ("lars", "adamw") if name in ("fsdp", "zero3") else ("lars",):
+            start, building = held(), [0]
+            draw, drawn = frame.draw, []
+
+            def watched(*args, draw=draw, drawn=drawn, building=building, start=start):
+                drawn.append(1)
+                if len(drawn) % 16 == 0:  # looking is slow
+                    building.append(held() - start)
+                return draw(*args)
+
+            frame.draw = watched if name in ("fsdp", "zero3") and optimizer == "lars" else draw
+            config, engine = build(world, name, optimizer)
+            frame.draw = draw
+            engine.gradients(micro_batches(config, 0, world), samples_seen=0)
+            before_update = held() - start
+            engine.update(1e-3)
+            numels = {n: s.numel() for n, s in engine.shapes.items()}
+            out[name, optimizer] = {"before": before_update, "building": max(building), "largest": max(numels.values()),
+                                    "P": sum(numels.values()), "V": sum(numels[n] for n in engine.vectors),
+                                    "buffers": 4 * 3 * sum(b.numel() for b in engine.method.buffers())}  # fmt: skip
+            engine.close()
+            del engine
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(4, measured, timeout=600)
+
+
+@pytest.mark.parametrize("engine,optimizer", [(e, o) for e in ENGINES for o in (("lars", "adamw") if e in ("fsdp", "zero3") else ("lars",))])
+def test_bytes_held_follow_the_formula(ranks, engine, optimizer):
+    for rank in ranks:
+        m = rank[engine, optimizer]
+        state, gradients = formula(engine, 4, m["P"], m["V"], 2 if optimizer == "adamw" else 1)
+        assert abs(m["before"] - m["buffers"] - state - gradients) < 0.1 * (state + gradients), (m, state, gradients)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_no_rank_ever_holds_a_sharded_model_whole(ranks, engine):
+    for rank in ranks:
+        m = rank[engine, "lars"]
+        assert m["building"] <= 4 * (m["P"] / 4 + m["V"] + 2 * m["largest"]) + m["buffers"], m
+        assert 4 * (m["P"] / 4 + m["V"] + 2 * m["largest"]) < 0.8 * 4 * m["P"]  # the bound says something

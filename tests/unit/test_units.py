@@ -1,0 +1,117 @@
+"""What engines are chosen by and cut: the 10B's units under a size, refusals before anything is built, auto."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from seer_scale import parallel
+from seer_scale.config import ConfigError, load_recipe, resolve
+from seer_scale.errors import UserError
+from seer_scale.methods.swav import SwAV
+from seer_scale.parallel.units import matrix_numel, sharded_units
+from seer_scale.train.start import resolve_recipe
+from seer_scale.world import World
+from tests.tiny import RECIPE
+
+
+def method_of(recipe: str, *overrides: str):
+    config = resolve(load_recipe(recipe), ["--data.path", "-", *overrides], world_size=8)
+    with torch.device("meta"):
+        return SwAV(config, World()), config
+
+
+@pytest.mark.parametrize("recipe,total", [("seer_regnety_128gf", 771e6), ("seer_regnety_256gf", 1.431e9), ("seer_regnety_10b", 9.629e9)])
+def test_no_gather_of_the_big_models_exceeds_the_size_and_nothing_is_left_out(recipe, total):
+    """Totals: FACTS, with SEER's head and prototypes."""
+    method, config = method_of(recipe, "--parallel.sync_bn_group", "8")
+    units = sharded_units(method, config)
+    assert max(2 * matrix_numel(u) for u in units.values()) <= config.parallel.max_unit_gib * 2**30
+    assert sum(map(matrix_numel, units.values())) == sum(p.numel() for p in method.parameters() if p.ndim > 1)
+    assert abs(sum(p.numel() for p in method.parameters()) / total - 1) < 1e-3
+    assert all(p.is_meta for p in method.parameters())
+
+
+def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
+    method, config = method_of("seer_regnety_10b", "--parallel.max_unit_gib", "1")
+    with pytest.raises(UserError, match=r"max_unit_gib is 1, but backbone.s4.b1.conv3 .* 1.490 GiB in fp16; nearest: 1.49"):
+        sharded_units(method, config)
+    method, config = method_of("seer_regnety_10b", "--parallel.max_unit_gib", "1.49")
+    assert "backbone.s4.b1.conv3" in sharded_units(method, config)
+
+
+@pytest.mark.parametrize(
+    "words,sentence",
+    [
+        (["--parallel.engine", "ddp", "--parallel.offload", "true"], "parallel.offload is true, but parallel.engine is ddp, which offloads nothing"),
+        (["--parallel.engine", "fsdp", "--parallel.replicate", "2", "--parallel.shard", "3"], "2 x 3 = 6, but there are 4 ranks; nearest: shard 2"),
+        (["--parallel.engine", "fsdp", "--parallel.replicate", "3"], "parallel.replicate is 3, but must divide the 4 ranks; nearest: 2"),
+        (["--parallel.engine", "zero2", "--parallel.replicate", "2"], "has no mesh of replicas and shards"),
+        (["--parallel.engine", "zero"], "parallel.engine is 'zero', but must be one of"),
+        (["--parallel.activation_checkpoint", "every 0"], 'nearest: every 1'),
+        (["--parallel.activation_checkpoint", "[[1], [1]]"], "must have one for each of the 4 stages"),
+        (["--parallel.activation_checkpoint", "[[9], [], [], []]"], "nearest: [1]"),
+        (["--parallel.max_unit_gib", "0.000001"], "parallel.max_unit_gib is 1e-06, but"),
+        (["--train.min_loss_scale", "2"], "train.min_loss_scale is 2.0, but has no effect without train.precision fp16"),
+        (["--parallel.engine", "ddp", "--parallel.ds_config", "x.json"], "parallel.ds_config is x.json, but has no effect without parallel.engine zero1"),
+        (["--parallel.engine", "zero3", "--parallel.ds_config", "nowhere.json"], "nowhere.json cannot be read"),
+        (["--train.micro_batch", "1", "--parallel.sync_bn_group", "1"], "leaves BatchNorm 1 image to normalise over"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_built(tmp_path, words, sentence):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(RECIPE))
+    with pytest.raises(ConfigError) as problem:
+        resolve_recipe(str(tmp_path / "tiny.yaml"), ["--data.path", str(tmp_path), "--data.kind", "folder", *words], 4)
+    assert sentence in str(problem.value), problem.value
+    assert len(problem.value.problems) == 1, problem.value.problems
+
+
+@pytest.mark.parametrize(
+    "given,sentence",
+    [
+        ({"train_batch_size": 64}, "has train_batch_size 64, but the recipe's train.global_batch is 8: remove train_batch_size"),
+        ({"fp16": {"enabled": True}}, "but the recipe's train.precision is \"fp32\""),
+        ({"optimizer": {"type": "Adam"}}, "but the recipe's optim.name is \"lars\""),
+        ({"zero_optimization": {"stage": 1}}, "has zero_optimization.stage 1, but the recipe's parallel.engine is \"zero3\""),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "but the recipe's parallel.offload is false"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
+        ({"zero_optimization": {"sub_group_size": 1000}}, "but parallel.engine zero3 needs 1000000000000"),
+        ({"zero_optimization": {"reduce_buket_size": 1000}}, "did you mean reduce_bucket_size"),
+        ({"gradient_clip": 1.0}, "which is no key"),
+        ([], "must be a JSON object"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused_with_both_named(tmp_path, given, sentence):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(RECIPE))
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    words = ["--data.path", str(tmp_path), "--data.kind", "folder", "--parallel.engine", "zero3", "--parallel.ds_config", str(tmp_path / "ds.json")]
+    with pytest.raises(ConfigError) as problem:
+        resolve_recipe(str(tmp_path / "tiny.yaml"), words, 4)
+    assert sentence in str(problem.value) and "ds.json" in str(problem.value), problem.value
+
+
+def test_a_deepspeed_file_adds_what_the_recipe_does_not_say(tmp_path):
+    ds_config = parallel.load("ds_config")
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}, "prescale_gradients": True}))
+    config = resolve(RECIPE, {"parallel": {"engine": "zero2", "offload": True, "ds_config": str(tmp_path / "ds.json")}}, world_size=4)
+    made = ds_config.deepspeed_config(config, 4)
+    zero = made["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 77 and zero["stage"] == 2 and zero["offload_optimizer"]["device"] == "cpu" and made["prescale_gradients"]
+
+
+def test_auto_takes_ddp_while_it_fits_and_shards_beyond(monkeypatch):
+    class Ranks(World):
+        def gather_objects(self, value):
+            return [value] * 4
+
+    world = Ranks(size=4)
+    method, config = method_of("seer_regnety_8gf", "--parallel.engine", "auto", "--parallel.sync_bn_group", "0")
+    state = 12 * sum(p.numel() for p in method.parameters())
+    for memory, engine in ((2.6 * state, "ddp"), (2.4 * state, "fsdp")):
+        monkeypatch.setattr(parallel, "_memory", lambda _, memory=memory: memory)
+        assert parallel.choose_engine(method, config, world) == engine
+    assert parallel.choose_engine(method, config, World()) == "single"
+    _, hsdp = method_of("seer_regnety_8gf", "--parallel.engine", "auto", "--parallel.replicate", "2", "--parallel.sync_bn_group", "0")
+    assert parallel.choose_engine(method, hsdp, world) == "fsdp"
