@@ -49,8 +49,7 @@ class Engine:
             if isinstance(module, BatchNorm):
                 module.process_group = group
         if config.train.compile:
-            for unit in method.units().values():
-                unit.forward = torch.compile(unit.forward)
+            compile_units(method)
         recompute(method.backbone, find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units()))
         self.module = self._wrap(method)
         self._materialise()
@@ -261,6 +260,17 @@ class Engine:
             shard = self.shards[slot.rpartition("/")[0]]
             out[f"optim/{slot}"] = shard.like(t) if t.shape == shard.local.shape else t
         return out | self.scaler.state()
+
+
+def compile_units(method: nn.Module) -> None:
+    """torch.compile of each unit. BatchNorm stays eager: it counts, exchanges, and plays its tape when recomputed."""
+    for module in method.modules():
+        if isinstance(module, BatchNorm):
+            module.forward = torch.compiler.disable(module.forward)
+    # units share their code: every width, stride and mode is one more version of it, and past a limit it would run eager
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
+    for unit in method.units().values():
+        unit.forward = torch.compile(unit.forward, dynamic=False)
 
 
 class Buffers:

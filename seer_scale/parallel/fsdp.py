@@ -28,9 +28,12 @@ class FSDP(Engine):
         names = ("shard",) if replicate == 1 else ("replicate", "shard")
         self.mesh = init_device_mesh(self.world.device.type, shape, mesh_dim_names=names)
         vectors = {p for p in method.parameters() if p.ndim < 2}
-        for name, unit in sharded_units(method, self.config).items():
+        units = sharded_units(method, self.config)
+        for name, unit in units.items():
             dtype = torch.float32 if name in method.fp32_units else self.dtype
             self._shard(unit, dtype, vectors)
+        # told nothing, the first unit's backward would gather what ran before it: the last unit of a look at the batch
+        next(iter(units.values())).set_modules_to_backward_prefetch([next(iter(units.values()))])
         self._shard(method, self.dtype, vectors)
         return method
 

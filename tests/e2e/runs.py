@@ -36,7 +36,7 @@ RECIPE = {
     # BatchNorm over so few images magnifies rounding: at this rate twenty updates keep it near 1e-6
     "optim": {"name": "lars", "lr": 0.02, "lr_batch": 0},
     "schedule": {"warmup_samples": 8, "warmup_from": 0.1},
-    "train": {"samples": 160, "global_batch": 8, "log_every": 1, "threads": 1},
+    "train": {"samples": 160, "global_batch": 8, "log_every": 1, "threads": 1, "memory_format": "contiguous"},
     "parallel": {"engine": "fsdp"},
     "checkpoint": {"every_samples": 24, "keep_last": 3},
     "knn": {"size": 32, "k": 3, "batch": 8},

@@ -1,0 +1,59 @@
+"""torch.compile of units keeps parity, under any engine and with recomputation around it."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from seer_scale.methods.swav import SwAV
+from seer_scale.world import World
+from tests.ranks import run_ranks
+from tests.tiny import losses_of, tiny, world_of
+
+ENGINES = {
+    "fsdp": {"parallel.max_unit_gib": 4608 * 4 / 2**30},  # cut in parts, whose gathers then come inside what is compiled
+    "zero3": {},
+}
+RECOMPUTED = {"parallel.activation_checkpoint": [[1], [1], [2], []]}
+
+
+def both(world: World, over: dict, steps: int) -> dict[bool, list[float]]:
+    """Losses as they are, and compiled."""
+    runs = {}
+    for on in (False, True):
+        config, engine = tiny(world, **over, **{"train.compile": on})
+        runs[on] = losses_of(engine, config, world, range(steps), 0.02)
+    return runs
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU wants a C++ compiler")
+def test_compiled_units_give_the_same_losses(monkeypatch):
+    """With the compiler that users get; of one unit, for all of them take minutes on a CPU."""
+    few = ("backbone.s3.b1",)
+    all_of_them = SwAV.units
+    monkeypatch.setattr(SwAV, "units", lambda self: {n: u for n, u in all_of_them(self).items() if n in few})
+    runs = both(World(), {"parallel.engine": "single", **RECOMPUTED}, 4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 4, "nothing was compiled"
+    np.testing.assert_allclose(runs[True], runs[False], rtol=1e-4)
+
+
+def traced(rank: int, size: int) -> dict:
+    """With all of torch.compile but the making of kernels, which takes minutes."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    return {name: both(world_of(rank, size), {"parallel.engine": name, **RECOMPUTED, **more}, 3) for name, more in ENGINES.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(2, traced, timeout=300)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_wrap_what_is_compiled(ranks, engine):
+    runs = ranks[0][engine]
+    np.testing.assert_allclose(runs[True], runs[False], rtol=1e-4)

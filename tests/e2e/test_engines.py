@@ -1,0 +1,39 @@
+"""A run as users start it, under the engines that are other people's libraries, and in fp16."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from tests.e2e import runs
+from tests.e2e.runs import LAUNCH, assert_same_path, command, events, reaches, recipe, run, until
+
+
+def test_a_run_changes_engine_and_number_of_ranks_as_it_goes_on(straight, tmp_path, photos):
+    """zero3 on 2 ranks, stopped; fairscale on 2, stopped; one process to the end: the path of the run never stopped."""
+    given, place = recipe(tmp_path, photos), tmp_path / "run"
+    for engine, until_samples in (("zero3", 40), ("fairscale", 96)):
+        words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, "--parallel.engine", engine)
+        launcher = command(*words, folder=tmp_path)
+        until(reaches(place, until_samples), lambda: launcher.text)  # noqa: B023
+        os.kill(launcher.process.pid, signal.SIGTERM)
+        assert launcher.wait() == 75, launcher.text
+        assert f"2 ranks ({engine}, cpu)" in launcher.text and "Traceback" not in launcher.text
+    text = run("train", given, "--run.dir", place, folder=tmp_path)
+    assert 'parallel.engine "fairscale" -> "fsdp"' in text
+    assert [e["engine"] for e in events(place, "resume")] == ["fairscale", "single"]
+    assert_same_path(place, straight)
+
+
+def test_micro_batches_and_auto_are_said_in_the_log(tmp_path, photos):
+    given, place = recipe(tmp_path, photos, train={"samples": 16, "micro_batch": 2, "memory_format": "auto"}, parallel={"engine": "auto"}), tmp_path / "run"
+    run("train", given, "--run.dir", place, ranks=2, folder=tmp_path)
+    begun = events(place, "start")[0]
+    assert begun["engine"] == "ddp" and begun["accumulation"] == 2 and begun["memory_format"] in ("contiguous_format", "channels_last")
+
+
+def test_a_loss_scale_that_falls_too_low_ends_the_run(tmp_path, photos):
+    given = recipe(tmp_path, photos, train={"precision": "fp16", "min_loss_scale": 65537})
+    text = run("train", given, "--run.dir", tmp_path / "run", folder=tmp_path, status=1)
+    assert "The loss scale has fallen to " in text and "below train.min_loss_scale 65537" in text and "Traceback" not in text
+    assert len(runs.steps(tmp_path / "run")) == 1
