@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -37,9 +38,16 @@ def main(argv: list[str] | None = None) -> int:
         if _asks_help(words) and words[0] != "train" and not (words[0] == "bench" and words[1] in BENCHES):  # these show their own
             print(USAGE)
             return EXIT_DONE
-        return commands[words[0]](words[1:])
+        status = commands[words[0]](words[1:])
+        sys.stdout.flush()
+        return status
     except UserError as error:
         return complain(error)
+    except BrokenPipeError:
+        if words[0] in ("train", "eval") and not _asks_help(words):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # | head has read enough; exit flushes once more
+        return EXIT_DONE
     except KeyboardInterrupt:
         print("Stopped at once: what was done since the newest checkpoint is lost.", file=sys.stderr, flush=True)
         return EXIT_FAILED
@@ -83,9 +91,11 @@ def recipes(words: list[str]) -> int:
     _no_more([w for w in words if w != "--json"], "seer-scale recipes [--json]")
     described = {}
     for name in recipe_names():
-        head = [x[1:].strip() for x in (RECIPES / f"{name}.yaml").read_text().splitlines() if x.startswith("#")]
-        described[name] = " ".join(head)
-    print(json.dumps(described, indent=1) if "--json" in words else "\n\n".join(f"{n}\n  {t}" for n, t in described.items()))
+        described[name] = [x[1:].strip() for x in (RECIPES / f"{name}.yaml").read_text().splitlines() if x.startswith("#")]
+    if "--json" in words:
+        print(json.dumps({name: " ".join(lines) for name, lines in described.items()}, indent=1))
+    else:
+        print("\n\n".join("\n  ".join([name, *lines]) for name, lines in described.items()))
     return EXIT_DONE
 
 

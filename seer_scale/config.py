@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -299,7 +300,9 @@ def _build(cls: type, given: Any, prefix: str, problems: list[str]) -> Any:
         except _Bad as bad:
             values.pop(name, None)
             problems.append(f"{key} is {value!r}, but {bad}.")
-    return cls(**({"samples": 1} if cls is Train and "samples" not in values else {}) | values)
+    if cls is Train:  # where it is missing or wrong, no other rule shall be broken by its default
+        values.setdefault("samples", sys.maxsize)
+    return cls(**values)
 
 
 def all_keys(cls: type = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:
@@ -367,7 +370,8 @@ def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            problems.append(f"{word!r} stands alone; overrides are written --section.key value.")
+            quote = " A pattern goes in quotes, as in --data.path 'DIR/*.tar'." if Path(word).exists() else ""
+            problems.append(f"{word!r} stands alone; overrides are written --section.key value.{quote}")
             continue
         key, given, value = word[2:].partition("=")
         if not given:
@@ -465,14 +469,14 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
     if batch % world_size:
         below, above = batch // world_size * world_size, -(-batch // world_size) * world_size
         near = " or ".join(str(n) for n in (below, above) if n)
-        fail(True, f"train.global_batch is {batch}, but must divide evenly among {world_size} ranks; nearest: {near}.")
+        fail(True, f"train.global_batch is {batch}, but must divide evenly among the ranks ({world_size}); nearest: {near}.")
     if p.sync_bn_group and world_size % p.sync_bn_group:
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         near = min(divisors, key=lambda d: abs(d - p.sync_bn_group))
-        fail(True, f"parallel.sync_bn_group is {p.sync_bn_group}, but must divide the {world_size} ranks; nearest: {near}.")
+        fail(True, f"parallel.sync_bn_group is {p.sync_bn_group}, but must divide the number of ranks ({world_size}); nearest: {near}.")
     if world_size % p.replicate:
         near = max(d for d in range(1, p.replicate + 1) if world_size % d == 0)
-        fail(True, f"parallel.replicate is {p.replicate}, but must divide the {world_size} ranks; nearest: {near}.")
+        fail(True, f"parallel.replicate is {p.replicate}, but must divide the number of ranks ({world_size}); nearest: {near}.")
     elif p.shard and p.replicate * p.shard != world_size:
         fail(True, f"parallel.replicate x parallel.shard is {p.replicate} x {p.shard} = {p.replicate * p.shard}, but there are {world_size} ranks; nearest: shard {world_size // p.replicate}.")
     for key, value in (("replicate", p.replicate > 1), ("shard", p.shard > 0)):

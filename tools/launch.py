@@ -26,8 +26,10 @@ def main(words: list[str]) -> int:
     try:
         recipe, own, overrides = _split(words)
         cluster = own.get("--cluster")
+        if cluster is None:
+            raise UserError(f"--cluster is missing: say where to start, as in --cluster {CLUSTERS[0]}.")
         if cluster not in CLUSTERS:
-            raise UserError(f"--cluster is {cluster!r}, but must be one of {', '.join(CLUSTERS)}; {nearest(str(cluster), CLUSTERS)}")
+            raise UserError(f"--cluster is {cluster!r}, but must be one of {', '.join(CLUSTERS)}; {nearest(cluster, CLUSTERS)}")
         ranks = own.get("--ranks")
         if ranks is not None and not (ranks.isdecimal() and int(ranks)):
             raise UserError(f"--ranks is {ranks!r}, but must be a whole number of processes, such as 2.")

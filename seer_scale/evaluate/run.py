@@ -21,8 +21,8 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not a run's folder (it has no config.yaml): give one, such as runs/demo.")
     recipe = load_recipe(str(run_dir / "config.yaml"))
-    recipe["parallel"] = {"device": recipe["parallel"]["device"]}  # how it was trained does not bind its evaluation
-    recipe["train"] |= {"micro_batch": 0, "compile": False}
+    recipe["parallel"] = {"device": (recipe.get("parallel") or {}).get("device", "auto")}  # how it was trained does not bind its evaluation
+    recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}
     overrides = [*overrides, "--knn.enabled", "true"]  # asking for it enables it
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
     images = labelled_images(config)

@@ -100,7 +100,7 @@ def _section(title: str, text: str, *content: str) -> str:
 
 def _head(run_dir: Path, rows: Rows, events: Rows, config: dict[str, Any]) -> str:
     line = headline(rows)
-    big = re.sub(r"[\d.]+ %", lambda m: f"<b>{m[0]}</b>", escape(line)) if line else "No kNN evaluation yet"
+    big = re.sub(r"[\d.]+ %", lambda m: f"<b>{m[0]}</b>", escape(line)) if line else "No kNN evaluation yet" if _began(events).get("labelled", True) else "Images without labels"
     facts = "\n".join(
         f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(rows, events, config).items()
     )
@@ -115,6 +115,11 @@ def _head(run_dir: Path, rows: Rows, events: Rows, config: dict[str, Any]) -> st
     )
 
 
+def _began(events: Rows) -> dict[str, Any]:
+    """What the newest start said."""
+    return next((e for e in reversed(events) if e["event"] in BEGINNINGS), {})
+
+
 def _facts(rows: Rows, events: Rows, config: dict[str, Any]) -> dict[str, str]:
     """What a person asks first of a run, as far as it is known."""
 
@@ -123,7 +128,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any]) -> dict[str, str]:
         return (config.get(section) or {}).get(name)
 
     facts: dict[str, str] = {}
-    begun = next((e for e in reversed(events) if e["event"] in BEGINNINGS), {})
+    begun = _began(events)
     steps = [r for r in rows if "step" in r]
     if get("model.name"):
         facts["Backbone"] = get("model.name")
@@ -139,7 +144,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any]) -> dict[str, str]:
         facts["Batch"] = f"{get('train.global_batch'):,} images · {get('train.precision') or 'fp32'}"
     if get("parallel.engine"):
         ranks = begun.get("ranks")
-        facts["Engine"] = get("parallel.engine") + (f" · {ranks} rank{'s' * (ranks != 1)}" if ranks else "")
+        facts["Engine"] = begun.get("engine", get("parallel.engine")) + (f" · {ranks} rank{'s' * (ranks != 1)}" if ranks else "")
     if (seconds := _wall_s(rows, events)) > 0:
         facts["Time running"] = str(timedelta(seconds=round(seconds)))
     speed = [r["throughput/img_per_s"] for r in steps if _is_number(r.get("throughput/img_per_s"))]

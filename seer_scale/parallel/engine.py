@@ -50,7 +50,8 @@ class Engine:
                 module.process_group = group
         if config.train.compile:
             compile_units(method)
-        recompute(method.backbone, find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units()))
+        segments = find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units())
+        recompute(method.backbone, segments, self._recomputing)
         self.module = self._wrap(method)
         self._materialise()
         self.buffers = Buffers(method)
@@ -86,6 +87,10 @@ class Engine:
 
     def _accumulating(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of one of several micro-batches."""
+        return nullcontext()
+
+    def _recomputing(self, units: list[nn.Module]) -> AbstractContextManager:
+        """Around the second run of units that are recomputed together."""
         return nullcontext()
 
     def _backward(self, loss: Tensor) -> None:

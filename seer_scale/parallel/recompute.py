@@ -2,13 +2,16 @@
 
 A recomputed segment keeps its inputs in forward and runs again in backward. The second run takes BatchNorm's
 statistics from a tape of the first, so it repeats no exchange of them and updates no running statistics; nothing in a
-unit draws random numbers. What FSDP2 gathers inside backward it keeps until the backward of that unit or part is over
-(FSDPParamGroup.post_forward), so the second run gathers only what backward needs anyway, and all of a segment at once.
+unit draws random numbers. What the second run gathers stays for the backward of that unit or part: FSDP2 does so by
+itself (FSDPParamGroup.post_forward), other engines by `during`. So it gathers only what backward needs anyway, and all
+of a segment at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -46,33 +49,50 @@ def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[
     return out
 
 
-def recompute(backbone: nn.Module, segments: list[list[str]]) -> None:
+During = Callable[[list[nn.Module]], AbstractContextManager]
+
+
+def recompute(backbone: nn.Module, segments: list[list[str]], during: During = lambda units: nullcontext()) -> None:
     """Make each segment run again in the backward pass while training; call once, before sharding.
 
+    during: makes a context around the second run of a segment of such units.
     A segment of one unit runs again inside that unit's forward, where its sharded parameters are gathered already.
     """
     units, plain = backbone.units(), backbone.chain
     for names in segments:
         if len(names) == 1:
-            units[names[0]].forward = _recomputing(backbone, units[names[0]].forward)
-    first = {names[0]: names for names in segments if len(names) > 1}
-    together = _recomputing(backbone, plain)
+            unit = units[names[0]]
+            unit.forward = _recomputing(backbone, unit.forward, partial(during, [unit]))
+    longer = [names for names in segments if len(names) > 1]
+    runs = {names[0]: _recomputing(backbone, partial(plain, names), partial(during, [units[n] for n in names])) for names in longer}
+    lengths = {names[0]: len(names) for names in longer}
 
     def chain(names: list[str], xs: list[Tensor]) -> list[Tensor]:
         while names:
-            segment = first.get(names[0], names[:1])
-            xs = (together if len(segment) > 1 else plain)(segment, xs)
-            names = names[len(segment) :]
+            run = runs.get(names[0])
+            xs = run(xs) if run else plain(names[:1], xs)
+            names = names[lengths.get(names[0], 1) :]
         return xs
 
     backbone.chain = chain
 
 
-def _recomputing(backbone: nn.Module, forward: Callable) -> Callable:
-    def recomputing(*args):
+def _recomputing(backbone: nn.Module, forward: Callable, during: Callable[[], AbstractContextManager]) -> Callable:
+    def contexts():
+        first, again = StatsTape.contexts()
+        return first, _both(again, during)
+
+    def recomputing(xs: list[Tensor]) -> list[Tensor]:
         if not backbone.training:
-            return forward(*args)
-        contexts = StatsTape().contexts
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+            return forward(xs)
+        return checkpoint(forward, xs, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
 
     return recomputing
+
+
+@contextmanager
+def _both(one: AbstractContextManager, other: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(one)
+        stack.enter_context(other())
+        yield

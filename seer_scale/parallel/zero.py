@@ -29,8 +29,8 @@ from seer_scale.parallel.handed import Handed
 from seer_scale.parallel.shard import Shard
 from seer_scale.parallel.units import sharded_units
 
-KEPT = -1
-"""A user of a vector, besides modules: while there is one, DeepSpeed does not free it."""
+KEPT, RECOMPUTED = -1, -2
+"""Users of parameters, besides modules: while there is one, DeepSpeed does not free it."""
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
 import_module("deepspeed.comm.torch").build_shm_op = lambda: None
@@ -143,6 +143,10 @@ class Zero3(Zero):
 
     name = "zero3"
 
+    def _wrap(self, method: nn.Module) -> nn.Module:
+        self.units = sharded_units(method, self.config)  # while parameters still have their sizes
+        return super()._wrap(method)
+
     @torch.no_grad()
     def _materialise(self) -> None:
         """A parameter at a time: no rank ever holds more of the model than one of them and its own runs."""
@@ -159,7 +163,7 @@ class Zero3(Zero):
         self._reset_buffers()
 
     def _finish(self, module: nn.Module) -> nn.Module:
-        for name, unit in sharded_units(self.method, self.config).items():
+        for name, unit in self.units.items():
             unit._z3_leaf = True
             for p in unit.parameters():
                 if name not in self.method.fp32_units and len(p.ds_shape) > 1:
@@ -179,6 +183,18 @@ class Zero3(Zero):
         if not order.is_invalid_trace():
             order._invalidate_trace()
         order.reset_step = lambda: None
+
+    @contextmanager
+    def _recomputing(self, units: list[nn.Module]) -> Iterator[None]:
+        """What the second run gathers stays for backward, which would gather it once more."""
+        users = [p.ds_active_sub_modules for unit in units for p in unit.parameters()]
+        for u in users:
+            u.add(RECOMPUTED)
+        try:
+            yield
+        finally:
+            for u in users:
+                u.discard(RECOMPUTED)
 
     def _around(self, apply: Callable[[], None]) -> None:
         super()._around(apply)

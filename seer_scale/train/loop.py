@@ -82,6 +82,7 @@ class Trainer:
         self.engine = build_engine(method, config, world)
         self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main)
         self._warned_of_collapse = False
+        self._told_unreadable: set[str] = set()
         self.resumed_from = self._load(resume) if resume else None
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
@@ -149,9 +150,12 @@ class Trainer:
         c, w = self.config, self.world
         where = f"{w.size} rank{'s' if w.size > 1 else ''} ({self.engine.name}, {w.device.type})"
         facts = dict(ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
-                     memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
+                     labelled=self.labelled is not None, memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()))  # fmt: skip
         if self.resumed_from:
+            if self.samples_seen >= c.train.samples:
+                self.log.event("resume", f"{self.resumed_from} is complete: all {c.train.samples:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
+                return
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
             self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}", **facts)
             return
@@ -164,6 +168,8 @@ class Trainer:
             self.engine.refresh()
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
         unlabelled = c.knn.enabled and self.labelled is None
+        if w.is_main and read_metrics(self.run_dir)[0]:
+            started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
         self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled, **facts)
 
     # --- the run
@@ -299,8 +305,10 @@ class Trainer:
         self._watch_for_collapse(loss, row.get("swav/assignment_entropy", 0.0))
 
     def _tell_of_unreadable(self, sentences: list[str]) -> None:
-        """The first few on the console, all of them in logs/unreadable-RANK.txt."""
-        for sentence in sentences[:3]:
+        """The first few on the console, once; all of them, each time, in logs/unreadable-RANK.txt."""
+        new = [s for s in dict.fromkeys(sentences) if s not in self._told_unreadable]
+        self._told_unreadable |= set(new)
+        for sentence in new[:3]:
             print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
         if sentences:
             with _disk_may_fill():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from seer_scale.checkpoint import store
 from seer_scale.methods.sinkhorn import sinkhorn
+from seer_scale.methods.swav import SwAV
 from seer_scale.models.norm import BatchNorm
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import sharded_units
@@ -50,6 +51,7 @@ ENGINES = {
     "zero1": {"parallel.engine": "zero1"},
     "zero2": {"parallel.engine": "zero2"},
     "zero3": {"parallel.engine": "zero3"},
+    "zero3 in parts": {"parallel.engine": "zero3", "parallel.max_unit_gib": 4608 * 4 / 2**30},
     "zero1 offloaded": {"parallel.engine": "zero1", "parallel.offload": True},
     "zero2 offloaded": {"parallel.engine": "zero2", "parallel.offload": True},
     "zero3 offloaded": {"parallel.engine": "zero3", "parallel.offload": True},
@@ -65,13 +67,14 @@ CASES_OF = {
     "zero1": OPTIMISERS,
     "zero2": OPTIMISERS,
     "zero3": (*OPTIMISERS, *RECOMPUTED, "frozen", "no decay of vectors"),
+    "zero3 in parts": ("runs recomputed",),
     "fairscale": OPTIMISERS,
 } | {f"zero{i} offloaded": ("lars", "adamw") for i in (1, 2, 3)}
 WITH = {
     2: [(e, c) for e, cases in CASES_OF.items() for c in cases],
     4: [(e, "lars") for e in ENGINES] + [("hsdp", "adamw"), ("hsdp", "runs recomputed"), ("zero3", "runs recomputed")],
 }
-SHARDED = [e for e in ENGINES if e != "hsdp"]
+SHARDED = [e for e in ENGINES if e not in ("hsdp", "zero3 in parts")]
 
 
 def run_case(world: World, case: str, engine: dict) -> dict:
@@ -123,6 +126,7 @@ def everything(rank: int, size: int, folder: str) -> dict:
         out["accumulated"] = {(e, c): accumulated(world, e, c) for e, c in ACCUMULATED}
     if size == 4:
         out["accumulated"] = {("ddp", c): accumulated(world, "ddp", c) for c in ("", "queue")}
+        out["traffic"] = {("hsdp", "two"): traffic_of(world, ENGINES["hsdp"], {})}
     return out
 
 
@@ -236,12 +240,13 @@ VARIANTS = {
     "one": {"views.crops": [{"num": 2, "size": 24}]},
     "fp16": {"train.precision": "fp16"},
     "recomputed": {"parallel.activation_checkpoint": [[1], [1], [2], []]},
+    "in parts": {"parallel.activation_checkpoint": "every 1", "parallel.max_unit_gib": 4608 * 4 / 2**30},
     "accumulated": {"train.micro_batch": 2},
     "synchronised": {"parallel.sync_bn_group": 2, "swav.batch_norm": False},
 }
 TRAFFIC = {
     "ddp": ["two", "accumulated"], "fsdp": list(VARIANTS), "fsdp kept": ["two"], "fsdp in parts": ["two", "recomputed"],
-    "zero1": ["two", "fp16"], "zero2": ["two"], "zero3": ["two", "one", "fp16", "recomputed"], "fairscale": ["two"],
+    "zero1": ["two", "fp16"], "zero2": ["two"], "zero3": ["two", "one", "fp16", "recomputed", "in parts"], "fairscale": ["two"],
 }  # fmt: skip
 
 
@@ -253,10 +258,11 @@ def traffic_of(world: World, over: dict, more: dict) -> dict:
         engine.gradients(micro_batches(config, 2, world), samples_seen=16)
         engine.update(0.01)
     shapes, vectors = engine.shapes, engine.vectors
+    with torch.device("meta"):
+        units = sharded_units(SwAV(config, world), config)
     return {"calls": seen.calls, "tensors": len(shapes), "K": 12 + 7, "P": sum(s.numel() for s in shapes.values()),
-            "V": sum(shapes[n].numel() for n in vectors), "units": len(sharded_units(engine.method, config)),
+            "V": sum(shapes[n].numel() for n in vectors), "units": len(units),
             "prototypes": sum(shapes[n].numel() for n in engine.method.unit_rows),
-            "again": sum(s.numel() for n, s in shapes.items() if n.startswith("backbone.s3.b1.") and len(s) > 1),
             "layers": sum(isinstance(m, BatchNorm) for m in engine.method.modules())}  # fmt: skip
 
 
@@ -365,7 +371,6 @@ def test_an_update_moves_what_the_formula_says(ranks, engine, variant):
     t = ranks[2][0]["traffic"][engine, variant]
     P, V, U, h = t["P"], t["V"], t["units"], 2 if variant == "fp16" else 4
     M, A = P - V, 2 if variant == "accumulated" else 1
-    again = engine == "zero3" and variant == "recomputed"  # the first block of the run of two
     layers = t["layers"] if variant == "synchronised" else 0
     # what is not the engine's: Sinkhorn's iterations + 1 for two crops, norms and finiteness, BatchNorm's statistics
     codes, norms = (4, 4 * 4 * 2 * t["K"]), (1, 4 * (2 * t["tensors"] + 1))
@@ -376,7 +381,7 @@ def test_an_update_moves_what_the_formula_says(ranks, engine, variant):
         "fsdp": {"all_gather": (passes * U, passes * gathered), "reduce_scatter": (A * U, 4 * A * M), "all_reduce": (1, 4 * V)},
         "zero1": {"reduce": (None, 4 * P), "all_reduce": (1, 4 * t["K"]), "all_gather": (1, 4 * P)},
         "zero2": {"reduce": (None, 4 * P), "all_reduce": (1, 4 * t["K"]), "all_gather": (1, 4 * P)},
-        "zero3": {"all_gather": (2 * U + 1 + again, 2 * gathered + 4 * V + 4 * t["again"] * again), "reduce_scatter": (None, 4 * P), "all_reduce": (1, 4 * t["K"])},
+        "zero3": {"all_gather": (2 * U + 1, 2 * gathered + 4 * V), "reduce_scatter": (None, 4 * P), "all_reduce": (1, 4 * t["K"])},
         "fairscale": {"reduce": (2, 4 * P), "broadcast": (2, 4 * P), "all_reduce": (0, 0)},
     }[engine.split()[0]]
     if engine != "ddp":  # which has the norms of everything on every rank
@@ -393,6 +398,18 @@ def test_an_update_moves_what_the_formula_says(ranks, engine, variant):
         want[kind] = seen
     want = {k: v for k, v in want.items() if v != (0, 0)}
     assert got == want, (engine, variant)
+
+
+def test_replicas_exchange_what_is_left_of_each_unit(ranks):
+    """HSDP on 2 x 2 ranks: what FSDP on 2 moves, and an all-reduce of each unit's part between the copies."""
+    fsdp, hsdp = _table(ranks[2][0]["traffic"]["fsdp", "two"]["calls"]), _table(ranks[4][0]["traffic"]["hsdp", "two"]["calls"])
+    t = ranks[4][0]["traffic"]["hsdp", "two"]
+    for kind in ("all_gather", "reduce_scatter"):
+        assert hsdp.pop(kind) == fsdp.pop(kind), kind
+    (calls, size), (calls_fsdp, size_fsdp) = hsdp.pop("all_reduce"), fsdp.pop("all_reduce")
+    parts = 4 * (t["P"] - t["V"]) / 2
+    assert calls - calls_fsdp == t["units"] and parts <= size - size_fsdp <= 1.005 * parts
+    assert hsdp == fsdp == {}
 
 
 def test_gathers_are_as_wide_as_the_compute_type_and_no_vector_is_gathered_alone(ranks):

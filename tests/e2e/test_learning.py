@@ -28,8 +28,8 @@ def run(corpus, run_dir, *overrides):
 
 def test_the_demo_recipe_does_not_collapse(corpus, tmp_path):
     rows, events = run(corpus, tmp_path / "run")
-    last = rows[-1]
-    assert last["swav/below_ln_k"] > 0.03 * (last["loss"] + last["swav/below_ln_k"]), last
+    last = rows[-1]  # 0.06 to 0.13 over seeds and layouts, and rising; a collapsed run comes to 0 and stays
+    assert last["swav/below_ln_k"] > 0.03, last
     assert last["swav/assignment_entropy"] < 0.95 and last["swav/prototype_use"] > 0.5, last
     assert not [e for e in events if e["event"] == "collapse"]
 

@@ -78,7 +78,7 @@ def test_interrupted(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "words, part",
     [
-        (["demo"], "--cluster is None, but must be one of local"),
+        (["demo"], "--cluster is missing"),
         (["demo", "--cluster", "locla"], "did you mean local?"),
         (["demo", "--cluster"], "--cluster has no value"),
         (["--cluster", "local"], "The recipe comes first"),

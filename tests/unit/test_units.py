@@ -47,7 +47,7 @@ def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
     [
         (["--parallel.engine", "ddp", "--parallel.offload", "true"], "parallel.offload is true, but parallel.engine is ddp, which offloads nothing"),
         (["--parallel.engine", "fsdp", "--parallel.replicate", "2", "--parallel.shard", "3"], "2 x 3 = 6, but there are 4 ranks; nearest: shard 2"),
-        (["--parallel.engine", "fsdp", "--parallel.replicate", "3"], "parallel.replicate is 3, but must divide the 4 ranks; nearest: 2"),
+        (["--parallel.engine", "fsdp", "--parallel.replicate", "3"], "parallel.replicate is 3, but must divide the number of ranks (4); nearest: 2"),
         (["--parallel.engine", "zero2", "--parallel.replicate", "2"], "has no mesh of replicas and shards"),
         (["--parallel.engine", "zero"], "parallel.engine is 'zero', but must be one of"),
         (["--parallel.activation_checkpoint", "every 0"], 'nearest: every 1'),
