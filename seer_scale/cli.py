@@ -19,7 +19,7 @@ USAGE = """seer-scale: self-supervised pretraining of large convnets, from a lap
   seer-scale report RUN                                       write RUN/report.html anew
   seer-scale recipes                                          the shipped recipes
   seer-scale data demo DIR                                    write the demo's corpus of textures
-  seer-scale bench step | engines | lars | sinkhorn           speed and memory, each against a reference in the same run
+  seer-scale bench step | data | engines | lars | sinkhorn    speed and memory, each against a reference in the same run
 
 Several processes on this machine: python tools/launch.py RECIPE --cluster local [--ranks N] [--key value ...]
 """
@@ -147,7 +147,7 @@ def data(words: list[str]) -> int:
     return EXIT_DONE
 
 
-BENCHES = ("step", "engines", "lars", "sinkhorn")
+BENCHES = ("step", "data", "engines", "lars", "sinkhorn")
 
 
 def bench(words: list[str]) -> int:

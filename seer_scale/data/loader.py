@@ -21,9 +21,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from seer_scale.config import Data, Views
+from seer_scale.data import photometric
+from seer_scale.data.decode import decode
 from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source
-from seer_scale.data.views import decode, make_views, resize_centre
+from seer_scale.data.views import make_views, resize_centre
 from seer_scale.errors import DataError
 
 GIVE_UP_AFTER = 100
@@ -57,6 +59,7 @@ def loader(
     Workers live as long as the iterator and keep data.prefetch batches each ready; start it from a thread that lives
     as long. Raises DataError when GIVE_UP_AFTER images in a row cannot be read.
     """
+    photometric.native()  # compiled before there are workers
     sampler = ElasticSampler(len(source), seed, global_batch)
     build = partial(load_batch, source, views, sampler, rank=rank, world_size=world_size)
     return _stream(build, range(start, stop, global_batch), data.workers, data.prefetch, pin)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from seer_scale.config import Views
+from seer_scale.data.decode import decode
 from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source
-from seer_scale.data.views import decode, make_views, resize_centre
+from seer_scale.data.views import make_views, resize_centre
 from seer_scale.errors import DataError
 from seer_scale.evaluate.features import Represent, features, gather_rows
 from seer_scale.evaluate.knn import Labelled, Neighbours

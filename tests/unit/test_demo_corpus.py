@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from seer_scale.data import demo
+from seer_scale.data.decode import decode
 from seer_scale.data.demo import CLASSES, TEXTURES, photograph, write_demo_corpus
 from seer_scale.data.sources import open_source
-from seer_scale.data.views import decode, resize_centre
+from seer_scale.data.views import resize_centre
 from seer_scale.errors import DataError
 from seer_scale.rng import numpy_generator
 

@@ -1,0 +1,183 @@
+"""Images a second that one core makes of your files: decoding alone, our views, and SwAV's own pipeline.
+
+The reference is the one of SwAV and VISSL: Pillow decodes, torchvision v1 and Pillow's blur make each view of the whole
+image, ToTensor and Normalize end it. Ours ends in uint8, as it leaves normalising to the device. All read the same
+files from memory, with the recipe's crops and distortions, in turn in one process with one thread; ratios are medians
+over rounds. Workers are then measured as in training, each a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import torch
+
+from seer_scale.config import Data, Views, load_recipe, resolve
+from seer_scale.data.decode import decode
+from seer_scale.data.loader import loader
+from seer_scale.data.sources import Source, open_source
+from seer_scale.data.views import MEAN, STD, make_views
+from seer_scale.errors import DataError, UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="images, as data.path takes them")
+    parser.add_argument("--images", type=int, default=200, help="how many of them, spread over all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--recipe", default="", help="whose crops and distortions to use (default: SEER's, 2 x 224 + 4 x 96)")
+    parser.add_argument("--workers", default="", help="also loaders of so many workers, such as 1,2,4")
+    parser.add_argument("--need", type=float, default=0.0, help="images/s that one GPU trains on: says how many cores feed it")
+    parser.add_argument("--no-reference", action="store_true", help="leave the slow reference out")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+
+
+# ------------------------------------------------------------------------------------------------ what is compared
+
+
+def reference(views: Views, seed: int) -> Callable[[bytes], list[torch.Tensor]]:
+    """SwAV's multi-crop pipeline (src/multicropdataset.py) with the recipe's crops and distortions.
+
+    Raises UserError where torchvision is missing.
+    """
+    try:
+        from torchvision import transforms as T
+    except ImportError as error:
+        raise UserError("The reference needs torchvision: install it, or give --no-reference.") from error
+    from PIL import Image, ImageFilter
+
+    draw = random.Random(seed)
+
+    def blur(image):
+        return image.filter(ImageFilter.GaussianBlur(draw.uniform(*views.blur_sigma))) if draw.random() < views.blur_p else image
+
+    def pipeline(crop):
+        return T.Compose([
+            T.RandomResizedCrop(crop.size, scale=crop.scale), T.RandomHorizontalFlip(views.flip),
+            T.RandomApply([T.ColorJitter(*views.jitter)], views.jitter_p), T.RandomGrayscale(views.grey_p),
+            T.Lambda(blur), T.ToTensor(), T.Normalize(MEAN, STD),
+        ])  # fmt: skip
+
+    kinds = [(crop.num, pipeline(crop)) for crop in views.crops]
+
+    def make(data: bytes) -> list[torch.Tensor]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        return [make_view(image) for num, make_view in kinds for _ in range(num)]
+
+    return make
+
+
+def geometry_only(views: Views) -> Views:
+    return Views(crops=views.crops, flip=views.flip, jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+
+
+def pick(source: Source, num: int) -> list[bytes]:
+    """`num` images that decode, spread over all of them, as bytes. Raises DataError where none does."""
+    found: list[bytes] = []
+    for i in np.linspace(0, len(source) - 1, min(num, len(source))).astype(np.int64).tolist():
+        try:
+            data = source.read(i)
+            decode(data)
+        except DataError:
+            continue
+        found.append(data)
+    if not found:
+        raise DataError(f"None of {min(num, len(source))} images decodes: seer-scale data inspect says why.")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ measured
+
+
+def time_each(things: dict[str, Callable[[bytes], object]], images: list[bytes], rounds: int) -> dict[str, list[float]]:
+    """Seconds an image that each takes, by round; in turn, image by image, so that what disturbs one disturbs all."""
+    taken: dict[str, list[float]] = {name: [] for name in things}
+    order = random.Random(0)
+    for _ in range(rounds):
+        total = dict.fromkeys(things, 0.0)
+        for data in images:
+            for name in order.sample(list(things), len(things)):
+                begin = time.perf_counter()
+                things[name](data)
+                total[name] += time.perf_counter() - begin
+        for name, t in total.items():
+            taken[name].append(t / len(images))
+    return taken
+
+
+def rate_of_workers(source: Source, views: Views, workers: int, batch: int, batches: int) -> float:
+    """Images/s of a loader of so many workers, once all of them have begun."""
+    skipped = 2 * workers
+    stream = loader(source, Data(workers=workers), views, seed=0, global_batch=batch, rank=0, world_size=1, start=0, stop=(skipped + batches) * batch)
+    for _ in range(skipped):
+        next(stream)
+    begin = time.perf_counter()
+    for _ in range(batches):
+        next(stream)
+    return batches * batch / (time.perf_counter() - begin)
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
+
+
+def run(args: argparse.Namespace) -> str:
+    """Measure; returns the lines to print. Raises UserError."""
+    workers = [_count(w) for w in args.workers.split(",") if w]
+    views = _views(args.recipe)
+    source = open_source(args.path)
+    images = pick(source, args.images)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    geometry, turn = geometry_only(views), iter(range(10**9))
+    things: dict[str, Callable[[bytes], object]] = {
+        "decode": decode,
+        "ours": lambda data: make_views(decode(data), views, 0, 0, next(turn)),
+        "ours, geometry only": lambda data: make_views(decode(data), geometry, 0, 0, next(turn)),
+    }
+    if not args.no_reference:
+        things["reference"] = reference(views, 0)
+    for thing in things.values():
+        thing(images[0])
+    taken = time_each(things, images, args.rounds)
+    rates = {name: 1 / statistics.median(t) for name, t in taken.items()}
+    ratios = {n: statistics.median(r / t for r, t in zip(taken["reference"], own)) for n, own in taken.items() if not args.no_reference}
+    # batches so small that even one worker fills several in a few seconds
+    by_workers = {w: statistics.median(rate_of_workers(source, views, w, 16, 4 * w + math.ceil(rates["ours"] / 16) * w) for _ in range(3)) for w in workers}
+    pixels = statistics.median(math.prod(decode(d).shape[:2]) for d in images[:50])
+    crops = " + ".join(f"{c.num} x {c.size}" for c in views.crops)
+    title = f"{len(images)} images of {args.path}, median {pixels / 1e6:.2f} megapixels and {statistics.median(map(len, images)) / 1e3:.0f} kB; {crops}; one thread"
+    if args.json:
+        return json.dumps({"what": title, "images_per_s": rates, "to_reference": ratios, "workers": by_workers}, indent=1)
+    lines = [title]
+    for name, rate in rates.items():
+        ratio = f"{ratios[name]:8.2f} times the reference" if name != "reference" and ratios else ""
+        lines.append(f"{name:20} {rate:8.1f} images/s {ratio}".rstrip())
+    for w, rate in by_workers.items():
+        beside = f"  {rate / by_workers[1]:6.2f} times 1 worker" if w > 1 and 1 in by_workers else ""
+        lines.append(f"{f'{w} workers' if w > 1 else '1 worker':20} {rate:8.1f} images/s{beside}")
+    if args.need:
+        cores = args.need / rates["ours"]
+        lines.append(f"{args.need:g} images/s need {cores:.1f} such cores: data.workers {math.ceil(cores)} a GPU; this machine has {len(os.sched_getaffinity(0))} cores.")
+    return "\n".join(lines)
+
+
+def _views(recipe: str) -> Views:
+    if not recipe:
+        return Views()
+    given = load_recipe(recipe)
+    return resolve({"views": given.get("views") or {}, "data": {"path": "unused"}, "train": {"samples": 1 << 40}}).views
+
+
+def _count(word: str) -> int:
+    if not word.strip().isdecimal() or not int(word):
+        raise UserError(f"--workers names {word!r}, but needs numbers of at least 1, such as 1,2,4.")
+    return int(word)

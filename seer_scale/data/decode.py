@@ -1,0 +1,107 @@
+"""From encoded bytes to pixels: decode once, upright, in true colours, or refuse with a reason."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from seer_scale.errors import DataError
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow decodes the same images at half the speed
+    simplejpeg = None
+
+MAX_PIXELS = 178_956_970
+"""Larger images are refused before their pixels take memory; also where Pillow itself refuses."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+"""What Pillow may open; its rarer decoders (EPS starts a program) have no place before uncurated files."""
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The image in `data` as RGB uint8 [H, W, 3], upright as its EXIF orientation asks.
+
+    16-bit values are scaled, palettes resolved, transparency laid on white, the first frame of an animation taken.
+    Raises DataError with the reason for anything that is not a whole image of at most MAX_PIXELS.
+    """
+    if not data:
+        raise DataError("the file is empty")
+    if simplejpeg is not None and data[:2] == b"\xff\xd8":
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            if height * width > MAX_PIXELS:
+                raise DataError(f"it announces {width} x {height} pixels, more than {MAX_PIXELS}")
+            if space in ("YCbCr", "RGB", "Gray"):
+                return _upright(simplejpeg.decode_jpeg(data, "RGB"), _jpeg_orientation(data))
+        except (ValueError, KeyError):
+            pass  # strict about every oddity: Pillow tells the harmless ones from the broken
+    return _decode_pillow(data)
+
+
+def _decode_pillow(data: bytes) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sizes below our limit, and about metadata nobody reads
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(f"it announces {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+                image.load()
+                pixels = _rgb(image)
+                orientation = _orientation(image)
+        except DataError:
+            raise
+        except UnidentifiedImageError as error:
+            raise DataError("its bytes are of no known image format") from error
+        except Exception as error:  # decoders fail on hostile bytes with every kind of exception
+            raise DataError(f"it is no whole image ({type(error).__name__}: {error})") from error
+    return _upright(pixels, orientation)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise DataError("its floating-point values have no defined range")
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        grey = (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 where there is none or it is damaged (EXIF 2.3, 4.6.2: a TIFF directory)."""
+    start = data.find(b"Exif\0\0", 0, 1 << 16) + 6
+    if start < 6:
+        return 1
+    order = {b"II": "<", b"MM": ">"}.get(data[start : start + 2])
+    try:
+        directory = start + struct.unpack_from(f"{order}I", data, start + 4)[0]
+        for n in range(struct.unpack_from(f"{order}H", data, directory)[0]):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, directory + 2 + 12 * n)
+            if tag == 0x0112:
+                return value if kind == 3 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation not in (2, 3, 4, 5, 6, 7, 8):
+        return image
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    vertical, horizontal = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return np.ascontiguousarray(image[:: -1 if vertical else 1, :: -1 if horizontal else 1])
