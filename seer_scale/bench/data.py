@@ -26,7 +26,7 @@ from seer_scale.config import Data, Views, load_recipe, resolve
 from seer_scale.data.decode import decode
 from seer_scale.data.loader import loader
 from seer_scale.data.sources import Source, open_source
-from seer_scale.data.views import MEAN, STD, make_views
+from seer_scale.data.views import MEAN, STD, load_views
 from seer_scale.errors import DataError, UserError
 
 
@@ -140,8 +140,8 @@ def run(args: argparse.Namespace) -> str:
     geometry, turn = geometry_only(views), iter(range(10**9))
     things: dict[str, Callable[[bytes], object]] = {
         "decode": decode,
-        "ours": lambda data: make_views(decode(data), views, 0, 0, next(turn)),
-        "ours, geometry only": lambda data: make_views(decode(data), geometry, 0, 0, next(turn)),
+        "ours": lambda data: load_views(data, views, 0, 0, next(turn)),
+        "ours, geometry only": lambda data: load_views(data, geometry, 0, 0, next(turn)),
     }
     if not args.no_reference:
         things["reference"] = reference(views, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,14 +20,20 @@ except ImportError:  # Pillow decodes the same images at half the speed
 MAX_PIXELS = 178_956_970
 """Larger images are refused before their pixels take memory; also where Pillow itself refuses."""
 
+SWAPPED = (5, 6, 7, 8)
+"""EXIF orientations that lay the image on its side."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 """What Pillow may open; its rarer decoders (EPS starts a program) have no place before uncurated files."""
 
+AtLeast = Callable[[int, int], tuple[int, int]]
 
-def decode(data: bytes) -> np.ndarray:
+
+def decode(data: bytes, at_least: AtLeast | None = None) -> np.ndarray:
     """The image in `data` as RGB uint8 [H, W, 3], upright as its EXIF orientation asks.
 
     16-bit values are scaled, palettes resolved, transparency laid on white, the first frame of an animation taken.
+    at_least: told (H, W), the least (H, W) that will do; a JPEG may then come smaller by 2, 4 or 8, others never do.
     Raises DataError with the reason for anything that is not a whole image of at most MAX_PIXELS.
     """
     if not data:
@@ -37,7 +44,14 @@ def decode(data: bytes) -> np.ndarray:
             if height * width > MAX_PIXELS:
                 raise DataError(f"it announces {width} x {height} pixels, more than {MAX_PIXELS}")
             if space in ("YCbCr", "RGB", "Gray"):
-                return _upright(simplejpeg.decode_jpeg(data, "RGB"), _jpeg_orientation(data))
+                orientation = _jpeg_orientation(data)
+                least = {}
+                if at_least:
+                    swapped = orientation in SWAPPED
+                    rows, columns = at_least(*((width, height) if swapped else (height, width)))[:: -1 if swapped else 1]
+                    if 2 * rows <= height and 2 * columns <= width:
+                        least = {"min_height": rows, "min_width": columns, "min_factor": 2}
+                return _upright(simplejpeg.decode_jpeg(data, "RGB", **least), orientation)
         except (ValueError, KeyError):
             pass  # strict about every oddity: Pillow tells the harmless ones from the broken
     return _decode_pillow(data)
@@ -99,9 +113,9 @@ def _jpeg_orientation(data: bytes) -> int:
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation not in (2, 3, 4, 5, 6, 7, 8):
+    if orientation not in range(2, 9):
         return image
-    if orientation >= 5:
+    if orientation in SWAPPED:
         image = image.transpose(1, 0, 2)
     vertical, horizontal = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
     return np.ascontiguousarray(image[:: -1 if vertical else 1, :: -1 if horizontal else 1])

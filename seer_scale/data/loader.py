@@ -25,7 +25,7 @@ from seer_scale.data import photometric
 from seer_scale.data.decode import decode
 from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source
-from seer_scale.data.views import make_views, resize_centre
+from seer_scale.data.views import load_views, resize_centre
 from seer_scale.errors import DataError
 
 GIVE_UP_AFTER = 100
@@ -75,21 +75,21 @@ def load_batch(
     arrays, unreadable = [o.numpy() for o in out], []
     for i in range(b):
         epoch = int(epochs[i])
-        image, indices[i] = _readable(source, sampler, epoch, int(offsets[i]), unreadable)
-        for array, crops in zip(arrays, make_views(image, views, sampler.seed, epoch, int(indices[i]))):
+        made, indices[i] = _readable(source, views, sampler, epoch, int(offsets[i]), unreadable)
+        for array, crops in zip(arrays, made):
             array[:, i] = crops
     return Batch([o.flatten(0, 1) for o in out], torch.from_numpy(indices), samples_seen, unreadable)
 
 
 def _readable(
-    source: Source, sampler: ElasticSampler, epoch: int, offset: int, unreadable: list[str]
-) -> tuple[np.ndarray, int]:
-    """The first image, from `offset` on in the order of `epoch`, that decodes, and its number."""
+    source: Source, views: Views, sampler: ElasticSampler, epoch: int, offset: int, unreadable: list[str]
+) -> tuple[list[np.ndarray], int]:
+    """Views of the first image, from `offset` on in the order of `epoch`, that decodes, and its number."""
     reasons = []
     for step in range(GIVE_UP_AFTER):
         index = int(sampler.at(epoch, np.array([(offset + step) % sampler.n]))[0])
         try:
-            return decode(source.read(index)), index
+            return load_views(source.read(index), views, sampler.seed, epoch, index), index
         except DataError as error:
             name = source.name(index)
             reasons.append(f"{name}: {str(error).removeprefix(f'{name} ')}")

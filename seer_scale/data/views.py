@@ -7,40 +7,70 @@ colour jitter, grey, Gaussian blur. The views of an image are a pure function of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import cv2
 import numpy as np
 import torch
 
-from seer_scale.config import Views
+from seer_scale.config import Crop, Views
 from seer_scale.data import photometric
+from seer_scale.data.decode import decode
 from seer_scale.rng import numpy_generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, of values in [0, 1]."""
 
+Box = tuple[int, int, int, int]
+"""(top, left, height, width)"""
+
 DRAWS = 64
 """Uniform numbers a crop may use; a fixed number keeps each crop's independent of what the others needed."""
 
 
+def load_views(data: bytes, views: Views, seed: int, epoch: int, index: int) -> list[np.ndarray]:
+    """`make_views` of an encoded image, decoded at 1/2, 1/4 or 1/8 where every crop is at least as large there as it
+    will be (JPEG: fewer coefficients are transformed). Raises DataError for what is no whole image."""
+    draws, full = _draws(views, seed, epoch, index), []
+
+    def at_least(height: int, width: int) -> tuple[int, int]:
+        full[:] = height, width
+        share = max(kind.size / min(box[2:]) for kind, _, box in _boxes(views, draws, height, width))
+        return math.ceil(height * share), math.ceil(width * share)
+
+    return _cut(decode(data, at_least), views, draws, full)
+
+
 def make_views(image: np.ndarray, views: Views, seed: int, epoch: int, index: int) -> list[np.ndarray]:
     """The crops of RGB uint8 [H, W, 3], one uint8 array [num, 3, size, size] for each kind in views.crops."""
-    draws = numpy_generator(seed, "views", epoch, index).random((sum(c.num for c in views.crops), DRAWS)).tolist()
-    out, n = [], 0
-    for kind in views.crops:
-        crops = np.empty((kind.num, 3, kind.size, kind.size), np.uint8)
-        for planes in crops:
-            u = iter(draws[n])
-            top, left, height, width = crop_box(image.shape[0], image.shape[1], kind.scale, u)
-            crop = resize(image[top : top + height, left : left + width], kind.size)
-            photometric.distort(crop, photometric.draw(views, u), planes)
-            n += 1
-        out.append(crops)
+    return _cut(image, views, _draws(views, seed, epoch, index), image.shape[:2])
+
+
+def _draws(views: Views, seed: int, epoch: int, index: int) -> list[list[float]]:
+    return numpy_generator(seed, "views", epoch, index).random((sum(c.num for c in views.crops), DRAWS)).tolist()
+
+
+def _boxes(views: Views, draws: list[list[float]], height: int, width: int) -> Iterator[tuple[Crop, Iterator[float], Box]]:
+    """For each crop its kind, what is left of its draws, and its box in an image of this size."""
+    kinds = (kind for kind in views.crops for _ in range(kind.num))
+    for kind, u in zip(kinds, map(iter, draws)):
+        yield kind, u, crop_box(height, width, kind.scale, u)
+
+
+def _cut(image: np.ndarray, views: Views, draws: list[list[float]], full: Sequence[int]) -> list[np.ndarray]:
+    """full: (height, width) of the image that `image` is a smaller copy of; boxes are chosen there."""
+    out = [np.empty((kind.num, 3, kind.size, kind.size), np.uint8) for kind in views.crops]
+    planes = (p for kind in out for p in kind)
+    down, right = image.shape[0] / full[0], image.shape[1] / full[1]
+    for to, (kind, u, (top, left, height, width)) in zip(planes, _boxes(views, draws, *full)):
+        rows = slice(round(top * down), max(round(top * down) + 1, round((top + height) * down)))
+        columns = slice(round(left * right), max(round(left * right) + 1, round((left + width) * right)))
+        photometric.distort(resize(image[rows, columns], kind.size), photometric.draw(views, u), to)
     return out
 
 
-def crop_box(height: int, width: int, scale: tuple[float, float], u) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, scale: tuple[float, float], u: Iterator[float]) -> Box:
     """(top, left, height, width) of a random resized crop; `u` iterates over uniform numbers in [0, 1).
 
     The distribution is that of torchvision's RandomResizedCrop.get_params with ratios 3/4 to 4/3.

@@ -68,7 +68,7 @@ def test_shapes_and_layout(photos):
     assert [tuple(v.shape) for v in first.views] == [(24, 3, 24, 24), (36, 3, 16, 16)]
     assert all(v.dtype == torch.uint8 and v.is_contiguous() for v in first.views) and first.indices.dtype == torch.int64
     image = int(first.indices[4])
-    expected = module.make_views(module.decode(photos.read(image)), VIEWS, 3, 0, image)
+    expected = module.load_views(photos.read(image), VIEWS, 3, 0, image)
     for got, crops in zip(first.views, expected):
         for c, crop in enumerate(crops):
             assert np.array_equal(got[c * BATCH + 4], crop)
@@ -138,7 +138,7 @@ def test_broken_images_are_replaced_by_the_next_of_the_order(photos, broken):
 def test_a_replacement_has_the_crops_of_its_own_image(broken):
     for batch in batches(broken, stop=N // BATCH * BATCH):
         for i, image in enumerate(batch.indices.tolist()):
-            own = module.make_views(module.decode(broken.read(image)), VIEWS, 3, 0, image)
+            own = module.load_views(broken.read(image), VIEWS, 3, 0, image)
             assert np.array_equal(batch.views[0][i], own[0][0])
 
 

@@ -11,7 +11,8 @@ from torchvision.transforms import functional as tv
 
 from seer_scale.config import Crop, Views
 from seer_scale.data import views as v
-from tests.pictures import apart, photo
+from seer_scale.data.decode import decode
+from tests.pictures import apart, encode, photo
 
 KINDS = Views(crops=(Crop(num=2, size=64), Crop(num=3, size=32, scale=(0.05, 0.14))))
 
@@ -92,3 +93,33 @@ def test_to_float_is_torchvisions_normalize(dtype, tolerance):
     theirs = tv.normalize(x / 255.0, v.MEAN, v.STD)
     ours = v.to_float(x, dtype)
     assert ours.dtype == dtype and torch.allclose(ours.float(), theirs, atol=tolerance)
+
+
+SMALL = Views(crops=(Crop(num=2, size=32, scale=(0.3, 1.0)), Crop(num=2, size=16, scale=(0.1, 0.3))), jitter_p=0.0, blur_p=0.0, grey_p=0.0)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("shape", [(480, 640), (64, 90), (30, 20), (1000, 333)])
+def test_views_of_a_smaller_decoding_are_those_of_the_whole(shape, orientation):
+    """Boxes are those of the full image, to a pixel, however large its decoding; smaller only where nothing is lost."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(smooth(*shape)), quality=95, exif=exif.tobytes())
+    for index in range(20):
+        whole = v.make_views(decode(data), SMALL, 0, 0, index)
+        for a, b in zip(v.load_views(data, SMALL, 0, 0, index), whole):
+            assert a.shape == b.shape and np.abs(a.astype(int) - b).mean() < 6
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([255 * rows / height, 255 * columns / width, 128 + 100 * np.sin(6 * rows / height)], -1).astype(np.uint8)
+
+
+def test_decoding_is_smaller_only_where_every_crop_allows_it():
+    data = encode(Image.fromarray(smooth(480, 640)))
+    for least, want in (((240, 320), (240, 320)), ((241, 320), (480, 640)), ((60, 80), (60, 80)), ((61, 80), (120, 160)), ((500, 700), (480, 640))):
+        assert decode(data, lambda *_, least=least: least).shape[:2] == want
+    told = []
+    decode(encode(Image.fromarray(smooth(50, 70)), "PNG"), lambda *size: told.append(size) or size)
+    assert not told  # it is as large as it is
