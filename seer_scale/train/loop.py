@@ -41,6 +41,9 @@ from seer_scale.train.window import Window
 from seer_scale.world import World
 
 
+STARVED, STARVED_LINES = 0.05, 3
+
+
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest) -> int:
     """Run or go on until the samples are seen or a stop is agreed; returns the exit status. Collective."""
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
@@ -83,6 +86,7 @@ class Trainer:
         self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main)
         self._warned_of_collapse = False
         self._told_unreadable: set[str] = set()
+        self._starved = 0
         self.resumed_from = self._load(resume) if resume else None
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
@@ -303,6 +307,7 @@ class Trainer:
         if scale < self.config.train.min_loss_scale and self.engine.scaler.dynamic:
             raise TrainingFailed(f"The loss scale has fallen to {scale:g}, below train.min_loss_scale {self.config.train.min_loss_scale:g}, because gradients overflow fp16 again and again: lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
         self._watch_for_collapse(loss, row.get("swav/assignment_entropy", 0.0))
+        self._watch_for_starvation(row["time/data_wait_frac"])
 
     def _tell_of_unreadable(self, sentences: list[str]) -> None:
         """The first few on the console, once; all of them, each time, in logs/unreadable-RANK.txt."""
@@ -328,6 +333,16 @@ class Trainer:
             return
         self._warned_of_collapse = True
         self._tell("collapse", f"The loss is {loss:.3f}, and ln K is {self.ln_k:.3f}: predictions are uniform, nothing is being learned. Try a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger train.global_batch or swav.queue.")
+
+    def _watch_for_starvation(self, share: float) -> None:
+        """Three metric lines in a row that waited for data over STARVED of their time: say so once, and what to change."""
+        workers, cores = self.config.data.workers, len(os.sched_getaffinity(0)) // self.world.local_size
+        if self._starved >= STARVED_LINES or not workers and cores < 2:  # without a core to spare, the rank loads by itself
+            return
+        self._starved = self._starved + 1 if share > STARVED else 0
+        if self._starved == STARVED_LINES:
+            more = f"raise data.workers from {workers} to {cores}" if workers < cores else "give each rank more cores, or store the images smaller"
+            self._tell("starved", f"Updates wait for images {100 * share:.0f} % of their time: {more} (seer-scale bench data {self.config.data.path} says how many a core makes).")
 
     def _save(self) -> Path | None:
         """A checkpoint of this moment; None, with a sentence in the log, if it could not be written.
