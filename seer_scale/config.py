@@ -299,7 +299,7 @@ def _build(cls: type, given: Any, prefix: str, problems: list[str]) -> Any:
             _check_limits(fields[name].metadata.get("limits", {}), values[name])
         except _Bad as bad:
             values.pop(name, None)
-            problems.append(f"{key} is {value!r}, but {bad}.")
+            problems.append(f"{key} is {value!r}, but {bad}{'' if str(bad).endswith(('?', '.')) else '.'}")
     if cls is Train:  # where it is missing or wrong, no other rule shall be broken by its default
         values.setdefault("samples", sys.maxsize)
     return cls(**values)
@@ -391,6 +391,8 @@ def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
             if not isinstance(place, dict):
                 problems.append(f"--{key} goes below {s}, which was given a value.")
                 place = {}
+        if name in place:
+            problems.append(f"--{key} is given twice; give it once.")
         place[name] = parsed
     return nested, problems
 
@@ -424,7 +426,9 @@ def resolve(
         problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
     if not config.data.path:
         problems.append("data.path is empty: give a folder of images, a list file or tars, as in --data.path ~/Pictures.")
-    problems += cross_checks(config, world_size or config.parallel.ranks) + without_effect(config) + also(config)
+    broken = [key for key in (p.partition(" ")[0] for p in problems) if "." in key]  # their defaults stand in: what is said of those is not true
+    further = cross_checks(config, world_size or config.parallel.ranks) + without_effect(config) + also(config)
+    problems += [p for p in further if not any(key in p for key in broken)]
     if problems:
         raise ConfigError(problems)
     return config

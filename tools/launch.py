@@ -49,6 +49,8 @@ def _split(words: list[str]) -> tuple[str, dict[str, str], list[str]]:
             if not given and not words:
                 raise UserError(f"{name} has no value; write {name} VALUE.")
             own[name] = value if given else words.pop(0)
+        elif name.startswith("--") and "." not in name:
+            raise UserError(f"{name} is no option of the launcher, and keys of a recipe have a dot, as in --train.samples; {nearest(name, ('--cluster', '--ranks'))}")
         else:
             rest.append(name + given + value)
     if not rest or rest[0].startswith("--"):

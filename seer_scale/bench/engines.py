@@ -3,6 +3,9 @@
 The ranks are processes of this machine: on the CPU all cases are built in the same ranks and take turns, in another
 order each round; ratios are medians over rounds. On GPUs they are built and measured one after another.
 
+An engine costs by the parameter, computing by the pixel: SEER's 256GF does 7,800 multiply-adds a parameter and update on
+a rank (16 images of 2 x 224 + 4 x 96), the default here 630, so an engine looks worse here than there.
+
 Memory is counted from before an engine is built. `peak` is the most of an update after two that warm up, images
 included; `held` is what is there between backward and update, without the images: weights, gradients, optimiser state,
 running statistics and what libraries keep, such as buckets. On GPUs both are the allocator's figures. On the CPU, where
@@ -47,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", default="all", help=f"all, none, or some of {','.join(FEATURES)}")
     parser.add_argument("--compile", action="store_true", help="also train.compile, which takes minutes to start")
     parser.add_argument("--model", default="regnety_200mf", help="a backbone's name")
-    parser.add_argument("--batch", type=int, default=16, help="global batch")
-    parser.add_argument("--crops", default="2x64,2x32", help="number x size of each kind of crop")
+    parser.add_argument("--batch", type=int, default=32, help="global batch")
+    parser.add_argument("--crops", default="2x96,4x48", help="number x size of each kind of crop")
     parser.add_argument("--prototypes", type=int, default=32)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"], help="of all cases but the feature's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -296,7 +299,7 @@ def run(args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps({"what": title, "rows": table, "left_out": left_out}, indent=1)
     turns = f"{args.rounds} interleaved rounds" if args.device == "cpu" else f"{args.rounds} rounds of each, one after another"
-    return "\n".join([title, f"ratios are to the row named last; speed: median of {turns}; memory a rank", *aligned(table), *left_out])
+    return "\n".join([title, f"each ratio is to the row named under 'to'; speed: median of {turns}; memory a rank", *aligned(table), *left_out])
 
 
 def table_row(case: Case, rows: dict[str, Measured], args: argparse.Namespace) -> dict:

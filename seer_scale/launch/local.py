@@ -97,7 +97,7 @@ class _Watch:
 
     def __init__(self, job: submitit.Job, ranks: int):
         self.job, self.ranks = job, ranks
-        self._asked_to_stop, self._asked_at = 0, 0.0
+        self._asked_to_stop, self._asked_at, self._signal = 0, 0.0, signal.SIGTERM
         self._told: set[int] = set()
         self._shown: set[str] = set()
         self._read: dict[Path, int] = {}
@@ -129,7 +129,7 @@ class _Watch:
 
     def _ask(self, number: int, _) -> None:
         if time.monotonic() - self._asked_at > ECHO_S:
-            self._asked_to_stop, self._asked_at = self._asked_to_stop + 1, time.monotonic()
+            self._asked_to_stop, self._asked_at, self._signal = self._asked_to_stop + 1, time.monotonic(), number
 
     def _pass_on(self) -> None:
         """Once to each rank, as soon as it is there."""
@@ -137,7 +137,7 @@ class _Watch:
             self._signal_ranks(signal.SIGKILL)
         elif self._asked_to_stop:
             new = [pid for pid in self._children() if pid not in self._told]
-            self._signal_ranks(signal.SIGTERM, new)
+            self._signal_ranks(self._signal, new)
             self._told |= set(new)
 
     def _children(self) -> list[int]:

@@ -154,7 +154,12 @@ class SwAV(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, z: Tensor) -> None:
-        """The embeddings of the global batch, in sample order, enter at the front; the oldest leave. z [C, B, dim]."""
+        """The embeddings of the global batch, in sample order, enter at the front; the oldest leave. z [C, B, dim].
+
+        Also those of an update that is then skipped, so that the queue fills by the samples seen; what is not finite
+        enters as zeros, which prefer no prototype.
+        """
+        z = z.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if self.world.size > 1:
             ranks = z.new_empty(self.world.size * z.shape[0], *z.shape[1:])
             dist.all_gather_into_tensor(ranks, z.contiguous())

@@ -33,18 +33,22 @@ def choose_memory_format(backbone: nn.Module, config: Config, world: World) -> t
 def measure(backbone: nn.Module, config: Config, world: World, rounds: int = 3) -> dict[str, float]:
     """Seconds of forward and backward over the backbone (on the meta device) for a rank's micro-batch, by format.
 
-    Timed is the last block of each stage, alone and with random weights, times the blocks of its stage. Medians.
+    Timed is the last block of each stage, alone and with random weights, times the blocks of its stage. Medians. A block
+    that no rank may hold whole (parallel.max_unit_gib) is left out.
     """
     batch = config.train.global_batch // world.size // config.accumulation(world.size)
     totals = dict.fromkeys(FORMATS, 0.0)
     sizes = [(crop.num * batch, -(-crop.size // 2)) for crop in config.views.crops]
     for names in backbone.stage_units():
-        block = copy.deepcopy(backbone.get_submodule(names[-1])).to_empty(device=world.device)
+        sizes = [(n, -(-size // 2)) for n, size in sizes]  # what the stage makes
+        block = backbone.get_submodule(names[-1])
+        if 4 * sum(p.numel() for p in block.parameters()) > config.parallel.max_unit_gib * 2**30:
+            continue
+        block = copy.deepcopy(block).to_empty(device=world.device)
         for p in block.parameters():
             nn.init.normal_(p, std=0.01)
         block.apply(lambda m: m.reset_running_stats() if hasattr(m, "reset_running_stats") else None)
         stride = block.conv2.conv.stride[0]
-        sizes = [(n, -(-size // 2)) for n, size in sizes]  # what the stage makes
         into = [(n, block.conv1.conv.in_channels, size * stride, size * stride) for n, size in sizes]
         for name, layout in FORMATS.items():
             times = [_time(block, into, layout, config, world.device) for _ in range(rounds + 1)]

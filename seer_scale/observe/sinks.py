@@ -248,6 +248,8 @@ class RunLog:
             words.append(f"lr {lr:.3g}")
         if (scale := _number(row, "loss_scale")) is not None and scale != 1:
             words.append(f"scale {scale:g}" if scale < 1 else f"scale {scale:.0f}")
+        if skipped := _number(row, "skipped"):
+            words.append(f"skipped {skipped:.0f}")
         if (top1 := _number(row, "knn/top1")) is not None:
             words.append(f"kNN top-1 {top1:.1f} %")
         return words

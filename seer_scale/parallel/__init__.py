@@ -10,7 +10,7 @@ from torch import nn
 
 from seer_scale.config import Config
 from seer_scale.errors import UserError
-from seer_scale.parallel.engine import Engine
+from seer_scale.parallel.engine import COMPUTE, Engine
 from seer_scale.world import World
 
 ENGINES = {
@@ -32,7 +32,7 @@ which no engine shards, need the rest."""
 def build_engine(method: nn.Module, config: Config, world: World) -> Engine:
     """Collective over all ranks: builds groups, materialises and initialises the parameters. Raises UserError.
 
-    On one rank there is nothing to share out, and every engine is `single`.
+    On one rank there is nothing to share out, and every engine is `single`, but for ZeRO with offload.
     """
     module, name = ENGINES[choose_engine(method, config, world)]
     return getattr(load(module), name)(method, config, world)
@@ -53,8 +53,10 @@ def choose_engine(method: nn.Module, config: Config, world: World) -> str:
     Collective where it is auto.
     """
     p = config.parallel
-    if world.size == 1 or p.engine != "auto":
-        return "single" if world.size == 1 else p.engine
+    if world.size == 1 and not p.offload:
+        return "single"
+    if p.engine != "auto":
+        return p.engine
     if p.replicate > 1 or p.shard:
         return "fsdp"
     slots = 2 if config.optim.name == "adamw" else 1
@@ -73,9 +75,22 @@ def check_device(config: Config) -> list[str]:
     """What this machine's devices cannot do of the recipe; before any is taken."""
     if config.parallel.device == "cuda" and not torch.cuda.is_available():
         return ["parallel.device is cuda, but there is no GPU here; use parallel.device cpu or auto."]
+    precision = config.train.precision
     if config.parallel.device == "cpu" or not torch.cuda.is_available():
+        if precision != "fp32" and (why := _refusal_of_cpu(COMPUTE[precision])):
+            return [f"train.precision is {precision}, but this CPU does not compute in it ({why}); use fp32."]
         return []
-    major, minor = torch.cuda.get_device_capability()
-    if config.train.precision == "bf16" and major < 8:
-        return [f"train.precision is bf16, but {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no bf16; use fp16."]
+    for name, needed, fix in (("fp16", (5, 3), "fp32"), ("bf16", (8, 0), "fp16")):
+        have = torch.cuda.get_device_capability()
+        if precision == name and have < needed:
+            return [f"train.precision is {name}, but {torch.cuda.get_device_name()} (compute capability {have[0]}.{have[1]}) has no {name}; use {fix}."]
     return []
+
+
+def _refusal_of_cpu(dtype: torch.dtype) -> str | None:
+    x, weight = torch.ones(1, 2, 3, 3, dtype=dtype, requires_grad=True), torch.ones(2, 1, 3, 3, dtype=dtype, requires_grad=True)
+    try:
+        torch.nn.functional.conv2d(x, weight, groups=2).sum().backward()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None

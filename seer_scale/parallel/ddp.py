@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seer_scale.parallel.engine import Engine
 
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # channels-last; costs a copy
+
 
 class DDP(Engine):
     name = "ddp"

@@ -179,7 +179,7 @@ class Engine:
         where = grads[0].device
         self.optimizer.update(grads, lr, norms.to(where), found_inf.to(where), frozen)
         self.scaler.update(found_inf)
-        # a forward that was not finite must not stay in the running statistics
+        # a forward that was not finite must not stay in the running statistics; a method's own buffers are its affair
         self.buffers.restore_where(found_inf > 0)
         self._restore_unit_rows(found_inf)
         return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf}
@@ -275,7 +275,13 @@ def compile_units(method: nn.Module) -> None:
     # units share their code: every width, stride and mode is one more version of it, and past a limit it would run eager
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
     for unit in method.units().values():
-        unit.forward = torch.compile(unit.forward, dynamic=False)
+        unit.forward = _compiled_in_training(unit)
+
+
+def _compiled_in_training(unit: nn.Module) -> Callable:
+    """Evaluation comes seldom and in other shapes: it would compile longer than it runs."""
+    plain, compiled = unit.forward, torch.compile(unit.forward, dynamic=False)
+    return lambda xs: (compiled if unit.training else plain)(xs)
 
 
 class Buffers:
@@ -293,21 +299,20 @@ class Buffers:
             first += b.numel()
         own = sum(b.numel() for module, _, b in owners if module is method)
         self.statistics = self.all.data[own:]
-        self._before = self.all.clone()
-        self._before_statistics = self._before[own:]
+        self._before = self.statistics.clone()
         self._sum = torch.zeros_like(self.statistics)
 
     def keep(self) -> None:
-        self._before.copy_(self.all)
+        self._before.copy_(self.statistics)
 
     def restore_where(self, condition: Tensor) -> None:
-        self.all.copy_(torch.where(condition, self._before, self.all))
+        self.statistics.copy_(torch.where(condition, self._before, self.statistics))
 
     @contextmanager
     def micro_batch(self, index: int, num: int) -> Iterator[None]:
         """Each micro-batch starts from the statistics kept; after the last, they are the mean of what each came to."""
-        self.statistics.copy_(self._before_statistics)
+        self.statistics.copy_(self._before)
         yield
-        self._sum = self._sum * bool(index) + self.statistics / num
+        self._sum = self.statistics / num + (self._sum if index else 0)  # no trace of the last update, which may be NaN
         if index == num - 1:
             self.statistics.copy_(self._sum)

@@ -26,11 +26,14 @@ class Fairscale(Engine):
 
     def _finish(self, module: nn.Module) -> nn.Module:
         largest_first = sorted(module.parameters(), key=lambda p: p.numel(), reverse=True)
+        root = logging.getLogger()
+        handlers = root.handlers[:]
         self.oss = OSS(largest_first, optim=lambda groups: Handed(groups))
-        logging.getLogger().setLevel(logging.WARNING)
         # freezing is ours, so nothing about the parameters changes that fairscale should look for
         wrapped = ShardedDataParallel(module, self.oss, broadcast_buffers=False, sync_models_at_startup=False, auto_refresh_trainable=False)
         wrapped.refresh_trainable()  # else the first forward does, and moves the parameters
+        root.handlers[:] = handlers  # it logs by root's own functions, which give root a handler for everybody's words
+        root.setLevel(logging.WARNING)
         return wrapped
 
     def _owns(self, p: Tensor) -> bool:

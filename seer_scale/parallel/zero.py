@@ -27,6 +27,7 @@ from seer_scale.parallel.ds_config import deepspeed_config
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.handed import Handed
 from seer_scale.parallel.shard import Shard
+from seer_scale.parallel.thrifty import keep_parameters_only
 from seer_scale.parallel.units import sharded_units
 
 KEPT, RECOMPUTED = -1, -2
@@ -41,6 +42,10 @@ class Zero(Engine):
     """Stages 1 and 2: weights are whole on every rank."""
 
     def _wrap(self, method: nn.Module) -> nn.Module:
+        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # DeepSpeed asks for it
+        if not dist.is_initialized():  # one rank, with offload
+            backend = "cpu:gloo,cuda:nccl" if self.world.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the process group there is
         self.ds_config = deepspeed_config(self.config, self.world.size, sum(s.numel() for s in self.shapes.values()))
         return method
@@ -145,12 +150,12 @@ class Zero3(Zero):
 
     def _wrap(self, method: nn.Module) -> nn.Module:
         self.units = sharded_units(method, self.config)  # while parameters still have their sizes
+        keep_parameters_only(method)
         return super()._wrap(method)
 
     @torch.no_grad()
     def _materialise(self) -> None:
         """A parameter at a time: no rank ever holds more of the model than one of them and its own runs."""
-        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
         init = deepspeed.zero.Init(config_dict_or_path=self.ds_config, dtype=torch.float32)
         for prefix, module in self.method.named_modules():
             for name, _ in list(module.named_parameters(recurse=False)):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.checkpoint import store
-from seer_scale.config import Config
+from seer_scale.config import Config, without_effect
 from seer_scale.data.loader import Batch, loader
 from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source, open_source
@@ -39,7 +40,6 @@ from seer_scale.parallel import build_engine
 from seer_scale.train.stop import StopRequest
 from seer_scale.train.window import Window
 from seer_scale.world import World
-
 
 STARVED, STARVED_LINES = 0.05, 3
 
@@ -156,6 +156,10 @@ class Trainer:
         facts = dict(ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
                      labelled=self.labelled is not None, memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()))  # fmt: skip
+        if self.engine.name != c.parallel.engine:  # auto's choice, or one rank's
+            chosen = dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, engine=self.engine.name))
+            for sentence in without_effect(chosen):
+                self._tell("note", sentence)
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
                 self.log.event("resume", f"{self.resumed_from} is complete: all {c.train.samples:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
@@ -174,7 +178,8 @@ class Trainer:
         unlabelled = c.knn.enabled and self.labelled is None
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
-        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled, **facts)
+        compiles = " The first update compiles, which takes minutes." * c.train.compile
+        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + compiles, **facts)
 
     # --- the run
 
@@ -192,7 +197,8 @@ class Trainer:
                     self._evaluate("after")
                     self._show_prototypes()
             except _Stop as stop:
-                self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. Start it again and it goes on.")
+                left = "Start it again and it goes on." if self.samples_seen < self.config.train.samples else "All samples were seen: start it again for the last evaluation."
+                self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}")
                 self._report()
                 return EXIT_STOPPED
             self._tell("done", f"Done: {self.samples_seen:,} samples in {self.step:,} updates.")
@@ -286,8 +292,8 @@ class Trainer:
         """One metric line: one reduction of device values, one of host counts. `watched` may be empty."""
         scaler = self.engine.scaler
         means, counts = window.reduce(watched)
-        own = torch.stack([stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.skipped_in_a_row])
-        grad_norm, param_norm, scale, skipped, in_a_row = own.tolist()
+        own = torch.stack([stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.longest_streak])
+        grad_norm, param_norm, scale, skipped, streak = own.tolist()
         total, count = means.pop("loss_sum").item(), means.pop("loss_count").item()
         loss = total / count if count else math.nan
         row = {
@@ -302,8 +308,8 @@ class Trainer:
         window.reset()
         if count and self.schedule.observe(self.samples_seen, loss):
             self._tell("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
-        if in_a_row >= self.config.train.max_skips:
-            raise TrainingFailed(f"The last {int(in_a_row)} updates were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
+        if streak >= self.config.train.max_skips:
+            raise TrainingFailed(f"{int(streak)} updates in a row were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
         if scale < self.config.train.min_loss_scale and self.engine.scaler.dynamic:
             raise TrainingFailed(f"The loss scale has fallen to {scale:g}, below train.min_loss_scale {self.config.train.min_loss_scale:g}, because gradients overflow fp16 again and again: lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
         self._watch_for_collapse(loss, row.get("swav/assignment_entropy", 0.0))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from seer_scale import world as worlds
-from seer_scale.config import ZERO, Config, load_recipe, resolve
+from seer_scale.config import ZERO, Config, all_keys, load_recipe, resolve
 from seer_scale.data.sources import kind_of
 from seer_scale.errors import ConfigError, TrainingFailed, UserError
 from seer_scale.methods.swav import SwAV
@@ -23,16 +23,16 @@ from seer_scale.world import World
 
 def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config:
     """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError."""
-    return resolve(load_recipe(recipe), overrides, world_size=world_size, also=_beyond_config)
+    return resolve(load_recipe(recipe), overrides, world_size=world_size, also=partial(_beyond_config, world_size=world_size))
 
 
-def _beyond_config(config: Config) -> list[str]:
+def _beyond_config(config: Config, world_size: int) -> list[str]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
     c = config
 
     checks = {"model": partial(_shape, c)}
     if c.parallel.engine in ZERO:
-        checks["parallel.ds_config"] = partial(load("zero").deepspeed_config, c, 1)
+        checks["parallel.ds_config"] = partial(load("zero").deepspeed_config, c, world_size)
     if c.data.kind == "auto":
         checks["data.path"] = partial(_kind_of, c.data.path)
     if c.knn.enabled:
@@ -41,8 +41,11 @@ def _beyond_config(config: Config) -> list[str]:
     for key, check in checks.items():
         try:
             check()
+        except ConfigError as several:
+            problems += several.problems
         except UserError as problem:
-            problems.append(f"{key}: {problem}")
+            names_one = any(k in str(problem) for k, *_ in all_keys())
+            problems.append(str(problem) if names_one else f"{key}: {problem}")
     return problems
 
 

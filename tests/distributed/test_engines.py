@@ -22,7 +22,7 @@ from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import sharded_units
 from seer_scale.world import World
 from tests.ranks import run_ranks
-from tests.tiny import fake_views, losses_of, micro_batches, tiny, world_of
+from tests.tiny import losses_of, micro_batches, tiny, world_of
 from tests.traffic import Traffic
 
 pytestmark = pytest.mark.timeout(1500)  # the ranks run everything before the first test
@@ -69,12 +69,12 @@ CASES_OF = {
     "zero3": (*OPTIMISERS, *RECOMPUTED, "frozen", "no decay of vectors"),
     "zero3 in parts": ("runs recomputed",),
     "fairscale": OPTIMISERS,
-} | {f"zero{i} offloaded": ("lars", "adamw") for i in (1, 2, 3)}
+} | {f"zero{i} offloaded": OPTIMISERS for i in (1, 2, 3)}
 WITH = {
     2: [(e, c) for e, cases in CASES_OF.items() for c in cases],
-    4: [(e, "lars") for e in ENGINES] + [("hsdp", "adamw"), ("hsdp", "runs recomputed"), ("zero3", "runs recomputed")],
+    4: [(e, c) for e in ENGINES for c in (("lars",) if " " in e else OPTIMISERS)] + [("hsdp", "runs recomputed"), ("zero3", "runs recomputed")],
 }
-SHARDED = [e for e in ENGINES if e not in ("hsdp", "zero3 in parts")]
+SKIPPED = [(e, 0) for e in ENGINES if e not in ("hsdp", "zero3 in parts")] + [(e, 2) for e in ("ddp", "fsdp", "zero3")]
 
 
 def run_case(world: World, case: str, engine: dict) -> dict:
@@ -119,7 +119,7 @@ def everything(rank: int, size: int, folder: str) -> dict:
     out["sinkhorn"] = sinkhorn_of_ranks(world)
     out["handed on"] = handed_on(world, Path(folder) / "checkpoints")
     if size == 2:
-        out["skip"] = {name: skipped_on_all(world, ENGINES[name]) for name in SHARDED}
+        out["skip"] = {(name, m): skipped_on_all(world, ENGINES[name], m) for name, m in SKIPPED}
         out["precision"] = {(e, p): precision_run(world, e, p) for e, p in PRECISIONS}
         out["group_stats"] = averaged_statistics(world)
         out["traffic"] = {(e, v): traffic_of(world, ENGINES[e], VARIANTS[v]) for e, vs in TRAFFIC.items() for v in vs}
@@ -147,27 +147,29 @@ def _held(engine: Engine) -> dict[str, torch.Tensor]:
     """This rank's state apart from counters, with what forward reads."""
     state = {k: getattr(v, "local", v).clone() for k, v in engine.state().items()}
     state |= {f"forward/{n}": torch.from_numpy(forward_weight(engine, n)) for n in engine.method.unit_rows}
-    return {k: v for k, v in state.items() if not any(c in k for c in ("num_batches_tracked", "scaler/"))}
+    return {k: v for k, v in state.items() if not any(c in k for c in ("num_batches_tracked", "scaler/", "memory/"))}
 
 
-def skipped_on_all(world: World, over: dict) -> dict:
-    """An inf in one rank's images: weights, statistics, momentum and queue stay as they were on all; then it goes on."""
-    config, engine = tiny(world, **over, **{"train.precision": "fp16", "swav.queue": 16})
+def skipped_on_all(world: World, over: dict, micro_batch: int) -> dict:
+    """An inf in one rank's images: weights, statistics and momentum stay as they were on all; then it goes on, and the
+    queue has filled by the samples seen."""
+    config, engine = tiny(world, **over, **{"train.precision": "fp16", "swav.queue": 16, "train.micro_batch": micro_batch})
     engine.scaler.scale.fill_(256.0)  # where nothing overflows by itself
     losses_of(engine, config, world, range(1), 0.01)
     before, scale, skipped = _held(engine), engine.scaler.scale.item(), engine.scaler.skipped.item()
-    views = fake_views(config, 1, world)
+    views = [make() for make in micro_batches(config, 1, world)]
     if world.rank == 1:
-        views[0][0] = torch.inf
-    engine.gradients([lambda: views], samples_seen=8)
+        views[0][0][0] = torch.inf
+    engine.gradients([lambda v=v: v for v in views], samples_seen=8)
     engine.update(0.3)
     moved = [k for k, v in _held(engine).items() if not torch.equal(v, before[k])]
     halved = engine.scaler.scale.item() == scale / 2
     counted = engine.scaler.skipped.item() - skipped == 1 and engine.scaler.skipped_in_a_row.item() >= 1
-    losses = losses_of(engine, config, world, range(2, 3), 0.01)
+    losses = losses_of(engine, config, world, range(2, 4), 0.01)
+    finite = engine.is_finite() and engine.method.queue[:, :16].norm(dim=2).gt(0.5).all().item()
     went_on = any(not torch.equal(v, before[k]) for k, v in _held(engine).items() if k.startswith("model/") and v.numel())
     return {"moved": moved, "halved": halved, "counted": counted, "in_a_row": engine.scaler.skipped_in_a_row.item(),
-            "went_on": went_on and np.isfinite(losses).all()}  # fmt: skip
+            "went_on": went_on and np.isfinite(losses).all() and finite}  # fmt: skip
 
 
 PRECISIONS = [("fsdp", "fp32"), ("fsdp", "fp16"), ("fsdp", "bf16"), ("ddp", "fp16"), ("zero1", "fp16"), ("zero3", "fp16"), ("zero3", "bf16"), ("fairscale", "fp16")]
@@ -182,7 +184,7 @@ def precision_run(world: World, engine: str, precision: str) -> list[float]:
     config, built = tiny(world, **CALM, **{"parallel.engine": engine, "train.precision": precision})
     built.scaler.scale.fill_(256.0 if precision == "fp16" else 1.0)  # no skips while the scale settles
     losses = []
-    for step in range(50 if engine == "fsdp" else 10):
+    for step in range(50):
         loss, _ = built.gradients(micro_batches(config, step % 4, world), samples_seen=16 * step)
         built.update(0.03)
         losses.append((world.sum_(loss.clone()) / world.size).item())
@@ -298,6 +300,12 @@ def test_prototypes_have_unit_length_in_the_master_copy_and_in_what_forward_read
         assert off < 1e-6 and np.abs(np.linalg.norm(run["weights"][name], axis=1) - 1).max() < 1e-6, name
 
 
+@pytest.mark.parametrize("one,other", [("fsdp", "fsdp kept"), ("zero1", "zero2"), ("zero1", "zero1 offloaded"), ("zero3", "zero3 offloaded")])
+def test_engines_that_reduce_in_the_same_order_agree_to_the_bit(ranks, one, other):
+    a, b = (ranks[2][0][e, "lars"] for e in (one, other))
+    assert a["losses"] == b["losses"] and all(np.array_equal(w, b["weights"][n]) for n, w in a["weights"].items())
+
+
 def test_recomputing_changes_no_bit():
     for case in RECOMPUTED:
         assert single(case)["losses"] == single("lars")["losses"]
@@ -314,10 +322,10 @@ def test_a_run_may_go_on_with_any_other_engine_and_number_of_ranks(ranks):
 # ------------------------------------------------------------------------------------------------ 2. precision, skips
 
 
-@pytest.mark.parametrize("engine", SHARDED)
-def test_an_inf_on_one_rank_skips_the_update_on_all(ranks, engine):
+@pytest.mark.parametrize("engine,micro_batch", SKIPPED)
+def test_an_inf_on_one_rank_skips_the_update_on_all(ranks, engine, micro_batch):
     for rank in ranks[2]:
-        seen = rank["skip"][engine]
+        seen = rank["skip"][engine, micro_batch]
         assert seen["moved"] == [] and seen["halved"] and seen["counted"] and seen["in_a_row"] == 0 and seen["went_on"], seen
 
 
@@ -327,7 +335,7 @@ def test_half_precision_follows_fp32(ranks, engine, precision):
     ours, measure = np.array(runs[engine, precision]), np.array(runs["fsdp", "fp32"])
     assert measure[-5:].mean() < 0.9 * measure[:5].mean()  # it learns
     fives = ours.reshape(-1, 5).mean(1)
-    np.testing.assert_allclose(fives, measure.reshape(-1, 5).mean(1)[: len(fives)], rtol=0.01)
+    np.testing.assert_allclose(fives, measure.reshape(-1, 5).mean(1), rtol=0.01)
 
 
 # ------------------------------------------------------------------------------------------------ 4. statistics

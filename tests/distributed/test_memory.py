@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 
+from seer_scale.bench.engines import LiveBytes
 from seer_scale.config import resolve
 from seer_scale.methods.swav import SwAV
 from seer_scale.parallel import build_engine
@@ -49,8 +50,8 @@ def held() -> int:
     return sum(storages.values())
 
 
-def build(world: World, engine: str, optimizer: str) -> tuple:
-    over = {"parallel": {"engine": "fsdp", "replicate": 2} if engine == "hsdp" else {"engine": engine}, "optim": {"name": optimizer, "lr": 1e-3}}
+def build(world: World, engine: str, optimizer: str, precision: str = "fp32") -> tuple:
+    over = {"parallel": {"engine": "fsdp", "replicate": 2} if engine == "hsdp" else {"engine": engine}, "optim": {"name": optimizer, "lr": 1e-3}, "train": {"precision": precision}}
     config = resolve({**RECIPE, **WIDE}, over, world_size=world.size)
     with torch.device("meta"):
         method = SwAV(config, world)
@@ -84,7 +85,23 @@ def measured(rank: int, size: int) -> dict:
                                     "buffers": 4 * 3 * sum(b.numel() for b in engine.method.buffers())}  # fmt: skip
             engine.close()
             del engine
+        out[name, "lars"]["forward"] = left_by_forward(world, name)
     return out
+
+
+def left_by_forward(world: World, name: str) -> int:
+    """Bytes that a half-precision forward leaves for backward."""
+    config, engine = build(world, name, "lars", "bf16")
+    engine.gradients(micro_batches(config, 0, world), samples_seen=0)  # libraries make their buckets
+    engine.update(1e-3)
+    views = micro_batches(config, 1, world)[0]()
+    with LiveBytes() as count:
+        loss, _ = engine._forward(views, samples_seen=0)
+        left = count.now
+    engine._backward(loss)
+    engine.update(1e-3)
+    engine.close()
+    return left
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +115,16 @@ def test_bytes_held_follow_the_formula(ranks, engine, optimizer):
         m = rank[engine, optimizer]
         state, gradients = formula(engine, 4, m["P"], m["V"], 2 if optimizer == "adamw" else 1)
         assert abs(m["before"] - m["buffers"] - state - gradients) < 0.1 * (state + gradients), (m, state, gradients)
+
+
+def test_a_sharded_forward_leaves_no_weights_behind(ranks):
+    """Activations are the same for all engines; with whole weights, autocast's half copies of them come on top."""
+    for rank in ranks:
+        m, activations = rank["zero3", "lars"], rank["fsdp", "lars"]["forward"]
+        halves = 2 * (m["P"] - m["V"])
+        assert abs(m["forward"] - activations) < 0.1 * halves
+        for engine in ("ddp", "zero1", "zero2", "fairscale"):
+            assert 0.8 * halves < rank[engine, "lars"]["forward"] - activations < 1.2 * halves, engine
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])

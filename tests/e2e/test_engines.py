@@ -10,9 +10,9 @@ from tests.e2e.runs import LAUNCH, assert_same_path, command, events, reaches, r
 
 
 def test_a_run_changes_engine_and_number_of_ranks_as_it_goes_on(straight, tmp_path, photos):
-    """zero3 on 2 ranks, stopped; fairscale on 2, stopped; one process to the end: the path of the run never stopped."""
+    """zero3 on 2 ranks, stopped; zero1, stopped; fairscale, stopped; one process to the end: the path of the run never stopped."""
     given, place = recipe(tmp_path, photos), tmp_path / "run"
-    for engine, until_samples in (("zero3", 40), ("fairscale", 96)):
+    for engine, until_samples in (("zero3", 32), ("zero1", 64), ("fairscale", 104)):
         words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, "--parallel.engine", engine)
         launcher = command(*words, folder=tmp_path)
         until(reaches(place, until_samples), lambda: launcher.text)  # noqa: B023
@@ -21,8 +21,21 @@ def test_a_run_changes_engine_and_number_of_ranks_as_it_goes_on(straight, tmp_pa
         assert f"2 ranks ({engine}, cpu)" in launcher.text and "Traceback" not in launcher.text
     text = run("train", given, "--run.dir", place, folder=tmp_path)
     assert 'parallel.engine "fairscale" -> "fsdp"' in text
-    assert [e["engine"] for e in events(place, "resume")] == ["fairscale", "single"]
+    assert [e["engine"] for e in events(place, "resume")] == ["zero1", "fairscale", "single"]
     assert_same_path(place, straight)
+
+
+def test_one_rank_can_offload(straight, tmp_path, photos):
+    given, place = recipe(tmp_path, photos, parallel={"engine": "zero2", "offload": True}), tmp_path / "run"
+    run("train", given, "--run.dir", place, folder=tmp_path)
+    assert events(place, "start")[0]["engine"] == "zero2"
+    assert_same_path(place, straight)
+
+
+def test_what_the_engine_taken_does_not_read_is_said(tmp_path, photos):
+    given, place = recipe(tmp_path, photos, train={"samples": 16}, parallel={"engine": "auto", "reshard_after_forward": False}), tmp_path / "run"
+    run("train", given, "--run.dir", place, ranks=2, folder=tmp_path)
+    assert "parallel.reshard_after_forward is False, but has no effect" in events(place, "note")[0]["text"]
 
 
 def test_micro_batches_and_auto_are_said_in_the_log(tmp_path, photos):

@@ -18,9 +18,9 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def run(corpus, run_dir, *overrides):
+def run(corpus, run_dir, *overrides, samples=5120):
     """80 updates of the demo recipe on one rank; its metric lines and events."""
-    words = ["--data.path", str(corpus / "train"), "--run.dir", str(run_dir), "--train.samples", "5120"]
+    words = ["--data.path", str(corpus / "train"), "--run.dir", str(run_dir), "--train.samples", str(samples)]
     words += ["--schedule.warmup_samples", "1000", "--knn.enabled", "false", "--checkpoint.every_samples", "0", *overrides]
     assert run_training("demo", words) == 0
     return read_metrics(run_dir)
@@ -35,7 +35,7 @@ def test_the_demo_recipe_does_not_collapse(corpus, tmp_path):
 
 
 def test_a_run_at_ln_k_says_so_and_what_to_try(corpus, tmp_path):
-    rows, events = run(corpus, tmp_path / "run", "--swav.epsilon", "10.0", "--train.samples", "2560")
+    rows, events = run(corpus, tmp_path / "run", "--swav.epsilon", "10.0", samples=2560)
     assert abs(rows[-1]["swav/below_ln_k"]) < 0.05
     told = [e["text"] for e in events if e["event"] == "collapse"]
     assert len(told) == 1 and "swav.epsilon" in told[0] and "ln K" in told[0]

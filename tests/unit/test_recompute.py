@@ -16,10 +16,14 @@ from seer_scale.models.heads import ProjectionHead
 from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.models.regnet import RegNetY
 from seer_scale.parallel.recompute import find_segments, recompute
-from seer_scale.parallel.units import largest, matrix_numel, split_units
+from seer_scale.parallel.units import matrix_numel, split_units
 
 STAGES = [["s1.b1"], ["s2.b1", "s2.b2"], ["s3.b1", "s3.b2", "s3.b3", "s3.b4"], ["s4.b1", "s4.b2"]]
 FORMS = ["every 1", "every 2", "every 3", "every 9", ((1,), (2,), (1, 3), ()), ((), (1,), (4,), (1, 2))]
+
+
+def largest(units: dict) -> tuple[str, int]:
+    return max(((name, matrix_numel(unit)) for name, unit in units.items()), key=lambda x: x[1])
 
 
 def tiny() -> RegNetY:

@@ -2,10 +2,14 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from seer_scale.bench.step import textbook_loss, textbook_sinkhorn
+from seer_scale.methods import swav
+from seer_scale.methods.sinkhorn import sinkhorn
+from seer_scale.methods.swav import SwAV
 from seer_scale.world import World
 from tests.tiny import fake_views, losses_of, micro_batches, tiny
 
@@ -93,3 +97,23 @@ def test_it_watches_itself():
     collapsed |= {f"code_entropy.{i}": torch.tensor(math.log(k)) for i, k in enumerate((12, 7))}
     figures = engine.method.summarise(collapsed)
     assert math.isclose(figures["swav/prototype_use"], (1 / 12 + 1 / 7) / 2) and math.isclose(figures["swav/assignment_entropy"], 1, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_scores_codes_and_loss_are_fp32_whatever_the_precision(monkeypatch, precision):
+    """VISSL's prototypes take part in half precision, and its Sinkhorn with them."""
+    config, engine = tiny(WORLD, **{"parallel.engine": "single", "train.precision": precision})
+    seen = []
+
+    def watched(scores, *rest):
+        seen.extend(scores)
+        return sinkhorn(scores, *rest)
+
+    monkeypatch.setattr(swav, "sinkhorn", watched)
+    embeddings = []
+    monkeypatch.setattr(type(engine.method), "embed", lambda self, views, embed=SwAV.embed: embeddings.append(embed(self, views)) or embeddings[0])
+    loss, _ = engine._forward(fake_views(config, 0, WORLD), samples_seen=0)
+    assert loss.dtype == embeddings[0].dtype == torch.float32
+    for scores, prototypes in zip(seen, engine.method.prototypes):
+        exact = embeddings[0][:2].detach().double() @ prototypes.weight.detach().double().T
+        assert scores.dtype == torch.float32 and (scores - exact).abs().max() < 1e-6  # half precision is off by 1e-4

@@ -36,7 +36,7 @@ def test_no_gather_of_the_big_models_exceeds_the_size_and_nothing_is_left_out(re
 
 def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
     method, config = method_of("seer_regnety_10b", "--parallel.max_unit_gib", "1")
-    with pytest.raises(UserError, match=r"max_unit_gib is 1, but backbone.s4.b1.conv3 .* 1.490 GiB in fp16; nearest: 1.49"):
+    with pytest.raises(UserError, match=r"max_unit_gib is 1, but backbone.s4.b1.conv3 .* 1.49 GiB in fp16; nearest: 1.49"):
         sharded_units(method, config)
     method, config = method_of("seer_regnety_10b", "--parallel.max_unit_gib", "1.49")
     assert "backbone.s4.b1.conv3" in sharded_units(method, config)
@@ -57,6 +57,8 @@ def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
         (["--train.min_loss_scale", "2"], "train.min_loss_scale is 2.0, but has no effect without train.precision fp16"),
         (["--parallel.engine", "ddp", "--parallel.ds_config", "x.json"], "parallel.ds_config is x.json, but has no effect without parallel.engine zero1"),
         (["--parallel.engine", "zero3", "--parallel.ds_config", "nowhere.json"], "nowhere.json cannot be read"),
+        (["--parallel.engine", "zero4", "--parallel.offload", "true"], "parallel.engine is 'zero4', but must be one of"),
+        (["--train.samples", "64", "--train.samples", "128"], "--train.samples is given twice"),
         (["--train.micro_batch", "1", "--parallel.sync_bn_group", "1"], "leaves BatchNorm 1 image to normalise over"),
     ],
 )
@@ -80,6 +82,10 @@ def test_bad_input_is_one_sentence_before_anything_is_built(tmp_path, words, sen
         ({"zero_optimization": {"sub_group_size": 1000}}, "but parallel.engine zero3 needs 1000000000000"),
         ({"zero_optimization": {"reduce_buket_size": 1000}}, "did you mean reduce_bucket_size"),
         ({"gradient_clip": 1.0}, "which is no key"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, 'has zero_optimization.reduce_bucket_size "big", but DeepSpeed says'),
+        ({"zero_optimization": {"prefetch_bucket_size": 5}}, "did you mean stage3_prefetch_bucket_size"),
+        ({"train_micro_batch_size_per_gpu": 8}, "has train_micro_batch_size_per_gpu 8, but the recipe's train.micro_batch is 0"),
+        ({"sparse_gradients": True}, "has sparse_gradients, which is no key"),
         ([], "must be a JSON object"),
     ],
 )
@@ -92,6 +98,22 @@ def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused_with_both_named
     assert sentence in str(problem.value) and "ds.json" in str(problem.value), problem.value
 
 
+def test_a_deepspeed_files_problems_are_told_together(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 9, "fp16": {"enabled": True}, "wibble": 1, "zero_optimization": {"stage": 3, "overlap_com": 1}}))
+    config = resolve(RECIPE, {"parallel": {"engine": "zero2", "ds_config": str(tmp_path / "ds.json")}}, world_size=4)
+    with pytest.raises(ConfigError) as problem:
+        parallel.load("ds_config").deepspeed_config(config, 4)
+    assert len(problem.value.problems) == 5
+
+
+def test_a_deepspeed_file_may_say_what_the_recipe_says_and_keeps_the_shipped_rest(tmp_path):
+    agrees = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "fp16": {"enabled": False}, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "ds.json").write_text(json.dumps(agrees))
+    config = resolve(RECIPE, {"parallel": {"engine": "zero2", "offload": True, "ds_config": str(tmp_path / "ds.json")}}, world_size=4)
+    made = parallel.load("ds_config").deepspeed_config(config, 4)
+    assert made["zero_optimization"]["use_multi_rank_bucket_allreduce"] is False and made["train_batch_size"] == 8
+
+
 def test_a_deepspeed_file_adds_what_the_recipe_does_not_say(tmp_path):
     ds_config = parallel.load("ds_config")
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}, "prescale_gradients": True}))
@@ -99,6 +121,23 @@ def test_a_deepspeed_file_adds_what_the_recipe_does_not_say(tmp_path):
     made = ds_config.deepspeed_config(config, 4)
     zero = made["zero_optimization"]
     assert zero["reduce_bucket_size"] == 77 and zero["stage"] == 2 and zero["offload_optimizer"]["device"] == "cpu" and made["prescale_gradients"]
+
+
+def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
+    def refuses(*_, **__):
+        raise RuntimeError('"slow_conv2d_cpu" not implemented for \'Half\'')
+
+    config = resolve(RECIPE, {"train": {"precision": "fp16"}, "parallel": {"device": "cpu"}})
+    assert parallel.check_device(config) == []
+    monkeypatch.setattr(torch.nn.functional, "conv2d", refuses)
+    (sentence,) = parallel.check_device(config)
+    assert "train.precision is fp16, but this CPU" in sentence and sentence.endswith("use fp32.")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    for precision, have, refused in (("fp16", (5, 2), True), ("fp16", (7, 0), False), ("bf16", (7, 5), True), ("bf16", (8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda have=have: have)
+        config = resolve(RECIPE, {"train": {"precision": precision}})
+        assert bool(parallel.check_device(config)) == refused, (precision, have)
 
 
 def test_auto_takes_ddp_while_it_fits_and_shards_beyond(monkeypatch):

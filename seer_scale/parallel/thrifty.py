@@ -1,0 +1,56 @@
+"""Convolutions and matrix products that keep their parameter for backward, and nothing made of it.
+
+Autocast's half-precision copy of a weight, and the transpose a matrix product saves, live from forward to backward, and
+with them a whole model that an engine believes to have freed. Here backward takes the parameter as it finds it then
+(gathered anew) and copies it once more. (DeepSpeed's LinearFunctionForZeroStage3, for convolutions and autocast too.)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def keep_parameters_only(method: nn.Module) -> None:
+    """Make each convolution and linear layer of `method` thrifty; its values stay what they were."""
+    for module in method.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.forward = partial(_forward, module)
+
+
+def _forward(module: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    conv = (module.stride, module.padding, module.dilation, module.groups) if isinstance(module, nn.Conv2d) else None
+    return _Product.apply(x, module.weight, module.bias, conv)
+
+
+class _Product(torch.autograd.Function):
+    """x [N, C, H, W] or [N, C], weight and bias of a layer -> its output, in x's type; conv: None for a linear layer."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, conv):
+        ctx.save_for_backward(x, weight)
+        ctx.conv, ctx.bias_type = conv, None if bias is None else bias.dtype
+        w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return F.linear(x, w, b) if conv is None else F.conv2d(x, w, b, *conv)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        w, has_bias = weight.to(x.dtype), ctx.bias_type is not None
+        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], has_bias and ctx.needs_input_grad[2])
+        if ctx.conv is None:
+            dx = dy @ w if need[0] else None
+            dw = dy.t() @ x if need[1] else None
+            db = dy.sum(0) if need[2] else None
+        else:
+            stride, padding, dilation, groups = ctx.conv
+            bias_sizes = [w.shape[0]] if has_bias else None
+            dx, dw, db = torch.ops.aten.convolution_backward(
+                dy, x, w, bias_sizes, stride, padding, dilation, False, [0, 0], groups, need
+            )
+        return dx, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(ctx.bias_type), None
