@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
     recipe = load_recipe(str(run_dir / "config.yaml"))
     recipe["parallel"] = {"device": (recipe.get("parallel") or {}).get("device", "auto")}  # how it was trained does not bind its evaluation
     recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}
-    overrides = [*overrides, "--knn.enabled", "true"]  # asking for it enables it
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
+    config = dataclasses.replace(config, knn=dataclasses.replace(config.knn, enabled=True))  # asking for it enables it
     images = labelled_images(config)
     if images is None:
         raise DataError(f"{config.data.path} has no labels: give labelled images, as in --knn.bank DIR --knn.queries DIR.")
