@@ -15,16 +15,19 @@ def sharded_units(method: nn.Module, config: Config) -> dict[str, nn.Module]:
 
     Raises UserError where a layer alone is larger.
     """
-    most, whole = config.parallel.max_unit_gib, method.units()
-    widths = {name: 4 if config.train.precision == "fp32" or name in method.fp32_units else 2 for name in whole}
+    most, precision = config.parallel.max_unit_gib, config.train.precision
     units: dict[str, nn.Module] = {}
-    for name, unit in whole.items():
-        units |= split_units({name: unit}, int(most * 2**30 / widths[name]))
-    needs = {name: matrix_numel(unit) * (widths.get(name) or widths[name.rpartition(".")[0]]) / 2**30 for name, unit in units.items()}
-    name, need = max(needs.items(), key=lambda n: n[1])
+    needs: dict[str, tuple[float, str]] = {}
+    for name, unit in method.units().items():
+        dtype = "fp32" if name in method.fp32_units else precision
+        width = 4 if dtype == "fp32" else 2
+        parts = split_units({name: unit}, int(most * 2**30 / width))
+        units |= parts
+        needs |= {part: (matrix_numel(module) * width / 2**30, dtype) for part, module in parts.items()}
+    name, (need, dtype) = max(needs.items(), key=lambda n: n[1])
     if need > most and config.parallel.engine in ("auto", "fsdp", "zero3"):
         digits = 10.0 ** (math.floor(math.log10(need)) - 2)
-        raise UserError(f"parallel.max_unit_gib is {most:g}, but {name} cannot be split and takes {need:.3g} GiB in {config.train.precision}; nearest: {math.ceil(need / digits) * digits:.3g}.")
+        raise UserError(f"parallel.max_unit_gib is {most:g}, but {name} cannot be split and takes {need:.3g} GiB in {dtype}; nearest: {math.ceil(need / digits) * digits:.3g}.")
     return units
 
 

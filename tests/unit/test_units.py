@@ -154,3 +154,12 @@ def test_auto_takes_ddp_while_it_fits_and_shards_beyond(monkeypatch):
     assert parallel.choose_engine(method, config, World()) == "single"
     _, hsdp = method_of("seer_regnety_8gf", "--parallel.engine", "auto", "--parallel.replicate", "2", "--parallel.sync_bn_group", "0")
     assert parallel.choose_engine(method, hsdp, world) == "fsdp"
+
+
+def test_prototypes_count_in_fp32_whatever_the_precision():
+    over = {"train": {"precision": "fp16"}, "swav": {"dim": 256, "prototypes": [32]}, "parallel": {"engine": "fsdp", "max_unit_gib": 20_000 / 2**30}}
+    config = resolve(RECIPE, over, world_size=2)
+    with torch.device("meta"):
+        method = SwAV(config, World())
+    with pytest.raises(UserError, match="prototypes.0 cannot be split and takes 3.05e-05 GiB in fp32; nearest: 3.06e-05"):
+        sharded_units(method, config)  # 32 kB; in half precision they would fit
