@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seer_scale.data import sources
-from seer_scale.data.sources import open_source, subset
+from seer_scale.data.sources import open_source, subset, tars
 from seer_scale.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -177,10 +176,10 @@ def test_index_is_cached_and_rebuilt_when_the_tar_changes(tmp_path, monkeypatch)
     path = write_tar(tmp_path / "x.tar", {"1.jpg": b"one"})
     open_source(str(path))
     assert Path(f"{path}.index.npz").exists() and not list(tmp_path.glob("*.tmp"))
-    walk = sources._walk_tar
-    monkeypatch.setattr(sources, "_walk_tar", lambda *a: pytest.fail("walked again"))
+    walk = tars._walk_tar
+    monkeypatch.setattr(tars, "_walk_tar", lambda *a: pytest.fail("walked again"))
     assert open_source(str(path)).read(0) == b"one"
-    monkeypatch.setattr(sources, "_walk_tar", walk)
+    monkeypatch.setattr(tars, "_walk_tar", walk)
     write_tar(path, {"1.jpg": b"another", "2.jpg": b"two"})
     assert open_source(str(path)).read(0) == b"another"
     Path(f"{path}.index.npz").write_bytes(b"torn")
@@ -220,7 +219,7 @@ def test_a_tar_that_shrinks_while_in_use(tmp_path):
 
 
 def test_more_tars_than_are_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "OPEN_TARS", 2)
+    monkeypatch.setattr(tars, "OPEN_TARS", 2)
     for n in range(5):
         write_tar(tmp_path / f"{n}.tar", {f"{n}.jpg": b"%d" % n})
     source = open_source(str(tmp_path))

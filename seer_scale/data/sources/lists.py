@@ -1,0 +1,132 @@
+"""Images named in a text file, one a line. What is kept of it is the place of every STRIDE-th line: 13 MB for 10^8."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from functools import cached_property, partial
+
+import numpy as np
+
+from seer_scale.data.sources.base import LabelsBuilder, Source, cached_index, number
+from seer_scale.data.sources.files import read_file
+from seer_scale.errors import DataError
+
+INDEX_VERSION = 1
+STRIDE = 64
+CHUNK = 1 << 26
+CACHED_FROM = 1 << 26
+"""Bytes of a list whose index is kept on disk: smaller ones are read faster than their index is looked for."""
+MARK = b"\xef\xbb\xbf"
+
+
+class ListFile(Source):
+    """Each line is a path, relative to the file's own folder, and on all lines or none a tab and a label.
+
+    Raises DataError when there is none, or none of the first hundred exists.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._root = path, os.path.dirname(path)
+        try:
+            size = os.path.getsize(path)
+            build = partial(_scan, path)
+            index = cached_index(path, INDEX_VERSION, build) if size >= CACHED_FROM else build(size)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+        self._starts, self._num, self._is_labelled = index["starts"], int(index["count"]), bool(index["labelled"])
+        if not self._num:
+            raise DataError(f"{path} lists no image: it needs one path a line.")
+        first = [self.name(i) for i in range(min(100, self._num))]
+        if not any(map(os.path.exists, first)):
+            raise DataError(
+                f"{path} lists {first[0]!r}, which does not exist, nor do the lines after it; "
+                "relative paths are taken from the list's own folder."
+            )
+
+    def __len__(self) -> int:
+        return self._num
+
+    def read(self, i: int) -> bytes:
+        return read_file(self.name(i))
+
+    def name(self, i: int) -> str:
+        lines = self._lines(i // STRIDE)
+        if i % STRIDE >= len(lines):
+            raise DataError(f"{self._path} has changed since it was indexed: start again.")
+        return os.path.join(self._root, os.fsdecode(lines[i % STRIDE].partition(b"\t")[0]))
+
+    @property
+    def has_labels(self) -> bool:
+        return self._is_labelled
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._numbered[0] if self._is_labelled else None
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self._numbered[1] if self._is_labelled else ()
+
+    @cached_property
+    def _numbered(self) -> tuple[np.ndarray, list[str]]:
+        """Read when an evaluation asks for them."""
+        seen = LabelsBuilder()
+        for block in range(len(self._starts) - 1):
+            for line in self._lines(block):
+                seen.add(line.partition(b"\t")[2].decode("utf-8", "surrogateescape").strip())
+        return number(np.array(seen.codes, np.int32), list(seen.values), (), self._path)
+
+    def _lines(self, block: int) -> list[bytes]:
+        """The lines of one block, read anew: a mapped file that somebody cuts would end the process."""
+        begin, end = self._starts[block : block + 2].tolist()
+        try:
+            with open(self._path, "rb", buffering=0) as file:
+                text = os.pread(file.fileno(), end - begin, begin)
+        except OSError as error:
+            raise DataError(f"{self._path} cannot be read ({error.strerror}).") from error
+        return [line.removesuffix(b"\r") for line in text.split(b"\n") if not _is_blank(line)]
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line.partition(b"\t")[0].strip()
+
+
+def _scan(path: str, size: int) -> dict[str, np.ndarray]:
+    """starts int64: where every STRIDE-th line that is not blank begins, and the end of the file; count; labelled."""
+    starts, count, labelled, number_of_lines = array("q"), 0, None, 0
+    with open(path, "rb") as file:
+        offset = len(MARK) if file.read(len(MARK)) == MARK else 0
+        file.seek(offset)
+        rest, at_end = b"", False
+        while not at_end:
+            more = file.read(CHUNK)
+            at_end = not more
+            data = rest + (more or b"\n")
+            whole = data.rfind(b"\n") + 1
+            text = np.frombuffer(data, np.uint8, whole)
+            ends = np.flatnonzero(text == 10)
+            begins = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
+            if zeros := data.count(b"\0"):
+                line = number_of_lines + data.count(b"\n", 0, data.find(b"\0")) + 1
+                raise DataError(f"{path} is not a list of paths: line {line} holds binary data ({zeros} bytes of it there).")
+            # most lines begin with a printing character; the others are looked at one by one
+            kept = text[begins] > 32
+            for i in np.flatnonzero(~kept).tolist():
+                kept[i] = not _is_blank(data[begins[i] : ends[i]])
+            has_tab = np.zeros(len(ends), bool)
+            has_tab[np.searchsorted(ends, np.flatnonzero(text == 9))] = True
+            begins, has_tab = begins[kept], has_tab[kept]
+            if labelled is None and len(has_tab):
+                labelled = bool(has_tab[0])
+            if (odd := np.flatnonzero(has_tab != labelled)).size:
+                line = number_of_lines + np.flatnonzero(kept)[odd[0]] + 1
+                raise DataError(
+                    f"{path}: line {line} has {'no' if labelled else 'a'} label, unlike the lines before; "
+                    "give every line a tab and a label, or none."
+                )
+            starts.extend((begins[-count % STRIDE :: STRIDE] + offset).tolist())
+            count, number_of_lines, offset, rest = count + len(begins), number_of_lines + len(ends), offset + whole, data[whole:]
+    starts.append(size)
+    return {"starts": np.array(starts, np.int64), "count": np.array(count), "labelled": np.array(bool(labelled))}

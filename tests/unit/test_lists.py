@@ -1,0 +1,79 @@
+"""List files against a plain reading of them, whatever the lines; and what is kept of a long one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seer_scale.data.sources import lists, open_source
+from seer_scale.errors import DataError
+
+NAMES = st.text(st.sampled_from("ab /é.\t"), max_size=6)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    lines=st.lists(NAMES, max_size=40), end=st.sampled_from(["\n", "\r\n"]), last=st.booleans(), mark=st.booleans(),
+    labelled=st.booleans(), stride=st.integers(1, 5), chunk=st.integers(1, 30),
+)  # fmt: skip
+def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, mark, labelled, stride, chunk):
+    lines = [line.replace("\t", "") for line in lines]
+    lines = [f"{line}\t{len(line) % 3}" if labelled and line.strip() else line for line in lines]
+    path = tmp_path_factory.mktemp("list") / "list.txt"
+    path.write_bytes((lists.MARK if mark else b"") + (end.join(lines) + end * last).encode())
+    expected = [line.partition("\t") for line in lines if line.partition("\t")[0].strip()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lists, "STRIDE", stride)
+        patch.setattr(lists, "CHUNK", chunk)
+        patch.setattr(os.path, "exists", lambda _: True)
+        if not expected:
+            with pytest.raises(DataError, match="lists no image"):
+                lists.ListFile(str(path))
+            return
+        source = pickle.loads(pickle.dumps(lists.ListFile(str(path))))
+        assert [source.name(i) for i in range(len(source))] == [os.path.join(path.parent, name) for name, *_ in expected]
+        assert source.has_labels == labelled
+        if labelled:
+            assert [source.classes[n] for n in source.labels] == [label for *_, label in expected]
+
+
+def test_a_label_missing_far_down_is_named_by_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(lists, "CHUNK", 64)
+    (tmp_path / "a.jpg").touch()
+    text = "\n" + "a.jpg\tx\n" * 1000
+    (tmp_path / "list.txt").write_text(text + "a.jpg\n")
+    with pytest.raises(DataError, match="line 1002 has no label"):
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text(text + "a\0.jpg\n")
+    with pytest.raises(DataError, match="line 1002 holds binary data"):
+        open_source(str(tmp_path / "list.txt"))
+
+
+def test_a_long_list_takes_little_memory_and_its_index_is_kept(tmp_path, monkeypatch):
+    n = 300_000
+    (tmp_path / "000000000.jpg").touch()
+    digits = np.arange(n)[:, None] // 10 ** np.arange(8, -1, -1) % 10 + ord("0")
+    text = np.concatenate([digits, np.broadcast_to(np.frombuffer(b".jpg\n", np.uint8), (n, 5))], 1).astype(np.uint8)
+    path = tmp_path / "list.txt"
+    path.write_bytes(text.tobytes())
+    monkeypatch.setattr(lists, "CACHED_FROM", 1)
+    source = open_source(str(path))
+    assert len(pickle.dumps(source)) < n / 64 * 8 + 2000  # 13 MB for 10^8
+    assert all(Path(source.name(i)).name == f"{i:09d}.jpg" for i in (0, 63, 64, 123_456, n - 1))
+    monkeypatch.setattr(lists, "_scan", lambda *_: pytest.fail("scanned again"))
+    assert len(open_source(str(path))) == n
+
+
+def test_a_list_cut_while_it_is_used_is_no_crash(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "list.txt").write_text("a.jpg\n" * 100)
+    source = open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    with pytest.raises(DataError, match="has changed"):
+        source.read(99)
