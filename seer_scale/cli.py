@@ -18,6 +18,9 @@ USAGE = """seer-scale: self-supervised pretraining of large convnets, from a lap
   seer-scale eval knn RUN [--key value ...]                   kNN accuracy of a run's newest checkpoint
   seer-scale report RUN                                       write RUN/report.html anew
   seer-scale recipes                                          the shipped recipes
+  seer-scale data inspect PATH                                counts, sizes, formats, what cannot be read, a contact sheet
+  seer-scale data pack SRC DST                                balanced tars with an index, from any images
+  seer-scale data refresh RUN --manifest FILE                 other images for a run, from its next metric line on
   seer-scale data demo DIR                                    write the demo's corpus of textures
   seer-scale bench step | data | engines | lars | sinkhorn    speed and memory, each against a reference in the same run
 
@@ -35,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if words[0] not in commands:
             raise UserError(f"{words[0]!r} is not a command; {nearest(words[0], commands)}")
-        if _asks_help(words) and words[0] != "train" and not (words[0] == "bench" and words[1] in BENCHES):  # these show their own
+        own_help = words[0] == "train" or words[0] == "bench" and words[1] in BENCHES or words[:2] in (["data", "inspect"], ["data", "pack"])
+        if _asks_help(words) and not own_help:
             print(USAGE)
             return EXIT_DONE
         status = commands[words[0]](words[1:])
@@ -136,14 +140,39 @@ def report(words: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------ data, bench
 
 
+DATA = ("inspect", "pack", "refresh", "demo")
+
+
 def data(words: list[str]) -> int:
-    if len(words) < 2 or words[0] != "demo" or words[1].startswith("-"):
-        raise UserError("Say what to do: seer-scale data demo DIR writes the demo's corpus.")
+    if not words or words[0] not in DATA:
+        hint = nearest(words[0], DATA) if words else f"one of {', '.join(DATA)}."
+        raise UserError(f"Say what to do, as in seer-scale data inspect PATH; {hint}")
+    if words[0] in ("inspect", "pack"):
+        return _run_module("data", words)
+    if words[0] == "refresh":
+        return refresh(words[1:])
+    if len(words) < 2 or words[1].startswith("-"):
+        raise UserError("Say where to: seer-scale data demo DIR writes the demo's corpus.")
     _no_more(words[2:], "seer-scale data demo DIR")
     from seer_scale.data.demo import write_demo_corpus
 
     write_demo_corpus(Path(words[1]))
     print(f"The demo corpus is in {words[1]}.")
+    return EXIT_DONE
+
+
+def refresh(words: list[str]) -> int:
+    from seer_scale import world as worlds
+    from seer_scale.checkpoint import store
+    from seer_scale.train.course import ask_refresh
+
+    if len(words) != 3 or words[1] != "--manifest":
+        raise UserError("The command is seer-scale data refresh RUN --manifest FILE.")
+    run_dir = Path(words[0])
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is not a run's folder (it has no config.yaml): give one, such as runs/demo.")
+    found = store.newest(run_dir / "checkpoints", worlds.World(), warn=lambda sentence: print(sentence, file=sys.stderr))
+    print(ask_refresh(run_dir, words[2], store.read_meta(found)["data"] if found else None))
     return EXIT_DONE
 
 
@@ -154,8 +183,13 @@ def bench(words: list[str]) -> int:
     if not words or words[0] not in BENCHES:
         hint = nearest(words[0], BENCHES) if words else f"one of {', '.join(BENCHES)}."
         raise UserError(f"Say what to measure, as in seer-scale bench step; {hint}")
-    module = importlib.import_module(f"seer_scale.bench.{words[0]}")
-    parser = argparse.ArgumentParser(prog=f"seer-scale bench {words[0]}", description=module.__doc__)
+    return _run_module("bench", words)
+
+
+def _run_module(room: str, words: list[str]) -> int:
+    """A command that is a module of a room, whose description is its help."""
+    module = importlib.import_module(f"seer_scale.{room}.{words[0]}")
+    parser = argparse.ArgumentParser(prog=f"seer-scale {room} {words[0]}", description=module.__doc__)
     module.add_arguments(parser)
     print(module.run(parser.parse_args(words[1:])))
     return EXIT_DONE

@@ -40,10 +40,21 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    path: str = opt("", "images: a folder tree, a list file (one path a line, optional tab and label), a tar or a folder of tars")
-    kind: Literal["auto", "folder", "list", "tar"] = opt("auto", "how to read data.path; auto looks at it")
+    path: str = opt("", "images: a folder tree, a list file (one path or URL a line, optional tab and label), tars, a manifest, hf:NAME")
+    kind: Literal["auto", "folder", "list", "tar", "manifest", "hub", "stream"] = opt("auto", "how to read data.path; auto looks at it (stream is never chosen by itself)")
+    split: str = opt("train", "hub, stream: which split of the dataset")
+    image_key: str = opt("", "hub, stream: the column of images; none = the only one there is")
+    length: int = opt(0, "stream: images an epoch; 0 = as many as the dataset says it has", ge=0)
+    buffer: int = opt(10_000, "stream: images that are shuffled among each other", ge=1)
+    block: int = opt(0, "neighbours that are read together and come one after the other in every lane; 1 = none, 0 = what suits the source", ge=0)
+    photometric: Literal["auto", "cpu", "device"] = opt("auto", "where flip, colours and blur are done; auto: on the device if it is a GPU")
     workers: int = opt(4, "loader processes a rank; 0 loads in the training process", ge=0)
-    prefetch: int = opt(4, "batches each worker keeps ready", ge=1)
+    prefetch: int = opt(4, "batches kept ready", ge=1)
+    timeout_s: float = opt(300.0, "seconds after which a loader process that is stuck at an image is replaced", gt=0)
+
+    def on_device(self, device: str) -> bool:
+        """Whether flip, colours and blur are done on a device of this type, instead of by the loader."""
+        return self.photometric == "device" or self.photometric == "auto" and device == "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,6 +461,11 @@ def without_effect(c: Config) -> list[str]:
         "parallel.ds_config": (c.parallel.engine in ZERO, f"parallel.engine {', '.join(ZERO)}"),
         "train.min_loss_scale": (c.train.precision == "fp16", "train.precision fp16"),
         "data.prefetch": (c.data.workers > 0, "data.workers of at least 1"),
+        "data.timeout_s": (c.data.workers > 0, "data.workers of at least 1"),
+        "data.length": (c.data.kind == "stream", "data.kind stream"),
+        "data.buffer": (c.data.kind == "stream", "data.kind stream"),
+        "data.split": (c.data.kind in ("auto", "hub", "stream"), "data.kind hub or stream"),
+        "data.image_key": (c.data.kind in ("auto", "hub", "stream"), "data.kind hub or stream"),
     }
     problems = []
     for key, _, default, _ in all_keys():

@@ -25,6 +25,7 @@ import torch
 from seer_scale.config import Data, Views, load_recipe, resolve
 from seer_scale.data.decode import decode
 from seer_scale.data.loader import loader
+from seer_scale.data.sampler import ElasticSampler, Era
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.views import MEAN, STD, load_views
 from seer_scale.errors import DataError, UserError
@@ -116,8 +117,10 @@ def time_each(things: dict[str, Callable[[bytes], object]], images: list[bytes],
 
 def rate_of_workers(source: Source, views: Views, workers: int, batch: int, batches: int) -> float:
     """Images/s of a loader of so many workers, once all of them have begun."""
-    skipped = 2 * workers
-    stream = loader(source, Data(workers=workers), views, seed=0, global_batch=batch, rank=0, world_size=1, start=0, stop=(skipped + batches) * batch)
+    data = Data(workers=workers, prefetch=2)
+    sampler = ElasticSampler([Era(0, (("all", len(source)),))], 0, batch)
+    skipped = 2 * (data.prefetch + 1)
+    stream = loader(source, data, views, sampler, rank=0, world_size=1, start=0, stop=(skipped + batches) * batch)
     for _ in range(skipped):
         next(stream)
     begin = time.perf_counter()

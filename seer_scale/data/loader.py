@@ -1,28 +1,23 @@
 """Batches of views from worker processes: each item is one rank's whole part of one global batch.
 
-What a batch holds depends on (source, views, seed, global batch, its first sample) only, not on the workers, and what
-all ranks hold together not on the ranks. An image that cannot be read is replaced by the next one of the epoch's
-order and reported.
+What a batch holds depends on (source, views, sampler, its first sample) only, not on the workers, and what all ranks
+hold together not on the ranks. An image that cannot be read is replaced by the next one of the epoch's order and
+reported.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from seer_scale.config import Data, Views
 from seer_scale.data import photometric
 from seer_scale.data.decode import decode
+from seer_scale.data.pool import Guard, stream
 from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source
 from seer_scale.data.views import load_views, resize_centre
@@ -37,65 +32,140 @@ class Batch:
     """One rank's part of a global batch of b images a rank.
 
     views: for each kind of crop uint8 [num * b, 3, size, size], all images' first crop, then all their second.
-    indices: int64 [b], the images really used. samples_seen: global samples before this batch.
+    distortions: for each kind float32 [num * b, photometric.PACKED], to be done on the device; or none, where the views
+    are done. indices: int64 [b], the images really used. samples_seen: global samples before this batch.
     unreadable: "name: reason" of each image that was replaced.
     """
 
     views: list[torch.Tensor]
+    distortions: list[torch.Tensor]
     indices: torch.Tensor
     samples_seen: int
     unreadable: list[str]
 
-    def pin_memory(self) -> Batch:
-        return Batch([v.pin_memory() for v in self.views], self.indices, self.samples_seen, self.unreadable)
-
 
 def loader(
-    source: Source, data: Data, views: Views, *, seed: int, global_batch: int, rank: int, world_size: int,
-    start: int, stop: int, pin: bool = False,
+    source: Source, data: Data, views: Views, sampler: ElasticSampler, *, rank: int, world_size: int, start: int,
+    stop: int, pin: bool = False, on_device: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
-    """This rank's batches for the global samples start, start + global_batch, ... below `stop`.
+    """This rank's batches for the global samples start, start + sampler.global_batch, ... below `stop`.
 
-    Workers live as long as the iterator and keep data.prefetch batches each ready; start it from a thread that lives
-    as long. Raises DataError when GIVE_UP_AFTER images in a row cannot be read.
+    on_device: leave colour, flip and blur to the device. Workers live as long as the iterator, keep data.prefetch
+    batches ready, and are replaced when they die or hang; ask from one thread. Raises DataError when GIVE_UP_AFTER
+    images in a row cannot be read.
     """
     photometric.native()  # compiled before there are workers
-    sampler = ElasticSampler(len(source), seed, global_batch)
-    build = partial(load_batch, source, views, sampler, rank=rank, world_size=world_size)
-    return _stream(build, range(start, stop, global_batch), data.workers, data.prefetch, pin)
+    job = _Views(source, views, sampler, rank, world_size, on_device)
+    keys = range(start, stop, sampler.global_batch)
+    made = stream(job, keys, workers=data.workers, prefetch=data.prefetch, pin=pin, timeout_s=data.timeout_s)
+    for samples_seen, (arrays, told) in zip(keys, made):
+        flat, num = [a.flatten(0, 1) for a in arrays], len(views.crops)
+        indices = torch.tensor([index for index, _ in told], dtype=torch.int64)
+        yield Batch(flat[:num], flat[num:], indices, samples_seen, [line for _, lines in told for line in lines])
 
 
-def load_batch(
-    source: Source, views: Views, sampler: ElasticSampler, samples_seen: int, *, rank: int, world_size: int
-) -> Batch:
-    """The batch of `rank` that begins at global sample `samples_seen`; a pure function of its arguments."""
-    epochs, offsets, indices = sampler.slots(samples_seen, rank, world_size)
-    b = len(indices)
-    out = [torch.empty((c.num, b, 3, c.size, c.size), dtype=torch.uint8) for c in views.crops]
-    arrays, unreadable = [o.numpy() for o in out], []
-    for i in range(b):
-        epoch = int(epochs[i])
-        made, indices[i] = _readable(source, views, sampler, epoch, int(offsets[i]), unreadable)
-        for array, crops in zip(arrays, made):
-            array[:, i] = crops
-    return Batch([o.flatten(0, 1) for o in out], torch.from_numpy(indices), samples_seen, unreadable)
+@dataclass
+class _Views:
+    """The batches of training: a row is an image's slot."""
+
+    source: Source
+    views: Views
+    sampler: ElasticSampler
+    rank: int
+    world_size: int
+    on_device: bool
+
+    def __post_init__(self):
+        self._slots: tuple[int, Any] = (-1, None)
+        self._reader = (_Stream if self.source.is_stream else _ReadAhead)(self.source, self.sampler)
+
+    def buffers(self) -> list[tuple[tuple[int, ...], type]]:
+        b, crops = self.rows(0), self.views.crops
+        pixels = [((c.num, b, 3, c.size, c.size), np.uint8) for c in crops]
+        return pixels + [((c.num, b, photometric.PACKED), np.float32) for c in crops] * self.on_device
+
+    def rows(self, key: int) -> int:
+        return self.sampler.global_batch // self.world_size
+
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: Guard) -> tuple[int, list[str]]:
+        if self._slots[0] != key:
+            self._slots = key, self.sampler.slots(key, self.rank, self.world_size)
+        epochs, offsets, _ = self._slots[1]
+        epoch, offset = int(epochs[row]), int(offsets[row])
+        unreadable: list[str] = []
+        for step in range(GIVE_UP_AFTER):
+            at = (offset + step) % self.sampler.size(epoch)
+            index = int(self.sampler.at(epoch, np.array([at]))[0])
+            try:
+                guard.enter(index)
+                data = self._reader.read(epoch, at, index)
+                load_views(data, self.views, self.sampler.seed, epoch, index, [a[:, row] for a in out])
+                return index, unreadable
+            except DataError as error:
+                name = self.source.name(index)
+                unreadable.append(f"{name}: {str(error).removeprefix(f'{name} ')}")
+        first = "; ".join(unreadable[:3])
+        raise DataError(f"{GIVE_UP_AFTER} images in a row cannot be read, so check data.path; the first: {first}.")
+
+    def describe(self, item: int) -> str:
+        return self.source.name(item)
 
 
-def _readable(
-    source: Source, views: Views, sampler: ElasticSampler, epoch: int, offset: int, unreadable: list[str]
-) -> tuple[list[np.ndarray], int]:
-    """Views of the first image, from `offset` on in the order of `epoch`, that decodes, and its number."""
-    reasons = []
-    for step in range(GIVE_UP_AFTER):
-        index = int(sampler.at(epoch, np.array([(offset + step) % sampler.n]))[0])
-        try:
-            return load_views(source.read(index), views, sampler.seed, epoch, index), index
-        except DataError as error:
-            name = source.name(index)
-            reasons.append(f"{name}: {str(error).removeprefix(f'{name} ')}")
-            unreadable.append(reasons[-1])
-    first = "; ".join(reasons[:3])
-    raise DataError(f"{GIVE_UP_AFTER} images in a row cannot be read, so check data.path; the first: {first}.")
+class _ReadAhead:
+    """What a worker has read together with the images it was asked for, until it is asked for."""
+
+    def __init__(self, source: Source, sampler: ElasticSampler):
+        self._source, self._sampler = source, sampler
+        self._blocks: dict[tuple[int, int], dict[int, bytes | DataError]] = {}
+
+    def read(self, epoch: int, offset: int, index: int) -> bytes:
+        run = self._sampler.run_of(epoch, offset, index)
+        if run is None:
+            return self._source.read(index)
+        first, num = run
+        block = self._blocks.get((epoch, first))
+        if block is None:
+            block = self._blocks[epoch, first] = self._fetch(first, num)
+            while len(self._blocks) > 2 * self._sampler.global_batch:  # an image that was replaced leaves one behind
+                del self._blocks[next(iter(self._blocks))]
+        data = block.pop(index, None)
+        if not block:
+            del self._blocks[epoch, first]
+        if data is None:  # read before, in the place of one that cannot be read
+            return self._source.read(index)
+        if isinstance(data, DataError):
+            raise data
+        return data
+
+    def _fetch(self, first: int, num: int) -> dict[int, bytes | DataError]:
+        before_end = min(num, self._sampler.n - first)
+        found = dict(enumerate(self._source.read_run(first, before_end), first))
+        if before_end < num:
+            found |= enumerate(self._source.read_run(0, num - before_end))
+        return found
+
+
+class _Stream:
+    """A stream that is read in order, with what of it went by lately."""
+
+    def __init__(self, source: Source, sampler: ElasticSampler):
+        self._source, self._seed = source, sampler.seed
+        self._epoch, self._next, self._images = -1, 0, iter(())
+        self._lately: dict[int, bytes | DataError] = {}
+
+    def read(self, epoch: int, offset: int, index: int) -> bytes:
+        if epoch != self._epoch or offset < self._next and offset not in self._lately:
+            self._epoch, self._next, self._lately = epoch, offset, {}
+            self._images = self._source.iterate(self._seed, epoch, offset)
+        while offset not in self._lately:
+            position, data = next(self._images)
+            self._lately[position], self._next = data, position + 1
+            if len(self._lately) > GIVE_UP_AFTER:  # those may be asked for again, to replace others
+                del self._lately[next(iter(self._lately))]
+        data = self._lately[offset]
+        if isinstance(data, DataError):
+            raise data
+        return data
 
 
 def decoded(
@@ -105,73 +175,40 @@ def decoded(
 
     b is at most `batch`. Images that cannot be read are left out; the label is -1 where there is none.
     """
-    build = partial(_load_centres, source, np.asarray(indices, np.int64), size, batch)
-    for images, labels, numbers in _stream(build, range(0, len(indices), batch), workers, 2, False):
-        if len(numbers):
-            yield images, labels, numbers
+    job = _Centres(source, np.asarray(indices, np.int64), size, batch)
+    for (images, labels), told in stream(job, range(0, len(indices), batch), workers=workers):
+        rows = [row for row, index in enumerate(told) if index is not None]
+        if rows:
+            numbers = torch.tensor([told[row] for row in rows], dtype=torch.int64)
+            yield images[rows], labels[rows], numbers
 
 
-def _load_centres(source: Source, indices: np.ndarray, size: int, batch: int, first: int) -> tuple[torch.Tensor, ...]:
-    images, labels, numbers = [], [], []
-    for index in indices[first : first + batch].tolist():
+@dataclass
+class _Centres:
+    """The batches of an evaluation: a row is an image, or none."""
+
+    source: Source
+    indices: np.ndarray
+    size: int
+    batch: int
+
+    def buffers(self) -> list[tuple[tuple[int, ...], type]]:
+        return [((self.batch, 3, self.size, self.size), np.uint8), ((self.batch,), np.int64)]
+
+    def rows(self, key: int) -> int:
+        return min(self.batch, len(self.indices) - key)
+
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: Guard) -> int | None:
+        images, labels = out
+        index = int(self.indices[key + row])
         try:
-            images.append(resize_centre(decode(source.read(index)), size))
+            guard.enter(index)
+            images[row] = resize_centre(decode(self.source.read(index)), self.size)
         except DataError:
-            continue
-        label = source.label(index)
-        labels.append(-1 if label is None else label)
-        numbers.append(index)
-    stacked = np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)
-    return torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64), torch.tensor(numbers, dtype=torch.int64)
+            return None
+        label = self.source.label(index)
+        labels[row] = -1 if label is None else label
+        return index
 
-
-# ----------------------------------------------------------------------------------------------------- workers
-
-
-class _Items(torch.utils.data.Dataset):
-    """build(key) as a dataset. A DataError is handed over as a value: torch would bury its sentence in a traceback."""
-
-    def __init__(self, build: Callable[[int], Any]):
-        self._build = build
-
-    def __getitem__(self, item: int) -> Any:
-        try:
-            return self._build(item)
-        except DataError as error:
-            return error
-
-
-def _stream(build: Callable[[int], Any], keys: range, workers: int, prefetch: int, pin: bool) -> Iterator[Any]:
-    workers = min(workers, len(keys))
-    batches = DataLoader(
-        _Items(build),
-        batch_size=None,
-        sampler=keys,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        collate_fn=_as_is,
-        pin_memory=pin,
-        worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
-        multiprocessing_context="fork" if workers else None,  # workers share the index instead of copying it
-        generator=torch.Generator(),  # torch draws a seed: not from the run's own generator
-    )
-    for item in batches:
-        if isinstance(item, DataError):
-            raise item
-        yield item
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def _start_worker(parent: int, _: int) -> None:
-    """One thread; stop signals are the main process's to judge; no worker outlives it."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(stop, signal.SIG_IGN)
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(0)
+    def describe(self, item: int) -> str:
+        return self.source.name(item)

@@ -2,7 +2,8 @@
 
 `draw` says what is to be done, as numbers; `distort` does it to one crop on the CPU. There it is one or two passes in C
 (photometric.c), compiled at first use by the machine's C compiler, or a pass an operation in OpenCV where there is none:
-the same to one level of 255. The operations are torchvision's, without its rounding in between.
+the same to one level of 255. The operations are torchvision's, without its rounding in between. `pack` makes numbers
+of a distortion, for batched.py to do a whole batch's on the accelerator.
 """
 
 from __future__ import annotations
@@ -41,6 +42,17 @@ class Distortion(NamedTuple):
     """(operation, factor) one after the other; for HUE the factor is the turn, as a share of the colour circle."""
     sigma: float
     """The blur's standard deviation in pixels; 0 = none."""
+
+
+MOST_OPS = 5
+PACKED = 2 + 2 * MOST_OPS
+"""Numbers a packed crop takes."""
+
+
+def pack(how: Distortion) -> np.ndarray:
+    """float32 [PACKED]: flip, (operation, factor) for each of MOST_OPS in order, (-1, 0) where there are fewer, sigma."""
+    none = [(-1, 0.0)] * (MOST_OPS - len(how.ops))
+    return np.array([how.flip, *sum((*how.ops, *none), ()), how.sigma], np.float32)
 
 
 def draw(views: Views, u: Iterator[float]) -> Distortion:

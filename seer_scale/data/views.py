@@ -29,9 +29,15 @@ DRAWS = 64
 """Uniform numbers a crop may use; a fixed number keeps each crop's independent of what the others needed."""
 
 
-def load_views(data: bytes, views: Views, seed: int, epoch: int, index: int) -> list[np.ndarray]:
+def load_views(
+    data: bytes, views: Views, seed: int, epoch: int, index: int, out: Sequence[np.ndarray] | None = None
+) -> Sequence[np.ndarray]:
     """`make_views` of an encoded image, decoded at 1/2, 1/4 or 1/8 where every crop is at least as large there as it
-    will be (JPEG: fewer coefficients are transformed). Raises DataError for what is no whole image."""
+    will be (JPEG: fewer coefficients are transformed). Raises DataError for what is no whole image.
+
+    out: arrays to write into instead of new ones, and to return. If there are twice as many, the others are float32
+    [num, photometric.PACKED], and take each crop's distortion, which is then not done.
+    """
     draws, full = _draws(views, seed, epoch, index), []
 
     def at_least(height: int, width: int) -> tuple[int, int]:
@@ -39,12 +45,17 @@ def load_views(data: bytes, views: Views, seed: int, epoch: int, index: int) -> 
         share = max(kind.size / min(box[2:]) for kind, _, box in _boxes(views, draws, height, width))
         return math.ceil(height * share), math.ceil(width * share)
 
-    return _cut(decode(data, at_least), views, draws, full)
+    image = decode(data, at_least)
+    return _cut(image, views, draws, full, _arrays(views) if out is None else out)
 
 
 def make_views(image: np.ndarray, views: Views, seed: int, epoch: int, index: int) -> list[np.ndarray]:
     """The crops of RGB uint8 [H, W, 3], one uint8 array [num, 3, size, size] for each kind in views.crops."""
-    return _cut(image, views, _draws(views, seed, epoch, index), image.shape[:2])
+    return _cut(image, views, _draws(views, seed, epoch, index), image.shape[:2], _arrays(views))
+
+
+def _arrays(views: Views) -> list[np.ndarray]:
+    return [np.empty((kind.num, 3, kind.size, kind.size), np.uint8) for kind in views.crops]
 
 
 def _draws(views: Views, seed: int, epoch: int, index: int) -> list[list[float]]:
@@ -58,15 +69,22 @@ def _boxes(views: Views, draws: list[list[float]], height: int, width: int) -> I
         yield kind, u, crop_box(height, width, kind.scale, u)
 
 
-def _cut(image: np.ndarray, views: Views, draws: list[list[float]], full: Sequence[int]) -> list[np.ndarray]:
+def _cut(
+    image: np.ndarray, views: Views, draws: list[list[float]], full: Sequence[int], out: Sequence[np.ndarray]
+) -> Sequence[np.ndarray]:
     """full: (height, width) of the image that `image` is a smaller copy of; boxes are chosen there."""
-    out = [np.empty((kind.num, 3, kind.size, kind.size), np.uint8) for kind in views.crops]
-    planes = (p for kind in out for p in kind)
+    planes = (p for kind in out[: len(views.crops)] for p in kind)
+    packed = (p for kind in out[len(views.crops) :] for p in kind)
     down, right = image.shape[0] / full[0], image.shape[1] / full[1]
     for to, (kind, u, (top, left, height, width)) in zip(planes, _boxes(views, draws, *full)):
         rows = slice(round(top * down), max(round(top * down) + 1, round((top + height) * down)))
         columns = slice(round(left * right), max(round(left * right) + 1, round((left + width) * right)))
-        photometric.distort(resize(image[rows, columns], kind.size), photometric.draw(views, u), to)
+        crop, how = resize(image[rows, columns], kind.size), photometric.draw(views, u)
+        if (later := next(packed, None)) is None:
+            photometric.distort(crop, how, to)
+        else:
+            cv2.split(crop, list(to))
+            later[:] = photometric.pack(how)
     return out
 
 

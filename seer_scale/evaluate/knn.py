@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seer_scale.config import Config, Knn
-from seer_scale.data.sampler import permute
+from seer_scale.data.order import permute
 from seer_scale.data.sources import Source, open_source
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.evaluate.features import Represent, features, gather_rows

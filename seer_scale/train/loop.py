@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -24,8 +24,8 @@ import yaml
 from seer_scale import __version__
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, without_effect
+from seer_scale.data.batched import distort
 from seer_scale.data.loader import Batch, loader
-from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.views import to_float
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
@@ -37,47 +37,47 @@ from seer_scale.observe.report import headline, write_report
 from seer_scale.observe.sinks import RunLog, read_metrics
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
+from seer_scale.train.course import Course, manifest_of, newest_manifest, open_course
 from seer_scale.train.stop import StopRequest
 from seer_scale.train.window import Window
 from seer_scale.world import World
 
 STARVED, STARVED_LINES = 0.05, 3
+T = TypeVar("T")
 
 
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest) -> int:
     """Run or go on until the samples are seen or a stop is agreed; returns the exit status. Collective."""
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     with store.RunLock(run_dir, world):
-        return Trainer(config, world, run_dir, *_open(config, world), stop).run()
+        return Trainer(config, world, run_dir, stop).run()
 
 
-def _open(config: Config, world: World) -> tuple[Source, Labelled | None]:
-    """The images to train on and those of kNN. Rank 0 opens first, so that an index is built once; every rank learns
-    of a problem."""
-    source, labelled, error = None, None, None
+def _together(world: World, make: Callable[[], T]) -> T:
+    """make() on rank 0, then on the others, so that an index is built once. Raises UserError on all if any does."""
+    made, error = None, None
     for turn in (world.is_main, not world.is_main):
         if turn:
             try:
-                source = open_source(config.data.path, config.data.kind)
-                labelled = labelled_images(config, source)
+                made = make()
             except UserError as problem:
                 error = problem
         sentences = world.gather_objects(None if error is None else str(error))
         if any(sentences):
             raise UserError(next(s for s in sentences if s))
-    return source, labelled
+    return made
 
 
 class Trainer:
-    def __init__(
-        self, config: Config, world: World, run_dir: Path, source: Source, labelled: Labelled | None, stop: StopRequest
-    ):
+    def __init__(self, config: Config, world: World, run_dir: Path, stop: StopRequest):
         self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
-        self.source, self.labelled = source, labelled
         self.folder = run_dir / "checkpoints"
         self.samples_seen = self.step = 0
         self.schedule = LearningRate(config)
         resume = self._find_resume()  # before anything is built
+        saved = store.read_meta(resume)["data"] if resume else None
+        self.course, self.labelled = _together(world, partial(self._open, saved))
+        self._refused_refresh = 0
         with torch.device("meta"):
             method = SwAV(config, world)
         self.memory_format = choose_memory_format(method.backbone, config, world)
@@ -91,6 +91,14 @@ class Trainer:
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
         self._saved = (self.samples_seen, self.resumed_from) if ours else None
+
+    def _open(self, saved: dict[str, Any] | None) -> tuple[Course, Labelled | None]:
+        course = open_course(self.config, self.run_dir, saved)
+        return course, labelled_images(self.config, course.source)
+
+    @property
+    def source(self) -> Source:
+        return self.course.source
 
     def _write_config(self) -> None:
         problem = None
@@ -127,8 +135,6 @@ class Trainer:
     def _load(self, path: Path) -> Path:
         meta = store.read_meta(path)
         then = meta["config"]
-        if meta["num_images"] != len(self.source):
-            raise UserError(f"{path} was trained on {meta['num_images']:,} images and data.path has {len(self.source):,}: their order depends on the number, so bring the same images, or start another run.dir with checkpoint.init_from.")
         if then["run"]["seed"] != self.config.run.seed:
             raise UserError(f"run.seed is {self.config.run.seed}, but {path} was trained with {then['run']['seed']}, which the order of its images follows; use that seed, or another run.dir with checkpoint.init_from.")
         if then["optim"]["name"] != self.config.optim.name and {then["optim"]["name"], self.config.optim.name} != {"sgd", "lars"}:
@@ -222,19 +228,26 @@ class Trainer:
     def _train(self) -> None:
         """Updates until the end. Raises _Stop where a stop is agreed before it."""
         c, engine = self.config, self.engine
-        window = Window(self.world)
-        for batch in self._batches(window):
+        window = Window(self.world, self.run_dir)
+        self._refresh(self.world.broadcast_object(newest_manifest(self.run_dir)))
+        batches = self._batches(window)
+        while batch := next(batches, None):
             seen = self.samples_seen
             due = self._is_due(seen)
             lr = self.schedule(seen)
-            loss, watched = engine.gradients(self._micro_batches(batch.views), samples_seen=seen, watch=due)
+            loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
             stats = engine.update(lr, engine.method.frozen(seen))
             self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
             window.add(batch, loss)
+            refreshed = False
             if due:
                 self._log(window, lr, stats, watched)
+                refreshed = not self._is_last(seen) and self._refresh(window.newest_manifest)
             with window.paused():
-                if self._crosses(c.checkpoint.every_samples):
+                if refreshed:
+                    batches.close()
+                    batches = self._batches(window)
+                if refreshed or self._crosses(c.checkpoint.every_samples):
                     self._save()
                 if self._crosses(c.knn.every_samples) and not self._is_last(seen):
                     self._evaluate("during")
@@ -247,8 +260,8 @@ class Trainer:
     def _batches(self, window: Window) -> Iterator[Batch]:
         c, w = self.config, self.world
         batches = loader(
-            self.source, c.data, c.views, seed=c.run.seed, global_batch=c.train.global_batch, rank=w.rank,
-            world_size=w.size, start=self.samples_seen, stop=c.train.samples, pin=w.device.type == "cuda",
+            self.source, c.data, c.views, self.course.sampler, rank=w.rank, world_size=w.size, start=self.samples_seen,
+            stop=c.train.samples, pin=w.device.type == "cuda", on_device=c.data.on_device(w.device.type),
         )  # fmt: skip
         while True:
             begin = time.perf_counter()
@@ -262,16 +275,48 @@ class Trainer:
                 return
             yield batch
 
-    def _micro_batches(self, views: list[torch.Tensor]) -> list[Callable[[], list[torch.Tensor]]]:
-        """What makes each micro-batch from this rank's views, for each resolution uint8 [num * B, 3, S, S]."""
-        num = self.config.accumulation(self.world.size)
-        views = [v.to(self.world.device, non_blocking=True) for v in views]
-        parts = [v.unflatten(0, (crop.num, -1)).chunk(num, dim=1) for v, crop in zip(views, self.config.views.crops)]
+    def _micro_batches(self, batch: Batch) -> list[Callable[[], list[torch.Tensor]]]:
+        """What makes each micro-batch: for each resolution float32 [num * B, 3, S, S] on the device."""
+        num, crops = self.config.accumulation(self.world.size), self.config.views.crops
+        views = [v.to(self.world.device, non_blocking=True) for v in batch.views]
+        parts = [[p.flatten(0, 1) for p in v.unflatten(0, (c.num, -1)).chunk(num, dim=1)] for v, c in zip(views, crops)]
+        how = [[p.flatten(0, 1) for p in d.unflatten(0, (c.num, -1)).chunk(num, dim=1)] for d, c in zip(batch.distortions, crops)]
 
         def micro_batch(i: int) -> list[torch.Tensor]:
-            return [to_float(p[i].flatten(0, 1)).contiguous(memory_format=self.memory_format) for p in parts]
+            pixels = [p[i] for p in parts]
+            if how:
+                pixels = [distort(p, d[i]) for p, d in zip(pixels, how)]
+            return [to_float(p).contiguous(memory_format=self.memory_format) for p in pixels]
 
         return [partial(micro_batch, i) for i in range(num)]
+
+    def _refresh(self, number: int) -> bool:
+        """Go on with manifest `number` of this run, if it is newer than the one in use; whether that was done."""
+        if number <= max(self.course.refreshes, self._refused_refresh):
+            return False
+        path, then = manifest_of(self.run_dir, number), self.course
+
+        def follow() -> Course:
+            return then.refreshed(open_source(str(path)), number, self.samples_seen)
+
+        try:
+            self.course = _together(self.world, follow)
+        except UserError as problem:
+            self._refused_refresh = number
+            self._tell("refresh_failed", f"{path} cannot be used, so training goes on with the data as they are: {problem}")
+            return False
+        self._saved = None
+        before, now = dict(then.eras[-1].parts), dict(self.course.eras[-1].parts)
+        epoch = int(self.course.sampler.progress(self.samples_seen))
+        added = sum(num for name, num in now.items() if name not in before)
+        gone = sum(num for name, num in before.items() if name not in now)
+        self._tell(
+            "refresh",
+            f"The data are those of {path} now: {len(self.source):,} images in {len(now)} part{'s' if len(now) > 1 else ''}, {added:,} of them new, {gone:,} gone. "
+            f"Epoch {epoch} goes on with {self.course.sampler.left(self.samples_seen):,} images.",
+            images=len(self.source), new=added, gone=gone,
+        )  # fmt: skip
+        return True
 
     def _is_last(self, seen: int) -> bool:
         return seen + self.config.train.global_batch >= self.config.train.samples
@@ -297,7 +342,7 @@ class Trainer:
         total, count = means.pop("loss_sum").item(), means.pop("loss_count").item()
         loss = total / count if count else math.nan
         row = {
-            "step": self.step, "samples_seen": self.samples_seen, "epoch": self.samples_seen / len(self.source),
+            "step": self.step, "samples_seen": self.samples_seen, "epoch": self.course.sampler.progress(self.samples_seen),
             "loss": loss, "lr": lr, "loss_scale": scale, "grad_norm": grad_norm, "param_norm": param_norm,
             "skipped": int(skipped), **window.timing(self.config.train.global_batch), "mem/peak_gib": _peak_gib(self.world),
             **(self.engine.method.summarise(means) if watched else {}), "swav/below_ln_k": self.ln_k - loss,
@@ -362,7 +407,7 @@ class Trainer:
             raise TrainingFailed("Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
         self.engine.average_buffers()
         meta = {
-            "samples_seen": self.samples_seen, "step": self.step, "num_images": len(self.source),
+            "samples_seen": self.samples_seen, "step": self.step, "data": self.course.state(),
             "schedule": self.schedule.state, "queue_since": self.engine.method.queue_since,
             "warned_of_collapse": self._warned_of_collapse, "config": self.config.to_dict(), "world_size": self.world.size,
             "engine": self.engine.name, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
@@ -398,9 +443,8 @@ class Trainer:
 
     def _show_crops(self) -> None:
         if self.world.is_main:
-            sampler = ElasticSampler(len(self.source), self.config.run.seed, self.config.train.global_batch)
             with _disk_may_fill():
-                show_crops(self.run_dir, self.source, self.config.views, sampler)
+                show_crops(self.run_dir, self.source, self.config.views, self.course.sampler)
 
     def _show_prototypes(self) -> None:
         c = self.config

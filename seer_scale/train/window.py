@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from seer_scale.data.loader import Batch
+from seer_scale.train.course import newest_manifest
 from seer_scale.world import World
 
 
 class Window:
     """What happened since the last metric line: sums on the device, counts on the host."""
 
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, world: World, run_dir: Path):
+        self.world, self._run_dir = world, run_dir
+        self.newest_manifest = 0
         self.reset()
 
     def reset(self) -> None:
@@ -43,13 +46,17 @@ class Window:
         self.updates += 1
 
     def reduce(self, watched: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images."""
+        """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images. What
+        the slowest rank has waited and rank 0's newest manifest are then every rank's, too."""
         named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | watched
         flat = self.world.sum_(torch.cat([v.flatten().float() for v in named.values()])) / self.world.size
         parts = flat.cpu().split([v.numel() for v in named.values()])
         counts = torch.tensor([self.fingerprint, len(self.unreadable)])
+        most = torch.tensor([round(1e6 * self.waited_s), newest_manifest(self._run_dir) if self.world.is_main else 0])
         if self.world.size > 1:
             dist.all_reduce(counts, group=self.world.control)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.world.control)
+        self.waited_s, self.newest_manifest = most[0].item() / 1e6, int(most[1])
         return dict(zip(named, parts)), [int(counts[0]) % 2**52, int(counts[1])]
 
     def timing(self, global_batch: int) -> dict[str, float]:

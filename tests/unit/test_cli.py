@@ -26,7 +26,7 @@ LAUNCHER = Path(__file__).parents[2] / "tools" / "launch.py"
         (["eval", "knn", "no/run"], "no/run is not a run's folder"),
         (["report"], "is not a run's folder"),
         (["report", "no/run"], "no/run is not a run's folder"),
-        (["data", "dem", "x"], "seer-scale data demo DIR"),
+        (["data", "dem", "x"], "did you mean demo?"),
         (["data", "demo", "--force"], "seer-scale data demo DIR"),
         (["data", "demo", "a", "b"], "'b' is not expected here: the command is seer-scale data demo DIR"),
         (["recipes", "zzz"], "'zzz' is not expected here: the command is seer-scale recipes"),

@@ -16,6 +16,7 @@ from PIL import Image
 from seer_scale.config import Crop, Data, Views
 from seer_scale.data import loader as module
 from seer_scale.data.loader import decoded, loader
+from seer_scale.data.sampler import ElasticSampler, Era
 from seer_scale.data.sources import open_source
 from seer_scale.errors import DataError
 
@@ -38,9 +39,12 @@ def photos(tmp_path_factory):
     return open_source(str(root))
 
 
-def batches(source, *, workers=0, rank=0, world_size=1, start=0, stop=5 * BATCH, seed=3, global_batch=BATCH):
-    part = dict(seed=seed, global_batch=global_batch, rank=rank, world_size=world_size, start=start, stop=stop)
-    return list(loader(source, Data(workers=workers, prefetch=2), VIEWS, **part))
+def batches(
+    source, *, workers=0, rank=0, world_size=1, start=0, stop=5 * BATCH, seed=3, global_batch=BATCH, block=1, lanes=1
+):
+    sampler = ElasticSampler([Era(0, (("all", len(source)),), block, lanes)], seed, global_batch)
+    part = dict(rank=rank, world_size=world_size, start=start, stop=stop)
+    return list(loader(source, Data(workers=workers, prefetch=2), VIEWS, sampler, **part))
 
 
 def same(a, b):
@@ -59,7 +63,7 @@ def joined(parts):
             for c, kind in zip(VIEWS.crops, zip(*(r.views for r in ranks)))
         ]
         told = [line for r in ranks for line in r.unreadable]
-        out.append(module.Batch(views, torch.cat([r.indices for r in ranks]), ranks[0].samples_seen, told))
+        out.append(module.Batch(views, [], torch.cat([r.indices for r in ranks]), ranks[0].samples_seen, told))
     return out
 
 
@@ -176,10 +180,12 @@ RUN = """
 import sys, os
 from seer_scale.config import Data
 from seer_scale.data.loader import loader
+from seer_scale.data.sampler import ElasticSampler, Era
 from seer_scale.data.sources import open_source
 from tests.unit.test_loader import VIEWS
-part = dict(seed=0, global_batch=4, rank=0, world_size=1, start=0, stop=10**9)
-it = loader(open_source(sys.argv[1]), Data(workers=2), VIEWS, **part)
+source = open_source(sys.argv[1])
+sampler = ElasticSampler([Era(0, (("all", len(source)),))], 0, 4)
+it = loader(source, Data(workers=2), VIEWS, sampler, rank=0, world_size=1, start=0, stop=10**9)
 next(it)
 print(*open(f"/proc/self/task/{os.getpid()}/children").read().split(), flush=True)
 for line in sys.stdin:

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seer_scale.data.sampler import ElasticSampler, permute
+from seer_scale.data.order import Order, permute
+from seer_scale.data.sampler import ElasticSampler, Era
+
+
+def sampler_of(n, seed, global_batch, block=1, lanes=1):
+    return ElasticSampler([Era(0, (("all", n),), block, lanes)], seed, global_batch)
+
 
 small = st.integers(1, 3000)
 seeds = st.integers(0, 2**31)
@@ -55,11 +61,12 @@ def test_order_looks_random(n):
 
 @settings(deadline=None)
 @given(
-    n=st.integers(1, 500), seed=seeds, worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=12)
-)
-def test_every_image_once_an_epoch_over_any_resizes(n, seed, worlds):
+    n=st.integers(1, 500), seed=seeds, block=st.integers(0, 9), lanes=st.integers(1, 30),
+    worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=12),
+)  # fmt: skip
+def test_every_image_once_an_epoch_over_any_resizes(n, seed, block, lanes, worlds):
     """Batches of 12 by another number of ranks each step: the same images as on one rank, each once an epoch."""
-    sampler = ElasticSampler(n, seed, 12)
+    sampler = sampler_of(n, seed, 12, block, lanes)
     got = []
     for step, world in enumerate(worlds):
         parts = [sampler.slots(12 * step, rank, world) for rank in range(world)]
@@ -78,12 +85,12 @@ def test_a_billion_images_cost_nothing(position):
     times = []
     for seed in range(3):
         start = time.perf_counter()
-        ElasticSampler(10**9, seed, 8192).slots(position, 3, 4)
+        sampler_of(10**9, seed, 8192).slots(position, 3, 4)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.05
     tracemalloc.start()
     try:
-        ElasticSampler(10**9, 7, 8192).slots(position, 3, 4)
+        sampler_of(10**9, 7, 8192).slots(position, 3, 4)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -91,11 +98,107 @@ def test_a_billion_images_cost_nothing(position):
 
 def test_what_cannot_be_asked():
     for ask in (
-        lambda: ElasticSampler(0, 0, 4),
-        lambda: ElasticSampler(10, 0, 4).slots(0, 0, 3),
-        lambda: ElasticSampler(10, 0, 4).slots(0, 2, 2),
+        lambda: sampler_of(0, 0, 4),
+        lambda: sampler_of(10, 0, 4).slots(0, 0, 3),
+        lambda: sampler_of(10, 0, 4).slots(0, 2, 2),
         lambda: permute(np.array([10]), 10, 0, 0),
         lambda: permute(np.array([-1]), 10, 0, 0),
     ):
         with pytest.raises(ValueError):
             ask()
+
+
+# ---------------------------------------------------------------------------------------- neighbours read together
+
+blocks = st.integers(1, 40)
+
+
+@settings(deadline=None)
+@given(n=small, seed=seeds, epoch=st.integers(0, 100), block=blocks, lanes=blocks)
+def test_an_order_by_blocks_is_a_bijection(n, seed, epoch, block, lanes):
+    order = Order(n, seed, block, lanes)
+    images = order.at(epoch, np.arange(n))
+    assert np.array_equal(np.sort(images), np.arange(n))
+    assert np.array_equal(images[::-7], order.at(epoch, np.arange(n)[::-7]))  # by index, whatever else is asked for
+
+
+@settings(deadline=None)
+@given(n=st.integers(40, 20_000), seed=seeds, block=st.integers(2, 40), lanes=blocks)
+def test_a_lane_reads_one_block_after_the_other(n, seed, block, lanes):
+    """Every lanes-th position: block for block, each whole; the last rows, without a full set of lanes, excepted."""
+    order = Order(n, seed, block, lanes)
+    images, window = order.at(1, np.arange(n)), lanes * min(block, n)
+    for start in range(0, n // window * window, window):
+        for lane in {0, lanes // 2, lanes - 1}:
+            places = start + lane + lanes * np.arange(order.block)
+            first, num = order.run_of(1, int(places[0]), int(images[places[0]]))
+            assert num == order.block and sorted((images[places] - first) % n) == list(range(num))
+            assert all(order.run_of(1, int(p), int(images[p])) == (first, num) for p in places)
+    assert all(order.run_of(1, p, int(images[p])) is None for p in range(n // window * window, n))
+
+
+def test_blocks_are_mixed_as_well_as_images():
+    """Mixing, measured: where neighbours in storage come in the order, against the order that knows no blocks."""
+    n, batch, block = 200_000, 512, 32
+
+    def facts(order):
+        images = order.at(0, np.arange(n))
+        place = np.empty(n, np.int64)
+        place[images] = np.arange(n)
+        same_batch = np.mean(place[:-1] // batch == place[1:] // batch)
+        moved = np.mean(np.abs(place - np.arange(n))) / n
+        shards = np.mean([len(np.unique(images[b : b + batch] // 2000)) for b in range(0, n - batch, batch)])
+        again = order.at(1, np.arange(n))
+        return same_batch, moved, shards, np.corrcoef(images, np.arange(n))[0, 1], np.corrcoef(images, again)[0, 1]
+
+    free, by_blocks = facts(Order(n, 0)), facts(Order(n, 0, block, batch))
+    assert by_blocks[0] < 1.5 * free[0]  # two neighbours in one batch: hardly ever, as by chance
+    assert abs(by_blocks[1] - 1 / 3) < 0.01 and abs(free[1] - 1 / 3) < 0.01  # as far as in a uniform shuffle
+    assert by_blocks[2] > 0.98 * free[2]  # tars of 2,000 images that one batch draws from, of 100
+    assert abs(by_blocks[3]) < 0.05 and abs(by_blocks[4]) < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------- refresh
+
+
+@settings(deadline=None, max_examples=200)
+@given(seed=seeds, data=st.data())
+def test_every_image_once_an_epoch_over_any_refreshes(seed, data):
+    """Parts come, go and change places in mid-epoch, several times: no image twice in an epoch, and none forgotten."""
+    batch, numbers, names = data.draw(st.integers(1, 20)), st.integers(1, 60), iter(range(10**6))
+
+    def era(since, kept):
+        new = [(f"part {next(names)}", data.draw(numbers)) for _ in range(data.draw(st.integers(0 if kept else 1, 2)))]
+        return Era(since, tuple(data.draw(st.permutations([*kept, *new]))), data.draw(st.integers(1, 6)), batch)
+
+    eras, seen, shown = [era(0, [])], 0, []
+    for _ in range(data.draw(st.integers(1, 4))):
+        sampler = ElasticSampler(eras, seed, batch)
+        everything = [(name, i) for name, num in eras[-1].parts for i in range(num)]
+        for _ in range(data.draw(st.integers(0, 12))):
+            epochs, _, images = sampler.slots(seen, 0, 1)
+            shown += [(everything[i], e) for i, e in zip(images.tolist(), epochs.tolist())]
+            seen += batch
+        assert len(set(shown)) == len(shown)
+        (epoch,), (offset,) = sampler.locate(np.array([seen]))
+        rest = {everything[i] for i in sampler.at(int(epoch), np.arange(offset, sampler.size(int(epoch)))).tolist()}
+        had = {image for image, e in shown if e == epoch}
+        assert not rest & had and set(everything) <= rest | had and sampler.left(seen) == len(rest)
+        assert int(sampler.progress(seen)) == epoch
+        eras.append(era(seen, [p for p in eras[-1].parts if data.draw(st.booleans())]))
+
+
+def test_new_and_old_parts_come_in_proportion():
+    old, new = 40_000, 10_000
+    sampler = ElasticSampler([Era(0, (("old", old),)), Era(20_000, (("old", old), ("new", new)))], 0, 100)
+    images = sampler.at(0, np.arange(sampler.size(0)))
+    share = (images.reshape(-1, 300) >= old).mean(axis=1)
+    assert len(images) == 30_000 and np.all(np.abs(share - 1 / 3) < 0.01)
+
+
+def test_a_part_that_goes_is_counted_not_stored():
+    eras = [Era(0, (("a", 300_000), ("b", 300_000))), Era(1024, (("b", 300_000),))]
+    sampler = ElasticSampler(eras, 3, 64)
+    begin = time.perf_counter()
+    sampler.slots(200 * 64, 3, 8)
+    assert time.perf_counter() - begin < 0.5 and sampler._rest._counts.nbytes < 4000

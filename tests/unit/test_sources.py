@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from seer_scale.data.sources import open_source, subset, tars
 from seer_scale.errors import DataError
@@ -16,8 +18,9 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    return Path(os.environ["XDG_CACHE_HOME"]) / "seer_scale"
 
 
 def touch(path: Path, data: bytes = b"x") -> Path:
@@ -125,7 +128,7 @@ def test_tar_labels_from_cls_members_and_classes_file(tmp_path):
     assert not source.has_labels  # the third has none
     (tmp_path / "classes.txt").write_text("ant\n")
     with pytest.raises(DataError, match="has label 1, but classes.txt beside it names only 1 classes"):
-        open_source(str(path))
+        open_source(str(path)).labels  # noqa: B018
 
 
 def test_tar_numbers_without_classes_file_become_classes(tmp_path):
@@ -186,14 +189,14 @@ def test_index_is_cached_and_rebuilt_when_the_tar_changes(tmp_path, monkeypatch)
     assert open_source(str(path)).read(1) == b"two"
 
 
-def test_index_goes_to_the_cache_folder_where_the_data_is_read_only(tmp_path):
+def test_index_goes_to_the_cache_folder_where_the_data_is_read_only(tmp_path, cache):
     (tmp_path / "data").mkdir()
     path = write_tar(tmp_path / "data" / "x.tar", {"1.jpg": b"one"})
     (tmp_path / "data").chmod(0o555)  # root could write there, and must not
     try:
         open_source(str(path))
         assert os.listdir(tmp_path / "data") == ["x.tar"]
-        assert len(list((tmp_path / "cache" / "seer_scale").iterdir())) == 1
+        assert sorted(p.suffixes[0] for p in cache.iterdir()) == [".index", ".tars"]
     finally:
         (tmp_path / "data").chmod(0o755)
 
@@ -212,10 +215,14 @@ def test_a_tar_cut_anywhere_says_so(tmp_path):
 
 def test_a_tar_that_shrinks_while_in_use(tmp_path):
     path = write_tar(tmp_path / "x.tar", {"1.jpg": b"one" * 1000})
-    source = open_source(str(path))
+    used, unused = open_source(str(path)), open_source(str(path))
+    assert used.read(0) == b"one" * 1000
     os.truncate(path, 600)
-    with pytest.raises(DataError, match="cut short"):
-        source.read(0)
+    with pytest.raises(DataError, match=r"x\.tar::1\.jpg is cut short"):
+        used.read(0)
+    with pytest.raises(DataError, match="changed after it was indexed: start again"):
+        unused.read(0)
+    assert unused.name(0) == f"{path}::0"  # a log needs a name all the same
 
 
 def test_more_tars_than_are_kept_open(tmp_path, monkeypatch):
@@ -224,8 +231,239 @@ def test_more_tars_than_are_kept_open(tmp_path, monkeypatch):
         write_tar(tmp_path / f"{n}.tar", {f"{n}.jpg": b"%d" % n})
     source = open_source(str(tmp_path))
     assert [source.read(i) for i in (0, 1, 2, 3, 4, 0, 2)] == [b"0", b"1", b"2", b"3", b"4", b"0", b"2"]
-    assert len(source._open) <= 2
+    assert source._open.cache_info().currsize <= 2
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+# ------------------------------------------------------------------------------------------------ many tars
+
+
+def numbered_tars(folder: Path, num: int, images: int = 3, **members: bytes) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    made = []
+    for n in range(num):
+        inside = {f"c{n % 2}/{n}_{k}.jpg": b"%d,%d " % (n, k) * (k + 1) for k in range(images)}
+        made.append(write_tar(folder / f"{n:05d}.tar", inside | members))
+    return made
+
+
+def test_only_a_tar_that_changed_is_indexed_again(tmp_path, cache, monkeypatch):
+    made = numbered_tars(tmp_path / "d", 5)
+    before = contents(open_source(str(tmp_path / "d")))
+    for index in (tmp_path / "d").glob("*.npz"):
+        index.unlink()  # to open the same tars again takes none
+    walked, walk = [], tars._walk_tar
+    monkeypatch.setattr(tars, "_walk_tar", lambda tar, size: walked.append(tar) or walk(tar, size))
+    assert len(open_source(str(tmp_path / "d"))) == 15 and not walked
+    write_tar(made[3], {"c0/new.jpg": b"new"})
+    source = open_source(str(tmp_path / "d"))
+    assert len(source) == 13 and walked == [str(made[3])]
+    assert contents(source) == before[:9] + [(f"{made[3]}::c0/new.jpg", b"new", 0)] + before[12:]
+    os.utime(made[0], ns=(0, 0))
+    unchanged = len(walked)
+    with pytest.raises(DataError, match=r"00000\.tar changed after it was indexed: start again"):
+        pickle.loads(pickle.dumps(source)).read(0)
+    assert len(walked) == unchanged
+
+
+def test_a_collection_file_that_is_torn_is_made_anew(tmp_path, cache):
+    numbered_tars(tmp_path / "d", 3)
+    before = contents(open_source(str(tmp_path / "d")))
+    [collection] = cache.glob("*.tars.npz")
+    collection.write_bytes(collection.read_bytes()[:100])
+    assert contents(open_source(str(tmp_path / "d"))) == before
+
+
+def test_tars_indexed_by_processes_are_those_indexed_alone(tmp_path, cache, monkeypatch):
+    numbered_tars(tmp_path / "d", 300)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    parallel = open_source(str(tmp_path / "d"))
+    indexes = {p.name: p.read_bytes() for p in (tmp_path / "d").glob("*.npz")}
+    assert len(indexes) == 300
+    for path in [*(tmp_path / "d").glob("*.npz"), *cache.iterdir()]:
+        path.unlink()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    alone = open_source(str(tmp_path / "d"))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "d").glob("*.npz")} == indexes
+    assert contents(alone) == contents(parallel) and len(alone) == 900
+
+
+def test_a_bad_tar_among_many_is_named_and_the_work_on_the_others_kept(tmp_path, monkeypatch):
+    numbered_tars(tmp_path / "d", 60)
+    (tmp_path / "d" / "00059.tar").write_bytes(b"text" * 1000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(DataError, match=r"00059\.tar is not a plain tar"):
+        open_source(str(tmp_path / "d"))
+    assert len(list((tmp_path / "d").glob("*.npz"))) == 59
+
+
+def test_few_indexes_are_kept_and_what_travels_is_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "KEPT_IMAGES", 40)
+    numbered_tars(tmp_path / "d", 20, images=10)
+    source = open_source(str(tmp_path / "d"))
+    assert [source.read(i) for i in (5, 199, 17, 100, 60, 5)][0] == source.read(5) == b"0,5 " * 6
+    assert source._index.cache_info().currsize <= 4
+    assert len(pickle.dumps(source)) < 20 * (len(str(tmp_path)) + 60) + 1500
+
+
+def test_labels_are_counted_without_reading_an_index(tmp_path, monkeypatch):
+    numbered_tars(tmp_path / "d", 4)
+    numbered_tars(tmp_path / "one", 3, images=0, **{"same/1.jpg": b"x"})
+    open_source(str(tmp_path / "d"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tars.Tars, "_load", lambda *_: pytest.fail("an index was read"))
+        assert open_source(str(tmp_path / "d")).has_labels
+        unlabelled = open_source(str(tmp_path / "one"))
+        assert not unlabelled.has_labels and unlabelled.labels is None and not unlabelled.classes
+    assert open_source(str(tmp_path / "d")).labels.tolist() == [0, 0, 0, 1, 1, 1] * 2
+
+
+def test_long_work_is_told(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tars, "TELL_EVERY_S", 0)
+    numbered_tars(tmp_path / "d", 2)
+    open_source(str(tmp_path / "d"))
+    assert capfd.readouterr().err == "Indexing tars: 1 of 2.\nIndexing tars: 2 of 2.\n"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Tars with gaps of every kind between images, and an empty one."""
+    root = tmp_path_factory.mktemp("mixed")
+    write_tar(root / "0.tar", {"1.jpg": b"a" * 10, "1.cls": b"1", "1.json": b"{}" * 400, "2.jpg": b"", "3.jpg": b"c" * 3000})
+    write_tar(root / "1.tar", {"only.txt": b"no image"})
+    write_tar(root / "2.tar", {"far.bin": b"z" * 5000, "4.jpg": b"d", "far2.bin": b"z" * 5000, "5.jpg": b"e" * 700})
+    write_tar(root / "3.tar", {f"{n}.jpg": b"%d" % n * n for n in range(9)})
+    return root
+
+
+@settings(deadline=None, max_examples=60)
+@given(first=st.integers(0, 13), num=st.integers(0, 14), gap=st.sampled_from([1, 600, 2000, 1 << 16]), longest=st.sampled_from([1, 2000, 1 << 26]))
+def test_a_run_is_its_images(mixed, first, num, gap, longest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tars, "GAP", gap)
+        patch.setattr(tars, "LONGEST_READ", longest)
+        source = open_source(str(mixed))
+        num = min(num, len(source) - first)
+        assert source.read_run(first, num) == [source.read(i) for i in range(first, first + num)]
+        assert source.read_run(first, num) == super(tars.Tars, source).read_run(first, num)
+
+
+def test_a_run_takes_few_reads_and_carries_its_errors(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", {**{f"{n}.jpg": b"x" * 1000 for n in range(20)}, "big.txt": b"t" * tars.GAP, "last.jpg": b"y"})
+    write_tar(tmp_path / "1.tar", {f"{n}.jpg": b"x" * 1000 for n in range(20)})
+    source = open_source(f"{tmp_path}/*.tar")
+    reads, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *a: reads.append(a[1:]) or pread(*a))
+    assert len(source.read_run(5, 30)) == 30 and len(reads) == 3
+    os.truncate(tmp_path / "1.tar", 600)
+    run = source.read_run(20, 3)
+    assert run[0] == b"y" and [f"1.tar::{n}.jpg is cut short" in str(e) for n, e in enumerate(run[1:])] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "path, means",
+    [
+        ("{08..11}.tar", ["08", "09", "10", "11"]),
+        ("{8..10}.tar", ["8", "9", "10"]),
+        ("{0..1}{a,b}.tar", ["0a", "0b", "1a", "1b"]),
+        ("{a,b}.tar,c.tar", ["a", "b", "c"]),
+        ("{0..1}*.tar", ["00", "01", "10"]),
+    ],
+)
+def test_braces(tmp_path, monkeypatch, path, means):
+    monkeypatch.chdir(tmp_path)
+    for name in {*means, "zz"}:
+        write_tar(tmp_path / f"{name}.tar", {"x.jpg": b"x"})
+    source = open_source(path)
+    assert [source.name(i) for i in range(len(source))] == [f"{name}.tar::x.jpg" for name in means]
+
+
+def test_braces_that_cannot_be_meant(tmp_path):
+    for path in ("{5..1}.tar", "{0..99999999999}.tar"):
+        with pytest.raises(DataError, match="must count up, by at most 10,000,000"):
+            open_source(str(tmp_path / path))
+    write_tar(tmp_path / "1.tar", {"1.jpg": b"x"})
+    with pytest.raises(DataError, match=r"2\.tar does not exist"):
+        open_source(f"{tmp_path}/{{1..2}}.tar")
+
+
+# --------------------------------------------------------------------------------------------- tars that do harm
+
+
+def pax(name: bytes, value: bytes) -> bytes:
+    body = b"%s=%s\n" % (name, value)
+    length = next(n for n in range(len(body), len(body) + 20) if len(b"%d %s" % (n, body)) == n)
+    return b"%d %s" % (length, body)
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_headers_that_claim_to_be_huge_take_no_memory(tmp_path):
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+        with open(tmp_path / "x.tar", "wb") as file:
+            file.write(header("x", 1 << 40, kind))
+            file.truncate(1 << 32)  # really so long, as far as the file goes
+        with pytest.raises(DataError, match="header of more than 1,048,576 bytes"):
+            open_source(str(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("size", [b"-1024", b"999999999999", b"-1", b"1e99", b"0x10"])
+def test_sizes_that_lie(tmp_path, size):
+    record = pax(b"size", size)
+    good = header("1.jpg", 512) + b"x" * 512
+    data = good + header("pax", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0") + good + bytes(1024)
+    path = touch(tmp_path / "x.tar", data)
+    try:
+        source = open_source(str(path))
+        assert all(len(source.read(i)) <= 512 for i in range(len(source)))
+    except DataError as error:
+        assert "x.tar" in str(error)
+
+
+def test_headers_that_nest_without_end(tmp_path):
+    path = touch(tmp_path / "x.tar", header("x", 0, tarfile.GNUTYPE_LONGNAME) * 1900 + bytes(1024))
+    with pytest.raises(DataError, match="cannot be read"):
+        open_source(str(path))
+
+
+def test_members_whose_names_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"\xff/\xfe.jpg")
+    folder = tmp_path / os.fsdecode(b"\xfd")
+    folder.mkdir()
+    path = write_tar(folder / "x.tar", {name: b"odd"})
+    assert contents(open_source(str(path))) == [(f"{path}::{name}", b"odd", None)]
+
+
+def test_sparse_members_are_left_out(tmp_path):
+    record = pax(b"GNU.sparse.major", b"1") + pax(b"GNU.sparse.minor", b"0") + pax(b"GNU.sparse.realsize", b"%d" % (1 << 40))
+    sparse = header("pax", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0")
+    sparse += header("s.jpg", 1024) + b"1\n0\n512\n".ljust(512, b"\0") + b"s" * 512
+    path = touch(tmp_path / "x.tar", sparse + header("1.jpg", 512) + b"x" * 512 + bytes(1024))
+    assert [d for _, d, _ in contents(open_source(str(path)))] == [b"x" * 512]
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_a_damaged_tar_gives_its_images_or_one_sentence(tmp_path_factory, data):
+    form = data.draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+    folder = tmp_path_factory.mktemp("damaged")
+    path = write_tar(folder / "x.tar", {"a/1.jpg": b"one" * 300, "n" * 150 + ".jpg": b"two", "\xe9/3.jpg": b"3"}, form)
+    raw = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=4)):
+        raw[place] = data.draw(st.integers(0, 255))
+        begin = place // 512 * 512  # with a sum that is right, or nothing else would be looked at
+        raw[begin + 148 : begin + 156] = b" " * 8
+        raw[begin + 148 : begin + 156] = b"%06o\0 " % sum(raw[begin : begin + 512])
+    path.write_bytes(raw)
+    try:
+        source = open_source(str(path))
+        assert len(contents(source)) == len(source)
+    except DataError as error:
+        assert "x.tar" in str(error)
 
 
 # ------------------------------------------------------------------------------------------------------ errors

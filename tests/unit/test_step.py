@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,10 +36,10 @@ class _Reads(TorchDispatchMode):
 def test_no_value_is_read_between_metrics(optimizer, over):
     config, engine = tiny(WORLD, **{"parallel.engine": "single", "optim.name": optimizer}, **over)
     losses_of(engine, config, WORLD, range(1))
-    window = Window(WORLD)
+    window = Window(WORLD, Path())
     for step in range(1, 4):  # frozen and not, queue filling and full
         parts = micro_batches(config, step, WORLD)
-        batch = Batch([], torch.arange(8), 8 * step, [])
+        batch = Batch([], [], torch.arange(8), 8 * step, [])
         with _Reads() as reads:
             loss, _ = engine.gradients(parts, samples_seen=8 * step)
             engine.update(0.01, engine.method.frozen(8 * step))

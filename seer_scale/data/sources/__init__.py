@@ -1,28 +1,39 @@
-"""Where images come from: a folder tree, a list file, or WebDataset tars; each gives image i as bytes at random.
+"""Where images come from: a folder tree, a list file, WebDataset tars, here or behind URLs, data sets of Hugging Face's
+library, a manifest of these. Each gives image i as bytes at random; only a stream does not.
 
-A source is a few numpy arrays (one blob of names with offsets, positions, labels) or a mapped file, so ten million
-images are not ten million Python objects and forked loader workers share them. Labels serve evaluation only.
+A source is a few numpy arrays (one blob of names with offsets, positions) or files that are read by parts, so ten
+million images are not ten million Python objects and forked loader workers share them. Labels serve evaluation only.
 """
 
 from __future__ import annotations
 
-import glob
 import os
-from pathlib import Path
+from collections.abc import Callable
 
-from seer_scale.data.sources.base import Source, is_image, subset
+from seer_scale.config import Data
+from seer_scale.data.sources import hub, remote
+from seer_scale.data.sources.base import Source, is_image, must_exist, subset
 from seer_scale.data.sources.files import folder
 from seer_scale.data.sources.lists import ListFile
-from seer_scale.data.sources.tars import Tars
+from seer_scale.data.sources.manifest import SUFFIXES as MANIFEST_SUFFIXES
+from seer_scale.data.sources.manifest import open_manifest
+from seer_scale.data.sources.tars import is_several, open_tars
 from seer_scale.errors import DataError, nearest
 
-__all__ = ["KINDS", "Source", "kind_of", "open_source", "subset"]
+__all__ = ["KINDS", "Source", "kind_of", "open_data", "open_source", "subset"]
 
-KINDS = ("auto", "folder", "list", "tar")
+OPENERS: dict[str, Callable[[str], Source]] = {"folder": folder, "list": ListFile, "tar": open_tars}
+KINDS = ("auto", *OPENERS, "hub", "stream", "manifest")
+LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".list")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
-def open_source(path: str, kind: str = "auto") -> Source:
-    """The images at `path`: a folder tree, a list file, a tar, a folder of tars, or a glob or comma list of tars.
+def open_source(
+    path: str, kind: str = "auto", *, split: str = "train", image_key: str = "", length: int = 0, buffer: int = 10_000
+) -> Source:
+    """The images at `path`: a folder tree, a list file, a tar, a folder of tars, a glob, a range in braces or a comma
+    list of tars, a manifest, or a data set as hub.py takes it, which alone reads the other arguments. All but the folder
+    tree may be URLs.
 
     Raises DataError when there is no image to read, saying what was looked for.
     """
@@ -31,26 +42,47 @@ def open_source(path: str, kind: str = "auto") -> Source:
     if not path:
         raise DataError("data.path is empty: give a folder of images, a list file or tars.")
     kind = kind_of(path) if kind == "auto" else kind
-    if kind == "tar":
-        return Tars(_tar_paths(path))
-    must_exist(path)
-    return folder(path) if kind == "folder" else ListFile(path)
+    if kind == "hub":
+        return hub.open_hub(path, split, image_key)
+    if kind == "stream":
+        return hub.open_hub_stream(path, split, image_key, length, buffer)
+    if kind == "manifest":
+        return open_manifest(path, open_source)
+    return OPENERS[kind](path)
+
+
+def open_data(data: Data) -> Source:
+    """What a recipe's data section names. Raises DataError."""
+    more = dict(split=data.split, image_key=data.image_key, length=data.length, buffer=data.buffer)
+    return open_source(data.path, data.kind, **more)
 
 
 def kind_of(path: str) -> str:
-    """Which kind of source a path is; lists no images. Raises DataError where it is none."""
-    if not os.path.exists(path) and (glob.has_magic(path) or "," in path):
+    """Which kind of source a path is; lists no images and asks no server. Raises DataError where it is none."""
+    is_url = remote.is_url(path)
+    if not is_url and hub.looks_like_hub(path):
+        return "hub"
+    if not os.path.exists(path) and is_several(path):
         return "tar"
-    must_exist(path)
+    if not is_url:
+        must_exist(path)
     if not os.path.isdir(path):
-        if path.lower().endswith(".tar"):
+        name = path.partition("?")[0].lower() if is_url else path.lower()
+        if name.endswith(".tar") or is_url and name.endswith("/"):
             return "tar"
-        if path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")):
+        if name.endswith(COMPRESSED):
             raise DataError(
                 f"{path} is compressed, so no image can be read alone; unpack it to .tar files or a folder."
             )
-        if is_image(path):
+        if name.endswith(MANIFEST_SUFFIXES) and not is_url:
+            return "manifest"
+        if is_image(name):
             raise DataError(f"{path} is a single image; give its folder, or a list file.")
+        if is_url and not name.endswith(LIST_SUFFIXES):
+            raise DataError(
+                f"{path} ends neither like tars (.tar, or / for a folder of them) nor like a list of images "
+                f"({', '.join(LIST_SUFFIXES)}); say what is meant by data.kind tar or data.kind list."
+            )
         return "list"
     entries = list(os.scandir(path))
     if not any(e.name.endswith(".tar") for e in entries):
@@ -59,46 +91,3 @@ def kind_of(path: str) -> str:
     if other:
         raise DataError(f"{path} holds tars and also {other}; say what is meant by data.kind tar or data.kind folder.")
     return "tar"
-
-
-def _tar_paths(path: str) -> list[str]:
-    """The tars that a path, a folder, a glob or a comma list of these means, each once, in order."""
-    paths: list[str] = []
-    for part in [path] if os.path.exists(path) else path.split(","):
-        part = part.strip()
-        if os.path.isdir(part):
-            found = sorted(glob.glob(os.path.join(glob.escape(part), "*.tar")))
-        elif os.path.exists(part) or not glob.has_magic(part):
-            must_exist(part)
-            found = [part]
-        else:
-            found = sorted(_matches(part))
-        if not found:
-            raise DataError(f"{part} holds no .tar file; give a folder of tars, or a glob such as shards/*.tar.")
-        paths += found
-    return list(dict.fromkeys(paths))
-
-
-def _matches(pattern: str) -> list[str]:
-    """What a glob matches; the folders at its beginning that exist as written are meant so, brackets and all."""
-    folder = os.path.dirname(pattern)
-    while folder and not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    return glob.glob(glob.escape(folder) + pattern[len(folder) :])
-
-
-def must_exist(path: str) -> None:
-    if os.path.exists(path):
-        return
-    missing = Path(path)
-    while not missing.parent.is_dir() and missing.parent != missing:
-        missing = missing.parent
-    try:
-        close = nearest(missing.name, os.listdir(missing.parent))
-    except OSError:
-        close = ""
-    if close.startswith("did"):
-        hint = f"did you mean {missing.parent / close.removeprefix('did you mean ')}"
-    else:
-        hint = f"the nearest folder there is: {missing.parent.absolute()}."
-    raise DataError(f"{path} does not exist; {hint}")

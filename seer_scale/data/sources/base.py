@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import zipfile
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from seer_scale.errors import DataError
+from seer_scale.data.sources import remote
+from seer_scale.errors import DataError, nearest
 from seer_scale.rng import key as hash_key
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
@@ -21,10 +24,14 @@ class Source:
     """A fixed sequence of encoded images. Picklable, safe after fork; nothing is held open until first read.
 
     labels: int32 [n], each an index into `classes`, -1 where an image has none; or None. classes: the labels' names.
+    locality: images that lie together and are best read together (`read_run`); 1 = none. is_stream: whether images come
+    in passing only, from `iterate(seed, epoch, first)`, and not by number.
     """
 
     labels: np.ndarray | None = None
     classes: Sequence[str] = ()
+    locality = 1
+    is_stream = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -32,6 +39,16 @@ class Source:
     def read(self, i: int) -> bytes:
         """The encoded image i. Raises DataError when it cannot be read."""
         raise NotImplementedError
+
+    def read_run(self, first: int, num: int) -> list[bytes | DataError]:
+        """Images first .. first + num - 1, an error in the place of one that cannot be read."""
+        return [self._read_or_error(i) for i in range(first, first + num)]
+
+    def _read_or_error(self, i: int) -> bytes | DataError:
+        try:
+            return self.read(i)
+        except DataError as error:
+            return error
 
     def name(self, i: int) -> str:
         """What a log shows for image i: its path, or TAR::MEMBER."""
@@ -144,43 +161,100 @@ def few(paths: list[str]) -> str:
     return paths[0] if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
 
 
+def must_exist(path: str) -> None:
+    if os.path.exists(path):
+        return
+    missing = Path(path)
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    try:
+        close = nearest(missing.name, os.listdir(missing.parent))
+    except OSError:
+        close = ""
+    if close.startswith("did"):
+        hint = f"did you mean {missing.parent / close.removeprefix('did you mean ')}"
+    else:
+        hint = f"the nearest folder there is: {missing.parent.absolute()}."
+    raise DataError(f"{path} does not exist; {hint}")
+
+
 # ------------------------------------------------------------------------------------------------------ caching
 
 
-def cached_index(path: str, version: int, build: Callable[[int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """build(size of the file), or what an earlier call for the same file has left; written beside it, or in the user's
-    cache folder. Raises DataError where the file cannot be read."""
+def stamp_of(path: str) -> tuple[int, int]:
+    """(size in bytes, a number that changes with the content) of a file or URL. Raises DataError."""
+    if remote.is_url(path):
+        size, stamp = remote.stat(path)
+        return size, digest(stamp) >> 65
     try:
         stat = os.stat(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from error
-    stamp = np.array([version, stat.st_size, stat.st_mtime_ns], np.int64)
-    places = _index_places(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def cached_index(
+    path: str, version: int, build: Callable[[int], dict[str, np.ndarray]], stamp: tuple[int, int] | None = None,
+    only: Sequence[str] = (),
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """build(size of the file), or what an earlier call for the same file or URL has left; written beside a file, or in
+    the user's cache folder. stamp: the file's, where it is known. only: the arrays that are needed, where not all are.
+    Raises DataError where the file cannot be read."""
+    size, mark = stamp or stamp_of(path)
+    wanted = np.array([version, size, mark], np.int64)
+    places = [cache_place(os.path.realpath(path), suffix=".index.npz")]
+    if remote.is_url(path):
+        places = [cache_place(path, suffix=".index.npz")]
+    else:
+        places.insert(0, Path(f"{path}.index.npz"))
     for place in places:
-        try:
-            with np.load(place, allow_pickle=False) as saved:
-                index = dict(saved)
-            if np.array_equal(index["stamp"], stamp):
-                return index
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            continue  # not there, or not whole: build it again
-    index = {"stamp": stamp, **build(stat.st_size)}
-    for place in places:
-        aside = place.with_name(f"{place.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if not place.parent.stat().st_mode & 0o222:
-                continue  # marked read-only, which would not stop root
-            with open(aside, "wb") as file:
-                np.savez(file, **index)
-            aside.rename(place)
-            break
-        except OSError:  # read-only or full: the next place, or no cache at all
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+        index = load_arrays(place, only and (*only, "stamp"))
+        if np.array_equal(index.get("stamp", ()), wanted):
+            return index
+    index = {**build(size), "stamp": wanted}
+    save_arrays(places, index)
     return index
 
 
-def _index_places(path: str) -> list[Path]:
+def load_arrays(file: Path | BinaryIO, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of an npz (or `only` some: each takes a third of a millisecond), none where it is not there or whole."""
+    try:
+        with np.load(file, allow_pickle=False) as saved:
+            return {name: saved[name] for name in only or saved}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def save_arrays(places: Sequence[Path], arrays: dict[str, np.ndarray]) -> None:
+    """Write an npz to the first place that can be written to, if any."""
+    for place in places:
+        with contextlib.suppress(OSError), written_whole(place) as file:  # read-only or full: the next place
+            np.savez(file, **arrays)
+            return
+
+
+@contextlib.contextmanager
+def written_whole(place: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears at `place` when it is whole. Raises OSError."""
+    aside = place.with_name(f"{place.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}.tmp")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.parent.stat().st_mode & 0o222:  # which would not stop root
+        raise PermissionError(f"{place.parent} is marked read-only")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+        aside.rename(place)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def cache_place(*words: object, suffix: str) -> Path:
+    """Where the user's cache folder keeps what `words` name."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seer_scale"
-    return [Path(f"{path}.index.npz"), cache / f"{hash_key(0, os.path.realpath(path)):032x}.index.npz"]
+    return cache / f"{digest(*words):032x}{suffix}"
+
+
+def digest(*words: object) -> int:
+    """128 bits that stand for `words`, which need not be UTF-8."""
+    return hash_key(0, *(str(word).encode("utf-8", "backslashreplace").decode() for word in words))

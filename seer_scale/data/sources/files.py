@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from seer_scale.data.sources.base import SUFFIXES, LabelsBuilder, Names, NamesBuilder, Source, first_folder, is_image
+from seer_scale.data.sources import remote
+from seer_scale.data.sources.base import (
+    SUFFIXES,
+    LabelsBuilder,
+    Names,
+    NamesBuilder,
+    Source,
+    first_folder,
+    is_image,
+    must_exist,
+)
 from seer_scale.errors import DataError
 
 
@@ -28,7 +38,9 @@ class Files(Source):
 
 
 def read_file(path: str) -> bytes:
-    """Raises DataError."""
+    """The whole of a file or URL. Raises DataError."""
+    if remote.is_url(path):
+        return remote.read(path)
     try:
         with open(path, "rb", buffering=0) as file:
             return file.readall()
@@ -39,6 +51,9 @@ def read_file(path: str) -> bytes:
 def folder(path: str) -> Files:
     """Every image below a folder, in sorted order. The first-level subfolders are the classes, where there are at
     least two and no image lies outside them. Raises DataError when there is no image."""
+    if remote.is_url(path):
+        raise DataError(f"{path} is a URL, but a folder of images must be a local one; give its tars or a list of URLs.")
+    must_exist(path)
     if not os.path.isdir(path):
         raise DataError(f"{path} is not a folder, but data.kind is folder; use data.kind auto.")
     names, labels = NamesBuilder(), LabelsBuilder()

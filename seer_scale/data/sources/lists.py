@@ -1,4 +1,4 @@
-"""Images named in a text file, one a line. What is kept of it is the place of every STRIDE-th line: 13 MB for 10^8."""
+"""Images named in a text file, one path or URL a line. What is kept of it is the place of every STRIDE-th line: 13 MB for 10^8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from seer_scale.data.sources.base import LabelsBuilder, Source, cached_index, number
+from seer_scale.data.sources import remote
+from seer_scale.data.sources.base import (
+    LabelsBuilder,
+    Source,
+    cache_place,
+    cached_index,
+    must_exist,
+    number,
+    stamp_of,
+    written_whole,
+)
 from seer_scale.data.sources.files import read_file
 from seer_scale.errors import DataError
 
@@ -22,24 +32,28 @@ MARK = b"\xef\xbb\xbf"
 
 
 class ListFile(Source):
-    """Each line is a path, relative to the file's own folder, and on all lines or none a tab and a label.
+    """Each line is a URL or a path, relative to the list's own folder, and on all lines or none a tab and a label.
 
-    Raises DataError when there is none, or none of the first hundred exists.
+    Raises DataError when there is none, or none of the first hundred exists (of URLs, the first).
     """
 
     def __init__(self, path: str):
-        self._path, self._root = path, os.path.dirname(path)
+        """path: a file, or a URL that is copied to the user's cache folder."""
+        if not (is_url := remote.is_url(path)):
+            must_exist(path)
+        self._path, self._file = path, _fetched(path) if is_url else path
+        self._root = os.path.dirname(path.partition("?")[0] if is_url else path)
         try:
-            size = os.path.getsize(path)
-            build = partial(_scan, path)
-            index = cached_index(path, INDEX_VERSION, build) if size >= CACHED_FROM else build(size)
+            size = os.path.getsize(self._file)
+            build = partial(_scan, self._file, path)
+            index = cached_index(self._file, INDEX_VERSION, build) if size >= CACHED_FROM else build(size)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}).") from error
         self._starts, self._num, self._is_labelled = index["starts"], int(index["count"]), bool(index["labelled"])
         if not self._num:
             raise DataError(f"{path} lists no image: it needs one path a line.")
         first = [self.name(i) for i in range(min(100, self._num))]
-        if not any(map(os.path.exists, first)):
+        if not any(os.path.exists(name) for name in first if not remote.is_url(name)) and not _is_there(first):
             raise DataError(
                 f"{path} lists {first[0]!r}, which does not exist, nor do the lines after it; "
                 "relative paths are taken from the list's own folder."
@@ -55,7 +69,8 @@ class ListFile(Source):
         lines = self._lines(i // STRIDE)
         if i % STRIDE >= len(lines):
             raise DataError(f"{self._path} has changed since it was indexed: start again.")
-        return os.path.join(self._root, os.fsdecode(lines[i % STRIDE].partition(b"\t")[0]))
+        name = os.fsdecode(lines[i % STRIDE].partition(b"\t")[0])
+        return name if remote.is_url(name) else os.path.join(self._root, name)
 
     @property
     def has_labels(self) -> bool:
@@ -82,7 +97,7 @@ class ListFile(Source):
         """The lines of one block, read anew: a mapped file that somebody cuts would end the process."""
         begin, end = self._starts[block : block + 2].tolist()
         try:
-            with open(self._path, "rb", buffering=0) as file:
+            with open(self._file, "rb", buffering=0) as file:
                 text = os.pread(file.fileno(), end - begin, begin)
         except OSError as error:
             raise DataError(f"{self._path} cannot be read ({error.strerror}).") from error
@@ -93,15 +108,39 @@ def _is_blank(line: bytes) -> bool:
     return not line.partition(b"\t")[0].strip()
 
 
-def _scan(path: str, size: int) -> dict[str, np.ndarray]:
-    """starts int64: where every STRIDE-th line that is not blank begins, and the end of the file; count; labelled."""
+def _is_there(names: list[str]) -> bool:
+    """Whether the first URL among `names` is: a question to a server, so no other is asked for."""
+    url = next(filter(remote.is_url, names), None)
+    try:
+        return url is not None and bool(remote.stat(url))
+    except remote.Refused:
+        return False
+
+
+def _fetched(url: str) -> str:
+    """This machine's copy of a list; another one when the list has changed."""
+    size, mark = stamp_of(url)
+    place = cache_place(url, size, mark, suffix=".list")
+    try:
+        if not place.exists():
+            with written_whole(place) as file:
+                for offset in range(0, size, CHUNK):
+                    file.write(remote.read(url, offset, min(CHUNK, size - offset)))
+    except OSError as error:
+        raise DataError(f"{url} cannot be copied to {place} ({error.strerror or error}); free some space there.") from error
+    return str(place)
+
+
+def _scan(file: str, path: str, size: int) -> dict[str, np.ndarray]:
+    """Of the list `path`, read from `file`: starts int64 (where every STRIDE-th line that is not blank begins, and the end
+    of the file), count, labelled."""
     starts, count, labelled, number_of_lines = array("q"), 0, None, 0
-    with open(path, "rb") as file:
-        offset = len(MARK) if file.read(len(MARK)) == MARK else 0
-        file.seek(offset)
+    with open(file, "rb") as lines:
+        offset = len(MARK) if lines.read(len(MARK)) == MARK else 0
+        lines.seek(offset)
         rest, at_end = b"", False
         while not at_end:
-            more = file.read(CHUNK)
+            more = lines.read(CHUNK)
             at_end = not more
             data = rest + (more or b"\n")
             whole = data.rfind(b"\n") + 1

@@ -1,32 +1,62 @@
-"""Images in WebDataset tars, walked once and then read at their offsets."""
+"""Images in WebDataset tars, here or behind URLs, walked once and then read at their offsets.
+
+Made for 100,000 tars of 10,000 images: what is kept is the number of images of each tar. Where they lie in it is loaded
+when one is asked for, and the least recently used goes.
+"""
 
 from __future__ import annotations
 
+import glob
+import multiprocessing
 import os
+import re
+import sys
 import tarfile
+import time
 from array import array
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cached_property, lru_cache, partial
+from io import BufferedReader, BytesIO
 
 import numpy as np
 
+from seer_scale.data.sources import remote
 from seer_scale.data.sources.base import (
     SUFFIXES,
     LabelsBuilder,
     Names,
     NamesBuilder,
     Source,
+    cache_place,
     cached_index,
+    digest,
     few,
     first_folder,
     is_image,
+    load_arrays,
+    must_exist,
     number,
+    save_arrays,
+    stamp_of,
 )
+from seer_scale.data.sources.files import read_file
 from seer_scale.errors import DataError
 
-INDEX_VERSION = 1
+INDEX_VERSION = COLLECTION_VERSION = 1
 OPEN_TARS = 64
+KEPT_IMAGES = 1 << 21
+"""Images whose places a process keeps, about: some 100 MB."""
+GAP, LONGEST_READ = 1 << 16, 1 << 26
+"""Bytes between two images that are read along rather than skipped; bytes of one read of several images."""
+LONGEST_HEADER = 1 << 20
+THREADS = 32
+ALONE_BELOW_TARS, ALONE_BELOW_BYTES = 32, 1 << 30
+"""So little is indexed before other processes have started."""
+TELL_EVERY_S = 10.0
+MOST_IN_BRACES = 10_000_000
+PLACES = ("offset", "size", "names", "name_ends")
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 class Tars(Source):
@@ -35,68 +65,345 @@ class Tars(Source):
     A label is the text of KEY.cls beside KEY.jpg, or else the member's first folder (where there are two or more).
     """
 
-    def __init__(self, paths: Sequence[str]):
-        """paths: tars. Raises DataError for one that is cut short or no tar, or when there is no image in any."""
-        self._paths = list(paths)
-        parts = [cached_index(p, INDEX_VERSION, partial(_walk_tar, p)) for p in self._paths]
-        self._starts = np.cumsum([0, *(len(p["offset"]) for p in parts)])
-        if not self._starts[-1]:
-            looked = ", ".join(SUFFIXES)
-            raise DataError(f"{few(self._paths)} holds no image: looked for members that end in {looked}.")
-        self._offset, self._size = (np.concatenate([p[k] for p in parts]) for k in ("offset", "size"))
-        blob_starts = np.cumsum([0, *(len(p["names"]) for p in parts)])
-        ends = np.concatenate([p["name_ends"] + s for p, s in zip(parts, blob_starts)])
-        self._names = Names(np.concatenate([p["names"] for p in parts]), ends)
-        classes = _read_classes(self._paths[0])
-        for source in ("cls", "folder"):
-            codes, values = merge(parts, source)
-            if (codes >= 0).any() if source == "cls" else codes.min() >= 0 and len(values) > 1:
-                self.labels, self.classes = number(codes, values, classes, few(self._paths))
-                break
-        self._open: dict[int, object] = {}
+    locality = 32
 
-    def __len__(self) -> int:
-        return len(self._offset)
+    def __init__(self, paths: Sequence[str]):
+        """paths: tars, or their URLs. Raises DataError for one that is cut short or no tar, or when there is no image
+        in any."""
+        self._stamps, sums = _survey(paths)
+        self._starts = np.cumsum([0, *sums[:, 0]])
+        self._few = few(paths)
+        if not self._starts[-1]:
+            raise DataError(f"{self._few} holds no image: looked for members that end in {', '.join(SUFFIXES)}.")
+        builder = NamesBuilder()
+        for path in paths:
+            builder.add(path)
+        self._paths = builder.build()
+        self._labelled_by, self._is_labelled = _labelled_by(sums)
+        self._begin()
+
+    def _begin(self) -> None:
+        mean = -(-int(self._starts[-1]) // len(self._paths))
+        self._index = lru_cache(max(1, KEPT_IMAGES // mean))(partial(self._load, only=PLACES))
+        self._open = lru_cache(OPEN_TARS)(self._open_tar)  # one that goes is closed once nobody uses it
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_index", "_open")}
 
-    def _shard(self, i: int) -> int:
-        return int(np.searchsorted(self._starts, i, side="right")) - 1
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
 
     def read(self, i: int) -> bytes:
-        shard, size = self._shard(i), int(self._size[i])
-        try:
-            if (file := self._open.get(shard)) is None:
-                while len(self._open) >= OPEN_TARS:  # the oldest is closed once nobody uses it
-                    self._open.pop(next(iter(self._open)))
-                file = self._open[shard] = open(self._paths[shard], "rb", buffering=0)
-            data = os.pread(file.fileno(), size, int(self._offset[i]))
-        except OSError as error:
-            raise DataError(f"{self.name(i)} cannot be read ({error.strerror}).") from error
-        if len(data) != size:
-            raise DataError(f"{self.name(i)} is cut short: the tar changed after it was indexed; fetch it again.")
+        [data] = self.read_run(i, 1)
+        if isinstance(data, DataError):
+            raise data
         return data
 
+    def read_run(self, first: int, num: int) -> list[bytes | DataError]:
+        """As Source says; images of a tar that lie near each other come in one read."""
+        out: list[bytes | DataError] = []
+        while len(out) < num:
+            shard, i = self._locate(first + len(out))
+            out += self._read_in(shard, i, min(num - len(out), int(self._starts[shard + 1] - self._starts[shard]) - i))
+        return out
+
     def name(self, i: int) -> str:
-        return f"{self._paths[self._shard(i)]}::{self._names[i]}"
+        return self._name(*self._locate(i))
+
+    # --- one tar
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """(number of the tar, number of the image in it)"""
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return shard, int(i - self._starts[shard])
+
+    def _name(self, shard: int, i: int) -> str:
+        try:
+            index = self._index(shard)
+        except DataError:  # a log needs a name all the same
+            return f"{self._paths[shard]}::{i}"
+        return f"{self._paths[shard]}::{Names(index['names'], index['name_ends'])[i]}"
+
+    def _read_in(self, shard: int, first: int, num: int) -> list[bytes | DataError]:
+        try:
+            index = self._index(shard)
+        except DataError as error:
+            return [error] * num
+        begins = index["offset"][first : first + num].tolist()
+        ends = [b + s for b, s in zip(begins, index["size"][first : first + num].tolist())]
+        out: list[bytes | DataError] = []
+        for a, b in _joined(begins, ends):
+            try:
+                data = self._range(shard, begins[a], ends[b - 1] - begins[a])
+                out += [data[begins[i] - begins[a] : ends[i] - begins[a]] for i in range(a, b)]
+            except DataError as error:
+                reason = str(error).removeprefix(self._paths[shard])
+                out += [DataError(f"{self._name(shard, first + i)}{reason}") for i in range(a, b)]
+        return out
+
+    def _range(self, shard: int, offset: int, size: int) -> bytes:
+        path = self._paths[shard]
+        if remote.is_url(path):
+            return remote.read(path, offset, size)
+        try:
+            data = os.pread(self._open(shard).fileno(), size, offset)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+        if len(data) != size:
+            raise DataError(f"{path} is cut short: the tar changed after it was indexed; fetch it again.")
+        return data
+
+    def _open_tar(self, shard: int):
+        return open(self._paths[shard], "rb", buffering=0)
+
+    def _load(self, shard: int, only: Sequence[str]) -> dict[str, np.ndarray]:
+        path = self._paths[shard]
+        stamp = stamp_of(path)
+        if stamp != tuple(self._stamps[shard].tolist()):
+            raise DataError(f"{path} changed after it was indexed: start again.")
+        index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only)
+        return {name: index[name] for name in only}
+
+    # --- labels
+
+    @property
+    def has_labels(self) -> bool:
+        return self._is_labelled
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._numbered[0] if self._labelled_by else None
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self._numbered[1] if self._labelled_by else ()
+
+    @cached_property
+    def _numbered(self) -> tuple[np.ndarray, list[str]]:
+        """Read from all indexes when an evaluation asks for them."""
+        only = [f"{self._labelled_by}{part}" for part in ("", "_values", "_ends")]
+        indexes = (self._load(shard, only) for shard in range(len(self._paths)))
+        indexes = _told("Reading the labels of tars", indexes, len(self._paths))
+        codes, values = merge(indexes, self._labelled_by)
+        return number(codes, values, _read_classes(self._paths[0]), self._few)
 
 
-def merge(parts: list[dict[str, np.ndarray]], source: str) -> tuple[np.ndarray, list[str]]:
+def _joined(begins: list[int], ends: list[int]) -> Iterator[tuple[int, int]]:
+    """The images a .. b - 1 that are read at once."""
+    a = 0
+    for i in range(1, len(begins) + 1):
+        if i == len(begins) or not 0 <= begins[i] - ends[i - 1] < GAP or ends[i] - begins[a] > LONGEST_READ:
+            yield a, i
+            a = i
+
+
+def merge(indexes: Iterable[dict[str, np.ndarray]], source: str) -> tuple[np.ndarray, list[str]]:
     """Codes of all tars into one list of label texts."""
     values: dict[str, int] = {}
     codes = []
-    for part in parts:
-        own = Names(part[f"{source}_values"], part[f"{source}_ends"])
-        table = [values.setdefault(own[i], len(values)) for i in range(len(own))]
-        codes.append(np.array([*table, -1], np.int32)[part[source]])
+    for index in indexes:
+        table = [values.setdefault(text, len(values)) for text in _texts(index, source)]
+        codes.append(np.array([*table, -1], np.int32)[index[source]])
     return np.concatenate(codes), list(values)
 
 
+def _texts(index: dict[str, np.ndarray], source: str) -> list[str]:
+    names = Names(index[f"{source}_values"], index[f"{source}_ends"])
+    return [names[i] for i in range(len(names))]
+
+
 def _read_classes(tar: str) -> list[str]:
-    path = Path(tar).parent / "classes.txt"
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if path.is_file() else []
-    return [line.strip() for line in lines if line.strip()]
+    path = os.path.join(os.path.dirname(tar.partition("?")[0] if remote.is_url(tar) else tar), "classes.txt")
+    if not remote.is_url(path) and not os.path.isfile(path):
+        return []
+    try:
+        text = read_file(path)
+    except remote.Refused:
+        return []
+    return [line.strip() for line in text.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+
+
+# ------------------------------------------------------------------------------------------ which tars are meant
+
+
+def open_tars(path: str) -> Tars:
+    """The tars that a path, URL, folder, glob, range in braces or comma list of these means, each once, in order."""
+    paths: list[str] = []
+    for part in [path] if os.path.exists(path) else re.split(r",(?![^{}]*\})", path):
+        part = part.strip()
+        for one in [part] if os.path.exists(part) else _without_braces(part):
+            found = _found(one)
+            if not found:
+                raise DataError(f"{one} holds no .tar file; give a folder of tars, or a glob such as shards/*.tar.")
+            paths += found
+    return Tars(list(dict.fromkeys(paths)))
+
+
+def is_several(path: str) -> bool:
+    """Whether a path that does not exist as written is a glob, a range or a list."""
+    has_magic = remote.has_magic(path) if remote.is_url(path) else glob.has_magic(path)
+    return has_magic or "," in path or BRACES.search(path) is not None
+
+
+def _found(path: str) -> list[str]:
+    if remote.is_url(path):
+        is_tar = path.partition("?")[0].endswith(".tar") and not remote.has_magic(path)
+        return [path] if is_tar else remote.find_tars(path)
+    if os.path.isdir(path):
+        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+    if os.path.exists(path) or not glob.has_magic(path):
+        must_exist(path)
+        return [path]
+    return sorted(_matches(path))
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a glob matches; the folders at its beginning that exist as written are meant so, brackets and all."""
+    folder = os.path.dirname(pattern)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return glob.glob(glob.escape(folder) + pattern[len(folder) :])
+
+
+def _without_braces(path: str) -> list[str]:
+    """x{08..11} means x08, x09, x10, x11; x{a,b} means xa, xb."""
+    if not (braces := BRACES.search(path)):
+        return [path]
+    first, last, words = braces.groups()
+    if words is None and not 0 <= int(last) - int(first) < MOST_IN_BRACES:
+        raise DataError(f"{path}: {braces[0]} must count up, by at most {MOST_IN_BRACES:,}.")
+    options = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)] if words is None else words.split(",")
+    rests = _without_braces(path[braces.end() :])
+    return [path[: braces.start()] + option + rest for option in options for rest in rests]
+
+
+# ---------------------------------------------------------------------------------------------- all tars at once
+
+
+def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(stamps int64 [n, 2], sums int64 [n, 4] as `_sums` gives them) of the tars; those of an earlier call for the same
+    tars are kept in the user's cache folder, so that only a tar that changed since is indexed."""
+    absolute = [path if remote.is_url(path) else os.path.abspath(path) for path in paths]
+    place = cache_place(COLLECTION_VERSION, INDEX_VERSION, *absolute, suffix=".tars.npz")
+    with ThreadPoolExecutor(THREADS) as pool:
+        step = -(-len(paths) // (8 * THREADS))
+        parts = pool.map(_stamps, (paths[i : i + step] for i in range(0, len(paths), step)))
+        stamps = np.array([stamp for part in parts for stamp in part], np.int64)
+    saved = load_arrays(place)
+    is_known = np.zeros(len(paths), bool)
+    sums = np.zeros((len(paths), 4), np.int64)
+    if saved:
+        is_known, sums = (saved["stamps"] == stamps).all(axis=1), saved["sums"]
+    todo = np.flatnonzero(~is_known)
+    if len(todo):
+        jobs = [(paths[i], tuple(stamps[i].tolist())) for i in todo]
+        for row, i in zip(_told("Indexing tars", _index_all(jobs), len(jobs)), todo):
+            sums[i] = row
+        save_arrays([place], {"stamps": stamps, "sums": sums})
+    return stamps, sums
+
+
+def _stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
+    return list(map(stamp_of, paths))
+
+
+def _index_all(jobs: list[tuple[str, tuple[int, int]]]) -> Iterator[tuple[int, ...]]:
+    """Local tars by processes, as walking one is work; remote ones by threads, as it is waiting."""
+    if any(remote.is_url(path) for path, _ in jobs):
+        with ThreadPoolExecutor(THREADS) as pool:
+            yield from pool.map(_sums, jobs)
+        return
+    cores = min(len(os.sched_getaffinity(0)), len(jobs))
+    if cores == 1 or len(jobs) < ALONE_BELOW_TARS and sum(size for _, (size, _) in jobs) < ALONE_BELOW_BYTES:
+        yield from map(_sums, jobs)
+        return
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_sums, jobs, chunksize=max(1, min(32, len(jobs) // (8 * cores))))
+
+
+def _sums(job: tuple[str, tuple[int, int]]) -> tuple[int, int, int, int]:
+    """(images, of which have a .cls, of which lie in a folder, a number for that folder or -1 for several) of a tar."""
+    path, stamp = job
+    only = ("cls", "folder", "folder_values", "folder_ends")
+    index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only)
+    folders = _texts(index, "folder")
+    folder = digest(*folders) >> 65 if len(folders) == 1 else -1
+    return len(index["cls"]), int((index["cls"] >= 0).sum()), int((index["folder"] >= 0).sum()), folder
+
+
+def _labelled_by(sums: np.ndarray) -> tuple[str | None, bool]:
+    """(what labels the images: "cls", "folder" or nothing, whether every image has a label), from the sums alone."""
+    images, with_cls, in_folder, folder = sums[sums[:, 0] > 0].T
+    if with_cls.any():
+        return "cls", bool((with_cls == images).all())
+    is_sorted = bool((in_folder == images).all() and ((folder < 0).any() or len(np.unique(folder)) > 1))
+    return ("folder" if is_sorted else None), is_sorted
+
+
+def _told(what: str, results: Iterable, total: int) -> Iterator:
+    """The results, with a word now and then on how many have come."""
+    told = time.monotonic()
+    for count, result in enumerate(results, 1):
+        yield result
+        if time.monotonic() - told >= TELL_EVERY_S:
+            told = time.monotonic()
+            print(f"{what}: {count:,} of {total:,}.", file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------- one tar's index
+
+
+def _index_tar(path: str, size: int) -> dict[str, np.ndarray]:
+    if remote.is_url(path):
+        try:
+            index = load_arrays(BytesIO(remote.read(remote.beside(path, ".index.npz"))))
+        except remote.Refused:
+            index = {}
+        if _fits(index, size):
+            return index
+    return _walk_tar(path, size)
+
+
+def _fits(index: dict[str, np.ndarray], size: int) -> bool:
+    """Whether an index that somebody else made is one of a tar of `size` bytes; their dates may differ."""
+    try:
+        if index["stamp"][:2].tolist() != [INDEX_VERSION, size]:
+            return False
+        num, offset, sizes = len(index["offset"]), index["offset"], index["size"]
+        codes = ((index[k], len(index[f"{k}_ends"])) for k in ("cls", "folder"))
+        return (
+            index.keys() >= {"names", "cls_values", "folder_values"}
+            and all(len(index[k]) == num for k in ("size", "name_ends", "cls", "folder"))
+            and bool(((offset >= 0) & (sizes >= 0) & (sizes <= size) & (offset <= size - sizes)).all())
+            and all(bool(((code >= -1) & (code < values)).all()) for code, values in codes)
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+class _Headers:
+    """A tar as tarfile sees it, which reads nothing but headers: as long as they claim to be, but for this."""
+
+    def __init__(self, tar: str, file: BufferedReader):
+        self._tar, self._file, self.seek, self.tell = tar, file, file.seek, file.tell
+        self.left = LONGEST_HEADER
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise DataError(
+                f"{self._tar} has a header of more than {LONGEST_HEADER:,} bytes before byte {self.tell():,}: "
+                "it is damaged, or made to do harm; fetch it again or remove it."
+            )
+        return self._file.read(size)
+
+
+def _open_whole(tar: str, size: int) -> BufferedReader:
+    return remote.open_buffered(tar, size) if remote.is_url(tar) else open(tar, "rb")
 
 
 def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
@@ -106,32 +413,39 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
     cls: dict[str, str] = {}
     last = "no member is whole"
     try:
-        with open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with _open_whole(tar, size) as file, tarfile.open(fileobj=(headers := _Headers(tar, file)), mode="r:") as archive:
+            position = -1
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all
-                if member.offset_data + member.size > size and member.isreg():
+                headers.left = LONGEST_HEADER
+                if member.size < 0 or archive.offset <= position:
+                    raise DataError(f"{tar} lies about the size of {member.name}: fetch it again or remove it.")
+                position = archive.offset
+                is_file = member.isreg() and member.sparse is None
+                if is_file and member.offset_data + member.size > size:
                     raise tarfile.ReadError("unexpected end of data")
                 last = f"the last whole member is {member.name}"
-                if not member.isreg() or member.sparse is not None:
+                if not is_file:
                     continue
                 name = member.name.removeprefix("./")
                 head, _, base = name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 if extension.lower() == "cls":
-                    text = os.pread(file.fileno(), min(member.size, 256), member.offset_data)
-                    cls[f"{head}/{stem}"] = text.decode("utf-8", "replace").strip()
+                    file.seek(member.offset_data)
+                    cls[f"{head}/{stem}"] = file.read(min(member.size, 256)).decode("utf-8", "replace").strip()
                 elif is_image(name):
                     offsets.append(member.offset_data)
                     sizes.append(member.size)
                     names.add(name)
                     folders.add(first_folder(name))
                     keys.append(f"{head}/{stem}")
-            tail = os.pread(file.fileno(), 1 << 20, archive.offset)
+            file.seek(archive.offset)
+            tail = file.read(1 << 20)
     except tarfile.ReadError as error:
         if not len(offsets) and "end of data" not in str(error):
             raise DataError(f"{tar} is not a plain tar ({error}); unpack a compressed one first.") from error
         raise DataError(f"{tar} is cut short ({last}); fetch it again or remove it.") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, IndexError, OverflowError, RecursionError) as error:  # what tarfile lets out
         raise DataError(f"{tar} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     if len(tail) < 512 or any(tail[:512]):  # whole tars end in blocks of zeros; tarfile takes any end for the end
         raise DataError(f"{tar} is cut short ({last}); fetch it again or remove it.")

@@ -1,0 +1,124 @@
+"""Several sources as one: a manifest names the parts, and a run may go on with another one (seer-scale data refresh)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from seer_scale.data.sources.base import Source, must_exist
+from seer_scale.data.sources.remote import is_url
+from seer_scale.errors import DataError, nearest
+
+SUFFIXES = (".yaml", ".yml", ".json")
+KEYS = ("path", "kind", "name")
+
+
+@dataclass(frozen=True)
+class Part:
+    """path: as data.path takes it, absolute. name: what tells whether two manifests mean the same images."""
+
+    path: str
+    kind: str
+    name: str
+
+
+class Joined(Source):
+    """The images of all parts, one part after the other.
+
+    Labels are there if every part has them; classes of one name are one class. parts: (name, number of images).
+    """
+
+    def __init__(self, sources: Sequence[Source], names: Sequence[str]):
+        self.parts = tuple((name, len(s)) for name, s in zip(names, sources))
+        self.locality = max(s.locality for s in sources)
+        self._sources, self._starts = list(sources), np.cumsum([0, *map(len, sources)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, i: int) -> bytes:
+        source, own = self._find(i)
+        return source.read(own)
+
+    def read_run(self, first: int, num: int) -> list[bytes | DataError]:
+        out: list[bytes | DataError] = []
+        while len(out) < num:
+            source, own = self._find(first + len(out))
+            out += source.read_run(own, min(num - len(out), len(source) - own))
+        return out
+
+    def name(self, i: int) -> str:
+        source, own = self._find(i)
+        return source.name(own)
+
+    @property
+    def has_labels(self) -> bool:
+        return all(s.has_labels for s in self._sources)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        return list(dict.fromkeys(name for s in self._sources for name in s.classes)) if self.has_labels else []
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        if not self.has_labels:
+            return None
+        number = {name: n for n, name in enumerate(self.classes)}
+        return np.concatenate([np.array([number[c] for c in s.classes], np.int32)[s.labels] for s in self._sources])
+
+    def _find(self, i: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._sources[part], i - int(self._starts[part])
+
+
+def open_manifest(path: str, open_source: Callable[[str, str], Source]) -> Joined:
+    """Raises DataError, naming the part, for a manifest or a part that cannot be read."""
+    parts, sources = read_manifest(path), []
+    for part in parts:
+        try:
+            sources.append(open_source(part.path, part.kind))
+        except DataError as error:
+            raise DataError(f"{path}, part {part.name}: {error}") from error
+    return Joined(sources, [part.name for part in parts])
+
+
+def read_manifest(path: str) -> list[Part]:
+    """The parts that a manifest names: {parts: [{path: ..., kind: auto, name: ...}, ...]}, in YAML or JSON.
+
+    Local paths are relative to the manifest's folder; a name is its path where none is given. Raises DataError.
+    """
+    must_exist(path)
+    try:
+        given = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no manifest, as it is not YAML: {str(error).splitlines()[0]}.") from error
+    entries = given.get("parts") if isinstance(given, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path} is no manifest: it needs a list `parts`, each with a path (kind and name are optional).")
+    if other := [k for k in given if k != "parts"]:
+        raise DataError(f"{path} has the key {other[0]!r}, but a manifest has only parts.")
+    root, parts = os.path.dirname(os.path.abspath(path)), []
+    for n, entry in enumerate(entries, 1):
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
+            raise DataError(f"{path}: part {n} has no path.")
+        if other := [k for k in entry if k not in KEYS]:
+            raise DataError(f"{path}: part {n} has the key {other[0]!r}; {nearest(str(other[0]), KEYS)}")
+        place = entry["path"]
+        if not is_url(place) and not place.startswith("hf:"):
+            place = ",".join(os.path.join(root, p.strip()) for p in place.split(","))
+        if entry.get("kind", "auto") in ("manifest", "stream"):
+            raise DataError(f"{path}: part {n} is of kind {entry['kind']}, which cannot be a part; name what is in it.")
+        parts.append(Part(place, entry.get("kind", "auto"), str(entry.get("name", place))))
+    names = [p.name for p in parts]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise DataError(f"{path} names the part {twice[0]} twice: give each path once, or different names.")
+    return parts

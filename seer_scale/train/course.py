@@ -1,0 +1,124 @@
+"""What a run's images are, from its first sample on: which source, in which order, and how a refresh changes both."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seer_scale.config import Config
+from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.sources import Source, open_data, open_source
+from seer_scale.data.sources.manifest import read_manifest
+from seer_scale.errors import DataError, UserError
+
+FOLDER = "manifests"
+
+
+class Course:
+    """The eras of a run's data, the source of the one that holds now, and the sampler over them."""
+
+    def __init__(self, source: Source, eras: Sequence[Era], refreshes: int, config: Config):
+        self.source, self.eras, self.refreshes = source, tuple(eras), refreshes
+        self.sampler = ElasticSampler(eras, config.run.seed, config.train.global_batch)
+        self._config = config
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        eras = [{"since": e.since, "parts": [list(p) for p in e.parts], "block": e.block, "lanes": e.lanes} for e in self.eras]
+        return {"eras": eras, "refreshes": self.refreshes}
+
+    def refreshed(self, source: Source, number: int, samples_seen: int) -> Course:
+        """The run's course from `samples_seen` on, over `source`. Raises DataError for a part that changed its size."""
+        era = _era(source, self._config, samples_seen)
+        before = dict(self.eras[-1].parts)
+        for name, num in era.parts:
+            if before.get(name, num) != num:
+                raise DataError(f"the part {name} has {num:,} images, and had {before[name]:,}: its images cannot be told apart, so list the new ones as a part of their own, or give it another name")
+        return Course(source, (*self.eras, era), number, self._config)
+
+
+def open_course(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> Course:
+    """The course of a new run, or of one that goes on from a checkpoint's `saved` state. Raises UserError."""
+    if saved is None:
+        source = open_data(config.data)
+        return Course(source, [_era(source, config, 0)], 0, config)
+    eras = [Era(e["since"], tuple((name, num) for name, num in e["parts"]), e["block"], e["lanes"]) for e in saved["eras"]]
+    number, now = saved["refreshes"], eras[-1]
+    source = open_source(str(manifest_of(run_dir, number))) if number else open_data(config.data)
+    if len(source) != now.n:
+        what = f"manifest {number} of {run_dir}" if number else "data.path"
+        raise UserError(f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their order depends on the number, so bring the same images, add others by seer-scale data refresh, or start another run.dir with checkpoint.init_from.")
+    if config.data.block not in (0, now.block):
+        raise UserError(f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from.")
+    if not number:  # the same images may have moved
+        eras = [Era(0, _parts(source, config), now.block, now.lanes)]
+    return Course(source, eras, number, config)
+
+
+def _era(source: Source, config: Config, since: int) -> Era:
+    n, lanes = len(source), config.train.global_batch
+    if source.is_stream:
+        return Era(since, _parts(source, config), 0)
+    # an eighth of an epoch at most is without whole rows of lanes
+    block = min(n, config.data.block or max(1, min(source.locality, n // (8 * lanes))))
+    return Era(since, _parts(source, config), block, lanes if block > 1 else 1)
+
+
+def _parts(source: Source, config: Config) -> tuple[tuple[str, int], ...]:
+    """A source that is no manifest is one part, called by its path."""
+    own = getattr(source, "parts", None)
+    if own is not None:
+        return own
+    path = config.data.path
+    return ((os.path.abspath(path) if os.path.exists(path) else path, len(source)),)
+
+
+# ------------------------------------------------------------------------------------------------ manifests
+
+
+def manifest_of(run_dir: Path, number: int) -> Path:
+    return run_dir / FOLDER / f"{number:04d}.yaml"
+
+
+def newest_manifest(run_dir: Path) -> int:
+    """The number of the newest manifest that a run was given; 0 for none."""
+    try:
+        names = os.listdir(run_dir / FOLDER)
+    except OSError:
+        return 0
+    return max((int(m[1]) for name in names if (m := re.fullmatch(r"(\d{4,})\.yaml", name))), default=0)
+
+
+def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> str:
+    """Give a run a new manifest, which it takes up at its next metric line or start; a sentence that says so.
+
+    saved: the data's state in the run's newest checkpoint, to compare with. Raises UserError.
+    """
+    parts = read_manifest(manifest)
+    joined = open_source(manifest)
+    known = dict(map(tuple, saved["eras"][-1]["parts"])) if saved else {}
+    for name, num in joined.parts:
+        if known.get(name, num) != num:
+            raise DataError(f"{manifest}: the part {name} has {num:,} images, and had {known[name]:,}: list the new ones as a part of their own, or give it another name.")
+    folder = run_dir / FOLDER
+    folder.mkdir(exist_ok=True)
+    text = yaml.safe_dump({"parts": [vars(p) for p in parts]}, sort_keys=False)
+    number = newest_manifest(run_dir) + 1
+    aside = folder / f".{os.getpid()}.tmp"
+    aside.write_text(text)
+    while True:  # another refresh may be asked for at the same time
+        try:
+            os.link(aside, manifest_of(run_dir, number))
+            break
+        except FileExistsError:
+            number += 1
+    aside.unlink()
+    new = [num for name, num in joined.parts if name not in known]
+    gone = sorted(set(known) - {name for name, _ in joined.parts})
+    said = f"{len(joined.parts)} parts with {len(joined):,} images ({len(new)} new with {sum(new):,}; {len(gone)} gone)"
+    return f"{run_dir} will read {manifest}, {said}, from its next metric line on, or from its next start."

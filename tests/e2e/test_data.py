@@ -1,0 +1,163 @@
+"""The data of a run: refreshed in its course, broken in part, in blocks of tars, distorted on the device, its loaders
+killed."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from seer_scale.data.sampler import ElasticSampler, Era
+from tests.e2e.runs import assert_same_path, events, reaches, recipe, run, start, steps, until
+from tests.unit.test_sources import write_tar
+
+
+def jpeg(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3)).astype(np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write(folder: Path, num: int, seed: int) -> Path:
+    folder.mkdir()
+    for i in range(num):
+        (folder / f"{i:03d}.jpg").write_bytes(jpeg(1000 * seed + i))
+    return folder
+
+
+def manifest(path: Path, *parts: Path) -> Path:
+    path.write_text(yaml.safe_dump({"parts": [{"path": str(p)} for p in parts]}))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- refresh
+
+
+def test_a_refreshed_run_goes_on_the_same_way_after_any_kill_and_resize(tmp_path):
+    a, b, c = (write(tmp_path / name, num, seed) for seed, (name, num) in enumerate([("a", 50), ("b", 40), ("c", 30)], 1))
+    first, second = manifest(tmp_path / "1.yaml", a, b), manifest(tmp_path / "2.yaml", b, c)
+    given = recipe(tmp_path, first)
+    places = [tmp_path / "straight", tmp_path / "other"]
+    for place in places:
+        run("train", given, "--run.dir", place, "--train.samples", 72, folder=tmp_path)
+        said = run("data", "refresh", place, "--manifest", second, folder=tmp_path)
+        assert "2 parts with 70 images (1 new with 30; 1 gone)" in said
+    run("train", given, "--run.dir", places[0], "--train.samples", 240, folder=tmp_path)
+
+    other = start("train", given, "--run.dir", places[1], "--train.samples", 240, ranks=2, folder=tmp_path)
+    until(reaches(places[1], 120), lambda: other.text)
+    for rank in (0, 1):
+        other.kill(signal.SIGKILL, rank)
+    other.wait()
+    run("train", given, "--run.dir", places[1], "--train.samples", 240, folder=tmp_path)
+    assert_same_path(places[1], places[0])
+
+    (told,) = events(places[0], "refresh")
+    assert told["samples_seen"] == 72 and told["images"] == 70 and told["new"] == 30 and told["gone"] == 50
+    assert {e["samples_seen"] for e in events(places[1], "refresh")} == {72}
+    eras = [Era(0, ((str(a), 50), (str(b), 40))), Era(72, ((str(b), 40), (str(c), 30)))]
+    sampler = ElasticSampler(eras, 0, 8)
+    for seen, row in steps(places[0]).items():
+        if seen > 72:
+            assert row["epoch"] == pytest.approx(sampler.progress(seen))
+
+
+def test_a_running_run_takes_up_a_refresh(tmp_path):
+    a, b = write(tmp_path / "a", 20, 1), write(tmp_path / "b", 20, 2)
+    place, given = tmp_path / "run", recipe(tmp_path, manifest(tmp_path / "1.yaml", a))
+    running = start("train", given, "--run.dir", place, "--train.samples", 8000, "--checkpoint.every_samples", 800, ranks=2, folder=tmp_path)
+    until(lambda: steps(place), lambda: running.text)
+    run("data", "refresh", place, "--manifest", manifest(tmp_path / "2.yaml", a, b), folder=tmp_path)
+    until(lambda: events(place, "refresh"), lambda: running.text)
+    at = events(place, "refresh")[0]["samples_seen"]
+    until(lambda: max(steps(place)) > at + 80, lambda: running.text)
+    (b / "000.jpg").unlink()  # one that cannot be used any more is told of, and training goes on
+    (place / "manifests" / "0002.yaml").write_text("parts: [{path: nowhere}]")
+    until(lambda: events(place, "refresh_failed"), lambda: running.text)
+    running.kill(signal.SIGTERM)
+    assert running.wait() == [75, 75]
+    assert f"samples-{at:012d}" in running.text and "40 images in 2 parts, 20 of them new" in running.text
+
+
+def test_what_cannot_be_refreshed_is_one_sentence(tmp_path):
+    a = write(tmp_path / "a", 10, 1)
+    place, given = tmp_path / "run", recipe(tmp_path, manifest(tmp_path / "1.yaml", a))
+    run("train", given, "--run.dir", place, "--train.samples", 24, folder=tmp_path)
+    (a / "more.jpg").write_bytes(jpeg(7))
+    said = run("data", "refresh", place, "--manifest", tmp_path / "1.yaml", folder=tmp_path, status=2)
+    assert "has 11 images, and had 10" in said
+    said = run("train", given, "--run.dir", place, "--train.samples", 48, folder=tmp_path, status=2)
+    assert "has 11 images, but this run's checkpoint was trained on 10" in said
+    assert "is not a run's folder" in run("data", "refresh", tmp_path, "--manifest", tmp_path / "1.yaml", folder=tmp_path, status=2)
+    assert "does not exist" in run("data", "refresh", place, "--manifest", tmp_path / "3.yaml", folder=tmp_path, status=2)
+
+
+# ------------------------------------------------------------------------------------------- broken, tars, device
+
+
+def test_a_source_of_which_five_percent_are_broken(tmp_path):
+    folder, n = write(tmp_path / "photos", 100, 1), 100
+    broken = {7, 31, 32, 58, 90}
+    for i in broken:
+        (folder / f"{i:03d}.jpg").write_bytes(jpeg(i)[:200])
+    place = tmp_path / "run"
+    run("train", recipe(tmp_path, folder, data={"workers": 2}), "--run.dir", place, folder=tmp_path)
+    sampler, expected = ElasticSampler([Era(0, (("photos", n),))], 0, 8), 0
+    for p in range(160):
+        epoch, offset = divmod(p, n)
+        while int(sampler.at(epoch, np.array([offset % n]))[0]) in broken:
+            expected, offset = expected + 1, offset + 1
+    assert sum(r["data/unreadable"] for r in steps(place).values()) == expected >= 8
+    assert len((place / "logs" / "unreadable-0.txt").read_text().splitlines()) == expected
+
+
+def test_tars_in_blocks_on_other_ranks_and_workers(tmp_path):
+    (tmp_path / "tars").mkdir()
+    for t in range(3):
+        write_tar(tmp_path / "tars" / f"{t}.tar", {f"{i:03d}.jpg": jpeg(100 * t + i) for i in range(50)})
+    given, places = recipe(tmp_path, tmp_path / "tars", data={"block": 5}), [tmp_path / "straight", tmp_path / "other"]
+    run("train", given, "--run.dir", places[0], folder=tmp_path)
+    other = start("train", given, "--run.dir", places[1], "--data.workers", 2, ranks=2, folder=tmp_path)
+    until(reaches(places[1], 48), lambda: other.text)
+    other.kill(signal.SIGTERM)
+    assert other.wait() == [75, 75]
+    run("train", given, "--run.dir", places[1], "--data.workers", 1, folder=tmp_path)
+    assert_same_path(places[1], places[0])
+    said = run("train", given, "--run.dir", places[1], "--train.samples", 240, "--data.block", 4, folder=tmp_path, status=2)
+    assert "data.block is 4, but this run reads its images in blocks of 5" in said
+
+
+def test_loaders_killed_all_the_time(straight, tmp_path, photos):
+    place = tmp_path / "run"
+    running = start("train", recipe(tmp_path, photos), "--run.dir", place, "--data.workers", 2, folder=tmp_path)
+    killed, done = set(), 0
+    while running.processes[0].exitcode is None:
+        try:
+            me = running.processes[0].pid
+            children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
+        except OSError:
+            break
+        if len(children) >= 2 and len(steps(place)) > done and children[-1] not in killed:
+            os.kill(int(children[-1]), signal.SIGKILL)
+            killed.add(children[-1])
+            done = len(steps(place))
+    assert running.wait() == [0] and killed
+    assert "another takes its place" in running.text
+    assert_same_path(place, straight)
+
+
+def test_distorted_on_the_device_is_distorted_all_the_same(straight, tmp_path, photos):
+    place = tmp_path / "run"
+    run("train", recipe(tmp_path, photos), "--run.dir", place, "--data.photometric", "device", folder=tmp_path)
+    ours, theirs = steps(place), steps(straight)
+    assert [r["data/fingerprint"] for r in ours.values()] == [r["data/fingerprint"] for r in theirs.values()]
+    first = min(ours)
+    assert 0 < abs(ours[first]["loss"] / theirs[first]["loss"] - 1) < 5e-3  # a pixel differs by its rounding
+
+

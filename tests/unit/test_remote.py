@@ -1,0 +1,321 @@
+"""Images behind URLs, against a real server that counts what it is asked, refuses, stalls and cuts short."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import pickle
+import sys
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from seer_scale.config import Crop, Data, Views
+from seer_scale.data.loader import loader
+from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.sources import kind_of, lists, open_source, remote, tars
+from seer_scale.errors import DataError
+from tests.unit.test_sources import contents, write_tar
+
+VIEWS = Views(crops=(Crop(num=1, size=16),))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET with ranges, HEAD, folders as links. What the server's `faults` hold for a path's end comes first."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def answer(self):
+        server, path = self.server, self.server.root / unquote(self.path.partition("?")[0]).lstrip("/")
+        server.asked.append((self.command, self.path))
+        fault = next((faults.pop(0) for end, faults in server.faults.items() if self.path.endswith(end) and faults), None)
+        if fault == "hang":
+            server.over.wait(60)
+        if isinstance(fault, int) or not path.exists():
+            return self.send(fault or 404, b"")
+        data = "".join(f'<a href="{p.name}">' for p in path.iterdir()).encode() if path.is_dir() else path.read_bytes()
+        headers = {"ETag": f'"{path.stat().st_mtime_ns}"', "Content-Type": "text/html" if path.is_dir() else "x/y"}
+        status = 200
+        if (asked := self.headers["Range"]) and fault != "whole":
+            first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            if first >= len(data):
+                return self.send(416, b"")
+            status, headers["Content-Range"] = 206, f"bytes {first}-{last}/{len(data)}"
+            data = data[first : last + 1]
+        self.send(status, data, headers, cut=fault == "cut", short=fault == "short" and self.command == "GET")
+
+    def send(self, status, data, headers=(), cut=False, short=False):
+        data = data[: len(data) // 2] if short else data
+        self.send_response(status)
+        for name, value in {**dict(headers), "Content-Length": len(data)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.close_connection |= cut
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    root = tmp_path / "www"
+    root.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        served.daemon_threads, served.block_on_close = True, False
+        served.root, served.asked, served.faults, served.over = root, [], {}, threading.Event()
+        served.url = f"http://127.0.0.1:{served.server_port}"
+        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield served
+        served.over.set()
+        served.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE_S", 0.004)
+
+
+def jpeg(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (24, 24, 3)).astype(np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def publish(server, num: int = 3, images: int = 8) -> None:
+    for n in range(num):
+        members = {}
+        for k in range(images):
+            members |= {f"{n}_{k}.jpg": jpeg(n * images + k), f"{n}_{k}.cls": b"%d" % (k % 3), f"{n}_{k}.json": b"{}"}
+        write_tar(server.root / f"{n:03d}.tar", members)
+    (server.root / "classes.txt").write_text("ant\nbee\ncow\n")
+
+
+def plain(source, root: str):
+    """Contents with names from the root on."""
+    return [(name.removeprefix(root), data, label) for name, data, label in contents(source)]
+
+
+# -------------------------------------------------------------------------------------------------------- tars
+
+
+@pytest.mark.parametrize("path", ["", "/", "/*.tar", "/0*[0-2].tar", "/{000..002}.tar", "/000.tar, {url}/{{001,002}}.tar"])
+def test_remote_tars_are_the_local_ones(server, path):
+    publish(server)
+    path = (server.url + path).replace("{url}", server.url).replace("{{", "{").replace("}}", "}")
+    source, local = open_source(path, "tar"), open_source(str(server.root), "tar")
+    assert plain(source, server.url) == plain(local, str(server.root)) and len(source) == 24
+    assert source.classes == local.classes == ["ant", "bee", "cow"] and source.has_labels
+    assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+def test_a_run_is_one_request(server, monkeypatch):
+    publish(server)
+    source = open_source(f"{server.url}/{{000..002}}.tar")
+    singly = [source.read(i) for i in range(24)]
+    server.asked.clear()
+    assert source.read_run(0, 24) == singly and len(server.asked) == 3
+    server.asked.clear()
+    assert source.read_run(6, 4) == singly[6:10] and len(server.asked) == 2
+
+
+def test_opening_again_costs_one_question_a_tar(server):
+    publish(server)
+    open_source(f"{server.url}/{{000..002}}.tar")
+    server.asked.clear()
+    source = open_source(f"{server.url}/{{000..002}}.tar")
+    assert Counter(server.asked) == {("HEAD", f"/00{n}.tar"): 1 for n in range(3)}
+    source.read(0)
+    assert server.asked[3:] == [("HEAD", "/000.tar"), ("GET", "/000.tar")]  # the index is on this machine
+
+
+def test_an_index_beside_a_tar_is_used_if_it_fits(server, monkeypatch):
+    publish(server, 1)
+    expected = plain(open_source(str(server.root / "000.tar")), str(server.root))
+    index = server.root / "000.tar.index.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(tars, "_walk_tar", lambda *_: pytest.fail("walked"))
+        assert plain(open_source(f"{server.url}/000.tar"), server.url) == expected
+    assert server.asked.count(("GET", "/000.tar.index.npz")) == 1
+    with np.load(index) as saved:
+        good = dict(saved)
+    lies = [
+        {"offset": good["offset"] + 10**9}, {"size": -good["size"]}, {"cls": good["cls"] + 9}, {"names": None},
+        {"name_ends": good["name_ends"][:-1]}, {"stamp": good["stamp"] + 1}, {"offset": np.array(["x"] * 8)}, {"cls": np.array(0)},
+    ]  # fmt: skip
+    for n, lie in enumerate(lies):
+        np.savez(index, **{k: v for k, v in (good | lie).items() if v is not None})
+        (server.root / f"copy{n}.tar").write_bytes((server.root / "000.tar").read_bytes())
+        index.rename(server.root / f"copy{n}.tar.index.npz")
+        assert [d for _, d, _ in plain(open_source(f"{server.url}/copy{n}.tar"), "")] == [d for _, d, _ in expected]
+
+
+def test_a_tar_walked_by_requests_is_not_fetched_whole(server):
+    members = {f"{n}.bin": bytes(4 << 20) for n in range(4)} | {"1.jpg": jpeg(1)}
+    size = write_tar(server.root / "x.tar", members).stat().st_size
+    source = open_source(f"{server.url}/x.tar")
+    walking = sum(a == ("GET", "/x.tar") for a in server.asked)
+    assert walking * remote.READAHEAD <= size / 2 and source.read(0) == jpeg(1)
+
+
+def test_a_remote_tar_that_changes_is_told(server):
+    publish(server, 2)
+    source = open_source(f"{server.url}/*.tar")
+    source.read(0)
+    write_tar(server.root / "001.tar", {"1.jpg": jpeg(1)})
+    with pytest.raises(DataError, match=r"001\.tar changed after it was indexed: start again"):
+        source.read(8)
+    assert len(open_source(f"{server.url}/*.tar")) == 9
+
+
+# ------------------------------------------------------------------------------------------------------- lists
+
+
+def test_lists_of_urls(server, tmp_path, monkeypatch):
+    for n in range(5):
+        (server.root / f"{n} é.jpg").write_bytes(jpeg(n))
+    text = "".join(f"{n} é.jpg\t{n % 2}\n" for n in range(5))
+    (server.root / "list.txt").write_text(text)
+    local = plain(open_source(str(server.root / "list.txt")), str(server.root))
+    monkeypatch.setattr(lists, "CHUNK", 16)
+    source = open_source(f"{server.url}/list.txt")  # beside its images
+    assert plain(source, server.url) == local
+    assert sum(a == ("HEAD", "/0%20%C3%A9.jpg") for a in server.asked) == 1 and len(server.asked) == 2 + 4 + 5
+    server.asked.clear()
+    open_source(f"{server.url}/list.txt")
+    assert len(server.asked) == 2  # whether the list changed, whether the first image is there
+    (tmp_path / "local.txt").write_text("".join(f"{server.url}/{line}\n" for line in text.splitlines()))
+    assert plain(open_source(str(tmp_path / "local.txt")), server.url) == local
+    (server.root / "list.txt").write_text("gone.jpg\n" + text.replace("\t0", "").replace("\t1", ""))
+    with pytest.raises(DataError, match=r"list\.txt lists '.*gone\.jpg', which does not exist"):
+        open_source(f"{server.url}/list.txt")
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("fault", [503, 500, 429, 408, "cut", "short", "hang"])
+def test_what_fails_now_and_then_is_tried_again(server, monkeypatch, fault):
+    publish(server, 1)
+    expected = plain(open_source(str(server.root / "000.tar")), str(server.root))
+    (server.root / "000.tar.index.npz").unlink()
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.3 if fault == "hang" else 30)
+    server.faults["000.tar"] = [fault] * 2
+    source = open_source(f"{server.url}/000.tar")
+    server.faults["000.tar"] = [fault] * 3
+    assert plain(source, server.url) == expected and not server.faults["000.tar"]
+
+
+@pytest.mark.parametrize(
+    "fault, words, tries",
+    [(503, "HTTP status 503; 5 tries", 5), (403, "HTTP status 403", 1), ("short", "of 8 bytes came; 5 tries", 5), ("whole", "ignores ranges", 1)],
+)
+def test_in_the_end_there_is_one_sentence(server, fault, words, tries):
+    (server.root / "a.bin").write_bytes(bytes(100))
+    server.faults["a.bin"] = [fault] * 20
+    with pytest.raises(DataError, match=f"{server.url}/a.bin cannot be read.*{words}"):
+        remote.read(f"{server.url}/a.bin", 8, 8)
+    assert len(server.asked) == tries
+
+
+def test_a_server_that_never_answers(server, monkeypatch):
+    (server.root / "a.bin").write_bytes(bytes(100))
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.05)
+    server.faults["a.bin"] = ["hang"] * 20
+    with pytest.raises(DataError, match=r"no answer in 0\.05 s; 5 tries"):
+        remote.read(f"{server.url}/a.bin", 8, 8)
+
+
+def test_size_of_what_is_not_there_is_asked_once_and_of_what_fails_again(server):
+    for path in ("gone.tar", "{000..001}.tar", "gone/"):
+        with pytest.raises(DataError, match=r"(gone|000).*(cannot be read \(|holds no \.tar)"):
+            open_source(f"{server.url}/{path}")
+    (server.root / "a.bin").write_bytes(bytes(100))
+    server.faults["a.bin"] = [503] * 4  # HEAD and GET, twice
+    assert remote.stat(f"{server.url}/a.bin")[0] == 100
+    with pytest.raises(DataError, match="127.0.0.1:1/x.tar cannot be read.*5 tries"):
+        open_source("http://127.0.0.1:1/x.tar")
+
+
+def test_loader_workers_read_after_the_parent_did_and_replace_what_fails(server, monkeypatch):
+    publish(server)
+    source = open_source(f"{server.url}/*.tar")
+    source.read_run(0, 24)
+
+    def batches():
+        sampler = ElasticSampler([Era(0, (("all", len(source)),), 1, 1)], 1, 12)
+        part = dict(rank=0, world_size=1, start=0, stop=48)
+        return list(loader(source, Data(workers=2, prefetch=2), VIEWS, sampler, **part))
+
+    whole = batches()
+    assert sum(len(b.indices) for b in whole) == 48 and not any(b.unreadable for b in whole)
+    server.faults["001.tar"] = [503] * 10**6
+    told = [line for b in batches() for line in b.unreadable]
+    assert told and all("/001.tar" in line and "5 tries" in line for line in told)
+    assert all(i // 8 != 1 for b in batches() for i in b.indices.tolist())
+    source.read(0)  # the parent's own connection is whole
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(remote, "_filesystems", {})
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "registry", {})
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] in ("s3fs", "gcsfs"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for url, package in [("s3://bucket/x.tar", "s3fs"), ("gs://bucket/x.tar", "gcsfs")]:
+        with pytest.raises(DataError, match=rf"{url} needs the Python package {package}.*pip install {package}\."):
+            open_source(url)
+    with pytest.raises(DataError, match="begins with s33://, which is no way to read files; did you mean s3"):
+        open_source("s33://bucket/x.tar")
+
+
+def test_other_filesystems(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"1.jpg": b"one", "2.jpg": b"two"})
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/here/x.tar", Path(path).read_bytes())
+    for url in ("memory://here/x.tar", "memory://here/", f"file://{tmp_path}/*.tar"):
+        assert [d for _, d, _ in contents(open_source(url))] == [b"one", b"two"]
+
+
+@pytest.mark.parametrize(
+    "url, kind",
+    [
+        ("s3://b/x.tar", "tar"), ("s3://b/d/", "tar"), ("s3://b/{0..9}.tar", "tar"), ("s3://b/*", "tar"), ("gs://b/a.tar,gs://b/b.tar", "tar"),
+        ("https://h/l.txt?signature=a*b", "list"), ("https://h/x.TAR?x=1", "tar"), ("http://[::1]:80/l.CSV", "list"), ("s3://b/l.list", "list"),
+    ],
+)  # fmt: skip
+def test_kinds_of_urls(url, kind):
+    assert kind_of(url) == kind
+
+
+@pytest.mark.parametrize("url, words", [("s3://b/d", "data.kind tar"), ("s3://b/x.tar.gz", "compressed"), ("s3://b/1.jpg", "single image")])
+def test_urls_that_say_nothing(url, words):
+    with pytest.raises(DataError, match=words):
+        kind_of(url)
+    with pytest.raises(DataError, match="a folder of images must be a local one"):
+        open_source(url, "folder")
