@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # | head has read enough; exit flushes once more
         return EXIT_DONE
     except KeyboardInterrupt:
-        print("Stopped at once: what was done since the newest checkpoint is lost.", file=sys.stderr, flush=True)
+        lost = ": what was done since the newest checkpoint is lost" if words[0] == "train" else ""
+        print(f"Stopped at once{lost}.", file=sys.stderr, flush=True)
         return EXIT_FAILED
 
 

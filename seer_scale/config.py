@@ -462,6 +462,7 @@ def without_effect(c: Config) -> list[str]:
         "train.min_loss_scale": (c.train.precision == "fp16", "train.precision fp16"),
         "data.prefetch": (c.data.workers > 0, "data.workers of at least 1"),
         "data.timeout_s": (c.data.workers > 0, "data.workers of at least 1"),
+        "data.block": (c.data.kind != "stream", "a data.kind other than stream"),
         "data.length": (c.data.kind == "stream", "data.kind stream"),
         "data.buffer": (c.data.kind == "stream", "data.kind stream"),
         "data.split": (c.data.kind in ("auto", "hub", "stream"), "data.kind hub or stream"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from seer_scale import world as worlds
-from seer_scale.config import ZERO, Config, all_keys, load_recipe, resolve
+from seer_scale.config import ZERO, Config, Data, all_keys, load_recipe, resolve
 from seer_scale.data.sources import kind_of
 from seer_scale.errors import ConfigError, TrainingFailed, UserError
 from seer_scale.methods.swav import SwAV
@@ -33,8 +34,7 @@ def _beyond_config(config: Config, world_size: int) -> list[str]:
     checks = {"model": partial(_shape, c)}
     if c.parallel.engine in ZERO:
         checks["parallel.ds_config"] = partial(load("zero").deepspeed_config, c, world_size)
-    if c.data.kind == "auto":
-        checks["data.path"] = partial(_kind_of, c.data.path)
+    checks["data.path"] = partial(_data, c.data)
     if c.knn.enabled:
         checks |= {"knn.bank": partial(_kind_of, c.knn.bank), "knn.queries": partial(_kind_of, c.knn.queries)}
     problems = []
@@ -56,6 +56,17 @@ def _shape(config: Config) -> None:
         method = SwAV(config, World())
     find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units())
     sharded_units(method, config)
+
+
+def _data(data: Data) -> None:
+    """The kind of data.path is known, and reads the keys that were given. Raises UserError."""
+    kind = kind_of(data.path) if data.kind == "auto" and data.path else data.kind
+    if kind in ("hub", "stream") and not find_spec("datasets"):
+        raise UserError("data.path needs the Python package datasets, which is not installed: pip install 'seer-scale[hub]'.")
+    if kind not in ("auto", "hub", "stream"):
+        for key, given in (("split", data.split != Data.split), ("image_key", bool(data.image_key))):
+            if given:
+                raise UserError(f"data.{key} has no effect on data.path {data.path}, which is read as {kind}; remove it, or give data.kind hub.")
 
 
 def _kind_of(path: str) -> None:

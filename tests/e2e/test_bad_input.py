@@ -117,7 +117,7 @@ def test_another_architecture(tmp_path, photos):
         (("--model.se_ratio", 0.5), "is of another architecture"),
         (("--optim.name", "adamw"), "optim.name is adamw"),
         (("--run.seed", 3), "run.seed is 3"),
-        (("--data.path", photos / "class0"), "24 images and data.path has 8"),
+        (("--data.path", photos / "class0"), "data.path has 8 images, but this run's checkpoint was trained on 24"),
     ):
         text = run("train", given, "--run.dir", place, "--train.samples", 48, *words, folder=tmp_path, status=2)
         assert part in text and text.count("seer-scale: ") == 1 and "Traceback" not in text

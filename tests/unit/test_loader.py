@@ -17,7 +17,7 @@ from seer_scale.config import Crop, Data, Views
 from seer_scale.data import loader as module
 from seer_scale.data.loader import decoded, loader
 from seer_scale.data.sampler import ElasticSampler, Era
-from seer_scale.data.sources import open_source
+from seer_scale.data.sources import Source, open_source
 from seer_scale.errors import DataError
 
 VIEWS = Views(crops=(Crop(num=2, size=24), Crop(num=3, size=16, scale=(0.05, 0.14))))
@@ -40,11 +40,12 @@ def photos(tmp_path_factory):
 
 
 def batches(
-    source, *, workers=0, rank=0, world_size=1, start=0, stop=5 * BATCH, seed=3, global_batch=BATCH, block=1, lanes=1
+    source, *, workers=0, rank=0, world_size=1, start=0, stop=5 * BATCH, seed=3, global_batch=BATCH, block=1, lanes=1,
+    timeout_s=300.0,
 ):
     sampler = ElasticSampler([Era(0, (("all", len(source)),), block, lanes)], seed, global_batch)
     part = dict(rank=rank, world_size=world_size, start=start, stop=stop)
-    return list(loader(source, Data(workers=workers, prefetch=2), VIEWS, sampler, **part))
+    return list(loader(source, Data(workers=workers, prefetch=2, timeout_s=timeout_s), VIEWS, sampler, **part))
 
 
 def same(a, b):
@@ -159,6 +160,67 @@ def test_nothing_readable_is_one_sentence(tmp_path, workers):
         DataError, match=r"^100 images in a row cannot be read, so check data.path; .*: the file is empty"
     ):
         batches(open_source(str(tmp_path)), workers=workers)
+
+
+def test_a_file_that_never_ends_is_replaced_like_a_broken_one(tmp_path, capfd):
+    """A pipe nobody writes to holds up its loader twice; then the next image takes its place."""
+    for n in range(N):
+        (tmp_path / f"{n:02d}.jpg").write_bytes(jpeg(n))
+    (tmp_path / "13.jpg").unlink()
+    os.mkfifo(tmp_path / "13.jpg")
+    got = batches(open_source(str(tmp_path)), workers=2, stop=2 * BATCH + 6, timeout_s=0.5)
+    told = [line for b in got for line in b.unreadable]
+    assert told and all("13.jpg: it ended or stopped its loader 2 times" in line for line in told)
+    assert capfd.readouterr().err.count("has been at it for 0.5 s at") == 2
+    assert 13 not in np.concatenate([b.indices for b in got])
+
+
+# -------------------------------------------------------------------------------------------- tars, in blocks
+
+
+class Counted(Source):
+    """Another source, told to be read in runs, that counts how it is read."""
+
+    locality = 32
+
+    def __init__(self, source, counts):
+        self.source, self.counts = source, counts
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, i):
+        with self.counts.open("a") as file:
+            file.write("one\n")
+        return self.source.read(i)
+
+    def read_run(self, first, num):
+        with self.counts.open("a") as file:
+            file.write(f"run {num}\n")
+        return self.source.read_run(first, num)
+
+    def name(self, i):
+        return self.source.name(i)
+
+
+@pytest.mark.parametrize("world_size,workers", [(1, 0), (1, 3), (3, 2), (6, 1)])
+def test_blocks_are_read_once_each_whoever_reads(photos, broken, tmp_path, world_size, workers):
+    """30 images in blocks of 5, 6 lanes, batches of 6: six blocks an epoch (one run each, two for the one that goes on
+    at image 0), and the same batches as image by image; a broken image's replacement is read by itself."""
+    for source, name in ((photos, "whole"), (broken, "broken")):
+        counts = tmp_path / name
+        counts.touch()
+        options = dict(global_batch=6, block=5, lanes=6, stop=60)
+        alone = batches(source, **options)
+        parts = [batches(Counted(source, counts), rank=r, world_size=world_size, workers=workers, **options) for r in range(world_size)]
+        same(joined(parts), alone)
+        reads = counts.read_text().split("\n")[:-1]
+        replaced = sum(len(b.unreadable) for b in alone)
+        runs = [line for line in reads if line != "one"]
+        assert 12 <= len(runs) <= 14 + replaced and sum(int(line.split()[1]) for line in runs) <= 60 + 5 * replaced
+        assert len(reads) - len(runs) <= 2 * replaced
+        if name == "whole":
+            assert sorted(np.concatenate([b.indices for b in alone])[:30]) == list(range(30))
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
