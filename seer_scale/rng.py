@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def key(seed: int, *words: object) -> int:
@@ -58,6 +61,8 @@ Init = Normal | Uniform | Constant | UnitRows
 
 def draw(init: Init, shape: torch.Size | tuple[int, ...], seed: int, name: str) -> torch.Tensor:
     """The whole initial value of parameter `name`: fp32, on the CPU, a pure function of (init, shape, seed, name)."""
+    import torch  # loader processes need but the keys
+
     out = torch.empty(shape, dtype=torch.float32)
     if isinstance(init, Constant):
         return out.fill_(init.value)

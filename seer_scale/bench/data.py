@@ -153,19 +153,21 @@ def run(args: argparse.Namespace) -> str:
     taken = time_each(things, images, args.rounds)
     rates = {name: 1 / statistics.median(t) for name, t in taken.items()}
     ratios = {n: statistics.median(r / t for r, t in zip(taken["reference"], own)) for n, own in taken.items() if not args.no_reference}
-    # batches so small that even one worker fills several in a few seconds
-    by_workers = {w: statistics.median(rate_of_workers(source, views, w, 16, 4 * w + math.ceil(rates["ours"] / 16) * w) for _ in range(3)) for w in workers}
+    # batches so small that even one worker fills several in a few seconds; all numbers of workers in turn
+    rounds = [[rate_of_workers(source, views, w, 16, w * math.ceil(rates["ours"] / 8)) for w in workers] for _ in range(args.rounds)] if workers else []
+    by_workers = {w: statistics.median(column) for w, column in zip(workers, zip(*rounds))}
+    to_first = {w: statistics.median(own / first for own, first in zip(column, [r[0] for r in rounds])) for w, column in zip(workers, zip(*rounds))}
     pixels = statistics.median(math.prod(decode(d).shape[:2]) for d in images[:50])
     crops = " + ".join(f"{c.num} x {c.size}" for c in views.crops)
     title = f"{len(images)} images of {args.path}, median {pixels / 1e6:.2f} megapixels and {statistics.median(map(len, images)) / 1e3:.0f} kB; {crops}; one thread"
     if args.json:
-        return json.dumps({"what": title, "images_per_s": rates, "to_reference": ratios, "workers": by_workers}, indent=1)
+        return json.dumps({"what": title, "images_per_s": rates, "to_reference": ratios, "workers": by_workers, "to_first": to_first}, indent=1)
     lines = [title]
     for name, rate in rates.items():
         ratio = f"{ratios[name]:8.2f} times the reference" if name != "reference" and ratios else ""
         lines.append(f"{name:20} {rate:8.1f} images/s {ratio}".rstrip())
     for w, rate in by_workers.items():
-        beside = f"  {rate / by_workers[1]:6.2f} times 1 worker" if w > 1 and 1 in by_workers else ""
+        beside = f"  {to_first[w]:6.2f} times {workers[0]}" if w != workers[0] else ""
         lines.append(f"{f'{w} workers' if w > 1 else '1 worker':20} {rate:8.1f} images/s{beside}")
     if args.need:
         cores = args.need / rates["ours"]

@@ -1,4 +1,4 @@
-"""`photometric.distort` of a whole batch at once, in torch, on whatever device the crops are.
+"""What is done to a batch on its device: it is normalised, and before that `photometric.distort`ed, all crops at once.
 
 What each crop needs is known to the host, so no step waits for the device: numbers and indices go there in one small copy
 a chunk. Flip, hue and blur are done to the crops that have them. Every other operation blends a crop with black, with
@@ -7,11 +7,14 @@ the mean of its grey image or with that image, which differ in coefficients alon
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from seer_scale.data.photometric import CONTRAST, GREY, HUE, PACKED, SATURATION
+from seer_scale.data.views import MEAN, STD
 
 CHUNK = 2**24
 """Values distorted at a time, at most (or one crop): 64 MiB, of which about four copies are alive at once."""
@@ -128,3 +131,15 @@ def _mirror(x: Tensor, radius: int, down: bool) -> Tensor:
         x = F.pad(x, (0, 0, more, more) if down else (more, more, 0, 0), mode="reflect")
         radius -= more
     return x
+
+
+@lru_cache(maxsize=16)
+def _mean_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return (255 * mean).to(device), (1 / (255 * std)).to(device)  # once a device: no copy, so no wait, in the step
+
+
+def to_float(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [N, 3, H, W] on any device as `dtype`, normalised with ImageNet's mean and standard deviation."""
+    mean, scale = _mean_std(x.device)
+    return x.to(torch.float32).sub_(mean).mul_(scale).to(dtype)

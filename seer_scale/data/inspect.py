@@ -28,10 +28,11 @@ from PIL import Image
 
 from seer_scale.data import decode as decoders
 from seer_scale.data.decode import decode
-from seer_scale.data.loader import decoded
-from seer_scale.data.pool import Guard, stream
+from seer_scale.data.jobs import Centres
+from seer_scale.data.pool import stream
 from seer_scale.data.sources import Source, kind_of, open_source
 from seer_scale.data.sources.base import written_whole
+from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
 
 KEPT = 1 << 22
@@ -270,7 +271,7 @@ def look(source: Source, sample: int, workers: int, listing: BinaryIO | None = N
     waiting: list[np.ndarray] = []
     begin, seen = time.monotonic(), 0
     for key, (arrays, told) in zip(job.keys(), stream(job, job.keys(), workers=workers, prefetch=16)):
-        waiting.append(arrays[0].numpy()[: len(told)])
+        waiting.append(arrays[0][: len(told)].copy())
         for line in filter(None, told):
             tally.unreadable += 1
             if len(tally.reasons) < FIRST_REASONS:
@@ -324,7 +325,8 @@ def write_sheet(path: Path, source: Source, indices: np.ndarray, workers: int) -
     """One JPEG of the centres of those images, row by row. Raises DataError where it cannot be written."""
     rows = -(-len(indices) // COLUMNS)
     sheet = np.full((max(1, rows) * SIDE, COLUMNS * SIDE, 3), 255, np.uint8)
-    tiles = (tile for images, _, _ in decoded(source, indices, SIDE, batch=COLUMNS, workers=workers) for tile in images.numpy())
+    made = stream(Centres(source, indices, SIDE, COLUMNS), range(0, len(indices), COLUMNS), workers=workers)
+    tiles = (tile for (images, _), told in made for tile, index in zip(images, told) if index is not None)
     for n, tile in enumerate(tiles):
         top, left = n // COLUMNS * SIDE, n % COLUMNS * SIDE
         sheet[top : top + SIDE, left : left + SIDE] = tile.transpose(1, 2, 0)

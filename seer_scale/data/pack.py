@@ -42,11 +42,12 @@ from seer_scale.data.inspect import (
     opened,
 )
 from seer_scale.data.order import permute
-from seer_scale.data.pool import Guard, stream
+from seer_scale.data.pool import stream
 from seer_scale.data.sources import Source, open_source, tars
 from seer_scale.data.sources.base import cached_index, is_image
 from seer_scale.data.sources.hub import PREFIX
 from seer_scale.data.sources.remote import is_url
+from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
 
 VERSION = 1

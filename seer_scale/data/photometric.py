@@ -1,7 +1,7 @@
 """What is done to the colours of a crop: flip, colour jitter, grey, Gaussian blur (SwAV's order and distributions).
 
 `draw` says what is to be done, as numbers; `distort` does it to one crop on the CPU. There it is one or two passes in C
-(photometric.c), compiled at first use by the machine's C compiler, or a pass an operation in OpenCV where there is none:
+(pixels.c), compiled at first use by the machine's C compiler, or a pass an operation in OpenCV where there is none:
 the same to one level of 255. The operations are torchvision's, without its rounding in between. `pack` makes numbers
 of a distortion, for batched.py to do a whole batch's on the accelerator.
 """
@@ -9,29 +9,17 @@ of a distortion, for batched.py to do a whole batch's on the accelerator.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
-import platform
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from seer_scale.config import Views
+from seer_scale.data.native import native, scratch
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY = range(5)
-SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = (
-    "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-ffinite-math-only", "-fno-signed-zeros",
-    "-fno-trapping-math", "-fassociative-math", "-freciprocal-math",
-)  # fmt: skip
-"""-ffast-math without the name: linked under that name, it would round small numbers of the whole process to zero."""
 
 
 class Distortion(NamedTuple):
@@ -87,7 +75,7 @@ def distort(crop: np.ndarray, how: Distortion, planes: np.ndarray) -> None:
     kernel.photometric(crop.ctypes.data, size, how.flip, num, ops, factors, planes.ctypes.data)
     if how.sigma:
         weights = gaussian(how.sigma)
-        kernel.blur(planes.ctypes.data, size, len(weights) // 2, weights.ctypes.data, _scratch(size * size + size + len(weights)).ctypes.data)
+        kernel.blur(planes.ctypes.data, size, len(weights) // 2, weights.ctypes.data, scratch(size * size + size + len(weights)).ctypes.data)
 
 
 def gaussian(sigma: float) -> np.ndarray:
@@ -132,43 +120,3 @@ def _hue(crop: np.ndarray, turn: float) -> np.ndarray:
 
 def _grey(crop: np.ndarray, _: float = 0.0) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-
-
-# ----------------------------------------------------------------------------------------------------------- C
-
-
-@lru_cache(maxsize=1)
-def native() -> ctypes.CDLL | None:
-    """The compiled kernel, from the user's cache or made now (a second); None without a working C compiler."""
-    made_of = [SOURCE.read_text(), *FLAGS, platform.machine(), _cpu_flags()]  # home folders serve machines of all kinds
-    name = f"photometric-{hashlib.blake2b(chr(0).join(made_of).encode(), digest_size=12).hexdigest()}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seer_scale"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if not (cache / name).exists():
-            with tempfile.TemporaryDirectory(dir=cache) as aside:
-                made = Path(aside) / name
-                subprocess.run([os.environ.get("CC", "cc"), *FLAGS, "-o", made, SOURCE, "-lm"], check=True, capture_output=True)
-                made.rename(cache / name)
-        kernel = ctypes.CDLL(str(cache / name))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    kernel.photometric.argtypes = (pointer, number, number, number, pointer, pointer, pointer)
-    kernel.blur.argtypes = (pointer, number, number, pointer, pointer)
-    kernel.photometric.restype = kernel.blur.restype = None
-    return kernel
-
-
-def _cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-@lru_cache(maxsize=64)
-def _scratch(numel: int) -> np.ndarray:
-    """Where the blur keeps what it has done across; kept, for fresh memory costs more than the blur. One thread's."""
-    return np.empty(numel, np.float32)

@@ -1,4 +1,4 @@
-"""Processes that fill batches in shared memory. One that dies or hangs is replaced; no row is lost, none made twice.
+"""Batches filled by processes in shared memory. A process that dies or hangs is replaced; no row is lost, none made twice.
 
 Every worker makes the same rows of every batch, so that what it keeps open (a tar, a block of images read ahead) serves
 the next batch too. A batch is a pure function of its key, so a worker's replacement begins with the first batch the
@@ -7,106 +7,64 @@ dead one has not reported, and what was half written is written again.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import math
-import mmap
-import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from multiprocessing.reduction import send_handle
+from typing import Any
 
-import cv2
+import cloudpickle
 import numpy as np
-import torch
 
+from seer_scale.data.worker import ITEM, PID, PROGRESS, STATUS, Guard, Job, shared_arrays
 from seer_scale.errors import DataError
 
 SUSPECT_TWICE = 2
 """Workers that one item has ended before it is refused: one may have been killed for any reason."""
 GIVE_UP_AFTER = 5
-"""Replacements of one worker in a row, without a batch from any of them, that end the run."""
+"""Replacements of one worker in a row, without a batch from it, that end the run."""
 
-
-class Guard:
-    """Knows which item a worker is busy with, and which items have ended workers before."""
-
-    def __init__(self, seat: np.ndarray, refused: Sequence[int] = ()):
-        self._seat, self._refused = seat, frozenset(refused)
-
-    def enter(self, item: int) -> None:
-        """To be called before item number `item` is read. Raises DataError for one that is refused."""
-        self._seat[0] += 1
-        self._seat[1] = item
-        if item in self._refused:
-            raise DataError(f"it ended or stopped its loader {SUSPECT_TWICE} times")
-
-    def leave(self) -> None:
-        """What was entered is done."""
-        self._seat[1] = -1
-
-
-class Job(Protocol):
-    """What the batches are. The job is copied into every worker by fork, and may keep things open there."""
-
-    def buffers(self) -> list[tuple[tuple[int, ...], type]]:
-        """Shape and numpy type of each array of a batch of the largest size."""
-
-    def rows(self, key: Any) -> int:
-        """How many rows the batch of `key` has; they are shared out among the workers."""
-
-    def fill(self, key: Any, row: int, out: Sequence[np.ndarray], guard: Guard) -> Any:
-        """Write one row into the arrays of a batch; returns what goes with it (pickled, small). May raise DataError."""
-
-    def describe(self, item: int) -> str:
-        """An item's name, for the log."""
+START_S = 120.0
+"""Seconds a worker may take until it begins, for the host has to take in the job before."""
 
 
 def stream(
-    job: Job, keys: Sequence[Any], *, workers: int, prefetch: int = 2, pin: bool = False, timeout_s: float = 300.0
-) -> Iterator[tuple[list[torch.Tensor], list[Any]]]:
-    """For each key in turn the batch's arrays (of the largest size, the caller's own) and what `fill` returned by row.
+    job: Job, keys: Sequence[Any], *, workers: int, prefetch: int = 2, timeout_s: float = 300.0
+) -> Iterator[tuple[list[np.ndarray], list[Any]]]:
+    """For each key in turn the batch's arrays (of the largest size) and what `fill` returned by row.
 
-    workers: processes; 0 fills here. prefetch: batches that may be ready or in the making, besides the one given out.
-    timeout_s: a worker that takes longer over one item while somebody waits for it is replaced. Processes live as long
-    as the iterator, and end with the thread that first asked for a batch. Raises DataError as `fill` does, or when a
+    The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here. prefetch: batches that
+    may be ready or in the making, besides the one given out. timeout_s: a worker that takes longer over one item while
+    somebody waits for it is replaced. Processes live as long as the iterator. Raises DataError as `fill` does, or when a
     worker cannot be kept alive.
     """
     workers = min(workers, max((job.rows(k) for k in (keys[0], keys[-1])), default=0) if keys else 0)
     if not workers:
-        guard = Guard(np.zeros(2, np.int64))
+        guard, arrays = Guard(np.zeros(4, np.int64)), [np.zeros(shape, kind) for shape, kind in job.buffers()]
         for key in keys:
-            out = [torch.empty(shape, dtype=_DTYPES[kind]) for shape, kind in job.buffers()]
-            arrays = [o.numpy() for o in out]
-            told = [job.fill(key, row, arrays, guard) for row in range(job.rows(key))]
-            yield [o.pin_memory() for o in out] if pin else out, told
+            yield arrays, [job.fill(key, row, arrays, guard) for row in range(job.rows(key))]
         return
     pool = _Pool(job, keys, workers, prefetch + 1, timeout_s)
     try:
         for n in range(len(keys)):
             told = pool.wait_for(n)
-            out = [torch.empty(a.shape, dtype=_DTYPES[a.dtype.type], pin_memory=pin) for a in pool.arrays(n)]
-            for to, a in zip(out, pool.arrays(n)):
-                to.copy_(torch.from_numpy(a))
+            yield pool.arrays(n), told
             pool.free(n)
-            yield out, told
     finally:
         pool.close()
 
 
-_DTYPES = {np.uint8: torch.uint8, np.float32: torch.float32, np.int64: torch.int64}
-
-
 @dataclass
 class _Worker:
-    process: multiprocessing.process.BaseProcess
     connection: Connection
     next: int
     """The first batch it has not reported."""
@@ -120,30 +78,33 @@ class _Worker:
 class _Pool:
     def __init__(self, job: Job, keys: Sequence[Any], workers: int, depth: int, timeout_s: float):
         self.job, self.keys, self.depth, self.timeout_s = job, keys, min(depth, len(keys)), timeout_s
-        self._ring = [[_shared(shape, kind) for shape, kind in job.buffers()] for _ in range(self.depth)]
-        self._seats = _shared((workers, 2), np.int64)
+        specs = job.buffers()
+        self._memory = os.memfd_create("batches")  # unlike /dev/shm, limited by memory alone
+        self._seats, *arrays = shared_arrays(self._memory, [((workers, 4), np.int64), *specs * self.depth])
+        self._ring = [arrays[i * len(specs) : (i + 1) * len(specs)] for i in range(self.depth)]
         self._told: dict[int, dict[int, tuple[list[Any], DataError | str | None]]] = {}
-        self._freed = 0
-        self._waited_s = 0.0
+        self._freed, self._waited_s = 0, 0.0
         self._suspects: Counter[int] = Counter()
-        self._fruitless = [0] * workers
-        self._context = multiprocessing.get_context("fork")  # workers share the index instead of copying it
+        self._fruitless = [0] * (workers + 1)  # the last one is the host
         self._workers: list[_Worker] = []
-        for seat in range(workers):
-            self._workers.append(self._start(seat, 0))
+        self._control = self._ask_host()
+        self._workers = [self._start(seat, 0) for seat in range(workers)]
 
     def arrays(self, n: int) -> list[np.ndarray]:
         return self._ring[n % self.depth]
 
     def wait_for(self, n: int) -> list[Any]:
         """What the rows of batch n told, once all are written."""
-        begin = time.monotonic()
-        before = self._waited_s
+        begin, before = time.monotonic(), self._waited_s
         while late := [seat for seat, w in enumerate(self._workers) if w.next <= n]:
-            ready = wait([self._workers[s].connection for s in late], timeout=min(1.0, self.timeout_s / 4))
+            waited_for = [self._workers[s].connection for s in late]
+            ready = wait([*waited_for, self._control], timeout=min(1.0, self.timeout_s / 4))
             self._waited_s = before + time.monotonic() - begin
-            for seat in late:
-                if self._workers[seat].connection in ready:
+            if self._control in ready:
+                self._renew_host()
+                continue
+            for seat, connection in zip(late, waited_for):
+                if connection in ready:
                     self._hear(seat)
                 elif self._hangs(seat):
                     self._replace(seat, f"has been at it for {self.timeout_s:g} s")
@@ -160,113 +121,126 @@ class _Pool:
         """Batch n was copied: its memory serves batch n + depth."""
         self._freed = n + 1
         for w in self._workers:
-            try:
+            with suppress(OSError):  # it died: its replacement is told how far it may go
                 w.connection.send_bytes(b"1")
-            except OSError:  # it died: its replacement is told how far it may go
-                continue
 
     def close(self) -> None:
-        for w in self._workers:
-            w.process.kill()
-        for w in self._workers:
-            w.process.join(1.0)
+        for seat, w in enumerate(self._workers):
+            self._kill(seat)
             w.connection.close()
+        self._control.close()  # the host ends with it
+        os.close(self._memory)
 
-    def _start(self, seat: int, first: int) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        others = [w.connection for w in self._workers]
+    # --- processes
+
+    def _ask_host(self) -> Connection:
+        ours, theirs = Pipe()
+        _server.ask(theirs)
+        with theirs, suppress(OSError):
+            ours.send((sys.path, dict(os.environ), cloudpickle.dumps(self.job), self.keys, self.depth, len(self._seats)))
+            send_handle(ours, self._memory, None)
+        return ours
+
+    def _start(self, seat: int, first: int, suspects: set[int] = frozenset()) -> _Worker:
         refused = [item for item, times in self._suspects.items() if times >= SUSPECT_TWICE]
-        arguments = (self.job, self.keys, first, self._freed + self.depth, seat, len(self._seats), self._ring, theirs, Guard(self._seats[seat], refused), os.getpid(), [ours, *others])
-        self._seats[seat] = 0, -1
-        process = self._context.Process(target=_work, args=arguments, daemon=True, name=f"loader-{seat}")
-        process.start()
-        theirs.close()
-        return _Worker(process, ours, first, since=self._waited_s)
+        ours, theirs = Pipe()
+        with theirs:
+            self._seats[seat] = 0, -1, 0, 0
+            with suppress(OSError):  # the host is gone, which whoever waits will see
+                self._control.send((seat, first, self._freed + self.depth, refused))
+                send_handle(self._control, theirs.fileno(), None)
+        return _Worker(ours, first, since=self._waited_s, suspects=set(suspects))
 
     def _hear(self, seat: int) -> None:
         worker = self._workers[seat]
         try:
             n, told, failure = worker.connection.recv()
         except (EOFError, OSError):
-            worker.process.join(5.0)
-            code = worker.process.exitcode
-            self._replace(seat, f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}")
+            self._replace(seat, self._how_it_ended(seat))
             return
         self._told.setdefault(n, {})[seat] = told, failure
         worker.next, worker.since = n + 1, self._waited_s
-        self._fruitless[seat] = 0
+        self._fruitless[seat] = self._fruitless[-1] = 0
         for item in worker.suspects:  # they were made after all
             if self._suspects[item] < SUSPECT_TWICE:
                 del self._suspects[item]
         worker.suspects = set()
 
+    def _how_it_ended(self, seat: int) -> str:
+        deadline = time.monotonic() + 5
+        while not (status := int(self._seats[seat, STATUS])) and time.monotonic() < deadline and not self._control.poll():
+            time.sleep(0.001)
+        if not status:
+            return "ended with its host"
+        return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status - 1}"
+
     def _hangs(self, seat: int) -> bool:
-        worker, progress = self._workers[seat], int(self._seats[seat, 0])
+        worker, progress = self._workers[seat], int(self._seats[seat, PROGRESS])
         if progress != worker.progress:
             worker.progress, worker.since = progress, self._waited_s
-        return self._waited_s - worker.since > self.timeout_s
+        limit = self.timeout_s if self._seats[seat, PID] else max(START_S, self.timeout_s)
+        return self._waited_s - worker.since > limit
+
+    def _kill(self, seat: int) -> None:
+        pid = int(self._seats[seat, PID])
+        if pid and not self._seats[seat, STATUS]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _replace(self, seat: int, what: str) -> None:
-        worker, item = self._workers[seat], int(self._seats[seat, 1])
-        worker.process.kill()
+        worker, item = self._workers[seat], int(self._seats[seat, ITEM])
+        self._kill(seat)
         worker.connection.close()
         where = f" at {self.job.describe(item)}" if item >= 0 else ""
-        self._fruitless[seat] += 1
-        if self._fruitless[seat] > GIVE_UP_AFTER:
-            raise DataError(f"Loader process {seat} {what}{where}, and so did {GIVE_UP_AFTER} before it without making a batch: if memory is short (signal SIGKILL), lower data.workers or data.prefetch; if reads hang, raise data.timeout_s.")
+        self._count(seat, f"Loader process {seat} {what}{where}")
         if item >= 0:
             self._suspects[item] += 1
         print(f"Loader process {seat} {what}{where}; another takes its place, and no image is lost or repeated.", file=sys.stderr, flush=True)
-        self._workers[seat] = self._start(seat, worker.next)
-        self._workers[seat].suspects = worker.suspects | ({item} - {-1})
+        self._workers[seat] = self._start(seat, worker.next, worker.suspects | ({item} - {-1}))
+
+    def _renew_host(self) -> None:
+        """The host has died, and the workers with it: another one holds the job and forks them anew."""
+        try:
+            raise RuntimeError(f"Loader processes cannot be started:\n{self._control.recv()}")
+        except (EOFError, OSError):
+            pass
+        self._count(-1, "The host of the loader processes was ended")
+        print("The host of the loader processes was ended; another takes its place, and no image is lost or repeated.", file=sys.stderr, flush=True)
+        for w in self._workers:
+            w.connection.close()
+        self._control.close()
+        self._control = self._ask_host()
+        self._workers = [self._start(seat, w.next) for seat, w in enumerate(self._workers)]
+
+    def _count(self, seat: int, what: str) -> None:
+        self._fruitless[seat] += 1
+        if self._fruitless[seat] > GIVE_UP_AFTER:
+            raise DataError(f"{what}, and so did {GIVE_UP_AFTER} before it without making a batch: if memory is short (signal SIGKILL), lower data.workers or data.prefetch; if reads hang, raise data.timeout_s.")
 
 
-def _shared(shape: tuple[int, ...], kind: type) -> np.ndarray:
-    """Zeros in memory that processes forked from this one share; unlike /dev/shm, limited by memory alone."""
-    size = math.prod(shape) * np.dtype(kind).itemsize
-    return np.frombuffer(mmap.mmap(-1, max(1, size)), kind, math.prod(shape)).reshape(shape)
+class _Server:
+    """This process's server of loader processes, started when first asked, and again should it have died."""
+
+    def __init__(self):
+        self._process, self._socket, self._owner = None, None, 0
+
+    def ask(self, theirs: Connection) -> None:
+        """Have it fork a host that listens to `theirs`."""
+        if self._owner != os.getpid() or self._process.poll() is not None:
+            self._begin()
+        try:
+            socket.send_fds(self._socket, [b"1"], [theirs.fileno()])
+        except OSError:  # it died just now
+            self._begin()
+            socket.send_fds(self._socket, [b"1"], [theirs.fileno()])
+
+    def _begin(self) -> None:
+        ours, theirs = socket.socketpair()
+        words = [sys.executable, "-m", "seer_scale.data.worker", str(theirs.fileno()), str(os.getpid())]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        with theirs:
+            self._process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._socket, self._owner = ours, os.getpid()
 
 
-def _work(
-    job: Job, keys: Sequence[Any], first: int, upto: int, seat: int, workers: int, ring: list[list[np.ndarray]],
-    connection: Connection, guard: Guard, parent: int, foreign: list[Connection],
-) -> None:  # fmt: skip
-    """A worker's life: its rows of the batches from `first` on, never beyond `upto`, which each message raises by one."""
-    _settle(parent)
-    for c in foreign:
-        c.close()
-    try:
-        for n in range(first, len(keys)):
-            while n >= upto:
-                connection.recv_bytes()
-                upto += 1
-            rows, told, failure = job.rows(keys[n]), [], None
-            try:
-                for row in range(seat * rows // workers, (seat + 1) * rows // workers):
-                    told.append(job.fill(keys[n], row, ring[n % len(ring)], guard))
-                    guard.leave()
-            except DataError as error:
-                failure = error
-            except Exception:
-                failure = traceback.format_exc()
-            connection.send((n, told, failure))
-            if failure:
-                break
-        while True:  # until the iterator is closed
-            connection.recv_bytes()
-    except (EOFError, OSError):  # nobody listens any more
-        pass
-    os._exit(0)
-
-
-def _settle(parent: int) -> None:
-    """One thread; stop signals are the main process's to judge; no worker outlives it."""
-    gc.freeze()  # what is shared stays shared: a collection would write into every object
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(stop, signal.SIG_IGN)
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(0)
+_server = _Server()

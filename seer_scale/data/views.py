@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import cv2
 import numpy as np
-import torch
+from PIL import Image
 
 from seer_scale.config import Crop, Views
 from seer_scale.data import photometric
 from seer_scale.data.decode import decode
+from seer_scale.data.native import native, scratch
 from seer_scale.rng import numpy_generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -107,12 +107,17 @@ def crop_box(height: int, width: int, scale: tuple[float, float], u: Iterator[fl
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, W, 3] to [size, size, 3], bilinear, antialiased along an axis that shrinks: Pillow's, to one level."""
+    kernels = native()
+    if kernels is None:
+        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
     height, width = image.shape[:2]
-    if height <= size and width <= size:
-        return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
-    batch = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)  # these strides: channels-last
-    small = torch.nn.functional.interpolate(batch, (size, size), mode="bilinear", antialias=True)
-    return small[0].permute(1, 2, 0).numpy()
+    if image.strides[1:] != (3, 1):
+        image = np.ascontiguousarray(image)
+    out = np.empty((size, size, 3), np.uint8)
+    taps = sum(2 * math.ceil(max(1, n / size)) + 2 for n in (height, width))
+    floats = scratch(size * taps + 16 * (3 * width + 8) + 4 * size)
+    kernels.resize(image.ctypes.data, image.strides[0], height, width, size, out.ctypes.data, floats.ctypes.data)
+    return out
 
 
 def resize_centre(image: np.ndarray, size: int) -> np.ndarray:
@@ -122,15 +127,3 @@ def resize_centre(image: np.ndarray, size: int) -> np.ndarray:
     top, left = (height - side) // 2, (width - side) // 2
     crop = resize(image[top : top + side, left : left + side], size)
     return np.ascontiguousarray(crop.transpose(2, 0, 1))
-
-
-@lru_cache(maxsize=16)
-def _mean_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return (255 * mean).to(device), (1 / (255 * std)).to(device)  # once a device: no copy, so no wait, in the step
-
-
-def to_float(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 [N, 3, H, W] on any device as `dtype`, normalised with ImageNet's mean and standard deviation."""
-    mean, scale = _mean_std(x.device)
-    return x.to(torch.float32).sub_(mean).mul_(scale).to(dtype)

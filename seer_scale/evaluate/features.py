@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seer_scale.data.batched import to_float
 from seer_scale.data.loader import decoded
 from seer_scale.data.sources import Source
-from seer_scale.data.views import to_float
 from seer_scale.world import World
 
 Represent = Callable[[Tensor], tuple[Tensor, Tensor]]

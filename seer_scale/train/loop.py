@@ -24,10 +24,9 @@ import yaml
 from seer_scale import __version__
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, without_effect
-from seer_scale.data.batched import distort
+from seer_scale.data.batched import distort, to_float
 from seer_scale.data.loader import Batch, loader
 from seer_scale.data.sources import Source, open_source
-from seer_scale.data.views import to_float
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from seer_scale.data.sampler import ElasticSampler, Era
 from tests.e2e.runs import assert_same_path, events, reaches, recipe, run, start, steps, until
+from tests.processes import workers
 from tests.unit.test_sources import write_tar
 
 
@@ -138,15 +140,12 @@ def test_loaders_killed_all_the_time(straight, tmp_path, photos):
     running = start("train", recipe(tmp_path, photos), "--run.dir", place, "--data.workers", 2, folder=tmp_path)
     killed, done = set(), 0
     while running.processes[0].exitcode is None:
-        try:
-            me = running.processes[0].pid
-            children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
-        except OSError:
-            break
-        if len(children) >= 2 and len(steps(place)) > done and children[-1] not in killed:
-            os.kill(int(children[-1]), signal.SIGKILL)
-            killed.add(children[-1])
+        loaders = [p for p in workers(running.processes[0].pid) if p not in killed]
+        if loaders and len(steps(place)) > done:
             done = len(steps(place))
+            killed.add(loaders[-1])
+            with suppress(ProcessLookupError):
+                os.kill(loaders[-1], signal.SIGKILL)
     assert running.wait() == [0] and killed
     assert "another takes its place" in running.text
     assert_same_path(place, straight)

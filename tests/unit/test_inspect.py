@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from seer_scale.data import inspect as module
 from seer_scale.data.sources import open_source
 from seer_scale.errors import DataError
 from tests.pictures import encode, photo
+from tests.sources import Fatal
 
 HOSTILE = Path(__file__).parents[3] / "shared" / "data" / "hostile"
 
@@ -102,18 +101,16 @@ def test_of_many_images_few_values_are_kept(tmp_path, monkeypatch):
 
 def test_images_that_end_their_process_are_named(corpus, tmp_path, monkeypatch, capfd):
     """Every image of class a does, side by side: still each is refused, and the rest described."""
-    fatal = {p.read_bytes() for p in (corpus / "a").iterdir()}
-    real, main = module.decode, os.getpid()
+    real = module.open_source
 
-    def decode(data):
-        if data in fatal and os.getpid() != main:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(data)
+    def open_fatal(path, kind):
+        source = real(path, kind)
+        return Fatal(source, {i for i in range(len(source)) if source.name(i).startswith(f"{corpus}/a/")})
 
-    monkeypatch.setattr(module, "decode", decode)
+    monkeypatch.setattr(module, "open_source", open_fatal)
     got = facts(corpus, "--unreadable", tmp_path / "bad.txt")
     assert got["unreadable"]["count"] == 10 and got["modes"] == {"RGB": 1, "L": 1, "CMYK": 1}
-    assert got["unreadable"]["first"][3] == f"{corpus}/a/3.jpg: it ended or stopped its loader 2 times"
+    assert got["unreadable"]["first"][3] == f"{corpus}/a/3.jpg: it ended or stopped its loader twice"
     assert f"was ended by SIGKILL at {corpus}/a/3.jpg" in capfd.readouterr().err
 
 

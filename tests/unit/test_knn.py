@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from seer_scale.config import Config, Data, Knn
+from seer_scale.data.batched import to_float
 from seer_scale.data.loader import decoded
 from seer_scale.data.sources import Source
-from seer_scale.data.views import to_float
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.evaluate.knn import knn, labelled_images
 from seer_scale.evaluate.look import show_neighbours, show_prototypes

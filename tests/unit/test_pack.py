@@ -25,6 +25,7 @@ from seer_scale.data.sources import open_source
 from seer_scale.data.sources.base import Source
 from seer_scale.errors import DataError
 from tests.pictures import apart, encode, photo
+from tests.sources import Fatal
 
 N = 41
 
@@ -162,17 +163,10 @@ def test_nothing_readable(tmp_path):
 
 
 def test_an_image_that_ends_its_process(src, tmp_path, monkeypatch):
-    source, main, real = open_source(str(src)), os.getpid(), module.decode
-    fatal = source.read(20)
-
-    def decode(data, *more):
-        if data == fatal and os.getpid() != main:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(data, *more)
-
-    monkeypatch.setattr(module, "decode", decode)
+    source = open_source(str(src))
+    monkeypatch.setattr(inspect, "open_source", lambda path, kind: Fatal(source, {20}))
     assert "1 that cannot be read left out" in pack(src, tmp_path / "dst", "--check", "--size", "40kB", workers=2)
-    assert (tmp_path / "dst" / "unreadable.txt").read_text() == f"{source.name(20)}: it ended or stopped its loader 2 times\n"
+    assert (tmp_path / "dst" / "unreadable.txt").read_text() == f"{source.name(20)}: it ended or stopped its loader twice\n"
 
 
 # ----------------------------------------------------------------------------------------------- stops

@@ -22,6 +22,7 @@ from seer_scale.data.loader import loader
 from seer_scale.data.sampler import ElasticSampler, Era
 from seer_scale.data.sources import kind_of, lists, open_source, remote, tars
 from seer_scale.errors import DataError
+from tests.sources import Impatient
 from tests.unit.test_sources import contents, write_tar
 
 VIEWS = Views(crops=(Crop(num=1, size=16),))
@@ -258,7 +259,7 @@ def test_size_of_what_is_not_there_is_asked_once_and_of_what_fails_again(server)
 
 def test_loader_workers_read_after_the_parent_did_and_replace_what_fails(server, monkeypatch):
     publish(server)
-    source = open_source(f"{server.url}/*.tar")
+    source = Impatient(open_source(f"{server.url}/*.tar"))
     source.read_run(0, 24)
 
     def batches():

@@ -11,6 +11,7 @@ from torchvision.transforms import functional as tv
 
 from seer_scale.config import Crop, Views
 from seer_scale.data import views as v
+from seer_scale.data.batched import to_float
 from seer_scale.data.decode import decode
 from tests.pictures import apart, encode, photo
 
@@ -91,7 +92,7 @@ def test_resize_centre_of_a_thread_takes_no_memory():
 def test_to_float_is_torchvisions_normalize(dtype, tolerance):
     x = torch.from_numpy(photo()).permute(2, 0, 1)[None]
     theirs = tv.normalize(x / 255.0, v.MEAN, v.STD)
-    ours = v.to_float(x, dtype)
+    ours = to_float(x, dtype)
     assert ours.dtype == dtype and torch.allclose(ours.float(), theirs, atol=tolerance)
 
 

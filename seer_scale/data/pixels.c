@@ -1,5 +1,6 @@
-/* Flip, colour jitter and grey of a crop in one pass over it (two where the contrast needs its mean first), from
-   interleaved to planar uint8, and its blur. Blocks stay in the first cache; loops are plain, for compilers to vectorise. */
+/* What is done to the pixels of a crop: its resizing; flip, colour jitter and grey in one pass over it (two where the
+   contrast needs its mean first), from interleaved to planar uint8; its blur. Blocks stay in the first cache; loops are
+   plain, for compilers to vectorise. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -142,6 +143,95 @@ void blur(uint8_t *restrict planes, int size, int radius, const float *restrict 
             }
             uint8_t *to = plane + y * size;
             for (int i = 0; i < size; i++) to[i] = (uint8_t)line[i];
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- resizing */
+
+typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef uint8_t b8 __attribute__((vector_size(8)));
+
+/* Where `size` outputs of `n` inputs look, and how much they weigh: a triangle, widened where the axis shrinks (Pillow's
+   BILINEAR). first, count: [size]; weights: [size][taps]. */
+static void triangle(int n, int size, int taps, int *first, int *count, float *weights) {
+    const double scale = (double)n / size, reach = scale > 1 ? scale : 1;
+    for (int o = 0; o < size; o++) {
+        const double centre = (o + 0.5) * scale;
+        int from = (int)(centre - reach + 0.5), to = (int)(centre + reach + 0.5);
+        from = from < 0 ? 0 : from; to = to > n ? n : to;
+        float *w = weights + (long)o * taps;
+        double sum = 0;
+        for (int i = from; i < to; i++) { const double d = fabs((i - centre + 0.5) / reach); sum += w[i - from] = d < 1 ? 1 - d : 0; }
+        for (int i = from; i < to; i++) w[i - from] /= sum;
+        first[o] = from; count[o] = to - from;
+    }
+}
+
+static inline void transpose(f8 v[8]) {
+    f8 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = __builtin_shuffle(v[i], v[i + 1], (i8){0, 8, 2, 10, 4, 12, 6, 14});
+        a[i + 1] = __builtin_shuffle(v[i], v[i + 1], (i8){1, 9, 3, 11, 5, 13, 7, 15});
+    }
+    for (int i = 0; i < 8; i += 4) for (int j = 0; j < 2; j++) {
+        b[i + j] = __builtin_shuffle(a[i + j], a[i + j + 2], (i8){0, 1, 8, 9, 4, 5, 12, 13});
+        b[i + j + 2] = __builtin_shuffle(a[i + j], a[i + j + 2], (i8){2, 3, 10, 11, 6, 7, 14, 15});
+    }
+    for (int j = 0; j < 4; j++) {
+        v[j] = __builtin_shuffle(b[j], b[j + 4], (i8){0, 1, 2, 3, 8, 9, 10, 11});
+        v[j + 4] = __builtin_shuffle(b[j], b[j + 4], (i8){4, 5, 6, 7, 12, 13, 14, 15});
+    }
+}
+
+/* n sums over `num` rows. */
+static void weigh(const uint8_t *restrict p, long stride, const float *restrict w, int num, int n, float *restrict sums) {
+    int k = num % 2;
+    if (k) for (int i = 0; i < n; i++) sums[i] = w[0] * p[i];
+    else { const uint8_t *restrict q = p + stride; for (int i = 0; i < n; i++) sums[i] = w[0] * p[i] + w[1] * q[i]; k = 2; }
+    for (; k < num; k += 2) {
+        const uint8_t *restrict a = p + k * stride, *restrict b = a + stride;
+        const float u = w[k], v = w[k + 1];
+        for (int i = 0; i < n; i++) sums[i] += u * a[i] + v * b[i];
+    }
+}
+
+/* RGB [height, width] at src, rows `stride` bytes apart, to [size, size]. Eight output rows at a time: down first, turned so
+   that the eight lie side by side, then across. scratch: floats, size * (rows + columns) + 16 * (3 * width + 8) + 4 * size of them, where rows and columns are
+   2 * ceil(how often size goes into the axis, 1 at least) + 2. */
+void resize(const uint8_t *src, long stride, int height, int width, int size, uint8_t *dst, float *scratch) {
+    const int tall = 2 * (int)ceil(height > size ? (double)height / size : 1) + 2, wide = 2 * (int)ceil(width > size ? (double)width / size : 1) + 2, n = 3 * width;
+    float *down = scratch, *across = down + (long)size * tall, *turned = across + (long)size * wide, *sums = turned + 8 * (n + 8L);
+    int *top = (int *)(sums + 8 * (n + 8L)), *rows = top + size, *left = rows + size, *columns = left + size;
+    triangle(height, size, tall, top, rows, down);
+    triangle(width, size, wide, left, columns, across);
+    for (int y = 0; y < size; y += 8) {
+        const int live = size - y < 8 ? size - y : 8;
+        for (int r = 0; r < 8; r++) {
+            const int o = y + (r < live ? r : live - 1);
+            weigh(src + top[o] * stride, stride, down + (long)o * tall, rows[o], n, sums + (long)r * (n + 8));
+        }
+        for (int x = 0; x < n; x += 8) {
+            f8 v[8];
+            for (int r = 0; r < 8; r++) memcpy(v + r, sums + (long)r * (n + 8) + x, sizeof *v);
+            transpose(v);
+            memcpy(turned + 8L * x, v, sizeof v);
+        }
+        for (int e = 0; e < 3 * size; e += 8) {
+            f8 v[8];
+            for (int j = 0; j < 8; j++) {
+                const int at = e + j < 3 * size ? e + j : 3 * size - 1, o = at / 3, c = at % 3;
+                const float *w = across + (long)o * wide, *p = turned + 8L * (3 * left[o] + c);
+                f8 sum = {0};
+                for (int k = 0; k < columns[o]; k++) { f8 t; memcpy(&t, p + 24L * k, sizeof t); sum += w[k] * t; }
+                v[j] = sum + 0.5f;
+            }
+            transpose(v);
+            for (int r = 0; r < live; r++) {
+                const b8 bytes = __builtin_convertvector(__builtin_convertvector(v[r], i8), b8);
+                memcpy(dst + 3L * size * (y + r) + e, &bytes, 3 * size - e < 8 ? 3 * size - e : 8);
+            }
         }
     }
 }

@@ -1,0 +1,159 @@
+"""What loader processes do: the views of training images, the centres of those of an evaluation.
+
+Imported by processes that are to stay small: neither this nor what it imports needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from seer_scale.config import Views
+from seer_scale.data import photometric
+from seer_scale.data.decode import decode
+from seer_scale.data.sampler import ElasticSampler
+from seer_scale.data.sources import Source
+from seer_scale.data.views import load_views, resize_centre
+from seer_scale.data.worker import Guard, Spec
+from seer_scale.errors import DataError
+
+GIVE_UP_AFTER = 100
+"""Unreadable images in a row that end a run: then it is not the images."""
+
+
+@dataclass
+class TrainingViews:
+    """The batches of training: a row is an image's slot."""
+
+    source: Source
+    views: Views
+    sampler: ElasticSampler
+    rank: int
+    world_size: int
+    on_device: bool
+
+    def __post_init__(self):
+        self._slots: tuple[int, Any] = (-1, None)
+        self._reader = (_Stream if self.source.is_stream else _ReadAhead)(self.source, self.sampler)
+
+    def buffers(self) -> list[Spec]:
+        b, crops = self.rows(0), self.views.crops
+        pixels = [((c.num, b, 3, c.size, c.size), np.uint8) for c in crops]
+        return pixels + [((c.num, b, photometric.PACKED), np.float32) for c in crops] * self.on_device
+
+    def rows(self, key: int) -> int:
+        return self.sampler.global_batch // self.world_size
+
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: Guard) -> tuple[int, list[str]]:
+        if self._slots[0] != key:
+            self._slots = key, self.sampler.slots(key, self.rank, self.world_size)
+        epochs, offsets, _ = self._slots[1]
+        epoch, offset = int(epochs[row]), int(offsets[row])
+        unreadable: list[str] = []
+        for step in range(GIVE_UP_AFTER):
+            at = (offset + step) % self.sampler.size(epoch)
+            index = int(self.sampler.at(epoch, np.array([at]))[0])
+            try:
+                guard.enter(index)
+                data = self._reader.read(epoch, at, index)
+                load_views(data, self.views, self.sampler.seed, epoch, index, [a[:, row] for a in out])
+                return index, unreadable
+            except DataError as error:
+                name = self.source.name(index)
+                unreadable.append(f"{name}: {str(error).removeprefix(f'{name} ')}")
+        first = "; ".join(unreadable[:3])
+        raise DataError(f"{GIVE_UP_AFTER} images in a row cannot be read, so check data.path; the first: {first}.")
+
+    def describe(self, item: int) -> str:
+        return self.source.name(item)
+
+
+class _ReadAhead:
+    """What a worker has read together with the images it was asked for, until it is asked for."""
+
+    def __init__(self, source: Source, sampler: ElasticSampler):
+        self._source, self._sampler = source, sampler
+        self._blocks: dict[tuple[int, int], dict[int, bytes | DataError]] = {}
+
+    def read(self, epoch: int, offset: int, index: int) -> bytes:
+        run = self._sampler.run_of(epoch, offset, index)
+        if run is None:
+            return self._source.read(index)
+        first, num = run
+        block = self._blocks.get((epoch, first))
+        if block is None:
+            block = self._blocks[epoch, first] = self._fetch(first, num)
+            while len(self._blocks) > 2 * self._sampler.global_batch:  # an image that was replaced leaves one behind
+                del self._blocks[next(iter(self._blocks))]
+        data = block.pop(index, None)
+        if not block:
+            del self._blocks[epoch, first]
+        if data is None:  # read before, in the place of one that cannot be read
+            return self._source.read(index)
+        if isinstance(data, DataError):
+            raise data
+        return data
+
+    def _fetch(self, first: int, num: int) -> dict[int, bytes | DataError]:
+        before_end = min(num, self._sampler.n - first)
+        found = dict(enumerate(self._source.read_run(first, before_end), first))
+        if before_end < num:
+            found |= enumerate(self._source.read_run(0, num - before_end))
+        return found
+
+
+class _Stream:
+    """A stream that is read in order, with what of it went by lately."""
+
+    def __init__(self, source: Source, sampler: ElasticSampler):
+        self._source, self._seed = source, sampler.seed
+        self._epoch, self._next, self._images = -1, 0, iter(())
+        self._lately: dict[int, bytes | DataError] = {}
+
+    def read(self, epoch: int, offset: int, index: int) -> bytes:
+        if epoch != self._epoch or offset < self._next and offset not in self._lately:
+            self._epoch, self._next, self._lately = epoch, offset, {}
+            self._images = self._source.iterate(self._seed, epoch, offset)
+        while offset not in self._lately:
+            position, data = next(self._images)
+            self._lately[position], self._next = data, position + 1
+            if len(self._lately) > GIVE_UP_AFTER:  # those may be asked for again, to replace others
+                del self._lately[next(iter(self._lately))]
+        data = self._lately[offset]
+        if isinstance(data, DataError):
+            raise data
+        return data
+
+
+@dataclass
+class Centres:
+    """The batches of an evaluation: a row is an image, or none."""
+
+    source: Source
+    indices: np.ndarray
+    size: int
+    batch: int
+
+    def buffers(self) -> list[Spec]:
+        return [((self.batch, 3, self.size, self.size), np.uint8), ((self.batch,), np.int64)]
+
+    def rows(self, key: int) -> int:
+        return min(self.batch, len(self.indices) - key)
+
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: Guard) -> int | None:
+        images, labels = out
+        index = int(self.indices[key + row])
+        try:
+            guard.enter(index)
+            images[row] = resize_centre(decode(self.source.read(index)), self.size)
+        except DataError:
+            return None
+        label = self.source.label(index)
+        labels[row] = -1 if label is None else label
+        return index
+
+    def describe(self, item: int) -> str:
+        return self.source.name(item)

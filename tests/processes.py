@@ -1,0 +1,27 @@
+"""What processes there are below one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def descendants(pid: int) -> dict[int, int]:
+    """Process numbers below `pid`, zombies left out, each with its parent's."""
+    parents = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents[int(place.name)] = int(fields[1])
+    found, level = {}, {pid}
+    while level := {p for p, parent in parents.items() if parent in level and p not in found}:
+        found |= {p: parents[p] for p in level}
+    return found
+
+
+def workers(pid: int) -> list[int]:
+    """The loader processes of `pid`: those below a host, which is below the server of the process."""
+    below = descendants(pid)
+    return sorted(p for p, parent in below.items() if parent in below and below.get(below[parent]) == pid)
