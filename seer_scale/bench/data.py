@@ -12,11 +12,12 @@ import argparse
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -129,6 +130,29 @@ def rate_of_workers(source: Source, views: Views, workers: int, batch: int, batc
     return batches * batch / (time.perf_counter() - begin)
 
 
+def rate_of_processes(images: list[bytes], views: Views, num: int, each: int) -> float:
+    """Images/s of so many processes that make views of `each` images and hand them to nobody: what the machine can do."""
+    context = multiprocessing.get_context("fork")
+    begun, made = context.Barrier(num + 1), context.Barrier(num + 1)
+
+    def work() -> None:
+        begun.wait()
+        for n in range(each):
+            load_views(images[n % len(images)], views, 0, 0, n)
+        made.wait()
+
+    processes = [context.Process(target=work, daemon=True) for _ in range(num)]
+    for p in processes:
+        p.start()
+    begun.wait()
+    begin = time.perf_counter()
+    made.wait()
+    taken = time.perf_counter() - begin
+    for p in processes:
+        p.join()
+    return num * each / taken
+
+
 # ------------------------------------------------------------------------------------------------ what is printed
 
 
@@ -154,25 +178,37 @@ def run(args: argparse.Namespace) -> str:
     rates = {name: 1 / statistics.median(t) for name, t in taken.items()}
     ratios = {n: statistics.median(r / t for r, t in zip(taken["reference"], own)) for n, own in taken.items() if not args.no_reference}
     # batches so small that even one worker fills several in a few seconds; all numbers of workers in turn
-    rounds = [[rate_of_workers(source, views, w, 16, w * math.ceil(rates["ours"] / 8)) for w in workers] for _ in range(args.rounds)] if workers else []
-    by_workers = {w: statistics.median(column) for w, column in zip(workers, zip(*rounds))}
-    to_first = {w: statistics.median(own / first for own, first in zip(column, [r[0] for r in rounds])) for w, column in zip(workers, zip(*rounds))}
+    rounds = []
+    for _ in range(args.rounds if workers else 0):
+        rounds.append([
+            (rate_of_workers(source, views, w, 16, w * math.ceil(rates["ours"] / 8)), rate_of_processes(images, views, w, math.ceil(2 * rates["ours"])))
+            for w in workers
+        ])  # fmt: skip
+    by_workers = {w: _compare(column, [r[0] for r in rounds]) for w, column in zip(workers, zip(*rounds))}
     pixels = statistics.median(math.prod(decode(d).shape[:2]) for d in images[:50])
     crops = " + ".join(f"{c.num} x {c.size}" for c in views.crops)
     title = f"{len(images)} images of {args.path}, median {pixels / 1e6:.2f} megapixels and {statistics.median(map(len, images)) / 1e3:.0f} kB; {crops}; one thread"
     if args.json:
-        return json.dumps({"what": title, "images_per_s": rates, "to_reference": ratios, "workers": by_workers, "to_first": to_first}, indent=1)
+        return json.dumps({"what": title, "images_per_s": rates, "to_reference": ratios, "workers": by_workers}, indent=1)
     lines = [title]
     for name, rate in rates.items():
         ratio = f"{ratios[name]:8.2f} times the reference" if name != "reference" and ratios else ""
         lines.append(f"{name:20} {rate:8.1f} images/s {ratio}".rstrip())
-    for w, rate in by_workers.items():
-        beside = f"  {to_first[w]:6.2f} times {workers[0]}" if w != workers[0] else ""
-        lines.append(f"{f'{w} workers' if w > 1 else '1 worker':20} {rate:8.1f} images/s{beside}")
+    for w, found in by_workers.items():
+        beside = f", {found['to_first']:.2f} times {workers[0]} (processes without a loader: {found['processes_to_first']:.2f} times)" if w != workers[0] else ""
+        lines.append(f"{f'{w} workers' if w > 1 else '1 worker':20} {found['images_per_s']:8.1f} images/s: {found['of_processes']:.2f} of what as many processes make without a loader{beside}")
     if args.need:
         cores = args.need / rates["ours"]
         lines.append(f"{args.need:g} images/s need {cores:.1f} such cores: data.workers {math.ceil(cores)} a GPU; this machine has {len(os.sched_getaffinity(0))} cores.")
     return "\n".join(lines)
+
+
+def _compare(own: Sequence[tuple[float, float]], first: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Medians over rounds of (workers' rate, processes' rate) and of their ratios."""
+    return {
+        "images_per_s": statistics.median(w for w, _ in own), "of_processes": statistics.median(w / p for w, p in own),
+        "to_first": statistics.median(a[0] / b[0] for a, b in zip(own, first)), "processes_to_first": statistics.median(a[1] / b[1] for a, b in zip(own, first)),
+    }  # fmt: skip
 
 
 def _views(recipe: str) -> Views:
