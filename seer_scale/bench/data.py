@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--recipe", default="", help="whose crops and distortions to use (default: SEER's, 2 x 224 + 4 x 96)")
     parser.add_argument("--workers", default="", help="also loaders of so many workers, such as 1,2,4")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long a round measures each number of workers")
     parser.add_argument("--need", type=float, default=0.0, help="images/s that one GPU trains on: says how many cores feed it")
     parser.add_argument("--no-reference", action="store_true", help="leave the slow reference out")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
@@ -178,10 +179,10 @@ def run(args: argparse.Namespace) -> str:
     rates = {name: 1 / statistics.median(t) for name, t in taken.items()}
     ratios = {n: statistics.median(r / t for r, t in zip(taken["reference"], own)) for n, own in taken.items() if not args.no_reference}
     # batches so small that even one worker fills several in a few seconds; all numbers of workers in turn
-    rounds = []
+    rounds, each = [], math.ceil(args.seconds * rates["ours"])
     for _ in range(args.rounds if workers else 0):
         rounds.append([
-            (rate_of_workers(source, views, w, 16, w * math.ceil(rates["ours"] / 8)), rate_of_processes(images, views, w, math.ceil(2 * rates["ours"])))
+            (rate_of_workers(source, views, w, 16, w * math.ceil(each / 16)), rate_of_processes(images, views, w, each))
             for w in workers
         ])  # fmt: skip
     by_workers = {w: _compare(column, [r[0] for r in rounds]) for w, column in zip(workers, zip(*rounds))}

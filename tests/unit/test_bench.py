@@ -8,15 +8,17 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from seer_scale.bench import engines, lars, sinkhorn, step
+from seer_scale.bench import data, engines, lars, sinkhorn, step
 from seer_scale.errors import UserError
 from seer_scale.methods import sinkhorn as ours
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.registry import build_backbone
 from seer_scale.world import World
+from tests.pictures import encode, photo
 
 RECIPE = """
 model: {name: regnety_200mf}
@@ -185,3 +187,28 @@ def test_multiplications_of_an_image(recipe):
     assert trunk.num_features == 368
     linear = 368 * 24 + 24 * 16 + 16 * 8 + 8 * 48
     assert step.macs_an_image(method, config.views.crops) == count.get_total_flops() // 2 + 4 * linear
+
+
+# --- data
+
+
+def data_options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    data.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_data(tmp_path):
+    for n in range(6):
+        (tmp_path / f"{n}.jpg").write_bytes(encode(Image.fromarray(photo(60 + n, 80))))
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    words = [str(tmp_path), "--images", "7", "--rounds", "1", "--workers", "1,2", "--seconds", "0.05", "--need", "1000"]
+    title, decode, ours, geometry, reference, one, two, need = data.run(data_options(*words)).splitlines()
+    assert title.startswith("6 images of ") and "2 x 224 + 4 x 96" in title
+    assert all("times the reference" in line for line in (decode, ours, geometry)) and reference.startswith("reference")
+    assert one.startswith("1 worker ") and "2 workers" in two and "times 1 (processes without a loader" in two
+    assert "1000 images/s need" in need and "data.workers" in need
+    facts = json.loads(data.run(data_options(*words, "--json")))
+    assert set(facts["workers"]["2"]) == {"images_per_s", "of_processes", "to_first", "processes_to_first"}
+    with pytest.raises(UserError, match="--workers names '0'"):
+        data.run(data_options(str(tmp_path), "--workers", "0"))
