@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ class Fatal(Around):
         if i in self._fatal and os.getpid() != self._maker:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(i)
+
+
+class Endless(Fatal):
+    """Some of whose images are never read to their end."""
+
+    def read(self, i: int) -> bytes:
+        while i in self._fatal and os.getpid() != self._maker:
+            time.sleep(1)
+        return Around.read(self, i)
 
 
 class Counted(Around):

@@ -35,6 +35,7 @@ from seer_scale.data.sources.base import written_whole
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
 
+SAMPLE = 2000
 KEPT = 1 << 22
 """Images of which single values are kept; of more, medians are of every so many-th, and so are duplicates, by hash."""
 SHARE = 2
@@ -55,7 +56,7 @@ OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="images, as data.path takes them")
     add_source_arguments(parser)
-    parser.add_argument("--sample", type=int, default=2000, help="images to look at, spread over all (default: 2000)")
+    parser.add_argument("--sample", type=int, help="images to look at, spread over all (default: 2000)")
     parser.add_argument("--all", action="store_true", help="look at every image")
     parser.add_argument("--workers", type=int, default=_cores(), help="processes (default: one a core)")
     parser.add_argument("--sheet", metavar="FILE.jpg", help=f"also write up to {COLUMNS * ROWS} of the images, small, into one picture")
@@ -81,15 +82,25 @@ def opened(path: str, args: argparse.Namespace) -> tuple[str, Source, dict[str, 
 
 def run(args: argparse.Namespace) -> str:
     """Look at the images; returns the lines to print. Raises DataError."""
-    if args.sample < 1 or args.workers < 0:
-        raise DataError(f"--sample is {args.sample} and --workers {args.workers}, but at least 1 and 0 are needed.")
+    if args.sample is not None and args.sample < 1:
+        raise DataError(f"--sample is {args.sample}, but must be at least 1.")
+    if args.workers < 0:
+        raise DataError(f"--workers is {args.workers}, but must be at least 0.")
+    for option, place in ("--sheet", args.sheet), ("--unreadable", args.unreadable):
+        if place and not os.path.isdir(os.path.dirname(place) or "."):
+            raise DataError(f"{option} is {place}, but its folder does not exist: make it first.")
+    if args.sheet and not args.sheet.lower().endswith((".jpg", ".jpeg")):
+        raise DataError(f"--sheet is {args.sheet}, but the sheet is a JPEG: let its name end in .jpg.")
+    if args.all and args.sample is not None:
+        raise DataError("--all and --sample are both given: leave one out.")
+    sample = SAMPLE if args.sample is None else args.sample
     (kind, source, _), images = opened(args.path, args), None
     if hasattr(source, "iterate"):
         if args.all:
             raise DataError(f"{args.path} is a stream, of which the first images are looked at: leave out --all, or give a larger --sample.")
-        images, source = len(source), Held(source, args.sample)
+        images, source = len(source), Held(source, sample)
     with _listing(args.unreadable) as listing:
-        tally, rate = look(source, len(source) if args.all else args.sample, args.workers, listing)
+        tally, rate = look(source, len(source) if args.all else sample, args.workers, listing)
     if args.sheet:
         write_sheet(Path(args.sheet), source, tally.readable(COLUMNS * ROWS) * len(source) // tally.num, args.workers)
     facts = {"path": args.path, "kind": kind, "images": images or len(source), "labels": _labels(source)}

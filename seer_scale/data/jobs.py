@@ -61,9 +61,9 @@ class TrainingViews:
                 data = self._reader.read(epoch, at, index)
                 load_views(data, self.views, self.sampler.seed, epoch, index, [a[:, row] for a in out])
                 return index, unreadable
-            except DataError as error:
+            except (DataError, MemoryError) as error:
                 name = self.source.name(index)
-                unreadable.append(f"{name}: {str(error).removeprefix(f'{name} ')}")
+                unreadable.append(f"{name}: {str(error).removeprefix(f'{name} ') or 'there is no memory for it'}")
         first = "; ".join(unreadable[:3])
         raise DataError(f"{GIVE_UP_AFTER} images in a row cannot be read, so check data.path; the first: {first}.")
 
@@ -149,7 +149,7 @@ class Centres:
         try:
             guard.enter(index)
             images[row] = resize_centre(decode(self.source.read(index)), self.size)
-        except DataError:
+        except (DataError, MemoryError):
             return None
         label = self.source.label(index)
         labels[row] = -1 if label is None else label

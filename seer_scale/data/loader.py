@@ -7,7 +7,7 @@ reported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from seer_scale.config import Data, Views
 from seer_scale.data.jobs import Centres, TrainingViews
 from seer_scale.data.native import native
-from seer_scale.data.pool import stream
+from seer_scale.data.pool import complain, stream
 from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source
 
@@ -40,18 +40,20 @@ class Batch:
 
 def loader(
     source: Source, data: Data, views: Views, sampler: ElasticSampler, *, rank: int, world_size: int, start: int,
-    stop: int, pin: bool = False, on_device: bool = False,
+    stop: int, pin: bool = False, on_device: bool = False, tell: Callable[[str], None] = complain,
 ) -> Iterator[Batch]:  # fmt: skip
     """This rank's batches for the global samples start, start + sampler.global_batch, ... below `stop`.
 
     on_device: leave colour, flip and blur to the device. Workers live as long as the iterator, keep data.prefetch
-    batches ready, and are replaced when they die or hang; ask from one thread. Raises DataError when GIVE_UP_AFTER
+    batches ready, and are replaced when they die or hang, of which `tell` is told. Raises DataError when GIVE_UP_AFTER
     images in a row cannot be read.
     """
     native()  # compiled before there are workers
+    if start < stop:
+        sampler.slots(start, rank, world_size)  # counted here what an epoch in progress still shows
     job = TrainingViews(source, views, sampler, rank, world_size, on_device)
     keys = range(start, stop, sampler.global_batch)
-    made = stream(job, keys, workers=data.workers, prefetch=data.prefetch, timeout_s=data.timeout_s)
+    made = stream(job, keys, workers=data.workers, prefetch=data.prefetch, timeout_s=data.timeout_s, tell=tell)
     for samples_seen, (arrays, told) in zip(keys, made):
         flat, num = [_own(a, pin).flatten(0, 1) for a in arrays], len(views.crops)
         indices = torch.tensor([index for index, _ in told], dtype=torch.int64)

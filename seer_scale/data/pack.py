@@ -2,7 +2,7 @@
 
 Which image goes where is decided before anything is written, so processes write the tars side by side, the result
 depends on the source and the arguments alone, and the same command goes on after a stop: a tar exists whole or not at
-all. Labels and classes are kept; images that cannot be read are left out and listed in DST/unreadable.txt. Of a stream,
+all. Labels and classes are kept; files that cannot be read (with --check: decoded) are left out and listed in DST/unreadable.txt. Of a stream,
 one process writes tar after tar.
 """
 

@@ -2,7 +2,7 @@
 
 `draw` says what is to be done, as numbers; `distort` does it to one crop on the CPU. There it is one or two passes in C
 (pixels.c), compiled at first use by the machine's C compiler, or a pass an operation in OpenCV where there is none:
-the same to one level of 255. The operations are torchvision's, without its rounding in between. `pack` makes numbers
+the same to a level of 255 for one operation, to some more where several follow one another, as it rounds in between. The operations are torchvision's, without its rounding in between. `pack` makes numbers
 of a distortion, for batched.py to do a whole batch's on the accelerator.
 """
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -31,20 +31,27 @@ from seer_scale.errors import DataError
 SUSPECT_TWICE = 2
 """Workers that one item has ended before it is refused: one may have been killed for any reason."""
 GIVE_UP_AFTER = 5
-"""Replacements of one worker in a row, without a batch from it, that end the run."""
+"""Replacements of one worker in a row, without a batch from it or an item that is known for it, that end the run."""
+MOST_REFUSED = 100
+"""Items refused in a row, without a batch from their worker, that end the run: then it is not the items."""
 
 START_S = 120.0
 """Seconds a worker may take until it begins, for the host has to take in the job before."""
 
 
+def complain(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
 def stream(
-    job: Job, keys: Sequence[Any], *, workers: int, prefetch: int = 2, timeout_s: float = 300.0
+    job: Job, keys: Sequence[Any], *, workers: int, prefetch: int = 2, timeout_s: float = 300.0,
+    tell: Callable[[str], None] = complain,
 ) -> Iterator[tuple[list[np.ndarray], list[Any]]]:
     """For each key in turn the batch's arrays (of the largest size) and what `fill` returned by row.
 
     The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here. prefetch: batches that
     may be ready or in the making, besides the one given out. timeout_s: a worker that takes longer over one item while
-    somebody waits for it is replaced. Processes live as long as the iterator. Raises DataError as `fill` does, or when a
+    somebody waits for it is replaced, and `tell` gets a sentence. Processes live as long as the iterator. Raises DataError as `fill` does, or when a
     worker cannot be kept alive.
     """
     workers = min(workers, max((job.rows(k) for k in (keys[0], keys[-1])), default=0) if keys else 0)
@@ -53,7 +60,7 @@ def stream(
         for key in keys:
             yield arrays, [job.fill(key, row, arrays, guard) for row in range(job.rows(key))]
         return
-    pool = _Pool(job, keys, workers, prefetch + 1, timeout_s)
+    pool = _Pool(job, keys, workers, prefetch + 1, timeout_s, tell)
     try:
         for n in range(len(keys)):
             told = pool.wait_for(n)
@@ -76,8 +83,8 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, job: Job, keys: Sequence[Any], workers: int, depth: int, timeout_s: float):
-        self.job, self.keys, self.depth, self.timeout_s = job, keys, min(depth, len(keys)), timeout_s
+    def __init__(self, job: Job, keys: Sequence[Any], workers: int, depth: int, timeout_s: float, tell: Callable[[str], None]):
+        self.job, self.keys, self.depth, self.timeout_s, self._tell = job, keys, min(depth, len(keys)), timeout_s, tell
         specs = job.buffers()
         self._memory = os.memfd_create("batches")  # unlike /dev/shm, limited by memory alone
         self._seats, *arrays = shared_arrays(self._memory, [((workers, 4), np.int64), *specs * self.depth])
@@ -128,7 +135,9 @@ class _Pool:
         for seat, w in enumerate(self._workers):
             self._kill(seat)
             w.connection.close()
-        self._control.close()  # the host ends with it
+        with suppress(OSError):
+            self._control.send(None)  # to close it is not enough where a fork of this process holds it open
+        self._control.close()
         os.close(self._memory)
 
     # --- processes
@@ -192,10 +201,12 @@ class _Pool:
         self._kill(seat)
         worker.connection.close()
         where = f" at {self.job.describe(item)}" if item >= 0 else ""
-        self._count(seat, f"Loader process {seat} {what}{where}")
-        if item >= 0:
-            self._suspects[item] += 1
-        print(f"Loader process {seat} {what}{where}; another takes its place, and no image is lost or repeated.", file=sys.stderr, flush=True)
+        self._suspects[item] += item >= 0
+        if self._suspects[item] == SUSPECT_TWICE and len(worker.suspects | {item}) <= MOST_REFUSED:
+            self._fruitless[seat] = 0  # the next one passes it by
+        else:
+            self._count(seat, f"Loader process {seat} {what}{where}")
+        self._tell(f"Loader process {seat} {what}{where}; another takes its place, and no image is lost or repeated.")
         self._workers[seat] = self._start(seat, worker.next, worker.suspects | ({item} - {-1}))
 
     def _renew_host(self) -> None:
@@ -205,7 +216,7 @@ class _Pool:
         except (EOFError, OSError):
             pass
         self._count(-1, "The host of the loader processes was ended")
-        print("The host of the loader processes was ended; another takes its place, and no image is lost or repeated.", file=sys.stderr, flush=True)
+        self._tell("The host of the loader processes was ended; another takes its place, and no image is lost or repeated.")
         for w in self._workers:
             w.connection.close()
         self._control.close()

@@ -9,7 +9,8 @@ exactly once, if it was there from the beginning and stays, or joined meanwhile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -21,12 +22,19 @@ COUNTED = 4096
 
 @dataclass(frozen=True)
 class Era:
-    """The data from global sample `since` on: parts as (name, number of images), and how they are read."""
+    """The data from global sample `since` on: parts as (name, number of images), and how they are read.
+
+    epoch: the one in progress when they changed, or the next where it was just over. rest: images it then had to show,
+    0 for a whole epoch. done: the share of it that was done. `ElasticSampler.next_era` finds these three.
+    """
 
     since: int
     parts: tuple[tuple[str, int], ...]
     block: int = 1
     lanes: int = 1
+    epoch: int = 0
+    rest: int = 0
+    done: float = 0.0
 
     @property
     def n(self) -> int:
@@ -38,40 +46,45 @@ class ElasticSampler:
     all ranks together take the same images however many they are."""
 
     def __init__(self, eras: Sequence[Era], seed: int, global_batch: int):
-        """eras: in order; only the last one's samples can be asked for. Where a part went before its epoch was over, what
-        was still to come of it is counted: a second for some 10^7 images."""
+        """eras: in order; only the last one's samples can be asked for."""
         if global_batch < 1:
             raise ValueError(f"a sampler needs a batch of at least one, not {global_batch}")
-        *past, era = eras
-        self.n, self.seed, self.global_batch = era.n, seed, global_batch
-        self.order, self._since = Order(era.n, seed, era.block, era.lanes), era.since
-        self._begun, self._rest = 0, None
-        """The epoch in which this era began, and what it showed from then on, if it had begun before."""
-        if past:
-            before = ElasticSampler(past, seed, global_batch)
-            (self._begun,), (offset,) = (x.tolist() for x in before.locate(np.array([era.since])))
-            if offset or before._rest and before._begun == self._begun:
-                self._rest = _Rest(before, self._begun, offset, past[-1].parts, era.parts)
+        self.eras, self.era, self.seed, self.global_batch = tuple(eras), eras[-1], seed, global_batch
+        self.n, self.order = self.era.n, Order(self.era.n, seed, self.era.block, self.era.lanes)
+
+    @cached_property
+    def _rest(self) -> _Rest:
+        """What the epoch in which this era began showed from then on; needed in that epoch only."""
+        return _rest_of((*self.eras[:-1], replace(self.era, rest=0, done=0.0)), self.seed, self.global_batch)
+
+    def next_era(self, since: int, parts: Sequence[tuple[str, int]], block: int, lanes: int) -> Era:
+        """The era that begins at global sample `since`. Where a part went in mid-epoch, what was still to come of it is
+        counted: a second for some 10^6 images."""
+        (epoch,), (offset,) = (x.tolist() for x in self.locate(np.array([since])))
+        in_progress = offset or self.era.rest and epoch == self.era.epoch
+        era = Era(since, tuple(map(tuple, parts)), block, lanes, epoch, 0, self.progress(since) - epoch)
+        if in_progress:
+            rest = len(_rest_of((*self.eras, replace(era, done=0.0)), self.seed, self.global_batch))
+            era = replace(era, rest=rest) if rest else replace(era, epoch=epoch + 1, done=0.0)
+        return era
 
     def size(self, epoch: int) -> int:
         """How many images this era shows in an epoch."""
-        return len(self._rest) if self._rest and epoch == self._begun else self.n
+        return self.era.rest if self.era.rest and epoch == self.era.epoch else self.n
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, offsets) of global samples (int64). Offsets count from the epoch's beginning, or from this era's where
         that is later."""
-        inside = samples - self._since
-        if self._rest is None:
-            epochs, offsets = np.divmod(inside, self.n)
-            return epochs + self._begun, offsets
-        epochs, offsets = np.divmod(inside - len(self._rest), self.n)
-        first = inside < len(self._rest)
-        return np.where(first, self._begun, self._begun + 1 + epochs), np.where(first, inside, offsets)
+        inside, era = samples - self.era.since, self.era
+        epochs, offsets = np.divmod(inside - era.rest, self.n)
+        first = inside < era.rest
+        return np.where(first, era.epoch, era.epoch + (era.rest > 0) + epochs), np.where(first, inside, offsets)
 
     def progress(self, samples_seen: int) -> float:
-        """Epochs done, with the share of the one in progress (of which a refresh changes the size)."""
+        """Epochs done, with the share of the one in progress: of what was left when its images changed, where they did."""
         (epoch,), (offset,) = self.locate(np.array([samples_seen]))
-        return float(epoch + offset / self.size(int(epoch)))
+        done = self.era.done if self.era.rest and epoch == self.era.epoch else 0.0
+        return float(epoch + done + (1 - done) * offset / self.size(int(epoch)))
 
     def left(self, samples_seen: int) -> int:
         """How many images the epoch in progress has still to show."""
@@ -92,13 +105,13 @@ class ElasticSampler:
 
     def at(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
         """Image numbers at offsets (int64, in [0, size(epoch))) of one epoch."""
-        if self._rest and epoch == self._begun:
+        if self.era.rest and epoch == self.era.epoch:
             return self._rest.at(offsets)
         return self.order.at(epoch, offsets)
 
     def run_of(self, epoch: int, offset: int, image: int) -> tuple[int, int] | None:
         """`Order.run_of`, where the global batch leaves each reader its lanes."""
-        if self._rest and epoch == self._begun or self.order.lanes % self.global_batch:
+        if self.era.rest and epoch == self.era.epoch or self.order.lanes % self.global_batch:
             return None
         return self.order.run_of(epoch, offset, image)
 
@@ -107,22 +120,23 @@ class _Rest:
     """An epoch in progress as it goes on when the data change: what stays of the old order, and all images of new
     parts in an order of their own, one of either as their shares say, so that what is near in one stays near."""
 
-    def __init__(
-        self, before: ElasticSampler, epoch: int, offset: int, old: Sequence[tuple[str, int]], new: Sequence[tuple[str, int]]
-    ):
-        self._before, self._epoch, self._offset = before, epoch, offset
+    def __init__(self, eras: Sequence[Era], seed: int, global_batch: int):
+        *past, now = eras
+        self._before = before = ElasticSampler(past, seed, global_batch)
+        self._epoch, [self._offset] = now.epoch, before.locate(np.array([now.since]))[1].tolist()
+        old, new = past[-1].parts, now.parts
         starts = dict(zip((name for name, _ in new), np.cumsum([0, *(num for _, num in new)]).tolist()))
         self._old_starts = np.cumsum([0, *(num for _, num in old)])
         self._moved = np.array([starts.get(name, -1) for name, _ in old], np.int64)
-        joined = [(starts[name], num) for name, num in new if name not in dict(old)]
+        joined = [(starts[name], num) for name, num in new if name not in _shown(past, now.epoch)]
         self._joined = np.array([start for start, _ in joined], np.int64)
         self._joined_starts = np.cumsum([0, *(num for _, num in joined)])
         self._num_joined = int(self._joined_starts[-1])
-        order = before.order
-        self._fresh = Order(self._num_joined, order.seed, order.block, order.lanes) if self._num_joined else None
-        left = before.size(epoch) - offset
+        self._fresh = Order(self._num_joined, seed, now.block, now.lanes) if self._num_joined else None
+        left = before.size(self._epoch) - self._offset
         self._counts = self._count(left) if (self._moved < 0).any() else None
         self._num = self._num_joined + (left if self._counts is None else int(self._counts[-1]))
+        self._lately: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self._num
@@ -145,9 +159,17 @@ class _Rest:
         blocks = np.searchsorted(self._counts, positions, side="right") - 1
         for block in np.unique(blocks):
             here = blocks == block
-            numbers = self._old(self._positions(int(block)))
-            images[here] = numbers[numbers >= 0][positions[here] - self._counts[block]]
+            images[here] = self._numbers(int(block))[positions[here] - self._counts[block]]
         return images
+
+    def _numbers(self, block: int) -> np.ndarray:
+        """New numbers of the images of one block that stay; whoever asks for one asks for its neighbours next."""
+        if block not in self._lately:
+            if len(self._lately) >= 4:
+                self._lately.clear()
+            numbers = self._old(self._positions(block))
+            self._lately[block] = numbers[numbers >= 0]
+        return self._lately[block]
 
     def _old(self, positions: np.ndarray) -> np.ndarray:
         """New numbers of the images at positions of what was left of the old order; -1 for those that are gone."""
@@ -164,3 +186,26 @@ class _Rest:
         """How many images stay before each block of COUNTED positions, and in all."""
         kept = [np.count_nonzero(self._old(self._positions(b)) >= 0) for b in range(-(-left // COUNTED))]
         return np.cumsum([0, *kept])
+
+
+@lru_cache(maxsize=2)
+def _rest_of(eras: tuple[Era, ...], seed: int, global_batch: int) -> _Rest:
+    return _Rest(eras, seed, global_batch)
+
+
+def needed(eras: Sequence[Era]) -> tuple[Era, ...]:
+    """The last of some eras, and those before it on which the order of its first epoch depends."""
+    first = len(eras) - 1
+    while first and eras[first].rest and eras[first].epoch == eras[-1].epoch:
+        first -= 1
+    return tuple(eras[first:])
+
+
+def _shown(past: Sequence[Era], epoch: int) -> set[str]:
+    """The parts that have been there in this epoch; one that went and comes back waits for the next."""
+    names = set()
+    for era in reversed(past):
+        names |= {name for name, _ in era.parts}
+        if not (era.rest and era.epoch == epoch):  # it began before this epoch, or with it
+            break
+    return names

@@ -130,7 +130,9 @@ def host(control: Connection, gone: int) -> None:
                 if ready == gone:
                     raise EOFError
                 if ready is control:
-                    seat, first, upto, refused = control.recv()
+                    if (asked := control.recv()) is None:
+                        raise EOFError
+                    seat, first, upto, refused = asked
                     connection = Connection(recv_handle(control))
                     if not (pid := os.fork()):
                         control.close()

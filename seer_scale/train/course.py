@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from seer_scale.config import Config
-from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.sampler import ElasticSampler, Era, needed
 from seer_scale.data.sources import Source, open_data, open_source
-from seer_scale.data.sources.manifest import read_manifest
+from seer_scale.data.sources.manifest import absolute, read_manifest
 from seer_scale.errors import DataError, UserError
 
 FOLDER = "manifests"
@@ -29,25 +30,24 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        eras = [{"since": e.since, "parts": [list(p) for p in e.parts], "block": e.block, "lanes": e.lanes} for e in self.eras]
-        return {"eras": eras, "refreshes": self.refreshes}
+        return {"eras": [asdict(e) for e in self.eras], "refreshes": self.refreshes}
 
     def refreshed(self, source: Source, number: int, samples_seen: int) -> Course:
         """The run's course from `samples_seen` on, over `source`. Raises DataError for a part that changed its size."""
-        era = _era(source, self._config, samples_seen)
-        before = dict(self.eras[-1].parts)
-        for name, num in era.parts:
+        before, reading = dict(self.eras[-1].parts), _reading(source, self._config)
+        for name, num in reading[0]:
             if before.get(name, num) != num:
                 raise DataError(f"the part {name} has {num:,} images, and had {before[name]:,}: its images cannot be told apart, so list the new ones as a part of their own, or give it another name")
-        return Course(source, (*self.eras, era), number, self._config)
+        era = self.sampler.next_era(samples_seen, *reading)
+        return Course(source, needed((*self.eras, era)), number, self._config)
 
 
 def open_course(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> Course:
     """The course of a new run, or of one that goes on from a checkpoint's `saved` state. Raises UserError."""
     if saved is None:
         source = open_data(config.data)
-        return Course(source, [_era(source, config, 0)], 0, config)
-    eras = [Era(e["since"], tuple((name, num) for name, num in e["parts"]), e["block"], e["lanes"]) for e in saved["eras"]]
+        return Course(source, [Era(0, *_reading(source, config))], 0, config)
+    eras = [Era(**{**e, "parts": tuple(map(tuple, e["parts"]))}) for e in saved["eras"]]
     number, now = saved["refreshes"], eras[-1]
     source = open_source(str(manifest_of(run_dir, number))) if number else open_data(config.data)
     if len(source) != now.n:
@@ -56,17 +56,18 @@ def open_course(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> 
     if config.data.block not in (0, now.block):
         raise UserError(f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from.")
     if not number:  # the same images may have moved
-        eras = [Era(0, _parts(source, config), now.block, now.lanes)]
+        eras = [replace(now, parts=_parts(source, config))]
     return Course(source, eras, number, config)
 
 
-def _era(source: Source, config: Config, since: int) -> Era:
-    n, lanes = len(source), config.train.global_batch
+def _reading(source: Source, config: Config) -> tuple[tuple[tuple[str, int], ...], int, int]:
+    """(parts, block, lanes) of an era over `source`."""
+    parts, n, lanes = _parts(source, config), len(source), config.train.global_batch
     if source.is_stream:
-        return Era(since, _parts(source, config), 0)
+        return parts, 0, 1
     # an eighth of an epoch at most is without whole rows of lanes
     block = min(n, config.data.block or max(1, min(source.locality, n // (8 * lanes))))
-    return Era(since, _parts(source, config), block, lanes if block > 1 else 1)
+    return parts, block, lanes if block > 1 else 1
 
 
 def _parts(source: Source, config: Config) -> tuple[tuple[str, int], ...]:
@@ -74,8 +75,7 @@ def _parts(source: Source, config: Config) -> tuple[tuple[str, int], ...]:
     own = getattr(source, "parts", None)
     if own is not None:
         return own
-    path = config.data.path
-    return ((os.path.abspath(path) if os.path.exists(path) else path, len(source)),)
+    return ((absolute(config.data.path), len(source)),)
 
 
 # ------------------------------------------------------------------------------------------------ manifests

@@ -26,6 +26,7 @@ from seer_scale.checkpoint import store
 from seer_scale.config import Config, without_effect
 from seer_scale.data.batched import distort, to_float
 from seer_scale.data.loader import Batch, loader
+from seer_scale.data.pool import complain
 from seer_scale.data.sources import Source, open_source
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images
@@ -170,7 +171,8 @@ class Trainer:
                 self.log.event("resume", f"{self.resumed_from} is complete: all {c.train.samples:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
                 return
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
-            self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}", **facts)
+            data = f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path." if self.course.refreshes else ""
+            self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}{data}", **facts)
             return
         if c.checkpoint.init_from:
             path = Path(c.checkpoint.init_from)
@@ -261,6 +263,7 @@ class Trainer:
         batches = loader(
             self.source, c.data, c.views, self.course.sampler, rank=w.rank, world_size=w.size, start=self.samples_seen,
             stop=c.train.samples, pin=w.device.type == "cuda", on_device=c.data.on_device(w.device.type),
+            tell=self._tell_of_loader,
         )  # fmt: skip
         while True:
             begin = time.perf_counter()
@@ -358,6 +361,12 @@ class Trainer:
             raise TrainingFailed(f"The loss scale has fallen to {scale:g}, below train.min_loss_scale {self.config.train.min_loss_scale:g}, because gradients overflow fp16 again and again: lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
         self._watch_for_collapse(loss, row.get("swav/assignment_entropy", 0.0))
         self._watch_for_starvation(row["time/data_wait_frac"])
+
+    def _tell_of_loader(self, sentence: str) -> None:
+        if self.world.is_main:
+            self._tell("loader", sentence)
+        else:
+            complain(f"Rank {self.world.rank}: {sentence}")
 
     def _tell_of_unreadable(self, sentences: list[str]) -> None:
         """The first few on the console, once; all of them, each time, in logs/unreadable-RANK.txt."""

@@ -63,11 +63,23 @@ def test_a_refreshed_run_goes_on_the_same_way_after_any_kill_and_resize(tmp_path
     (told,) = events(places[0], "refresh")
     assert told["samples_seen"] == 72 and told["images"] == 70 and told["new"] == 30 and told["gone"] == 50
     assert {e["samples_seen"] for e in events(places[1], "refresh")} == {72}
-    eras = [Era(0, ((str(a), 50), (str(b), 40))), Era(72, ((str(b), 40), (str(c), 30)))]
-    sampler = ElasticSampler(eras, 0, 8)
-    for seen, row in steps(places[0]).items():
-        if seen > 72:
-            assert row["epoch"] == pytest.approx(sampler.progress(seen))
+    rows = [r["epoch"] for r in steps(places[0]).values()]
+    assert rows == sorted(rows) and rows[8] == pytest.approx(0.8)  # 72 of 90; then what is left of b, and c: the rest
+    left = 240 - 72 - int(told["text"].split("goes on with ")[1].split(" ")[0])
+    assert rows[-1] == pytest.approx(1 + left / 70)
+
+
+@pytest.mark.parametrize("first,part", [("old", "../old"), ("old/", "../new/../old/"), ("old/{a,b}.tar", "../old/{a,b}.tar"), ("old/a.tar,old/b.tar", "../old/a.tar, ../old/b.tar")])
+def test_one_part_however_it_is_spelled(tmp_path, monkeypatch, first, part):
+    monkeypatch.chdir(tmp_path)
+    for folder, num in (("old", 20), ("autumn", 8), ("new", 0)):
+        write(tmp_path / folder, num, 1)
+    if "tar" in first:
+        for name in "ab":
+            write_tar(tmp_path / "old" / f"{name}.tar", {f"{i}.jpg": jpeg(i) for i in range(10)})
+    place, new = tmp_path / "run", manifest(tmp_path / "new" / "m.yaml", part, "../autumn")
+    run("train", recipe(tmp_path, first), "--run.dir", place, "--train.samples", 16, folder=tmp_path)
+    assert "2 parts with 28 images (1 new with 8; 0 gone)" in run("data", "refresh", place, "--manifest", new, folder=tmp_path)
 
 
 def test_a_running_run_takes_up_a_refresh(tmp_path):

@@ -347,7 +347,7 @@ def test_threads_that_would_decode_are_taken_away(tmp_path):
 
 def test_the_length_is_what_is_given_or_what_the_data_set_says(tmp_path):
     path = clone_of_the_hub(tmp_path)
-    with pytest.raises(DataError, match="does not say how many images its split train has, so give the length"):
+    with pytest.raises(DataError, match="does not say how many images its split train has, so give it as data.length"):
         hub.open_hub_stream(path)
     card = {"features": [{"name": "image", "dtype": "image"}], "splits": [{"name": "train", "num_examples": N}]}
     features = [

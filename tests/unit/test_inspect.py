@@ -142,9 +142,9 @@ def test_stream(monkeypatch):
 def test_bad_arguments(corpus):
     with pytest.raises(DataError, match="--sample is 0"):
         inspect(corpus, "--sample", 0)
-    with pytest.raises(DataError, match="give --sheet another place"):
+    with pytest.raises(DataError, match="its folder does not exist: make it first"):
         inspect(corpus, "--sheet", corpus / "a" / "0.jpg" / "sheet.jpg")
-    with pytest.raises(DataError, match="give --unreadable another place"):
+    with pytest.raises(DataError, match="its folder does not exist: make it first"):
         inspect(corpus, "--unreadable", corpus / "a" / "0.jpg" / "list.txt")
 
 

@@ -21,7 +21,7 @@ from seer_scale.data.sources import open_source
 from seer_scale.data.views import load_views
 from seer_scale.errors import DataError
 from tests import processes
-from tests.sources import Counted
+from tests.sources import Counted, Endless
 
 VIEWS = Views(crops=(Crop(num=2, size=24), Crop(num=3, size=16, scale=(0.05, 0.14))))
 N, BATCH = 30, 12
@@ -165,15 +165,29 @@ def test_nothing_readable_is_one_sentence(tmp_path, workers):
         batches(open_source(str(tmp_path)), workers=workers)
 
 
-def test_a_file_that_never_ends_is_replaced_like_a_broken_one(tmp_path, capfd):
-    """A pipe nobody writes to holds up its loader twice; then the next image takes its place."""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_no_file_is_no_image(tmp_path, workers):
+    """A pipe that nobody writes to, a device that never ends, a file larger than any image: told at once."""
     for n in range(N):
         (tmp_path / f"{n:02d}.jpg").write_bytes(jpeg(n))
-    (tmp_path / "13.jpg").unlink()
+    for n in (13, 14, 15):
+        (tmp_path / f"{n}.jpg").unlink()
     os.mkfifo(tmp_path / "13.jpg")
-    got = batches(open_source(str(tmp_path)), workers=2, stop=2 * BATCH + 6, timeout_s=0.5)
+    (tmp_path / "14.jpg").symlink_to("/dev/zero")
+    with (tmp_path / "15.jpg").open("wb") as file:
+        file.truncate(1 << 33)
+    got = batches(open_source(str(tmp_path)), workers=workers, stop=2 * BATCH + 6)
+    told = {line.partition(": ")[0][-6:]: line for b in got for line in b.unreadable}
+    assert "it is no regular file" in told["13.jpg"] and "it is no regular file" in told["14.jpg"]
+    assert "its 8,589,934,592 bytes are more than" in told["15.jpg"]
+    assert not {13, 14, 15} & set(np.concatenate([b.indices for b in got]).tolist())
+
+
+def test_an_image_that_is_never_read_is_replaced_like_a_broken_one(photos, capfd):
+    """It holds up its loader twice; then the next image takes its place."""
+    got = batches(Endless(photos, {13}), workers=2, stop=2 * BATCH + 6, timeout_s=0.5)
     told = [line for b in got for line in b.unreadable]
-    assert told and all("13.jpg: it ended or stopped its loader twice" in line for line in told)
+    assert told and all("it ended or stopped its loader twice" in line for line in told)
     assert capfd.readouterr().err.count("has been at it for 0.5 s at") == 2
     assert 13 not in np.concatenate([b.indices for b in got])
 

@@ -1,5 +1,6 @@
 """Loader processes: whatever befalls them, every row is there, once, and right."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -63,6 +64,25 @@ def test_killed_at_random_by_somebody_else(tmp_path):
 def test_an_item_that_ends_its_worker_twice_is_refused(tmp_path, capfd):
     check(taken(stream(Numbers(tmp_path, {203: die}, times=99), range(6), workers=2)), 6, missing={203})
     assert capfd.readouterr().err.count("another takes its place") == module.SUSPECT_TWICE
+
+
+def test_any_number_of_such_items_in_one_batch(tmp_path):
+    fatal = {200, 201, 202, 203, 204, 205, 303}
+    check(taken(stream(Numbers(tmp_path, dict.fromkeys(fatal, die), times=99), range(5), workers=1)), 5, missing=fatal)
+
+
+def test_a_fork_of_ours_keeps_no_host_alive(tmp_path):
+    batches = stream(Numbers(tmp_path), range(100), workers=1)
+    next(batches)
+    [host] = {descendants(os.getpid())[p] for p in workers(os.getpid())}
+    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,), daemon=True)
+    fork.start()
+    batches.close()
+    until = time.monotonic() + 5
+    while host in descendants(os.getpid()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    fork.kill()
 
 
 def test_workers_that_cannot_live_end_the_run(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seer_scale.data.order import Order, permute
-from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.sampler import ElasticSampler, Era, needed
 
 
 def sampler_of(n, seed, global_batch, block=1, lanes=1):
@@ -137,7 +137,7 @@ def test_a_lane_reads_one_block_after_the_other(n, seed, block, lanes):
     assert all(order.run_of(1, p, int(images[p])) is None for p in range(n // window * window, n))
 
 
-def test_blocks_are_mixed_as_well_as_images():
+def test_how_well_blocks_are_mixed():
     """Mixing, measured: where neighbours in storage come in the order, against the order that knows no blocks."""
     n, batch, block = 200_000, 512, 32
 
@@ -148,14 +148,16 @@ def test_blocks_are_mixed_as_well_as_images():
         same_batch = np.mean(place[:-1] // batch == place[1:] // batch)
         moved = np.mean(np.abs(place - np.arange(n))) / n
         shards = np.mean([len(np.unique(images[b : b + batch] // 2000)) for b in range(0, n - batch, batch)])
-        again = order.at(1, np.arange(n))
-        return same_batch, moved, shards, np.corrcoef(images, np.arange(n))[0, 1], np.corrcoef(images, again)[0, 1]
+        again, apart = order.at(1, np.arange(n)), np.abs(np.diff(place)) // batch
+        return same_batch, moved, shards, np.corrcoef(images, np.arange(n))[0, 1], np.corrcoef(images, again)[0, 1], apart
 
     free, by_blocks = facts(Order(n, 0)), facts(Order(n, 0, block, batch))
     assert by_blocks[0] < 1.5 * free[0]  # two neighbours in one batch: hardly ever, as by chance
     assert abs(by_blocks[1] - 1 / 3) < 0.01 and abs(free[1] - 1 / 3) < 0.01  # as far as in a uniform shuffle
     assert by_blocks[2] > 0.98 * free[2]  # tars of 2,000 images that one batch draws from, of 100
     assert abs(by_blocks[3]) < 0.05 and abs(by_blocks[4]) < 0.05
+    # what it costs: neighbours in storage, if not in one batch, come within as many batches as a block has images
+    assert np.mean(by_blocks[5] < block) > 0.95 > 0.2 > np.mean(free[5] < block) and np.median(by_blocks[5]) > block / 4
 
 
 # ------------------------------------------------------------------------------------------------------- refresh
@@ -164,18 +166,27 @@ def test_blocks_are_mixed_as_well_as_images():
 @settings(deadline=None, max_examples=200)
 @given(seed=seeds, data=st.data())
 def test_every_image_once_an_epoch_over_any_refreshes(seed, data):
-    """Parts come, go and change places in mid-epoch, several times: no image twice in an epoch, and none forgotten."""
+    """Parts come, go, come back and change places in mid-epoch, several times: no image twice in an epoch, and none
+    forgotten but those that were gone for a while."""
     batch, numbers, names = data.draw(st.integers(1, 20)), st.integers(1, 60), iter(range(10**6))
-
-    def era(since, kept):
+    known, eras, sampler, seen, shown, was, gone, before = {}, [], None, 0, [], -1.0, {}, set()
+    for _ in range(data.draw(st.integers(1, 5))):
+        kept = [p for p in known.items() if data.draw(st.booleans())]
         new = [(f"part {next(names)}", data.draw(numbers)) for _ in range(data.draw(st.integers(0 if kept else 1, 2)))]
-        return Era(since, tuple(data.draw(st.permutations([*kept, *new]))), data.draw(st.integers(1, 6)), batch)
-
-    eras, seen, shown = [era(0, [])], 0, []
-    for _ in range(data.draw(st.integers(1, 4))):
+        parts = data.draw(st.permutations([*kept, *new]))
+        known |= dict(new)
+        reading = tuple(parts), data.draw(st.integers(0, 6)), batch
+        eras = needed((*eras, sampler.next_era(seen, *reading))) if eras else [Era(0, *reading)]
+        assert eras[0].rest == 0 or eras[0].epoch < eras[-1].epoch or len(eras) == 1
         sampler = ElasticSampler(eras, seed, batch)
-        everything = [(name, i) for name, num in eras[-1].parts for i in range(num)]
+        epoch = int(sampler.locate(np.array([seen]))[0][0])
+        for name in before - dict(parts).keys():
+            gone.setdefault(epoch, set()).add(name)
+        before = dict(parts).keys()
+        everything = [(name, i) for name, num in parts for i in range(num)]
         for _ in range(data.draw(st.integers(0, 12))):
+            assert was <= sampler.progress(seen)
+            was = sampler.progress(seen)
             epochs, _, images = sampler.slots(seen, 0, 1)
             shown += [(everything[i], e) for i, e in zip(images.tolist(), epochs.tolist())]
             seen += batch
@@ -183,22 +194,40 @@ def test_every_image_once_an_epoch_over_any_refreshes(seed, data):
         (epoch,), (offset,) = sampler.locate(np.array([seen]))
         rest = {everything[i] for i in sampler.at(int(epoch), np.arange(offset, sampler.size(int(epoch)))).tolist()}
         had = {image for image, e in shown if e == epoch}
-        assert not rest & had and set(everything) <= rest | had and sampler.left(seen) == len(rest)
+        stayed = {image for image in everything if image[0] not in gone.get(int(epoch), ())}
+        assert not rest & had and stayed <= rest | had and sampler.left(seen) == len(rest)
         assert int(sampler.progress(seen)) == epoch
-        eras.append(era(seen, [p for p in eras[-1].parts if data.draw(st.booleans())]))
+
+
+def refreshed(eras, seed, batch, since, parts, block=1, lanes=1):
+    before = ElasticSampler(eras, seed, batch)
+    return ElasticSampler((*eras, before.next_era(since, parts, block, lanes)), seed, batch)
 
 
 def test_new_and_old_parts_come_in_proportion():
     old, new = 40_000, 10_000
-    sampler = ElasticSampler([Era(0, (("old", old),)), Era(20_000, (("old", old), ("new", new)))], 0, 100)
+    sampler = refreshed([Era(0, (("old", old),))], 0, 100, 20_000, (("old", old), ("new", new)))
     images = sampler.at(0, np.arange(sampler.size(0)))
     share = (images.reshape(-1, 300) >= old).mean(axis=1)
     assert len(images) == 30_000 and np.all(np.abs(share - 1 / 3) < 0.01)
+    assert sampler.progress(20_000) == 0.5 and sampler.progress(35_000) == 0.75 and sampler.progress(50_000) == 1
 
 
-def test_a_part_that_goes_is_counted_not_stored():
-    eras = [Era(0, (("a", 300_000), ("b", 300_000))), Era(1024, (("b", 300_000),))]
-    sampler = ElasticSampler(eras, 3, 64)
+def test_what_follows_a_stream_is_shuffled():
+    sampler = refreshed([Era(0, (("stream", 1000),), 0)], 0, 8, 64, (("a", 500), ("b", 500)))
+    images = sampler.at(0, np.arange(200))
+    assert abs((images < 500).mean() - 0.5) < 0.2 and np.mean(np.diff(images) == 1) < 0.1
+
+
+def test_a_part_that_goes_is_counted_once_and_not_stored():
+    eras = [Era(0, (("a", 300_000), ("b", 300_000)))]
+    sampler = refreshed(eras, 3, 64, 1024, (("b", 300_000),))
+    sampler.slots(1024, 0, 1)
     begin = time.perf_counter()
-    sampler.slots(200 * 64, 3, 8)
-    assert time.perf_counter() - begin < 0.5 and sampler._rest._counts.nbytes < 4000
+    for p in range(2000):  # as loaders ask, one by one
+        sampler.at(0, np.array([p]))
+    assert time.perf_counter() - begin < 2 and sampler._rest._counts.nbytes < 4000
+    again = refreshed([*sampler.eras], 3, 64, 64 * 10_000, (("b", 300_000), ("c", 10)))  # epochs later
+    assert needed(again.eras)[0].since == 1024 and again.era.epoch == 2
+    late = refreshed(needed(again.eras), 3, 64, 64 * 30_000, (("b", 300_000),))
+    assert [e.since for e in needed(late.eras)] == [64 * 10_000, 64 * 30_000]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from seer_scale.data.sources.base import (
     must_exist,
 )
 from seer_scale.errors import DataError
+
+MOST_BYTES = 1 << 30
 
 
 class Files(Source):
@@ -42,10 +45,21 @@ def read_file(path: str) -> bytes:
     if remote.is_url(path):
         return remote.read(path)
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_at_once) as file:
+            found = os.fstat(file.fileno())
+            size = found.st_size
+            if not stat.S_ISREG(found.st_mode):
+                raise DataError(f"{path} cannot be read (it is no regular file).")
+            if size > MOST_BYTES:
+                raise DataError(f"{path} cannot be read (its {size:,} bytes are more than the {MOST_BYTES:,} that an image may have).")
             return file.readall()
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A pipe that nobody writes to would be waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def folder(path: str) -> Files:

@@ -71,7 +71,7 @@ def open_hub_stream(
     declared = (dataset.info.splits or {}).get(split)
     length = length or (declared and declared.num_examples) or 0
     if length < 1:
-        raise DataError(f"{path} does not say how many images its split {split} has, so give the length of the stream.")
+        raise DataError(f"{path} does not say how many images its split {split} has, so give it as data.length (--length).")
     column = _image_column(dataset.features or {}, image_key, path)
     return HubStream(dataset, column, f"{_prefixed(path)}[{split}]", length, buffer)
 
@@ -259,7 +259,7 @@ def _image_column(features: dict[str, Any], asked: str, path: str) -> str:
     found = images or [name for name in IMAGE_NAMES if name in readable]
     if len(found) != 1:
         how_many = f"{len(found)} columns of images ({', '.join(found)})" if found else "no column known to be of images"
-        raise DataError(f"{path} has {how_many}; its columns are {', '.join(features) or 'not declared'}: name one as the image key.")
+        raise DataError(f"{path} has {how_many}; its columns are {', '.join(features) or 'not declared'}: name one as data.image_key (--image-key), or give data that has images.")
     return found[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ import yaml
 
 from seer_scale.data.sources.base import Source, must_exist
 from seer_scale.data.sources.remote import is_url
+from seer_scale.data.sources.tars import OUTSIDE_BRACES
 from seer_scale.errors import DataError, nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -77,6 +79,16 @@ class Joined(Source):
         return self._sources[part], i - int(self._starts[part])
 
 
+def absolute(path: str, root: str = "") -> str:
+    """A path as data.path takes it, from any folder: one spelling for all that mean the same. root: the folder that
+    relative paths are taken from."""
+    if is_url(path) or path.startswith("hf:"):
+        return path
+    whole = os.path.join(root, path)
+    parts = [whole] if os.path.exists(whole) else [os.path.join(root, p.strip()) for p in re.split(OUTSIDE_BRACES, path)]
+    return ",".join(p if is_url(p) else os.path.abspath(p) for p in parts)
+
+
 def open_manifest(path: str, open_source: Callable[[str, str], Source]) -> Joined:
     """Raises DataError, naming the part, for a manifest or a part that cannot be read."""
     parts, sources = read_manifest(path), []
@@ -112,11 +124,10 @@ def read_manifest(path: str) -> list[Part]:
             raise DataError(f"{path}: part {n} has no path.")
         if other := [k for k in entry if k not in KEYS]:
             raise DataError(f"{path}: part {n} has the key {other[0]!r}; {nearest(str(other[0]), KEYS)}")
-        place = entry["path"]
-        if not is_url(place) and not place.startswith("hf:"):
-            place = ",".join(os.path.join(root, p.strip()) for p in place.split(","))
-        if entry.get("kind", "auto") in ("manifest", "stream"):
-            raise DataError(f"{path}: part {n} is of kind {entry['kind']}, which cannot be a part; name what is in it.")
+        place = absolute(entry["path"], root)
+        kind = "manifest" if place.lower().endswith(SUFFIXES) else entry.get("kind", "auto")
+        if kind in ("manifest", "stream"):
+            raise DataError(f"{path}: part {n}, {entry['path']}, is of kind {kind}, which cannot be a part; name what is in it.")
         parts.append(Part(place, entry.get("kind", "auto"), str(entry.get("name", place))))
     names = [p.name for p in parts]
     if twice := sorted({n for n in names if names.count(n) > 1}):

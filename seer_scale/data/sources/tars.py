@@ -43,6 +43,8 @@ from seer_scale.data.sources.base import (
 from seer_scale.data.sources.files import read_file
 from seer_scale.errors import DataError
 
+OUTSIDE_BRACES = r",(?![^{}]*\})"
+"""Commas that part one path from the next."""
 INDEX_VERSION = COLLECTION_VERSION = 1
 OPEN_TARS = 64
 KEPT_IMAGES = 1 << 21
@@ -166,6 +168,9 @@ class Tars(Source):
         if stamp != tuple(self._stamps[shard].tolist()):
             raise DataError(f"{path} changed after it was indexed: start again.")
         index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only)
+        num = int(self._starts[shard + 1] - self._starts[shard])
+        if "offset" in only and not (len(index["offset"]) == len(index["size"]) == num and _inside(index, stamp[0])):
+            raise DataError(f"{path} has an index beside it that is another tar's: remove {path}.index.npz, and start again.")
         return {name: index[name] for name in only}
 
     # --- labels
@@ -233,7 +238,7 @@ def _read_classes(tar: str) -> list[str]:
 def open_tars(path: str) -> Tars:
     """The tars that a path, URL, folder, glob, range in braces or comma list of these means, each once, in order."""
     paths: list[str] = []
-    for part in [path] if os.path.exists(path) else re.split(r",(?![^{}]*\})", path):
+    for part in [path] if os.path.exists(path) else re.split(OUTSIDE_BRACES, path):
         part = part.strip()
         for one in [part] if os.path.exists(part) else _without_braces(part):
             found = _found(one)
@@ -373,16 +378,22 @@ def _fits(index: dict[str, np.ndarray], size: int) -> bool:
     try:
         if index["stamp"][:2].tolist() != [INDEX_VERSION, size]:
             return False
-        num, offset, sizes = len(index["offset"]), index["offset"], index["size"]
+        num = len(index["offset"])
         codes = ((index[k], len(index[f"{k}_ends"])) for k in ("cls", "folder"))
         return (
             index.keys() >= {"names", "cls_values", "folder_values"}
             and all(len(index[k]) == num for k in ("size", "name_ends", "cls", "folder"))
-            and bool(((offset >= 0) & (sizes >= 0) & (sizes <= size) & (offset <= size - sizes)).all())
+            and _inside(index, size)
             and all(bool(((code >= -1) & (code < values)).all()) for code, values in codes)
         )
     except (KeyError, TypeError, ValueError):
         return False
+
+
+def _inside(index: dict[str, np.ndarray], size: int) -> bool:
+    """Whether all images lie within a tar of `size` bytes."""
+    offset, sizes = index["offset"], index["size"]
+    return bool(((offset >= 0) & (sizes >= 0) & (sizes <= size) & (offset <= size - sizes)).all())
 
 
 class _Headers:

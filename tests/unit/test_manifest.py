@@ -1,0 +1,69 @@
+"""Manifests: what they name, in whatever spelling, and what they may not."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seer_scale.data.sources import open_source
+from seer_scale.data.sources.manifest import absolute, read_manifest
+from seer_scale.errors import DataError
+
+
+def picture(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), seed, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def parts(tmp_path):
+    for n, name in enumerate(("a/cat", "a/dog", "b/dog", "b/emu")):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / name / f"{i}.png").write_bytes(picture(10 * n + i))
+    return tmp_path
+
+
+def write(folder, text):
+    (folder / "m.yaml").write_text(text)
+    return str(folder / "m.yaml")
+
+
+def test_joined_parts(parts):
+    source = open_source(write(parts, "parts: [a, {path: b, name: second}]"))
+    assert len(source) == 12 and source.parts == ((str(parts / "a"), 6), ("second", 6))
+    apart = [s for p in "ab" for s in [open_source(str(parts / p))]]
+    assert [source.read(i) for i in range(12)] == [s.read(i) for s in apart for i in range(6)]
+    assert source.read_run(4, 5) == [source.read(i) for i in range(4, 9)]
+    assert [source.classes[c] for c in source.labels] == ["cat"] * 3 + ["dog"] * 6 + ["emu"] * 3
+    assert source.name(7) == str(parts / "b/dog/1.png")
+
+
+@pytest.mark.parametrize("text,said", [
+    ("parts: [m.yaml]", "part 1, m.yaml, is of kind manifest, which cannot be a part"),
+    ("parts: [{path: a, kind: stream}]", "is of kind stream, which cannot be a part"),
+    ("parts: [a, a/]", "names the part .*/a twice"),
+    ("parts: [{path: a, knd: x}]", "did you mean kind"),
+    ("parts: [{name: a}]", "part 1 has no path"),
+    ("parts: []", "needs a list `parts`"),
+    ("a: b: c", "it is not YAML"),
+    ("[1, 2]", "needs a list `parts`"),
+    ("{parts: [a], more: 1}", "has the key 'more'"),
+    ("parts: [c]", "part .*/c: .*/c does not exist"),
+])  # fmt: skip
+def test_what_is_no_manifest(parts, text, said):
+    with pytest.raises(DataError, match=said):
+        open_source(write(parts, text))
+
+
+def test_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "with,comma").mkdir()
+    same = {absolute("x"), absolute("./x/"), absolute("y/../x"), absolute("../x", str(tmp_path / "y"))}
+    assert same == {str(tmp_path / "x")}
+    assert absolute("x/{a,b}.tar, y.tar") == f"{tmp_path}/x/{{a,b}}.tar,{tmp_path}/y.tar"
+    assert absolute("with,comma") == str(tmp_path / "with,comma")
+    assert absolute("s3://a/b,c/d.tar") == "s3://a/b,c/d.tar" and absolute("hf:a/b") == "hf:a/b"
+    assert [p.path for p in read_manifest(write(tmp_path, "parts: ['x/*.tar,z.tar', 'https://a/b.tar']"))] == [f"{tmp_path}/x/*.tar,{tmp_path}/z.tar", "https://a/b.tar"]
