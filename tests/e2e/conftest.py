@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.e2e import runs
@@ -20,6 +22,8 @@ def straight(tmp_path_factory, photos):
 @pytest.fixture(autouse=True)
 def no_stray_process():
     yield
-    left = runs.processes()
+    until = time.monotonic() + 5  # loader processes end when they see that the run has
+    while (left := runs.processes()) and time.monotonic() < until:
+        time.sleep(0.01)
     runs.end_all()
     assert not left
