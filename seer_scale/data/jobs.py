@@ -37,7 +37,10 @@ class TrainingViews:
 
     def __post_init__(self):
         self._slots: tuple[int, Any] = (-1, None)
-        self._reader = (_Stream if self.source.is_stream else _ReadAhead)(self.source, self.sampler)
+        if self.source.is_stream:
+            self._reader = _Stream(self.source, self.sampler)
+        else:
+            self._reader = _ReadAhead(self.source, self.sampler, self.world_size)
 
     def buffers(self) -> list[Spec]:
         b, crops = self.rows(0), self.views.crops
@@ -50,15 +53,15 @@ class TrainingViews:
     def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: Guard) -> tuple[int, list[str]]:
         if self._slots[0] != key:
             self._slots = key, self.sampler.slots(key, self.rank, self.world_size)
-        epochs, offsets, _ = self._slots[1]
-        epoch, offset = int(epochs[row]), int(offsets[row])
+        epoch, offset, index = (int(x[row]) for x in self._slots[1])
         unreadable: list[str] = []
         for step in range(GIVE_UP_AFTER):
             at = (offset + step) % self.sampler.size(epoch)
-            index = int(self.sampler.at(epoch, np.array([at]))[0])
+            if step:
+                index = int(self.sampler.at(epoch, np.array([at]))[0])
             try:
                 guard.enter(index)
-                data = self._reader.read(epoch, at, index)
+                data = self._reader.read(epoch, at, index, is_own=not step)
                 load_views(data, self.views, self.sampler.seed, epoch, index, [a[:, row] for a in out])
                 return index, unreadable
             except (DataError, MemoryError) as error:
@@ -74,19 +77,23 @@ class TrainingViews:
 class _ReadAhead:
     """What a worker has read together with the images it was asked for, until it is asked for."""
 
-    def __init__(self, source: Source, sampler: ElasticSampler):
+    def __init__(self, source: Source, sampler: ElasticSampler, world_size: int):
         self._source, self._sampler = source, sampler
         self._blocks: dict[tuple[int, int], dict[int, bytes | DataError]] = {}
+        self._most = 2 * max(1, sampler.order.lanes // world_size)  # twice this rank's lanes
 
-    def read(self, epoch: int, offset: int, index: int) -> bytes:
+    def read(self, epoch: int, offset: int, index: int, is_own: bool) -> bytes:
+        """is_own: this row is the image's own, not one where it replaces another, and so reads on in its block."""
         run = self._sampler.run_of(epoch, offset, index)
         if run is None:
             return self._source.read(index)
         first, num = run
         block = self._blocks.get((epoch, first))
         if block is None:
+            if not is_own:  # the rest of the block is another row's, and would be kept for nothing
+                return self._source.read(index)
             block = self._blocks[epoch, first] = self._fetch(first, num)
-            while len(self._blocks) > 2 * self._sampler.global_batch:  # an image that was replaced leaves one behind
+            while len(self._blocks) > self._most:  # one that was begun in its middle is never asked for its beginning
                 del self._blocks[next(iter(self._blocks))]
         data = block.pop(index, None)
         if not block:
@@ -113,7 +120,7 @@ class _Stream:
         self._epoch, self._next, self._images = -1, 0, iter(())
         self._lately: dict[int, bytes | DataError] = {}
 
-    def read(self, epoch: int, offset: int, index: int) -> bytes:
+    def read(self, epoch: int, offset: int, index: int, is_own: bool) -> bytes:
         if epoch != self._epoch or offset < self._next and offset not in self._lately:
             self._epoch, self._next, self._lately = epoch, offset, {}
             self._images = self._source.iterate(self._seed, epoch, offset)

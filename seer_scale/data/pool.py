@@ -34,7 +34,6 @@ GIVE_UP_AFTER = 5
 """Replacements of one worker in a row, without a batch from it or an item that is known for it, that end the run."""
 MOST_REFUSED = 100
 """Items refused in a row, without a batch from their worker, that end the run: then it is not the items."""
-
 START_S = 120.0
 """Seconds a worker may take until it begins, for the host has to take in the job before."""
 
@@ -51,8 +50,8 @@ def stream(
 
     The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here. prefetch: batches that
     may be ready or in the making, besides the one given out. timeout_s: a worker that takes longer over one item while
-    somebody waits for it is replaced, and `tell` gets a sentence. Processes live as long as the iterator. Raises DataError as `fill` does, or when a
-    worker cannot be kept alive.
+    somebody waits for it is replaced, and `tell` gets a sentence. Processes live as long as the iterator. Raises
+    DataError as `fill` does, or when a worker cannot be kept alive.
     """
     workers = min(workers, max((job.rows(k) for k in (keys[0], keys[-1])), default=0) if keys else 0)
     if not workers:

@@ -24,9 +24,12 @@ class Course:
     """The eras of a run's data, the source of the one that holds now, and the sampler over them."""
 
     def __init__(self, source: Source, eras: Sequence[Era], refreshes: int, config: Config):
-        self.source, self.eras, self.refreshes = source, tuple(eras), refreshes
+        self.source, self.refreshes, self._config = source, refreshes, config
         self.sampler = ElasticSampler(eras, config.run.seed, config.train.global_batch)
-        self._config = config
+
+    @property
+    def eras(self) -> tuple[Era, ...]:
+        return self.sampler.eras
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -34,11 +37,9 @@ class Course:
 
     def refreshed(self, source: Source, number: int, samples_seen: int) -> Course:
         """The run's course from `samples_seen` on, over `source`. Raises DataError for a part that changed its size."""
-        before, reading = dict(self.eras[-1].parts), _reading(source, self._config)
-        for name, num in reading[0]:
-            if before.get(name, num) != num:
-                raise DataError(f"the part {name} has {num:,} images, and had {before[name]:,}: its images cannot be told apart, so list the new ones as a part of their own, or give it another name")
-        era = self.sampler.next_era(samples_seen, *reading)
+        parts, block, lanes = _reading(source, self._config)
+        _check_sizes(dict(self.eras[-1].parts), parts)
+        era = self.sampler.next_era(samples_seen, parts, block, lanes)
         return Course(source, needed((*self.eras, era)), number, self._config)
 
 
@@ -53,11 +54,17 @@ def open_course(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> 
     if len(source) != now.n:
         what = f"manifest {number} of {run_dir}" if number else "data.path"
         raise UserError(f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their order depends on the number, so bring the same images, add others by seer-scale data refresh, or start another run.dir with checkpoint.init_from.")
-    if config.data.block not in (0, now.block):
+    if config.data.block and _reading(source, config)[1] != now.block:
         raise UserError(f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from.")
     if not number:  # the same images may have moved
         eras = [replace(now, parts=_parts(source, config))]
     return Course(source, eras, number, config)
+
+
+def _check_sizes(known: dict[str, int], parts: Sequence[tuple[str, int]]) -> None:
+    for name, num in parts:
+        if known.get(name, num) != num:
+            raise DataError(f"The part {name} has {num:,} images, and had {known[name]:,}: its images cannot be told apart, so list the new ones as a part of their own, or give it another name.")
 
 
 def _reading(source: Source, config: Config) -> tuple[tuple[tuple[str, int], ...], int, int]:
@@ -102,9 +109,7 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
     parts = read_manifest(manifest)
     joined = open_source(manifest)
     known = dict(map(tuple, saved["eras"][-1]["parts"])) if saved else {}
-    for name, num in joined.parts:
-        if known.get(name, num) != num:
-            raise DataError(f"{manifest}: the part {name} has {num:,} images, and had {known[name]:,}: list the new ones as a part of their own, or give it another name.")
+    _check_sizes(known, joined.parts)
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
     text = yaml.safe_dump({"parts": [vars(p) for p in parts]}, sort_keys=False)

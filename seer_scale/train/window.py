@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from seer_scale.data.loader import Batch
+from seer_scale.data.order import mix
 from seer_scale.train.course import newest_manifest
 from seer_scale.world import World
 
@@ -70,7 +71,4 @@ class Window:
 
 def fingerprint(indices: np.ndarray) -> int:
     """A sum over image numbers that shows whether two runs saw the same images, in whatever order and on however many ranks."""
-    x = indices.astype(np.uint64) + np.uint64(1)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return int(((x ^ (x >> np.uint64(31))) >> np.uint64(12)).sum() % np.uint64(2**52))
+    return int((mix(indices.astype(np.uint64) + np.uint64(1)) >> np.uint64(12)).sum() % np.uint64(2**52))
