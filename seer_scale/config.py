@@ -168,6 +168,7 @@ class Parallel:
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every_samples: int = opt(0, "samples between checkpoints; 0 = only at the end and on a stop", ge=0)
+    background: bool = opt(True, "write checkpoints while training goes on, from a copy in memory; false: updates wait for the disk")
     keep_last: int = opt(2, "newest checkpoints kept", ge=1)
     keep_every_samples: int = opt(0, "also keep those at multiples of so many samples; 0 = none", ge=0)
     resume: str = opt("auto", "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path")
@@ -408,10 +409,11 @@ def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     return nested, problems
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one; where both have a key, `over` says what it is."""
     both = dict(base)
     for k, v in over.items():
-        both[k] = _merge(both[k], v) if isinstance(v, dict) and isinstance(both.get(k), dict) else v
+        both[k] = merge(both[k], v) if isinstance(v, dict) and isinstance(both.get(k), dict) else v
     return both
 
 
@@ -431,7 +433,7 @@ def resolve(
     with every problem.
     """
     over, problems = (overrides, []) if isinstance(overrides, dict) else parse_overrides(list(overrides))
-    merged = _merge(given, over)
+    merged = merge(given, over)
     config = _build(Config, merged, "", problems)
     if not isinstance(merged.get("train"), dict) or "samples" not in merged["train"]:
         problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")

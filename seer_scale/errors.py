@@ -45,6 +45,10 @@ class TrainingFailed(UserError):
     """The run cannot go on (the loss is not finite any more, say). Exit status 1: the recipe itself was valid."""
 
 
+class RankLost(TrainingFailed):
+    """Another rank is gone; started again, the run goes on."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the closest known word, or all of them when none is close."""
     known = sorted(known)
@@ -57,8 +61,8 @@ def complain(error: UserError) -> int:
     rank, place = (
         next((os.environ[name] for name in names if name in os.environ), "0")
         for names in (
-            ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID"),
-            ("LOCAL_RANK", "SUBMITIT_LOCAL_LOCALID", "SLURM_LOCALID"),
+            ("RANK", "SLURM_PROCID"),
+            ("LOCAL_RANK", "SLURM_LOCALID"),
         )
     )
     if rank == "0" or place == "0" or error.is_local:

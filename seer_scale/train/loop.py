@@ -23,6 +23,8 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.checkpoint import store
+from seer_scale.checkpoint.lock import RunLock
+from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config, without_effect
 from seer_scale.data.batched import distort, to_float
 from seer_scale.data.loader import Batch, loader
@@ -49,7 +51,7 @@ T = TypeVar("T")
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest) -> int:
     """Run or go on until the samples are seen or a stop is agreed; returns the exit status. Collective."""
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    with store.RunLock(run_dir, world):
+    with RunLock(run_dir, world):
         return Trainer(config, world, run_dir, stop).run()
 
 
@@ -77,7 +79,7 @@ class Trainer:
         resume = self._find_resume()  # before anything is built
         saved = store.read_meta(resume)["data"] if resume else None
         self.course, self.labelled = _together(world, partial(self._open, saved))
-        self._refused_refresh = 0
+        self._refused_refresh, self._stall_s = 0, 0.0
         with torch.device("meta"):
             method = SwAV(config, world)
         self.memory_format = choose_memory_format(method.backbone, config, world)
@@ -88,6 +90,7 @@ class Trainer:
         self._told_unreadable: set[str] = set()
         self._starved = 0
         self.resumed_from = self._load(resume) if resume else None
+        self.saver = Saver(self.folder, self.engine.state(), world, keep_last=config.checkpoint.keep_last, keep_every_samples=config.checkpoint.keep_every_samples)
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
         self._saved = (self.samples_seen, self.resumed_from) if ours else None
@@ -208,6 +211,8 @@ class Trainer:
                 self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}")
                 self._report()
                 return EXIT_STOPPED
+            finally:
+                self.saver.close()
             self._tell("done", f"Done: {self.samples_seen:,} samples in {self.step:,} updates.")
             self._report()
         return EXIT_DONE
@@ -240,6 +245,7 @@ class Trainer:
             stats = engine.update(lr, engine.method.frozen(seen))
             self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
             window.add(batch, loss)
+            self._settle(self.saver.ended())
             refreshed = False
             if due:
                 self._log(window, lr, stats, watched)
@@ -249,7 +255,9 @@ class Trainer:
                     batches.close()
                     batches = self._batches(window)
                 if refreshed or self._crosses(c.checkpoint.every_samples):
-                    self._save()
+                    begin = time.perf_counter()
+                    self._save(in_background=c.checkpoint.background)
+                    window.stalled_s += time.perf_counter() - begin
                 if self._crosses(c.knn.every_samples) and not self._is_last(seen):
                     self._evaluate("during")
             reason = None if self._is_last(seen) else self.stop.agreed(self.world)
@@ -403,35 +411,48 @@ class Trainer:
             more = f"raise data.workers from {workers} to {cores}" if workers < cores else "give each rank more cores, or store the images smaller"
             self._tell("starved", f"Updates wait for images {100 * share:.0f} % of their time: {more} (seer-scale bench data {self.config.data.path} says how many a core makes).")
 
-    def _save(self) -> Path | None:
-        """A checkpoint of this moment; None, with a sentence in the log, if it could not be written.
+    def _save(self, *, in_background: bool = False) -> Path | None:
+        """A checkpoint of this moment, after the one before is safe; its path, or None where none is there (yet).
 
-        Raises TrainingFailed for weights that are not finite: they must not take the place of good ones.
+        A failure is told in the log. Raises TrainingFailed for weights that are not finite: they must not take the
+        place of good ones.
         """
-        if self._saved and self._saved[0] == self.samples_seen:
-            return self._saved[1]
-        begin, c = time.perf_counter(), self.config.checkpoint
-        if not self.engine.is_finite():
-            raise TrainingFailed("Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
-        self.engine.average_buffers()
-        meta = {
-            "samples_seen": self.samples_seen, "step": self.step, "data": self.course.state(),
-            "schedule": self.schedule.state, "queue_since": self.engine.method.queue_since,
-            "warned_of_collapse": self._warned_of_collapse, "config": self.config.to_dict(), "world_size": self.world.size,
-            "engine": self.engine.name, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
-        }  # fmt: skip
-        try:
-            path = store.save(self.folder, self.engine.state(), meta, self.world)
-        except CheckpointError as problem:
-            self._tell("checkpoint_failed", str(problem))
-            return None
-        self._saved = (self.samples_seen, path)
-        try:
-            store.retain(self.folder, c.keep_last, c.keep_every_samples, self.world)
-        except CheckpointError as problem:
-            self._tell("retain_failed", f"Old checkpoints in {self.folder} cannot be deleted: {problem}.")
-        self._tell("checkpoint", f"Saved {path.name} in {time.perf_counter() - begin:.1f} s.", seconds=time.perf_counter() - begin)
-        return path
+        begin = time.perf_counter()
+        self._settle(self.saver.wait())
+        if not self._is_saved():
+            if not self.engine.is_finite():
+                raise TrainingFailed("Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
+            self.engine.average_buffers()
+            meta = {
+                "samples_seen": self.samples_seen, "step": self.step, "data": self.course.state(),
+                "schedule": self.schedule.state, "queue_since": self.engine.method.queue_since,
+                "warned_of_collapse": self._warned_of_collapse, "config": self.config.to_dict(), "world_size": self.world.size,
+                "engine": self.engine.name, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
+            }  # fmt: skip
+            self.saver.begin(self.engine.state(), meta)
+            self._stall_s = time.perf_counter() - begin
+            if in_background:
+                return None
+            self._settle(self.saver.wait())
+        return self._saved[1] if self._is_saved() else None
+
+    def _is_saved(self) -> bool:
+        return self._saved is not None and self._saved[0] == self.samples_seen
+
+    def _settle(self, saved: Saved | None) -> None:
+        """Tell how a save has ended, if one has."""
+        if saved is None:
+            return
+        if saved.path is None:
+            self._tell("checkpoint_failed", saved.problem)
+            return
+        self._saved = (saved.samples_seen, saved.path)
+        if saved.kept_old:
+            self._tell("retain_failed", saved.kept_old)
+        self._tell(
+            "checkpoint", f"Saved {saved.path.name} in {saved.seconds:.1f} s, after {self._stall_s:.2f} s to copy it.",
+            saved=saved.samples_seen, seconds=saved.seconds, stall_s=self._stall_s,
+        )  # fmt: skip
 
     def _evaluate(self, stage: str) -> None:
         if self.labelled is None:

@@ -107,8 +107,8 @@ def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, li
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     if ranks == 1:
         sys.exit(cli.main(words))
-    for name, value in (("GLOBALID", rank), ("LOCALID", rank), ("NTASKS", ranks)):
-        os.environ[f"SUBMITIT_LOCAL_{name}"] = str(value)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks)):
+        os.environ[name] = str(value)
     try:
         sys.exit(run_training(words[1], words[2:], attempt))
     except UserError as error:
@@ -154,7 +154,7 @@ def processes(marked: str = MARK) -> dict[int, str]:
 
 def ranks_of(launcher: Command) -> list[int]:
     """Process numbers of a launcher's ranks, in the order they were started."""
-    return sorted(p for p, line in processes().items() if "submitit.core._submit" in line)
+    return sorted(p for p, line in processes().items() if "seer_scale.launch.rank" in line)
 
 
 def end_all() -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seer_scale.checkpoint import store
+from seer_scale.checkpoint.lock import RunLock
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.world import World
 
@@ -387,7 +388,7 @@ def test_the_newest_valid_one_is_never_deleted(tmp_path):
 
 def _hold(run_dir: Path, pipe) -> None:
     os.environ["SLURM_JOB_ID"] = "77"
-    lock = store.RunLock(run_dir)
+    lock = RunLock(run_dir)
     worker = os.fork()  # as a loader worker would be; it outlives its parent
     if worker == 0:
         while True:
@@ -405,15 +406,15 @@ def test_one_run_a_directory_until_it_is_killed(tmp_path):
     worker = ours.recv()
     try:
         with pytest.raises(UserError) as caught:
-            store.RunLock(run_dir)
+            RunLock(run_dir)
         message = str(caught.value)
         assert f"{run_dir} is in use by pid {owner.pid} on {os.uname().nodename}, job 77, started 2" in message
         assert message.endswith(": stop it or choose another run.dir.")
         owner.kill()
         owner.join()
-        with store.RunLock(run_dir), pytest.raises(UserError, match=f"pid {os.getpid()} "):
-            store.RunLock(run_dir)
-        store.RunLock(run_dir).release()
+        with RunLock(run_dir), pytest.raises(UserError, match=f"pid {os.getpid()} "):
+            RunLock(run_dir)
+        RunLock(run_dir).release()
     finally:
         os.kill(worker, 9)
 
@@ -421,4 +422,24 @@ def test_one_run_a_directory_until_it_is_killed(tmp_path):
 def test_a_directory_that_cannot_hold_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another run.dir"):
-        store.RunLock(tmp_path / "file")
+        RunLock(tmp_path / "file")
+
+
+# ------------------------------------------------------------------------------------------------ foreign files
+
+
+
+
+@pytest.mark.parametrize("call", ["os.system", "torch.hub.load", "torch.distributed.checkpoint.metadata.os.system"])
+def test_metadata_that_would_run_something_is_refused(tmp_path, call):
+    """With the checksums right: whoever makes such a file can make a manifest, too."""
+    path, marker = save(tmp_path, 1), tmp_path / "ran"
+    module, _, name = call.partition("metadata.") if "metadata" in call else call.rpartition(".")
+    module = module.rstrip(".") + (".metadata" if "metadata" in call else "")
+    text = b"\x80\x04" + b"\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93"
+    command = f"touch {marker}".encode()
+    text += b"\x8c" + bytes([len(command)]) + command + b"\x85R."
+    (path / ".metadata").write_bytes(text)
+    with pytest.raises(CheckpointError, match="has no place in a checkpoint's metadata"):
+        store.load(path, state_of(0), ALONE)
+    assert not marker.exists()

@@ -1,0 +1,62 @@
+"""One run a directory: the lock that a run holds for as long as it lives."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from seer_scale.errors import UserError
+from seer_scale.world import World
+
+
+class RunLock:
+    """Keeps a second run out of `run_dir` for as long as rank 0 of this one lives, or until `release`.
+
+    Collective where a world is given. Raises UserError, on all ranks, with the owner's pid, host, job and start. The
+    lock is the kernel's, so it ends with the process however that dies; the text in `.lock` is only for people.
+    """
+
+    def __init__(self, run_dir: Path, world: World = World()):
+        self._fd: int | None = None
+        refusal = world.broadcast_object(self._take(run_dir) if world.is_main else None)
+        if refusal:
+            raise UserError(refusal)
+
+    def _take(self, run_dir: Path) -> str | None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            fd = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as e:
+            return f"{run_dir} cannot hold a run ({e.strerror}): choose another run.dir."
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            owner = os.pread(fd, 1000, 0).decode(errors="replace") or "another run"
+            os.close(fd)
+            if isinstance(e, BlockingIOError):
+                return f"{run_dir} is in use by {owner}: stop it or choose another run.dir."
+            return f"{run_dir} cannot be locked ({e.strerror}): choose a run.dir on a file system with locks."
+        self._fd = fd
+        # A forked loader worker shares the lock, and would keep it past the death of its parent.
+        os.register_at_fork(after_in_child=self.release)
+        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        text = f"pid {os.getpid()} on {socket.gethostname()}{job}, started {time.strftime('%F %T')}"
+        with suppress(OSError):  # a full disk takes the text, not the lock
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, text.encode(), 0)
+        return None
+
+    def release(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.release()
