@@ -37,6 +37,10 @@ class DataError(UserError):
     """The images cannot be read as given."""
 
 
+class SourceEnded(DataError):
+    """A source cannot go on: no other image stands in for what is missing."""
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be used as asked."""
 

@@ -36,6 +36,7 @@ class World:
     local_size: int = 1
     device: torch.device = torch.device("cpu")
     control: dist.ProcessGroup | None = None
+    timeout: timedelta = TIMEOUT
     _groups: dict[int, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -51,7 +52,7 @@ class World:
                 self._groups[size] = dist.group.WORLD
             else:
                 for first in range(0, self.size, size):
-                    group = dist.new_group(list(range(first, first + size)), timeout=TIMEOUT)
+                    group = dist.new_group(list(range(first, first + size)), timeout=self.timeout)
                     if first <= self.rank < first + size:
                         self._groups[size] = group
         return self._groups[size]
@@ -115,12 +116,13 @@ def detect(env: Mapping[str, str] = os.environ) -> Place:
     return Place(rank, size, local_rank, local_size, names[0] == "RANK" and "MASTER_ADDR" in env)
 
 
-def start(rendezvous: Path, attempt: str = "", *, device: str = "auto") -> World:
+def start(rendezvous: Path, attempt: str = "", *, device: str = "auto", patience_s: float = 0.0) -> World:
     """Join the run. Collective over all its ranks.
 
     rendezvous: a folder all ranks see; attempt: a word all ranks of this start share and no other start has (under
     SLURM the job, step and restart are one).
-    device: cpu, cuda, or auto. Raises UserError where the GPUs do not suffice, or the other ranks do not come within the
+    device: cpu, cuda, or auto. patience_s: how long a rank may let the others wait, if longer than the usual timeout.
+    Raises UserError where the GPUs do not suffice, or the other ranks do not come within the
     timeout.
     """
     place = detect()
@@ -135,19 +137,19 @@ def start(rendezvous: Path, attempt: str = "", *, device: str = "auto") -> World
         torch.cuda.set_device(where)
     if size == 1:
         return World(device=where)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", max(TIMEOUT, timedelta(seconds=patience_s))
     published = None
     if place.torchrun:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         slurm = [os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
         published = rendezvous / f"rendezvous-{attempt or '.'.join(slurm)}"
         store = _store(published, rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     if published and rank == 0:
         published.unlink(missing_ok=True)  # all have read it, and a later start must not
-    return World(rank, size, place.local_rank, place.local_size, where, control)
+    return World(rank, size, place.local_rank, place.local_size, where, control, timeout)
 
 
 def bound_to_one() -> bool:

@@ -21,7 +21,13 @@ def descendants(pid: int) -> dict[int, int]:
     return found
 
 
+def families(pid: int) -> list[tuple[int, int, int]]:
+    """(worker, host, server) of each loader process of `pid`, seen at one moment."""
+    below = descendants(pid)
+    found = ((p, host, below[host]) for p, host in below.items() if host in below)
+    return sorted(f for f in found if below.get(f[2]) == pid)
+
+
 def workers(pid: int) -> list[int]:
     """The loader processes of `pid`: those below a host, which is below the server of the process."""
-    below = descendants(pid)
-    return sorted(p for p, parent in below.items() if parent in below and below.get(below[parent]) == pid)
+    return [worker for worker, _, _ in families(pid)]

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,40 @@ class Impatient(Around):
 
     def read_run(self, first: int, num: int) -> Any:
         return self._source.read_run(first, num)
+
+
+class Waiting(Around):
+    """Behind a server that answers at the sixth try only."""
+
+    def read(self, i: int) -> bytes:
+        for _ in range(6):
+            remote.before_each_try()
+            time.sleep(0.2)
+        return super().read(i)
+
+
+class Passing(Around):
+    """The same images as a stream, in their order, which goes by slowly until the first that is asked for; `ends` are
+    given, if any."""
+
+    is_stream = True
+
+    def __init__(self, source: Source, ends: int = 0):
+        super().__init__(source)
+        self._ends = ends
+
+    def name(self, i: int) -> str:
+        return "passing"
+
+    def iterate(self, seed: int, epoch: int, first: int, tick: Callable[[], None]) -> Iterator[tuple[int, bytes | DataError]]:
+        for i in range(self._ends or len(self)):
+            tick()
+            if i < first:
+                time.sleep(0.1)
+                continue
+            try:
+                yield i, self._source.read(i)
+            except DataError as error:
+                yield i, error
+        if self._ends:
+            raise DataError(f"it ended after {self._ends} images.")

@@ -23,6 +23,9 @@ MAX_PIXELS = 178_956_970
 SWAPPED = (5, 6, 7, 8)
 """EXIF orientations that lay the image on its side."""
 
+STRIP = 256
+"""Rows that are laid on white together."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 """What Pillow may open; its rarer decoders (EPS starts a program) have no place before uncurated files."""
 
@@ -83,9 +86,17 @@ def _rgb(image: Image.Image) -> np.ndarray:
         grey = (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return _on_white(image)
     return np.asarray(image.convert("RGB"))
+
+
+def _on_white(image: Image.Image) -> np.ndarray:
+    """By strips: a whole image would be in memory several times."""
+    out = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, STRIP):
+        part = image.crop((0, top, image.width, min(image.height, top + STRIP))).convert("RGBA")
+        out[top : top + STRIP] = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+    return out
 
 
 def _orientation(image: Image.Image) -> int:
@@ -97,8 +108,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _jpeg_orientation(data: bytes) -> int:
     """The EXIF orientation of a JPEG, 1 where there is none or it is damaged (EXIF 2.3, 4.6.2: a TIFF directory)."""
-    start = data.find(b"Exif\0\0", 0, 1 << 16) + 6
-    if start < 6:
+    if not (start := _exif_of(data)):
         return 1
     order = {b"II": "<", b"MM": ">"}.get(data[start : start + 2])
     try:
@@ -106,10 +116,30 @@ def _jpeg_orientation(data: bytes) -> int:
         for n in range(struct.unpack_from(f"{order}H", data, directory)[0]):
             tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, directory + 2 + 12 * n)
             if tag == 0x0112:
-                return value if kind == 3 else 1
+                if kind == 4:
+                    value = struct.unpack_from(f"{order}I", data, directory + 10 + 12 * n)[0]
+                return value if kind in (3, 4) else 1
     except struct.error:
         pass
     return 1
+
+
+def _exif_of(data: bytes) -> int:
+    """Where the TIFF header of a JPEG's EXIF segment is (ITU T.81, B.1.1.4: segments, each with its length); 0 for none."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # alone, without a length
+            at += 2
+        elif marker in (0xD9, 0xDA):  # the end, or what is no header any more
+            break
+        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return at + 10
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -18,8 +18,10 @@ from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source
 from seer_scale.data.views import load_views, resize_centre
 from seer_scale.data.worker import Guard, Spec
-from seer_scale.errors import DataError
+from seer_scale.errors import DataError, SourceEnded
 
+READ_AHEAD = 128 << 20
+"""Bytes of images read ahead with which a loader process reads no further ones."""
 GIVE_UP_AFTER = 100
 """Unreadable images in a row that end a run: then it is not the images."""
 
@@ -61,9 +63,11 @@ class TrainingViews:
                 index = int(self.sampler.at(epoch, np.array([at]))[0])
             try:
                 guard.enter(index)
-                data = self._reader.read(epoch, at, index, is_own=not step)
+                data = self._reader.read(epoch, at, index, guard, is_own=not step)
                 load_views(data, self.views, self.sampler.seed, epoch, index, [a[:, row] for a in out])
                 return index, unreadable
+            except SourceEnded:
+                raise
             except (DataError, MemoryError) as error:
                 name = self.source.name(index)
                 unreadable.append(f"{name}: {str(error).removeprefix(f'{name} ') or 'there is no memory for it'}")
@@ -80,22 +84,26 @@ class _ReadAhead:
     def __init__(self, source: Source, sampler: ElasticSampler, world_size: int):
         self._source, self._sampler = source, sampler
         self._blocks: dict[tuple[int, int], dict[int, bytes | DataError]] = {}
+        self._bytes = 0
         self._most = 2 * max(1, sampler.order.lanes // world_size)  # twice this rank's lanes
 
-    def read(self, epoch: int, offset: int, index: int, is_own: bool) -> bytes:
+    def read(self, epoch: int, offset: int, index: int, guard: Guard, *, is_own: bool) -> bytes:
         """is_own: this row is the image's own, not one where it replaces another, and so reads on in its block."""
         run = self._sampler.run_of(epoch, offset, index)
         if run is None:
             return self._source.read(index)
-        first, num = run
+        first, num, before = run
         block = self._blocks.get((epoch, first))
         if block is None:
-            if not is_own:  # the rest of the block is another row's, and would be kept for nothing
+            # another row's block would be kept for nothing, and of one begun before a part; and memory has an end
+            if not is_own or before or self._bytes > READ_AHEAD:
                 return self._source.read(index)
             block = self._blocks[epoch, first] = self._fetch(first, num)
-            while len(self._blocks) > self._most:  # one that was begun in its middle is never asked for its beginning
-                del self._blocks[next(iter(self._blocks))]
+            self._bytes += _size(block)
+            while len(self._blocks) > self._most:  # one with an image that is refused is never used up
+                self._bytes -= _size(self._blocks.pop(next(iter(self._blocks))))
         data = block.pop(index, None)
+        self._bytes -= _size({index: data})
         if not block:
             del self._blocks[epoch, first]
         if data is None:  # read before, in the place of one that cannot be read
@@ -112,6 +120,10 @@ class _ReadAhead:
         return found
 
 
+def _size(images: dict[int, Any]) -> int:
+    return sum(len(data) for data in images.values() if isinstance(data, bytes))
+
+
 class _Stream:
     """A stream that is read in order, with what of it went by lately."""
 
@@ -120,12 +132,15 @@ class _Stream:
         self._epoch, self._next, self._images = -1, 0, iter(())
         self._lately: dict[int, bytes | DataError] = {}
 
-    def read(self, epoch: int, offset: int, index: int, is_own: bool) -> bytes:
+    def read(self, epoch: int, offset: int, index: int, guard: Guard, *, is_own: bool) -> bytes:
         if epoch != self._epoch or offset < self._next and offset not in self._lately:
             self._epoch, self._next, self._lately = epoch, offset, {}
-            self._images = self._source.iterate(self._seed, epoch, offset)
+            self._images = self._source.iterate(self._seed, epoch, offset, guard.tick)
         while offset not in self._lately:
-            position, data = next(self._images)
+            try:
+                position, data = next(self._images)
+            except DataError as error:
+                raise SourceEnded(str(error)) from error
             self._lately[position], self._next = data, position + 1
             if len(self._lately) > GIVE_UP_AFTER:  # those may be asked for again, to replace others
                 del self._lately[next(iter(self._lately))]

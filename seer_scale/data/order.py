@@ -98,16 +98,17 @@ class Order:
                 images[here] = block * self.block + permute(depth[here], in_block, self.seed, epoch, tweak=block.astype(np.uint64))
         return (images + self._first(epoch)) % self.n
 
-    def run_of(self, epoch: int, offset: int, image: int) -> tuple[int, int] | None:
-        """(first image number, how many) of the block that `image`, at `offset`, is read with; the numbers go on at 0
-        after n - 1. None where its lanes are not those of the rest of the epoch, so that no reader needs all of it."""
+    def run_of(self, epoch: int, offset: int, image: int) -> tuple[int, int, int] | None:
+        """(first image number, how many, how many of them come before) of the block that `image`, at `offset`, is read
+        with; the numbers go on at 0 after n - 1. None where its lanes are not those of the rest of the epoch, so that no reader needs all of it."""
         if self.block < 2:
             return None
         rows = self.n // self.block // self.lanes
         if offset >= rows * self.lanes * self.block:
             return None
         first = self._first(epoch)
-        return ((image - first) % self.n // self.block * self.block + first) % self.n, self.block
+        before = offset % (self.lanes * self.block) // self.lanes
+        return ((image - first) % self.n // self.block * self.block + first) % self.n, self.block, before
 
     def _first(self, epoch: int) -> int:
         return key(self.seed, "first", epoch) % self.n

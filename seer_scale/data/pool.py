@@ -43,7 +43,7 @@ def complain(sentence: str) -> None:
 
 
 def stream(
-    job: Job, keys: Sequence[Any], *, workers: int, prefetch: int = 2, timeout_s: float = 300.0,
+    job: Job, keys: Sequence[Any], *, workers: int, prefetch: int = 2, timeout_s: float = 120.0,
     tell: Callable[[str], None] = complain,
 ) -> Iterator[tuple[list[np.ndarray], list[Any]]]:
     """For each key in turn the batch's arrays (of the largest size) and what `fill` returned by row.

@@ -109,7 +109,7 @@ class ElasticSampler:
             return self._rest.at(offsets)
         return self.order.at(epoch, offsets)
 
-    def run_of(self, epoch: int, offset: int, image: int) -> tuple[int, int] | None:
+    def run_of(self, epoch: int, offset: int, image: int) -> tuple[int, int, int] | None:
         """`Order.run_of`, where the global batch leaves each reader its lanes."""
         if self.era.rest and epoch == self.era.epoch or self.order.lanes % self.global_batch:
             return None

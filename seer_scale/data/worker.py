@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from seer_scale.data.sources import remote
 from seer_scale.errors import DataError
 
 PROGRESS, ITEM, PID, STATUS = range(4)
@@ -47,6 +48,10 @@ class Guard:
         self._seat[ITEM] = item
         if item in self._refused:
             raise DataError("it ended or stopped its loader twice")
+
+    def tick(self) -> None:
+        """Still at it, and getting somewhere."""
+        self._seat[PROGRESS] += 1
 
     def leave(self) -> None:
         """What was entered is done."""
@@ -162,6 +167,7 @@ def _work(
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(0)
+    remote.before_each_try = guard.tick
     if "torch" in sys.modules:  # a job of its own brought it
         sys.modules["torch"].set_num_threads(1)
     try:

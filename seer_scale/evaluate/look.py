@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from seer_scale.config import Views
+from seer_scale.data.batched import distort
 from seer_scale.data.decode import decode
-from seer_scale.data.sampler import ElasticSampler
+from seer_scale.data.loader import Batch
 from seer_scale.data.sources import Source
-from seer_scale.data.views import make_views, resize_centre
+from seer_scale.data.views import resize_centre
 from seer_scale.errors import DataError
 from seer_scale.evaluate.features import Represent, features, gather_rows
 from seer_scale.evaluate.knn import Labelled, Neighbours
@@ -23,18 +24,18 @@ SHOWN, ROW, PIXELS = 6, 8, 96
 """Queries or prototypes shown, images in a row, and their height and width."""
 
 
-def show_crops(run_dir: Path, source: Source, views: Views, sampler: ElasticSampler) -> None:
-    """The crops of the first few images of the run that can be read."""
-    gallery, shown = Gallery(run_dir), 0
-    for index in sampler.at(0, np.arange(min(sampler.n, 4 * SHOWN))).tolist():
-        try:
-            image = decode(source.read(index))
-        except DataError:
-            continue
-        gallery.add_crops(index, [crop for kind in make_views(image, views, sampler.seed, 0, index) for crop in kind])
-        shown += 1
-        if shown == SHOWN:
-            break
+def show_crops(run_dir: Path, batch: Batch, views: Views) -> None:
+    """The crops of the first few images of a batch, as the network sees them."""
+    gallery, num = Gallery(run_dir), len(batch.indices)
+    for row in range(min(SHOWN, num)):
+        crops = []
+        for n, kind in enumerate(views.crops):
+            own = batch.views[n][row::num]
+            if batch.distortions:
+                own = distort(own, batch.distortions[n][row::num]).round_().clamp_(0, 255).to(torch.uint8)
+            assert len(own) == kind.num
+            crops += list(own.numpy())
+        gallery.add_crops(int(batch.indices[row]), crops)
     gallery.save()
 
 

@@ -14,7 +14,7 @@ import yaml
 from seer_scale.config import Config
 from seer_scale.data.sampler import ElasticSampler, Era, needed
 from seer_scale.data.sources import Source, open_data, open_source
-from seer_scale.data.sources.manifest import absolute, read_manifest
+from seer_scale.data.sources.manifest import Part, absolute, read_manifest
 from seer_scale.errors import DataError, UserError
 
 FOLDER = "manifests"
@@ -33,7 +33,7 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"eras": [asdict(e) for e in self.eras], "refreshes": self.refreshes}
+        return {"eras": [asdict(e) for e in self.eras], "refreshes": self.refreshes, "buffer": self.source.buffer}
 
     def refreshed(self, source: Source, number: int, samples_seen: int) -> Course:
         """The run's course from `samples_seen` on, over `source`. Raises DataError for a part that changed its size."""
@@ -51,13 +51,19 @@ def open_course(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> 
     eras = [Era(**{**e, "parts": tuple(map(tuple, e["parts"]))}) for e in saved["eras"]]
     number, now = saved["refreshes"], eras[-1]
     source = open_source(str(manifest_of(run_dir, number))) if number else open_data(config.data)
+    what = f"manifest {number} of {run_dir}" if number else "data.path"
     if len(source) != now.n:
-        what = f"manifest {number} of {run_dir}" if number else "data.path"
         raise UserError(f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their order depends on the number, so bring the same images, add others by seer-scale data refresh, or start another run.dir with checkpoint.init_from.")
     if config.data.block and _reading(source, config)[1] != now.block:
         raise UserError(f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from.")
-    if not number:  # the same images may have moved
-        eras = [replace(now, parts=_parts(source, config))]
+    if source.buffer != saved["buffer"]:
+        raise UserError(f"data.buffer is {source.buffer}, but this run mixes its stream through {saved['buffer']} images, which their order follows; use that, or start another run.dir with checkpoint.init_from.")
+    parts = _parts(source, config)
+    if len(parts) == len(now.parts) == 1:  # the same images may have moved
+        eras[-1] = replace(now, parts=parts)
+    elif parts != now.parts:
+        (was, num), (name, there) = next((a, b) for a, b in zip((*now.parts, ("nothing", 0)), (*parts, ("nothing", 0))) if a != b)
+        raise UserError(f"{what} has {name} ({there:,} images) where this run's checkpoint was trained on {was} ({num:,} images), and the order follows the parts, their sizes and their order: bring them as they were, change them by seer-scale data refresh, or start another run.dir with checkpoint.init_from.")
     return Course(source, eras, number, config)
 
 
@@ -112,7 +118,7 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
     _check_sizes(known, joined.parts)
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
-    text = yaml.safe_dump({"parts": [vars(p) for p in parts]}, sort_keys=False)
+    text = yaml.safe_dump({"parts": [{k: v for k, v in vars(p).items() if v != getattr(Part, k, None)} for p in parts]}, sort_keys=False)
     number = newest_manifest(run_dir) + 1
     aside = folder / f".{os.getpid()}.tmp"
     aside.write_text(text)

@@ -45,6 +45,8 @@ from seer_scale.train.window import Window
 from seer_scale.world import World
 
 STARVED, STARVED_LINES = 0.05, 3
+MOST_TOLD = 1000
+"""Unreadable images that the console names; a log has all of them."""
 T = TypeVar("T")
 
 
@@ -198,7 +200,6 @@ class Trainer:
             self._begin()
             try:
                 if not self.resumed_from:
-                    self._show_crops()
                     self._evaluate("before")
                 self._train()
                 if not self._save():
@@ -239,6 +240,9 @@ class Trainer:
         batches = self._batches(window)
         while batch := next(batches, None):
             seen = self.samples_seen
+            if not seen and self.world.is_main:
+                with _disk_may_fill():
+                    show_crops(self.run_dir, batch, c.views)
             due = self._is_due(seen)
             lr = self.schedule(seen)
             loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
@@ -377,11 +381,12 @@ class Trainer:
             complain(f"Rank {self.world.rank}: {sentence}")
 
     def _tell_of_unreadable(self, sentences: list[str]) -> None:
-        """The first few on the console, once; all of them, each time, in logs/unreadable-RANK.txt."""
-        new = [s for s in dict.fromkeys(sentences) if s not in self._told_unreadable]
-        self._told_unreadable |= set(new)
-        for sentence in new[:3]:
-            print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
+        """A few on the console, once; all of them, each time, in logs/unreadable-RANK.txt."""
+        new = [s for s in dict.fromkeys(sentences) if s not in self._told_unreadable][:3]
+        if len(self._told_unreadable) < MOST_TOLD:
+            self._told_unreadable |= set(new)
+            for sentence in new:
+                print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
         if sentences:
             with _disk_may_fill():
                 logs = self.run_dir / "logs"
@@ -470,13 +475,10 @@ class Trainer:
         self._stop_if_agreed()
         return self.engine.represent(images)
 
-    def _show_crops(self) -> None:
-        if self.world.is_main:
-            with _disk_may_fill():
-                show_crops(self.run_dir, self.source, self.config.views, self.course.sampler)
-
     def _show_prototypes(self) -> None:
         c = self.config
+        if self.source.is_stream:
+            return
         prototypes = self.engine.whole(self.engine.method.unit_rows[0])
         with _disk_may_fill():  # rank 0 writes after the last collective
             show_prototypes(

@@ -4,7 +4,9 @@ killed."""
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +17,12 @@ import yaml
 from PIL import Image
 
 from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.sources.base import is_image
 from tests.e2e.runs import assert_same_path, events, reaches, recipe, run, start, steps, until
 from tests.processes import workers
 from tests.unit.test_sources import write_tar
+
+HOSTILE = Path(__file__).parents[2].parent / "shared" / "data" / "hostile"
 
 
 def jpeg(seed: int) -> bytes:
@@ -110,6 +115,65 @@ def test_what_cannot_be_refreshed_is_one_sentence(tmp_path):
     assert "has 11 images, but this run's checkpoint was trained on 10" in said
     assert "is not a run's folder" in run("data", "refresh", tmp_path, "--manifest", tmp_path / "1.yaml", folder=tmp_path, status=2)
     assert "does not exist" in run("data", "refresh", place, "--manifest", tmp_path / "3.yaml", folder=tmp_path, status=2)
+
+
+# ------------------------------------------------------------------------------- every format, streams, starvation
+
+
+def test_every_format_is_trained_on(tmp_path):
+    """None of which is unreadable; with the hostile set, where it is at hand, in the same folder."""
+    folder = write(tmp_path / "photos", 8, 1)
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 4)).astype(np.uint8)
+    for form in ("PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000"):
+        Image.fromarray(pixels).convert("RGBA" if form == "PNG" else "RGB").save(folder / f"{form}.{form[:4].lower()}".replace(".jpeg", ".jp2"), form)
+    Image.fromarray(pixels, "CMYK").save(folder / "cmyk.jpg")
+    expected = 0
+    if HOSTILE.exists():
+        for entry in json.loads((HOSTILE / "manifest.json").read_text())["files"]:
+            if entry["strict"] and is_image(entry["file"]) and (HOSTILE / entry["file"]).stat().st_size < 1 << 20:
+                shutil.copyfile(HOSTILE / entry["file"], folder / f"hostile-{Path(entry['file']).name}")
+                expected += entry["expect"] != "decode"
+    num, place = len(list(folder.iterdir())), tmp_path / "run"
+    samples = -(-num // 8) * 8
+    run("train", recipe(tmp_path, folder, data={"workers": 2}), "--run.dir", place, "--train.samples", samples, folder=tmp_path)
+    replaced = sum(r["data/unreadable"] for r in steps(place).values())
+    assert num >= 15 and (expected <= replaced if expected else replaced == 0)
+    log = place / "logs" / "unreadable-0.txt"
+    told = {Path(line.partition(": ")[0]).name for line in log.read_text().splitlines()} if log.exists() else set()
+    assert len(told) == expected and all(name.startswith("hostile-") for name in told)
+
+
+def test_a_stream_goes_on_on_other_ranks(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": jpeg(i), "path": None} for i in range(60)] + [{"bytes": b"no image", "path": None}]
+    datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()})).to_parquet(tmp_path / "x.parquet")
+    stream = {"kind": "stream", "length": 61, "buffer": 16}
+    given, places = recipe(tmp_path, tmp_path / "x.parquet", data=stream), [tmp_path / "straight", tmp_path / "other"]
+    run("train", given, "--run.dir", places[0], folder=tmp_path)
+    other = start("train", given, "--run.dir", places[1], "--data.workers", 1, ranks=2, folder=tmp_path)
+    until(reaches(places[1], 48), lambda: other.text)
+    other.kill(signal.SIGTERM)
+    assert other.wait() == [75, 75]
+    run("train", given, "--run.dir", places[1], "--data.workers", 2, folder=tmp_path)
+    assert_same_path(places[1], places[0])
+    assert sum(r["data/unreadable"] for r in steps(places[1]).values()) >= 2
+    said = run("train", given, "--run.dir", places[1], "--train.samples", 240, "--data.buffer", 9, folder=tmp_path, status=2)
+    assert "data.buffer is 9, but this run mixes its stream through 16 images" in said
+    said = run("train", given, "--run.dir", tmp_path / "long", "--data.length", 70, "--data.workers", 1, folder=tmp_path, status=2)
+    assert "ended after 61 images, not 70; give 61 as its length" in said and "Traceback" not in said
+
+
+def test_a_run_that_waits_for_images_says_so(tmp_path):
+    """Large PNGs for a tiny network, and one loader process."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for i in range(8):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (900, 900, 3)).astype(np.uint8)).save(folder / f"{i}.png", compress_level=1)
+    place = tmp_path / "run"
+    run("train", recipe(tmp_path, folder, data={"workers": 1, "prefetch": 1}), "--run.dir", place, "--train.samples", 80, folder=tmp_path)
+    assert sorted(r["time/data_wait_frac"] for r in steps(place).values())[5] > 0.05
+    (event,) = events(place, "starved")
+    assert "Updates wait for images" in event["text"] and "seer-scale bench data" in event["text"]
 
 
 # ------------------------------------------------------------------------------------------- broken, tars, device

@@ -46,6 +46,37 @@ def test_exif_orientation_is_honoured(decoder, orientation, order):
     assert apart(decode(data), ImageOps.exif_transpose(Image.open(io.BytesIO(data)))) <= 3
 
 
+def segment(marker: int, content: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+@pytest.mark.parametrize("kind", ["far", "long", "comment", "fill"])
+def test_exif_orientation_is_found_wherever_pillow_finds_it(decoder, kind):
+    """Behind 130 kB of colour profile; as a LONG; after a comment that looks like EXIF; after fill bytes."""
+    plain = encode(Image.fromarray(photo()), quality=95)
+    tiff = b"II*\0\x08\0\0\0\x01\0" + (b"\x12\x01\x04\0\x01\0\0\0\x06\0\0\0" if kind == "long" else b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0") + bytes(4)
+    before = {
+        "far": segment(0xE2, b"ICC_PROFILE\0\x01\x02" + bytes(65000)) + segment(0xE2, b"ICC_PROFILE\0\x02\x02" + bytes(65000)),
+        "long": b"", "comment": segment(0xFE, b"Exif\0\0II*\0\x08\0\0\0\0\0"), "fill": b"\xff\xff",
+    }[kind]  # fmt: skip
+    data = plain[:2] + before + segment(0xE1, b"Exif\0\0" + tiff) + plain[2:]
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert expected.size == (120, 160) and apart(decode(data), expected) <= 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_is_laid_on_white_strip_by_strip(mode, monkeypatch):
+    rgba = np.dstack([photo(), np.random.default_rng(0).integers(0, 256, (120, 160)).astype(np.uint8)])
+    image = Image.fromarray(rgba)
+    image = image.convert(mode) if mode in ("RGBA", "LA") else image.quantize(200)
+    whole = image.convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+    monkeypatch.setattr(decoding, "STRIP", 7)
+    out = io.BytesIO()
+    image.save(out, "PNG" if mode != "PA" else "TIFF" if image.mode == "PA" else "PNG")
+    assert apart(decode(out.getvalue()), expected) <= 1
+
+
 @pytest.mark.parametrize("cut", range(6, 40, 3))
 def test_a_damaged_exif_block_says_nothing(decoder, cut):
     exif = Image.Exif()
@@ -110,13 +141,24 @@ def test_hostile_files_do_what_their_manifest_says():
 import json, resource
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 from pathlib import Path
+from seer_scale.config import Crop, Views
 from seer_scale.data.decode import decode
+from seer_scale.data.views import load_views
 from seer_scale.errors import DataError
+views = Views(crops=(Crop(num=2, size=32), Crop(num=1, size=24)))
 for entry in json.loads(Path({str(HOSTILE / "manifest.json")!r}).read_text())["files"]:
+    data = (Path({str(HOSTILE)!r}) / entry["file"]).read_bytes()
     try:
-        image = decode((Path({str(HOSTILE)!r}) / entry["file"]).read_bytes())
+        made = [v.shape for v in load_views(data, views, 0, 0, 0)]  # as training does
+        assert made == [(2, 3, 32, 32), (1, 3, 24, 24)]
+    except DataError:
+        made = None
+    try:
+        image = decode(data)
+        assert made, entry["file"]
         print(json.dumps([entry["file"], "decode", list(image.shape[1::-1]), image.mean((0, 1)).tolist()]))
     except DataError as error:
+        assert not made, entry["file"]
         print(json.dumps([entry["file"], "skip", None, str(error)]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])

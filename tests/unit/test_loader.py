@@ -11,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from seer_scale.config import Crop, Data, Views
+from seer_scale.data import jobs
 from seer_scale.data import loader as module
 from seer_scale.data.loader import decoded, loader
 from seer_scale.data.sampler import ElasticSampler, Era
 from seer_scale.data.sources import open_source
 from seer_scale.data.views import load_views
-from seer_scale.errors import DataError
+from seer_scale.errors import DataError, SourceEnded
 from tests import processes
-from tests.sources import Counted, Endless
+from tests.sources import Counted, Endless, Passing, Waiting
 
 VIEWS = Views(crops=(Crop(num=2, size=24), Crop(num=3, size=16, scale=(0.05, 0.14))))
 N, BATCH = 30, 12
@@ -192,6 +195,42 @@ def test_an_image_that_is_never_read_is_replaced_like_a_broken_one(photos, capfd
     assert 13 not in np.concatenate([b.indices for b in got])
 
 
+def test_to_wait_for_a_server_is_not_to_hang(photos, capfd):
+    same(batches(Waiting(photos), workers=2, stop=BATCH, timeout_s=0.7), batches(photos, stop=BATCH))
+    assert "takes its place" not in capfd.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_where_it_was_and_replaces_what_is_broken(photos, broken, workers, capfd):
+    """Also where what went by before takes longer than an image may."""
+    alone = batches(Passing(broken), block=0)
+    assert [i for b in alone for i in b.indices.tolist()][:4] == [0, 1, 2, 3] and any(b.unreadable for b in alone)
+    assert all(line.startswith("passing: ") for b in alone for line in b.unreadable)
+    same(batches(Passing(broken), block=0, workers=workers, start=2 * BATCH, timeout_s=1.0), alone[2:])
+    assert "takes its place" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_ends_early_ends_the_run_with_its_own_words(photos, workers):
+    with pytest.raises(SourceEnded, match=r"^it ended after 20 images\.$"):
+        batches(Passing(photos, ends=20), block=0, workers=workers)
+
+
+def test_a_stream_whose_loader_is_killed(photos, capfd):
+    made, killed = [], False
+    sampler = ElasticSampler([Era(0, (("all", N),), 0, 1)], 3, BATCH)
+    for b in loader(Passing(photos), Data(workers=2, prefetch=2), VIEWS, sampler, rank=0, world_size=1, start=0, stop=5 * BATCH):
+        made.append(b)
+        if not killed:
+            os.kill(processes.workers(os.getpid())[0], signal.SIGKILL)
+            killed = True
+    same(made, batches(Passing(photos), block=0))
+    assert "another takes its place" in capfd.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------- tars, in blocks
 
 
@@ -213,6 +252,59 @@ def test_blocks_are_read_once_each_whoever_reads(photos, broken, tmp_path, world
         assert len(reads) - len(runs) <= 2 * replaced
         if name == "whole":
             assert sorted(np.concatenate([b.indices for b in alone])[:30]) == list(range(30))
+
+
+def test_what_is_read_ahead_is_bounded(photos, tmp_path, monkeypatch):
+    """At the limit images are read one by one: the same batches, and no block that is thrown away before its use."""
+    options = dict(global_batch=6, block=5, lanes=6, stop=60)
+    expected = batches(photos, **options)
+    (tmp_path / "counts").touch()
+    size = max(len(photos.read(i)) for i in range(N))
+    monkeypatch.setattr(jobs, "READ_AHEAD", 9 * size)
+    most, kept, fetch = [], jobs._ReadAhead._fetch, lambda self, *a: most.append(self._bytes) or kept(self, *a)
+    monkeypatch.setattr(jobs._ReadAhead, "_fetch", fetch)
+    same(batches(Counted(photos, tmp_path / "counts"), **options), expected)
+    lines = (tmp_path / "counts").read_text().split()
+    assert 0 < max(most) <= 9 * size and "one" in lines and "run" in lines
+    read = lines.count("one") + sum(int(n) for n in lines if n.isdigit())
+    assert read <= 60 + 5
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_an_epoch_is_whole_whoever_loads_it_and_however_often_it_stops(photos, data):
+    """Two epochs in legs of any length, each on other ranks and workers, in blocks or not: every image once an epoch."""
+    block, lanes = data.draw(st.sampled_from([(1, 1), (5, 6), (2, 12), (10, 6)]))
+    at, seen, views = 0, [], []
+    while at < 2 * N:
+        stop = data.draw(st.integers(at // 6 + 1, 2 * N // 6)) * 6
+        world_size, workers = data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(0, 2))
+        options = dict(world_size=world_size, workers=workers, start=at, stop=stop, global_batch=6, block=block, lanes=lanes)
+        for b in joined([batches(photos, rank=r, **options) for r in range(world_size)]):
+            seen += b.indices.tolist()
+            views.append(b.views[0])
+        at = stop
+    assert sorted(seen[:N]) == sorted(seen[N:]) == list(range(N)) and seen[:N] != seen[N:]
+    alone = batches(photos, stop=2 * N, global_batch=6, block=block, lanes=lanes)
+    assert all(torch.equal(v, b.views[0]) for v, b in zip(views, alone, strict=True))
+
+
+def test_a_loader_takes_the_same_memory_whatever_the_length_of_the_list(tmp_path):
+    """Resident memory of a worker's own (Pss) at 2,000 and at 2,000,000 lines: what is mapped is shared, and little of it."""
+    (tmp_path / "1.jpg").write_bytes(jpeg(0))
+    own = []
+    for num in (2_000, 2_000_000):
+        (tmp_path / f"{num}.txt").write_text(f"{tmp_path}/1.jpg\n" * num)
+        source = open_source(str(tmp_path / f"{num}.txt"))
+        sampler = ElasticSampler([Era(0, (("all", num),))], 0, BATCH)
+        made = loader(source, Data(workers=1, prefetch=1), VIEWS, sampler, rank=0, world_size=1, start=0, stop=40 * BATCH)
+        for _ in range(20):
+            next(made)
+        (worker,) = processes.workers(os.getpid())
+        lines = Path(f"/proc/{worker}/smaps_rollup").read_text().splitlines()
+        own.append(sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024)
+        made.close()
+    assert own[1] < own[0] + 15 and own[1] < 120, own
 
 
 # -------------------------------------------------------------------------------------------------- evaluation

@@ -13,7 +13,7 @@ from seer_scale.data import pool as module
 from seer_scale.data.pool import stream
 from seer_scale.errors import DataError
 from tests.numbers import ROWS, Numbers, Unpicklable, die, hang
-from tests.processes import descendants, workers
+from tests.processes import descendants, families, workers
 
 
 def copied(batch):
@@ -74,7 +74,7 @@ def test_any_number_of_such_items_in_one_batch(tmp_path):
 def test_a_fork_of_ours_keeps_no_host_alive(tmp_path):
     batches = stream(Numbers(tmp_path), range(100), workers=1)
     next(batches)
-    [host] = {descendants(os.getpid())[p] for p in workers(os.getpid())}
+    [host] = {host for _, host, _ in families(os.getpid())}
     fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,), daemon=True)
     fork.start()
     batches.close()
@@ -118,11 +118,10 @@ def test_what_holds_the_workers_may_be_killed_too(tmp_path, capfd, which):
     batches, got = stream(Numbers(tmp_path), range(30), workers=2, prefetch=2), []
     for batch in batches:
         got.append(copied(batch))
-        if len(got) in (7, 19) and (loaders := workers(os.getpid())):  # none are below us once their server is dead
-            below = descendants(os.getpid())
-            host = below[loaders[0]]
+        if len(got) in (7, 19) and (loaders := families(os.getpid())):  # none are below us once their server is dead
+            _, host, server = loaders[-1]  # the newest: those of another test may be on their way out
             if which != "the host":
-                os.kill(below[host], signal.SIGKILL)
+                os.kill(server, signal.SIGKILL)
             if which != "the server":
                 os.kill(host, signal.SIGKILL)
     check(got, 30)

@@ -124,6 +124,7 @@ def test_remote_tars_are_the_local_ones(server, path):
     publish(server)
     path = (server.url + path).replace("{url}", server.url).replace("{{", "{").replace("}}", "}")
     source, local = open_source(path, "tar"), open_source(str(server.root), "tar")
+    assert source.name(0).endswith("::0"), "the server is not asked for a name"
     assert plain(source, server.url) == plain(local, str(server.root)) and len(source) == 24
     assert source.classes == local.classes == ["ant", "bee", "cow"] and source.has_labels
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)

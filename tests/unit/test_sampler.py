@@ -131,9 +131,9 @@ def test_a_lane_reads_one_block_after_the_other(n, seed, block, lanes):
     for start in range(0, n // window * window, window):
         for lane in {0, lanes // 2, lanes - 1}:
             places = start + lane + lanes * np.arange(order.block)
-            first, num = order.run_of(1, int(places[0]), int(images[places[0]]))
+            first, num, _ = order.run_of(1, int(places[0]), int(images[places[0]]))
             assert num == order.block and sorted((images[places] - first) % n) == list(range(num))
-            assert all(order.run_of(1, int(p), int(images[p])) == (first, num) for p in places)
+            assert [order.run_of(1, int(p), int(images[p])) for p in places] == [(first, num, n) for n in range(num)]
     assert all(order.run_of(1, p, int(images[p])) is None for p in range(n // window * window, n))
 
 

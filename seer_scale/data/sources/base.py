@@ -26,12 +26,14 @@ class Source:
     labels: int32 [n], each an index into `classes`, -1 where an image has none; or None. classes: the labels' names.
     locality: images that lie together and are best read together (`read_run`); 1 = none. is_stream: whether images come
     in passing only, from `iterate(seed, epoch, first)`, and not by number.
+    buffer: images among which a stream is mixed, 0 for a source that is none.
     """
 
     labels: np.ndarray | None = None
     classes: Sequence[str] = ()
     locality = 1
     is_stream = False
+    buffer = 0
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -51,7 +53,8 @@ class Source:
             return error
 
     def name(self, i: int) -> str:
-        """What a log shows for image i: its path, or TAR::MEMBER."""
+        """What a log shows for image i: its path, or TAR::MEMBER. Asked for when reading has failed: it reads no image,
+        and asks no server."""
         raise NotImplementedError
 
     def label(self, i: int) -> int | None:
@@ -221,7 +224,7 @@ def load_arrays(file: Path | BinaryIO, only: Sequence[str] = ()) -> dict[str, np
     try:
         with np.load(file, allow_pickle=False) as saved:
             return {name: saved[name] for name in only or saved}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):  # another file of that name, too
         return {}
 
 

@@ -43,7 +43,7 @@ class Files(Source):
 def read_file(path: str) -> bytes:
     """The whole of a file or URL. Raises DataError."""
     if remote.is_url(path):
-        return remote.read(path)
+        return remote.read(path, most=MOST_BYTES)
     try:
         with open(path, "rb", buffering=0, opener=_at_once) as file:
             found = os.fstat(file.fileno())

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
@@ -94,9 +94,8 @@ class HubSource(Source):
         return _encoded(self._cell(i), f"{self._where}#{i}")
 
     def name(self, i: int) -> str:
-        """The image's file; or where it is kept in the data set's own, as hf:OWNER/NAME[train]#123."""
-        data, path = _parts(self._cell(i))
-        return path if path and data is None else f"{self._where}#{i}"
+        """Where it is kept, as hf:OWNER/NAME[train]#123; nothing is read for it, as that may be what fails."""
+        return f"{self._where}#{i}"
 
     def _cell(self, i: int) -> Any:
         return self._data.column(self._column)[i].as_py()
@@ -141,7 +140,7 @@ class HubStream(Source):
     is_stream = True
 
     def __init__(self, dataset: Any, column: str, where: str, length: int, buffer: int):
-        self._column, self._where, self._length, self._buffer = column, where, length, buffer
+        self._column, self._where, self._length, self.buffer = column, where, length, buffer
         label = _label_column(dataset.features)
         self.classes = getattr(dataset.features.get(label), "names", ())
         # decode(False) comes first: on a stream from the Hub it takes away the threads that would decode every image
@@ -150,13 +149,19 @@ class HubStream(Source):
     def __len__(self) -> int:
         return self._length
 
-    def iterate(self, seed: int, epoch: int, first: int) -> Iterator[tuple[int, bytes | DataError]]:
+    def name(self, i: int) -> str:
+        return self._where
+
+    def iterate(
+        self, seed: int, epoch: int, first: int, tick: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[int, bytes | DataError]]:
         """(position in the epoch, encoded image or why it cannot be read), from position `first` to the epoch's end.
 
-        Images beyond the length are left out. Raises DataError when there are fewer, or when the stream breaks off.
+        Images beyond the length are left out. tick: called now and then, also while the buffer fills and what comes
+        before `first` goes by. Raises DataError when there are fewer, or when the stream breaks off.
         """
         position = -1
-        for position, cell in zip(range(self._length), self._mixed(seed, epoch)):
+        for position, cell in zip(range(self._length), self._mixed(seed, epoch, tick)):
             if position >= first:
                 try:
                     yield position, _encoded(cell, f"{self._where} image {position} of epoch {epoch}")
@@ -165,7 +170,7 @@ class HubStream(Source):
         if (count := position + 1) < self._length:
             raise DataError(f"{self._where} ended after {count} images, not {self._length}; give {count} as its length.")
 
-    def _mixed(self, seed: int, epoch: int) -> Iterator[Any]:
+    def _mixed(self, seed: int, epoch: int, tick: Callable[[], None]) -> Iterator[Any]:
         """The library shuffles the files; its own buffer fails at 2 GiB of images, so it is kept to SLICE."""
         held, rng = [], numpy_generator(seed, "stream", epoch)
         drawn_from = hash_key(seed, "stream", epoch) % 2**32
@@ -173,8 +178,9 @@ class HubStream(Source):
             files = self._dataset.shuffle(drawn_from, buffer_size=SLICE, max_buffer_input_shards=1)
             # iter(dataset) would give each of a loader's worker processes some of the files only
             for rows in files.iter(batch_size=SLICE):
+                tick()
                 held += rows[self._column]
-                while len(held) > self._buffer:
+                while len(held) > self.buffer:
                     drawn = int(rng.integers(len(held)))
                     held[drawn], held[-1] = held[-1], held[drawn]
                     yield held.pop()

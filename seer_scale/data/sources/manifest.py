@@ -18,16 +18,19 @@ from seer_scale.data.sources.tars import OUTSIDE_BRACES
 from seer_scale.errors import DataError, nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
-KEYS = ("path", "kind", "name")
+KEYS = ("path", "kind", "name", "split", "image_key")
 
 
 @dataclass(frozen=True)
 class Part:
-    """path: as data.path takes it, absolute. name: what tells whether two manifests mean the same images."""
+    """path: as data.path takes it, absolute. name: what tells whether two manifests mean the same images. split,
+    image_key: as data.split and data.image_key, for data sets of the library datasets."""
 
     path: str
     kind: str
     name: str
+    split: str = "train"
+    image_key: str = ""
 
 
 class Joined(Source):
@@ -89,12 +92,12 @@ def absolute(path: str, root: str = "") -> str:
     return ",".join(p if is_url(p) else os.path.abspath(p) for p in parts)
 
 
-def open_manifest(path: str, open_source: Callable[[str, str], Source]) -> Joined:
+def open_manifest(path: str, open_source: Callable[..., Source]) -> Joined:
     """Raises DataError, naming the part, for a manifest or a part that cannot be read."""
     parts, sources = read_manifest(path), []
     for part in parts:
         try:
-            sources.append(open_source(part.path, part.kind))
+            sources.append(open_source(part.path, part.kind, split=part.split, image_key=part.image_key))
         except DataError as error:
             raise DataError(f"{path}, part {part.name}: {error}") from error
     return Joined(sources, [part.name for part in parts])
@@ -128,7 +131,11 @@ def read_manifest(path: str) -> list[Part]:
         kind = "manifest" if place.lower().endswith(SUFFIXES) else entry.get("kind", "auto")
         if kind in ("manifest", "stream"):
             raise DataError(f"{path}: part {n}, {entry['path']}, is of kind {kind}, which cannot be a part; name what is in it.")
-        parts.append(Part(place, entry.get("kind", "auto"), str(entry.get("name", place))))
+        if only := [k for k in ("split", "image_key") if k in entry and kind != "hub"]:
+            raise DataError(f"{path}: part {n} gives {only[0]}, which only data sets of kind hub have: add kind: hub, or leave it out.")
+        more = {k: str(entry[k]) for k in ("split", "image_key") if k in entry}
+        own = f"{place}[{more['split']}]" if "split" in more else place
+        parts.append(Part(place, entry.get("kind", "auto"), str(entry.get("name", own)), **more))
     names = [p.name for p in parts]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise DataError(f"{path} names the part {twice[0]} twice: give each path once, or different names.")

@@ -33,6 +33,12 @@ STAMPS = (
 """What filesystems call the thing that changes with the content, the surest first."""
 
 T = TypeVar("T")
+
+
+def before_each_try() -> None:
+    """A loader process puts here what tells that it is waiting for a server, and not stuck."""
+
+
 _filesystems: dict[tuple[int, str], Any] = {}
 _jitter = random.SystemRandom()  # forked workers must not wait alike, nor draw from anybody's seeded numbers
 
@@ -56,12 +62,15 @@ def beside(url: str, suffix: str) -> str:
     return f"{path}{suffix}{mark}{query}"
 
 
-def read(url: str, offset: int = 0, size: int | None = None) -> bytes:
-    """The bytes offset .. offset + size - 1, or all. Raises DataError."""
+def read(url: str, offset: int = 0, size: int | None = None, most: int | None = None) -> bytes:
+    """The bytes offset .. offset + size - 1, or all, of a file that has no more than `most`. Raises DataError."""
 
     def get(fs: Any, path: str) -> bytes:
         if size is None:
-            return fs.cat_file(path, start=offset or None)
+            data = fs.cat_file(path, start=offset or None, end=most and offset + most + 1)
+            if most and len(data) > most:
+                raise Refused(f"{url} cannot be read (it has more than the {most:,} bytes that an image may have).")
+            return data
         data = fs.cat_file(path, start=offset, end=offset + size)
         if len(data) > size:
             raise Refused(f"{url} cannot be read in parts: its server ignores ranges; use another, or fetch the file.")
@@ -129,6 +138,7 @@ def _retried(url: str, call: Callable[[Any, str], T], timeout_s: float) -> T:
     """call(filesystem, path in it), again after growing pauses while it fails or takes longer than `timeout_s`."""
     reason = ""
     for attempt in range(TRIES):
+        before_each_try()
         if attempt:
             time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1))
         try:

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
@@ -40,7 +41,7 @@ from seer_scale.data.sources.base import (
     save_arrays,
     stamp_of,
 )
-from seer_scale.data.sources.files import read_file
+from seer_scale.data.sources.files import MOST_BYTES, read_file
 from seer_scale.errors import DataError
 
 OUTSIDE_BRACES = r",(?![^{}]*\})"
@@ -86,11 +87,12 @@ class Tars(Source):
 
     def _begin(self) -> None:
         mean = -(-int(self._starts[-1]) // len(self._paths))
-        self._index = lru_cache(max(1, KEPT_IMAGES // mean))(partial(self._load, only=PLACES))
+        self._indexes: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()  # the least recently used first
+        self._most_indexes = max(1, KEPT_IMAGES // mean)
         self._open = lru_cache(OPEN_TARS)(self._open_tar)  # one that goes is closed once nobody uses it
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_index", "_open")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_indexes", "_open")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -123,11 +125,22 @@ class Tars(Source):
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         return shard, int(i - self._starts[shard])
 
+    def _index(self, shard: int) -> dict[str, np.ndarray]:
+        if shard not in self._indexes:
+            self._indexes[shard] = self._load(shard, PLACES)
+            if len(self._indexes) > self._most_indexes:
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(shard)
+        return self._indexes[shard]
+
     def _name(self, shard: int, i: int) -> str:
+        path = self._paths[shard]
         try:
+            if remote.is_url(path) and shard not in self._indexes:
+                raise DataError("a server that has just failed is not asked for a name")
             index = self._index(shard)
         except DataError:  # a log needs a name all the same
-            return f"{self._paths[shard]}::{i}"
+            return f"{path}::{i}"
         return f"{self._paths[shard]}::{Names(index['names'], index['name_ends'])[i]}"
 
     def _read_in(self, shard: int, first: int, num: int) -> list[bytes | DataError]:
@@ -140,6 +153,8 @@ class Tars(Source):
         out: list[bytes | DataError] = []
         for a, b in _joined(begins, ends):
             try:
+                if ends[a] - begins[a] > MOST_BYTES:
+                    raise DataError(f" cannot be read (its {ends[a] - begins[a]:,} bytes are more than the {MOST_BYTES:,} that an image may have).")
                 data = self._range(shard, begins[a], ends[b - 1] - begins[a])
                 out += [data[begins[i] - begins[a] : ends[i] - begins[a]] for i in range(a, b)]
             except DataError as error:
@@ -152,11 +167,12 @@ class Tars(Source):
         if remote.is_url(path):
             return remote.read(path, offset, size)
         try:
-            data = os.pread(self._open(shard).fileno(), size, offset)
+            file = self._open(shard).fileno()
+            data, stat = os.pread(file, size, offset), os.fstat(file)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}).") from error
-        if len(data) != size:
-            raise DataError(f"{path} is cut short: the tar changed after it was indexed; fetch it again.")
+        if len(data) != size or (stat.st_size, stat.st_mtime_ns) != tuple(self._stamps[shard].tolist()):
+            raise DataError(f"{path} changed after it was indexed: start again.")
         return data
 
     def _open_tar(self, shard: int):
