@@ -256,7 +256,7 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
             raise _Bad(f"needs {len(item_types)} values, as in [{', '.join('1' * len(item_types))}]")
         return tuple(_coerce(t, v, f"{key}[{i}]", problems) for i, (t, v) in enumerate(zip(item_types, items)))
     if dataclasses.is_dataclass(tp):
-        return _build(tp, value, key, problems)
+        return read_section(tp, value, key, problems)
     if tp is bool and isinstance(value, bool):
         return value
     if tp is str and isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -289,7 +289,7 @@ def _check_limits(limits: dict[str, float], value: Any) -> None:
                 raise _Bad(f"must be {words} {bound}")
 
 
-def _build(cls: type, given: Any, prefix: str, problems: list[str]) -> Any:
+def read_section(cls: type, given: Any, prefix: str, problems: list[str]) -> Any:
     """Dataclass `cls` from a mapping; problems are collected, and a broken field keeps its default."""
     if given is None:
         given = {}
@@ -434,7 +434,7 @@ def resolve(
     """
     over, problems = (overrides, []) if isinstance(overrides, dict) else parse_overrides(list(overrides))
     merged = merge(given, over)
-    config = _build(Config, merged, "", problems)
+    config = read_section(Config, merged, "", problems)
     if not isinstance(merged.get("train"), dict) or "samples" not in merged["train"]:
         problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
     if not config.data.path:

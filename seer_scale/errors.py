@@ -25,12 +25,12 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """All problems of one recipe, each a sentence."""
+    """All problems of one recipe (or of `what` else), each a sentence."""
 
-    def __init__(self, problems: list[str]):
+    def __init__(self, problems: list[str], what: str = "The recipe"):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"The recipe has {count}:", *(f"  - {p}" for p in problems)]))
+        super().__init__("\n".join([f"{what} has {count}:", *(f"  - {p}" for p in problems)]))
 
 
 class DataError(UserError):

@@ -177,5 +177,5 @@ def control_local(run_dir: str, visible: str | None) -> int:
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (job.code, os.environ.get("PYTHONPATH"))))
-    num = job.ranks_per_node
-    return Control(job, lambda attempt: LocalRanks(job, attempt, num), ident=job.job_id, ranks=num, nodes=[os.uname().nodename]).run()
+    num, ident = job.ranks_per_node, f"{os.environ['SUBMITIT_LOCAL_JOB_ID']}.{time.time():.0f}"  # process numbers come again
+    return Control(job, lambda attempt: LocalRanks(job, attempt, num), ident=ident, ranks=num, nodes=[os.uname().nodename]).run()

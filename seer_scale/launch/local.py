@@ -12,7 +12,6 @@ import pickle
 import signal
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import submitit
@@ -28,16 +27,17 @@ STOPPING_AT_ONCE = "Stopping at once: what was done since the newest checkpoint 
 
 def run_here(job: Job) -> int:
     """Start the ranks, follow them, return the exit status."""
-    job = dataclasses.replace(job, job_id=f"local-{uuid.uuid4().hex[:8]}", launcher=os.getpid())
+    job = dataclasses.replace(job, launcher=os.getpid())
     job.write()
-    job.logs.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (job.code, os.environ.get("PYTHONPATH"))))
     os.environ["PYTHONSAFEPATH"] = "1"  # the copy of the code, and not what lies where the command was given
     executor = submitit.LocalExecutor(folder=job.logs)
     executor.update_parameters(timeout_min=60 * 24 * 365)
     # Blocked and inherited: a stop reaches those who can pass it on, never submitit's controller.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    with _Watch(executor.submit(control_local, job.run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"))) as watch:
+    submitted = executor.submit(control_local, job.run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    with _Watch(submitted) as watch:
+        dataclasses.replace(job, job_id=submitted.job_id).write()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return watch.until_end()
 

@@ -2,84 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from seer_scale.config import load_recipe, merge, parse_overrides
+from seer_scale.config import Config, load_recipe, merge, parse_overrides, resolve
 from seer_scale.errors import ConfigError, UserError
-from seer_scale.launch.job import FOLDER, Job, snapshot, write_whole
+from seer_scale.launch.job import Job, snapshot, write_whole
+from seer_scale.launch.profile import Profile
 from seer_scale.train.start import resolve_given, run_dir_of
-
-RESTARTS, REQUEUES = 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user asks for. nodes: (fewest, most); ranks_per_node: 0 = all of the recipe's parallel.ranks on one node."""
+    """What a user asks for. nodes: (fewest, most), or None: what the recipe's parallel.ranks need. ranks: those of one node;
+    0 = the profile's, or all of the recipe's on one node."""
 
     recipe: str
     overrides: Sequence[str] = ()
     name: str = ""
     cluster: str = "local"
-    nodes: tuple[int, int] = (1, 1)
-    ranks_per_node: int = 0
-    restarts: int = RESTARTS
-    requeues: int = REQUEUES
-    profile: dict[str, Any] = field(default_factory=dict)
+    nodes: tuple[int, int] | None = None
+    ranks: int = 0
+    profile: Profile = Profile()
 
 
-def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, list[str]]:
-    """The job, with what the user should know of it; nothing is written yet but by `stow`. Raises UserError."""
+def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], list[str]]:
+    """(the job, the recipe that travels with it, what the user should know). Writes nothing. Raises UserError."""
     given, (over, problems) = load_recipe(ask.recipe), parse_overrides(list(ask.overrides))
-    if problems:  # the same problems again, among all others
-        resolve_given(given, list(ask.overrides), 1)
-    merged = merge(given, over)
-    if ask.name and not (merged.get("run") or {}).get("dir"):
-        merged = merge(merged, {"run": {"dir": str(Path("runs") / ask.name)}})
-    each = ask.ranks_per_node or _ranks(merged)
-    config, fits, notes = _fits(merged, ask.nodes, each)
+    if problems:
+        resolve_given(given, list(ask.overrides), 1)  # tells them, and all others
+    given = merge(given, over)
+    if ask.name and not (given.get("run") or {}).get("dir"):
+        given = merge(given, {"run": {"dir": str(Path("runs") / ask.name)}})
+    ranks = _ranks(given)
+    each = ask.ranks or ask.profile.ranks_a_node or ranks
+    if ask.nodes is None and ranks % each and ask.cluster != "local":
+        raise UserError(f"parallel.ranks is {ranks}, which fill no whole nodes of {each}: give --nodes, such as {-(-ranks // each)}.")
+    config, fits, notes = _fits(given, ask.nodes or (max(1, ranks // each),) * 2, each)
     run_dir = run_dir_of(config, ask.recipe)
     job = Job(
-        name=ask.name or run_dir.name, run_dir=os.path.abspath(run_dir), cluster=ask.cluster, command=list(command), folder=os.getcwd(), code="",
-        ranks_per_node=each, fits=fits, restarts=ask.restarts, requeues=ask.requeues, profile=ask.profile, submitted=time.time(),
+        name=ask.name or run_dir.name, run_dir=os.path.abspath(run_dir), cluster=ask.cluster, command=list(command),
+        folder=os.getcwd(), code="", ranks_per_node=each, fits=fits, restarts=ask.profile.restarts, requeues=ask.profile.requeues,
+        profile=dataclasses.asdict(ask.profile), submitted=time.time(),
     )  # fmt: skip
-    return job, notes, merge(merged, {"run": {"dir": str(run_dir)}})
+    return job, merge(given, {"run": {"dir": str(run_dir)}}), notes
 
 
 def stow(job: Job, recipe: dict[str, Any]) -> Job:
-    """Write what travels with the job: the code and the recipe. Raises UserError."""
-    import dataclasses
-
+    """Write what travels with the job, its code and its recipe; the job that knows where. Raises UserError."""
     try:
         job.place.mkdir(parents=True, exist_ok=True)
+        job.logs.mkdir(exist_ok=True)
         write_whole(job.recipe, yaml.safe_dump(recipe, sort_keys=False))
         return dataclasses.replace(job, code=snapshot(job.place))
     except OSError as error:
         raise UserError(f"{job.run_dir} cannot hold a run ({error.strerror}): choose another run.dir.") from error
 
 
-def _ranks(merged: dict[str, Any]) -> int:
+def _ranks(given: dict[str, Any]) -> int:
     """parallel.ranks, where it is a number; what is wrong with it is told by `resolve`."""
-    section = merged.get("parallel")
+    section = given.get("parallel")
     ranks = section.get("ranks", 1) if isinstance(section, dict) else 1
     return ranks if isinstance(ranks, int) and ranks > 0 else 1
 
 
-def _fits(merged: dict[str, Any], nodes: tuple[int, int], each: int):
-    """(Config for the fewest nodes, numbers of nodes that can take the recipe, notes)."""
-    configs, problems = {}, {}
-    for num in range(nodes[0], nodes[1] + 1):
+def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int) -> tuple[Config, list[int], list[str]]:
+    """(Config for the fewest nodes, the numbers of nodes that can take the recipe, notes). Raises ConfigError."""
+    problems: dict[int, list[str]] = {}
+    config = None
+    for num in dict.fromkeys(nodes):  # all checks for both ends; between them, those of ranks
         try:
-            configs[num] = resolve_given(merged, {}, num * each)
+            found = resolve_given(given, {}, num * each)
+            config = config or found
         except ConfigError as error:
             problems[num] = error.problems
-    ends = [p for num in nodes if num in problems for p in problems[num]]
-    if ends:
-        raise ConfigError(list(dict.fromkeys(ends)))
-    return configs[nodes[0]], sorted(configs), []
+    if problems:
+        several = list(dict.fromkeys(p for of_one in problems.values() for p in of_one))
+        near = sorted((n for n in range(1, 2 * nodes[1] + 2) if n not in problems and _divides(given, n * each)), key=lambda n: abs(n - nodes[0]))
+        if near and nodes != (1, 1):
+            several.append(f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, of {each} ranks each; nearest numbers that the recipe can take: {', '.join(map(str, sorted(near[:2])))}.")
+        raise ConfigError(several)
+    fits = [n for n in range(nodes[0], nodes[1] + 1) if n in nodes or _divides(given, n * each)]
+    left = sorted(set(range(nodes[0], nodes[1] + 1)) - set(fits))
+    notes = [f"The recipe cannot be shared among {', '.join(str(n * each) for n in left)} ranks: on {', '.join(map(str, left))} nodes the next lower number that fits is used."] if left else []
+    return config, fits, notes
+
+
+def _divides(given: dict[str, Any], world_size: int) -> bool:
+    try:
+        resolve(given, {}, world_size=world_size)
+    except ConfigError:
+        return False
+    return True

@@ -55,6 +55,12 @@ def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of a run's log in the order they were written, also those that a restart abandoned."""
+    path = Path(run_dir) / "metrics.jsonl"
+    return list(_records(path.read_bytes().splitlines())) if path.exists() else []
+
+
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, events) of a run, also while it runs. A run without metrics.jsonl has neither.
 
@@ -63,8 +69,7 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, An
     """
     rows: dict[int, dict[str, Any]] = {}
     events = []
-    path = Path(run_dir) / "metrics.jsonl"
-    for record in _records(path.read_bytes().splitlines() if path.exists() else ()):
+    for record in read_records(run_dir):
         samples = record["samples_seen"]
         if "event" in record:
             events.append(record)

@@ -164,7 +164,7 @@ class Trainer:
     def _begin(self) -> None:
         c, w = self.config, self.world
         where = f"{w.size} rank{'s' if w.size > 1 else ''} ({self.engine.name}, {w.device.type})"
-        facts = dict(ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
+        facts = dict(began=_process_began(), step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
                      labelled=self.labelled is not None, memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()))  # fmt: skip
         if self.engine.name != c.parallel.engine:  # auto's choice, or one rank's
@@ -510,6 +510,12 @@ def _disk_may_fill() -> Iterator[None]:
         yield
     except (OSError, DataError) as error:
         print(f"The report or a log cannot be written ({getattr(error, 'strerror', None) or error}): free some space, then run seer-scale report.", file=sys.stderr, flush=True)
+
+
+def _process_began() -> float:
+    """Unix time (proc(5): field 22 of stat, in ticks since the machine began)."""
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _peak_gib(world: World) -> float:

@@ -1,0 +1,196 @@
+"""Runs on SLURM: submitted by submitit, started by srun in the batch job, and put back into the queue until done."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import submitit
+
+from seer_scale.errors import UserError
+from seer_scale.launch.control import Control
+from seer_scale.launch.job import ATTEMPT, Job
+from seer_scale.launch.profile import Profile
+
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SIGNALING", "STAGE_OUT")
+PLAIN = ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
+KILLED_S = 120.0
+"""Seconds in which SLURM ends a job that it has put back into the queue."""
+
+
+# ------------------------------------------------------------------------------------------------ submission
+
+
+class _Executor(submitit.SlurmExecutor):
+    """submitit's, which also writes a script where there is no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def _executor(job: Job) -> _Executor:
+    profile, fits = Profile(**job.profile), job.fits
+    more: dict[str, Any] = {"requeue": True, "nodes": f"{fits[0]}-{fits[-1]}" if len(fits) > 1 else str(fits[0])}
+    more |= {key: value for key in PLAIN if (value := getattr(profile, key))}
+    # not tasks a node, which would fix the number of nodes at the first start
+    more["mincpus"] = max(1, profile.cpus_per_rank) * job.ranks_per_node
+    more |= {k.lstrip("-").replace("_", "-"): v for k, v in profile.sbatch.items()}
+    variables = profile.environment | {"PYTHONSAFEPATH": "1"}
+    setup = [*profile.before, *(f"export {k}={shlex.quote(v)}" for k, v in variables.items())]
+    setup += [f'export PYTHONPATH={shlex.quote(job.code)}"${{PYTHONPATH:+:$PYTHONPATH}}"', f"cd {shlex.quote(job.folder)}"]
+    executor = _Executor(folder=job.logs)
+    executor.update_parameters(
+        job_name=f"seer-{job.name}", time=profile.minutes, gpus_per_node=profile.gpus_per_node or None,
+        signal_delay_s=profile.grace_s, use_srun=False, wckey=None, setup=setup, additional_parameters=more,
+    )  # fmt: skip
+    return executor
+
+
+def script(job: Job, num: int = 1) -> str:
+    """The batch script of a job, or of `num` as one array."""
+    executor = _executor(job)
+    if num > 1:
+        executor.update_parameters(map_count=num)
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+
+def must_be_there() -> None:
+    """Raises UserError without SLURM's commands."""
+    if missing := [c for c in ("sbatch", "srun", "scontrol", "squeue") if not shutil.which(c)]:
+        raise UserError(f"There is no {missing[0]} on the path: submit from a login node of the cluster, or use --cluster local.")
+
+
+def submit(jobs: Sequence[Job]) -> list[Job]:
+    """Submit jobs whose code and recipe are in place, several as one array; the jobs with their numbers."""
+    executor = _executor(jobs[0])
+    try:
+        if len(jobs) == 1:
+            submitted = [executor.submit(control_slurm, jobs[0].run_dir)]
+        else:
+            submitted = executor.map_array(control_slurm, [job.run_dir for job in jobs])
+    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise UserError(f"SLURM does not take the job: {reason[-1] if reason else error}") from error
+    out = [dataclasses.replace(job, job_id=s.job_id) for job, s in zip(jobs, submitted)]
+    for job in out:
+        job.write()
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ in the batch job
+
+
+def control_slurm(run_dir: str) -> None:
+    """What the batch job runs, on its first node: the ranks of all nodes. Ends the process with the run's exit status."""
+    got = int(os.environ["SLURM_JOB_NUM_NODES"])
+    for _ in range(600):  # the record is written just after sbatch has answered
+        job = Job.read(run_dir)
+        if job and job.job_id == _own_id():
+            break
+        time.sleep(0.1)
+    nodes, each = max(n for n in job.fits if n <= got), job.ranks_per_node
+    ident = f"{_own_id()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    names = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[:nodes]
+    if nodes < got:
+        print(f"This job has {got} nodes, of which the recipe can use {nodes}.", flush=True)
+    control = Control(job, lambda attempt: SrunRanks(job, attempt, nodes, each), ident=ident, ranks=nodes * each, nodes=names, requeue=lambda: _requeue(job))
+    sys.exit(control.run())
+
+
+class SrunRanks:
+    """One step of srun: a rank a task. SLURM itself signals the tasks."""
+
+    def __init__(self, job: Job, attempt: str, nodes: int, each: int):
+        profile = Profile(**job.profile)
+        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1"]
+        words += [f"--cpus-per-task={profile.cpus_per_rank}"] if profile.cpus_per_rank else ["--cpu-bind=none"]
+        words += [sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
+        env = {k: v for k, v in os.environ.items() if k not in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK")}
+        self._step = subprocess.Popen(words, env=env | {ATTEMPT: attempt}, start_new_session=True)
+
+    def poll(self) -> str | None:
+        if (code := self._step.poll()) is None:
+            return None
+        if code > 128:
+            return f"A rank was ended by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"srun ended with status {code}"
+        return f"A rank ended with status {code}" if code else ""
+
+    def signal(self, number: int) -> None:
+        if number == signal.SIGKILL and self._step.poll() is None:
+            self._step.kill()
+
+
+def _requeue(job: Job) -> bool:
+    """Put this job back into the queue, unless it is on its way out; never returns where SLURM then ends it."""
+    if (job.place / "cancelled").exists() and (job.place / "cancelled").read_text() == job.job_id:
+        return False
+    if state(job.job_id) != "RUNNING":  # cancelled, or preempted: SLURM has decided already
+        return False
+    done = subprocess.run(["scontrol", "requeue", _own_id()], capture_output=True, text=True)
+    if done.returncode:
+        print(f"SLURM does not put the job back into its queue ({done.stderr.strip()}): start it again, and it goes on.", file=sys.stderr, flush=True)
+        return False
+    print("Back to the queue.", flush=True)
+    time.sleep(KILLED_S)
+    return True
+
+
+def _own_id() -> str:
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+# ------------------------------------------------------------------------------------------------ from outside
+
+
+def _output(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def details(job_id: str) -> dict[str, str]:
+    """What SLURM still knows of a job, by scontrol's names; of one it has forgotten, the state from its accounting."""
+    shown = _output("scontrol", "-o", "show", "job", job_id).splitlines()
+    if shown:
+        return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=| *$)", shown[0]))
+    told = _output("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State").split("\n")[0]
+    return {"JobState": told.split()[0]} if told.strip() else {}
+
+
+def state(job_id: str) -> str:
+    """SLURM's word for a job's state; empty where it knows nothing of it."""
+    return details(job_id).get("JobState", "")
+
+
+def is_alive(job: Job) -> bool:
+    return state(job.job_id) in ALIVE
+
+
+def cancel(job: Job, *, now: bool) -> str:
+    """Save and stop, or at once; a sentence that says what was done. Raises UserError."""
+    must_be_there()
+    if (was := state(job.job_id)) not in ALIVE:
+        raise UserError(f"{job.name} is not on its way: job {job.job_id} is {was.lower() or 'not known to SLURM any more'}.")
+    (job.place / "cancelled").write_text(job.job_id)
+    if now or was != "RUNNING":
+        _run("scancel", job.job_id)
+        return f"Job {job.job_id} of {job.name} is cancelled."
+    _run("scancel", "--signal=USR2", job.job_id)
+    return f"Job {job.job_id} of {job.name} saves and stops; --now would end it at once."
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(words)} failed: {done.stderr.strip()}")
