@@ -13,8 +13,9 @@ import socket
 import sys
 from collections.abc import Iterable
 
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
-"""Exit statuses: done, failed, bad input, and stopped on request with its state saved (EX_TEMPFAIL: run it again)."""
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_HUNG = 0, 1, 2, 75, 76
+"""Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and ended by
+its own watchdog."""
 
 
 class UserError(Exception):

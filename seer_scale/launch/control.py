@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED
 from seer_scale.launch.job import ATTEMPT, Job
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -73,7 +73,7 @@ class LocalRanks:
 
 def _ended(who: str, code: int) -> str:
     """Why a process that returned `code` ended; negative: minus the signal's number."""
-    if code == -signal.SIGALRM:
+    if code in (-signal.SIGALRM, EXIT_HUNG):
         return f"{who} hung and was ended by its watchdog"
     if code < 0:
         return f"{who} was ended by {signal.Signals(-code).name}, from outside or for want of memory"

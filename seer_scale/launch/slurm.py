@@ -16,7 +16,7 @@ from typing import Any
 
 import submitit
 
-from seer_scale.errors import UserError
+from seer_scale.errors import EXIT_HUNG, UserError
 from seer_scale.launch.control import Control
 from seer_scale.launch.job import ATTEMPT, Job
 from seer_scale.launch.profile import Profile
@@ -121,6 +121,8 @@ class SrunRanks:
     def poll(self) -> str | None:
         if (code := self._step.poll()) is None:
             return None
+        if code in (EXIT_HUNG, 128 + signal.SIGALRM):
+            return "A rank hung and was ended by its watchdog"
         if code > 128:
             return f"A rank was ended by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"srun ended with status {code}"
         return f"A rank ended with status {code}" if code else ""

@@ -41,10 +41,13 @@ from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
 from seer_scale.train.course import Course, manifest_of, newest_manifest, open_course
 from seer_scale.train.stop import StopRequest
+from seer_scale.train.watchdog import Watchdog
 from seer_scale.train.window import Window
 from seer_scale.world import World
 
 STARVED, STARVED_LINES = 0.05, 3
+SAVE_S = COMPILE_S = 3600.0
+"""Seconds a disk may take for a checkpoint, and a first update that compiles."""
 MOST_TOLD = 1000
 """Unreadable images that the console names; a log has all of them."""
 T = TypeVar("T")
@@ -82,6 +85,7 @@ class Trainer:
         saved = store.read_meta(resume)["data"] if resume else None
         self.course, self.labelled = _together(world, partial(self._open, saved))
         self._refused_refresh, self._stall_s = 0, 0.0
+        self.watchdog = Watchdog(config.run.hang_s, f"[rank {world.rank}] " if world.size > 1 else "")
         with torch.device("meta"):
             method = SwAV(config, world)
         self.memory_format = choose_memory_format(method.backbone, config, world)
@@ -196,7 +200,7 @@ class Trainer:
     # --- the run
 
     def run(self) -> int:
-        with self.log:
+        with self.log, self.watchdog:
             self._begin()
             try:
                 if not self.resumed_from:
@@ -235,7 +239,7 @@ class Trainer:
     def _train(self) -> None:
         """Updates until the end. Raises _Stop where a stop is agreed before it."""
         c, engine = self.config, self.engine
-        window = Window(self.world, self.run_dir)
+        window, begun = Window(self.world, self.run_dir), self.step
         self._refresh(self.world.broadcast_object(newest_manifest(self.run_dir)))
         batches = self._batches(window)
         while batch := next(batches, None):
@@ -245,8 +249,10 @@ class Trainer:
                     show_crops(self.run_dir, batch, c.views)
             due = self._is_due(seen)
             lr = self.schedule(seen)
-            loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
+            with self.watchdog.patient(COMPILE_S if c.train.compile and self.step == begun else 0.0):
+                loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
             stats = engine.update(lr, engine.method.frozen(seen))
+            self.watchdog.beat()
             self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
             window.add(batch, loss)
             self._settle(self.saver.ended())
@@ -423,7 +429,8 @@ class Trainer:
         place of good ones.
         """
         begin = time.perf_counter()
-        self._settle(self.saver.wait())
+        with self.watchdog.patient(SAVE_S):
+            self._settle(self.saver.wait())
         if not self._is_saved():
             if not self.engine.is_finite():
                 raise TrainingFailed("Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
@@ -438,7 +445,8 @@ class Trainer:
             self._stall_s = time.perf_counter() - begin
             if in_background:
                 return None
-            self._settle(self.saver.wait())
+            with self.watchdog.patient(SAVE_S):
+                self._settle(self.saver.wait())
         return self._saved[1] if self._is_saved() else None
 
     def _is_saved(self) -> bool:
@@ -473,6 +481,7 @@ class Trainer:
     def _represent(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The engine's, with a stop between any two batches: an evaluation may outlast the grace of a preemption."""
         self._stop_if_agreed()
+        self.watchdog.beat()
         return self.engine.represent(images)
 
     def _show_prototypes(self) -> None:

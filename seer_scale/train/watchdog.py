@@ -1,0 +1,74 @@
+"""A process that makes no progress writes where its threads are, and ends, so that the job can start again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from seer_scale.errors import EXIT_HUNG
+
+GRACE_S = 15.0
+"""Seconds between the stacks and the end, in which the other ranks, who wait for this one, write theirs."""
+
+
+class Watchdog:
+    """Wants a `beat` within every `limit_s` seconds; 0 = never barks. A context; one a process.
+
+    A thread writes the stacks of all threads to stderr, then ends the process. Where no thread gets its turn any more
+    (one holds Python's lock for ever), the kernel ends it a little later: SIGALRM, which nothing else here uses.
+    """
+
+    def __init__(self, limit_s: float, what: str = ""):
+        self._limit_s, self._what, self._patience_s = limit_s, what, limit_s
+        self._last, self._over = time.monotonic(), threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        if self._limit_s:
+            self.beat()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        if self._limit_s:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def beat(self) -> None:
+        """Progress was made."""
+        self._last = time.monotonic()
+        if self._limit_s:
+            signal.setitimer(signal.ITIMER_REAL, self._patience_s + 2 * GRACE_S)
+
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """For what takes longer than an update: a compilation, a disk."""
+        before, self._patience_s = self._patience_s, max(self._patience_s, seconds)
+        self.beat()
+        try:
+            yield
+        finally:
+            self._patience_s = before
+            self.beat()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._limit_s / 4)):
+            if time.monotonic() - self._last > self._patience_s:
+                self._bark()
+                if not self._over.wait(GRACE_S):
+                    os._exit(EXIT_HUNG)
+
+    def _bark(self) -> None:
+        """One write, so that the ranks' texts stay apart."""
+        names = {t.ident: t.name for t in threading.enumerate()}
+        lines = [f"{self._what}no progress for {time.monotonic() - self._last:.0f} s (run.hang_s {self._limit_s:g}) in process {os.getpid()} on {socket.gethostname()}:"]
+        for ident, frame in sys._current_frames().items():
+            if ident != threading.get_ident():
+                lines += [f"thread {names.get(ident, ident)}:", *"".join(traceback.format_stack(frame)).splitlines()]
+        os.write(2, "".join(f"{self._what}{line}\n" if i else f"{line}\n" for i, line in enumerate(lines)).encode())
