@@ -174,17 +174,18 @@ def text(ledger: Ledger) -> str:
     if not ledger.lives:
         return "Nothing was logged yet."
     total = ledger.total_s or 1.0
-    lines = [f"{_duration(ledger.total_s)} from the first start, {len(ledger.lives)} {'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} %"]
-    lines += [f"  {words:28}{_duration(ledger.seconds[cause]):>12}{100 * ledger.seconds[cause] / total:>8.1f} %" for cause, words in CAUSES.items() if ledger.seconds[cause] > 0]
+    lines = [f"{duration(ledger.total_s)} from the first start, {len(ledger.lives)} {'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} %"]
+    lines += [f"  {words:28}{duration(ledger.seconds[cause]):>12}{100 * ledger.seconds[cause] / total:>8.1f} %" for cause, words in CAUSES.items() if ledger.seconds[cause] > 0]
     if (mean := ledger.mean_time_to_recover_s) is not None:
-        lines.append(f"  mean time to recover        {_duration(mean):>12}")
+        lines.append(f"  mean time to recover        {duration(mean):>12}")
     if len(ledger.lives) > 1:
         lines += ["", f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  ended by"]
-        lines += [f"  {life.seen[0]:>11,} {life.seen[1]:>11,}  {_duration(life.ended - life.began):>10}  {_duration(life.lost_s):>9}  {life.cause}" for life in ledger.lives]
+        lines += [f"  {life.seen[0]:>11,} {life.seen[1]:>11,}  {duration(life.ended - life.began):>10}  {duration(life.lost_s):>9}  {life.cause}" for life in ledger.lives]
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In seconds up to ten minutes, then in hours and days."""
     if seconds < 600:
         return f"{seconds:.1f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from seer_scale.errors import EXIT_HUNG
 
 GRACE_S = 15.0
-"""Seconds between the stacks and the end, in which the other ranks, who wait for this one, write theirs."""
+"""Seconds, at most, between the stacks and the end, in which the other ranks, who wait for this one, write theirs."""
 
 
 class Watchdog:
@@ -26,7 +26,7 @@ class Watchdog:
     """
 
     def __init__(self, limit_s: float, what: str = ""):
-        self._limit_s, self._what, self._patience_s = limit_s, what, limit_s
+        self._limit_s, self._what, self._patience_s, self._grace_s = limit_s, what, limit_s, min(GRACE_S, limit_s)
         self._last, self._over = time.monotonic(), threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -44,7 +44,7 @@ class Watchdog:
         """Progress was made."""
         self._last = time.monotonic()
         if self._limit_s:
-            signal.setitimer(signal.ITIMER_REAL, self._patience_s + 2 * GRACE_S)
+            signal.setitimer(signal.ITIMER_REAL, self._patience_s + 2 * self._grace_s)
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
@@ -61,7 +61,7 @@ class Watchdog:
         while not self._over.wait(min(1.0, self._limit_s / 4)):
             if time.monotonic() - self._last > self._patience_s:
                 self._bark()
-                if not self._over.wait(GRACE_S):
+                if not self._over.wait(self._grace_s):
                     os._exit(EXIT_HUNG)
 
     def _bark(self) -> None:

@@ -50,7 +50,7 @@ _context.set_forkserver_preload(
 
 def recipe(folder: Path, photos: Path, **changes: dict) -> str:
     """A YAML file of RECIPE; changes are section={key: value}."""
-    given = {k: v | changes.get(k, {}) for k, v in RECIPE.items()}
+    given = {k: RECIPE.get(k, {}) | changes.get(k, {}) for k in RECIPE | changes}
     given["data"] = {"path": str(photos)} | given["data"]
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(given))

@@ -1,0 +1,180 @@
+"""Runs of RegNetY and SwAV on a real SLURM: stopped, preempted, cut off, on other numbers of ranks, and still the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.runs import ROOT, assert_same_path, checkpoints, events, reaches, recipe, run, steps
+from tests.slurm.lab import Cluster
+
+LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
+PROFILE = {
+    "partition": "main", "time": 20, "gpus_per_node": 0, "ranks_per_node": 2, "grace_s": 60,
+    "environment": {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"},
+}  # fmt: skip
+
+
+class Runs:
+    """The launcher in a folder of its own, with the lab's SLURM."""
+
+    def __init__(self, cluster: Cluster, folder: Path, photos: Path):
+        self.cluster, self.folder = cluster, folder
+        self.recipe = recipe(folder, photos)
+        self.profile()
+
+    def profile(self, **changes: object) -> None:
+        (self.folder / "lab.yaml").write_text(yaml.safe_dump(PROFILE | changes))
+
+    def launch(self, *words: object, status: int = 0, path: str = "") -> str:
+        env = self.cluster.env | ({"PATH": path} if path else {})
+        done = subprocess.run([*LAUNCH, *map(str, words)], cwd=self.folder, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status and "Traceback" not in done.stderr, f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def submit(self, name: str, *words: object) -> str:
+        """The job's number."""
+        said = self.launch(self.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", name, *words)
+        return said.partition(f"Submitted {name} as job ")[2].split()[0]
+
+    def place(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def until(self, what: str, name: str, condition, seconds: float = 90) -> None:
+        self.cluster.until(condition, seconds, what, self.place(name) / "logs")
+
+    def until_ended(self, name: str, job: str, state: str = "COMPLETED", seconds: float = 150) -> None:
+        self.until(f"{name} was {state}", name, lambda: self.cluster.job(job)["JobState"] == state, seconds)
+
+    def begins(self, name: str) -> list[dict]:
+        path = self.place(name) / "launch" / "attempts.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["event"] == "begin"]
+
+
+@pytest.fixture
+def lab(cluster, tmp_path, photos) -> Runs:
+    return Runs(cluster, tmp_path, photos)
+
+
+def test_stopped_by_a_signal_then_cut_off_it_is_the_same_run(lab, straight):
+    """2 x 2 ranks: USR2 -> saved -> requeued; a node's power cut -> requeued on what is left; the same losses and images."""
+    job = lab.submit("cut", "--nodes", 2)
+    lab.until("it was on its way", "cut", reaches(lab.place("cut"), 24))
+    lab.cluster.run("scancel", "--signal=USR2", job)
+    lab.until("it had begun again", "cut", lambda: len(lab.begins("cut")) == 2)
+    (stop,) = events(lab.place("cut"), "stop")
+    assert "Stopped by SIGUSR2" in stop["text"] and f"samples-{stop['samples_seen']:012d}" in stop["text"]
+    lab.until("it went on", "cut", lambda: max(steps(lab.place("cut"))) > stop["samples_seen"] + 24)
+    lab.cluster.kill_node(lab.cluster.job(job)["BatchHost"])
+    lab.until_ended("cut", job)
+    begins = lab.begins("cut")
+    assert len(begins) == 3 and all(b["ranks"] == 4 for b in begins) and begins[1]["nodes"] != begins[2]["nodes"]
+    assert [e["samples_seen"] for e in events(lab.place("cut"), "resume")][0] == stop["samples_seen"]
+    assert_same_path(lab.place("cut"), straight)
+    said = lab.launch("status", "cut")
+    assert "cut: done" in said and "4 ranks" in said and "160 samples saved" in said
+    assert "Done: 160 samples" in lab.launch("logs", "cut")
+    found = json.loads(subprocess.run([sys.executable, "-m", "seer_scale.cli", "inspect", lab.place("cut"), "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert len(found["lives"]) == 3 and found["lives"][0]["cause"] == "stopped" and found["seconds"]["down"] > 0
+
+
+def test_whatever_nodes_there_are(lab, tmp_path, photos):
+    """One job of 2 to 4 nodes, a rank each: on 4, after a power cut on 2, then on 3, each with every image once."""
+    lab.recipe = recipe(tmp_path, photos, train={"global_batch": 12, "samples": 192}, checkpoint={"every_samples": 24})
+    run("train", lab.recipe, "--run.dir", tmp_path / "straight", folder=tmp_path)
+    job = lab.submit("elastic", "--nodes", "2-4", "--ranks", 1)
+    place = lab.place("elastic")
+    lab.until("it was on its way", "elastic", reaches(place, 24))
+    for node in ("n3", "n4"):
+        lab.cluster.kill_node(node)
+    lab.until("it went on on two", "elastic", lambda: len(lab.begins("elastic")) >= 2 and lab.begins("elastic")[-1]["ranks"] == 2)
+    so_far = len(events(place, "resume"))
+    lab.until("it had made updates", "elastic", lambda: len(events(place, "resume")) > so_far or so_far and max(steps(place)) > events(place, "resume")[-1]["samples_seen"] + 12)
+    lab.cluster.start_node("n3")
+    lab.cluster.run("scancel", "--signal=USR2", job)
+    lab.until_ended("elastic", job)
+    ranks = [b["ranks"] for b in lab.begins("elastic")]
+    assert ranks[0] == 4 and 2 in ranks and ranks[-1] in (2, 3), ranks
+    assert_same_path(place, tmp_path / "straight")
+
+
+def test_a_killed_rank_is_started_again_in_the_same_job(lab, straight):
+    job = lab.submit("killed", "--nodes", 2, "--parallel.engine", "ddp")
+    lab.until("it was on its way", "killed", reaches(lab.place("killed"), 24))
+    ranks = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_rank(p, lab.place("killed"))]
+    assert len(ranks) == 4
+    os.kill(max(ranks), 9)
+    lab.until_ended("killed", job)
+    assert lab.cluster.job(job)["Restarts"] == "0" and len(lab.begins("killed")) == 2
+    assert "Starting the ranks again, from the checkpoint at" in lab.launch("logs", "killed")
+    assert_same_path(lab.place("killed"), straight)
+
+
+def _is_rank(process: Path, place: Path) -> bool:
+    try:
+        words = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"seer_scale.launch.rank" in words and str(place).encode() in words and b"srun" not in words[0]
+
+
+def test_cancelled_it_saves_and_stays_away(lab):
+    job = lab.submit("cancelled", "--nodes", 1, "--train.samples", 8000)
+    lab.until("it was on its way", "cancelled", reaches(lab.place("cancelled"), 24))
+    said = lab.launch(lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "cancelled", "--nodes", 1, status=2)
+    assert f"is in use by job {job}" in said and "launch.py cancel cancelled" in said
+    assert "saves and stops" in lab.launch("cancel", "cancelled")
+    lab.until_ended("cancelled", job)
+    (stop,) = events(lab.place("cancelled"), "stop")
+    assert checkpoints(lab.place("cancelled"))[-1] == f"samples-{stop['samples_seen']:012d}" and len(lab.begins("cancelled")) == 1
+    assert "is not on its way" in lab.launch("cancel", "cancelled", status=2)
+    assert "cancelled" in lab.launch("list") and "stopped" in lab.launch("status", "cancelled")
+
+
+def test_an_array_is_a_run_each(lab):
+    said = lab.launch(lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--nodes", 1, "--train.samples", 16, "--array", "optim.lr=0.01,0.02", "--name", "sweep")
+    job = said.partition("as job ")[2].partition("_")[0]
+    for n, name in enumerate(("sweep-lr-0.01", "sweep-lr-0.02")):
+        lab.until_ended(name, f"{job}_{n}")
+        config = yaml.safe_load((lab.place(name) / "config.yaml").read_text())
+        assert config["optim"]["lr"] == float(name[-4:]) and "done" in lab.launch("status", name)
+
+
+def test_starts_in_vain_come_to_an_end(lab):
+    """A rank that cannot live: two starts a job, one return to the queue, and a sentence."""
+    lab.profile(restarts=1, requeues=1, before=["ulimit -v 1500000"])
+    job = lab.submit("vain", "--nodes", 1)
+    lab.until_ended("vain", job, "FAILED")
+    assert 2 <= len(lab.begins("vain")) <= 4
+    assert "brought no new checkpoint, the run ends here" in lab.launch("logs", "vain")
+
+
+def test_bad_input_is_refused_before_anything_is_submitted(lab, tmp_path):
+    start = (lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "bad")
+    for words, said in (
+        ((*start, "--optim.lr", "much", "--train.precision", "fp7"), ("optim.lr", "train.precision")),
+        ((*start, "--nodes", "3"), ("must divide evenly among the ranks (6)", "nearest numbers that the recipe can take: 2, 4")),
+        ((*start, "--nodes", "4-2"), ("a range such as 32-64",)),
+        ((*start[:3], "--profile", "gone.yaml"), ("--profile gone.yaml is no file",)),
+        ((*start[:3],), ("--profile is missing",)),
+        (("status", "nothing"), ("There is no launched run nothing",)),
+    ):  # fmt: skip
+        told = lab.launch(*words, status=2)
+        assert all(part in told for part in said), told
+    lab.profile(partiton="x", nodes=4)
+    told = lab.launch(*start, status=2)
+    assert "partiton is not a key; did you mean partition?" in told and "ranks_per_node" in told and "The profile has 2 problems" in told
+    lab.profile(partition="nowhere")
+    assert "SLURM does not take the job" in lab.launch(*start, "--nodes", 1, status=2)
+    lab.profile()
+    assert "There is no sbatch on the path" in lab.launch(*start, "--nodes", 1, status=2, path="/bin-without-slurm")
+    script = lab.launch(*start, "--nodes", "1-2", "--dry-run")
+    assert "#SBATCH --nodes=1-2" in script and "#SBATCH --requeue" in script and "#SBATCH --signal=USR2@60" in script
+    assert lab.cluster.run("squeue", "--noheader") == ""
