@@ -85,9 +85,11 @@ def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int) -> tuple[Con
             problems[num] = error.problems
     if problems:
         several = list(dict.fromkeys(p for of_one in problems.values() for p in of_one))
-        near = sorted((n for n in range(1, 2 * nodes[1] + 2) if n not in problems and _divides(given, n * each)), key=lambda n: abs(n - nodes[0]))
+        num = next(iter(problems))
+        below, above = range(num - 1, 0, -1), range(num + 1, 2 * num + 2)
+        near = [n for side in (below, above) if (n := next((n for n in side if _divides(given, n * each)), 0))]
         if near and nodes != (1, 1):
-            several.append(f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, of {each} ranks each; nearest numbers that the recipe can take: {', '.join(map(str, sorted(near[:2])))}.")
+            several.append(f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, of {each} ranks each; nearest numbers that the recipe can take: {', '.join(map(str, near))}.")
         raise ConfigError(several)
     fits = [n for n in range(nodes[0], nodes[1] + 1) if n in nodes or _divides(given, n * each)]
     left = sorted(set(range(nodes[0], nodes[1] + 1)) - set(fits))

@@ -60,7 +60,7 @@ def script(job: Job, num: int = 1) -> str:
     """The batch script of a job, or of `num` as one array."""
     executor = _executor(job)
     if num > 1:
-        executor.update_parameters(map_count=num)
+        executor.parameters["map_count"] = num  # as submitit itself does
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 

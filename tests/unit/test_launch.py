@@ -1,0 +1,224 @@
+"""Launching without a cluster: profiles, what fits a range of nodes, what travels, and what control does with any ending."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seer_scale.errors import ConfigError, UserError
+from seer_scale.launch import command, slurm
+from seer_scale.launch.control import Control, _ended
+from seer_scale.launch.job import Job, snapshot
+from seer_scale.launch.prepare import Request, prepare, stow
+from seer_scale.launch.profile import Profile, load_profile, minutes, read_profile
+
+ROOT = Path(__file__).parents[2]
+
+
+# ------------------------------------------------------------------------------------------------ profiles
+
+
+def test_the_example_is_a_profile():
+    profile = load_profile(str(ROOT / "slurm" / "example.yaml"))
+    assert profile.ranks_a_node == 8 and profile.minutes == 3 * 24 * 60 and profile.sbatch == {"exclusive": "user"}
+
+
+@pytest.mark.parametrize("time, found", [("90", 90), ("1:30", 2), ("02:00:00", 120), ("1-0", 1440), ("2-03:30", 3090), ("1-00:00:01", 1441)])
+def test_times_are_slurms(time, found):
+    assert minutes(time) == found
+
+
+def test_all_that_is_wrong_with_a_profile_is_told(tmp_path):
+    given = {"partiton": "x", "time": "soon", "gpus_per_node": -1, "before": "module load", "environment": [1], "sbatch": {"nodes": 3, "gres": "x"}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(given))
+    with pytest.raises(ConfigError) as caught:
+        load_profile(str(tmp_path / "p.yaml"))
+    said = str(caught.value)
+    for part in ("The profile has 7 problems", "did you mean partition?", "time is 'soon'", "gpus_per_node is -1", "before is 'module load'",
+                 "environment is [1]", "sbatch.nodes is for the launcher to decide", "sbatch.gres is for the launcher to decide"):  # fmt: skip
+        assert part in said, said
+    assert "grace_s is 180, but a job has only 120 s" in str(read_profile({"time": "2"})[1])
+    assert "ranks_per_node must say" in str(read_profile({"gpus_per_node": 0})[1])
+    assert not read_profile({})[1]
+
+
+# ------------------------------------------------------------------------------------------------ what is submitted
+
+
+@pytest.fixture
+def recipe(tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8}, "data": {"path": str(photos)},
+        "swav": {"prototypes": [12]}, "train": {"samples": 96, "global_batch": 24},
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given))
+    return "tiny.yaml"
+
+
+def ask(recipe: str, **more: object) -> Request:
+    return Request(**{"recipe": recipe, "cluster": "slurm", "profile": Profile(gpus_per_node=2)} | more)
+
+
+def test_numbers_of_nodes_that_fit(recipe):
+    job, given, notes = prepare(ask(recipe, nodes=(1, 6)), [])
+    assert job.fits == [1, 2, 3, 4, 6] and job.ranks_per_node == 2
+    assert notes == ["The recipe cannot be shared among 10 ranks: on 5 nodes the next lower number that fits is used."]
+    assert given["run"]["dir"] == "runs/tiny" and job.run_dir == os.path.abspath("runs/tiny")
+    with pytest.raises(ConfigError) as caught:
+        prepare(ask(recipe, nodes=(4, 5), overrides=["--optim.lr", "-1"]), [])
+    assert "optim.lr is -1" in str(caught.value) and "must divide evenly among the ranks (10)" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--nodes is 4-5, of 2 ranks each; nearest numbers that the recipe can take: 4, 6"):
+        prepare(ask(recipe, nodes=(4, 5)), [])
+    with pytest.raises(UserError, match="parallel.ranks is 3, which fill no whole nodes of 2: give --nodes, such as 2"):
+        prepare(ask(recipe, overrides=["--parallel.ranks", "3"]), [])
+    assert prepare(ask(recipe, overrides=["--parallel.ranks", "8"]), [])[0].fits == [4]
+
+
+def test_the_script_says_what_was_asked_for(recipe):
+    profile = Profile(partition="train", time="1-0", gpus_per_node=8, cpus_per_rank=4, environment={"A": "b c"}, before=["module load x"], sbatch={"exclusive": "user"})
+    job, _, _ = prepare(ask(recipe, nodes=(3, 3), profile=profile), [])
+    text = slurm.script(job)
+    for line in ("--nodes=3", "--partition=train", "--time=1440", "--gpus-per-node=8", "--mincpus=32", "--requeue", "--signal=USR2@180", "--exclusive=user", "--job-name=seer-tiny"):
+        assert f"#SBATCH {line}\n" in text, text
+    assert "ntasks" not in text and "wckey" not in text
+    assert text.index("module load x") < text.index("export A='b c'") < text.index("submitit.core._submit")
+    assert "#SBATCH --array=0-2%3" in slurm.script(job, 3) and "#SBATCH --nodes=2-3\n" in slurm.script(prepare(ask(recipe, nodes=(2, 3), profile=Profile(gpus_per_node=4)), [])[0])
+
+
+def test_code_and_recipe_travel(recipe, tmp_path):
+    job, given, _ = prepare(ask(recipe, nodes=(1, 1), overrides=["--optim.lr", "0.5"]), ["words"])
+    assert not Path(job.run_dir).exists()
+    job = stow(job, given)
+    job.write()
+    assert Job.read(job.run_dir) == job and yaml.safe_load(job.recipe.read_text())["optim"]["lr"] == 0.5
+    code = Path(job.code)
+    assert (code / "seer_scale" / "data" / "pixels.c").is_file() and (code / "ds_configs" / "zero3.json").is_file()
+    assert (code / "seer_scale" / "recipes" / "demo.yaml").is_file() and not list(code.rglob("*.pyc"))
+    before = set(code.parent.iterdir())
+    assert snapshot(job.place) == job.code and set(code.parent.iterdir()) == before
+
+
+def test_a_grid_of_runs(recipe):
+    base = ask(recipe, name="sweep")
+    made = command._array(base, ["optim.lr=0.1,0.2", "swav.prototypes=[12, 8],[4]"])
+    assert [(r.name, list(r.overrides)) for r in made][1] == ("sweep-lr-0.1-prototypes-_4_", ["--optim.lr", "0.1", "--swav.prototypes", "[4]"])
+    assert [r.name for r in command._array(ask("a.yaml"), ["recipe=x.yaml,dir/y.yaml"])] == ["a-x", "a-y"]
+    for wrong, said in ((["optim.lr"], "must name a key"), (["optim.lr=1"], "at least two values"), (["optim.lr=1,1"], "two runs of one name")):
+        with pytest.raises(UserError, match=said):
+            command._array(base, wrong)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["x", "--cluster"], "--cluster has no value"), (["x"], "--cluster is missing"), (["x", "--cluster", "slrum"], "did you mean slurm?"),
+        (["x", "--cluster", "local", "--nodes", "2"], "--nodes has no effect with --cluster local"), (["--cluster", "local"], "The recipe comes first"),
+        (["x", "--cluster", "local", "--rank", "2"], "did you mean --ranks?"), (["x", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"),
+        (["x", "--cluster", "local", "--cluster", "slurm"], "given twice"), (["status"], "status takes one run"), (["logs", "a", "--now"], "--now has no effect with logs"),
+        (["x", "y", "--cluster", "local"], "'y' stands alone"), (["x", "--cluster", "local", "--dry-run=1"], "--dry-run takes no value"),
+        (["x", "--cluster", "local", "--follow"], "--follow has no effect to start a run"), (["list", "--train.samples", "3"], "--train.samples has no effect with list"),
+    ],
+)  # fmt: skip
+def test_words_that_cannot_be_meant(words, said, recipe):
+    with pytest.raises(UserError) as caught:
+        command.main([recipe if w == "x" else w for w in words])
+    assert said in str(caught.value), caught.value
+
+
+# ------------------------------------------------------------------------------------------------ control
+
+
+class Scripted:
+    """Ranks that end as a script says: (checkpoint they leave or None, status they tell or None, problem)."""
+
+    def __init__(self, job: Job, attempt: str, checkpoint: int | None, status: int | None, problem: str):
+        if checkpoint is not None:
+            (Path(job.run_dir) / "checkpoints" / f"samples-{checkpoint:012d}").mkdir(parents=True, exist_ok=True)
+        if status is not None:
+            (job.place / "outcome.json").write_text(json.dumps({"attempt": attempt, "status": status}))
+        self._problem, self._polls, self.heard = problem, 0, []
+
+    def poll(self) -> str | None:
+        self._polls += 1
+        return self._problem if self._polls > 1 else None
+
+    def signal(self, number: int) -> None:
+        self.heard.append(number)
+
+
+def run(tmp_path, *script: tuple, requeue=None, restarts: int = 1, requeues: int = 1, ident: str = "7.0") -> tuple[int, Job]:
+    job = Job(
+        name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=restarts,
+        requeues=requeues, profile={}, submitted=0.0,
+    )  # fmt: skip
+    job.place.mkdir(exist_ok=True)
+    turns = iter(script)
+    control = Control(job, lambda attempt: Scripted(job, attempt, *next(turns)), ident=ident, ranks=1, nodes=["n"], requeue=requeue or (lambda: False))
+    status = control.run()
+    assert next(turns, None) is None, "it ended before the script"
+    return status, job
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_what_the_ranks_say_of_their_end_is_the_end(tmp_path, status):
+    assert run(tmp_path, (8, status, ""))[0] == status
+
+
+def test_a_loss_is_followed_by_a_start_until_too_many_are_in_vain(tmp_path, capsys):
+    lost = "Rank 1 was ended by SIGKILL"
+    status, job = run(tmp_path, (8, None, lost), (16, None, lost), (None, None, lost), (24, 0, ""))
+    assert status == 0 and [line["samples"] for line in job.attempts() if line["event"] == "begin"] == [-1, 8, 16, 16]
+    assert capsys.readouterr().err.count("Starting the ranks again") == 3
+    assert run(tmp_path, (None, None, lost), (None, None, lost), ident="8.0")[0] == 1
+    assert "As 2 starts in a row brought no new checkpoint, the run ends here; the newest checkpoint stands" in capsys.readouterr().err
+
+
+def test_a_stop_goes_back_to_the_queue_and_starts_in_vain_come_to_an_end(tmp_path):
+    asked = []
+
+    def requeue() -> bool:
+        asked.append(1)
+        return True
+
+    assert run(tmp_path, (8, 75, ""), requeue=requeue) [0] == 0 and len(asked) == 1
+    for n in range(1, 9):  # each start of the job: two starts of the ranks, then the queue
+        status, _ = run(tmp_path, (None, None, "x"), (None, None, "x"), requeue=requeue, ident=f"7.{n}")
+        if status:
+            break
+    assert status == 1 and n == 3 and len(asked) == 3  # (restarts + 1) x (requeues + 1) starts after the checkpoint
+
+
+def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
+    requeued = []
+    job = Job(name="x", run_dir=str(tmp_path), cluster="local", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1, profile={}, submitted=0.0)
+    job.place.mkdir()
+
+    class Stopping(Scripted):
+        def poll(self) -> str | None:
+            if self._polls == 2:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            self._polls += 1
+            return "" if self.heard else None
+
+    made = []
+    control = Control(job, lambda a: made.append(Stopping(job, a, 8, 75, "")) or made[-1], ident="1", ranks=1, nodes=[], requeue=lambda: requeued.append(1) or True)
+    before = signal.getsignal(signal.SIGUSR2)
+    assert control.run() == 75 and not requeued and set(made[0].heard) == {signal.SIGUSR2}
+    assert signal.getsignal(signal.SIGUSR2) is before
+
+
+def test_an_outcome_of_another_start_is_none(tmp_path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "outcome.json").write_text(json.dumps({"attempt": "6.0.1", "status": 0}))
+    assert run(tmp_path, (None, None, "x"), (None, None, "x"))[0] == 1
+
+
+def test_ends_are_told_by_name():
+    assert _ended("Rank 3", -signal.SIGKILL) == "Rank 3 was ended by SIGKILL, from outside or for want of memory"
+    assert "hung" in _ended("Rank 3", 76) and "hung" in _ended("Rank 3", -signal.SIGALRM) and _ended("Rank 3", 7) == "Rank 3 ended with status 7"
