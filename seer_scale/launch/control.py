@@ -25,6 +25,8 @@ ECHO_S = 1.0
 """A signal to a process group comes twice, from the group and from whom it was meant for: within so long it is one."""
 GRACE_S = 20.0
 """Seconds that ranks may go on after one of them is gone; they cannot finish a collective without it."""
+HUNG_GRACE_S = 2.0
+"""The same where one hung: the others have waited for it already, and written their stacks."""
 POLL_S = 0.1
 
 
@@ -58,7 +60,7 @@ class LocalRanks:
             self._first, self._lost_at = _ended(f"Rank {bad}", codes[bad]), time.monotonic()
         if all(code is not None for code in codes):
             return self._first
-        if self._lost_at and time.monotonic() - self._lost_at > GRACE_S:
+        if self._lost_at and time.monotonic() - self._lost_at > (HUNG_GRACE_S if EXIT_HUNG in codes else GRACE_S):
             print(f"{sum(c is not None for c in codes)} of {len(codes)} ranks have ended; ending the others.", file=sys.stderr, flush=True)
             self.signal(signal.SIGKILL)
         return None
@@ -116,7 +118,7 @@ class Control:
             if in_vain > job.restarts:
                 if self._goes_on():
                     return EXIT_DONE
-                tries = f"{in_vain} starts in a row" if in_vain > 1 else "the only start"
+                tries = f"{in_vain} starts in a row" if in_vain > 1 else "the last start"
                 print(f"{problem}. As {tries} brought no new checkpoint, the run ends here{'' if now < 0 else '; the newest checkpoint stands'}.", file=sys.stderr, flush=True)
                 return EXIT_FAILED
             where = f"from the checkpoint at {now:,} samples" if now >= 0 else "from the beginning"
@@ -135,6 +137,7 @@ class Control:
                 ranks.signal(signal.SIGTERM)
                 self._asked = max(1, self._asked)
             time.sleep(POLL_S)
+        (self.job.logs / f"rendezvous-{attempt}").unlink(missing_ok=True)  # of ranks that never met
         return problem
 
     def _goes_on(self) -> bool:

@@ -42,7 +42,7 @@ def test_killed_on_two_ranks_goes_on_on_one(straight, tmp_path, photos):
 def test_a_lost_rank_ends_the_others(straight, tmp_path, photos):
     """All are started again, once here, and the second loss ends the run; it goes on all the same."""
     given, place = recipe(tmp_path, photos, checkpoint={"every_samples": 40}), tmp_path / "run"
-    words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, "--restarts", 1)
+    words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, "--restarts", 0)
     launcher = command(*words, folder=tmp_path)
     until(reaches(place, 40), lambda: launcher.text)
     for _ in range(2):
@@ -51,8 +51,8 @@ def test_a_lost_rank_ends_the_others(straight, tmp_path, photos):
         until(lambda: launcher.process.poll() is not None or not set(ranks) & set(runs.ranks_of(launcher)) and len(runs.ranks_of(launcher)) == 2, lambda: launcher.text)  # noqa: B023
     assert launcher.wait() == 1
     assert "Rank 1 was ended by SIGKILL, from outside" in launcher.text and "Another rank has ended" in launcher.text
-    assert "Starting the ranks again, from the checkpoint at 40 samples (start 1 of 1 without a new checkpoint)" in launcher.text
-    assert "As 2 starts in a row brought no new checkpoint, the run ends here" in launcher.text
+    assert "Starting the ranks again, from the checkpoint at" in launcher.text
+    assert "As the last start brought no new checkpoint, the run ends here; the newest checkpoint stands" in launcher.text
     assert "Traceback" not in launcher.text
     assert not list((place / "logs").glob("*.pkl")) and not list((place / "logs").glob("rendezvous*"))
 
@@ -93,7 +93,7 @@ def test_a_rank_that_hangs_ends_all_and_they_start_again(straight, tmp_path, pho
     until(reaches(place, 40), lambda: launcher.text)
     os.kill(runs.ranks_of(launcher)[1], signal.SIGSTOP)
     assert launcher.wait() == 0, launcher.text
-    assert "no progress for 4 s (run.hang_s 4)" in launcher.text and "all_reduce" in launcher.text.partition("no progress for")[2]
+    assert "no progress for 4 s (run.hang_s 4)" in launcher.text and "[rank 0] thread MainThread:" in launcher.text
     assert "Rank 0 hung and was ended by its watchdog. Starting the ranks again" in launcher.text
     assert_same_path(place, straight)
 
