@@ -145,7 +145,7 @@ class Control:
         now, starts = self.job.newest_checkpoint(), 0
         for line in self.job.attempts():
             starts = 0 if line["event"] == "begin" and line["samples"] != now else starts + (line["event"] == "begin")
-        return starts <= (self.job.restarts + 1) * (self.job.requeues + 1) and self._requeue()
+        return starts < (self.job.restarts + 1) * (self.job.requeues + 1) and self._requeue()
 
     def _reason(self, status: int | None) -> str:
         return {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_FAILED: "failed", None: "ended"}.get(status, "bad input")

@@ -44,7 +44,12 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
     ranks = _ranks(given)
     each = ask.ranks or ask.profile.ranks_a_node or ranks
     if ask.nodes is None and ranks % each and ask.cluster != "local":
-        raise UserError(f"parallel.ranks is {ranks}, which fill no whole nodes of {each}: give --nodes, such as {-(-ranks // each)}.")
+        problem = f"parallel.ranks is {ranks}, which fill no whole nodes of {each}: give --nodes, such as {-(-ranks // each)}."
+        try:
+            resolve_given(given, {}, ranks)
+        except ConfigError as others:
+            raise ConfigError([*others.problems, problem]) from others
+        raise UserError(problem)
     config, fits, notes = _fits(given, ask.nodes or (max(1, ranks // each),) * 2, each)
     run_dir = run_dir_of(config, ask.recipe)
     job = Job(
