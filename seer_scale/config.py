@@ -50,7 +50,7 @@ class Data:
     photometric: Literal["auto", "cpu", "device"] = opt("auto", "where flip, colours and blur are done; auto: on the device if it is a GPU")
     workers: int = opt(4, "loader processes a rank; 0 loads in the training process", ge=0)
     prefetch: int = opt(4, "batches kept ready", ge=1)
-    timeout_s: float = opt(120.0, "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for five times that", gt=0)
+    timeout_s: float = opt(120.0, "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for ten times that", gt=0)
 
     def on_device(self, device: str) -> bool:
         """Whether flip, colours and blur are done on a device of this type, instead of by the loader."""
