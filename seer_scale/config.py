@@ -36,7 +36,7 @@ def opt(default: Any, help: str, *, ge=None, gt=None, le=None, lt=None):  # noqa
 class Run:
     dir: str = opt("", "folder of the run: config, metrics, logs, checkpoints, report; empty = runs/<recipe name>")
     seed: int = opt(0, "seed of weights, image order and crops", ge=0)
-    hang_s: float = opt(900.0, "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = wait for ever", ge=0)
+    hang_s: float = opt(1200.0, "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = wait for ever", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Data:
     photometric: Literal["auto", "cpu", "device"] = opt("auto", "where flip, colours and blur are done; auto: on the device if it is a GPU")
     workers: int = opt(4, "loader processes a rank; 0 loads in the training process", ge=0)
     prefetch: int = opt(4, "batches kept ready", ge=1)
-    timeout_s: float = opt(120.0, "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for five times that", gt=0)
+    timeout_s: float = opt(120.0, "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for ten times that", gt=0)
 
     def on_device(self, device: str) -> bool:
         """Whether flip, colours and blur are done on a device of this type, instead of by the loader."""
@@ -510,7 +510,7 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
     if batch % world_size == 0:
         normalised = batch // world_size // c.accumulation(world_size) * (p.sync_bn_group or world_size)
         fail(normalised < 2, f"train.global_batch is {batch}, which leaves BatchNorm {normalised} image to normalise over; it needs at least 2.")
-    fail(0 < c.run.hang_s < 5 * c.data.timeout_s, f"run.hang_s is {c.run.hang_s:g}, but a rank may wait {5 * c.data.timeout_s:g} s for another's loader (5 x data.timeout_s); nearest: {5 * c.data.timeout_s:g}, or 0 for none.")
+    fail(0 < c.run.hang_s < 10 * c.data.timeout_s, f"run.hang_s is {c.run.hang_s:g}, but a rank may wait {10 * c.data.timeout_s:g} s for another's loader (10 x data.timeout_s); nearest: {10 * c.data.timeout_s:g}, or 0 for none.")
     for k in s.prototypes:
         most = 4 * (batch + s.queue)
         fail(k > most, f"swav.prototypes is {k}, but an assignment of {batch + s.queue} samples (train.global_batch + swav.queue) can use at most 4 times as many; nearest: {most}.")

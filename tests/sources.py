@@ -85,7 +85,7 @@ class Waiting(Around):
 
     def read(self, i: int) -> bytes:
         for _ in range(6):
-            remote.before_each_try()
+            remote.waiting()
             time.sleep(0.2)
         return super().read(i)
 

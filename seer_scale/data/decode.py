@@ -36,7 +36,8 @@ def decode(data: bytes, at_least: AtLeast | None = None) -> np.ndarray:
     """The image in `data` as RGB uint8 [H, W, 3], upright as its EXIF orientation asks.
 
     16-bit values are scaled, palettes resolved, transparency laid on white, the first frame of an animation taken.
-    at_least: told (H, W), the least (H, W) that will do; a JPEG may then come smaller by 2, 4 or 8, others never do.
+    at_least: told (H, W), the least (H, W) that will do; a JPEG may then come smaller by 2, 4 or 8, others never do. What it
+    is told last is the size of the whole.
     Raises DataError with the reason for anything that is not a whole image of at most MAX_PIXELS.
     """
     if not data:
@@ -57,7 +58,10 @@ def decode(data: bytes, at_least: AtLeast | None = None) -> np.ndarray:
                 return _upright(simplejpeg.decode_jpeg(data, "RGB", **least), orientation)
         except (ValueError, KeyError):
             pass  # strict about every oddity: Pillow tells the harmless ones from the broken
-    return _decode_pillow(data)
+    image = _decode_pillow(data)
+    if at_least:  # whatever was said of its size before: here it is
+        at_least(*image.shape[:2])
+    return image
 
 
 def _decode_pillow(data: bytes) -> np.ndarray:

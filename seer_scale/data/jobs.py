@@ -5,7 +5,10 @@ Imported by processes that are to stay small: neither this nor what it imports n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +23,10 @@ from seer_scale.data.views import load_views, resize_centre
 from seer_scale.data.worker import Guard, Spec
 from seer_scale.errors import DataError, SourceEnded
 
-READ_AHEAD = 128 << 20
+READ_AHEAD = 256 << 20
 """Bytes of images read ahead with which a loader process reads no further ones."""
+STREAM_PATIENCE_S = 1800.0
+"""Seconds that a stream's next image may take before its loader process counts as stuck."""
 GIVE_UP_AFTER = 100
 """Unreadable images in a row that end a run: then it is not the images."""
 
@@ -58,7 +63,9 @@ class TrainingViews:
         epoch, offset, index = (int(x[row]) for x in self._slots[1])
         unreadable: list[str] = []
         for step in range(GIVE_UP_AFTER):
-            at = (offset + step) % self.sampler.size(epoch)
+            at, size = offset + step, self.sampler.size(epoch)
+            if at >= size:  # a stream's beginning has gone by: of what came last, the nearest before
+                at = (offset - 1 - (at - size) if self.source.is_stream else at) % size
             if step:
                 index = int(self.sampler.at(epoch, np.array([at]))[0])
             try:
@@ -84,7 +91,7 @@ class _ReadAhead:
     def __init__(self, source: Source, sampler: ElasticSampler, world_size: int):
         self._source, self._sampler = source, sampler
         self._blocks: dict[tuple[int, int], dict[int, bytes | DataError]] = {}
-        self._bytes = 0
+        self._bytes = self._largest = 0
         self._most = 2 * max(1, sampler.order.lanes // world_size)  # twice this rank's lanes
 
     def read(self, epoch: int, offset: int, index: int, guard: Guard, *, is_own: bool) -> bytes:
@@ -96,10 +103,11 @@ class _ReadAhead:
         block = self._blocks.get((epoch, first))
         if block is None:
             # another row's block would be kept for nothing, and of one begun before a part; and memory has an end
-            if not is_own or before or self._bytes > READ_AHEAD:
+            if not is_own or before or self._bytes + num * self._largest > READ_AHEAD:
                 return self._source.read(index)
             block = self._blocks[epoch, first] = self._fetch(first, num)
             self._bytes += _size(block)
+            self._largest = max(self._largest, _size(block) // num)
             while len(self._blocks) > self._most:  # one with an image that is refused is never used up
                 self._bytes -= _size(self._blocks.pop(next(iter(self._blocks))))
         data = block.pop(index, None)
@@ -138,7 +146,8 @@ class _Stream:
             self._images = self._source.iterate(self._seed, epoch, offset, guard.tick)
         while offset not in self._lately:
             try:
-                position, data = next(self._images)
+                with _alive(guard):
+                    position, data = next(self._images)
             except DataError as error:
                 raise SourceEnded(str(error)) from error
             self._lately[position], self._next = data, position + 1
@@ -148,6 +157,22 @@ class _Stream:
         if isinstance(data, DataError):
             raise data
         return data
+
+
+@contextmanager
+def _alive(guard: Guard) -> Iterator[None]:
+    """For at most STREAM_PATIENCE_S of waiting: the library tries servers again for many minutes, without a word."""
+    over, deadline = threading.Event(), time.monotonic() + STREAM_PATIENCE_S
+
+    def tick() -> None:
+        while not over.wait(0.2) and time.monotonic() < deadline:
+            guard.tick()
+
+    threading.Thread(target=tick, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 @dataclass

@@ -186,7 +186,8 @@ class _Pool:
         worker, progress = self._workers[seat], int(self._seats[seat, PROGRESS])
         if progress != worker.progress:
             worker.progress, worker.since = progress, self._waited_s
-        limit = self.timeout_s if self._seats[seat, PID] else max(START_S, self.timeout_s)
+        again = max(self.timeout_s / 4, min(self.timeout_s, 10.0))  # several in one batch: other ranks are waiting
+        limit = (again if worker.suspects else self.timeout_s) if self._seats[seat, PID] else max(START_S, self.timeout_s)
         return self._waited_s - worker.since > limit
 
     def _kill(self, seat: int) -> None:

@@ -46,7 +46,7 @@ def load_views(
         return math.ceil(height * share), math.ceil(width * share)
 
     image = decode(data, at_least)
-    return _cut(image, views, draws, full or image.shape[:2], _arrays(views) if out is None else out)
+    return _cut(image, views, draws, full, _arrays(views) if out is None else out)
 
 
 def make_views(image: np.ndarray, views: Views, seed: int, epoch: int, index: int) -> list[np.ndarray]:

@@ -167,7 +167,7 @@ def _work(
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(0)
-    remote.before_each_try = guard.tick
+    remote.waiting = guard.tick
     if "torch" in sys.modules:  # a job of its own brought it
         sys.modules["torch"].set_num_threads(1)
     try:

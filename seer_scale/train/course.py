@@ -56,8 +56,8 @@ def open_course(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> 
         raise UserError(f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their order depends on the number, so bring the same images, add others by seer-scale data refresh, or start another run.dir with checkpoint.init_from.")
     if config.data.block and _reading(source, config)[1] != now.block:
         raise UserError(f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from.")
-    if source.buffer != saved["buffer"]:
-        raise UserError(f"data.buffer is {source.buffer}, but this run mixes its stream through {saved['buffer']} images, which their order follows; use that, or start another run.dir with checkpoint.init_from.")
+    if source.buffer != (before := saved.get("buffer", source.buffer)):  # older checkpoints do not say
+        raise UserError(f"data.buffer is {source.buffer}, but this run mixes its stream through {before} images, which their order follows; use that, or start another run.dir with checkpoint.init_from.")
     parts = _parts(source, config)
     if len(parts) == len(now.parts) == 1:  # the same images may have moved
         eras[-1] = replace(now, parts=parts)

@@ -90,7 +90,8 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
         raise ConfigError(problems)
     run_dir = run_dir_of(config, recipe)
     with StopRequest() as stop:
-        world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device, patience_s=max(5 * config.data.timeout_s, config.run.hang_s + 60))
+        patience_s = max(10 * config.data.timeout_s, config.run.hang_s + 60)
+        world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device, patience_s=patience_s)
         try:
             status = train(config, world, run_dir, stop)
         except RuntimeError as error:

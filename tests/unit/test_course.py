@@ -56,6 +56,8 @@ def test_one_part_may_move(tmp_path):
     state = saved(folder(tmp_path / "here", 20))
     course = open_course(config(folder(tmp_path / "there", 20)), tmp_path, state)
     assert course.eras[-1].parts == ((str(tmp_path / "there"), 20),)
+    del state["buffer"]  # a checkpoint of an earlier version
+    assert len(open_course(config(tmp_path / "here"), tmp_path, state).source) == 20
 
 
 def test_a_stream_is_mixed_as_before(tmp_path):

@@ -214,6 +214,18 @@ def test_a_stream_goes_on_where_it_was_and_replaces_what_is_broken(photos, broke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_the_end_of_a_stream_is_replaced_by_what_came_before_it(tmp_path, workers, monkeypatch):
+    """Not by its beginning, for which it would have to go by once more."""
+    for n in range(24):
+        (tmp_path / f"{n:02d}.jpg").write_bytes(jpeg(n) if n < 20 else b"broken")
+    begun, iterate = [], Passing.iterate
+    monkeypatch.setattr(Passing, "iterate", lambda self, *a: begun.append(a[2]) or iterate(self, *a))
+    got = batches(Passing(open_source(str(tmp_path))), block=0, workers=workers, stop=2 * BATCH)
+    assert got[1].indices.tolist()[-4:] == [19, 19, 19, 19] and len(got[1].unreadable) == 16  # four tries each
+    assert workers or begun == [0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_ends_early_ends_the_run_with_its_own_words(photos, workers):
     with pytest.raises(SourceEnded, match=r"^it ended after 20 images\.$"):
         batches(Passing(photos, ends=20), block=0, workers=workers)

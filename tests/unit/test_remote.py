@@ -321,3 +321,14 @@ def test_urls_that_say_nothing(url, words):
         kind_of(url)
     with pytest.raises(DataError, match="a folder of images must be a local one"):
         open_source(url, "folder")
+
+
+def test_to_wait_is_a_sign_of_life(server, monkeypatch):
+    publish(server, 1)
+    source = open_source(f"{server.url}/000.tar")
+    expected = source.read(0)
+    alive = []
+    monkeypatch.setattr(remote, "waiting", lambda: alive.append(1))
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 2.5)
+    server.faults["000.tar"] = ["hang"]
+    assert source.read(0) == expected and len(alive) >= 3  # twice in the first try, once before the second

@@ -135,13 +135,27 @@ def test_every_format_gives_the_views_of_its_pixels(form, with_simplejpeg, monke
     assert all(np.array_equal(a, b) for a, b in zip(got, v.make_views(decode(out.getvalue()), views, 0, 0, 7)))
 
 
+@pytest.mark.parametrize("junk", [b"", b"abc", b"\0" * 7, b"\xff\xfe\0\x02"])
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_boxes_are_those_of_the_image_as_it_stands(junk, orientation):
+    """Also where our look at the header and Pillow's disagree about which way up it is."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(photo(90, 160)), quality=95, exif=exif.tobytes())
+    data = data[:20] + junk + data[20:]  # behind JFIF's segment
+    assert data[:4] == b"\xff\xd8\xff\xe0"
+    views = Views(crops=(Crop(num=3, size=100),))
+    for a, b in zip(v.load_views(data, views, 0, 0, 7), v.make_views(decode(data), views, 0, 0, 7)):
+        assert np.array_equal(a, b)
+
+
 def test_decoding_is_smaller_only_where_every_crop_allows_it():
     data = encode(Image.fromarray(smooth(480, 640)))
     for least, want in (((240, 320), (240, 320)), ((241, 320), (480, 640)), ((60, 80), (60, 80)), ((61, 80), (120, 160)), ((500, 700), (480, 640))):
         assert decode(data, lambda *_, least=least: least).shape[:2] == want
     told = []
     decode(encode(Image.fromarray(smooth(50, 70)), "PNG"), lambda *size: told.append(size) or size)
-    assert not told  # it is as large as it is
+    assert told == [(50, 70)]  # it is as large as it is
 
 
 def test_the_whole_pipeline_has_swavs_distribution():

@@ -35,8 +35,8 @@ STAMPS = (
 T = TypeVar("T")
 
 
-def before_each_try() -> None:
-    """A loader process puts here what tells that it is waiting for a server, and not stuck."""
+def waiting() -> None:
+    """Called every second while a server is waited for; a loader process puts here what tells that it is not stuck."""
 
 
 _filesystems: dict[tuple[int, str], Any] = {}
@@ -67,7 +67,7 @@ def read(url: str, offset: int = 0, size: int | None = None, most: int | None = 
 
     def get(fs: Any, path: str) -> bytes:
         if size is None:
-            data = fs.cat_file(path, start=offset or None, end=most and offset + most + 1)
+            data = fs.cat_file(path, start=offset or None)
             if most and len(data) > most:
                 raise Refused(f"{url} cannot be read (it has more than the {most:,} bytes that an image may have).")
             return data
@@ -138,9 +138,9 @@ def _retried(url: str, call: Callable[[Any, str], T], timeout_s: float) -> T:
     """call(filesystem, path in it), again after growing pauses while it fails or takes longer than `timeout_s`."""
     reason = ""
     for attempt in range(TRIES):
-        before_each_try()
         if attempt:
             time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1))
+            waiting()
         try:
             return _within(timeout_s, lambda: call(*_filesystem(url)))
         except DataError:
@@ -165,7 +165,14 @@ def _within(timeout_s: float, call: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return future.result(timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return future.result(max(0.0, min(1.0, deadline - time.monotonic())))
+        except TimeoutError:
+            if future.done() or time.monotonic() >= deadline:  # the call's own, or ours
+                raise
+        waiting()
 
 
 def _status(error: BaseException) -> int | None:
