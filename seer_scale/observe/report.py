@@ -112,8 +112,8 @@ def _head(run_dir: Path, rows: Rows, events: Rows, config: dict[str, Any]) -> st
     return (
         f"<header><p class=kicker>Self-supervised pretraining · seer_scale · {written}</p><h1>{name}</h1>"
         f'<p class="headline{" better" * better}">{big}</p>'
-        "<p class=note>The share of held-out images whose class is found by a vote of their nearest neighbours. "
-        f"No label was used in training.</p><dl>{facts}</dl></header>"
+        + ("<p class=note>The share of held-out images whose class is found by a vote of their nearest neighbours. " * bool(known) or "<p class=note>")
+        + f"No label was used in training.</p><dl>{facts}</dl></header>"
     )
 
 
