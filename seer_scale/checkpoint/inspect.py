@@ -41,20 +41,21 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
         ("samples seen", f"{found['samples_seen']:,} of {config.get('train', {}).get('samples', 0):,}, in {found.get('step', 0):,} updates"),
         ("model", config.get("model", {}).get("name", "unknown")),
         ("written", f"{written} by {found.get('engine', 'unknown')} on {found.get('world_size', 1)} ranks, seer_scale {found.get('seer_scale')}, torch {found.get('torch')}"),
-        ("size", f"{_size(found['bytes'])} in {found['files']} files"),
+        ("size", f"{in_bytes(found['bytes'])} in {found['files']} files"),
         ("whole", f"no: {found['flaw']}" if found["flaw"] else f"yes: {how}"),
     ]  # fmt: skip
     lines = [found["path"], *(f"  {name:14}{value}" for name, value in rows), "", f"  {'part':14}{'tensors':>8}{'elements':>16}{'size':>12}"]
-    lines += [f"  {name:14}{p['tensors']:>8,}{p['elements']:>16,}{_size(p['bytes']):>12}" for name, p in found["parts"].items()]
+    lines += [f"  {name:14}{p['tensors']:>8,}{p['elements']:>16,}{in_bytes(p['bytes']):>12}" for name, p in found["parts"].items()]
     if tensors:
         largest = sorted(found["tensors"].items(), key=lambda item: -item[1]["bytes"])[:tensors]
-        lines += ["", *(f"  {t['dtype']:9}{str(t['shape']):22}{_size(t['bytes']):>12}  {name}" for name, t in largest)]
+        lines += ["", *(f"  {t['dtype']:9}{str(t['shape']):22}{in_bytes(t['bytes']):>12}  {name}" for name, t in largest)]
     sections = {section: values for section, values in config.items() if isinstance(values, dict)}
     lines += [""] * bool(sections) + [f"  {section:14}" + " ".join(f"{k}={_short(v)}" for k, v in values.items()) for section, values in sections.items()]
     return "\n".join(lines)
 
 
-def _size(nbytes: float) -> str:
+def in_bytes(nbytes: float) -> str:
+    """A number of bytes in the unit that suits it."""
     power = min(4, int(math.log(max(nbytes, 1), 1024)))
     return f"{nbytes / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 

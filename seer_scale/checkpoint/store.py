@@ -264,16 +264,23 @@ def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] 
     """
     wanted = {k: v for k, v in state.items() if k.startswith(only)}
     with _agreement(world):
-        read_meta(path)
-        reader = _reader(path)
-        if difference := _difference(path, wanted, reader.metadata, only):
-            raise CheckpointError(difference)
+        reader = must_fit(path, wanted, only=only)
     try:
         with _agreement(world), _quiet():
             dcp.load(wanted, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
     except CheckpointError as problem:
         raise CheckpointError(f"{path} could not be read ({problem}); choose another.") from problem
     return reader.nbytes
+
+
+def must_fit(path: Path, state: State, *, only: str | tuple[str, ...] = "") -> _Reader:
+    """A reader of the checkpoint `path`, whose tensors under `only` have the names, shapes and dtypes of `state` (which
+    may be on the meta device). Local, reads no tensor. Raises CheckpointError."""
+    read_meta(path)
+    reader = _reader(path)
+    if difference := _difference(path, state, reader.metadata, only):
+        raise CheckpointError(difference)
+    return reader
 
 
 def _reader(path: Path) -> _Reader:

@@ -16,6 +16,7 @@ from seer_scale.config import Config, load_recipe, merge, parse_overrides, resol
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.launch.job import Job, snapshot, write_whole
 from seer_scale.launch.profile import Profile
+from seer_scale.train import resume
 from seer_scale.train.start import resolve_given, run_dir_of
 
 
@@ -52,6 +53,7 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
         raise UserError(problem)
     config, fits, notes = _fits(given, ask.nodes or (max(1, ranks // each),) * 2, each)
     run_dir = run_dir_of(config, ask.recipe)
+    resume.foresee(config, run_dir)
     job = Job(
         name=ask.name or run_dir.name, run_dir=os.path.abspath(run_dir), cluster=ask.cluster, command=list(command),
         folder=os.getcwd(), code="", ranks_per_node=each, fits=fits, restarts=ask.profile.restarts, requeues=ask.profile.requeues,

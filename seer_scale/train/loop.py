@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import resource
@@ -23,6 +22,7 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.checkpoint import store
+from seer_scale.checkpoint.inspect import in_bytes
 from seer_scale.checkpoint.lock import RunLock
 from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config, without_effect
@@ -39,6 +39,7 @@ from seer_scale.observe.report import headline, write_report
 from seer_scale.observe.sinks import RunLog, read_metrics
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
+from seer_scale.train import resume
 from seer_scale.train.course import Course, manifest_of, newest_manifest, open_course
 from seer_scale.train.stop import StopRequest
 from seer_scale.train.watchdog import Watchdog
@@ -81,8 +82,8 @@ class Trainer:
         self.folder = run_dir / "checkpoints"
         self.samples_seen = self.step = 0
         self.schedule = LearningRate(config)
-        resume = self._find_resume()  # before anything is built
-        saved = store.read_meta(resume)["data"] if resume else None
+        found = resume.find(config, run_dir, world)  # before anything is built
+        saved = store.read_meta(found)["data"] if found else None
         self.course, self.labelled = _together(world, partial(self._open, saved))
         self._refused_refresh, self._stall_s = 0, 0.0
         self.watchdog = Watchdog(config.run.hang_s, f"[rank {world.rank}] " if world.size > 1 else "")
@@ -95,7 +96,7 @@ class Trainer:
         self._warned_of_collapse = False
         self._told_unreadable: set[str] = set()
         self._starved = 0
-        self.resumed_from = self._load(resume) if resume else None
+        self.resumed_from = self._load(found) if found else None
         self.saver = Saver(self.folder, self.engine.state(), world, keep_last=config.checkpoint.keep_last, keep_every_samples=config.checkpoint.keep_every_samples)
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
@@ -121,35 +122,11 @@ class Trainer:
 
     # --- resume
 
-    def _find_resume(self) -> Path | None:
-        c, warnings = self.config.checkpoint, []
-        found = store.newest(self.folder, self.world, warn=warnings.append)
-        for sentence in warnings:
-            print(sentence, file=sys.stderr, flush=True)
-        if c.resume not in ("auto", "none"):
-            path = Path(c.resume)
-            # this run dir went on from `path` before: the same command, given again, goes on with what came of it
-            if found and Path(store.read_meta(found)["config"]["checkpoint"]["resume"]).resolve() == path.resolve():
-                return found
-            problem = store.flaw(path, self.world)
-            if problem:
-                raise CheckpointError(f"checkpoint.resume {path} cannot be used: {problem}.")
-            if found and found.resolve() != path.resolve():
-                raise UserError(f"checkpoint.resume is {path}, but {self.run_dir} already holds {found.name}, and a run.dir holds one line of checkpoints: give another run.dir to go on from the one named, or resume auto to go on from {found.name}.")
-            return path
-        if found and c.resume == "none":
-            raise UserError(f"{self.run_dir} already holds {found.name}, and checkpoint.resume is none: choose another run.dir, or resume auto.")
-        return found
-
     def _load(self, path: Path) -> Path:
-        meta = store.read_meta(path)
+        meta = resume.must_go_on(path, self.config)
         then = meta["config"]
-        if then["run"]["seed"] != self.config.run.seed:
-            raise UserError(f"run.seed is {self.config.run.seed}, but {path} was trained with {then['run']['seed']}, which the order of its images follows; use that seed, or another run.dir with checkpoint.init_from.")
-        if then["optim"]["name"] != self.config.optim.name and {then["optim"]["name"], self.config.optim.name} != {"sgd", "lars"}:
-            raise UserError(f"optim.name is {self.config.optim.name}, but {path} holds the state of {then['optim']['name']}; use that one, or another run.dir with checkpoint.init_from.")
-        state = self.engine.state()
-        store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
+        state, begin = self.engine.state(), time.perf_counter()
+        nbytes = store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
         self.engine.refresh()
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
@@ -159,10 +136,12 @@ class Trainer:
         if then["swav"]["queue"] == self.config.swav.queue:
             self.engine.method.queue_since = meta["queue_since"]
             if self.config.swav.queue:
-                store.load(path, state, self.world, only=("memory/",))
+                nbytes += store.load(path, state, self.world, only=("memory/",))
         else:
             self.engine.method.queue_since = self.samples_seen
-        self._changed = _differences(then, self.config.to_dict())
+        self._changed = resume.differences(then, self.config.to_dict())
+        read = self.world.gather_objects(nbytes)
+        self._loaded = {"load_s": time.perf_counter() - begin, "load_bytes": sum(read), "load_bytes_most": max(read)}
         return path
 
     def _begin(self) -> None:
@@ -170,18 +149,21 @@ class Trainer:
         where = f"{w.size} rank{'s' if w.size > 1 else ''} ({self.engine.name}, {w.device.type})"
         facts = dict(began=_process_began(), step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
                      labelled=self.labelled is not None, memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
-                     parameters=sum(shape.numel() for shape in self.engine.shapes.values()))  # fmt: skip
+                     parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
         if self.engine.name != c.parallel.engine:  # auto's choice, or one rank's
             chosen = dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, engine=self.engine.name))
             for sentence in without_effect(chosen):
                 self._tell("note", sentence)
+        copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
                 self.log.event("resume", f"{self.resumed_from} is complete: all {c.train.samples:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
                 return
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
             data = f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path." if self.course.refreshes else ""
-            self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}{data}", **facts)
+            read = self._loaded
+            loaded = f" Read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
+            self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}{data}{loaded}{copies}", **facts, **read)
             return
         if c.checkpoint.init_from:
             path = Path(c.checkpoint.init_from)
@@ -195,7 +177,7 @@ class Trainer:
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
         compiles = " The first update compiles, which takes minutes." * c.train.compile
-        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + compiles, **facts)
+        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + copies + compiles, **facts)
 
     # --- the run
 
@@ -532,18 +514,6 @@ def _peak_gib(world: World) -> float:
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, as "key old -> new"."""
-    out = []
-    for key in {**then, **now}:
-        a, b = then.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key} {json.dumps(a)} -> {json.dumps(b)}")
-    return out
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.lock import RunLock
+from seer_scale.checkpoint.saver import Saver
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.world import World
 
@@ -255,32 +256,44 @@ CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload([__name__])
 
 
+KILLS = 60
+
+
 def _save_forever(folder: Path, acknowledged: Path, start: int) -> None:
+    """As the trainer saves: a copy, written by a thread while the state changes."""
     torch.set_num_threads(1)
+    state = state_of(start)
+    saver = Saver(folder, state, ALONE, keep_last=1, keep_every_samples=0)
     for value in range(start, 10**9):
-        save(folder, value // 2, value)  # every count twice: replacing is under test too
+        for tensor, now in zip(state.values(), state_of(value).values()):
+            tensor.copy_(now)
+        saver.begin(state, {"samples_seen": value // 2, "value": value})  # every count twice: replacing is under test too
+        for tensor in state.values():
+            tensor.fill_(torch.nan)
+        assert saver.wait().path
         acknowledged.with_suffix(".new").write_text(str(value))
         os.replace(acknowledged.with_suffix(".new"), acknowledged)
-        store.retain(folder, 1, 0, ALONE)
 
 
 def test_killed_at_any_instant_what_was_saved_is_there(tmp_path):
     folder, acknowledged = tmp_path / "checkpoints", tmp_path / "acknowledged"
-    moments, start = random.Random(0), 1
-    for _ in range(12):
+    moments, start, unfinished = random.Random(0), 1, 0
+    for _ in range(KILLS):
         acknowledged.unlink(missing_ok=True)
         child = CHILDREN.Process(target=_save_forever, args=(folder, acknowledged, start))
         child.start()
         while not acknowledged.exists():
             assert child.is_alive()
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.1))
+        time.sleep(moments.uniform(0, 0.05))
         child.kill()
         child.join()
         last = int(acknowledged.read_text())
+        unfinished += any(folder.glob(".tmp-*"))
         value = value_of(store.newest(folder, ALONE))
         assert value in (last, last + 1)
         start = value + 1
+    assert unfinished > KILLS / 4  # the moments are those of saving
 
 
 # ------------------------------------------------------------------------------------------------ loading
