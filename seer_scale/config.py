@@ -350,7 +350,7 @@ def recipe_names() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that has each key once: of two, plain YAML takes the last and says nothing."""
+    """YAML without its traps: of a key given twice it would take the last and say nothing, and 12:00:00 would be 43,200."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [k.value for k, _ in node.value]
@@ -358,6 +358,25 @@ class _Loader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1} begins a section that has {twice} twice")
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        plain = self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float
+        return node.value if ":" in node.value else plain(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
+def read_yaml(path: Path, example: str) -> dict[str, Any]:
+    """The mapping in a YAML file. example: of what it should hold. Raises UserError."""
+    try:
+        given = yaml.load(path.read_text(), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{path} must hold {example}, not {type(given).__name__}.")
+    return given
 
 
 def load_recipe(name_or_path: str) -> dict[str, Any]:
@@ -367,13 +386,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
         path = RECIPES / f"{name_or_path}.yaml"
     elif not path.is_file():
         raise UserError(f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; {nearest(name_or_path, recipe_names())}")
-    try:
-        given = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise UserError(f"{path} must hold sections of keys, such as 'train:', not {type(given).__name__}.")
-    return given
+    return read_yaml(path, "sections of keys, such as 'train:'")
 
 
 def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:

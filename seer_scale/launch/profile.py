@@ -7,9 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from seer_scale.config import opt, read_section
+from seer_scale.config import opt, read_section, read_yaml
 from seer_scale.errors import ConfigError, UserError, nearest
 
 FOLDER = Path("slurm")
@@ -35,7 +33,7 @@ class Profile:
     requeues: int = opt(3, "returns to the queue in a row without a new checkpoint", ge=0)
     environment: dict[str, str] = field(default_factory=dict, metadata={"help": "variables for all ranks"})
     before: list[str] = field(default_factory=list, metadata={"help": "lines of shell before the run, such as module load cuda"})
-    sbatch: dict[str, str] = field(default_factory=dict, metadata={"help": "any further option of sbatch, without its dashes"})
+    sbatch: dict[str, str | bool] = field(default_factory=dict, metadata={"help": "any further option of sbatch, without its dashes; true for one without a value"})
 
     @property
     def ranks_a_node(self) -> int:
@@ -56,12 +54,7 @@ def load_profile(path: str) -> Profile:
     if not place.is_file():
         there = sorted(p.as_posix() for p in FOLDER.glob("*.yaml"))
         raise UserError(f"--profile {path} is no file; {nearest(path, there) if there else 'write one as slurm/example.yaml shows.'}")
-    try:
-        given = yaml.safe_load(place.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise UserError(f"{path} must hold keys, such as 'partition: gpu', not {type(given).__name__}.")
+    given = read_yaml(place, "keys, such as 'partition: gpu'")
     profile, problems = read_profile(given)
     if problems:
         raise ConfigError([f"{path}: {p}" for p in problems], what="The profile")
@@ -81,7 +74,8 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
         if not isinstance(value, free[key]):
             problems.append(f"{key} is {value!r}, but must be {'a list of lines' if free[key] is list else 'a mapping of names to values'}.")
         else:
-            values[key] = [str(v) for v in value] if free[key] is list else {str(k): str(v) for k, v in value.items()}
+            plain = str if key != "sbatch" else lambda v: v if v is True else str(v)
+            values[key] = [str(v) for v in value] if free[key] is list else {str(k): plain(v) for k, v in value.items()}
     for option in values["sbatch"]:
         if (name := option.lstrip("-").replace("_", "-")) in OURS:
             key = name.replace("-", "_")

@@ -33,6 +33,12 @@ def test_times_are_slurms(time, found):
     assert minutes(time) == found
 
 
+def test_a_time_is_no_number_and_an_option_may_have_no_value(tmp_path):
+    (tmp_path / "p.yaml").write_text("time: 12:00:00\nmem: 0\nsbatch: {exclusive: true, comment: x}")
+    profile = load_profile(str(tmp_path / "p.yaml"))
+    assert (profile.minutes, profile.mem, profile.sbatch) == (720, "0", {"exclusive": True, "comment": "x"})
+
+
 def test_all_that_is_wrong_with_a_profile_is_told(tmp_path):
     given = {"partiton": "x", "time": "soon", "gpus_per_node": -1, "before": "module load", "environment": [1], "sbatch": {"nodes": 3, "gres": "x"}}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(given))
@@ -81,10 +87,10 @@ def test_numbers_of_nodes_that_fit(recipe):
 
 
 def test_the_script_says_what_was_asked_for(recipe):
-    profile = Profile(partition="train", time="1-0", gpus_per_node=8, cpus_per_rank=4, environment={"A": "b c"}, before=["module load x"], sbatch={"exclusive": "user"})
+    profile = Profile(partition="train", time="1-0", gpus_per_node=8, cpus_per_rank=4, environment={"A": "b c"}, before=["module load x"], sbatch={"exclusive": "user", "spread_job": True})
     job, _, _ = prepare(ask(recipe, nodes=(3, 3), profile=profile), [])
     text = slurm.script(job)
-    for line in ("--nodes=3", "--partition=train", "--time=1440", "--gpus-per-node=8", "--mincpus=32", "--requeue", "--signal=USR2@180", "--exclusive=user", "--job-name=seer-tiny"):
+    for line in ("--nodes=3", "--partition=train", "--time=1440", "--gpus-per-node=8", "--mincpus=32", "--requeue", "--signal=USR2@180", "--exclusive=user", "--spread-job", "--job-name=seer-tiny"):
         assert f"#SBATCH {line}\n" in text, text
     assert "ntasks" not in text and "wckey" not in text
     assert text.index("module load x") < text.index("export A='b c'") < text.index("submitit.core._submit")
