@@ -154,15 +154,25 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
     from seer_scale.launch import slurm
 
     if "--dry-run" in own:
-        print(slurm.script(dataclasses.replace(made[0][0], code=f"{made[0][0].place}/code-..."), len(made)))
+        for alike in _alike(made):
+            first = alike[0][0]
+            print(slurm.script(dataclasses.replace(first, code=f"{first.place}/code-..."), len(alike)))
         return EXIT_DONE
     slurm.must_be_there()
     for job, _, _ in made:
         _must_be_free(job)
-    for job in slurm.submit([stow(job, given) for job, given, _ in made]):
+    for job in (job for alike in _alike(made) for job in slurm.submit([stow(job, given) for job, given, _ in alike])):
         nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
         print(f"Submitted {job.name} as job {job.job_id} on {nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks: python tools/launch.py status {_called(job)}")
     return EXIT_DONE
+
+
+def _alike(made: list[tuple]) -> list[list[tuple]]:
+    """Those that want the same nodes, which one array can hold."""
+    groups: dict[tuple[int, ...], list[tuple]] = {}
+    for one in made:
+        groups.setdefault((one[0].fits[0], one[0].fits[-1], one[0].ranks_per_node), []).append(one)
+    return list(groups.values())
 
 
 def _must_be_free(job: Job) -> None:

@@ -120,6 +120,15 @@ def test_a_grid_of_runs(recipe):
             command._array(base, wrong)
 
 
+def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, capsys):
+    (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
+    start = [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array"]
+    assert command.main([*start, "parallel.ranks=2,4", "--array", "optim.lr=0.1,0.2"]) == 0
+    script = capsys.readouterr().out
+    assert script.count("#SBATCH --array=0-1%2") == 2 and "#SBATCH --nodes=1\n" in script and "#SBATCH --nodes=2\n" in script
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
