@@ -23,7 +23,7 @@ class Staging:
     """Copies on the host of this rank's part of a state; made once, filled at every checkpoint.
 
     state: name -> Shard, or a contiguous Tensor that every rank holds whole; the same names and runs at every `fill`.
-    Collective (one gather). nbytes: of host memory, pinned where the state is on a GPU.
+    Collective (one gather). nbytes: of host memory; where the state is on a GPU pinned, which torch gives in powers of two.
     """
 
     def __init__(self, state: dict[str, Tensor], world: World):
@@ -46,7 +46,8 @@ class Staging:
             local = torch.empty(mine[1] - mine[0], dtype=tensor.dtype, pin_memory=self._device is not None)
             self._parts[name] = mine
             self.copies[name] = Shard(local.zero_(), mine[0], tensor.shape, PIECE)  # zeros: the pages are there now
-        self.nbytes = sum(c.local.nbytes for c in self.copies.values())
+        sizes = [c.local.nbytes for c in self.copies.values()]
+        self.nbytes = sum(1 << (n - 1).bit_length() for n in sizes if n) if self._device else sum(sizes)
 
     @torch.no_grad()
     def fill(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class Control:
     requeue: where there is a queue, what puts the job back into it; returns whether that was done.
     """
 
-    def __init__(self, job: Job, start: Callable[[str], Ranks], *, ident: str, ranks: int, nodes: list[str], requeue: Callable[[], bool] = lambda: False):
+    def __init__(self, job: Job, start: Callable[[str], Ranks], *, ident: str, ranks: int, nodes: list[str], requeue: Callable[[], bool] | None = None):
         self.job, self._start, self._ident, self._num, self._nodes, self._requeue = job, start, ident, ranks, nodes, requeue
         self._asked, self._asked_at, self._number = 0, 0.0, signal.SIGTERM
 
@@ -142,10 +142,15 @@ class Control:
 
     def _goes_on(self) -> bool:
         """Back to the queue, unless the job has been started too often, there or here, since its newest checkpoint."""
-        now, starts = self.job.newest_checkpoint(), 0
+        if not self._requeue:
+            return False
+        now, starts, bound = self.job.newest_checkpoint(), 0, (self.job.restarts + 1) * (self.job.requeues + 1)
         for line in self.job.attempts():
             starts = 0 if line["event"] == "begin" and line["samples"] != now else starts + (line["event"] == "begin")
-        return starts < (self.job.restarts + 1) * (self.job.requeues + 1) and self._requeue()
+        if starts >= bound:
+            print(f"{starts} starts, here and in jobs before, brought no new checkpoint: the job does not go back to the queue.", file=sys.stderr, flush=True)
+            return False
+        return self._requeue()
 
     def _reason(self, status: int | None) -> str:
         return {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_FAILED: "failed", None: "ended"}.get(status, "bad input")

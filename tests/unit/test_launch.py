@@ -174,7 +174,7 @@ def run(tmp_path, *script: tuple, requeue=None, restarts: int = 1, requeues: int
     )  # fmt: skip
     job.place.mkdir(exist_ok=True)
     turns = iter(script)
-    control = Control(job, lambda attempt: Scripted(job, attempt, *next(turns)), ident=ident, ranks=1, nodes=["n"], requeue=requeue or (lambda: False))
+    control = Control(job, lambda attempt: Scripted(job, attempt, *next(turns)), ident=ident, ranks=1, nodes=["n"], requeue=requeue)
     status = control.run()
     assert next(turns, None) is None, "it ended before the script"
     return status, job
