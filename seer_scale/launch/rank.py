@@ -49,16 +49,16 @@ def _stop_without(controller: int) -> None:
 
 
 class _Labelled:
-    """A text stream whose lines begin with the rank's number, each written whole."""
+    """A text stream whose lines begin with the rank's number (torch's tracebacks do already), each written whole."""
 
     def __init__(self, to: TextIO, rank: int):
-        self._to, self._label, self._line = to, f"[rank {rank}] ", ""
+        self._to, self._label, self._torchs, self._line = to, f"[rank {rank}] ", f"[rank{rank}]: ", ""
 
     def write(self, text: str) -> int:
         self._line += text
         *whole, self._line = self._line.split("\n")
         if whole:
-            self._to.write("".join(f"{self._label}{line}\n" for line in whole))
+            self._to.write("".join(f"{self._label}{line.removeprefix(self._torchs)}\n" for line in whole))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
