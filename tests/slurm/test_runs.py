@@ -97,7 +97,7 @@ def test_whatever_nodes_there_are(lab, tmp_path, photos):
     lab.until("it went on on two", "elastic", lambda: lab.begins("elastic")[-1]["ranks"] == 2 and events(place, "resume"))
     for node in ("n3", "n4"):
         lab.cluster.start_node(node)
-    more = lab.cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodelist=n1", "--wrap=sleep 600").strip()
+    more = lab.cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodelist=n1", "--output=/dev/null", "--wrap=sleep 600").strip()
     lab.until("it went on on three", "elastic", lambda: lab.begins("elastic")[-1]["ranks"] == 3)
     lab.until_ended("elastic", job)
     assert lab.cluster.job(more)["JobState"] == "RUNNING"
