@@ -8,6 +8,7 @@ has saved. This process never loads torch.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -85,12 +86,17 @@ def _ended(who: str, code: int) -> str:
 class Control:
     """Runs `job` until it is done, stopped, or has failed too often. start: starts the ranks of one attempt.
 
-    requeue: where there is a queue, what puts the job back into it; returns whether that was done.
+    requeue: where there is a queue, what puts the job back into it; returns whether that was done. ends: the unix time at
+    which ranks that have not saved by then are given up and the job goes back; asked again when it has come.
     """
 
-    def __init__(self, job: Job, start: Callable[[str], Ranks], *, ident: str, ranks: int, nodes: list[str], requeue: Callable[[], bool] | None = None):
+    def __init__(
+        self, job: Job, start: Callable[[str], Ranks], *, ident: str, ranks: int, nodes: list[str],
+        requeue: Callable[[], bool] | None = None, ends: Callable[[], float] = lambda: math.inf,
+    ):  # fmt: skip
         self.job, self._start, self._ident, self._num, self._nodes, self._requeue = job, start, ident, ranks, nodes, requeue
         self._asked, self._asked_at, self._number = 0, 0.0, signal.SIGTERM
+        self._ends, self._gives_up_at, self._is_back = ends, ends(), False
 
     def run(self) -> int:
         before = {s: signal.signal(s, self._ask) for s in SIGNALS}
@@ -106,6 +112,8 @@ class Control:
             attempt, samples = f"{self._ident}.{number}", job.newest_checkpoint()
             job.tell(event="begin", attempt=attempt, ranks=self._num, nodes=self._nodes, samples=samples)
             problem = self._one(attempt)
+            if self._is_back:
+                return EXIT_DONE
             status, now = self._outcome(attempt), job.newest_checkpoint()
             job.tell(event="end", attempt=attempt, status=status, cause=problem or self._reason(status), samples=now)
             if status not in (None, EXIT_STOPPED):
@@ -136,9 +144,23 @@ class Control:
             if self.job.launcher and not is_alive(self.job.launcher):
                 ranks.signal(signal.SIGTERM)
                 self._asked = max(1, self._asked)
+            if time.time() > self._gives_up_at:
+                self._give_up(ranks, attempt)
             time.sleep(POLL_S)
         (self.job.logs / f"rendezvous-{attempt}").unlink(missing_ok=True)  # of ranks that never met
         return problem
+
+    def _give_up(self, ranks: Ranks, attempt: str) -> None:
+        """The job's time is nearly over: a job that SLURM has ended for that does not go back by itself."""
+        self._gives_up_at = self._ends()
+        if time.time() <= self._gives_up_at:  # it was given more
+            return
+        self._gives_up_at = math.inf
+        print("The time limit has nearly come and the ranks have not saved: what was done since the newest checkpoint is lost.", file=sys.stderr, flush=True)
+        self.job.tell(event="end", attempt=attempt, status=None, cause="out of time", samples=self.job.newest_checkpoint())
+        self._is_back = self._goes_on()
+        if self._is_back:
+            ranks.signal(signal.SIGKILL)
 
     def _goes_on(self) -> bool:
         """Back to the queue, unless the job has been started too often, there or here, since its newest checkpoint."""

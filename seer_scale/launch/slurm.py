@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import shlex
@@ -23,6 +24,8 @@ from seer_scale.launch.profile import Profile
 
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SIGNALING", "STAGE_OUT")
 PLAIN = ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
+LAST = 0.2
+"""The part of the grace time in which a job that has not saved goes back to the queue without."""
 KILLED_S = 120.0
 """Seconds in which SLURM ends a job that it has put back into the queue."""
 
@@ -103,7 +106,11 @@ def control_slurm(run_dir: str) -> None:
     names = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[:nodes]
     if nodes < got:
         print(f"This job has {got} nodes, of which the recipe can use {nodes}.", flush=True)
-    control = Control(job, lambda attempt: SrunRanks(job, attempt, nodes, each), ident=ident, ranks=nodes * each, nodes=names, requeue=lambda: _requeue(job))
+    margin = Profile(**job.profile).grace_s * LAST
+    control = Control(
+        job, lambda attempt: SrunRanks(job, attempt, nodes, each), ident=ident, ranks=nodes * each, nodes=names,
+        requeue=lambda: _requeue(job), ends=lambda: _end_of(_own_id()) - margin,
+    )  # fmt: skip
     sys.exit(control.run())
 
 
@@ -168,6 +175,14 @@ def details(job_id: str) -> dict[str, str]:
         return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=| *$)", shown[0]))
     told = _output("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State").split("\n")[0]
     return {"JobState": told.split()[0]} if told.strip() else {}
+
+
+def _end_of(job_id: str) -> float:
+    """The unix time at which SLURM ends a job; inf where it has no limit."""
+    try:
+        return time.mktime(time.strptime(details(job_id).get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:  # Unknown
+        return math.inf
 
 
 def state(job_id: str) -> str:

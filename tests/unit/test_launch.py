@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,26 @@ def test_a_stop_goes_back_to_the_queue_and_starts_in_vain_come_to_an_end(tmp_pat
         if status:
             break
     assert status == 1 and n == 2 and len(asked) == 2  # (restarts + 1) x (requeues + 1) starts after the checkpoint
+
+
+def test_ranks_that_do_not_save_in_time_go_back_to_the_queue_without(tmp_path, capsys):
+    """At the time limit SLURM would end the job for good. The limit may be moved meanwhile."""
+    job = Job(name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1, profile={}, submitted=0.0)
+    job.place.mkdir()
+    now, asked, made = time.time(), [], []
+
+    class Deaf(Scripted):
+        def poll(self) -> str | None:
+            return "killed" if signal.SIGKILL in self.heard else None
+
+    def ends() -> float:
+        asked.append(time.time())
+        return now + (0.3 if len(asked) == 1 else 0.6)
+
+    control = Control(job, lambda a: made.append(Deaf(job, a, None, None, "")) or made[-1], ident="1", ranks=1, nodes=[], requeue=lambda: True, ends=ends)
+    assert control.run() == 0 and made[0].heard == [signal.SIGKILL] and len(made) == 1
+    assert len(asked) == 3 and time.time() > now + 0.6 and "have not saved" in capsys.readouterr().err
+    assert [line["cause"] for line in job.attempts() if line["event"] == "end"] == ["out of time"]
 
 
 def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
