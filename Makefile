@@ -20,7 +20,7 @@ demo: install
 	$(RUN) $(BIN)/python tools/launch.py demo --cluster local
 
 test: install
-	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 --ignore=tests/slurm $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --ignore=tests/slurm $(PYTEST_ARGS)
 	@echo "Without tests/slurm: make test-slurm runs them on a SLURM of virtual nodes."
 
 # SLURM=optional: skipped, with the reason, where there can be no such cluster.

@@ -63,26 +63,37 @@ def lab(cluster, tmp_path, photos) -> Runs:
     return Runs(cluster, tmp_path, photos)
 
 
-def test_stopped_by_a_signal_then_cut_off_it_is_the_same_run(lab, straight):
-    """2 x 2 ranks: USR2 -> saved -> requeued; a node's power cut -> requeued on what is left; the same losses and images."""
-    job = lab.submit("cut", "--nodes", 2)
-    lab.until("it was on its way", "cut", reaches(lab.place("cut"), 24))
+def test_killed_stopped_and_cut_off_it_is_the_same_run(lab, straight):
+    """2 x 2 ranks: kill -9 of one -> started again in the job; USR2 -> saved -> requeued; a node's power cut -> requeued on
+    what is left; the same losses and images."""
+    job, place = lab.submit("cut", "--nodes", 2), lab.place("cut")
+
+    def goes_on(starts: int) -> None:
+        lab.until(f"it had begun {starts} times", "cut", lambda: len(lab.begins("cut")) == starts and len(events(place, "resume")) >= starts - 1)
+
+    lab.until("it was on its way", "cut", reaches(place, 24))
+    ranks = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_rank(p, place)]
+    assert len(ranks) == 4
+    os.kill(max(ranks), 9)
+    goes_on(2)
+    assert lab.cluster.job(job)["Restarts"] == "0" and lab.begins("cut")[0]["nodes"] == lab.begins("cut")[1]["nodes"]
     lab.cluster.run("scancel", "--signal=USR2", job)
-    lab.until("it had begun again", "cut", lambda: len(lab.begins("cut")) == 2)
-    (stop,) = events(lab.place("cut"), "stop")
+    goes_on(3)
+    (stop,) = events(place, "stop")
     assert "Stopped by SIGUSR2" in stop["text"] and f"samples-{stop['samples_seen']:012d}" in stop["text"]
-    lab.until("it went on", "cut", lambda: max(steps(lab.place("cut"))) > stop["samples_seen"] + 24)
+    assert events(place, "resume")[-1]["samples_seen"] == stop["samples_seen"]
+    lab.until("it went on", "cut", lambda: max(steps(place)) > stop["samples_seen"] + 24)
     lab.cluster.kill_node(lab.cluster.job(job)["BatchHost"])
     lab.until_ended("cut", job)
     begins = lab.begins("cut")
-    assert len(begins) == 3 and all(b["ranks"] == 4 for b in begins) and begins[1]["nodes"] != begins[2]["nodes"]
-    assert [e["samples_seen"] for e in events(lab.place("cut"), "resume")][0] == stop["samples_seen"]
-    assert_same_path(lab.place("cut"), straight)
+    assert len(begins) == 4 and all(b["ranks"] == 4 for b in begins) and begins[2]["nodes"] != begins[3]["nodes"]
+    assert_same_path(place, straight)
     said = lab.launch("status", "cut")
     assert "cut: done" in said and "4 ranks" in said and "160 samples saved" in said
-    assert "Done: 160 samples" in lab.launch("logs", "cut")
-    found = json.loads(subprocess.run([sys.executable, "-m", "seer_scale.cli", "inspect", lab.place("cut"), "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert len(found["lives"]) == 3 and found["lives"][0]["cause"] == "stopped" and found["seconds"]["down"] > 0
+    said = lab.launch("logs", "cut")
+    assert "Starting the ranks again, from the checkpoint at" in said and "Done: 160 samples" in said
+    found = json.loads(subprocess.run([sys.executable, "-m", "seer_scale.cli", "inspect", place, "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert len(found["lives"]) == 4 and found["lives"][1]["cause"] == "stopped" and found["seconds"]["down"] > 0
 
 
 def test_whatever_nodes_there_are(lab, tmp_path, photos):
@@ -105,18 +116,6 @@ def test_whatever_nodes_there_are(lab, tmp_path, photos):
     ranks = [b["ranks"] for b in lab.begins("elastic")]
     assert ranks[0] == 4 and ranks[-2:] == [2, 3] and events(place, "resume")[-1]["samples_seen"] == stop["samples_seen"] < 192
     assert_same_path(place, tmp_path / "straight")
-
-
-def test_a_killed_rank_is_started_again_in_the_same_job(lab, straight):
-    job = lab.submit("killed", "--nodes", 2, "--parallel.engine", "ddp")
-    lab.until("it was on its way", "killed", reaches(lab.place("killed"), 24))
-    ranks = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_rank(p, lab.place("killed"))]
-    assert len(ranks) == 4
-    os.kill(max(ranks), 9)
-    lab.until_ended("killed", job)
-    assert lab.cluster.job(job)["Restarts"] == "0" and len(lab.begins("killed")) == 2
-    assert "Starting the ranks again, from the checkpoint at" in lab.launch("logs", "killed")
-    assert_same_path(lab.place("killed"), straight)
 
 
 def _is_rank(process: Path, place: Path) -> bool:

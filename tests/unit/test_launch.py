@@ -135,7 +135,7 @@ def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, ca
     [
         (["x", "--cluster"], "--cluster has no value"), (["x"], "--cluster is missing"), (["x", "--cluster", "slrum"], "did you mean slurm?"),
         (["x", "--cluster", "local", "--nodes", "2"], "--nodes has no effect with --cluster local"), (["--cluster", "local"], "The recipe comes first"),
-        (["x", "--cluster", "local", "--rank", "2"], "did you mean --ranks?"), (["x", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"),
+        (["x", "--cluster", "local", "--rank", "2"], "did you mean --ranks?"), (["x", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"), (["x", "--cluster", "local", "--ranks", "two"], "--ranks is 'two'"),
         (["x", "--cluster", "local", "--cluster", "slurm"], "given twice"), (["status"], "status takes one run"), (["logs", "a", "--now"], "--now has no effect with logs"),
         (["x", "y", "--cluster", "local"], "'y' stands alone"), (["x", "--cluster", "local", "--dry-run=1"], "--dry-run takes no value"),
         (["x", "--cluster", "local", "--follow"], "--follow has no effect to start a run"), (["list", "--train.samples", "3"], "--train.samples has no effect with list"),
