@@ -23,6 +23,8 @@ class UserError(Exception):
 
     is_local = False
     """Raised on this rank alone, which therefore has to tell it."""
+    may_pass = False
+    """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded number of times."""
 
 
 class ConfigError(UserError):

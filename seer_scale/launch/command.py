@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from seer_scale.errors import EXIT_DONE, UserError, nearest
-from seer_scale.launch.control import is_alive as process_is_alive
-from seer_scale.launch.job import Job
+from seer_scale.launch.job import Job, snapshot
+from seer_scale.launch.job import is_alive as process_is_alive
 from seer_scale.launch.profile import Profile, load_profile, minutes
 
 CLUSTERS = ("local", "slurm")
@@ -132,6 +132,8 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
     if "--time" in own:
         minutes(own["--time"])
         profile = dataclasses.replace(profile, time=own["--time"])
+        if profile.minutes * 60 <= profile.grace_s:
+            raise UserError(f"--time is {own['--time']}, but the profile's grace_s is {profile.grace_s} s, in which the run saves before the limit: give more time, or lower grace_s.")
     if "--restarts" in own:
         profile = dataclasses.replace(profile, restarts=_number("--restarts", own["--restarts"], 0))
     ask = Request(
@@ -142,6 +144,9 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
         raise UserError(f"--name is {ask.name!r}, but must be a name without a slash; the folder is run.dir.")
     asked = _array(ask, own.get("--array", []))
     made = [prepare(one, _words(one, own)) for one in asked]
+    folders = [job.run_dir for job, _, _ in made]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--array makes {len(folders)} runs, but run.dir gives them one folder: leave it out, and each has runs/NAME (--name says how they are called).")
     for note in dict.fromkeys(note for _, _, notes in made for note in notes):
         print(note)
     if cluster == "local":
@@ -156,7 +161,7 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
     if "--dry-run" in own:
         for alike in _alike(made):
             first = alike[0][0]
-            print(slurm.script(dataclasses.replace(first, code=f"{first.place}/code-..."), len(alike)))
+            print(slurm.script(dataclasses.replace(first, code=snapshot(first.place, write=False)), len(alike)))
         return EXIT_DONE
     slurm.must_be_there()
     for job, _, _ in made:
@@ -183,7 +188,7 @@ def _must_be_free(job: Job) -> None:
 
 def _is_alive(job: Job) -> bool:
     if job.cluster == "local":
-        return bool(job.launcher) and process_is_alive(job.launcher)
+        return process_is_alive(job.launcher)
     from seer_scale.launch import slurm
 
     return slurm.is_alive(job)
@@ -268,7 +273,8 @@ def _state(job: Job) -> str:
             return word.lower() + (f" ({reason})" if word == "PENDING" and reason != "None" else "")
     elif _is_alive(job):
         return "running"
-    return ends[-1]["cause"] if ends else "never started"
+    begun = any(line["event"] == "begin" for line in job.attempts())
+    return ends[-1]["cause"] if ends else "ended from outside" if begun else "never started"
 
 
 def _list(folder: Path) -> int:
@@ -312,7 +318,7 @@ def _logs(job: Job, own: dict) -> int:
     read: dict[Path, int] = {}
 
     def show() -> None:
-        for path in (p for kind in ("out", "err") for p in sorted(job.logs.glob(f"{job.job_id}_*.{kind}"))):
+        for path in (p for kind in ("out", "err") for p in sorted(Path(job.log_dir or job.logs).glob(f"{job.job_id}_*.{kind}"))):
             with path.open("rb") as file:
                 file.seek(read.get(path, 0))
                 new = file.read()
@@ -338,10 +344,11 @@ def _cancel(job: Job, own: dict) -> int:
         return EXIT_DONE
     if not _is_alive(job):
         raise UserError(f"{job.name} is not running: {_state(job)}.")
-    os.kill(job.launcher, signal.SIGTERM)
+    launcher = int(job.launcher.partition(":")[0])
+    os.kill(launcher, signal.SIGTERM)
     if "--now" in own:
         time.sleep(1.5)
-        os.kill(job.launcher, signal.SIGTERM)
+        os.kill(launcher, signal.SIGTERM)
     print(f"{job.name} {'ends at once' if '--now' in own else 'saves and stops'}.")
     return EXIT_DONE
 

@@ -2,24 +2,23 @@
 
 Ranks that all end well end the job. A rank that is killed, crashes or hangs takes the others with it; then all are
 started again and go on from the newest checkpoint, a bounded number of times without a new one. What was asked to stop
-has saved. This process never loads torch.
+has saved. This process never loads torch, and a full disk does not end it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Protocol
 
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED
-from seer_scale.launch.job import ATTEMPT, Job
+from seer_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED
+from seer_scale.launch.job import ATTEMPT, Job, is_alive
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 ECHO_S = 1.0
@@ -29,16 +28,37 @@ GRACE_S = 20.0
 HUNG_GRACE_S = 2.0
 """The same where one hung: the others have waited for it already, and written their stacks."""
 POLL_S = 0.1
+RETELL_S = 10.0
+"""Seconds between two requests to stop: one that comes while ranks start may not reach them."""
+REASONS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_FAILED: "failed", EXIT_BAD_INPUT: "bad input"}
 
 
 class Ranks(Protocol):
-    """The processes of one start."""
+    """The processes of one start. code: of the first that ended badly, else 0."""
+
+    code: int
 
     def poll(self) -> str | None:
-        """None while they run; then why they ended, as a sentence, or "" if all of them ended well."""
+        """None while they run; then why they ended, as a sentence, or "" if all of them ended well. None is left then."""
 
     def signal(self, number: int) -> None:
         """Send it to those that did not get it yet; SIGKILL to all."""
+
+
+class Limits:
+    """When a job has to stop, and when to be back in the queue; here: never."""
+
+    def is_cancelled(self) -> bool:
+        """Asked to stop for good."""
+        return False
+
+    def should_stop(self) -> bool:
+        """Cancelled, or its time is nearly over."""
+        return False
+
+    def is_over(self) -> bool:
+        """Ranks that have not saved by now are given up."""
+        return False
 
 
 class LocalRanks:
@@ -52,17 +72,17 @@ class LocalRanks:
         ]
         self._told: dict[int, set[int]] = {}
         self._lost_at: float | None = None
-        self._first = ""
+        self._first, self.code = "", 0
 
     def poll(self) -> str | None:
         codes = [p.poll() for p in self._processes]
         bad = next((r for r, code in enumerate(codes) if code), None)
         if bad is not None and not self._first:
-            self._first, self._lost_at = _ended(f"Rank {bad}", codes[bad]), time.monotonic()
+            self._first, self._lost_at, self.code = _ended(f"Rank {bad}", codes[bad]), time.monotonic(), codes[bad]
         if all(code is not None for code in codes):
             return self._first
         if self._lost_at and time.monotonic() - self._lost_at > (HUNG_GRACE_S if EXIT_HUNG in codes else GRACE_S):
-            print(f"{sum(c is not None for c in codes)} of {len(codes)} ranks have ended; ending the others.", file=sys.stderr, flush=True)
+            say(f"{sum(c is not None for c in codes)} of {len(codes)} ranks have ended; ending the others.")
             self.signal(signal.SIGKILL)
         return None
 
@@ -86,17 +106,17 @@ def _ended(who: str, code: int) -> str:
 class Control:
     """Runs `job` until it is done, stopped, or has failed too often. start: starts the ranks of one attempt.
 
-    requeue: where there is a queue, what puts the job back into it; returns whether that was done. ends: the unix time at
-    which ranks that have not saved by then are given up and the job goes back; asked again when it has come.
+    ident: of this start of the job; attempts are numbered after it. requeue: where there is a queue, what puts the job
+    back into it; returns whether that was done.
     """
 
     def __init__(
         self, job: Job, start: Callable[[str], Ranks], *, ident: str, ranks: int, nodes: list[str],
-        requeue: Callable[[], bool] | None = None, ends: Callable[[], float] = lambda: math.inf,
+        requeue: Callable[[], bool] | None = None, limits: Limits = Limits(),
     ):  # fmt: skip
         self.job, self._start, self._ident, self._num, self._nodes, self._requeue = job, start, ident, ranks, nodes, requeue
+        self._limits, self._told_at, self._is_back = limits, float("-inf"), False
         self._asked, self._asked_at, self._number = 0, 0.0, signal.SIGTERM
-        self._ends, self._gives_up_at, self._is_back = ends, ends(), False
 
     def run(self) -> int:
         before = {s: signal.signal(s, self._ask) for s in SIGNALS}
@@ -108,34 +128,41 @@ class Control:
 
     def _run(self) -> int:
         job, in_vain = self.job, 0
+        if self._requeue and (returns := len(self._starts_in_vain())) > job.requeues:
+            say(f"{returns} starts of this job brought no new checkpoint, so the run ends here (requeues {job.requeues}).")
+            return EXIT_FAILED
         for number in range(1, sys.maxsize):
+            if self._limits.is_cancelled():
+                return EXIT_STOPPED
             attempt, samples = f"{self._ident}.{number}", job.newest_checkpoint()
             job.tell(event="begin", attempt=attempt, ranks=self._num, nodes=self._nodes, samples=samples)
-            problem = self._one(attempt)
+            problem, code = self._one(attempt)
+            status, now = self._outcome(attempt, code), job.newest_checkpoint()
+            cause = "out of time" if self._is_back else REASONS.get(status) or problem or "ended"
+            job.tell(event="end", attempt=attempt, status=status, cause=cause, samples=now)
             if self._is_back:
                 return EXIT_DONE
-            status, now = self._outcome(attempt), job.newest_checkpoint()
-            job.tell(event="end", attempt=attempt, status=status, cause=problem or self._reason(status), samples=now)
             if status not in (None, EXIT_STOPPED):
                 return status
             if status == EXIT_STOPPED:
                 return EXIT_DONE if not self._asked and self._goes_on() else EXIT_STOPPED
-            if self._asked:
+            if self._asked or self._limits.is_cancelled():
                 return EXIT_FAILED
             in_vain = 0 if now > samples else in_vain + 1
-            if in_vain > job.restarts:
+            if in_vain > job.restarts or self._limits.should_stop():
                 if self._goes_on():
                     return EXIT_DONE
                 tries = f"{in_vain} starts in a row" if in_vain > 1 else "the last start"
-                print(f"{problem}. As {tries} brought no new checkpoint, the run ends here{'' if now < 0 else '; the newest checkpoint stands'}.", file=sys.stderr, flush=True)
+                say(f"{problem}. As {tries} brought no new checkpoint, the run ends here{'' if now < 0 else '; the newest checkpoint stands'}.")
                 return EXIT_FAILED
             where = f"from the checkpoint at {now:,} samples" if now >= 0 else "from the beginning"
             bound = f" (start {in_vain} of {job.restarts} without a new checkpoint)" if in_vain else ""
-            print(f"{problem}. Starting the ranks again, {where}{bound}.", file=sys.stderr, flush=True)
+            say(f"{problem}. Starting the ranks again, {where}{bound}.")
         raise AssertionError
 
-    def _one(self, attempt: str) -> str:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a rank inherits that, until it can save
+    def _one(self, attempt: str) -> tuple[str, int]:
+        """Why one start ended, and the status of the first rank that ended badly."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a rank here inherits that, until it can save
         ranks = self._start(attempt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         while (problem := ranks.poll()) is None:
@@ -144,57 +171,55 @@ class Control:
             if self.job.launcher and not is_alive(self.job.launcher):
                 ranks.signal(signal.SIGTERM)
                 self._asked = max(1, self._asked)
-            if time.time() > self._gives_up_at:
-                self._give_up(ranks, attempt)
+            if time.monotonic() - self._told_at > RETELL_S and self._limits.should_stop():
+                self._told_at = time.monotonic()
+                ranks.signal(signal.SIGUSR2)
+            if not self._is_back and self._limits.is_over():
+                say("The time limit has nearly come and the ranks have not saved: what was done since the newest checkpoint is lost.")
+                self._is_back = self._goes_on()
+                ranks.signal(signal.SIGKILL)
             time.sleep(POLL_S)
-        (self.job.logs / f"rendezvous-{attempt}").unlink(missing_ok=True)  # of ranks that never met
-        return problem
-
-    def _give_up(self, ranks: Ranks, attempt: str) -> None:
-        """The job's time is nearly over: a job that SLURM has ended for that does not go back by itself."""
-        self._gives_up_at = self._ends()
-        if time.time() <= self._gives_up_at:  # it was given more
-            return
-        self._gives_up_at = math.inf
-        print("The time limit has nearly come and the ranks have not saved: what was done since the newest checkpoint is lost.", file=sys.stderr, flush=True)
-        self.job.tell(event="end", attempt=attempt, status=None, cause="out of time", samples=self.job.newest_checkpoint())
-        self._is_back = self._goes_on()
-        if self._is_back:
-            ranks.signal(signal.SIGKILL)
+        with suppress(OSError):
+            (self.job.logs / f"rendezvous-{attempt}").unlink(missing_ok=True)  # of ranks that never met
+        return problem, ranks.code
 
     def _goes_on(self) -> bool:
-        """Back to the queue, unless the job has been started too often, there or here, since its newest checkpoint."""
+        """Back to the queue, unless the job has been there too often since its newest checkpoint."""
         if not self._requeue:
             return False
-        now, starts, bound = self.job.newest_checkpoint(), 0, (self.job.restarts + 1) * (self.job.requeues + 1)
-        for line in self.job.attempts():
-            starts = 0 if line["event"] == "begin" and line["samples"] != now else starts + (line["event"] == "begin")
-        if starts >= bound:
-            print(f"{starts} starts, here and in jobs before, brought no new checkpoint: the job does not go back to the queue.", file=sys.stderr, flush=True)
+        if (starts := len(self._starts_in_vain())) > self.job.requeues:
+            say(f"{starts} starts of this job brought no new checkpoint: it does not go back to the queue (requeues {self.job.requeues}).")
             return False
         return self._requeue()
 
-    def _reason(self, status: int | None) -> str:
-        return {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_FAILED: "failed", None: "ended"}.get(status, "bad input")
+    def _starts_in_vain(self) -> set[str]:
+        """Starts of this job, by SLURM or by us, with the newest checkpoint that there is now; of this submission."""
+        now, starts = self.job.newest_checkpoint(), set()
+        for line in self.job.attempts():
+            if line["event"] == "begin" and line["time"] >= self.job.submitted:
+                starts = starts if line["samples"] == now else set()
+                starts |= {line["attempt"].rpartition(".")[0]} if line["samples"] == now else set()
+        return starts
 
-    def _outcome(self, attempt: str) -> int | None:
-        """What the ranks said of their end; None if they could not."""
+    def _outcome(self, attempt: str, code: int) -> int | None:
+        """What the ranks said of their end; None if they could not. Where a full disk kept them from writing it, by status."""
         try:
             said = json.loads((self.job.place / "outcome.json").read_text())
         except (OSError, ValueError):
-            return None
-        return said["status"] if said.get("attempt") == attempt else None
+            said = {}
+        if said.get("attempt") == attempt:
+            return said["status"]
+        return EXIT_STOPPED if code == EXIT_STOPPED else None
 
     def _ask(self, number: int, _) -> None:
         if time.monotonic() - self._asked_at > ECHO_S:
             self._asked, self._asked_at, self._number = self._asked + 1, time.monotonic(), number
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+def say(sentence: str) -> None:
+    """To the job's log; a full disk costs it."""
+    with suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def control_local(run_dir: str, visible: str | None) -> int:

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ ATTEMPT = "SEER_SCALE_ATTEMPT"
 class Job:
     """fits: numbers of nodes the recipe can take, rising; a job that gets another number uses the next lower of these.
 
+    log_dir: where the job's own output goes (an array has one). launcher: what `process_mark` says of a local run's launcher.
     restarts, requeues: how often in a row the ranks are started again in the same job, and the job goes back to the
     queue, without a new checkpoint.
     """
@@ -45,7 +47,8 @@ class Job:
     profile: dict[str, Any]
     submitted: float
     job_id: str = ""
-    launcher: int = 0
+    log_dir: str = ""
+    launcher: str = ""
 
     @property
     def place(self) -> Path:
@@ -77,7 +80,8 @@ class Job:
         return list(_lines(self.place / "attempts.jsonl"))
 
     def tell(self, **line: Any) -> None:
-        with (self.place / "attempts.jsonl").open("a") as file:
+        """Add a line to attempts.jsonl; a full disk costs it."""
+        with suppress(OSError), (self.place / "attempts.jsonl").open("a") as file:
             file.write(json.dumps(line | {"time": time.time()}) + "\n")
 
     def newest_checkpoint(self) -> int:
@@ -104,7 +108,7 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def snapshot(place: Path) -> str:
+def snapshot(place: Path, *, write: bool = True) -> str:
     """A copy of this package below `place`, named after its contents, so that edits reach no run on its way; its path."""
     package = Path(__file__).parents[1]
     files = [p for pattern in ("*.py", "*.yaml", "*.c") for p in sorted(package.rglob(pattern))]
@@ -113,7 +117,7 @@ def snapshot(place: Path) -> str:
     for path in files:
         digest.update(f"{path.relative_to(package.parent)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     final = place / f"code-{digest.hexdigest()[:12]}"
-    if not final.is_dir():
+    if write and not final.is_dir():
         aside = place / f".code-{secrets.token_hex(4)}"
         for path in files:
             (copy := aside / path.relative_to(package.parent)).parent.mkdir(parents=True, exist_ok=True)
@@ -123,3 +127,18 @@ def snapshot(place: Path) -> str:
         except OSError:  # another launch was first
             shutil.rmtree(aside, ignore_errors=True)
     return str(final)
+
+
+def process_mark(pid: int) -> str:
+    """Names one process for good: numbers come again. Empty where there is none (any more)."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else f"{pid}:{rest[18]}:{boot}"
+
+
+def is_alive(mark: str) -> bool:
+    """Whether the process of a `process_mark` lives; one on another machine cannot be seen, and counts as gone."""
+    return bool(mark) and process_mark(int(mark.partition(":")[0])) == mark

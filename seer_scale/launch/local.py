@@ -18,7 +18,7 @@ import submitit
 
 from seer_scale.errors import EXIT_FAILED
 from seer_scale.launch.control import ECHO_S, SIGNALS, control_local
-from seer_scale.launch.job import Job
+from seer_scale.launch.job import Job, process_mark
 from seer_scale.launch.rank import LABEL
 
 STOPPING = "Stopping after this update, with a checkpoint; once more to stop at once."
@@ -27,7 +27,7 @@ STOPPING_AT_ONCE = "Stopping at once: what was done since the newest checkpoint 
 
 def run_here(job: Job) -> int:
     """Start the ranks, follow them, return the exit status."""
-    job = dataclasses.replace(job, launcher=os.getpid())
+    job = dataclasses.replace(job, launcher=process_mark(os.getpid()))
     job.write()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (job.code, os.environ.get("PYTHONPATH"))))
     os.environ["PYTHONSAFEPATH"] = "1"  # the copy of the code, and not what lies where the command was given

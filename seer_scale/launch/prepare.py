@@ -51,7 +51,7 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
         except ConfigError as others:
             raise ConfigError([*others.problems, problem]) from others
         raise UserError(problem)
-    config, fits, notes = _fits(given, ask.nodes or (max(1, ranks // each),) * 2, each)
+    config, fits, notes = _fits(given, ask.nodes or (max(1, ranks // each),) * 2, each, ask.cluster != "local")
     run_dir = run_dir_of(config, ask.recipe)
     resume.foresee(config, run_dir)
     job = Job(
@@ -80,7 +80,7 @@ def _ranks(given: dict[str, Any]) -> int:
     return ranks if isinstance(ranks, int) and ranks > 0 else 1
 
 
-def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int) -> tuple[Config, list[int], list[str]]:
+def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int, has_nodes: bool) -> tuple[Config, list[int], list[str]]:
     """(Config for the fewest nodes, the numbers of nodes that can take the recipe, notes). Raises ConfigError."""
     problems: dict[int, list[str]] = {}
     config = None
@@ -95,7 +95,7 @@ def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int) -> tuple[Con
         num = next(iter(problems))
         below, above = range(num - 1, 0, -1), range(num + 1, 2 * num + 2)
         near = [n for side in (below, above) if (n := next((n for n in side if _divides(given, n * each)), 0))]
-        if near and nodes != (1, 1):
+        if near and has_nodes and not all(_divides(given, n * each) for n in nodes):
             several.append(f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, of {each} ranks each; nearest numbers that the recipe can take: {', '.join(map(str, near))}.")
         raise ConfigError(several)
     fits = [n for n in range(nodes[0], nodes[1] + 1) if n in nodes or _divides(given, n * each)]

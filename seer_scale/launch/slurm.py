@@ -18,7 +18,7 @@ from typing import Any
 import submitit
 
 from seer_scale.errors import EXIT_HUNG, UserError
-from seer_scale.launch.control import Control
+from seer_scale.launch.control import Control, Limits, say
 from seer_scale.launch.job import ATTEMPT, Job
 from seer_scale.launch.profile import Profile
 
@@ -26,6 +26,13 @@ ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEU
 PLAIN = ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
 LAST = 0.2
 """The part of the grace time in which a job that has not saved goes back to the queue without."""
+ASK_S, ANSWER_S = 5.0, 600.0
+"""Seconds between two questions to SLURM, and how long it may leave the question of going on without an answer."""
+BEGIN_S, END_S = 900.0, 120.0
+"""Seconds in which srun starts the ranks, and in which those that are to end have ended."""
+CANCELLED = "cancelled"
+AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then scontrol requeue $SLURM_JOB_ID; fi' EXIT"""
+"""Of the batch script: the process that looks after the ranks was killed, and the job has not been ended."""
 KILLED_S = 120.0
 """Seconds in which SLURM ends a job that it has put back into the queue."""
 
@@ -50,7 +57,7 @@ def _executor(job: Job) -> _Executor:
     more |= {k.lstrip("-").replace("_", "-"): v for k, v in profile.sbatch.items()}
     variables = profile.environment | {"PYTHONSAFEPATH": "1"}
     setup = [*profile.before, *(f"export {k}={shlex.quote(v)}" for k, v in variables.items())]
-    setup += [f'export PYTHONPATH={shlex.quote(job.code)}"${{PYTHONPATH:+:$PYTHONPATH}}"', f"cd {shlex.quote(job.folder)}"]
+    setup += [AGAIN, f'export PYTHONPATH={shlex.quote(job.code)}"${{PYTHONPATH:+:$PYTHONPATH}}"', f"cd {shlex.quote(job.folder)}"]
     executor = _Executor(folder=job.logs)
     executor.update_parameters(
         job_name=f"seer-{job.name}", time=profile.minutes, gpus_per_node=profile.gpus_per_node or None,
@@ -84,7 +91,7 @@ def submit(jobs: Sequence[Job]) -> list[Job]:
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise UserError(f"SLURM does not take the job: {reason[-1] if reason else error}") from error
-    out = [dataclasses.replace(job, job_id=s.job_id) for job, s in zip(jobs, submitted)]
+    out = [dataclasses.replace(job, job_id=s.job_id, log_dir=str(jobs[0].logs)) for job, s in zip(jobs, submitted)]
     for job in out:
         job.write()
     return out
@@ -105,53 +112,131 @@ def control_slurm(run_dir: str) -> None:
     ident = f"{_own_id()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     names = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[:nodes]
     if nodes < got:
-        print(f"This job has {got} nodes, of which the recipe can use {nodes}.", flush=True)
-    margin = Profile(**job.profile).grace_s * LAST
+        say(f"This job has {got} nodes, of which the recipe can use {nodes}.")
     control = Control(
         job, lambda attempt: SrunRanks(job, attempt, nodes, each), ident=ident, ranks=nodes * each, nodes=names,
-        requeue=lambda: _requeue(job), ends=lambda: _end_of(_own_id()) - margin,
+        requeue=_requeue, limits=SlurmLimits(job),
     )  # fmt: skip
     sys.exit(control.run())
 
 
+class SlurmLimits(Limits):
+    """The job's time limit, as SLURM knows it now, and `launch.py cancel`."""
+
+    def __init__(self, job: Job):
+        self._job, self._grace_s = job, Profile(**job.profile).grace_s
+        self._end, self._asked_at = _end_of(_own_id()), time.monotonic()
+
+    def is_cancelled(self) -> bool:
+        mark = self._job.place / CANCELLED
+        try:
+            return mark.read_text() == self._job.job_id
+        except OSError:
+            return False
+
+    def should_stop(self) -> bool:
+        return self.is_cancelled() or self._is_within(self._grace_s)
+
+    def is_over(self) -> bool:
+        return self._is_within(LAST * self._grace_s)
+
+    def _is_within(self, seconds: float) -> bool:
+        if time.time() < self._end - seconds:
+            return False
+        if time.monotonic() - self._asked_at > ASK_S:  # the limit may have been moved
+            self._end, self._asked_at = _end_of(_own_id(), self._end), time.monotonic()
+        return time.time() >= self._end - seconds
+
+
 class SrunRanks:
-    """One step of srun: a rank a task. SLURM itself signals the tasks."""
+    """One step of srun: a rank a task."""
 
     def __init__(self, job: Job, attempt: str, nodes: int, each: int):
         profile = Profile(**job.profile)
         words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1"]
         words += [f"--cpus-per-task={profile.cpus_per_rank}"] if profile.cpus_per_rank else ["--cpu-bind=none"]
-        words += [sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
+        # until Python can note them, signals are passed over
+        words += ["sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh", sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
         env = {k: v for k, v in os.environ.items() if k not in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK")}
         self._step = subprocess.Popen(words, env=env | {ATTEMPT: attempt}, start_new_session=True)
+        self.code, self._problem, self._began = 0, "", time.monotonic()
+        self._looked_at, self._is_there = self._began, False
 
     def poll(self) -> str | None:
         if (code := self._step.poll()) is None:
+            self._must_begin()
             return None
-        if code in (EXIT_HUNG, 128 + signal.SIGALRM):
-            return "A rank hung and was ended by its watchdog"
-        if code > 128:
-            return f"A rank was ended by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"srun ended with status {code}"
-        return f"A rank ended with status {code}" if code else ""
+        self.code = code
+        if code and not _end_steps():
+            self._problem = self._problem or "srun has ended, and its ranks cannot be ended"
+        return self._problem or _of_srun(code)
 
-    def signal(self, number: int) -> None:
-        if number == signal.SIGKILL and self._step.poll() is None:
+    def _must_begin(self) -> None:
+        """An srun whose tasks never start, for what another step still holds, waits for ever."""
+        if self._is_there or time.monotonic() - self._looked_at < ASK_S:
+            return
+        self._looked_at, self._is_there = time.monotonic(), bool(_steps())
+        if not self._is_there and time.monotonic() - self._began > BEGIN_S:
+            self._problem = f"srun has started no rank within {BEGIN_S:.0f} s"
             self._step.kill()
 
+    def signal(self, number: int) -> None:
+        """SLURM itself passes on what a job gets; this is for what is ours."""
+        if number == signal.SIGKILL and self._step.poll() is None:
+            _end_steps()
+            self._step.kill()
+        elif number == signal.SIGUSR2:
+            _output("scancel", "--signal=USR2", _own_id())  # to the steps
 
-def _requeue(job: Job) -> bool:
-    """Put this job back into the queue, unless it is on its way out; never returns where SLURM then ends it."""
-    if (job.place / "cancelled").exists() and (job.place / "cancelled").read_text() == job.job_id:
-        return False
-    if state(job.job_id) != "RUNNING":  # cancelled, or preempted: SLURM has decided already
-        return False
-    done = subprocess.run(["scontrol", "requeue", _own_id()], capture_output=True, text=True)
-    if done.returncode:
-        print(f"SLURM does not put the job back into its queue ({done.stderr.strip()}): start it again, and it goes on.", file=sys.stderr, flush=True)
-        return False
-    print("Back to the queue.", flush=True)
-    time.sleep(KILLED_S)
+
+def _of_srun(code: int) -> str:
+    """Why the step ended, of srun's status."""
+    if code in (EXIT_HUNG, 128 + signal.SIGALRM):
+        return "A rank hung and was ended by its watchdog"
+    if code < 0:
+        return f"srun was ended by {signal.Signals(-code).name}"
+    if code > 128 and code - 128 in set(signal.Signals):
+        return f"A rank was ended by {signal.Signals(code - 128).name}"
+    return f"A rank ended with status {code}" if code else ""
+
+
+def _steps() -> list[str]:
+    """The job's steps of ranks that SLURM knows to run."""
+    found = _output("squeue", "--noheader", "--steps", "--jobs", _own_id(), "--format=%i").split()
+    return [step for step in found if step.rpartition(".")[2].isdecimal()]
+
+
+def _end_steps() -> bool:
+    """No rank is left; False where that could not be had in END_S."""
+    until = time.monotonic() + END_S
+    while _steps():
+        if time.monotonic() > until:
+            return False
+        _output("scancel", "--signal=KILL", _own_id())  # to the steps, not to this process
+        time.sleep(1.0)
     return True
+
+
+def _requeue() -> bool:
+    """Put this job back into the queue, unless it is on its way out; never returns where SLURM then ends it."""
+    until = time.monotonic() + ANSWER_S
+    while True:
+        shown = _output("scontrol", "-o", "show", "job", _own_id())
+        was, reason = (re.search(r"JobState=(\w+)", shown) or ["", ""])[1], "scontrol does not answer"
+        if was and was != "RUNNING":  # cancelled, or preempted: SLURM has decided already
+            say(f"SLURM has this job as {was}, so it is left to it.")
+            return False
+        if was:
+            done = subprocess.run(["scontrol", "requeue", _own_id()], capture_output=True, text=True)
+            if done.returncode == 0:
+                say("Back to the queue.")
+                time.sleep(KILLED_S)
+                return True
+            reason = done.stderr.strip()
+        if time.monotonic() > until:
+            say(f"SLURM does not put the job back into its queue ({reason}): start it again, and it goes on.")
+            return False
+        time.sleep(ASK_S)
 
 
 def _own_id() -> str:
@@ -177,12 +262,12 @@ def details(job_id: str) -> dict[str, str]:
     return {"JobState": told.split()[0]} if told.strip() else {}
 
 
-def _end_of(job_id: str) -> float:
-    """The unix time at which SLURM ends a job; inf where it has no limit."""
+def _end_of(job_id: str, otherwise: float = math.inf) -> float:
+    """The unix time at which SLURM ends a job; `otherwise` where it has no limit or SLURM does not answer."""
     try:
         return time.mktime(time.strptime(details(job_id).get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
     except ValueError:  # Unknown
-        return math.inf
+        return otherwise
 
 
 def state(job_id: str) -> str:
@@ -199,7 +284,7 @@ def cancel(job: Job, *, now: bool) -> str:
     must_be_there()
     if (was := state(job.job_id)) not in ALIVE:
         raise UserError(f"{job.name} is not on its way: job {job.job_id} is {was.lower() or 'not known to SLURM any more'}.")
-    (job.place / "cancelled").write_text(job.job_id)
+    (job.place / CANCELLED).write_text(job.job_id)
     if now or was != "RUNNING":
         _run("scancel", job.job_id)
         return f"Job {job.job_id} of {job.name} is cancelled."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import yaml
 
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.launch import command, slurm
-from seer_scale.launch.control import Control, _ended
-from seer_scale.launch.job import Job, snapshot
+from seer_scale.launch import control as control_module
+from seer_scale.launch.control import Control, Limits, _ended
+from seer_scale.launch.job import Job, is_alive, process_mark, snapshot
 from seer_scale.launch.prepare import Request, prepare, stow
 from seer_scale.launch.profile import Profile, load_profile, minutes, read_profile
 
@@ -111,6 +114,21 @@ def test_code_and_recipe_travel(recipe, tmp_path):
     assert snapshot(job.place) == job.code and set(code.parent.iterdir()) == before
 
 
+def test_a_grid_in_one_folder_is_refused(recipe, tmp_path):
+    (tmp_path / "p.yaml").write_text("gpus_per_node: 1")
+    with pytest.raises(UserError, match="--array makes 2 runs, but run.dir gives them one folder"):
+        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array", "optim.lr=0.1,0.2", "--run.dir", "D"])
+    with pytest.raises(UserError, match="--time is 2, but the profile's grace_s is 180 s"):
+        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--time", "2"])
+
+
+def test_a_process_is_known_again_and_no_other(monkeypatch):
+    mark = process_mark(os.getpid())
+    assert is_alive(mark) and not is_alive("") and not process_mark(2**22 + 1)
+    pid, began, boot = mark.split(":")
+    assert not is_alive(f"{pid}:{int(began) + 1}:{boot}") and not is_alive(f"{pid}:{began}:another-boot")
+
+
 def test_a_grid_of_runs(recipe):
     base = ask(recipe, name="sweep")
     made = command._array(base, ["optim.lr=0.1,0.2", "swav.prototypes=[12, 8],[4]"])
@@ -153,6 +171,8 @@ def test_words_that_cannot_be_meant(words, said, recipe):
 class Scripted:
     """Ranks that end as a script says: (checkpoint they leave or None, status they tell or None, problem)."""
 
+    code = 0
+
     def __init__(self, job: Job, attempt: str, checkpoint: int | None, status: int | None, problem: str):
         if checkpoint is not None:
             (Path(job.run_dir) / "checkpoints" / f"samples-{checkpoint:012d}").mkdir(parents=True, exist_ok=True)
@@ -168,10 +188,10 @@ class Scripted:
         self.heard.append(number)
 
 
-def run(tmp_path, *script: tuple, requeue=None, restarts: int = 1, requeues: int = 1, ident: str = "7.0") -> tuple[int, Job]:
+def run(tmp_path, *script: tuple, requeue=None, restarts: int = 1, requeues: int = 1, ident: str = "7.0", submitted: float = 0.0) -> tuple[int, Job]:
     job = Job(
         name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=restarts,
-        requeues=requeues, profile={}, submitted=0.0,
+        requeues=requeues, profile={}, submitted=submitted,
     )  # fmt: skip
     job.place.mkdir(exist_ok=True)
     turns = iter(script)
@@ -195,7 +215,7 @@ def test_a_loss_is_followed_by_a_start_until_too_many_are_in_vain(tmp_path, caps
     assert "As 2 starts in a row brought no new checkpoint, the run ends here; the newest checkpoint stands" in capsys.readouterr().err
 
 
-def test_a_stop_goes_back_to_the_queue_and_starts_in_vain_come_to_an_end(tmp_path):
+def test_a_stop_goes_back_to_the_queue_and_starts_in_vain_come_to_an_end(tmp_path, capsys):
     asked = []
 
     def requeue() -> bool:
@@ -204,30 +224,92 @@ def test_a_stop_goes_back_to_the_queue_and_starts_in_vain_come_to_an_end(tmp_pat
 
     assert run(tmp_path, (8, 75, ""), requeue=requeue)[0] == 0 and len(asked) == 1
     for n in range(1, 9):  # each start of the job: two starts of the ranks, then the queue
-        status, _ = run(tmp_path, (None, None, "x"), (None, None, "x"), requeue=requeue, ident=f"7.{n}")
+        status, job = run(tmp_path, (None, None, "x"), (None, None, "x"), requeue=requeue, requeues=2, ident=f"7.{n}")
         if status:
             break
-    assert status == 1 and n == 2 and len(asked) == 2  # (restarts + 1) x (requeues + 1) starts after the checkpoint
+    assert status == 1 and n == 3 and len(asked) == 3 and "3 starts of this job brought no new checkpoint" in capsys.readouterr().err
+    # SLURM itself may have put it back, after lost nodes: nothing is started then
+    assert run(tmp_path, requeue=requeue, requeues=2, ident="7.4")[0] == 1 and len(asked) == 3
+    # the same run, submitted anew, begins to count anew
+    assert run(tmp_path, (None, 75, ""), requeue=requeue, requeues=2, ident="8.0", submitted=time.time())[0] == 0
+
+
+class Limited(Limits):
+    def __init__(self, **said: bool):
+        self.said = said
+
+    def is_cancelled(self) -> bool:
+        return self.said.get("cancelled", False)
+
+    def should_stop(self) -> bool:
+        return self.said.get("stop", False) or self.is_cancelled()
+
+    def is_over(self) -> bool:
+        return self.said.get("over", False)
 
 
 def test_ranks_that_do_not_save_in_time_go_back_to_the_queue_without(tmp_path, capsys):
-    """At the time limit SLURM would end the job for good. The limit may be moved meanwhile."""
-    job = Job(name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1, profile={}, submitted=0.0)
-    job.place.mkdir()
-    now, asked, made = time.time(), [], []
+    """At the time limit SLURM would end the job for good."""
+    limits = Limited(stop=True)
 
     class Deaf(Scripted):
         def poll(self) -> str | None:
+            limits.said["over"] = self._polls > 3
+            self._polls += 1
             return "killed" if signal.SIGKILL in self.heard else None
 
-    def ends() -> float:
-        asked.append(time.time())
-        return now + (0.3 if len(asked) == 1 else 0.6)
+    control, made = controlled(tmp_path, Deaf, limits, requeue=lambda: True)
+    assert control.run() == 0 and made[0].heard == [signal.SIGUSR2, signal.SIGKILL] and len(made) == 1
+    assert "have not saved" in capsys.readouterr().err
+    assert [line["cause"] for line in control.job.attempts() if line["event"] == "end"] == ["out of time"]
 
-    control = Control(job, lambda a: made.append(Deaf(job, a, None, None, "")) or made[-1], ident="1", ranks=1, nodes=[], requeue=lambda: True, ends=ends)
-    assert control.run() == 0 and made[0].heard == [signal.SIGKILL] and len(made) == 1
-    assert len(asked) == 3 and time.time() > now + 0.6 and "have not saved" in capsys.readouterr().err
-    assert [line["cause"] for line in job.attempts() if line["event"] == "end"] == ["out of time"]
+
+def test_a_cancelled_job_is_told_until_it_hears_and_never_started_again(tmp_path, monkeypatch):
+    """A request that comes while ranks start reaches none of them."""
+    monkeypatch.setattr(control_module, "RETELL_S", 0.2)
+    limits, requeued = Limited(), []
+
+    class Slow(Scripted):
+        def poll(self) -> str | None:
+            self._polls += 1
+            limits.said["cancelled"] = self._polls > 2
+            return "Rank 0 was ended by SIGUSR2" if len(self.heard) == 3 else None
+
+    control, made = controlled(tmp_path, Slow, limits, requeue=lambda: requeued.append(1) or True)
+    assert control.run() == 1 and len(made) == 1 and made[0].heard == 3 * [signal.SIGUSR2] and not requeued
+    control, made = controlled(tmp_path, Slow, limits)
+    assert control.run() == 75 and not made  # nor begun, where it came between two starts
+
+
+def test_ranks_are_not_started_again_shortly_before_the_limit(tmp_path):
+    limits, requeued = Limited(stop=True), []
+    control, made = controlled(tmp_path, Scripted, limits, (8, None, "Rank 0 died"), requeue=lambda: requeued.append(1) or True)
+    assert control.run() == 0 and len(made) == len(requeued) == 1
+
+
+def controlled(tmp_path, kind, limits, script=(None, None, ""), **more) -> tuple[Control, list]:
+    """A Control of ranks of that kind, and those it makes."""
+    job = Job(name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1, profile={}, submitted=0.0)
+    job.place.mkdir(exist_ok=True)
+    made: list = []
+    return Control(job, lambda a: made.append(kind(job, a, *script)) or made[-1], ident="1", ranks=1, nodes=[], limits=limits, **more), made
+
+
+def test_a_full_disk_does_not_end_the_job(tmp_path, monkeypatch):
+    """What it says and records is lost; a stop is known by the status, as the ranks cannot write their outcome."""
+
+    class Full(Scripted):
+        code = 75
+
+    def no_space(self, mode: str = "r", *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        monkeypatch.setattr(Path, "open", no_space)
+        control, made = controlled(tmp_path, Full, Limits(), (None, None, "A rank ended with status 75"), requeue=lambda: True)
+        assert control.run() == 0 and len(made) == 1
+        monkeypatch.undo()
 
 
 def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
