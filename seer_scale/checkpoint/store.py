@@ -269,7 +269,9 @@ def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] 
         with _agreement(world), _quiet():
             dcp.load(wanted, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
     except CheckpointError as problem:
-        raise CheckpointError(f"{path} could not be read ({problem}); choose another.") from problem
+        error = CheckpointError(f"{path} could not be read ({problem}); choose another.")
+        error.may_pass = True
+        raise error from problem
     return reader.nbytes
 
 

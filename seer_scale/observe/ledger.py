@@ -22,16 +22,18 @@ CAUSES = {
 
 @dataclass
 class Life:
-    """began, ready, ended: unix seconds. seen: samples when it began, and when it ended. cause: how it ended."""
+    """began, ready, ended: unix seconds. seen: samples when it began, and when it ended. cause: how it ended. updated:
+    when its first update was done, as far as a metric line tells."""
 
     began: float
     ready: float
     ended: float
     seen: tuple[int, int]
     cause: str
+    updated: float | None = None
     lost_s: float = 0.0
     recovered_s: float | None = None
-    """From this life's end to the next one's first update."""
+    """Of one that failed: from its end to the next update, in whatever life that came."""
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Ledger:
 
     @property
     def mean_time_to_recover_s(self) -> float | None:
-        """From an end that was not the run's to the next update."""
+        """From a failure (not: a stop that was asked for) to the next update."""
         times = [life.recovered_s for life in self.lives if life.recovered_s is not None]
         return sum(times) / len(times) if times else None
 
@@ -74,13 +76,13 @@ class _Stretch:
 def read_ledger(run_dir: Path) -> Ledger:
     """The ledger of a run, also while it runs; an empty one where nothing was logged."""
     ledger, kept = Ledger(), []
-    lives = _lives(read_records(run_dir))
-    attempts = _attempts(run_dir)
+    lives, attempts = _lives(read_records(run_dir)), _attempts(run_dir)
+    silent = _silent(lives, attempts)
     for number, records in enumerate(lives):
         following = lives[number + 1] if number + 1 < len(lives) else None
         life, stretches = _account(ledger.seconds, records, following, attempts)
         if ledger.lives:
-            _resume(ledger, kept, life, stretches)
+            _resume(ledger, kept, life, silent)
         ledger.lives.append(life)
         kept += stretches
     for stretch in kept:
@@ -89,20 +91,35 @@ def read_ledger(run_dir: Path) -> Ledger:
     return ledger
 
 
+def _silent(lives: list[list[dict]], attempts: list[dict]) -> list[tuple[float, float]]:
+    """(begin, end) of starts that ended before they could log anything."""
+    spoke = {records[0].get("attempt") for records in lives} - {None, ""}
+    if lives and not spoke:  # of a version that did not say
+        return []
+    ends = {a.get("attempt"): a["time"] for a in attempts if a["event"] == "end"}
+    begun = [(a["attempt"], a["time"]) for a in attempts if a["event"] == "begin" and "attempt" in a]
+    return [(time, ends[attempt]) for attempt, time in begun if attempt not in spoke and attempt in ends]
+
+
 def _account(seconds: dict[str, float], records: list[dict], following: list[dict] | None, attempts: list[dict]) -> tuple[Life, list[_Stretch]]:
     """One life: its stretches of updates; all other time goes to `seconds`."""
     first, last = records[0], records[-1]
     began, ready, end = first.get("began", first["wall_time"]), first["wall_time"], last["wall_time"]
     upto = _began(following) if following else float("inf")
-    told = next((a for a in attempts if a["event"] == "end" and end <= a["time"] <= upto), None)
+    ends = [a for a in attempts if a["event"] == "end"]
+    if first.get("attempt"):
+        told = next((a for a in ends if a.get("attempt") == first["attempt"]), None)
+    else:
+        told = next((a for a in ends if end <= a["time"] <= upto), None)
     kinds = [r["event"] for r in records if "event" in r]
     cause = next((k for k in ("done", "stop") if k in kinds), None)
     if told and cause is None:
         end = max(end, told["time"])
     seconds["start"] += ready - began
-    stretches, at, step, seen, evaluated = [], ready, first.get("step", 0), first["samples_seen"], 0.0
+    stretches, at, step, seen, evaluated, waited, updated = [], ready, first.get("step", 0), first["samples_seen"], 0.0, 0.0, None
     for row in records[1:]:
         evaluated += row.get("time/knn_s") or 0.0
+        waited += row.get("waited_s") or 0.0
         if "step" not in row or "event" in row:
             continue
         dt = max(0.0, row["wall_time"] - at)
@@ -114,24 +131,34 @@ def _account(seconds: dict[str, float], records: list[dict], following: list[dic
         seconds["evaluation"] += evaluation_s
         seconds["other"] += dt - updates_s - stall_s - evaluation_s
         stretches.append(_Stretch((seen, row["samples_seen"]), updates_s - wait_s, wait_s))
-        at, step, seen, evaluated = row["wall_time"], row["step"], row["samples_seen"], 0.0
+        updated = updated or row["wall_time"] - max(0, row["step"] - step - 1) * (row.get("time/step_s") or 0.0)
+        at, step, seen, evaluated, waited = row["wall_time"], row["step"], row["samples_seen"], 0.0, 0.0
     tail = max(0.0, end - at)
-    life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if following else "running"))
+    life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if following else "running"), updated)
     if cause or not following:
-        seconds["evaluation"] += min(tail, evaluated)
-        seconds["other"] += tail - min(tail, evaluated)
+        stall_s = min(tail, waited)
+        evaluation_s = min(tail - stall_s, evaluated)
+        seconds["stall"] += stall_s
+        seconds["evaluation"] += evaluation_s
+        seconds["other"] += tail - stall_s - evaluation_s
     else:
         seconds["lost"] += tail
         life.lost_s = tail
     return life, stretches
 
 
-def _resume(ledger: Ledger, kept: list[_Stretch], life: Life, stretches: list[_Stretch]) -> None:
+def _resume(ledger: Ledger, kept: list[_Stretch], life: Life, silent: list[tuple[float, float]]) -> None:
     """A life that begins before where others had come: what they did beyond is lost."""
     before, since = ledger.lives[-1], life.seen[0]
-    ledger.seconds["down"] += max(0.0, life.began - before.ended)
-    if before.cause != "done" and stretches:
-        before.recovered_s = max(0.0, life.ready - before.ended) + stretches[0].useful_s + stretches[0].wait_s
+    between = sum(max(0.0, min(end, life.began) - max(begin, before.ended)) for begin, end in silent)
+    ledger.seconds["start"] += between
+    ledger.seconds["down"] += max(0.0, life.began - before.ended - between)
+    if life.updated:
+        for failed in reversed(ledger.lives):  # one that made no update has recovered nothing
+            if failed.cause not in ("done", "stopped") and failed.recovered_s is None:
+                failed.recovered_s = max(0.0, life.updated - failed.ended)
+            if failed.updated:
+                break
     for stretch in [s for s in kept if s.seen[1] > since]:
         begin, end = stretch.seen
         share = (end - max(begin, since)) / (end - begin)

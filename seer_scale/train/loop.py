@@ -47,18 +47,23 @@ from seer_scale.train.window import Window
 from seer_scale.world import World
 
 STARVED, STARVED_LINES = 0.05, 3
-SAVE_S = COMPILE_S = 3600.0
-"""Seconds a disk may take for a checkpoint, and a first update that compiles."""
+SAVE_S = COMPILE_S = START_S = 3600.0
+"""Seconds a disk may take for a checkpoint, a first update that compiles, and listing, verifying, building and loading."""
+LOCK_S = 180.0
+"""Seconds a launched run waits for the lock of what ran here before."""
 MOST_TOLD = 1000
 """Unreadable images that the console names; a log has all of them."""
 T = TypeVar("T")
 
 
-def train(config: Config, world: World, run_dir: Path, stop: StopRequest) -> int:
-    """Run or go on until the samples are seen or a stop is agreed; returns the exit status. Collective."""
+def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str = "") -> int:
+    """Run or go on until the samples are seen or a stop is agreed; returns the exit status. attempt: which start this is,
+    where a launcher counts them. Collective."""
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    with RunLock(run_dir, world):
-        return Trainer(config, world, run_dir, stop).run()
+    with RunLock(run_dir, world, patience_s=LOCK_S if attempt else 0.0):
+        with watchdog.patient(START_S):
+            trainer = Trainer(config, world, run_dir, stop, watchdog, attempt)
+        return trainer.run()
 
 
 def _together(world: World, make: Callable[[], T]) -> T:
@@ -77,16 +82,17 @@ def _together(world: World, make: Callable[[], T]) -> T:
 
 
 class Trainer:
-    def __init__(self, config: Config, world: World, run_dir: Path, stop: StopRequest):
-        self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
+    def __init__(self, config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str):
+        self.config, self.world, self.run_dir, self.stop, self.watchdog, self.attempt = config, world, run_dir, stop, watchdog, attempt
         self.folder = run_dir / "checkpoints"
         self.samples_seen = self.step = 0
         self.schedule = LearningRate(config)
+        begin = time.perf_counter()
         found = resume.find(config, run_dir, world)  # before anything is built
+        self._verify_s = time.perf_counter() - begin
         saved = store.read_meta(found)["data"] if found else None
         self.course, self.labelled = _together(world, partial(self._open, saved))
         self._refused_refresh, self._stall_s = 0, 0.0
-        self.watchdog = Watchdog(config.run.hang_s, f"[rank {world.rank}] " if world.size > 1 else "")
         with torch.device("meta"):
             method = SwAV(config, world)
         self.memory_format = choose_memory_format(method.backbone, config, world)
@@ -111,10 +117,10 @@ class Trainer:
         return self.course.source
 
     def _write_config(self) -> None:
-        problem = None
-        if self.world.is_main:
+        problem, path, text = None, self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+        if self.world.is_main and not (path.exists() and path.read_text() == text):
             try:
-                _write_whole(self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+                _write_whole(path, text)
             except OSError as error:
                 problem = f"{self.run_dir} cannot be written ({error.strerror}): free some space, or choose another run.dir."
         if problem := self.world.broadcast_object(problem):
@@ -147,7 +153,7 @@ class Trainer:
     def _begin(self) -> None:
         c, w = self.config, self.world
         where = f"{w.size} rank{'s' if w.size > 1 else ''} ({self.engine.name}, {w.device.type})"
-        facts = dict(began=_process_began(), step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
+        facts = dict(began=_process_began(), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
                      labelled=self.labelled is not None, memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
         if self.engine.name != c.parallel.engine:  # auto's choice, or one rank's
@@ -161,8 +167,8 @@ class Trainer:
                 return
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
             data = f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path." if self.course.refreshes else ""
-            read = self._loaded
-            loaded = f" Read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
+            read = self._loaded | {"verify_s": self._verify_s}
+            loaded = f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
             self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}{data}{loaded}{copies}", **facts, **read)
             return
         if c.checkpoint.init_from:
@@ -182,8 +188,9 @@ class Trainer:
     # --- the run
 
     def run(self) -> int:
-        with self.log, self.watchdog:
-            self._begin()
+        with self.log:
+            with self.watchdog.patient(SAVE_S):
+                self._begin()
             try:
                 if not self.resumed_from:
                     self._evaluate("before")
@@ -223,7 +230,7 @@ class Trainer:
         c, engine = self.config, self.engine
         window, begun = Window(self.world, self.run_dir), self.step
         self._refresh(self.world.broadcast_object(newest_manifest(self.run_dir)))
-        batches = self._batches(window)
+        batches, self._trained = self._batches(window), False
         while batch := next(batches, None):
             seen = self.samples_seen
             if not seen and self.world.is_main:
@@ -235,6 +242,7 @@ class Trainer:
                 loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
             stats = engine.update(lr, engine.method.frozen(seen))
             self.watchdog.beat()
+            self._trained = True
             self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
             window.add(batch, loss)
             self._settle(self.saver.ended())
@@ -270,7 +278,7 @@ class Trainer:
             try:
                 batch = next(batches, None)
             except DataError as problem:
-                problem.is_local = True
+                problem.is_local, problem.may_pass = True, self._trained or self.resumed_from is not None
                 raise
             window.waited_s += time.perf_counter() - begin
             if batch is None:
@@ -302,7 +310,8 @@ class Trainer:
             return then.refreshed(open_source(str(path)), number, self.samples_seen)
 
         try:
-            self.course = _together(self.world, follow)
+            with self.watchdog.patient(START_S):
+                self.course = _together(self.world, follow)
         except UserError as problem:
             self._refused_refresh = number
             self._tell("refresh_failed", f"{path} cannot be used, so training goes on with the data as they are: {problem}")
@@ -428,14 +437,15 @@ class Trainer:
             if in_background:
                 return None
             with self.watchdog.patient(SAVE_S):
-                self._settle(self.saver.wait())
+                saved = self.saver.wait()
+            self._settle(saved, waited_s=time.perf_counter() - begin)
         return self._saved[1] if self._is_saved() else None
 
     def _is_saved(self) -> bool:
         return self._saved is not None and self._saved[0] == self.samples_seen
 
-    def _settle(self, saved: Saved | None) -> None:
-        """Tell how a save has ended, if one has."""
+    def _settle(self, saved: Saved | None, waited_s: float = 0.0) -> None:
+        """Tell how a save has ended, if one has; waited_s: for how long nothing else went on."""
         if saved is None:
             return
         if saved.path is None:
@@ -446,7 +456,7 @@ class Trainer:
             self._tell("retain_failed", saved.kept_old)
         self._tell(
             "checkpoint", f"Saved {saved.path.name} in {saved.seconds:.1f} s, after {self._stall_s:.2f} s to copy it.",
-            saved=saved.samples_seen, seconds=saved.seconds, stall_s=self._stall_s,
+            saved=saved.samples_seen, seconds=saved.seconds, stall_s=self._stall_s, waited_s=waited_s,
         )  # fmt: skip
 
     def _evaluate(self, stage: str) -> None:

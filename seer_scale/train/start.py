@@ -18,8 +18,9 @@ from seer_scale.models.registry import build_backbone
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.recompute import find_segments
 from seer_scale.parallel.units import sharded_units
-from seer_scale.train.loop import train
+from seer_scale.train.loop import START_S, train
 from seer_scale.train.stop import StopRequest
+from seer_scale.train.watchdog import Watchdog
 from seer_scale.world import World
 
 
@@ -89,11 +90,13 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     if problems := check_device(config):
         raise ConfigError(problems)
     run_dir = run_dir_of(config, recipe)
-    with StopRequest() as stop:
+    rank, size = worlds.detect().rank, worlds.detect().size
+    with StopRequest() as stop, Watchdog(config.run.hang_s, f"[rank {rank}] " if size > 1 else "") as watchdog:
         patience_s = max(10 * config.data.timeout_s, config.run.hang_s + 60)
-        world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device, patience_s=patience_s)
+        with watchdog.patient(START_S):
+            world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device, patience_s=patience_s)
         try:
-            status = train(config, world, run_dir, stop)
+            status = train(config, world, run_dir, stop, watchdog, attempt)
         except RuntimeError as error:
             if world.size > 1 and worlds.is_lost_rank(error):
                 cause = str(error).strip().splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
@@ -22,12 +23,14 @@ class Watchdog:
     """Wants a `beat` within every `limit_s` seconds; 0 = never barks. A context; one a process.
 
     A thread writes the stacks of all threads to stderr, then ends the process. Where no thread gets its turn any more
-    (one holds Python's lock for ever), the kernel ends it a little later: SIGALRM, which nothing else here uses.
+    (one holds Python's lock for ever), faulthandler writes them and the kernel ends the process, a little later: SIGALRM,
+    which nothing else here uses.
     """
 
     def __init__(self, limit_s: float, what: str = ""):
         self._limit_s, self._what, self._patience_s, self._grace_s = limit_s, what, limit_s, min(GRACE_S, limit_s)
         self._last, self._over = time.monotonic(), threading.Event()
+        self._armed, self._armed_for = float("-inf"), 0.0
 
     def __enter__(self) -> Watchdog:
         if self._limit_s:
@@ -39,12 +42,16 @@ class Watchdog:
         self._over.set()
         if self._limit_s:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
         """Progress was made."""
         self._last = time.monotonic()
         if self._limit_s:
             signal.setitimer(signal.ITIMER_REAL, self._patience_s + 2 * self._grace_s)
+            if time.monotonic() - self._armed > min(1.0, self._limit_s / 4) or self._patience_s != self._armed_for:  # it starts a thread
+                self._armed, self._armed_for = time.monotonic(), self._patience_s
+                faulthandler.dump_traceback_later(self._patience_s + 1.5 * self._grace_s, file=sys.__stderr__)
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:

@@ -16,7 +16,7 @@ class Log:
     """Writes a run's log as a clock of its own goes on."""
 
     def __init__(self, folder: Path):
-        self.folder, self.now, self.step = folder, 1000.0, 0
+        self.folder, self.now, self.step, self.number = folder, 1000.0, 0, 0
         (folder / "launch").mkdir(parents=True)
 
     def _line(self, **record) -> None:
@@ -24,12 +24,13 @@ class Log:
             file.write(json.dumps(record | {"wall_time": self.now}) + "\n")
 
     def attempt(self, event: str, cause: str = "") -> None:
+        self.number += event == "begin"
         with (self.folder / "launch" / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps({"event": event, "time": self.now, "cause": cause, "attempt": "1"}) + "\n")
+            file.write(json.dumps({"event": event, "time": self.now, "cause": cause, "attempt": f"7.0.{self.number}"}) + "\n")
 
     def begin(self, seen: int, takes: float) -> None:
         began, self.now, self.step = self.now, self.now + takes, seen // 10
-        self._line(event="resume" if seen else "start", samples_seen=seen, began=began, step=self.step)
+        self._line(event="resume" if seen else "start", samples_seen=seen, began=began, step=self.step, attempt=f"7.0.{self.number}")
 
     def updates(self, num: int, step_s: float, wait: float = 0.0, stall_s: float = 0.0, knn_s: float = 0.0, rest_s: float = 0.0) -> None:
         if knn_s:
@@ -37,8 +38,8 @@ class Log:
         self.step, self.now = self.step + num, self.now + num * step_s + stall_s + knn_s + rest_s
         self._line(step=self.step, samples_seen=self.step * 10, **{"time/step_s": step_s, "time/data_wait_frac": wait, "time/checkpoint_stall_s": stall_s})
 
-    def event(self, kind: str) -> None:
-        self._line(event=kind, samples_seen=self.step * 10)
+    def event(self, kind: str, **fields: object) -> None:
+        self._line(event=kind, samples_seen=self.step * 10, **fields)
 
 
 def test_a_run_of_three_lives(tmp_path):
@@ -71,9 +72,38 @@ def test_a_run_of_three_lives(tmp_path):
     assert [life.cause for life in ledger.lives] == ["Rank 3 was ended by SIGKILL", "stopped", "done"]
     assert [life.seen for life in ledger.lives] == [(0, 200), (150, 200), (200, 300)]
     assert [round(life.lost_s, 6) for life in ledger.lives] == [17, 0, 0]
-    assert ledger.mean_time_to_recover_s == pytest.approx(((60 + 20 + 10) + (100 + 20 + 20)) / 2)
+    assert ledger.mean_time_to_recover_s == pytest.approx(60 + 20 + 2)  # to its first update; the stop was no failure
     said = text(ledger)
     assert "Rank 3 was ended by SIGKILL" in said and "updates that were lost" in said and f"goodput {100 * ledger.goodput:.1f} %" in said
+
+
+def test_starts_that_log_nothing_and_an_end_that_nobody_could_tell(tmp_path):
+    """A power cut, five hours in the queue, a start that dies before its first line, one that dies before an update."""
+    log = Log(tmp_path)
+    log.attempt("begin")
+    log.begin(0, takes=30)
+    log.updates(10, 2.0)
+    log.now += 18000
+    log.attempt("begin")
+    log.now += 60
+    log.attempt("end", "A rank ended with status 1")
+    log.attempt("begin")
+    log.begin(100, takes=20)
+    log.now += 5
+    log.attempt("end", "Rank 0 was ended by SIGKILL")
+    log.attempt("begin")
+    log.begin(100, takes=20)
+    log.updates(10, 2.0)
+    log.now += 4
+    log.event("checkpoint", waited_s=3.0)
+    log.event("stop")
+    log.attempt("end", "stopped")
+    ledger = read_ledger(tmp_path)
+    found = {k: round(v, 6) for k, v in ledger.seconds.items() if v}
+    assert found == {"useful": 40.0, "start": 30.0 + 60 + 20 + 20, "down": 18000.0, "lost": 5.0, "stall": 3.0, "other": 1.0}
+    assert [life.cause for life in ledger.lives] == ["ended from outside", "Rank 0 was ended by SIGKILL", "stopped"]
+    second, third = 20 + 2, 18000 + 60 + 20 + 5 + 20 + 2
+    assert ledger.mean_time_to_recover_s == pytest.approx((second + third) / 2)
 
 
 def test_nothing_and_a_torn_line(tmp_path):
