@@ -209,10 +209,10 @@ def _steps() -> list[str]:
 def _end_steps() -> bool:
     """No rank is left; False where that could not be had in END_S."""
     until = time.monotonic() + END_S
-    while _steps():
+    while steps := _steps():
         if time.monotonic() > until:
             return False
-        _output("scancel", "--signal=KILL", _own_id())  # to the steps, not to this process
+        _output("scancel", "--signal=KILL", *steps)  # of the job, it would be the job's end
         time.sleep(1.0)
     return True
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.runs import ROOT, assert_same_path, checkpoints, events, reaches, recipe, run, steps
+from tests.e2e.runs import ROOT, assert_same_path, events, reaches, recipe, run, steps
 from tests.slurm.lab import Cluster
 
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
@@ -118,25 +118,48 @@ def test_whatever_nodes_there_are(lab, tmp_path, photos):
     assert_same_path(place, tmp_path / "straight")
 
 
-def _is_rank(process: Path, place: Path) -> bool:
+def _words(process: Path) -> list[str]:
     try:
-        words = (process / "cmdline").read_bytes().split(b"\0")
+        return (process / "cmdline").read_bytes().decode().split("\0")
     except OSError:
-        return False
-    return b"seer_scale.launch.rank" in words and str(place).encode() in words and b"srun" not in words[0]
+        return []
 
 
-def test_cancelled_it_saves_and_stays_away(lab):
-    job = lab.submit("cancelled", "--nodes", 1, "--train.samples", 8000)
-    lab.until("it was on its way", "cancelled", reaches(lab.place("cancelled"), 24))
+def _is_rank(process: Path, place: Path) -> bool:
+    words = _words(process)
+    return "seer_scale.launch.rank" in words and str(place) in words and words[0] == sys.executable
+
+
+def test_who_looks_after_the_ranks_may_be_killed(lab, straight):
+    """srun, whose ranks go on without it; then the process that started it, without which the batch job ends."""
+    job, place = lab.submit("alone", "--nodes", 1), lab.place("alone")
+
+    def kill(word: str) -> None:
+        lab.until("it was on its way", "alone", lambda: reaches(place, max([0, *(e["samples_seen"] for e in events(place, "resume"))]))())
+        found = [p for p in Path("/proc").glob("[0-9]*") if _words(p)[:1] == [word] or word in _words(p) and str(place / "logs") in _words(p)]
+        assert found, word
+        for process in found:
+            os.kill(int(process.name), 9)
+
+    kill("srun")
+    lab.until("it had begun again", "alone", lambda: len(lab.begins("alone")) == 2 and len(events(place, "resume")) == 1)
+    assert "srun was ended by SIGKILL. Starting the ranks again" in lab.launch("logs", "alone")
+    kill("submitit.core._submit")
+    lab.until_ended("alone", job)
+    assert lab.cluster.job(job)["Restarts"] == "1" and len(lab.begins("alone")) == 3
+    assert_same_path(place, straight)
+
+
+def test_cancelled_it_stays_away(lab):
+    """Before the ranks can hear of it."""
+    job = lab.submit("cancelled", "--nodes", 1, "--train.samples", 80000)
     said = lab.launch(lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "cancelled", "--nodes", 1, status=2)
     assert f"is in use by job {job}" in said and "launch.py cancel cancelled" in said
-    said = run("train", lab.recipe, "--run.dir", lab.place("cancelled"), folder=lab.folder, status=2)
-    assert "is in use by pid" in said and f"job {job}, started" in said
+    lab.until("its ranks were there", "cancelled", lambda: any(_is_rank(p, lab.place("cancelled")) for p in Path("/proc").glob("[0-9]*")))
     assert "saves and stops" in lab.launch("cancel", "cancelled")
     lab.until_ended("cancelled", job, "FAILED")  # it is not complete
     (stop,) = events(lab.place("cancelled"), "stop")
-    assert checkpoints(lab.place("cancelled"))[-1] == f"samples-{stop['samples_seen']:012d}" and len(lab.begins("cancelled")) == 1
+    assert len(lab.begins("cancelled")) == 1 and stop["samples_seen"] < 4000
     assert "is not on its way" in lab.launch("cancel", "cancelled", status=2)
     assert "cancelled" in lab.launch("list") and "stopped" in lab.launch("status", "cancelled")
 
