@@ -138,10 +138,9 @@ class Control:
             job.tell(event="begin", attempt=attempt, ranks=self._num, nodes=self._nodes, samples=samples)
             problem, code = self._one(attempt)
             status, now = self._outcome(attempt, code), job.newest_checkpoint()
-            cause = "out of time" if self._is_back else REASONS.get(status) or problem or "ended"
-            job.tell(event="end", attempt=attempt, status=status, cause=cause, samples=now)
             if self._is_back:
                 return EXIT_DONE
+            job.tell(event="end", attempt=attempt, status=status, cause=REASONS.get(status) or problem or "ended", samples=now)
             if status not in (None, EXIT_STOPPED):
                 return status
             if status == EXIT_STOPPED:
@@ -176,6 +175,7 @@ class Control:
                 ranks.signal(signal.SIGUSR2)
             if not self._is_back and self._limits.is_over():
                 say("The time limit has nearly come and the ranks have not saved: what was done since the newest checkpoint is lost.")
+                self.job.tell(event="end", attempt=attempt, status=None, cause="out of time", samples=self.job.newest_checkpoint())
                 self._is_back = self._goes_on()
                 ranks.signal(signal.SIGKILL)
             time.sleep(POLL_S)
