@@ -129,6 +129,7 @@ def evaluate(words: list[str]) -> int:
 def inspect(words: list[str]) -> int:
     from seer_scale.checkpoint import inspect as checkpoints
     from seer_scale.observe import ledger
+    from seer_scale.observe.sinks import plain
 
     description = "Of a checkpoint: what is in it, who wrote it, whether it is whole; no tensor is read for that. Of a run: where its time went."
     parser = argparse.ArgumentParser(prog="seer-scale inspect", description=description)
@@ -141,15 +142,20 @@ def inspect(words: list[str]) -> int:
         if args.verify or args.tensors:
             raise UserError(f"{args.path} is a run, and --verify and --tensors are for checkpoints, such as those in {args.path / 'checkpoints'}.")
         found = ledger.read_ledger(args.path)
-        print(json.dumps(found.to_dict(), indent=1) if args.json else ledger.text(found))
+        print(json.dumps(plain(found.to_dict()), indent=1) if args.json else ledger.text(found))
+        return EXIT_DONE
+    if not args.path.exists():
+        raise UserError(f"There is no {args.path}: give a run's folder or one of its checkpoints.")
+    if (args.path / "launch").is_dir() or (args.path / "config.yaml").is_file():
+        print("Nothing was logged yet.")
         return EXIT_DONE
     found = checkpoints.describe(args.path, verify=args.verify)
-    print(json.dumps(found, indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))
+    print(json.dumps(plain(found), indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))
     return EXIT_FAILED if found["flaw"] else EXIT_DONE
 
 
 def plan(words: list[str]) -> int:
-    if "--failures" not in words:
+    if "--failures" not in words and not _asks_help(words):
         raise UserError("Say what to plan: seer-scale plan --failures.")
     from seer_scale.plan import failures
 

@@ -7,12 +7,14 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from seer_scale.config import recipe_names
 from seer_scale.errors import EXIT_DONE, UserError, nearest
 from seer_scale.launch.job import Job, snapshot
 from seer_scale.launch.job import is_alive as process_is_alive
@@ -68,10 +70,12 @@ def main(words: list[str]) -> int:
         raise UserError(f"{plain[1]!r} stands alone; overrides are written --section.key value.{quote}")
     _refuse(own, ("--follow", "--now", "--json"), "to start a run")
     cluster = own.get("--cluster")
+    if cluster is None and not Path(plain[0]).is_file() and plain[0] not in recipe_names():
+        raise UserError(f"{plain[0]!r} is neither a recipe nor a command; {nearest(plain[0], (*ASK, *recipe_names()))}")
     if cluster is None:
         raise UserError("--cluster is missing: say where to start, as in --cluster local or --cluster slurm.")
     if cluster not in CLUSTERS:
-        raise UserError(f"--cluster is {cluster!r}, but must be one of {', '.join(CLUSTERS)}; {nearest(cluster, CLUSTERS)}")
+        raise UserError(f"--cluster is {cluster!r}, but must be local or slurm{'; ' + near if (near := nearest(cluster, CLUSTERS)).startswith('did') else '.'}")
     if cluster == "local":
         _refuse(own, ("--profile", "--nodes", "--time", "--dry-run"), "with --cluster local")
     return _start(plain[0], cluster, own, overrides)
@@ -166,7 +170,15 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
     slurm.must_be_there()
     for job, _, _ in made:
         _must_be_free(job)
-    for job in (job for alike in _alike(made) for job in slurm.submit([stow(job, given) for job, given, _ in alike])):
+    before = {job.run_dir for job, _, _ in made if Path(job.run_dir).exists()}
+    try:
+        submitted = [job for alike in _alike(made) for job in slurm.submit([stow(job, given) for job, given, _ in alike])]
+    except UserError:
+        for job, _, _ in made:
+            if job.run_dir not in before and not Job.read(job.run_dir):
+                shutil.rmtree(job.run_dir, ignore_errors=True)
+        raise
+    for job in submitted:
         nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
         print(f"Submitted {job.name} as job {job.job_id} on {nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks: python tools/launch.py status {_called(job)}")
     return EXIT_DONE
@@ -251,7 +263,10 @@ def _find(name: str) -> Job:
         if job := Job.read(place):
             return job
     there = [Job.read(p.parents[1]) for p in Path("runs").glob("*/launch/job.json")]
-    raise UserError(f"There is no launched run {name}: neither {name} nor runs/{name} holds launch/job.json; {nearest(name, [j.name for j in there if j])}")
+    names = [j.name for j in there if j]
+    parts = [n for n in names if n.startswith(f"{name}-")]
+    hint = f"an array's runs have names of their own: {', '.join(parts)}." if parts else nearest(name, names) if names else "none was launched here."
+    raise UserError(f"There is no launched run {name}: neither {name} nor runs/{name} holds launch/job.json; {hint}")
 
 
 def _called(job: Job) -> str:
@@ -263,18 +278,21 @@ def _called(job: Job) -> str:
 
 
 def _state(job: Job) -> str:
-    ends = [line for line in job.attempts() if line["event"] == "end"]
+    attempts, there = job.attempts(), True
     if job.cluster == "slurm":
         from seer_scale.launch import slurm
 
-        found = slurm.details(job.job_id)
+        found, there = slurm.details(job.job_id), slurm.is_there()
         if (word := found.get("JobState", "")) in slurm.ALIVE:
             reason = found.get("Reason", "None")
             return word.lower() + (f" ({reason})" if word == "PENDING" and reason != "None" else "")
     elif _is_alive(job):
         return "running"
-    begun = any(line["event"] == "begin" for line in job.attempts())
-    return ends[-1]["cause"] if ends else "ended from outside" if begun else "never started"
+    if not attempts or attempts[-1]["event"] == "begin":
+        return "unknown, as there is no SLURM on the path" if not there else "ended from outside" if attempts else "never started"
+    cause = attempts[-1]["cause"]
+    mark = job.place / "cancelled"
+    return "cancelled" if cause not in ("done", "stopped") and mark.is_file() and mark.read_text() == job.job_id else cause
 
 
 def _list(folder: Path) -> int:
@@ -283,12 +301,40 @@ def _list(folder: Path) -> int:
         print(f"No run below {folder} was launched.")
     width = max((len(_called(job)) for job in jobs), default=0)
     for job in jobs:
-        print(f"{_called(job):{width}}  {job.cluster:6} {job.job_id:18} {_progress(job):28} {_state(job)}")
+        print(f"{_called(job):{width}}  {job.cluster:6} {job.job_id:18} {_progress(job):44} {_state(job)}")
     return EXIT_DONE
 
 
 def _progress(job: Job) -> str:
-    return f"{max(0, job.newest_checkpoint()):,} samples saved"
+    seen, rate = _newest_line(job)
+    total = re.search(r"^train:.*?^  samples: (\d+)", _text(Path(job.run_dir) / "config.yaml"), re.M | re.S)
+    of = f" of {int(total[1]):,}" if total else ""
+    return f"{seen:,}{of} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (f", {rate:.0f} images/s" if rate else "")
+
+
+def _newest_line(job: Job) -> tuple[int, float]:
+    """Samples seen and images/s of the newest metric line; of a log of weeks, only the end is read."""
+    try:
+        with (Path(job.run_dir) / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0, 0.0
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn
+            continue
+        if "step" in row and "event" not in row:
+            return row["samples_seen"], row.get("throughput/img_per_s") or 0.0
+    return 0, 0.0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _status(job: Job, own: dict) -> int:
@@ -307,7 +353,7 @@ def _status(job: Job, own: dict) -> int:
     for line in attempts[-8:]:
         at = time.strftime("%F %T", time.localtime(line["time"]))
         if line["event"] == "begin":
-            print(f"  {at}  {line['attempt']} began on {line['ranks']} ranks ({', '.join(line['nodes'])})")
+            print(f"  {at}  {line['attempt']} began on {line['ranks']} rank{'s' * (line['ranks'] > 1)} ({', '.join(line['nodes'])})")
         else:
             print(f"  {at}  {line['attempt']} {line['cause']}")
     return EXIT_DONE

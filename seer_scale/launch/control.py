@@ -212,6 +212,8 @@ class Control:
         return EXIT_STOPPED if code == EXIT_STOPPED else None
 
     def _ask(self, number: int, _) -> None:
+        if self._requeue and number == signal.SIGUSR2:  # the ranks have it as well; they stop, and the job goes on
+            return
         if time.monotonic() - self._asked_at > ECHO_S:
             self._asked, self._asked_at, self._number = self._asked + 1, time.monotonic(), number
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from seer_scale.config import Config, load_recipe, merge, parse_overrides, resolve
+from seer_scale.config import Config, Train, load_recipe, merge, parse_overrides, resolve
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.launch.job import Job, snapshot, write_whole
 from seer_scale.launch.profile import Profile
@@ -92,16 +92,25 @@ def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int, has_nodes: b
             problems[num] = error.problems
     if problems:
         several = list(dict.fromkeys(p for of_one in problems.values() for p in of_one))
-        num = next(iter(problems))
-        below, above = range(num - 1, 0, -1), range(num + 1, 2 * num + 2)
-        near = [n for side in (below, above) if (n := next((n for n in side if _divides(given, n * each)), 0))]
-        if near and has_nodes and not all(_divides(given, n * each) for n in nodes):
-            several.append(f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, of {each} ranks each; nearest numbers that the recipe can take: {', '.join(map(str, near))}.")
+        batch = _batch(given)
+        num = next((n for n in nodes if batch % (n * each)), 0)
+        below, above = range(min(num - 1, batch // each), 0, -1), range(num + 1, batch // each + 1)
+        near = [n for side in (below, above) if (n := next((n for n in side if batch % (n * each) == 0 and _divides(given, n * each)), 0))]
+        if num and near and has_nodes:
+            several.append(f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, but {num} of {each} ranks each cannot share the batch evenly; nearest numbers that the recipe can take: {', '.join(map(str, near))}.")
         raise ConfigError(several)
-    fits = [n for n in range(nodes[0], nodes[1] + 1) if n in nodes or _divides(given, n * each)]
+    batch = config.train.global_batch
+    fits = [n for n in range(nodes[0], nodes[1] + 1) if n in nodes or batch % (n * each) == 0 and _divides(given, n * each)]
     left = sorted(set(range(nodes[0], nodes[1] + 1)) - set(fits))
-    notes = [f"The recipe cannot be shared among {', '.join(str(n * each) for n in left)} ranks: on {', '.join(map(str, left))} nodes the next lower number that fits is used."] if left else []
+    notes = [f"The recipe can be shared among {', '.join(str(n * each) for n in fits)} ranks: of {nodes[0]} to {nodes[1]} nodes it uses {', '.join(map(str, fits))}, the next lower of these."] if left else []
     return config, fits, notes
+
+
+def _batch(given: dict[str, Any]) -> int:
+    """train.global_batch, where it is a number; what is wrong with it is told by `resolve`."""
+    section = given.get("train")
+    batch = section.get("global_batch", Train.global_batch) if isinstance(section, dict) else Train.global_batch
+    return batch if isinstance(batch, int) and batch > 0 else 1
 
 
 def _divides(given: dict[str, Any], world_size: int) -> bool:

@@ -31,8 +31,10 @@ ASK_S, ANSWER_S = 5.0, 600.0
 BEGIN_S, END_S = 900.0, 120.0
 """Seconds in which srun starts the ranks, and in which those that are to end have ended."""
 CANCELLED = "cancelled"
-AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then scontrol requeue $SLURM_JOB_ID; fi' EXIT"""
-"""Of the batch script: the process that looks after the ranks was killed, and the job has not been ended."""
+AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then scontrol requeue $SLURM_JOB_ID; fi' EXIT
+trap : USR2"""
+"""Of the batch script: where the process that looks after the ranks was killed, and the job has not been ended, it goes back;
+and USR2, which is for the ranks, does not end the script (scancel --full sends it there, too)."""
 KILLED_S = 120.0
 """Seconds in which SLURM ends a job that it has put back into the queue."""
 
@@ -61,7 +63,7 @@ def _executor(job: Job) -> _Executor:
     executor = _Executor(folder=job.logs)
     executor.update_parameters(
         job_name=f"seer-{job.name}", time=profile.minutes, gpus_per_node=profile.gpus_per_node or None,
-        signal_delay_s=profile.grace_s, use_srun=False, wckey=None, setup=setup, additional_parameters=more,
+        signal_delay_s=profile.grace_s, use_srun=False, stderr_to_stdout=True, wckey=None, setup=setup, additional_parameters=more,
     )  # fmt: skip
     return executor
 
@@ -74,10 +76,14 @@ def script(job: Job, num: int = 1) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
+def is_there() -> bool:
+    return shutil.which("scontrol") is not None
+
+
 def must_be_there() -> None:
     """Raises UserError without SLURM's commands."""
     if missing := [c for c in ("sbatch", "srun", "scontrol", "squeue") if not shutil.which(c)]:
-        raise UserError(f"There is no {missing[0]} on the path: submit from a login node of the cluster, or use --cluster local.")
+        raise UserError(f"There is no {missing[0]} on the path: give this command on a login node of the cluster (or start with --cluster local).")
 
 
 def submit(jobs: Sequence[Job]) -> list[Job]:
@@ -195,6 +201,8 @@ def _of_srun(code: int) -> str:
         return "A rank hung and was ended by its watchdog"
     if code < 0:
         return f"srun was ended by {signal.Signals(-code).name}"
+    if code == 128 + signal.SIGTERM:  # srun's own, to the others
+        return "A rank was killed or crashed (srun names it)"
     if code > 128 and code - 128 in set(signal.Signals):
         return f"A rank was ended by {signal.Signals(code - 128).name}"
     return f"A rank ended with status {code}" if code else ""
@@ -249,6 +257,9 @@ def _own_id() -> str:
 
 
 def _output(*words: str) -> str:
+    """Empty where the command fails or is not there."""
+    if not shutil.which(words[0]):
+        return ""
     done = subprocess.run(words, capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else ""
 

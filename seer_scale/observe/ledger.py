@@ -201,7 +201,7 @@ def text(ledger: Ledger) -> str:
     if not ledger.lives:
         return "Nothing was logged yet."
     total = ledger.total_s or 1.0
-    lines = [f"{duration(ledger.total_s)} from the first start, {len(ledger.lives)} {'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} %"]
+    lines = [f"{duration(ledger.total_s)} from the first start, {len(ledger.lives)} {'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} % of the {duration(ledger.total_s - ledger.seconds['down'])} it had machines"]
     lines += [f"  {words:28}{duration(ledger.seconds[cause]):>12}{100 * ledger.seconds[cause] / total:>8.1f} %" for cause, words in CAUSES.items() if ledger.seconds[cause] > 0]
     if (mean := ledger.mean_time_to_recover_s) is not None:
         lines.append(f"  mean time to recover        {duration(mean):>12}")

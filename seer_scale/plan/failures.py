@@ -346,7 +346,7 @@ def _table(f: Failures, facts: dict) -> list[str]:
             f"replay         {_percent(found['goodput'], 3)}, 95 % interval {_percent(found['low'], 3)} to {_percent(found['high'], 3)}, in the mean of "
             f"{found['runs']} runs of {facts['days']:g} days; the formula, {_percent(found['formula'], 3)} at this length, {lies}"
         )
-    return [*lines, f"target         {_verdict(f, facts)}"]
+    return [*lines, f"aim            {_verdict(f, facts)}"]
 
 
 def _verdict(f: Failures, facts: dict) -> str:

@@ -66,4 +66,4 @@ def test_a_folder_that_is_none(saved, capsys):
     assert cli.main(["inspect", str(saved.parent)]) == 2
     assert f"did you mean {saved}?" in capsys.readouterr().err
     assert cli.main(["inspect", "nowhere"]) == 2
-    assert "nowhere cannot be used as a checkpoint" in capsys.readouterr().err
+    assert "There is no nowhere" in capsys.readouterr().err

@@ -78,13 +78,19 @@ def ask(recipe: str, **more: object) -> Request:
 def test_numbers_of_nodes_that_fit(recipe):
     job, given, notes = prepare(ask(recipe, nodes=(1, 6)), [])
     assert job.fits == [1, 2, 3, 4, 6] and job.ranks_per_node == 2
-    assert notes == ["The recipe cannot be shared among 10 ranks: on 5 nodes the next lower number that fits is used."]
+    assert notes == ["The recipe can be shared among 2, 4, 6, 8, 12 ranks: of 1 to 6 nodes it uses 1, 2, 3, 4, 6, the next lower of these."]
     assert given["run"]["dir"] == "runs/tiny" and job.run_dir == os.path.abspath("runs/tiny")
     with pytest.raises(ConfigError) as caught:
         prepare(ask(recipe, nodes=(4, 5), overrides=["--optim.lr", "-1"]), [])
     assert "optim.lr is -1" in str(caught.value) and "must divide evenly among the ranks (10)" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"--nodes is 4-5, of 2 ranks each; nearest numbers that the recipe can take: 4, 6"):
+    with pytest.raises(ConfigError, match=r"--nodes is 4-5, but 5 of 2 ranks each cannot share the batch evenly; nearest numbers that the recipe can take: 4, 6"):
         prepare(ask(recipe, nodes=(4, 5)), [])
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="nearest numbers that the recipe can take: 12") as caught:
+        prepare(ask(recipe, nodes=(10**6, 10**6)), [])
+    with pytest.raises(ConfigError) as caught:
+        prepare(ask(recipe, nodes=(2, 4), overrides=["--data.path", "gone"]), [])
+    assert "nearest numbers" not in str(caught.value) and time.monotonic() - begin < 20
     with pytest.raises(UserError, match="parallel.ranks is 3, which fill no whole nodes of 2: give --nodes, such as 2"):
         prepare(ask(recipe, overrides=["--parallel.ranks", "3"]), [])
     assert prepare(ask(recipe, overrides=["--parallel.ranks", "8"]), [])[0].fits == [4]
@@ -320,15 +326,15 @@ def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
     class Stopping(Scripted):
         def poll(self) -> str | None:
             if self._polls == 2:
-                os.kill(os.getpid(), signal.SIGUSR2)
+                os.kill(os.getpid(), signal.SIGTERM)
             self._polls += 1
             return "" if self.heard else None
 
     made = []
     control = Control(job, lambda a: made.append(Stopping(job, a, 8, 75, "")) or made[-1], ident="1", ranks=1, nodes=[], requeue=lambda: requeued.append(1) or True)
-    before = signal.getsignal(signal.SIGUSR2)
-    assert control.run() == 75 and not requeued and set(made[0].heard) == {signal.SIGUSR2}
-    assert signal.getsignal(signal.SIGUSR2) is before
+    before = signal.getsignal(signal.SIGTERM)
+    assert control.run() == 75 and not requeued and set(made[0].heard) == {signal.SIGTERM}
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_outcome_of_another_start_is_none(tmp_path):
