@@ -73,6 +73,7 @@ class Watchdog:
 
     def _bark(self) -> None:
         """One write, so that the ranks' texts stay apart."""
+        faulthandler.cancel_dump_traceback_later()
         names = {t.ident: t.name for t in threading.enumerate()}
         lines = [f"{self._what}no progress for {time.monotonic() - self._last:.0f} s (run.hang_s {self._limit_s:g}) in process {os.getpid()} on {socket.gethostname()}:"]
         for ident, frame in sys._current_frames().items():
