@@ -95,12 +95,13 @@ def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int, has_nodes: b
         batch = _batch(given)
         num = next((n for n in nodes if batch % (n * each)), 0)
         below, above = range(min(num - 1, batch // each), 0, -1), range(num + 1, batch // each + 1)
-        near = [n for side in (below, above) if (n := next((n for n in side if batch % (n * each) == 0 and _divides(given, n * each)), 0))]
+        here = _problems(given, num * each) if num else set()
+        near = [n for side in (below, above) if (n := next((n for n in side if batch % (n * each) == 0 and _problems(given, n * each) < here), 0))]
         if num and near and has_nodes:
             several.append(f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, but {num} of {each} ranks each cannot share the batch evenly; nearest numbers that the recipe can take: {', '.join(map(str, near))}.")
         raise ConfigError(several)
     batch = config.train.global_batch
-    fits = [n for n in range(nodes[0], nodes[1] + 1) if n in nodes or batch % (n * each) == 0 and _divides(given, n * each)]
+    fits = [n for n in range(nodes[0], nodes[1] + 1) if n in nodes or batch % (n * each) == 0 and not _problems(given, n * each)]
     left = sorted(set(range(nodes[0], nodes[1] + 1)) - set(fits))
     notes = [f"The recipe can be shared among {', '.join(str(n * each) for n in fits)} ranks: of {nodes[0]} to {nodes[1]} nodes it uses {', '.join(map(str, fits))}, the next lower of these."] if left else []
     return config, fits, notes
@@ -113,9 +114,9 @@ def _batch(given: dict[str, Any]) -> int:
     return batch if isinstance(batch, int) and batch > 0 else 1
 
 
-def _divides(given: dict[str, Any], world_size: int) -> bool:
+def _problems(given: dict[str, Any], world_size: int) -> set[str]:
     try:
         resolve(given, {}, world_size=world_size)
-    except ConfigError:
-        return False
-    return True
+    except ConfigError as error:
+        return set(error.problems)
+    return set()

@@ -82,7 +82,7 @@ def test_numbers_of_nodes_that_fit(recipe):
     assert given["run"]["dir"] == "runs/tiny" and job.run_dir == os.path.abspath("runs/tiny")
     with pytest.raises(ConfigError) as caught:
         prepare(ask(recipe, nodes=(4, 5), overrides=["--optim.lr", "-1"]), [])
-    assert "optim.lr is -1" in str(caught.value) and "must divide evenly among the ranks (10)" in str(caught.value)
+    assert "optim.lr is -1" in str(caught.value) and "nearest numbers that the recipe can take: 4, 6" in str(caught.value) and "must divide evenly among the ranks (10)" in str(caught.value)
     with pytest.raises(ConfigError, match=r"--nodes is 4-5, but 5 of 2 ranks each cannot share the batch evenly; nearest numbers that the recipe can take: 4, 6"):
         prepare(ask(recipe, nodes=(4, 5)), [])
     begin = time.monotonic()
