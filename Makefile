@@ -1,10 +1,11 @@
 # Two commands: `make demo` shows what it does, `make test` proves it. Both build .venv first.
+# `make test-slurm` proves the rest on a real SLURM of virtual nodes, which it installs (Debian, as root).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-slurm lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -19,7 +20,13 @@ demo: install
 	$(RUN) $(BIN)/python tools/launch.py demo --cluster local
 
 test: install
-	$(RUN) $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --ignore=tests/slurm $(PYTEST_ARGS)
+	@echo "Without tests/slurm: make test-slurm runs them on a SLURM of virtual nodes."
+
+# SLURM=optional: skipped, with the reason, where there can be no such cluster.
+SLURM ?= required
+test-slurm: install
+	SEER_SCALE_SLURM=$(SLURM) $(RUN) $(BIN)/python -m pytest -q -rs --durations=10 tests/slurm $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check seer_scale tests tools

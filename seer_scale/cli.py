@@ -16,13 +16,16 @@ USAGE = """seer-scale: self-supervised pretraining of large convnets, from a lap
 
   seer-scale train RECIPE --data.path DIR [--key value ...]   train, or go on where the run stopped (--help: every key)
   seer-scale eval knn RUN [--key value ...]                   kNN accuracy of a run's newest checkpoint
+  seer-scale inspect CHECKPOINT [--verify]                    what is in it, who wrote it, whether it is whole
+  seer-scale inspect RUN                                      where its time went: goodput, starts, what was lost
+  seer-scale plan --failures                                  goodput at a rate of failures, and the best checkpoint interval
   seer-scale report RUN                                       write RUN/report.html anew
   seer-scale recipes                                          the shipped recipes
   seer-scale data inspect PATH                                counts, sizes, formats, what cannot be read, a contact sheet
   seer-scale data pack SRC DST                                balanced tars with an index, from any images
   seer-scale data refresh RUN --manifest FILE                 other images for a run, from its next metric line on
   seer-scale data demo DIR                                    write the demo's corpus of textures
-  seer-scale bench step | data | engines | lars | sinkhorn    speed and memory, each against a reference in the same run
+  seer-scale bench step | data | engines | checkpoint | ...  speed and memory, each against a reference in the same run
 
 Several processes on this machine: python tools/launch.py RECIPE --cluster local [--ranks N] [--key value ...]
 """
@@ -31,14 +34,14 @@ Several processes on this machine: python tools/launch.py RECIPE --cluster local
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 failed, 2 bad input, 75 stopped with its state saved)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "eval": evaluate, "report": report, "recipes": recipes, "data": data, "bench": bench}
+    commands = {"train": train, "eval": evaluate, "inspect": inspect, "plan": plan, "report": report, "recipes": recipes, "data": data, "bench": bench}
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return EXIT_DONE
     try:
         if words[0] not in commands:
             raise UserError(f"{words[0]!r} is not a command; {nearest(words[0], commands)}")
-        own_help = words[0] == "train" or words[0] == "bench" and words[1] in BENCHES or words[:2] in (["data", "inspect"], ["data", "pack"])
+        own_help = words[0] in ("train", "inspect", "plan") or words[0] == "bench" and words[1] in BENCHES or words[:2] in (["data", "inspect"], ["data", "pack"])
         if _asks_help(words) and not own_help:
             print(USAGE)
             return EXIT_DONE
@@ -123,6 +126,45 @@ def evaluate(words: list[str]) -> int:
     return EXIT_DONE
 
 
+def inspect(words: list[str]) -> int:
+    from seer_scale.checkpoint import inspect as checkpoints
+    from seer_scale.observe import ledger
+    from seer_scale.observe.sinks import plain
+
+    description = "Of a checkpoint: what is in it, who wrote it, whether it is whole; no tensor is read for that. Of a run: where its time went."
+    parser = argparse.ArgumentParser(prog="seer-scale inspect", description=description)
+    parser.add_argument("path", type=Path, help="a checkpoint, such as runs/demo/checkpoints/samples-000000012800, or a run's folder")
+    parser.add_argument("--verify", action="store_true", help="of a checkpoint: read all its files, and compare their checksums")
+    parser.add_argument("--tensors", type=int, default=0, metavar="N", help="of a checkpoint: also list the N largest tensors")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    args = parser.parse_args(words)
+    if (args.path / "metrics.jsonl").is_file():
+        if args.verify or args.tensors:
+            raise UserError(f"{args.path} is a run, and --verify and --tensors are for checkpoints, such as those in {args.path / 'checkpoints'}.")
+        found = ledger.read_ledger(args.path)
+        print(json.dumps(plain(found.to_dict()), indent=1) if args.json else ledger.text(found))
+        return EXIT_DONE
+    if not args.path.exists():
+        raise UserError(f"There is no {args.path}: give a run's folder or one of its checkpoints.")
+    if (args.path / "launch").is_dir() or (args.path / "config.yaml").is_file():
+        print("Nothing was logged yet.")
+        return EXIT_DONE
+    found = checkpoints.describe(args.path, verify=args.verify)
+    print(json.dumps(plain(found), indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))
+    return EXIT_FAILED if found["flaw"] else EXIT_DONE
+
+
+def plan(words: list[str]) -> int:
+    if "--failures" not in words and not _asks_help(words):
+        raise UserError("Say what to plan: seer-scale plan --failures.")
+    from seer_scale.plan import failures
+
+    parser = argparse.ArgumentParser(prog="seer-scale plan --failures", description=failures.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    failures.add_arguments(parser)
+    print(failures.run(parser.parse_args([w for w in words if w != "--failures"])))
+    return EXIT_DONE
+
+
 def report(words: list[str]) -> int:
     from seer_scale.observe.report import write_report
 
@@ -177,7 +219,7 @@ def refresh(words: list[str]) -> int:
     return EXIT_DONE
 
 
-BENCHES = ("step", "data", "engines", "lars", "sinkhorn")
+BENCHES = ("step", "data", "engines", "checkpoint", "lars", "sinkhorn")
 
 
 def bench(words: list[str]) -> int:

@@ -36,6 +36,7 @@ def opt(default: Any, help: str, *, ge=None, gt=None, le=None, lt=None):  # noqa
 class Run:
     dir: str = opt("", "folder of the run: config, metrics, logs, checkpoints, report; empty = runs/<recipe name>")
     seed: int = opt(0, "seed of weights, image order and crops", ge=0)
+    hang_s: float = opt(1200.0, "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = wait for ever", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +169,7 @@ class Parallel:
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every_samples: int = opt(0, "samples between checkpoints; 0 = only at the end and on a stop", ge=0)
+    background: bool = opt(True, "write checkpoints while training goes on, from a copy in memory; false: updates wait for the disk")
     keep_last: int = opt(2, "newest checkpoints kept", ge=1)
     keep_every_samples: int = opt(0, "also keep those at multiples of so many samples; 0 = none", ge=0)
     resume: str = opt("auto", "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path")
@@ -255,7 +257,7 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
             raise _Bad(f"needs {len(item_types)} values, as in [{', '.join('1' * len(item_types))}]")
         return tuple(_coerce(t, v, f"{key}[{i}]", problems) for i, (t, v) in enumerate(zip(item_types, items)))
     if dataclasses.is_dataclass(tp):
-        return _build(tp, value, key, problems)
+        return read_section(tp, value, key, problems)
     if tp is bool and isinstance(value, bool):
         return value
     if tp is str and isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -288,7 +290,7 @@ def _check_limits(limits: dict[str, float], value: Any) -> None:
                 raise _Bad(f"must be {words} {bound}")
 
 
-def _build(cls: type, given: Any, prefix: str, problems: list[str]) -> Any:
+def read_section(cls: type, given: Any, prefix: str, problems: list[str]) -> Any:
     """Dataclass `cls` from a mapping; problems are collected, and a broken field keeps its default."""
     if given is None:
         given = {}
@@ -348,7 +350,7 @@ def recipe_names() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that has each key once: of two, plain YAML takes the last and says nothing."""
+    """YAML without its traps: of a key given twice it would take the last and say nothing, and 12:00:00 would be 43,200."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [k.value for k, _ in node.value]
@@ -356,6 +358,25 @@ class _Loader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1} begins a section that has {twice} twice")
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        plain = self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float
+        return node.value if ":" in node.value else plain(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
+def read_yaml(path: Path, example: str) -> dict[str, Any]:
+    """The mapping in a YAML file. example: of what it should hold. Raises UserError."""
+    try:
+        given = yaml.load(path.read_text(), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{path} must hold {example}, not {type(given).__name__}.")
+    return given
 
 
 def load_recipe(name_or_path: str) -> dict[str, Any]:
@@ -365,13 +386,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
         path = RECIPES / f"{name_or_path}.yaml"
     elif not path.is_file():
         raise UserError(f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; {nearest(name_or_path, recipe_names())}")
-    try:
-        given = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise UserError(f"{path} must hold sections of keys, such as 'train:', not {type(given).__name__}.")
-    return given
+    return read_yaml(path, "sections of keys, such as 'train:'")
 
 
 def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -408,10 +423,11 @@ def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     return nested, problems
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one; where both have a key, `over` says what it is."""
     both = dict(base)
     for k, v in over.items():
-        both[k] = _merge(both[k], v) if isinstance(v, dict) and isinstance(both.get(k), dict) else v
+        both[k] = merge(both[k], v) if isinstance(v, dict) and isinstance(both.get(k), dict) else v
     return both
 
 
@@ -431,8 +447,8 @@ def resolve(
     with every problem.
     """
     over, problems = (overrides, []) if isinstance(overrides, dict) else parse_overrides(list(overrides))
-    merged = _merge(given, over)
-    config = _build(Config, merged, "", problems)
+    merged = merge(given, over)
+    config = read_section(Config, merged, "", problems)
     if not isinstance(merged.get("train"), dict) or "samples" not in merged["train"]:
         problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
     if not config.data.path:
@@ -507,6 +523,7 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
     if batch % world_size == 0:
         normalised = batch // world_size // c.accumulation(world_size) * (p.sync_bn_group or world_size)
         fail(normalised < 2, f"train.global_batch is {batch}, which leaves BatchNorm {normalised} image to normalise over; it needs at least 2.")
+    fail(0 < c.run.hang_s < 10 * c.data.timeout_s, f"run.hang_s is {c.run.hang_s:g}, but a rank may wait {10 * c.data.timeout_s:g} s for another's loader (10 x data.timeout_s); nearest: {10 * c.data.timeout_s:g}, or 0 for none.")
     for k in s.prototypes:
         most = 4 * (batch + s.queue)
         fail(k > most, f"swav.prototypes is {k}, but an assignment of {batch + s.queue} samples (train.global_batch + swav.queue) can use at most 4 times as many; nearest: {most}.")

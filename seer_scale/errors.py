@@ -13,8 +13,9 @@ import socket
 import sys
 from collections.abc import Iterable
 
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
-"""Exit statuses: done, failed, bad input, and stopped on request with its state saved (EX_TEMPFAIL: run it again)."""
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_HUNG = 0, 1, 2, 75, 76
+"""Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and ended by
+its own watchdog."""
 
 
 class UserError(Exception):
@@ -22,15 +23,17 @@ class UserError(Exception):
 
     is_local = False
     """Raised on this rank alone, which therefore has to tell it."""
+    may_pass = False
+    """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded number of times."""
 
 
 class ConfigError(UserError):
-    """All problems of one recipe, each a sentence."""
+    """All problems of one recipe (or of `what` else), each a sentence."""
 
-    def __init__(self, problems: list[str]):
+    def __init__(self, problems: list[str], what: str = "The recipe"):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"The recipe has {count}:", *(f"  - {p}" for p in problems)]))
+        super().__init__("\n".join([f"{what} has {count}:", *(f"  - {p}" for p in problems)]))
 
 
 class DataError(UserError):
@@ -49,6 +52,10 @@ class TrainingFailed(UserError):
     """The run cannot go on (the loss is not finite any more, say). Exit status 1: the recipe itself was valid."""
 
 
+class RankLost(TrainingFailed):
+    """Another rank is gone; started again, the run goes on."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the closest known word, or all of them when none is close."""
     known = sorted(known)
@@ -61,8 +68,8 @@ def complain(error: UserError) -> int:
     rank, place = (
         next((os.environ[name] for name in names if name in os.environ), "0")
         for names in (
-            ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_PROCID"),
-            ("LOCAL_RANK", "SUBMITIT_LOCAL_LOCALID", "SLURM_LOCALID"),
+            ("RANK", "SLURM_PROCID"),
+            ("LOCAL_RANK", "SLURM_LOCALID"),
         )
     )
     if rank == "0" or place == "0" or error.is_local:

@@ -1,6 +1,6 @@
 """Who takes part in a run: ranks, devices, process groups, and the few collectives the rest of the house uses.
 
-`start()` recognises submitit, torchrun and srun, or stays a world of one. No port is ever fixed: rank 0 listens on a
+`start()` recognises our launcher, torchrun and srun, or stays a world of one. No port is ever fixed: rank 0 listens on a
 free one and publishes its address in a file of the run directory (torchrun brings its own rendezvous).
 """
 
@@ -103,11 +103,9 @@ class Place:
 
 
 def detect(env: Mapping[str, str] = os.environ) -> Place:
-    """This process's place in a run started by torchrun, submitit's local executor or srun; else a world of one."""
-    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
+    """This process's place in a run started by torchrun, our launcher or srun; else a world of one."""
+    if "RANK" in env and "WORLD_SIZE" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif "SUBMITIT_LOCAL_GLOBALID" in env:
-        names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS")
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     else:
@@ -115,7 +113,7 @@ def detect(env: Mapping[str, str] = os.environ) -> Place:
     # SLURM writes "8(x64)" or "8,4": the first number serves
     given = (re.match(r"\d+", env.get(n, default)) for n, default in zip(names, ("0", "1", "0", "1")))
     rank, size, local_rank, local_size = (int(m.group()) for m in given)
-    return Place(rank, size, local_rank, local_size, names[0] == "RANK")
+    return Place(rank, size, local_rank, local_size, names[0] == "RANK" and "MASTER_ADDR" in env)
 
 
 def start(rendezvous: Path, attempt: str = "", *, device: str = "auto", patience_s: float = 0.0) -> World:

@@ -1,4 +1,4 @@
-"""One thread a process, here and in every process a test starts; a small corpus of real JPEGs."""
+"""One thread a process, here and in every process a test starts; a small corpus of real JPEGs, and a run of it."""
 
 from __future__ import annotations
 
@@ -34,3 +34,14 @@ def write_photos(root: Path, classes: int = 3, each: int = 8, pixels: int = 40) 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     return write_photos(tmp_path_factory.mktemp("corpus") / "photos")
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, photos):
+    """The run that others are held against: 20 updates on one process, never stopped."""
+    from tests.e2e.runs import recipe, run
+
+    folder = tmp_path_factory.mktemp("straight")
+    text = run("train", recipe(folder, photos), "--run.dir", folder / "run", folder=folder)
+    assert "kNN top-1: " in text and text.index("kNN top-1: ") < text.index("Report: ")
+    return folder / "run"

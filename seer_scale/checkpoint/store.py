@@ -12,15 +12,13 @@ All coordination goes through the `World` given: a background save needs no more
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
+import pickle
 import re
 import secrets
 import shutil
-import socket
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,9 +30,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
-from seer_scale.errors import CheckpointError, UserError
+from seer_scale.errors import CheckpointError
 from seer_scale.world import World
 
 FORMAT = 1
@@ -244,8 +244,19 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be used as a checkpoint: {e}; {hint}") from None
 
 
-def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] = "") -> None:
+def contents(path: Path) -> dict[str, tuple[str, torch.Size, int]]:
+    """Name -> (dtype, shape, bytes in the files) of each tensor. Local, reads no tensor. Raises CheckpointError."""
+    reader, nbytes = _reader(path), {}
+    for index, stored in reader.metadata.storage_data.items():
+        nbytes[index.fqn] = nbytes.get(index.fqn, 0) + stored.length
+    held = reader.metadata.state_dict_metadata
+    return {k: (str(v.properties.dtype).removeprefix("torch."), v.size, nbytes.get(k, 0)) for k, v in held.items()}
+
+
+def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] = "") -> int:
     """Fill the tensors of `state`, those whose name begins with `only`, in place from the checkpoint `path`.
+
+    Returns the bytes this rank has read.
 
     Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read; each rank
     reads what its shards need. Contents are not verified here: `newest` has, `flaw` does. Collective. Raises
@@ -253,29 +264,73 @@ def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] 
     """
     wanted = {k: v for k, v in state.items() if k.startswith(only)}
     with _agreement(world):
-        read_meta(path)
-        try:
-            reader = _Reader(path)
-        except Exception as e:
-            raise CheckpointError(f"{path} could not be read ({type(e).__name__}: {e}); choose another.") from e
-        if difference := _difference(path, wanted, reader.metadata, only):
-            raise CheckpointError(difference)
+        reader = must_fit(path, wanted, only=only)
     try:
         with _agreement(world), _quiet():
             dcp.load(wanted, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
     except CheckpointError as problem:
-        raise CheckpointError(f"{path} could not be read ({problem}); choose another.") from problem
+        error = CheckpointError(f"{path} could not be read ({problem}); choose another.")
+        error.may_pass = True
+        raise error from problem
+    return reader.nbytes
+
+
+def must_fit(path: Path, state: State, *, only: str | tuple[str, ...] = "") -> _Reader:
+    """A reader of the checkpoint `path`, whose tensors under `only` have the names, shapes and dtypes of `state` (which
+    may be on the meta device). Local, reads no tensor. Raises CheckpointError."""
+    read_meta(path)
+    reader = _reader(path)
+    if difference := _difference(path, state, reader.metadata, only):
+        raise CheckpointError(difference)
+    return reader
+
+
+def _reader(path: Path) -> _Reader:
+    try:
+        return _Reader(path)
+    except Exception as e:
+        raise CheckpointError(f"{path} could not be read ({type(e).__name__}: {e}); choose another.") from e
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads DCP's metadata, large on many ranks, once."""
+    """Reads DCP's metadata, large on many ranks, once, and counts what else is read."""
+
+    nbytes = 0
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self.metadata = super().read_metadata()
+        with (path / ".metadata").open("rb") as file:
+            self.metadata = _Unpickler(file).load()
+        self.metadata.storage_meta = self.metadata.storage_meta or StorageMeta()
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        self.nbytes += sum(self.storage_data[item.storage_index].length for item in plan.items)
+        return super().read_data(plan, planner)
 
     def read_metadata(self) -> Metadata:
         return self.metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """DCP keeps its metadata as a pickle, and a checkpoint may come from anywhere: this reads metadata and runs nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _HARMLESS.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+_HARMLESS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+}  # fmt: skip
 
 
 def _difference(path: Path, wanted: State, metadata: Metadata, only: str | tuple[str, ...]) -> str | None:
@@ -329,58 +384,6 @@ def _discard(path: Path) -> None:
     os.rename(path, waste)
     _sync(path.parent)
     _remove(waste)
-
-
-# ------------------------------------------------------------------------------------------------ one owner
-
-
-class RunLock:
-    """Keeps a second run out of `run_dir` for as long as rank 0 of this one lives, or until `release`.
-
-    Collective where a world is given. Raises UserError, on all ranks, with the owner's pid, host, job and start. The
-    lock is the kernel's, so it ends with the process however that dies; the text in `.lock` is only for people.
-    """
-
-    def __init__(self, run_dir: Path, world: World = World()):
-        self._fd: int | None = None
-        refusal = world.broadcast_object(self._take(run_dir) if world.is_main else None)
-        if refusal:
-            raise UserError(refusal)
-
-    def _take(self, run_dir: Path) -> str | None:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            fd = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as e:
-            return f"{run_dir} cannot hold a run ({e.strerror}): choose another run.dir."
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            owner = os.pread(fd, 1000, 0).decode(errors="replace") or "another run"
-            os.close(fd)
-            if isinstance(e, BlockingIOError):
-                return f"{run_dir} is in use by {owner}: stop it or choose another run.dir."
-            return f"{run_dir} cannot be locked ({e.strerror}): choose a run.dir on a file system with locks."
-        self._fd = fd
-        # A forked loader worker shares the lock, and would keep it past the death of its parent.
-        os.register_at_fork(after_in_child=self.release)
-        job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        text = f"pid {os.getpid()} on {socket.gethostname()}{job}, started {time.strftime('%F %T')}"
-        with suppress(OSError):  # a full disk takes the text, not the lock
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, text.encode(), 0)
-        return None
-
-    def release(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.release()
 
 
 # ------------------------------------------------------------------------------------------------ small parts

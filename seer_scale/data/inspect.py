@@ -391,9 +391,11 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
         about.append("no labels")
     spread = "All of them:" if sample == facts["images"] else f"Of {sample:,} of them, {'the first' if facts['kind'] == 'stream' else 'spread evenly'}:"
     other = {mode: n for mode, n in facts["modes"].items() if mode != "RGB" and mode not in GREY}
+    more = facts["unreadable"]["count"] - len(facts["unreadable"]["first"])
     lines = [
         ("unreadable", share(facts["unreadable"]["count"])),
         *(("", line) for line in facts["unreadable"]["first"]),
+        *[("", f"and {more:,} more (--unreadable FILE lists all)")] * (more > 0),
         ("bytes", f"{amount(sizes['total'])} {'together' if sample == facts['images'] else 'estimated for all'}; an image {amount(sizes['median'])} (median), {amount(sizes['p1'])} (1 %), {amount(sizes['p99'])} (99 %)"),
         ("formats", ", ".join(f"{name} {share(n)}" for name, n in sorted(facts["formats"].items(), key=lambda f: -f[1]))),
         ("slow decoder", f"{share(facts['slow_decoder'])} need Pillow: all but grey and RGB JPEGs"),

@@ -423,7 +423,7 @@ def _summary(dst: Path, images: int) -> str:
     except DataError as error:
         raise DataError(f"{dst} holds no image: of {images:,}, those that cannot be read are {listed}.") from error
     left_out = f"; {images - packed:,} that cannot be read left out, {listed}" if packed < images else ""
-    return f"{len(sizes):,} tars, {packed:,} images, {amount(sum(sizes))}{left_out}.\nTrain on them with --data.path {dst}"
+    return f"{len(sizes):,} tar{'s' * (len(sizes) != 1)}, {packed:,} images, {amount(sum(sizes))}{left_out}.\nTrain on them with --data.path {dst}"
 
 
 def _size(word: str) -> int:

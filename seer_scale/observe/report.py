@@ -25,6 +25,7 @@ from PIL import Image
 
 from seer_scale.config import load_recipe
 from seer_scale.observe.gallery import publish, read_gallery
+from seer_scale.observe.ledger import CAUSES, Ledger, duration, read_ledger
 from seer_scale.observe.sinks import BEGINNINGS, read_metrics, speed_text
 
 Rows = list[dict[str, Any]]
@@ -74,6 +75,7 @@ def write_report(run_dir: Path) -> Path:
         [
             _head(run_dir, rows, events, config),
             _curves(rows, events, config),
+            _life(read_ledger(run_dir)),
             pictures.crops(),
             pictures.neighbours(),
             pictures.prototypes(),
@@ -110,8 +112,8 @@ def _head(run_dir: Path, rows: Rows, events: Rows, config: dict[str, Any]) -> st
     return (
         f"<header><p class=kicker>Self-supervised pretraining · seer_scale · {written}</p><h1>{name}</h1>"
         f'<p class="headline{" better" * better}">{big}</p>'
-        "<p class=note>The share of held-out images whose class is found by a vote of their nearest neighbours. "
-        f"No label was used in training.</p><dl>{facts}</dl></header>"
+        + ("<p class=note>The share of held-out images whose class is found by a vote of their nearest neighbours. " * bool(known) or "<p class=note>")
+        + f"No label was used in training.</p><dl>{facts}</dl></header>"
     )
 
 
@@ -265,7 +267,7 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
     restarted = " Dotted vertical lines are restarts." if restarts else ""
 
     def plot(title: str, unit: str, draw: Callable[[Axes], bool], caption: str, wide: bool = False) -> str:
-        picture = _svg(draw, unit, restarts, wide)
+        picture = _svg(draw, "images seen", unit, restarts, wide)
         return (
             f'<figure class="plot{" wide" * wide}"><h3>{escape(title)}</h3>'
             + (picture or "<p class=missing>Not measured yet.</p>")
@@ -291,7 +293,42 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _svg(draw: Callable[[Axes], bool], unit: str, restarts: list[int], wide: bool) -> str:
+def _life(ledger: Ledger) -> str:
+    """How far the run was at each hour, and what its time went into."""
+    if not ledger.lives or ledger.total_s <= 0:
+        return ""
+    first = ledger.lives[0].began
+    hour = 3600 if ledger.total_s > 7200 else 60
+
+    def climb(ax: Axes) -> bool:
+        for life, following in zip(ledger.lives, [*ledger.lives[1:], None]):
+            x = [(t - first) / hour for t in (life.began, life.ready, life.ended)]
+            ax.plot(x, [life.seen[0], *life.seen], color=BLUE, solid_capstyle="butt")
+            if following:
+                ax.axvspan(x[-1], max(x[-1], (following.began - first) / hour), color=FAINT, linewidth=0)
+            if following and following.seen[0] < life.seen[1]:
+                ax.plot([x[-1], x[-1]], [following.seen[0], life.seen[1]], color=ORANGE, linestyle=":")
+        ax.set_ylim(bottom=0)
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+        return True
+
+    picture = _svg(climb, "hours" if hour == 3600 else "minutes", "images seen", [], True)
+    rows = "".join(
+        f"<tr><td>{escape(words)}</td><td>{duration(ledger.seconds[cause])}</td><td>{100 * ledger.seconds[cause] / ledger.total_s:.1f} %</td></tr>"
+        for cause, words in CAUSES.items() if ledger.seconds[cause] > 0
+    )  # fmt: skip
+    mean = ledger.mean_time_to_recover_s
+    recovered = f" After an end that was not the run's, the next update came after {duration(mean)} in the mean." if mean is not None else ""
+    return _section(
+        "The life of the run",
+        f"Of the time in which it held its machines, {100 * ledger.goodput:.1f} % went into updates that count.{recovered}",
+        f'<figure class="plot wide">{picture}<figcaption>Images seen over the clock. Grey is the time between two starts; dotted is work '
+        "that a restart had to do again.</figcaption></figure>",
+        f"<table><tr><th>what</th><th>time</th><th>share</th></tr>{rows}</table>",
+    )
+
+
+def _svg(draw: Callable[[Axes], bool], along: str, unit: str, restarts: list[int], wide: bool) -> str:
     """An inline SVG, or "" when there was nothing to draw."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.5) if wide else (5.1, 3.1), layout="constrained")
@@ -301,7 +338,7 @@ def _svg(draw: Callable[[Axes], bool], unit: str, restarts: list[int], wide: boo
             return ""
         for samples in restarts:
             ax.axvline(samples, color="#9aa1ab", linestyle=":", linewidth=1.1, zorder=0)
-        ax.set_xlabel("images seen")
+        ax.set_xlabel(along)
         ax.set_ylabel(unit)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_major_locator(MaxNLocator(6 if wide else 5))

@@ -31,14 +31,14 @@ BEGINNINGS = ("start", "resume")
 TAIL = 1 << 16  # bytes of an existing metrics.jsonl that tell the recent rate: about 150 lines
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as strict JSON can hold it: numbers that are not finite become None, tensors and arrays plain numbers."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
@@ -55,6 +55,12 @@ def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of a run's log in the order they were written, also those that a restart abandoned."""
+    path = Path(run_dir) / "metrics.jsonl"
+    return list(_records(path.read_bytes().splitlines())) if path.exists() else []
+
+
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows, events) of a run, also while it runs. A run without metrics.jsonl has neither.
 
@@ -63,8 +69,7 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, An
     """
     rows: dict[int, dict[str, Any]] = {}
     events = []
-    path = Path(run_dir) / "metrics.jsonl"
-    for record in _records(path.read_bytes().splitlines() if path.exists() else ()):
+    for record in read_records(run_dir):
         samples = record["samples_seen"]
         if "event" in record:
             events.append(record)
@@ -146,7 +151,7 @@ class RunLog:
         """One row: `metrics` by name, with samples_seen; wall_time (unix seconds) is added. knn/top1 is in percent."""
         if not self.active:
             return
-        row = _plain({"samples_seen": self._latest["samples_seen"]} | metrics | {"wall_time": time.time()})
+        row = plain({"samples_seen": self._latest["samples_seen"]} | metrics | {"wall_time": time.time()})
         self._take_in(row)
         with self._whatever_the_disk():
             self._append(row)
@@ -161,7 +166,7 @@ class RunLog:
         if not self.active:
             return
         event = {"event": kind, "text": text, "samples_seen": self._latest["samples_seen"]} | fields
-        event = _plain(event | {"wall_time": time.time()})
+        event = plain(event | {"wall_time": time.time()})
         if kind in BEGINNINGS:
             self._rate.begin()
             self._latest["samples_seen"] = event["samples_seen"]

@@ -24,15 +24,17 @@ class Shard(Tensor):
 
     local: Tensor
     start: int
+    most: int
+    """Bytes of a piece in which it is saved, 0 = any: who reads a part of a piece has to read all of it."""
 
     @staticmethod
-    def __new__(cls, local: Tensor, start: int, shape: torch.Size) -> Shard:
+    def __new__(cls, local: Tensor, start: int, shape: torch.Size, most: int = 0) -> Shard:
         assert local.is_contiguous() and 0 <= start <= start + local.numel() <= shape.numel(), (local.shape, start, shape)
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
-        self.local, self.start = local, start
+        self.local, self.start, self.most = local, start, most
         return self
 
-    def __init__(self, local: Tensor, start: int, shape: torch.Size):
+    def __init__(self, local: Tensor, start: int, shape: torch.Size, most: int = 0):
         super().__init__()
 
     @classmethod
@@ -63,7 +65,7 @@ class Shard(Tensor):
     # torch.distributed.checkpoint.planner_helpers: the run as boxes, each of which is contiguous in `local`
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in boxes(self.shape, self.start, self.stop)]
+        return [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in self.boxes()]
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.local)
@@ -73,7 +75,7 @@ class Shard(Tensor):
         ]  # fmt: skip
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for offsets, sizes in boxes(self.shape, self.start, self.stop):
+        for offsets, sizes in self.boxes():
             if torch.Size(offsets) == index.offset:
                 first = sum(o * s for o, s in zip(offsets, strides(self.shape))) - self.start
                 return self.local.detach().view(-1)[first : first + math.prod(sizes)].view(sizes)
@@ -82,6 +84,11 @@ class Shard(Tensor):
     @property
     def stop(self) -> int:
         return self.start + self.local.numel()
+
+    def boxes(self) -> list[tuple[list[int], list[int]]]:
+        """(offsets, sizes) of what it is saved and loaded in: contiguous boxes of at most `most` bytes, or a row."""
+        tiles = boxes(self.shape, self.start, self.stop)
+        return [part for tile in tiles for part in _rows(*tile, self.most // self.dtype.itemsize)] if self.most else tiles
 
 
 def strides(shape: tuple[int, ...]) -> list[int]:
@@ -111,3 +118,11 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[list[int]
 
 def _below(row: int, of_slice: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
     return [([row, *offsets], [1, *sizes]) for offsets, sizes in of_slice]
+
+
+def _rows(offsets: list[int], sizes: list[int], most: int) -> list[tuple[list[int], list[int]]]:
+    """A box cut along its first dimension into boxes of at most `most` elements, or of one row."""
+    if not sizes:
+        return [(offsets, sizes)]
+    each = max(1, most // math.prod(sizes[1:]))
+    return [([offsets[0] + row, *offsets[1:]], [min(each, sizes[0] - row), *sizes[1:]]) for row in range(0, sizes[0], each)]

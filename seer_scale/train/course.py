@@ -56,6 +56,9 @@ def open_course(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> 
         raise UserError(f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their order depends on the number, so bring the same images, add others by seer-scale data refresh, or start another run.dir with checkpoint.init_from.")
     if config.data.block and _reading(source, config)[1] != now.block:
         raise UserError(f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from.")
+    if bool(source.buffer) != bool(saved.get("buffer", source.buffer)):
+        one, other = ("by number", "as a stream") if source.buffer else ("as a stream", "by number")
+        raise UserError(f"This run has read its images {one}, but data.path is now read {other}: give --data.kind as before, or start another run.dir with checkpoint.init_from.")
     if source.buffer != (before := saved.get("buffer", source.buffer)):  # older checkpoints do not say
         raise UserError(f"data.buffer is {source.buffer}, but this run mixes its stream through {before} images, which their order follows; use that, or start another run.dir with checkpoint.init_from.")
     parts = _parts(source, config)
@@ -131,5 +134,6 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
     aside.unlink()
     new = [num for name, num in joined.parts if name not in known]
     gone = sorted(set(known) - {name for name, _ in joined.parts})
-    said = f"{len(joined.parts)} parts with {len(joined):,} images ({len(new)} new with {sum(new):,}; {len(gone)} gone)"
+    compared = f" ({len(new)} new with {sum(new):,}; {len(gone)} gone)" if saved else ""
+    said = f"{len(joined.parts)} parts with {len(joined):,} images{compared}"
     return f"{run_dir} will read {manifest}, {said}, from its next metric line on, or from its next start."

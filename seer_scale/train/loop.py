@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import resource
@@ -23,6 +22,9 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.checkpoint import store
+from seer_scale.checkpoint.inspect import in_bytes
+from seer_scale.checkpoint.lock import RunLock
+from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config, without_effect
 from seer_scale.data.batched import distort, to_float
 from seer_scale.data.loader import Batch, loader
@@ -37,22 +39,31 @@ from seer_scale.observe.report import headline, write_report
 from seer_scale.observe.sinks import RunLog, read_metrics
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
+from seer_scale.train import resume
 from seer_scale.train.course import Course, manifest_of, newest_manifest, open_course
 from seer_scale.train.stop import StopRequest
+from seer_scale.train.watchdog import Watchdog
 from seer_scale.train.window import Window
 from seer_scale.world import World
 
 STARVED, STARVED_LINES = 0.05, 3
+SAVE_S = COMPILE_S = START_S = 3600.0
+"""Seconds a disk may take for a checkpoint, a first update that compiles, and listing, verifying, building and loading."""
+LOCK_S = 180.0
+"""Seconds a launched run waits for the lock of what ran here before."""
 MOST_TOLD = 1000
 """Unreadable images that the console names; a log has all of them."""
 T = TypeVar("T")
 
 
-def train(config: Config, world: World, run_dir: Path, stop: StopRequest) -> int:
-    """Run or go on until the samples are seen or a stop is agreed; returns the exit status. Collective."""
+def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str = "") -> int:
+    """Run or go on until the samples are seen or a stop is agreed; returns the exit status. attempt: which start this is,
+    where a launcher counts them. Collective."""
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    with store.RunLock(run_dir, world):
-        return Trainer(config, world, run_dir, stop).run()
+    with RunLock(run_dir, world, patience_s=LOCK_S if attempt else 0.0):
+        with watchdog.patient(START_S):
+            trainer = Trainer(config, world, run_dir, stop, watchdog, attempt)
+        return trainer.run()
 
 
 def _together(world: World, make: Callable[[], T]) -> T:
@@ -71,15 +82,17 @@ def _together(world: World, make: Callable[[], T]) -> T:
 
 
 class Trainer:
-    def __init__(self, config: Config, world: World, run_dir: Path, stop: StopRequest):
-        self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
+    def __init__(self, config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str):
+        self.config, self.world, self.run_dir, self.stop, self.watchdog, self.attempt = config, world, run_dir, stop, watchdog, attempt
         self.folder = run_dir / "checkpoints"
         self.samples_seen = self.step = 0
         self.schedule = LearningRate(config)
-        resume = self._find_resume()  # before anything is built
-        saved = store.read_meta(resume)["data"] if resume else None
+        begin = time.perf_counter()
+        found = resume.find(config, run_dir, world)  # before anything is built
+        self._verify_s = time.perf_counter() - begin
+        saved = store.read_meta(found)["data"] if found else None
         self.course, self.labelled = _together(world, partial(self._open, saved))
-        self._refused_refresh = 0
+        self._refused_refresh, self._stall_s = 0, 0.0
         with torch.device("meta"):
             method = SwAV(config, world)
         self.memory_format = choose_memory_format(method.backbone, config, world)
@@ -89,7 +102,8 @@ class Trainer:
         self._warned_of_collapse = False
         self._told_unreadable: set[str] = set()
         self._starved = 0
-        self.resumed_from = self._load(resume) if resume else None
+        self.resumed_from = self._load(found) if found else None
+        self.saver = Saver(self.folder, self.engine.state(), world, keep_last=config.checkpoint.keep_last, keep_every_samples=config.checkpoint.keep_every_samples)
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
         self._saved = (self.samples_seen, self.resumed_from) if ours else None
@@ -103,10 +117,10 @@ class Trainer:
         return self.course.source
 
     def _write_config(self) -> None:
-        problem = None
-        if self.world.is_main:
+        problem, path, text = None, self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+        if self.world.is_main and not (path.exists() and path.read_text() == text):
             try:
-                _write_whole(self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+                _write_whole(path, text)
             except OSError as error:
                 problem = f"{self.run_dir} cannot be written ({error.strerror}): free some space, or choose another run.dir."
         if problem := self.world.broadcast_object(problem):
@@ -114,35 +128,11 @@ class Trainer:
 
     # --- resume
 
-    def _find_resume(self) -> Path | None:
-        c, warnings = self.config.checkpoint, []
-        found = store.newest(self.folder, self.world, warn=warnings.append)
-        for sentence in warnings:
-            print(sentence, file=sys.stderr, flush=True)
-        if c.resume not in ("auto", "none"):
-            path = Path(c.resume)
-            # this run dir went on from `path` before: the same command, given again, goes on with what came of it
-            if found and Path(store.read_meta(found)["config"]["checkpoint"]["resume"]).resolve() == path.resolve():
-                return found
-            problem = store.flaw(path, self.world)
-            if problem:
-                raise CheckpointError(f"checkpoint.resume {path} cannot be used: {problem}.")
-            if found and found.resolve() != path.resolve():
-                raise UserError(f"checkpoint.resume is {path}, but {self.run_dir} already holds {found.name}, and a run.dir holds one line of checkpoints: give another run.dir to go on from the one named, or resume auto to go on from {found.name}.")
-            return path
-        if found and c.resume == "none":
-            raise UserError(f"{self.run_dir} already holds {found.name}, and checkpoint.resume is none: choose another run.dir, or resume auto.")
-        return found
-
     def _load(self, path: Path) -> Path:
-        meta = store.read_meta(path)
+        meta = resume.must_go_on(path, self.config)
         then = meta["config"]
-        if then["run"]["seed"] != self.config.run.seed:
-            raise UserError(f"run.seed is {self.config.run.seed}, but {path} was trained with {then['run']['seed']}, which the order of its images follows; use that seed, or another run.dir with checkpoint.init_from.")
-        if then["optim"]["name"] != self.config.optim.name and {then["optim"]["name"], self.config.optim.name} != {"sgd", "lars"}:
-            raise UserError(f"optim.name is {self.config.optim.name}, but {path} holds the state of {then['optim']['name']}; use that one, or another run.dir with checkpoint.init_from.")
-        state = self.engine.state()
-        store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
+        state, begin = self.engine.state(), time.perf_counter()
+        nbytes = store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
         self.engine.refresh()
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
@@ -152,29 +142,34 @@ class Trainer:
         if then["swav"]["queue"] == self.config.swav.queue:
             self.engine.method.queue_since = meta["queue_since"]
             if self.config.swav.queue:
-                store.load(path, state, self.world, only=("memory/",))
+                nbytes += store.load(path, state, self.world, only=("memory/",))
         else:
             self.engine.method.queue_since = self.samples_seen
-        self._changed = _differences(then, self.config.to_dict())
+        self._changed = resume.differences(then, self.config.to_dict())
+        read = self.world.gather_objects(nbytes)
+        self._loaded = {"load_s": time.perf_counter() - begin, "load_bytes": sum(read), "load_bytes_most": max(read)}
         return path
 
     def _begin(self) -> None:
         c, w = self.config, self.world
         where = f"{w.size} rank{'s' if w.size > 1 else ''} ({self.engine.name}, {w.device.type})"
-        facts = dict(ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
+        facts = dict(began=_process_began(), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
                      labelled=self.labelled is not None, memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
-                     parameters=sum(shape.numel() for shape in self.engine.shapes.values()))  # fmt: skip
+                     parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
         if self.engine.name != c.parallel.engine:  # auto's choice, or one rank's
             chosen = dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, engine=self.engine.name))
             for sentence in without_effect(chosen):
                 self._tell("note", sentence)
+        copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
                 self.log.event("resume", f"{self.resumed_from} is complete: all {c.train.samples:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
                 return
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
             data = f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path." if self.course.refreshes else ""
-            self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}{data}", **facts)
+            read = self._loaded | {"verify_s": self._verify_s}
+            loaded = f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
+            self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}{data}{loaded}{copies}", **facts, **read)
             return
         if c.checkpoint.init_from:
             path = Path(c.checkpoint.init_from)
@@ -188,13 +183,14 @@ class Trainer:
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
         compiles = " The first update compiles, which takes minutes." * c.train.compile
-        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + compiles, **facts)
+        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + copies + compiles, **facts)
 
     # --- the run
 
     def run(self) -> int:
         with self.log:
-            self._begin()
+            with self.watchdog.patient(SAVE_S):
+                self._begin()
             try:
                 if not self.resumed_from:
                     self._evaluate("before")
@@ -209,6 +205,8 @@ class Trainer:
                 self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}")
                 self._report()
                 return EXIT_STOPPED
+            finally:
+                self.saver.close()
             self._tell("done", f"Done: {self.samples_seen:,} samples in {self.step:,} updates.")
             self._report()
         return EXIT_DONE
@@ -230,9 +228,9 @@ class Trainer:
     def _train(self) -> None:
         """Updates until the end. Raises _Stop where a stop is agreed before it."""
         c, engine = self.config, self.engine
-        window = Window(self.world, self.run_dir)
+        window, begun = Window(self.world, self.run_dir), self.step
         self._refresh(self.world.broadcast_object(newest_manifest(self.run_dir)))
-        batches = self._batches(window)
+        batches, self._trained = self._batches(window), False
         while batch := next(batches, None):
             seen = self.samples_seen
             if not seen and self.world.is_main:
@@ -240,10 +238,14 @@ class Trainer:
                     show_crops(self.run_dir, batch, c.views)
             due = self._is_due(seen)
             lr = self.schedule(seen)
-            loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
+            with self.watchdog.patient(COMPILE_S if c.train.compile and self.step == begun else 0.0):
+                loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
             stats = engine.update(lr, engine.method.frozen(seen))
+            self.watchdog.beat()
+            self._trained = True
             self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
             window.add(batch, loss)
+            self._settle(self.saver.ended())
             refreshed = False
             if due:
                 self._log(window, lr, stats, watched)
@@ -253,7 +255,9 @@ class Trainer:
                     batches.close()
                     batches = self._batches(window)
                 if refreshed or self._crosses(c.checkpoint.every_samples):
-                    self._save()
+                    begin = time.perf_counter()
+                    self._save(in_background=c.checkpoint.background)
+                    window.stalled_s += time.perf_counter() - begin
                 if self._crosses(c.knn.every_samples) and not self._is_last(seen):
                     self._evaluate("during")
             reason = None if self._is_last(seen) else self.stop.agreed(self.world)
@@ -274,7 +278,7 @@ class Trainer:
             try:
                 batch = next(batches, None)
             except DataError as problem:
-                problem.is_local = True
+                problem.is_local, problem.may_pass = True, self._trained or self.resumed_from is not None
                 raise
             window.waited_s += time.perf_counter() - begin
             if batch is None:
@@ -306,7 +310,8 @@ class Trainer:
             return then.refreshed(open_source(str(path)), number, self.samples_seen)
 
         try:
-            self.course = _together(self.world, follow)
+            with self.watchdog.patient(START_S):
+                self.course = _together(self.world, follow)
         except UserError as problem:
             self._refused_refresh = number
             self._tell("refresh_failed", f"{path} cannot be used, so training goes on with the data as they are: {problem}")
@@ -408,35 +413,51 @@ class Trainer:
             more = f"raise data.workers from {workers} to {cores}" if workers < cores else "give each rank more cores, or store the images smaller"
             self._tell("starved", f"Updates wait for images {100 * share:.0f} % of their time: {more} (seer-scale bench data {self.config.data.path} says how many a core makes).")
 
-    def _save(self) -> Path | None:
-        """A checkpoint of this moment; None, with a sentence in the log, if it could not be written.
+    def _save(self, *, in_background: bool = False) -> Path | None:
+        """A checkpoint of this moment, after the one before is safe; its path, or None where none is there (yet).
 
-        Raises TrainingFailed for weights that are not finite: they must not take the place of good ones.
+        A failure is told in the log. Raises TrainingFailed for weights that are not finite: they must not take the
+        place of good ones.
         """
-        if self._saved and self._saved[0] == self.samples_seen:
-            return self._saved[1]
-        begin, c = time.perf_counter(), self.config.checkpoint
-        if not self.engine.is_finite():
-            raise TrainingFailed("Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
-        self.engine.average_buffers()
-        meta = {
-            "samples_seen": self.samples_seen, "step": self.step, "data": self.course.state(),
-            "schedule": self.schedule.state, "queue_since": self.engine.method.queue_since,
-            "warned_of_collapse": self._warned_of_collapse, "config": self.config.to_dict(), "world_size": self.world.size,
-            "engine": self.engine.name, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
-        }  # fmt: skip
-        try:
-            path = store.save(self.folder, self.engine.state(), meta, self.world)
-        except CheckpointError as problem:
-            self._tell("checkpoint_failed", str(problem))
-            return None
-        self._saved = (self.samples_seen, path)
-        try:
-            store.retain(self.folder, c.keep_last, c.keep_every_samples, self.world)
-        except CheckpointError as problem:
-            self._tell("retain_failed", f"Old checkpoints in {self.folder} cannot be deleted: {problem}.")
-        self._tell("checkpoint", f"Saved {path.name} in {time.perf_counter() - begin:.1f} s.", seconds=time.perf_counter() - begin)
-        return path
+        begin = time.perf_counter()
+        with self.watchdog.patient(SAVE_S):
+            self._settle(self.saver.wait())
+        if not self._is_saved():
+            if not self.engine.is_finite():
+                raise TrainingFailed("Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
+            self.engine.average_buffers()
+            meta = {
+                "samples_seen": self.samples_seen, "step": self.step, "data": self.course.state(),
+                "schedule": self.schedule.state, "queue_since": self.engine.method.queue_since,
+                "warned_of_collapse": self._warned_of_collapse, "config": self.config.to_dict(), "world_size": self.world.size,
+                "engine": self.engine.name, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
+            }  # fmt: skip
+            self.saver.begin(self.engine.state(), meta)
+            self._stall_s = time.perf_counter() - begin
+            if in_background:
+                return None
+            with self.watchdog.patient(SAVE_S):
+                saved = self.saver.wait()
+            self._settle(saved, waited_s=time.perf_counter() - begin)
+        return self._saved[1] if self._is_saved() else None
+
+    def _is_saved(self) -> bool:
+        return self._saved is not None and self._saved[0] == self.samples_seen
+
+    def _settle(self, saved: Saved | None, waited_s: float = 0.0) -> None:
+        """Tell how a save has ended, if one has; waited_s: for how long nothing else went on."""
+        if saved is None:
+            return
+        if saved.path is None:
+            self._tell("checkpoint_failed", saved.problem)
+            return
+        self._saved = (saved.samples_seen, saved.path)
+        if saved.kept_old:
+            self._tell("retain_failed", saved.kept_old)
+        self._tell(
+            "checkpoint", f"Saved {saved.path.name} in {saved.seconds:.1f} s, after {self._stall_s:.2f} s to copy it.",
+            saved=saved.samples_seen, seconds=saved.seconds, stall_s=self._stall_s, waited_s=waited_s,
+        )  # fmt: skip
 
     def _evaluate(self, stage: str) -> None:
         if self.labelled is None:
@@ -452,6 +473,7 @@ class Trainer:
     def _represent(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The engine's, with a stop between any two batches: an evaluation may outlast the grace of a preemption."""
         self._stop_if_agreed()
+        self.watchdog.beat()
         return self.engine.represent(images)
 
     def _show_prototypes(self) -> None:
@@ -491,23 +513,17 @@ def _disk_may_fill() -> Iterator[None]:
         print(f"The report or a log cannot be written ({getattr(error, 'strerror', None) or error}): free some space, then run seer-scale report.", file=sys.stderr, flush=True)
 
 
+def _process_began() -> float:
+    """Unix time (proc(5): field 22 of stat, in ticks since the machine began)."""
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _peak_gib(world: World) -> float:
     """Peak memory of this rank: of the accelerator where there is one, else resident."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, as "key old -> new"."""
-    out = []
-    for key in {**then, **now}:
-        a, b = then.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key} {json.dumps(a)} -> {json.dumps(b)}")
-    return out
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -5,26 +5,33 @@ from __future__ import annotations
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from seer_scale import world as worlds
 from seer_scale.config import ZERO, Config, Data, all_keys, load_recipe, resolve
 from seer_scale.data.sources import kind_of
-from seer_scale.errors import ConfigError, TrainingFailed, UserError
+from seer_scale.errors import ConfigError, RankLost, UserError
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.registry import build_backbone
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.recompute import find_segments
 from seer_scale.parallel.units import sharded_units
-from seer_scale.train.loop import train
+from seer_scale.train.loop import START_S, train
 from seer_scale.train.stop import StopRequest
+from seer_scale.train.watchdog import Watchdog
 from seer_scale.world import World
 
 
 def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config:
     """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError."""
-    return resolve(load_recipe(recipe), overrides, world_size=world_size, also=partial(_beyond_config, world_size=world_size))
+    return resolve_given(load_recipe(recipe), overrides, world_size)
+
+
+def resolve_given(given: dict[str, Any], overrides: list[str] | dict[str, Any], world_size: int) -> Config:
+    """As `resolve_recipe`, of a recipe that has been read."""
+    return resolve(given, overrides, world_size=world_size, also=partial(_beyond_config, world_size=world_size))
 
 
 def _beyond_config(config: Config, world_size: int) -> list[str]:
@@ -83,14 +90,17 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     if problems := check_device(config):
         raise ConfigError(problems)
     run_dir = run_dir_of(config, recipe)
-    with StopRequest() as stop:
-        world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device, patience_s=10 * config.data.timeout_s)
+    rank, size = worlds.detect().rank, worlds.detect().size
+    with StopRequest() as stop, Watchdog(config.run.hang_s, f"[rank {rank}] " if size > 1 else "") as watchdog:
+        patience_s = max(10 * config.data.timeout_s, config.run.hang_s + 60)
+        with watchdog.patient(START_S):
+            world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device, patience_s=patience_s)
         try:
-            status = train(config, world, run_dir, stop)
+            status = train(config, world, run_dir, stop, watchdog, attempt)
         except RuntimeError as error:
             if world.size > 1 and worlds.is_lost_rank(error):
                 cause = str(error).strip().splitlines()[0]
-                raise TrainingFailed(f"Another rank has ended, so this one cannot go on; see what that one said. The newest checkpoint stands: start the run again. ({cause})") from error
+                raise RankLost(f"Another rank has ended, so this one cannot go on; see what that one said. The newest checkpoint stands: start the run again. ({cause})") from error
             raise
     worlds.stop(world)  # not after an error, when the other ranks may wait in another collective
     return status

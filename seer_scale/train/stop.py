@@ -5,6 +5,7 @@ The agreement of one step is read at the next, from an all-reduce that ran besid
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -20,7 +21,8 @@ ECHO_S = 1.0
 
 
 class StopRequest:
-    """A context in which SIGINT, SIGTERM and SIGUSR2 ask the run to stop; the same signal again, a second later, ends the process.
+    """A context in which SIGINT, SIGTERM and SIGUSR2 ask the run to stop; SIGINT again, a second later, ends the process, while
+    the others may come as often as a queue likes.
 
     Enter it before ranks join: a signal that comes while they do is honoured at the first boundary. Signals that a
     launcher had blocked until now are let in.
@@ -28,7 +30,7 @@ class StopRequest:
 
     def __init__(self):
         self._mine = 0
-        self._asked_at: dict[int, float] = {}
+        self._asked_at = math.inf
         self._before: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -43,10 +45,12 @@ class StopRequest:
 
     def _ask(self, number: int, _) -> None:
         self._mine = number
-        if time.monotonic() - self._asked_at.setdefault(number, time.monotonic()) > ECHO_S:
+        if number == signal.SIGINT and time.monotonic() - self._asked_at > ECHO_S:
             # not the handler before ours: submitit's would start the ranks anew
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(number, signal.default_int_handler)
             os.kill(os.getpid(), number)
+        elif number == signal.SIGINT:
+            self._asked_at = min(self._asked_at, time.monotonic())
 
     def agreed(self, world: World) -> str | None:
         """The name of the signal some rank had got by the previous call (alone: by now); all ranks call it as often."""

@@ -29,7 +29,7 @@ class Window:
         self.loss_sum = torch.zeros((), device=self.world.device)
         self.loss_count = torch.zeros((), device=self.world.device)
         self.fingerprint, self.unreadable, self.updates = 0, [], 0
-        self.waited_s, self._begin = 0.0, time.perf_counter()
+        self.waited_s, self.stalled_s, self._begin = 0.0, 0.0, time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -65,6 +65,7 @@ class Window:
         return {
             "time/step_s": elapsed / self.updates,
             "time/data_wait_frac": min(1.0, self.waited_s / elapsed),
+            "time/checkpoint_stall_s": self.stalled_s,
             "throughput/img_per_s": global_batch * self.updates / elapsed,
         }
 

@@ -75,7 +75,7 @@ CASES_OF = {
 }
 WITH = {
     2: [(e, c) for e, cases in CASES_OF.items() for c in cases],
-    4: [(e, "lars") for e in ENGINES if " " not in e] + [(e, c) for e in ("hsdp", "zero3") for c in ("sgd", "adamw", "runs recomputed")],
+    4: [(e, "lars") for e in ENGINES if " " not in e] + [(e, c) for e in ("hsdp", "zero3") for c in ("adamw", "runs recomputed")],
 }
 SKIPPED = [(e, 0) for e in ENGINES if e not in ("hsdp", "zero3 in parts")] + [(e, 2) for e in ("ddp", "fsdp", "zero3")]
 
@@ -176,7 +176,8 @@ def skipped_on_all(world: World, over: dict, micro_batch: int) -> dict:
 
 
 PRECISIONS = [("fsdp", "fp32"), ("fsdp", "fp16"), ("fsdp", "bf16"), ("ddp", "fp16"), ("zero1", "fp16"), ("zero3", "fp16"), ("zero3", "bf16"), ("fairscale", "fp16")]
-
+LONG, SHORT = 50, 20
+"""Updates of fsdp and of the others: a CPU takes ten times as long in fp16."""
 
 CALM = {"swav.epsilon": 0.5, "swav.temperature": 0.2, "swav.batch_norm": False, "train.global_batch": 16, "optim.name": "sgd"}
 """Codes that do not magnify the rounding of a tiny network's features as SEER's epsilon would."""
@@ -187,7 +188,7 @@ def precision_run(world: World, engine: str, precision: str) -> list[float]:
     config, built = tiny(world, **CALM, **{"parallel.engine": engine, "train.precision": precision})
     built.scaler.scale.fill_(256.0 if precision == "fp16" else 1.0)  # no skips while the scale settles
     losses = []
-    for step in range(50):
+    for step in range(LONG if engine == "fsdp" else SHORT):
         loss, _ = built.gradients(micro_batches(config, step % 4, world), samples_seen=16 * step)
         built.update(0.03)
         losses.append((world.sum_(loss.clone()) / world.size).item())
@@ -337,8 +338,7 @@ def test_half_precision_follows_fp32(ranks, engine, precision):
     runs = ranks[2][0]["precision"]
     ours, measure = np.array(runs[engine, precision]), np.array(runs["fsdp", "fp32"])
     assert measure[-5:].mean() < 0.9 * measure[:5].mean()  # it learns
-    fives = ours.reshape(-1, 5).mean(1)
-    np.testing.assert_allclose(fives, measure.reshape(-1, 5).mean(1), rtol=0.01)
+    np.testing.assert_allclose(ours.reshape(-1, 5).mean(1), measure[: len(ours)].reshape(-1, 5).mean(1), rtol=0.01)
 
 
 # ------------------------------------------------------------------------------------------------ 4. statistics

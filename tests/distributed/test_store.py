@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from seer_scale.checkpoint import store
+from seer_scale.checkpoint.lock import RunLock
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.world import World
 from tests.ranks import run_ranks
@@ -103,8 +104,8 @@ def on_four(rank: int, size: int, folder: Path) -> None:
         store.load(folder, state, world)
 
     # Rank 0 alone holds the lock; all ranks of a second run are refused.
-    with store.RunLock(folder, world), pytest.raises(UserError, match="is in use by pid"):
-        store.RunLock(folder, world)
+    with RunLock(folder, world), pytest.raises(UserError, match="is in use by pid"):
+        RunLock(folder, world)
 
     store.save(folder, sharded(mesh, [Shard(0)], torch.zeros_like), META | {"samples_seen": 1000}, world)
     store.retain(folder, 1, 600, world)

@@ -1,4 +1,4 @@
-"""The run that all others are held against, and the rule that none leaves a process behind."""
+"""The rule that no run leaves a process behind."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ import time
 import pytest
 
 from tests.e2e import runs
-from tests.e2e.runs import recipe, run
-
-
-@pytest.fixture(scope="session")
-def straight(tmp_path_factory, photos):
-    """A run of 20 updates on one process, never stopped."""
-    folder = tmp_path_factory.mktemp("straight")
-    text = run("train", recipe(folder, photos), "--run.dir", folder / "run", folder=folder)
-    assert "kNN top-1: " in text and text.index("kNN top-1: ") < text.index("Report: ")
-    return folder / "run"
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,7 @@ _context.set_forkserver_preload(
 
 def recipe(folder: Path, photos: Path, **changes: dict) -> str:
     """A YAML file of RECIPE; changes are section={key: value}."""
-    given = {k: v | changes.get(k, {}) for k, v in RECIPE.items()}
+    given = {k: RECIPE.get(k, {}) | changes.get(k, {}) for k in RECIPE | changes}
     given["data"] = {"path": str(photos)} | given["data"]
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(given))
@@ -107,8 +107,8 @@ def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, li
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     if ranks == 1:
         sys.exit(cli.main(words))
-    for name, value in (("GLOBALID", rank), ("LOCALID", rank), ("NTASKS", ranks)):
-        os.environ[f"SUBMITIT_LOCAL_{name}"] = str(value)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks)):
+        os.environ[name] = str(value)
     try:
         sys.exit(run_training(words[1], words[2:], attempt))
     except UserError as error:
@@ -121,9 +121,9 @@ def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, li
 class Command:
     """A command of ours as a user starts it; output in one file."""
 
-    def __init__(self, words: list[str], folder: Path):
+    def __init__(self, words: list[str], folder: Path, more: dict[str, str]):
         self.output = folder / f"output-{uuid.uuid4().hex[:8]}"
-        env = os.environ | {MARK: "1", "OMP_NUM_THREADS": "1"}
+        env = os.environ | {MARK: "1", "OMP_NUM_THREADS": "1"} | more
         with self.output.open("w") as out:
             self.process = subprocess.Popen(words, stdout=out, stderr=out, env=env, cwd=folder, start_new_session=True)
 
@@ -136,8 +136,29 @@ class Command:
         return self.process.returncode
 
 
-def command(*words: object, folder: Path) -> Command:
-    return Command([str(w) for w in words], folder)
+def command(*words: object, folder: Path, **env: object) -> Command:
+    return Command([str(w) for w in words], folder, {k: str(v) for k, v in env.items()})
+
+
+RAISES = """
+import ctypes, os, threading, time
+from pathlib import Path
+
+def wait(main=threading.get_ident()):
+    while not Path(FOLDER, "raise").exists():
+        time.sleep(0.05)
+    Path(FOLDER, "raise").unlink()
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(ArithmeticError))
+
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=wait, daemon=True).start()
+"""
+
+
+def raises_on_rank_1(folder: Path) -> dict[str, object]:
+    """Variables with which rank 1 raises ArithmeticError, wherever it is, when the file folder/raise is there, which it takes away."""
+    (folder / "sitecustomize.py").write_text(RAISES.replace("FOLDER", repr(str(folder))))
+    return {"PYTHONPATH": folder}
 
 
 def processes(marked: str = MARK) -> dict[int, str]:
@@ -154,7 +175,7 @@ def processes(marked: str = MARK) -> dict[int, str]:
 
 def ranks_of(launcher: Command) -> list[int]:
     """Process numbers of a launcher's ranks, in the order they were started."""
-    return sorted(p for p, line in processes().items() if "submitit.core._submit" in line)
+    return sorted(p for p, line in processes().items() if "seer_scale.launch.rank" in line)
 
 
 def end_all() -> None:

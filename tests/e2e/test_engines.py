@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 from tests.e2e import runs
-from tests.e2e.runs import LAUNCH, assert_same_path, command, events, reaches, recipe, run, until
+from tests.e2e.runs import assert_same_path, events, reaches, recipe, run, start, until
 
 
-def test_a_run_changes_engine_and_number_of_ranks_as_it_goes_on(straight, tmp_path, photos):
-    """zero3 on 2 ranks, stopped; zero1, stopped; fairscale, stopped; one process to the end: the path of the run never stopped."""
-    given, place = recipe(tmp_path, photos), tmp_path / "run"
-    for engine, until_samples in (("zero3", 32), ("zero1", 64), ("fairscale", 104)):
-        words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, "--parallel.engine", engine)
-        launcher = command(*words, folder=tmp_path)
-        until(reaches(place, until_samples), lambda: launcher.text)  # noqa: B023
-        os.kill(launcher.process.pid, signal.SIGTERM)
-        assert launcher.wait() == 75, launcher.text
-        assert f"2 ranks ({engine}, cpu)" in launcher.text and "Traceback" not in launcher.text
-    text = run("train", given, "--run.dir", place, folder=tmp_path)
-    assert 'parallel.engine "fairscale" -> "fsdp"' in text
-    assert [e["engine"] for e in events(place, "resume")] == ["zero1", "fairscale", "single"]
-    assert_same_path(place, straight)
+def test_a_run_changes_engine_and_number_of_ranks_as_it_goes_on(tmp_path, photos):
+    """zero3 on 4 ranks, stopped; fsdp on 3; zero1 and fairscale on 2; ddp on 1, to the end: the path of the run never stopped."""
+    given, place = recipe(tmp_path, photos, train={"global_batch": 12, "samples": 240}), tmp_path / "run"
+    run("train", given, "--run.dir", tmp_path / "straight", folder=tmp_path)
+    for engine, ranks, until_samples in (("zero3", 4, 36), ("fsdp", 3, 84), ("zero1", 2, 132), ("fairscale", 2, 180)):
+        part = start("train", given, "--run.dir", place, "--parallel.engine", engine, ranks=ranks, folder=tmp_path)
+        until(reaches(place, until_samples), lambda: part.text)  # noqa: B023
+        part.kill(signal.SIGTERM, rank=ranks - 1)
+        assert part.wait() == [75] * ranks, part.text
+        assert f"{ranks} ranks ({engine}, cpu)" in part.text and "Traceback" not in part.text
+    text = run("train", given, "--run.dir", place, "--parallel.engine", "ddp", folder=tmp_path)
+    assert 'parallel.engine "fairscale" -> "ddp"' in text
+    assert [e["engine"] for e in events(place, "resume")] == ["fsdp", "zero1", "fairscale", "single"]
+    assert_same_path(place, tmp_path / "straight")
 
 
 def test_one_rank_can_offload(straight, tmp_path, photos):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from functools import partial
 
@@ -14,6 +15,7 @@ from tests.e2e.runs import (
     checkpoints,
     command,
     events,
+    raises_on_rank_1,
     reaches,
     recipe,
     run,
@@ -40,14 +42,18 @@ def test_killed_on_two_ranks_goes_on_on_one(straight, tmp_path, photos):
 
 
 def test_a_lost_rank_ends_the_others(straight, tmp_path, photos):
-    given, place = recipe(tmp_path, photos), tmp_path / "run"
-    words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place)
-    launcher = command(*words, folder=tmp_path)
+    """By an exception, then by a kill. All are started again, once here, and the second loss ends the run; it goes on all the same."""
+    given, place = recipe(tmp_path, photos, checkpoint={"every_samples": 40}), tmp_path / "run"
+    words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, "--restarts", 0)
+    launcher = command(*words, folder=tmp_path, **raises_on_rank_1(tmp_path))
     until(reaches(place, 40), lambda: launcher.text)
+    (tmp_path / "raise").touch()
+    until(lambda: events(place, "resume"), lambda: launcher.text)
+    assert "[rank 1] ArithmeticError" in launcher.text and "Rank 1 ended with status 1. Starting the ranks again, from the checkpoint at" in launcher.text
     os.kill(runs.ranks_of(launcher)[1], signal.SIGKILL)
     assert launcher.wait() == 1
-    assert "Rank 1 was ended from outside" in launcher.text and "Another rank has ended" in launcher.text
-    assert "Traceback" not in launcher.text
+    assert "Rank 1 was ended by SIGKILL, from outside" in launcher.text and "Another rank has ended" in launcher.text
+    assert "As the last start brought no new checkpoint, the run ends here; the newest checkpoint stands" in launcher.text
     assert not list((place / "logs").glob("*.pkl")) and not list((place / "logs").glob("rendezvous*"))
 
     # the launcher itself killed: its ranks save and stop, and the next start goes on from there
@@ -77,6 +83,18 @@ def test_launcher_passes_stops_on(straight, tmp_path, photos):
         assert "Start it again and it goes on." in launcher.text
         assert bool(checkpoints(place)) == (number == signal.SIGTERM)
     run("train", given, "--run.dir", place, folder=tmp_path)
+    assert_same_path(place, straight)
+
+
+def test_a_rank_that_hangs_ends_all_and_they_start_again(straight, tmp_path, photos):
+    """Stopped by SIGSTOP, as by a dead file system: the other one tells where it waits."""
+    given, place = recipe(tmp_path, photos, data={"workers": 1, "timeout_s": 0.4}, run={"hang_s": 4.0}), tmp_path / "run"
+    launcher = command(*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, folder=tmp_path)
+    until(reaches(place, 40), lambda: launcher.text)
+    os.kill(runs.ranks_of(launcher)[1], signal.SIGSTOP)
+    assert launcher.wait() == 0, launcher.text
+    assert re.search(r"\[rank 0\] no progress for \d+ s \(run.hang_s 4\)", launcher.text) and "[rank 0] thread MainThread:" in launcher.text
+    assert "Rank 0 hung and was ended by its watchdog. Starting the ranks again" in launcher.text
     assert_same_path(place, straight)
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from seer_scale.cli import main
 from seer_scale.config import recipe_names
-
-LAUNCHER = Path(__file__).parents[2] / "tools" / "launch.py"
 
 
 @pytest.mark.parametrize(
@@ -73,28 +70,6 @@ def test_interrupted(capsys, monkeypatch):
     monkeypatch.setattr("seer_scale.cli.recipes", interrupted)
     assert main(["recipes"]) == 1
     assert capsys.readouterr().err.startswith("Stopped at once")
-
-
-@pytest.mark.parametrize(
-    "words, part",
-    [
-        (["demo"], "--cluster is missing"),
-        (["demo", "--cluster", "locla"], "did you mean local?"),
-        (["demo", "--cluster"], "--cluster has no value"),
-        (["--cluster", "local"], "The recipe comes first"),
-        (["demo", "--cluster", "local", "--ranks", "two"], "--ranks is 'two'"),
-        (["demo", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"),
-    ],
-)
-def test_launcher_mistakes(words, part, capsys):
-    sys.path.insert(0, str(LAUNCHER.parent))
-    try:
-        from launch import main as launch
-    finally:
-        sys.path.pop(0)
-    assert launch(words) == 2
-    told = capsys.readouterr().err
-    assert part in told and told.count("\n") == 1
 
 
 def test_commands_start_in_a_moment():

@@ -12,6 +12,7 @@ from seer_scale.observe.sinks import RunLog, read_metrics
 
 SECTIONS = [
     "How it went",
+    "The life of the run",
     "What the network sees",
     "Nearest neighbours",
     "What prototypes collect",
@@ -94,7 +95,7 @@ def test_one_file_with_every_section_and_plot_and_no_request(run_dir):
     assert not re.search(r"https?://|@import|<script|<link|url\((?!#)", html)
     assert [h for h in re.findall(r"<h2>(.*?)</h2>", html)] == SECTIONS
     assert re.findall(r"<h3>(.*?)</h3>", html) == PLOTS
-    assert html.count("<svg") == len(PLOTS) and "Not measured" not in html
+    assert html.count("<svg") == len(PLOTS) + 1 and "Not measured" not in html
     assert sum(url.startswith("data:") for url in page.fetched) == 2 + 2 * 2 + 1 + 2
     for words in (
         "my <run>",

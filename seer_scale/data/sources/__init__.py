@@ -42,6 +42,8 @@ def open_source(
     if not path:
         raise DataError("data.path is empty: give a folder of images, a list file or tars.")
     kind = kind_of(path) if kind == "auto" else kind
+    if kind in ("list", "manifest") and not remote.is_url(path) and os.path.isdir(path):
+        raise DataError(f"{path} is a folder, and data.kind {kind} wants a file: leave data.kind out, or give folder or tar.")
     if kind == "hub":
         return hub.open_hub(path, split, image_key)
     if kind == "stream":

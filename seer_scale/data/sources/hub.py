@@ -168,7 +168,7 @@ class HubStream(Source):
                 except DataError as error:
                     yield position, error
         if (count := position + 1) < self._length:
-            raise DataError(f"{self._where} ended after {count} images, not {self._length}; give {count} as its length.")
+            raise DataError(f"{self._where} ended after {count} images, not {self._length}; give {count} as its length (data.length).")
 
     def _mixed(self, seed: int, epoch: int, tick: Callable[[], None]) -> Iterator[Any]:
         """The library shuffles the files; its own buffer fails at 2 GiB of images, so it is kept to SLICE."""

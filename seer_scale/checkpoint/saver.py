@@ -1,0 +1,97 @@
+"""Checkpoints written in the background: training waits for a copy of the state in memory, never for a disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from seer_scale.checkpoint import store
+from seer_scale.checkpoint.staging import Staging
+from seer_scale.errors import CheckpointError
+from seer_scale.world import CONTROL_TIMEOUT, World
+
+CLOSE_S = 60.0
+"""Seconds a run that has failed waits for its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended, the same on all ranks. path: None where it failed, and why; kept_old: why none was deleted."""
+
+    samples_seen: int
+    path: Path | None
+    problem: str = ""
+    kept_old: str = ""
+    seconds: float = 0.0
+
+
+class Saver:
+    """Saves a run's state, at most one checkpoint at a time, by a thread that has a process group of its own.
+
+    state: as at every `begin`; its copies are made here (Staging). Collective, as are `begin` and `wait`, which all
+    ranks call alike; `ended` looks only at this rank's thread.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Tensor], world: World, *, keep_last: int, keep_every_samples: int):
+        self._folder, self._keep = folder, (keep_last, keep_every_samples)
+        self._staging = Staging(state, world)
+        own = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world.size > 1 else None
+        self._world = dataclasses.replace(world, control=own)
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | BaseException | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copies, on this rank's host."""
+        return self._staging.nbytes
+
+    def begin(self, state: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Copy `state` and write it, with rank 0's `meta`, beside what comes next; nothing may be in flight."""
+        assert self._thread is None, "one save at a time: wait for the one before"
+        copies = self._staging.fill(state)
+        self._thread = threading.Thread(target=self._write, args=(copies, meta), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def ended(self) -> Saved | None:
+        """How the save in flight ended, once, or None while it goes on or there is none. Raises what broke the thread."""
+        if self._thread is None or self._thread.is_alive():
+            return None
+        return self.wait()
+
+    def wait(self) -> Saved | None:
+        """How the save in flight ends; None if there is none. Raises what broke the thread, such as a lost rank."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread, outcome = None, self._outcome
+        if isinstance(outcome, Saved):
+            return outcome
+        raise outcome
+
+    def close(self, seconds: float = CLOSE_S) -> None:
+        """Let what is in flight end, where it still can; on its own, for other ranks may be gone."""
+        if self._thread:
+            self._thread.join(seconds)
+
+    def _write(self, copies: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        begin, path, problem, kept = time.perf_counter(), None, "", ""
+        try:
+            try:
+                path = store.save(self._folder, copies, meta, self._world)
+            except CheckpointError as error:
+                problem = str(error)
+            if path:
+                try:
+                    store.retain(self._folder, *self._keep, self._world)
+                except CheckpointError as error:
+                    kept = f"Old checkpoints in {self._folder} cannot be deleted: {error}."
+            self._outcome = Saved(meta["samples_seen"], path, problem, kept, time.perf_counter() - begin)
+        except BaseException as error:
+            self._outcome = error

@@ -1,0 +1,238 @@
+"""The one process that starts a job's ranks, sees them end, and starts them again: on this machine or in a batch job.
+
+Ranks that all end well end the job. A rank that is killed, crashes or hangs takes the others with it; then all are
+started again and go on from the newest checkpoint, a bounded number of times without a new one. What was asked to stop
+has saved. This process never loads torch, and a full disk does not end it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from seer_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED
+from seer_scale.launch.job import ATTEMPT, Job, is_alive
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+ECHO_S = 1.0
+"""A signal to a process group comes twice, from the group and from whom it was meant for: within so long it is one."""
+GRACE_S = 20.0
+"""Seconds that ranks may go on after one of them is gone; they cannot finish a collective without it."""
+HUNG_GRACE_S = 2.0
+"""The same where one hung: the others have waited for it already, and written their stacks."""
+POLL_S = 0.1
+RETELL_S = 10.0
+"""Seconds between two requests to stop: one that comes while ranks start may not reach them."""
+REASONS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_FAILED: "failed", EXIT_BAD_INPUT: "bad input"}
+
+
+class Ranks(Protocol):
+    """The processes of one start. code: of the first that ended badly, else 0."""
+
+    code: int
+
+    def poll(self) -> str | None:
+        """None while they run; then why they ended, as a sentence, or "" if all of them ended well. None is left then."""
+
+    def signal(self, number: int) -> None:
+        """Send it to those that did not get it yet; SIGKILL to all."""
+
+
+class Limits:
+    """When a job has to stop, and when to be back in the queue; here: never."""
+
+    def is_cancelled(self) -> bool:
+        """Asked to stop for good."""
+        return False
+
+    def should_stop(self) -> bool:
+        """Cancelled, or its time is nearly over."""
+        return False
+
+    def is_over(self) -> bool:
+        """Ranks that have not saved by now are given up."""
+        return False
+
+
+class LocalRanks:
+    """Ranks on this machine."""
+
+    def __init__(self, job: Job, attempt: str, num: int):
+        common = {ATTEMPT: attempt, "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
+        words = [sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
+        self._processes = [
+            subprocess.Popen(words, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(num)
+        ]
+        self._told: dict[int, set[int]] = {}
+        self._lost_at: float | None = None
+        self._first, self.code = "", 0
+
+    def poll(self) -> str | None:
+        codes = [p.poll() for p in self._processes]
+        bad = next((r for r, code in enumerate(codes) if code), None)
+        if bad is not None and not self._first:
+            self._first, self._lost_at, self.code = _ended(f"Rank {bad}", codes[bad]), time.monotonic(), codes[bad]
+        if all(code is not None for code in codes):
+            return self._first
+        if self._lost_at and time.monotonic() - self._lost_at > (HUNG_GRACE_S if EXIT_HUNG in codes else GRACE_S):
+            say(f"{sum(c is not None for c in codes)} of {len(codes)} ranks have ended; ending the others.")
+            self.signal(signal.SIGKILL)
+        return None
+
+    def signal(self, number: int) -> None:
+        told = self._told.setdefault(number, set())
+        for p in self._processes:
+            if p.poll() is None and (p.pid not in told or number == signal.SIGKILL):
+                p.send_signal(number)
+                told.add(p.pid)
+
+
+def _ended(who: str, code: int) -> str:
+    """Why a process that returned `code` ended; negative: minus the signal's number."""
+    if code in (-signal.SIGALRM, EXIT_HUNG):
+        return f"{who} hung and was ended by its watchdog"
+    if code < 0:
+        return f"{who} was ended by {signal.Signals(-code).name}, from outside or for want of memory"
+    return f"{who} ended with status {code}"
+
+
+class Control:
+    """Runs `job` until it is done, stopped, or has failed too often. start: starts the ranks of one attempt.
+
+    ident: of this start of the job; attempts are numbered after it. requeue: where there is a queue, what puts the job
+    back into it; returns whether that was done.
+    """
+
+    def __init__(
+        self, job: Job, start: Callable[[str], Ranks], *, ident: str, ranks: int, nodes: list[str],
+        requeue: Callable[[], bool] | None = None, limits: Limits = Limits(),
+    ):  # fmt: skip
+        self.job, self._start, self._ident, self._num, self._nodes, self._requeue = job, start, ident, ranks, nodes, requeue
+        self._limits, self._told_at, self._is_back = limits, float("-inf"), False
+        self._asked, self._asked_at, self._number = 0, 0.0, signal.SIGTERM
+
+    def run(self) -> int:
+        before = {s: signal.signal(s, self._ask) for s in SIGNALS}
+        try:
+            return self._run()
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _run(self) -> int:
+        job, in_vain = self.job, 0
+        if self._requeue and (returns := len(self._starts_in_vain())) > job.requeues:
+            say(f"{returns} starts of this job brought no new checkpoint, so the run ends here (requeues {job.requeues}).")
+            return EXIT_FAILED
+        for number in range(1, sys.maxsize):
+            if self._limits.is_cancelled():
+                return EXIT_STOPPED
+            attempt, samples = f"{self._ident}.{number}", job.newest_checkpoint()
+            job.tell(event="begin", attempt=attempt, ranks=self._num, nodes=self._nodes, samples=samples)
+            problem, code = self._one(attempt)
+            status, now = self._outcome(attempt, code), job.newest_checkpoint()
+            if self._is_back:
+                return EXIT_DONE
+            job.tell(event="end", attempt=attempt, status=status, cause=REASONS.get(status) or problem or "ended", samples=now)
+            if status not in (None, EXIT_STOPPED):
+                return status
+            if status == EXIT_STOPPED:
+                return EXIT_DONE if not self._asked and self._goes_on() else EXIT_STOPPED
+            if self._asked or self._limits.is_cancelled():
+                return EXIT_FAILED
+            in_vain = 0 if now > samples else in_vain + 1
+            if in_vain > job.restarts or self._limits.should_stop():
+                if self._goes_on():
+                    return EXIT_DONE
+                tries = f"{in_vain} starts in a row" if in_vain > 1 else "the last start"
+                say(f"{problem}. As {tries} brought no new checkpoint, the run ends here{'' if now < 0 else '; the newest checkpoint stands'}.")
+                return EXIT_FAILED
+            where = f"from the checkpoint at {now:,} samples" if now >= 0 else "from the beginning"
+            bound = f" (start {in_vain} of {job.restarts} without a new checkpoint)" if in_vain else ""
+            say(f"{problem}. Starting the ranks again, {where}{bound}.")
+        raise AssertionError
+
+    def _one(self, attempt: str) -> tuple[str, int]:
+        """Why one start ended, and the status of the first rank that ended badly."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a rank here inherits that, until it can save
+        ranks = self._start(attempt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        while (problem := ranks.poll()) is None:
+            if self._asked:
+                ranks.signal(signal.SIGKILL if self._asked > 1 else self._number)
+            if self.job.launcher and not is_alive(self.job.launcher):
+                ranks.signal(signal.SIGTERM)
+                self._asked = max(1, self._asked)
+            if time.monotonic() - self._told_at > RETELL_S and self._limits.should_stop():
+                self._told_at = time.monotonic()
+                ranks.signal(signal.SIGUSR2)
+            if not self._is_back and self._limits.is_over():
+                say("The time limit has nearly come and the ranks have not saved: what was done since the newest checkpoint is lost.")
+                self.job.tell(event="end", attempt=attempt, status=None, cause="out of time", samples=self.job.newest_checkpoint())
+                self._is_back = self._goes_on()
+                ranks.signal(signal.SIGKILL)
+            time.sleep(POLL_S)
+        with suppress(OSError):
+            (self.job.logs / f"rendezvous-{attempt}").unlink(missing_ok=True)  # of ranks that never met
+        return problem, ranks.code
+
+    def _goes_on(self) -> bool:
+        """Back to the queue, unless the job has been there too often since its newest checkpoint."""
+        if not self._requeue:
+            return False
+        if (starts := len(self._starts_in_vain())) > self.job.requeues:
+            say(f"{starts} starts of this job brought no new checkpoint: it does not go back to the queue (requeues {self.job.requeues}).")
+            return False
+        return self._requeue()
+
+    def _starts_in_vain(self) -> set[str]:
+        """Starts of this job, by SLURM or by us, with the newest checkpoint that there is now; of this submission."""
+        now, starts = self.job.newest_checkpoint(), set()
+        for line in self.job.attempts():
+            if line["event"] == "begin" and line["time"] >= self.job.submitted:
+                starts = starts if line["samples"] == now else set()
+                starts |= {line["attempt"].rpartition(".")[0]} if line["samples"] == now else set()
+        return starts
+
+    def _outcome(self, attempt: str, code: int) -> int | None:
+        """What the ranks said of their end; None if they could not. Where a full disk kept them from writing it, by status."""
+        try:
+            said = json.loads((self.job.place / "outcome.json").read_text())
+        except (OSError, ValueError):
+            said = {}
+        if said.get("attempt") == attempt:
+            return said["status"]
+        return EXIT_STOPPED if code == EXIT_STOPPED else None
+
+    def _ask(self, number: int, _) -> None:
+        if self._requeue and number == signal.SIGUSR2:  # the ranks have it as well; they stop, and the job goes on
+            return
+        if time.monotonic() - self._asked_at > ECHO_S:
+            self._asked, self._asked_at, self._number = self._asked + 1, time.monotonic(), number
+
+
+def say(sentence: str) -> None:
+    """To the job's log; a full disk costs it."""
+    with suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def control_local(run_dir: str, visible: str | None) -> int:
+    """What submitit's local executor runs: the ranks of a run on this machine. Returns the exit status.
+
+    visible: CUDA_VISIBLE_DEVICES as the user gave it; submitit hides the GPUs it was not told of.
+    """
+    job = Job.read(run_dir)
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (job.code, os.environ.get("PYTHONPATH"))))
+    num, ident = job.ranks_per_node, f"{os.environ['SUBMITIT_LOCAL_JOB_ID']}.{time.time():.0f}"  # process numbers come again
+    return Control(job, lambda attempt: LocalRanks(job, attempt, num), ident=ident, ranks=num, nodes=[os.uname().nodename]).run()

@@ -1,0 +1,144 @@
+"""What was launched, in the run's own folder: the record that the launcher, the job and its ranks share.
+
+RUN/launch/ holds `job.json` (this record), `recipe.yaml` (the recipe with its overrides, as the ranks read it), one
+`code-HASH/` for each state of the package that was ever launched, `attempts.jsonl` (each start of the ranks and how it
+ended) and `outcome.json` (what the ranks say of their end).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = "launch"
+ATTEMPT = "SEER_SCALE_ATTEMPT"
+"""The environment variable by which ranks know which start they are part of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """fits: numbers of nodes the recipe can take, rising; a job that gets another number uses the next lower of these.
+
+    log_dir: where the job's own output goes (an array has one). launcher: what `process_mark` says of a local run's launcher.
+    restarts, requeues: how often in a row the ranks are started again in the same job, and the job goes back to the
+    queue, without a new checkpoint.
+    """
+
+    name: str
+    run_dir: str
+    cluster: str
+    command: list[str]
+    folder: str
+    code: str
+    ranks_per_node: int
+    fits: list[int]
+    restarts: int
+    requeues: int
+    profile: dict[str, Any]
+    submitted: float
+    job_id: str = ""
+    log_dir: str = ""
+    launcher: str = ""
+
+    @property
+    def place(self) -> Path:
+        return Path(self.run_dir) / FOLDER
+
+    @property
+    def recipe(self) -> Path:
+        return self.place / "recipe.yaml"
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.run_dir) / "logs"
+
+    def write(self) -> None:
+        write_whole(self.place / "job.json", json.dumps(dataclasses.asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> Job | None:
+        """The newest launch of a run; None where none is recorded."""
+        try:
+            return cls(**json.loads((Path(run_dir) / FOLDER / "job.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    # --- its starts
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The lines of attempts.jsonl; a torn one is passed over."""
+        return list(_lines(self.place / "attempts.jsonl"))
+
+    def tell(self, **line: Any) -> None:
+        """Add a line to attempts.jsonl; a full disk costs it."""
+        with suppress(OSError), (self.place / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps(line | {"time": time.time()}) + "\n")
+
+    def newest_checkpoint(self) -> int:
+        """Samples seen by the newest checkpoint, by its name alone; -1 where there is none."""
+        names = (p.name.split("-") for p in (Path(self.run_dir) / "checkpoints").glob("samples-*"))
+        return max((int(words[1]) for words in names if words[1].isdecimal()), default=-1)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "event" in record:
+            yield record
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader sees what was there before, or all of `text`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def snapshot(place: Path, *, write: bool = True) -> str:
+    """A copy of this package below `place`, named after its contents, so that edits reach no run on its way; its path."""
+    package = Path(__file__).parents[1]
+    files = [p for pattern in ("*.py", "*.yaml", "*.c") for p in sorted(package.rglob(pattern))]
+    files += sorted((package.parent / "ds_configs").glob("*.json"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(package.parent)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    final = place / f"code-{digest.hexdigest()[:12]}"
+    if write and not final.is_dir():
+        aside = place / f".code-{secrets.token_hex(4)}"
+        for path in files:
+            (copy := aside / path.relative_to(package.parent)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        try:
+            os.rename(aside, final)
+        except OSError:  # another launch was first
+            shutil.rmtree(aside, ignore_errors=True)
+    return str(final)
+
+
+def process_mark(pid: int) -> str:
+    """Names one process for good: numbers come again. Empty where there is none (any more)."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else f"{pid}:{rest[18]}:{boot}"
+
+
+def is_alive(mark: str) -> bool:
+    """Whether the process of a `process_mark` lives; one on another machine cannot be seen, and counts as gone."""
+    return bool(mark) and process_mark(int(mark.partition(":")[0])) == mark

@@ -1,0 +1,83 @@
+"""What each process of a launched run does: python -P -m seer_scale.launch.rank RUN_DIR"""
+
+from __future__ import annotations
+
+import signal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # noted from now on; StopRequest lets them in, seconds of imports later
+
+import json  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+from contextlib import suppress  # noqa: E402
+from typing import Any, TextIO  # noqa: E402
+
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLost, UserError, complain  # noqa: E402
+from seer_scale.launch.job import ATTEMPT, Job, write_whole  # noqa: E402
+
+LABEL = re.compile(r"^\[rank \d+\] ")
+
+
+def main(run_dir: str) -> int:
+    """Train; returns 0 also for a stop that was asked for, as srun would end the other ranks on any other status, unless a
+    full disk keeps the outcome from being written."""
+    job, attempt = Job.read(run_dir), os.environ[ATTEMPT]
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", 0))
+    sys.stdout, sys.stderr = _Lines(sys.stdout, rank), _Lines(sys.stderr, rank)
+    os.chdir(job.folder)
+    if job.cluster == "local":
+        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
+    try:
+        from seer_scale.train.start import run_training
+
+        status, tells = run_training(str(job.recipe), [], attempt), rank == 0
+    except RankLost as error:  # the one that was lost knows why, or nobody does
+        return complain(error)
+    except UserError as error:
+        status, tells = complain(error), (rank == 0 or error.is_local) and not error.may_pass
+    except KeyboardInterrupt:  # a second Ctrl-C, of which the launcher tells
+        return EXIT_FAILED
+    if tells:
+        try:
+            write_whole(job.place / "outcome.json", json.dumps({"attempt": attempt, "status": status}))
+        except OSError:
+            return status
+    return EXIT_DONE if status == EXIT_STOPPED else status
+
+
+def _stop_without(controller: int) -> None:
+    """Save and stop when the process that started this one is gone."""
+    while os.getppid() == controller:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Lines:
+    """A text stream whose lines are written whole, and but for rank 0 begin with the rank's number (torch's tracebacks do
+    already). A full disk costs lines, not the run."""
+
+    def __init__(self, to: TextIO, rank: int):
+        self._to, self._label, self._torchs, self._line = to, f"[rank {rank}] " if rank else "", f"[rank{rank}]: ", ""
+
+    def write(self, text: str) -> int:
+        self._line += text
+        *whole, self._line = self._line.split("\n")
+        if whole:
+            with suppress(OSError):
+                self._to.write("".join(f"{self._label}{line.removeprefix(self._torchs)}\n" for line in whole))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._to.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._to, name)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

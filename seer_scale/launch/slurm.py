@@ -1,0 +1,309 @@
+"""Runs on SLURM: submitted by submitit, started by srun in the batch job, and put back into the queue until done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import submitit
+
+from seer_scale.errors import EXIT_HUNG, UserError
+from seer_scale.launch.control import Control, Limits, say
+from seer_scale.launch.job import ATTEMPT, Job
+from seer_scale.launch.profile import Profile
+
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SIGNALING", "STAGE_OUT")
+PLAIN = ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
+LAST = 0.2
+"""The part of the grace time in which a job that has not saved goes back to the queue without."""
+ASK_S, ANSWER_S = 5.0, 600.0
+"""Seconds between two questions to SLURM, and how long it may leave the question of going on without an answer."""
+BEGIN_S, END_S = 900.0, 120.0
+"""Seconds in which srun starts the ranks, and in which those that are to end have ended."""
+CANCELLED = "cancelled"
+AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then scontrol requeue $SLURM_JOB_ID; fi' EXIT
+trap : USR2"""
+"""Of the batch script: where the process that looks after the ranks was killed, and the job has not been ended, it goes back;
+and USR2, which is for the ranks, does not end the script (scancel --full sends it there, too)."""
+KILLED_S = 120.0
+"""Seconds in which SLURM ends a job that it has put back into the queue."""
+
+
+# ------------------------------------------------------------------------------------------------ submission
+
+
+class _Executor(submitit.SlurmExecutor):
+    """submitit's, which also writes a script where there is no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def _executor(job: Job) -> _Executor:
+    profile, fits = Profile(**job.profile), job.fits
+    more: dict[str, Any] = {"requeue": True, "nodes": f"{fits[0]}-{fits[-1]}" if len(fits) > 1 else str(fits[0])}
+    more |= {key: value for key in PLAIN if (value := getattr(profile, key))}
+    # not tasks a node, which would fix the number of nodes at the first start
+    more["mincpus"] = max(1, profile.cpus_per_rank) * job.ranks_per_node
+    more |= {k.lstrip("-").replace("_", "-"): v for k, v in profile.sbatch.items()}
+    variables = profile.environment | {"PYTHONSAFEPATH": "1"}
+    setup = [*profile.before, *(f"export {k}={shlex.quote(v)}" for k, v in variables.items())]
+    setup += [AGAIN, f'export PYTHONPATH={shlex.quote(job.code)}"${{PYTHONPATH:+:$PYTHONPATH}}"', f"cd {shlex.quote(job.folder)}"]
+    executor = _Executor(folder=job.logs)
+    executor.update_parameters(
+        job_name=f"seer-{job.name}", time=profile.minutes, gpus_per_node=profile.gpus_per_node or None,
+        signal_delay_s=profile.grace_s, use_srun=False, stderr_to_stdout=True, wckey=None, setup=setup, additional_parameters=more,
+    )  # fmt: skip
+    return executor
+
+
+def script(job: Job, num: int = 1) -> str:
+    """The batch script of a job, or of `num` as one array."""
+    executor = _executor(job)
+    if num > 1:
+        executor.parameters["map_count"] = num  # as submitit itself does
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+
+def is_there() -> bool:
+    return shutil.which("scontrol") is not None
+
+
+def must_be_there() -> None:
+    """Raises UserError without SLURM's commands."""
+    if missing := [c for c in ("sbatch", "srun", "scontrol", "squeue") if not shutil.which(c)]:
+        raise UserError(f"There is no {missing[0]} on the path: give this command on a login node of the cluster (or start with --cluster local).")
+
+
+def submit(jobs: Sequence[Job]) -> list[Job]:
+    """Submit jobs whose code and recipe are in place, several as one array; the jobs with their numbers."""
+    executor = _executor(jobs[0])
+    try:
+        if len(jobs) == 1:
+            submitted = [executor.submit(control_slurm, jobs[0].run_dir)]
+        else:
+            submitted = executor.map_array(control_slurm, [job.run_dir for job in jobs])
+    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise UserError(f"SLURM does not take the job: {reason[-1] if reason else error}") from error
+    out = [dataclasses.replace(job, job_id=s.job_id, log_dir=str(jobs[0].logs)) for job, s in zip(jobs, submitted)]
+    for job in out:
+        job.write()
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ in the batch job
+
+
+def control_slurm(run_dir: str) -> None:
+    """What the batch job runs, on its first node: the ranks of all nodes. Ends the process with the run's exit status."""
+    got = int(os.environ["SLURM_JOB_NUM_NODES"])
+    for _ in range(600):  # the record is written just after sbatch has answered
+        job = Job.read(run_dir)
+        if job and job.job_id == _own_id():
+            break
+        time.sleep(0.1)
+    nodes, each = max(n for n in job.fits if n <= got), job.ranks_per_node
+    ident = f"{_own_id()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    names = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[:nodes]
+    if nodes < got:
+        say(f"This job has {got} nodes, of which the recipe can use {nodes}.")
+    control = Control(
+        job, lambda attempt: SrunRanks(job, attempt, nodes, each), ident=ident, ranks=nodes * each, nodes=names,
+        requeue=_requeue, limits=SlurmLimits(job),
+    )  # fmt: skip
+    sys.exit(control.run())
+
+
+class SlurmLimits(Limits):
+    """The job's time limit, as SLURM knows it now, and `launch.py cancel`."""
+
+    def __init__(self, job: Job):
+        self._job, self._grace_s = job, Profile(**job.profile).grace_s
+        self._end, self._asked_at = _end_of(_own_id()), time.monotonic()
+
+    def is_cancelled(self) -> bool:
+        mark = self._job.place / CANCELLED
+        try:
+            return mark.read_text() == self._job.job_id
+        except OSError:
+            return False
+
+    def should_stop(self) -> bool:
+        return self.is_cancelled() or self._is_within(self._grace_s)
+
+    def is_over(self) -> bool:
+        return self._is_within(LAST * self._grace_s)
+
+    def _is_within(self, seconds: float) -> bool:
+        if time.time() < self._end - seconds:
+            return False
+        if time.monotonic() - self._asked_at > ASK_S:  # the limit may have been moved
+            self._end, self._asked_at = _end_of(_own_id(), self._end), time.monotonic()
+        return time.time() >= self._end - seconds
+
+
+class SrunRanks:
+    """One step of srun: a rank a task."""
+
+    def __init__(self, job: Job, attempt: str, nodes: int, each: int):
+        profile = Profile(**job.profile)
+        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1"]
+        words += [f"--cpus-per-task={profile.cpus_per_rank}"] if profile.cpus_per_rank else ["--cpu-bind=none"]
+        # until Python can note them, signals are passed over
+        words += ["sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh", sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
+        env = {k: v for k, v in os.environ.items() if k not in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK")}
+        self._step = subprocess.Popen(words, env=env | {ATTEMPT: attempt}, start_new_session=True)
+        self.code, self._problem, self._began = 0, "", time.monotonic()
+        self._looked_at, self._is_there = self._began, False
+
+    def poll(self) -> str | None:
+        if (code := self._step.poll()) is None:
+            self._must_begin()
+            return None
+        self.code = code
+        if code and not _end_steps():
+            self._problem = self._problem or "srun has ended, and its ranks cannot be ended"
+        return self._problem or _of_srun(code)
+
+    def _must_begin(self) -> None:
+        """An srun whose tasks never start, for what another step still holds, waits for ever."""
+        if self._is_there or time.monotonic() - self._looked_at < ASK_S:
+            return
+        self._looked_at, self._is_there = time.monotonic(), bool(_steps())
+        if not self._is_there and time.monotonic() - self._began > BEGIN_S:
+            self._problem = f"srun has started no rank within {BEGIN_S:.0f} s"
+            self._step.kill()
+
+    def signal(self, number: int) -> None:
+        """SLURM itself passes on what a job gets; this is for what is ours."""
+        if number == signal.SIGKILL and self._step.poll() is None:
+            _end_steps()
+            self._step.kill()
+        elif number == signal.SIGUSR2:
+            _output("scancel", "--signal=USR2", _own_id())  # to the steps
+
+
+def _of_srun(code: int) -> str:
+    """Why the step ended, of srun's status."""
+    if code in (EXIT_HUNG, 128 + signal.SIGALRM):
+        return "A rank hung and was ended by its watchdog"
+    if code < 0:
+        return f"srun was ended by {signal.Signals(-code).name}"
+    if code == 128 + signal.SIGTERM:  # srun's own, to the others
+        return "A rank was killed or crashed (srun names it)"
+    if code > 128 and code - 128 in set(signal.Signals):
+        return f"A rank was ended by {signal.Signals(code - 128).name}"
+    return f"A rank ended with status {code}" if code else ""
+
+
+def _steps() -> list[str]:
+    """The job's steps of ranks that SLURM knows to run."""
+    found = _output("squeue", "--noheader", "--steps", "--jobs", _own_id(), "--format=%i").split()
+    return [step for step in found if step.rpartition(".")[2].isdecimal()]
+
+
+def _end_steps() -> bool:
+    """No rank is left; False where that could not be had in END_S."""
+    until = time.monotonic() + END_S
+    while steps := _steps():
+        if time.monotonic() > until:
+            return False
+        _output("scancel", "--signal=KILL", *steps)  # of the job, it would be the job's end
+        time.sleep(1.0)
+    return True
+
+
+def _requeue() -> bool:
+    """Put this job back into the queue, unless it is on its way out; never returns where SLURM then ends it."""
+    until = time.monotonic() + ANSWER_S
+    while True:
+        shown = _output("scontrol", "-o", "show", "job", _own_id())
+        was, reason = (re.search(r"JobState=(\w+)", shown) or ["", ""])[1], "scontrol does not answer"
+        if was and was != "RUNNING":  # cancelled, or preempted: SLURM has decided already
+            say(f"SLURM has this job as {was}, so it is left to it.")
+            return False
+        if was:
+            done = subprocess.run(["scontrol", "requeue", _own_id()], capture_output=True, text=True)
+            if done.returncode == 0:
+                say("Back to the queue.")
+                time.sleep(KILLED_S)
+                return True
+            reason = done.stderr.strip()
+        if time.monotonic() > until:
+            say(f"SLURM does not put the job back into its queue ({reason}): start it again, and it goes on.")
+            return False
+        time.sleep(ASK_S)
+
+
+def _own_id() -> str:
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+# ------------------------------------------------------------------------------------------------ from outside
+
+
+def _output(*words: str) -> str:
+    """Empty where the command fails or is not there."""
+    if not shutil.which(words[0]):
+        return ""
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def details(job_id: str) -> dict[str, str]:
+    """What SLURM still knows of a job, by scontrol's names; of one it has forgotten, the state from its accounting."""
+    shown = _output("scontrol", "-o", "show", "job", job_id).splitlines()
+    if shown:
+        return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=| *$)", shown[0]))
+    told = _output("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State").split("\n")[0]
+    return {"JobState": told.split()[0]} if told.strip() else {}
+
+
+def _end_of(job_id: str, otherwise: float = math.inf) -> float:
+    """The unix time at which SLURM ends a job; `otherwise` where it has no limit or SLURM does not answer."""
+    try:
+        return time.mktime(time.strptime(details(job_id).get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:  # Unknown
+        return otherwise
+
+
+def state(job_id: str) -> str:
+    """SLURM's word for a job's state; empty where it knows nothing of it."""
+    return details(job_id).get("JobState", "")
+
+
+def is_alive(job: Job) -> bool:
+    return state(job.job_id) in ALIVE
+
+
+def cancel(job: Job, *, now: bool) -> str:
+    """Save and stop, or at once; a sentence that says what was done. Raises UserError."""
+    must_be_there()
+    if (was := state(job.job_id)) not in ALIVE:
+        raise UserError(f"{job.name} is not on its way: job {job.job_id} is {was.lower() or 'not known to SLURM any more'}.")
+    (job.place / CANCELLED).write_text(job.job_id)
+    if now or was != "RUNNING":
+        _run("scancel", job.job_id)
+        return f"Job {job.job_id} of {job.name} is cancelled."
+    _run("scancel", "--signal=USR2", job.job_id)
+    return f"Job {job.job_id} of {job.name} saves and stops; --now would end it at once."
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(words)} failed: {done.stderr.strip()}")

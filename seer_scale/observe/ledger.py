@@ -1,0 +1,219 @@
+"""Where a run's time went: useful updates, waiting for data, stalls of checkpoints, starts, work that was lost; and goodput.
+
+All of it from what the run leaves: metrics.jsonl, with the lines that a restart abandoned, and launch/attempts.jsonl, where
+a launcher has started it. A *life* is one process's part of the log, from its "start" or "resume" event on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seer_scale.observe.sinks import BEGINNINGS, read_records
+
+CAUSES = {
+    "useful": "updates that count", "data_wait": "waiting for images", "stall": "waiting for checkpoints", "evaluation": "evaluation",
+    "start": "starting and loading", "lost": "updates that were lost", "other": "the rest", "down": "not running (queue, restart)",
+}  # fmt: skip
+"""Everything a run's time is spent on, as people say it."""
+
+
+@dataclass
+class Life:
+    """began, ready, ended: unix seconds. seen: samples when it began, and when it ended. cause: how it ended. updated:
+    when its first update was done, as far as a metric line tells."""
+
+    began: float
+    ready: float
+    ended: float
+    seen: tuple[int, int]
+    cause: str
+    updated: float | None = None
+    lost_s: float = 0.0
+    recovered_s: float | None = None
+    """Of one that failed: from its end to the next update, in whatever life that came."""
+
+
+@dataclass
+class Ledger:
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
+    lives: list[Life] = field(default_factory=list)
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def goodput(self) -> float:
+        """Useful updates' share of the time in which the run held its machines."""
+        held = self.total_s - self.seconds["down"]
+        return self.seconds["useful"] / held if held else 0.0
+
+    @property
+    def mean_time_to_recover_s(self) -> float | None:
+        """From a failure (not: a stop that was asked for) to the next update."""
+        times = [life.recovered_s for life in self.lives if life.recovered_s is not None]
+        return sum(times) / len(times) if times else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds, "total_s": self.total_s, "goodput": self.goodput, "mean_time_to_recover_s": self.mean_time_to_recover_s,
+            "lives": [vars(life) for life in self.lives],
+        }  # fmt: skip
+
+
+@dataclass
+class _Stretch:
+    """Updates between two metric lines."""
+
+    seen: tuple[int, int]
+    useful_s: float
+    wait_s: float
+
+
+def read_ledger(run_dir: Path) -> Ledger:
+    """The ledger of a run, also while it runs; an empty one where nothing was logged."""
+    ledger, kept = Ledger(), []
+    lives, attempts = _lives(read_records(run_dir)), _attempts(run_dir)
+    silent = _silent(lives, attempts)
+    for number, records in enumerate(lives):
+        following = lives[number + 1] if number + 1 < len(lives) else None
+        life, stretches = _account(ledger.seconds, records, following, attempts)
+        if ledger.lives:
+            _resume(ledger, kept, life, silent)
+        ledger.lives.append(life)
+        kept += stretches
+    for stretch in kept:
+        ledger.seconds["useful"] += stretch.useful_s
+        ledger.seconds["data_wait"] += stretch.wait_s
+    return ledger
+
+
+def _silent(lives: list[list[dict]], attempts: list[dict]) -> list[tuple[float, float]]:
+    """(begin, end) of starts that ended before they could log anything."""
+    spoke = {records[0].get("attempt") for records in lives} - {None, ""}
+    if lives and not spoke:  # of a version that did not say
+        return []
+    ends = {a.get("attempt"): a["time"] for a in attempts if a["event"] == "end"}
+    begun = [(a["attempt"], a["time"]) for a in attempts if a["event"] == "begin" and "attempt" in a]
+    return [(time, ends[attempt]) for attempt, time in begun if attempt not in spoke and attempt in ends]
+
+
+def _account(seconds: dict[str, float], records: list[dict], following: list[dict] | None, attempts: list[dict]) -> tuple[Life, list[_Stretch]]:
+    """One life: its stretches of updates; all other time goes to `seconds`."""
+    first, last = records[0], records[-1]
+    began, ready, end = first.get("began", first["wall_time"]), first["wall_time"], last["wall_time"]
+    upto = _began(following) if following else float("inf")
+    ends = [a for a in attempts if a["event"] == "end"]
+    if first.get("attempt"):
+        told = next((a for a in ends if a.get("attempt") == first["attempt"]), None)
+    else:
+        told = next((a for a in ends if end <= a["time"] <= upto), None)
+    kinds = [r["event"] for r in records if "event" in r]
+    cause = next((k for k in ("done", "stop") if k in kinds), None)
+    if told and cause is None:
+        end = max(end, told["time"])
+    seconds["start"] += ready - began
+    stretches, at, step, seen, evaluated, waited, updated = [], ready, first.get("step", 0), first["samples_seen"], 0.0, 0.0, None
+    for row in records[1:]:
+        evaluated += row.get("time/knn_s") or 0.0
+        waited += row.get("waited_s") or 0.0
+        if "step" not in row or "event" in row:
+            continue
+        dt = max(0.0, row["wall_time"] - at)
+        updates_s = min(dt, (row.get("time/step_s") or 0.0) * max(0, row["step"] - step))
+        wait_s = (row.get("time/data_wait_frac") or 0.0) * updates_s
+        stall_s = min(dt - updates_s, row.get("time/checkpoint_stall_s") or 0.0)
+        evaluation_s = min(dt - updates_s - stall_s, evaluated)
+        seconds["stall"] += stall_s
+        seconds["evaluation"] += evaluation_s
+        seconds["other"] += dt - updates_s - stall_s - evaluation_s
+        stretches.append(_Stretch((seen, row["samples_seen"]), updates_s - wait_s, wait_s))
+        updated = updated or row["wall_time"] - max(0, row["step"] - step - 1) * (row.get("time/step_s") or 0.0)
+        at, step, seen, evaluated, waited = row["wall_time"], row["step"], row["samples_seen"], 0.0, 0.0
+    tail = max(0.0, end - at)
+    life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if following else "running"), updated)
+    if cause or not following:
+        stall_s = min(tail, waited)
+        evaluation_s = min(tail - stall_s, evaluated)
+        seconds["stall"] += stall_s
+        seconds["evaluation"] += evaluation_s
+        seconds["other"] += tail - stall_s - evaluation_s
+    else:
+        seconds["lost"] += tail
+        life.lost_s = tail
+    return life, stretches
+
+
+def _resume(ledger: Ledger, kept: list[_Stretch], life: Life, silent: list[tuple[float, float]]) -> None:
+    """A life that begins before where others had come: what they did beyond is lost."""
+    before, since = ledger.lives[-1], life.seen[0]
+    between = sum(max(0.0, min(end, life.began) - max(begin, before.ended)) for begin, end in silent)
+    ledger.seconds["start"] += between
+    ledger.seconds["down"] += max(0.0, life.began - before.ended - between)
+    if life.updated:
+        for failed in reversed(ledger.lives):  # one that made no update has recovered nothing
+            if failed.cause not in ("done", "stopped") and failed.recovered_s is None:
+                failed.recovered_s = max(0.0, life.updated - failed.ended)
+            if failed.updated:
+                break
+    for stretch in [s for s in kept if s.seen[1] > since]:
+        begin, end = stretch.seen
+        share = (end - max(begin, since)) / (end - begin)
+        lost = share * (stretch.useful_s + stretch.wait_s)
+        ledger.seconds["lost"] += lost
+        before.lost_s += lost
+        stretch.useful_s, stretch.wait_s, stretch.seen = (1 - share) * stretch.useful_s, (1 - share) * stretch.wait_s, (begin, max(begin, since))
+        if share == 1:
+            kept.remove(stretch)
+
+
+def _lives(records: list[dict]) -> list[list[dict]]:
+    lives: list[list[dict]] = []
+    for record in records:
+        if "wall_time" not in record:
+            continue
+        if record.get("event") in BEGINNINGS:
+            lives.append([])
+        if lives:
+            lives[-1].append(record)
+    return lives
+
+
+def _began(records: list[dict]) -> float:
+    return records[0].get("began", records[0]["wall_time"])
+
+
+def _attempts(run_dir: Path) -> list[dict]:
+    path, out = Path(run_dir) / "launch" / "attempts.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            out.append(json.loads(line))
+        except ValueError:  # torn
+            continue
+    return [a for a in out if isinstance(a, dict) and {"event", "time"} <= a.keys()]
+
+
+def text(ledger: Ledger) -> str:
+    """The ledger for people."""
+    if not ledger.lives:
+        return "Nothing was logged yet."
+    total = ledger.total_s or 1.0
+    lines = [f"{duration(ledger.total_s)} from the first start, {len(ledger.lives)} {'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} % of the {duration(ledger.total_s - ledger.seconds['down'])} it had machines"]
+    lines += [f"  {words:28}{duration(ledger.seconds[cause]):>12}{100 * ledger.seconds[cause] / total:>8.1f} %" for cause, words in CAUSES.items() if ledger.seconds[cause] > 0]
+    if (mean := ledger.mean_time_to_recover_s) is not None:
+        lines.append(f"  mean time to recover        {duration(mean):>12}")
+    if len(ledger.lives) > 1:
+        lines += ["", f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  ended by"]
+        lines += [f"  {life.seen[0]:>11,} {life.seen[1]:>11,}  {duration(life.ended - life.began):>10}  {duration(life.lost_s):>9}  {life.cause}" for life in ledger.lives]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """In seconds up to ten minutes, then in hours and days."""
+    if seconds < 600:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours // 24} d {hours % 24:02d}:{minutes:02d} h" if hours >= 24 else f"{hours}:{minutes:02d} h"

@@ -1,0 +1,195 @@
+"""Runs of RegNetY and SwAV on a real SLURM: stopped, preempted, cut off, on other numbers of ranks, and still the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.runs import ROOT, assert_same_path, events, reaches, recipe, run, steps
+from tests.slurm.lab import Cluster
+
+LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
+PROFILE = {
+    "partition": "main", "time": 20, "gpus_per_node": 0, "ranks_per_node": 2, "grace_s": 60,
+    "environment": {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"},
+}  # fmt: skip
+
+
+class Runs:
+    """The launcher in a folder of its own, with the lab's SLURM."""
+
+    def __init__(self, cluster: Cluster, folder: Path, photos: Path):
+        self.cluster, self.folder = cluster, folder
+        self.recipe = recipe(folder, photos)
+        self.profile()
+
+    def profile(self, **changes: object) -> None:
+        (self.folder / "lab.yaml").write_text(yaml.safe_dump(PROFILE | changes))
+
+    def launch(self, *words: object, status: int = 0, path: str = "") -> str:
+        env = self.cluster.env | ({"PATH": path} if path else {})
+        done = subprocess.run([*LAUNCH, *map(str, words)], cwd=self.folder, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status and "Traceback" not in done.stderr, f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def submit(self, name: str, *words: object) -> str:
+        """The job's number."""
+        said = self.launch(self.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", name, *words)
+        return said.partition(f"Submitted {name} as job ")[2].split()[0]
+
+    def place(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def until(self, what: str, name: str, condition, seconds: float = 90) -> None:
+        self.cluster.until(condition, seconds, what, self.place(name) / "logs")
+
+    def until_ended(self, name: str, job: str, state: str = "COMPLETED", seconds: float = 150) -> None:
+        self.until(f"{name} was {state}", name, lambda: self.cluster.job(job)["JobState"] == state, seconds)
+
+    def begins(self, name: str) -> list[dict]:
+        path = self.place(name) / "launch" / "attempts.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["event"] == "begin"]
+
+
+@pytest.fixture
+def lab(cluster, tmp_path, photos) -> Runs:
+    return Runs(cluster, tmp_path, photos)
+
+
+def test_killed_stopped_and_cut_off_it_is_the_same_run(lab, straight):
+    """2 x 2 ranks: kill -9 of one -> started again in the job; USR2 -> saved -> requeued; a node's power cut -> requeued on
+    what is left; the same losses and images."""
+    job, place = lab.submit("cut", "--nodes", 2), lab.place("cut")
+
+    def goes_on(starts: int) -> None:
+        lab.until(f"it had begun {starts} times", "cut", lambda: len(lab.begins("cut")) == starts and len(events(place, "resume")) >= starts - 1)
+
+    lab.until("it was on its way", "cut", reaches(place, 24))
+    ranks = [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_rank(p, place)]
+    assert len(ranks) == 4
+    os.kill(max(ranks), 9)
+    goes_on(2)
+    assert lab.cluster.job(job)["Restarts"] == "0" and lab.begins("cut")[0]["nodes"] == lab.begins("cut")[1]["nodes"]
+    lab.cluster.run("scancel", "--signal=USR2", job)
+    goes_on(3)
+    (stop,) = events(place, "stop")
+    assert "Stopped by SIGUSR2" in stop["text"] and f"samples-{stop['samples_seen']:012d}" in stop["text"]
+    assert events(place, "resume")[-1]["samples_seen"] == stop["samples_seen"]
+    lab.until("it went on", "cut", lambda: max(steps(place)) > stop["samples_seen"] + 24)
+    lab.cluster.kill_node(lab.cluster.job(job)["BatchHost"])
+    lab.until_ended("cut", job)
+    begins = lab.begins("cut")
+    assert len(begins) == 4 and all(b["ranks"] == 4 for b in begins) and begins[2]["nodes"] != begins[3]["nodes"]
+    assert_same_path(place, straight)
+    said = lab.launch("status", "cut")
+    assert "cut: done" in said and "4 ranks" in said and "160 samples saved" in said
+    said = lab.launch("logs", "cut")
+    assert "Starting the ranks again, from the checkpoint at" in said and "Done: 160 samples" in said
+    found = json.loads(subprocess.run([sys.executable, "-m", "seer_scale.cli", "inspect", place, "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert len(found["lives"]) == 4 and found["lives"][1]["cause"] == "stopped" and found["seconds"]["down"] > 0
+
+
+def test_whatever_nodes_there_are(lab, tmp_path, photos):
+    """One job of 2 to 4 nodes, a rank each: on 4, after a power cut on 2, preempted, then on 3, each with every image once."""
+    lab.recipe = recipe(tmp_path, photos, train={"global_batch": 12, "samples": 192}, checkpoint={"every_samples": 24})
+    run("train", lab.recipe, "--run.dir", tmp_path / "straight", folder=tmp_path)
+    job = lab.submit("elastic", "--nodes", "2-4", "--ranks", 1)
+    place = lab.place("elastic")
+    lab.until("it was on its way", "elastic", reaches(place, 24))
+    for node in ("n3", "n4"):
+        lab.cluster.kill_node(node)
+    lab.until("it went on on two", "elastic", lambda: lab.begins("elastic")[-1]["ranks"] == 2 and events(place, "resume"))
+    for node in ("n3", "n4"):
+        lab.cluster.start_node(node)
+    more = lab.cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodelist=n1", "--output=/dev/null", "--wrap=sleep 600").strip()
+    lab.until("it went on on three", "elastic", lambda: lab.begins("elastic")[-1]["ranks"] == 3)
+    lab.until_ended("elastic", job)
+    assert lab.cluster.job(more)["JobState"] == "RUNNING"
+    (stop,) = events(place, "stop")
+    ranks = [b["ranks"] for b in lab.begins("elastic")]
+    assert ranks[0] == 4 and ranks[-2:] == [2, 3] and events(place, "resume")[-1]["samples_seen"] == stop["samples_seen"] < 192
+    assert_same_path(place, tmp_path / "straight")
+
+
+def _words(process: Path) -> list[str]:
+    try:
+        return (process / "cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return []
+
+
+def _is_rank(process: Path, place: Path) -> bool:
+    words = _words(process)
+    return "seer_scale.launch.rank" in words and str(place) in words and words[0] == sys.executable
+
+
+def test_who_looks_after_the_ranks_may_be_killed(lab, straight):
+    """srun, whose ranks go on without it; then the process that started it, without which the batch job ends."""
+    job, place = lab.submit("alone", "--nodes", 1), lab.place("alone")
+
+    def kill(word: str) -> None:
+        lab.until("it was on its way", "alone", lambda: reaches(place, max([0, *(e["samples_seen"] for e in events(place, "resume"))]))())
+        found = [p for p in Path("/proc").glob("[0-9]*") if _words(p)[:1] == [word] or word in _words(p) and str(place / "logs") in _words(p)]
+        assert found, word
+        for process in found:
+            os.kill(int(process.name), 9)
+
+    kill("srun")
+    lab.until("it had begun again", "alone", lambda: len(lab.begins("alone")) == 2 and len(events(place, "resume")) == 1)
+    assert "srun was ended by SIGKILL. Starting the ranks again" in lab.launch("logs", "alone")
+    kill("submitit.core._submit")
+    lab.until_ended("alone", job)
+    assert lab.cluster.job(job)["Restarts"] == "1" and len(lab.begins("alone")) == 3
+    assert_same_path(place, straight)
+
+
+def test_cancelled_it_stays_away(lab):
+    """Before the ranks can hear of it."""
+    job = lab.submit("cancelled", "--nodes", 1, "--train.samples", 80000)
+    said = lab.launch(lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "cancelled", "--nodes", 1, status=2)
+    assert f"is in use by job {job}" in said and "launch.py cancel cancelled" in said
+    lab.until("its ranks were there", "cancelled", lambda: any(_is_rank(p, lab.place("cancelled")) for p in Path("/proc").glob("[0-9]*")))
+    assert "saves and stops" in lab.launch("cancel", "cancelled")
+    lab.until_ended("cancelled", job, "FAILED")  # it is not complete
+    (stop,) = events(lab.place("cancelled"), "stop")
+    assert len(lab.begins("cancelled")) == 1 and stop["samples_seen"] < 4000
+    assert "is not on its way" in lab.launch("cancel", "cancelled", status=2)
+    assert "cancelled" in lab.launch("list") and "stopped" in lab.launch("status", "cancelled")
+
+
+def test_an_array_is_a_run_each(lab):
+    said = lab.launch(lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--nodes", 1, "--train.samples", 16, "--array", "optim.lr=0.01,0.02", "--name", "sweep")
+    job = said.partition("as job ")[2].partition("_")[0]
+    for n, name in enumerate(("sweep-lr-0.01", "sweep-lr-0.02")):
+        lab.until_ended(name, f"{job}_{n}")
+        config = yaml.safe_load((lab.place(name) / "config.yaml").read_text())
+        assert config["optim"]["lr"] == float(name[-4:]) and "done" in lab.launch("status", name)
+
+
+def test_starts_in_vain_come_to_an_end(lab):
+    """A rank that cannot live: two starts a job, one return to the queue, and a sentence."""
+    lab.profile(restarts=1, requeues=1, before=["ulimit -v 1500000"])
+    job = lab.submit("vain", "--nodes", 1)
+    lab.until_ended("vain", job, "FAILED")
+    assert len(lab.begins("vain")) == 4
+    assert "brought no new checkpoint, the run ends here" in lab.launch("logs", "vain")
+
+
+def test_bad_input_is_refused_before_anything_is_submitted(lab, tmp_path):
+    start = (lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "bad")
+    told = lab.launch(*start, "--nodes", "3", "--optim.lr", -1, status=2)
+    assert all(part in told for part in ("optim.lr", "must divide evenly among the ranks (6)", "nearest numbers that the recipe can take: 2, 4")), told
+    lab.profile(partition="nowhere")
+    assert "SLURM does not take the job" in lab.launch(*start, "--nodes", 1, status=2)
+    lab.profile()
+    assert "There is no sbatch on the path" in lab.launch(*start, "--nodes", 1, status=2, path="/bin-without-slurm")
+    script = lab.launch(*start, "--nodes", "1-2", "--dry-run")
+    assert "#SBATCH --nodes=1-2" in script and "#SBATCH --requeue" in script and "#SBATCH --signal=USR2@60" in script
+    assert lab.cluster.run("squeue", "--noheader") == ""

@@ -1,0 +1,348 @@
+"""Launching without a cluster: profiles, what fits a range of nodes, what travels, and what control does with any ending."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seer_scale.errors import ConfigError, UserError
+from seer_scale.launch import command, slurm
+from seer_scale.launch import control as control_module
+from seer_scale.launch.control import Control, Limits, _ended
+from seer_scale.launch.job import Job, is_alive, process_mark, snapshot
+from seer_scale.launch.prepare import Request, prepare, stow
+from seer_scale.launch.profile import Profile, load_profile, minutes, read_profile
+
+ROOT = Path(__file__).parents[2]
+
+
+# ------------------------------------------------------------------------------------------------ profiles
+
+
+def test_the_example_is_a_profile():
+    profile = load_profile(str(ROOT / "slurm" / "example.yaml"))
+    assert profile.ranks_a_node == 8 and profile.minutes == 3 * 24 * 60 and profile.sbatch == {"exclusive": "user"}
+
+
+@pytest.mark.parametrize("time, found", [("90", 90), ("1:30", 2), ("02:00:00", 120), ("1-0", 1440), ("2-03:30", 3090), ("1-00:00:01", 1441)])
+def test_times_are_slurms(time, found):
+    assert minutes(time) == found
+
+
+def test_a_time_is_no_number_and_an_option_may_have_no_value(tmp_path):
+    (tmp_path / "p.yaml").write_text("time: 12:00:00\nmem: 0\nsbatch: {exclusive: true, comment: x}")
+    profile = load_profile(str(tmp_path / "p.yaml"))
+    assert (profile.minutes, profile.mem, profile.sbatch) == (720, "0", {"exclusive": True, "comment": "x"})
+
+
+def test_all_that_is_wrong_with_a_profile_is_told(tmp_path):
+    given = {"partiton": "x", "time": "soon", "gpus_per_node": -1, "before": "module load", "environment": [1], "sbatch": {"nodes": 3, "gres": "x"}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(given))
+    with pytest.raises(ConfigError) as caught:
+        load_profile(str(tmp_path / "p.yaml"))
+    said = str(caught.value)
+    for part in ("The profile has 7 problems", "did you mean partition?", "time is 'soon'", "gpus_per_node is -1", "before is 'module load'",
+                 "environment is [1]", "sbatch.nodes is for the launcher to decide", "sbatch.gres is for the launcher to decide"):  # fmt: skip
+        assert part in said, said
+    assert "grace_s is 180, but a job has only 120 s" in str(read_profile({"time": "2"})[1])
+    assert "ranks_per_node must say" in str(read_profile({"gpus_per_node": 0})[1])
+    assert not read_profile({})[1]
+
+
+# ------------------------------------------------------------------------------------------------ what is submitted
+
+
+@pytest.fixture
+def recipe(tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8}, "data": {"path": str(photos)},
+        "swav": {"prototypes": [12]}, "train": {"samples": 96, "global_batch": 24},
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given))
+    return "tiny.yaml"
+
+
+def ask(recipe: str, **more: object) -> Request:
+    return Request(**{"recipe": recipe, "cluster": "slurm", "profile": Profile(gpus_per_node=2)} | more)
+
+
+def test_numbers_of_nodes_that_fit(recipe):
+    job, given, notes = prepare(ask(recipe, nodes=(1, 6)), [])
+    assert job.fits == [1, 2, 3, 4, 6] and job.ranks_per_node == 2
+    assert notes == ["The recipe can be shared among 2, 4, 6, 8, 12 ranks: of 1 to 6 nodes it uses 1, 2, 3, 4, 6, the next lower of these."]
+    assert given["run"]["dir"] == "runs/tiny" and job.run_dir == os.path.abspath("runs/tiny")
+    with pytest.raises(ConfigError) as caught:
+        prepare(ask(recipe, nodes=(4, 5), overrides=["--optim.lr", "-1"]), [])
+    assert "optim.lr is -1" in str(caught.value) and "nearest numbers that the recipe can take: 4, 6" in str(caught.value) and "must divide evenly among the ranks (10)" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--nodes is 4-5, but 5 of 2 ranks each cannot share the batch evenly; nearest numbers that the recipe can take: 4, 6"):
+        prepare(ask(recipe, nodes=(4, 5)), [])
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match="nearest numbers that the recipe can take: 12") as caught:
+        prepare(ask(recipe, nodes=(10**6, 10**6)), [])
+    with pytest.raises(ConfigError) as caught:
+        prepare(ask(recipe, nodes=(2, 4), overrides=["--data.path", "gone"]), [])
+    assert "nearest numbers" not in str(caught.value) and time.monotonic() - begin < 20
+    with pytest.raises(UserError, match="parallel.ranks is 3, which fill no whole nodes of 2: give --nodes, such as 2"):
+        prepare(ask(recipe, overrides=["--parallel.ranks", "3"]), [])
+    assert prepare(ask(recipe, overrides=["--parallel.ranks", "8"]), [])[0].fits == [4]
+
+
+def test_the_script_says_what_was_asked_for(recipe):
+    profile = Profile(partition="train", time="1-0", gpus_per_node=8, cpus_per_rank=4, environment={"A": "b c"}, before=["module load x"], sbatch={"exclusive": "user", "spread_job": True})
+    job, _, _ = prepare(ask(recipe, nodes=(3, 3), profile=profile), [])
+    text = slurm.script(job)
+    for line in ("--nodes=3", "--partition=train", "--time=1440", "--gpus-per-node=8", "--mincpus=32", "--requeue", "--signal=USR2@180", "--exclusive=user", "--spread-job", "--job-name=seer-tiny"):
+        assert f"#SBATCH {line}\n" in text, text
+    assert "ntasks" not in text and "wckey" not in text
+    assert text.index("module load x") < text.index("export A='b c'") < text.index("submitit.core._submit")
+    assert "#SBATCH --array=0-2%3" in slurm.script(job, 3) and "#SBATCH --nodes=2-3\n" in slurm.script(prepare(ask(recipe, nodes=(2, 3), profile=Profile(gpus_per_node=4)), [])[0])
+
+
+def test_code_and_recipe_travel(recipe, tmp_path):
+    job, given, _ = prepare(ask(recipe, nodes=(1, 1), overrides=["--optim.lr", "0.5"]), ["words"])
+    assert not Path(job.run_dir).exists()
+    job = stow(job, given)
+    job.write()
+    assert Job.read(job.run_dir) == job and yaml.safe_load(job.recipe.read_text())["optim"]["lr"] == 0.5
+    code = Path(job.code)
+    assert (code / "seer_scale" / "data" / "pixels.c").is_file() and (code / "ds_configs" / "zero3.json").is_file()
+    assert (code / "seer_scale" / "recipes" / "demo.yaml").is_file() and not list(code.rglob("*.pyc"))
+    before = set(code.parent.iterdir())
+    assert snapshot(job.place) == job.code and set(code.parent.iterdir()) == before
+
+
+def test_a_grid_in_one_folder_is_refused(recipe, tmp_path):
+    (tmp_path / "p.yaml").write_text("gpus_per_node: 1")
+    with pytest.raises(UserError, match="--array makes 2 runs, but run.dir gives them one folder"):
+        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array", "optim.lr=0.1,0.2", "--run.dir", "D"])
+    with pytest.raises(UserError, match="--time is 2, but the profile's grace_s is 180 s"):
+        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--time", "2"])
+
+
+def test_a_process_is_known_again_and_no_other(monkeypatch):
+    mark = process_mark(os.getpid())
+    assert is_alive(mark) and not is_alive("") and not process_mark(2**22 + 1)
+    pid, began, boot = mark.split(":")
+    assert not is_alive(f"{pid}:{int(began) + 1}:{boot}") and not is_alive(f"{pid}:{began}:another-boot")
+
+
+def test_a_grid_of_runs(recipe):
+    base = ask(recipe, name="sweep")
+    made = command._array(base, ["optim.lr=0.1,0.2", "swav.prototypes=[12, 8],[4]"])
+    assert [(r.name, list(r.overrides)) for r in made][1] == ("sweep-lr-0.1-prototypes-_4_", ["--optim.lr", "0.1", "--swav.prototypes", "[4]"])
+    assert [r.name for r in command._array(ask("a.yaml"), ["recipe=x.yaml,dir/y.yaml"])] == ["a-x", "a-y"]
+    for wrong, said in ((["optim.lr"], "must name a key"), (["optim.lr=1"], "at least two values"), (["optim.lr=1,1"], "two runs of one name")):
+        with pytest.raises(UserError, match=said):
+            command._array(base, wrong)
+
+
+def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, capsys):
+    (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
+    start = [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array"]
+    assert command.main([*start, "parallel.ranks=2,4", "--array", "optim.lr=0.1,0.2"]) == 0
+    script = capsys.readouterr().out
+    assert script.count("#SBATCH --array=0-1%2") == 2 and "#SBATCH --nodes=1\n" in script and "#SBATCH --nodes=2\n" in script
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["x", "--cluster"], "--cluster has no value"), (["x"], "--cluster is missing"), (["x", "--cluster", "slrum"], "did you mean slurm?"),
+        (["x", "--cluster", "local", "--nodes", "2"], "--nodes has no effect with --cluster local"), (["--cluster", "local"], "The recipe comes first"),
+        (["x", "--cluster", "local", "--rank", "2"], "did you mean --ranks?"), (["x", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"), (["x", "--cluster", "local", "--ranks", "two"], "--ranks is 'two'"),
+        (["x", "--cluster", "local", "--cluster", "slurm"], "given twice"), (["status"], "status takes one run"), (["logs", "a", "--now"], "--now has no effect with logs"),
+        (["x", "y", "--cluster", "local"], "'y' stands alone"), (["x", "--cluster", "local", "--dry-run=1"], "--dry-run takes no value"),
+        (["x", "--cluster", "local", "--follow"], "--follow has no effect to start a run"), (["list", "--train.samples", "3"], "--train.samples has no effect with list"),
+    ],
+)  # fmt: skip
+def test_words_that_cannot_be_meant(words, said, recipe):
+    with pytest.raises(UserError) as caught:
+        command.main([recipe if w == "x" else w for w in words])
+    assert said in str(caught.value), caught.value
+
+
+# ------------------------------------------------------------------------------------------------ control
+
+
+class Scripted:
+    """Ranks that end as a script says: (checkpoint they leave or None, status they tell or None, problem)."""
+
+    code = 0
+
+    def __init__(self, job: Job, attempt: str, checkpoint: int | None, status: int | None, problem: str):
+        if checkpoint is not None:
+            (Path(job.run_dir) / "checkpoints" / f"samples-{checkpoint:012d}").mkdir(parents=True, exist_ok=True)
+        if status is not None:
+            (job.place / "outcome.json").write_text(json.dumps({"attempt": attempt, "status": status}))
+        self._problem, self._polls, self.heard = problem, 0, []
+
+    def poll(self) -> str | None:
+        self._polls += 1
+        return self._problem if self._polls > 1 else None
+
+    def signal(self, number: int) -> None:
+        self.heard.append(number)
+
+
+def run(tmp_path, *script: tuple, requeue=None, restarts: int = 1, requeues: int = 1, ident: str = "7.0", submitted: float = 0.0) -> tuple[int, Job]:
+    job = Job(
+        name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=restarts,
+        requeues=requeues, profile={}, submitted=submitted,
+    )  # fmt: skip
+    job.place.mkdir(exist_ok=True)
+    turns = iter(script)
+    control = Control(job, lambda attempt: Scripted(job, attempt, *next(turns)), ident=ident, ranks=1, nodes=["n"], requeue=requeue)
+    status = control.run()
+    assert next(turns, None) is None, "it ended before the script"
+    return status, job
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_what_the_ranks_say_of_their_end_is_the_end(tmp_path, status):
+    assert run(tmp_path, (8, status, ""))[0] == status
+
+
+def test_a_loss_is_followed_by_a_start_until_too_many_are_in_vain(tmp_path, capsys):
+    lost = "Rank 1 was ended by SIGKILL"
+    status, job = run(tmp_path, (8, None, lost), (16, None, lost), (None, None, lost), (24, 0, ""))
+    assert status == 0 and [line["samples"] for line in job.attempts() if line["event"] == "begin"] == [-1, 8, 16, 16]
+    assert capsys.readouterr().err.count("Starting the ranks again") == 3
+    assert run(tmp_path, (None, None, lost), (None, None, lost), ident="8.0")[0] == 1
+    assert "As 2 starts in a row brought no new checkpoint, the run ends here; the newest checkpoint stands" in capsys.readouterr().err
+
+
+def test_a_stop_goes_back_to_the_queue_and_starts_in_vain_come_to_an_end(tmp_path, capsys):
+    asked = []
+
+    def requeue() -> bool:
+        asked.append(1)
+        return True
+
+    assert run(tmp_path, (8, 75, ""), requeue=requeue)[0] == 0 and len(asked) == 1
+    for n in range(1, 9):  # each start of the job: two starts of the ranks, then the queue
+        status, job = run(tmp_path, (None, None, "x"), (None, None, "x"), requeue=requeue, requeues=2, ident=f"7.{n}")
+        if status:
+            break
+    assert status == 1 and n == 3 and len(asked) == 3 and "3 starts of this job brought no new checkpoint" in capsys.readouterr().err
+    # SLURM itself may have put it back, after lost nodes: nothing is started then
+    assert run(tmp_path, requeue=requeue, requeues=2, ident="7.4")[0] == 1 and len(asked) == 3
+    # the same run, submitted anew, begins to count anew
+    assert run(tmp_path, (None, 75, ""), requeue=requeue, requeues=2, ident="8.0", submitted=time.time())[0] == 0
+
+
+class Limited(Limits):
+    def __init__(self, **said: bool):
+        self.said = said
+
+    def is_cancelled(self) -> bool:
+        return self.said.get("cancelled", False)
+
+    def should_stop(self) -> bool:
+        return self.said.get("stop", False) or self.is_cancelled()
+
+    def is_over(self) -> bool:
+        return self.said.get("over", False)
+
+
+def test_ranks_that_do_not_save_in_time_go_back_to_the_queue_without(tmp_path, capsys):
+    """At the time limit SLURM would end the job for good."""
+    limits = Limited(stop=True)
+
+    class Deaf(Scripted):
+        def poll(self) -> str | None:
+            limits.said["over"] = self._polls > 3
+            self._polls += 1
+            return "killed" if signal.SIGKILL in self.heard else None
+
+    control, made = controlled(tmp_path, Deaf, limits, requeue=lambda: True)
+    assert control.run() == 0 and made[0].heard == [signal.SIGUSR2, signal.SIGKILL] and len(made) == 1
+    assert "have not saved" in capsys.readouterr().err
+    assert [line["cause"] for line in control.job.attempts() if line["event"] == "end"] == ["out of time"]
+
+
+def test_a_cancelled_job_is_told_until_it_hears_and_never_started_again(tmp_path, monkeypatch):
+    """A request that comes while ranks start reaches none of them."""
+    monkeypatch.setattr(control_module, "RETELL_S", 0.2)
+    limits, requeued = Limited(), []
+
+    class Slow(Scripted):
+        def poll(self) -> str | None:
+            self._polls += 1
+            limits.said["cancelled"] = self._polls > 2
+            return "Rank 0 was ended by SIGUSR2" if len(self.heard) == 3 else None
+
+    control, made = controlled(tmp_path, Slow, limits, requeue=lambda: requeued.append(1) or True)
+    assert control.run() == 1 and len(made) == 1 and made[0].heard == 3 * [signal.SIGUSR2] and not requeued
+    control, made = controlled(tmp_path, Slow, limits)
+    assert control.run() == 75 and not made  # nor begun, where it came between two starts
+
+
+def test_ranks_are_not_started_again_shortly_before_the_limit(tmp_path):
+    limits, requeued = Limited(stop=True), []
+    control, made = controlled(tmp_path, Scripted, limits, (8, None, "Rank 0 died"), requeue=lambda: requeued.append(1) or True)
+    assert control.run() == 0 and len(made) == len(requeued) == 1
+
+
+def controlled(tmp_path, kind, limits, script=(None, None, ""), **more) -> tuple[Control, list]:
+    """A Control of ranks of that kind, and those it makes."""
+    job = Job(name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1, profile={}, submitted=0.0)
+    job.place.mkdir(exist_ok=True)
+    made: list = []
+    return Control(job, lambda a: made.append(kind(job, a, *script)) or made[-1], ident="1", ranks=1, nodes=[], limits=limits, **more), made
+
+
+def test_a_full_disk_does_not_end_the_job(tmp_path, monkeypatch):
+    """What it says and records is lost; a stop is known by the status, as the ranks cannot write their outcome."""
+
+    class Full(Scripted):
+        code = 75
+
+    def no_space(self, mode: str = "r", *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        monkeypatch.setattr(Path, "open", no_space)
+        control, made = controlled(tmp_path, Full, Limits(), (None, None, "A rank ended with status 75"), requeue=lambda: True)
+        assert control.run() == 0 and len(made) == 1
+        monkeypatch.undo()
+
+
+def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
+    requeued = []
+    job = Job(name="x", run_dir=str(tmp_path), cluster="local", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1, profile={}, submitted=0.0)
+    job.place.mkdir()
+
+    class Stopping(Scripted):
+        def poll(self) -> str | None:
+            if self._polls == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self._polls += 1
+            return "" if self.heard else None
+
+    made = []
+    control = Control(job, lambda a: made.append(Stopping(job, a, 8, 75, "")) or made[-1], ident="1", ranks=1, nodes=[], requeue=lambda: requeued.append(1) or True)
+    before = signal.getsignal(signal.SIGTERM)
+    assert control.run() == 75 and not requeued and set(made[0].heard) == {signal.SIGTERM}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_outcome_of_another_start_is_none(tmp_path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "outcome.json").write_text(json.dumps({"attempt": "6.0.1", "status": 0}))
+    assert run(tmp_path, (None, None, "x"), (None, None, "x"))[0] == 1
+
+
+def test_ends_are_told_by_name():
+    assert _ended("Rank 3", -signal.SIGKILL) == "Rank 3 was ended by SIGKILL, from outside or for want of memory"
+    assert "hung" in _ended("Rank 3", 76) and "hung" in _ended("Rank 3", -signal.SIGALRM) and _ended("Rank 3", 7) == "Rank 3 ended with status 7"

@@ -1,0 +1,142 @@
+"""Every second of a run is accounted for, once; what a restart abandoned is lost; and the causes are those of the log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seer_scale.observe.ledger import read_ledger, text
+
+
+class Log:
+    """Writes a run's log as a clock of its own goes on."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.now, self.step, self.number = folder, 1000.0, 0, 0
+        (folder / "launch").mkdir(parents=True)
+
+    def _line(self, **record) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record | {"wall_time": self.now}) + "\n")
+
+    def attempt(self, event: str, cause: str = "") -> None:
+        self.number += event == "begin"
+        with (self.folder / "launch" / "attempts.jsonl").open("a") as file:
+            file.write(json.dumps({"event": event, "time": self.now, "cause": cause, "attempt": f"7.0.{self.number}"}) + "\n")
+
+    def begin(self, seen: int, takes: float) -> None:
+        began, self.now, self.step = self.now, self.now + takes, seen // 10
+        self._line(event="resume" if seen else "start", samples_seen=seen, began=began, step=self.step, attempt=f"7.0.{self.number}")
+
+    def updates(self, num: int, step_s: float, wait: float = 0.0, stall_s: float = 0.0, knn_s: float = 0.0, rest_s: float = 0.0) -> None:
+        if knn_s:
+            self._line(samples_seen=self.step * 10, **{"time/knn_s": knn_s})
+        self.step, self.now = self.step + num, self.now + num * step_s + stall_s + knn_s + rest_s
+        self._line(step=self.step, samples_seen=self.step * 10, **{"time/step_s": step_s, "time/data_wait_frac": wait, "time/checkpoint_stall_s": stall_s})
+
+    def event(self, kind: str, **fields: object) -> None:
+        self._line(event=kind, samples_seen=self.step * 10, **fields)
+
+
+def test_a_run_of_three_lives(tmp_path):
+    log = Log(tmp_path)
+    log.attempt("begin")
+    log.begin(0, takes=30)
+    log.updates(10, 2.0, wait=0.1, knn_s=5)  # to 100 samples
+    log.updates(10, 2.0, stall_s=1.0)  # to 200, of which a checkpoint at 150 is all that is left
+    log.now += 7  # in mid-update
+    log.attempt("end", "Rank 3 was ended by SIGKILL")
+    log.now += 60
+    log.attempt("begin")
+    log.begin(150, takes=20)
+    log.updates(5, 2.0)
+    log.event("stop")
+    log.attempt("end", "stopped")
+    log.now += 100
+    log.attempt("begin")
+    log.begin(200, takes=20)
+    log.updates(10, 2.0, rest_s=3)
+    log.event("done")
+    ledger = read_ledger(tmp_path)
+    found = {k: round(v, 6) for k, v in ledger.seconds.items()}
+    assert found == {
+        "useful": 10 * 2 * 0.9 + 5 * 2 + 5 * 2 + 10 * 2, "data_wait": 2.0, "stall": 1.0, "evaluation": 5.0, "start": 70.0,
+        "lost": 7 + 5 * 2, "other": 3.0, "down": 160.0,
+    }  # fmt: skip
+    assert ledger.total_s == pytest.approx(log.now - 1000)
+    assert ledger.goodput == pytest.approx(found["useful"] / (log.now - 1000 - 160))
+    assert [life.cause for life in ledger.lives] == ["Rank 3 was ended by SIGKILL", "stopped", "done"]
+    assert [life.seen for life in ledger.lives] == [(0, 200), (150, 200), (200, 300)]
+    assert [round(life.lost_s, 6) for life in ledger.lives] == [17, 0, 0]
+    assert ledger.mean_time_to_recover_s == pytest.approx(60 + 20 + 2)  # to its first update; the stop was no failure
+    said = text(ledger)
+    assert "Rank 3 was ended by SIGKILL" in said and "updates that were lost" in said and f"goodput {100 * ledger.goodput:.1f} %" in said
+
+
+def test_starts_that_log_nothing_and_an_end_that_nobody_could_tell(tmp_path):
+    """A power cut, five hours in the queue, a start that dies before its first line, one that dies before an update."""
+    log = Log(tmp_path)
+    log.attempt("begin")
+    log.begin(0, takes=30)
+    log.updates(10, 2.0)
+    log.now += 18000
+    log.attempt("begin")
+    log.now += 60
+    log.attempt("end", "A rank ended with status 1")
+    log.attempt("begin")
+    log.begin(100, takes=20)
+    log.now += 5
+    log.attempt("end", "Rank 0 was ended by SIGKILL")
+    log.attempt("begin")
+    log.begin(100, takes=20)
+    log.updates(10, 2.0)
+    log.now += 4
+    log.event("checkpoint", waited_s=3.0)
+    log.event("stop")
+    log.attempt("end", "stopped")
+    ledger = read_ledger(tmp_path)
+    found = {k: round(v, 6) for k, v in ledger.seconds.items() if v}
+    assert found == {"useful": 40.0, "start": 30.0 + 60 + 20 + 20, "down": 18000.0, "lost": 5.0, "stall": 3.0, "other": 1.0}
+    assert [life.cause for life in ledger.lives] == ["ended from outside", "Rank 0 was ended by SIGKILL", "stopped"]
+    second, third = 20 + 2, 18000 + 60 + 20 + 5 + 20 + 2
+    assert ledger.mean_time_to_recover_s == pytest.approx((second + third) / 2)
+
+
+def test_nothing_and_a_torn_line(tmp_path):
+    assert text(read_ledger(tmp_path)) == "Nothing was logged yet."
+    log = Log(tmp_path)
+    log.begin(0, 1)
+    log.updates(3, 1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "sam')
+    ledger = read_ledger(tmp_path)
+    assert ledger.seconds["useful"] == 3 and ledger.lives[0].cause == "running"
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_every_second_is_somewhere_and_every_sample_counts_once(tmp_path_factory, data):
+    """Lives of any length, each from any point that was reached: the sum is the clock's; useful time is that of the path."""
+    log, saved = Log(tmp_path_factory.mktemp("run")), [0]
+    per_update = data.draw(st.floats(0.5, 3))
+    for _ in range(data.draw(st.integers(1, 5))):
+        log.now += data.draw(st.floats(0, 50))
+        log.attempt("begin")
+        log.begin(saved[-1], data.draw(st.floats(0, 9)))
+        for _ in range(data.draw(st.integers(0, 4))):
+            log.updates(data.draw(st.integers(1, 7)), per_update, stall_s=data.draw(st.floats(0, 2)), rest_s=data.draw(st.floats(0, 2)))
+        log.now += data.draw(st.floats(0, 5))
+        log.attempt("end", "ended")
+        saved.append(data.draw(st.sampled_from(range(0, log.step * 10 + 1, 10))))
+    first = log.step * 10
+    log.begin(saved[-1], 1.0)  # the last life is whole
+    log.updates(3, per_update)
+    ledger = read_ledger(log.folder)
+    began = ledger.lives[0].began
+    assert ledger.total_s == pytest.approx(log.now - began)
+    assert ledger.seconds["useful"] == pytest.approx(per_update * log.step) and log.step * 10 == saved[-1] + 30 and first >= 0
+    assert all(v >= -1e-9 for v in ledger.seconds.values())

@@ -1,0 +1,47 @@
+"""A process without progress tells where it is and ends, whoever holds Python's lock; one with progress is left alone."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from seer_scale.errors import EXIT_HUNG
+
+SCRIPT = """
+import ctypes, threading, time
+from seer_scale.train import watchdog
+watchdog.GRACE_S = 0.3
+def hangs_here(): {body}
+with watchdog.Watchdog({limit}, "[rank 3] ") as w:
+    for _ in range(12):
+        time.sleep(0.1)
+        w.beat()
+    {run}
+print("went on")
+"""
+
+
+def outcome(body: str, limit: float = 0.6, run: str = "hangs_here()") -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", SCRIPT.format(body=body, limit=limit, run=run)], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("body", ["time.sleep(60)", "threading.Event().wait()"])
+def test_stacks_are_written_and_the_process_ends(body):
+    done = outcome(body)
+    assert done.returncode == EXIT_HUNG, done.stderr
+    first, *others = done.stderr.splitlines()
+    assert first.startswith("[rank 3] no progress for ") and "(run.hang_s 0.6) in process " in first
+    assert any("hangs_here" in line for line in others) and all(line.startswith("[rank 3] ") for line in others)
+
+
+def test_also_where_a_thread_holds_pythons_lock():
+    assert outcome("ctypes.PyDLL(None).sleep(60)").returncode == -signal.SIGALRM
+
+
+@pytest.mark.parametrize("limit, run", [(0.6, "pass"), (0.0, "time.sleep(2)"), (0.6, "\n    with w.patient(30): time.sleep(2)")])
+def test_progress_patience_and_none(limit, run):
+    done = outcome("pass", limit, run)
+    assert (done.returncode, done.stdout.strip()) == (0, "went on") and not done.stderr
