@@ -54,7 +54,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of other tests
 def test_round_trip_of_every_kind_of_tensor_is_exact_and_in_place(tmp_path, device):
     state = {
         "model/param": torch.nn.Parameter(torch.randn(3, 5, device=device)),
