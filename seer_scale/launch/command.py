@@ -170,17 +170,18 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
     slurm.must_be_there()
     for job, _, _ in made:
         _must_be_free(job)
-    before = {job.run_dir for job, _, _ in made if Path(job.run_dir).exists()}
-    try:
-        submitted = [job for alike in _alike(made) for job in slurm.submit([stow(job, given) for job, given, _ in alike])]
-    except UserError:
-        for job, _, _ in made:
-            if job.run_dir not in before and not Job.read(job.run_dir):
-                shutil.rmtree(job.run_dir, ignore_errors=True)
-        raise
-    for job in submitted:
-        nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
-        print(f"Submitted {job.name} as job {job.job_id} on {nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks: python tools/launch.py status {_called(job)}")
+    for alike in _alike(made):
+        before = {job.run_dir for job, _, _ in alike if Path(job.run_dir).exists()}
+        try:
+            submitted = slurm.submit([stow(job, given) for job, given, _ in alike])
+        except UserError:
+            for job, _, _ in alike:
+                if job.run_dir not in before:
+                    shutil.rmtree(job.run_dir, ignore_errors=True)
+            raise
+        for job in submitted:
+            nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
+            print(f"Submitted {job.name} as job {job.job_id} on {nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks: python tools/launch.py status {_called(job)}")
     return EXIT_DONE
 
 
@@ -291,8 +292,7 @@ def _state(job: Job) -> str:
     if not attempts or attempts[-1]["event"] == "begin":
         return "unknown, as there is no SLURM on the path" if not there else "ended from outside" if attempts else "never started"
     cause = attempts[-1]["cause"]
-    mark = job.place / "cancelled"
-    return "cancelled" if cause not in ("done", "stopped") and mark.is_file() and mark.read_text() == job.job_id else cause
+    return "cancelled" if cause not in ("done", "stopped") and job.is_cancelled() else cause
 
 
 def _list(folder: Path) -> int:

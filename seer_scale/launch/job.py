@@ -73,6 +73,18 @@ class Job:
         except (OSError, ValueError, TypeError):
             return None
 
+    # --- asked to stop for good
+
+    def cancel(self) -> None:
+        """Mark this submission: a later one of the same run is another."""
+        (self.place / "cancelled").write_text(self.job_id)
+
+    def is_cancelled(self) -> bool:
+        try:
+            return (self.place / "cancelled").read_text() == self.job_id
+        except OSError:
+            return False
+
     # --- its starts
 
     def attempts(self) -> list[dict[str, Any]]:

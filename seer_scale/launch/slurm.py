@@ -30,7 +30,6 @@ ASK_S, ANSWER_S = 5.0, 600.0
 """Seconds between two questions to SLURM, and how long it may leave the question of going on without an answer."""
 BEGIN_S, END_S = 900.0, 120.0
 """Seconds in which srun starts the ranks, and in which those that are to end have ended."""
-CANCELLED = "cancelled"
 AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then scontrol requeue $SLURM_JOB_ID; fi' EXIT
 trap : USR2"""
 """Of the batch script: where the process that looks after the ranks was killed, and the job has not been ended, it goes back;
@@ -134,11 +133,7 @@ class SlurmLimits(Limits):
         self._end, self._asked_at = _end_of(_own_id()), time.monotonic()
 
     def is_cancelled(self) -> bool:
-        mark = self._job.place / CANCELLED
-        try:
-            return mark.read_text() == self._job.job_id
-        except OSError:
-            return False
+        return self._job.is_cancelled()
 
     def should_stop(self) -> bool:
         return self.is_cancelled() or self._is_within(self._grace_s)
@@ -295,7 +290,7 @@ def cancel(job: Job, *, now: bool) -> str:
     must_be_there()
     if (was := state(job.job_id)) not in ALIVE:
         raise UserError(f"{job.name} is not on its way: job {job.job_id} is {was.lower() or 'not known to SLURM any more'}.")
-    (job.place / CANCELLED).write_text(job.job_id)
+    job.cancel()
     if now or was != "RUNNING":
         _run("scancel", job.job_id)
         return f"Job {job.job_id} of {job.name} is cancelled."

@@ -60,7 +60,9 @@ def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchd
     """Run or go on until the samples are seen or a stop is agreed; returns the exit status. attempt: which start this is,
     where a launcher counts them. Collective."""
     torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    with RunLock(run_dir, world, patience_s=LOCK_S if attempt else 0.0):
+    with watchdog.patient(LOCK_S):
+        lock = RunLock(run_dir, world, patience_s=LOCK_S if attempt else 0.0)
+    with lock:
         with watchdog.patient(START_S):
             trainer = Trainer(config, world, run_dir, stop, watchdog, attempt)
         return trainer.run()
