@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if words[0] not in commands:
             raise UserError(f"{words[0]!r} is not a command; {nearest(words[0], commands)}")
-        own_help = words[0] in ("train", "inspect", "plan") or words[0] == "bench" and words[1] in BENCHES or words[:2] in (["data", "inspect"], ["data", "pack"])
-        if _asks_help(words) and not own_help:
+        parts = {"data": DATA, "bench": BENCHES}.get(words[0], ())
+        has_own_help = words[0] in ("train", "inspect", "plan") or words[1:] and words[1] in parts
+        if _asks_help(words) and not has_own_help:
             print(USAGE)
             return EXIT_DONE
         status = commands[words[0]](words[1:])
@@ -184,6 +185,17 @@ def report(words: list[str]) -> int:
 
 
 DATA = ("inspect", "pack", "refresh", "demo")
+HELP_OF_DATA = {
+    "refresh": """seer-scale data refresh RUN --manifest FILE
+
+Gives a run other images: those of the manifest FILE (docs/data.md explains it), which is copied into the run's folder. A run
+that is under way takes it up at its next metric line, any other at its next start; the epoch goes on with what is left of the
+parts that stay and with the new ones in proportion, and no image comes twice in it.""",
+    "demo": """seer-scale data demo DIR
+
+Writes the demo's corpus into the folder DIR: 5,000 small JPEGs of ten textures, a folder a texture, the same wherever it is
+written.""",
+}
 
 
 def data(words: list[str]) -> int:
@@ -192,6 +204,9 @@ def data(words: list[str]) -> int:
         raise UserError(f"Say what to do, as in seer-scale data inspect PATH; {hint}")
     if words[0] in ("inspect", "pack"):
         return _run_module("data", words)
+    if _asks_help(words):
+        print(HELP_OF_DATA[words[0]])
+        return EXIT_DONE
     if words[0] == "refresh":
         return refresh(words[1:])
     if len(words) < 2 or words[1].startswith("-"):

@@ -1,4 +1,4 @@
-"""Errors a user can act on.
+"""Errors a user can act on, and what a process and those who started it say to each other: signals and exit statuses.
 
 `UserError` is one sentence that names the thing, the value, the rule and the nearest fix; the command line prints
 it without a traceback and exits with status 2. `ConfigError` carries every problem of a recipe at once.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,10 @@ from collections.abc import Iterable
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_HUNG = 0, 1, 2, 75, 76
 """Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and ended by
 its own watchdog."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""What asks a run to save and stop."""
+ECHO_S = 1.0
+"""A signal to a process group comes twice, from the group and from the launcher: within so many seconds it is one request."""
 
 
 class UserError(Exception):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from seer_scale.errors import UserError
+from seer_scale.files import write_whole
 
 TIMEOUT = timedelta(minutes=10)
 CONTROL_TIMEOUT = timedelta(hours=1)
@@ -175,12 +176,9 @@ def is_lost_rank(error: RuntimeError) -> bool:
 def _store(published: Path, rank: int, size: int) -> dist.TCPStore:
     if rank == 0:
         store = dist.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        aside = published.with_suffix(".tmp")
         host = "127.0.0.1" if "SLURM_PROCID" not in os.environ else socket.gethostname()
         try:
-            published.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(f"{host}:{store.port}")
-            aside.rename(published)
+            write_whole(published, f"{host}:{store.port}")
         except OSError as error:
             raise UserError(f"{published.parent} cannot be written ({error.strerror}): choose another run.dir.") from error
         return store

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from seer_scale.errors import CheckpointError
+from seer_scale.files import sync_folder
 from seer_scale.world import World
 
 FORMAT = 1
@@ -95,12 +96,12 @@ def _publish(aside: Path, meta: dict[str, Any], files: dict[str, dict[str, int]]
         json.dump({"crc32": _seal(content)} | content, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
-    _sync(aside)
+    sync_folder(aside)
     same = [p for p in _published(aside.parent) if _samples(p) == meta["samples_seen"]]
     again = f"-{_order(same[0])[1] + 1}" if same else ""
     final = aside.with_name(f"samples-{meta['samples_seen']:012d}{again}")
     os.rename(aside, final)
-    _sync(final.parent)
+    sync_folder(final.parent)
     for replaced in same:
         with suppress(OSError):  # what is left of it is older than `final`, and falls to `retain`
             _discard(replaced)
@@ -382,7 +383,7 @@ def _discard(path: Path) -> None:
     """Delete a checkpoint; killed in between, it leaves none that is half there under a valid name."""
     waste = path.with_name(f".tmp-old-{secrets.token_hex(4)}")
     os.rename(path, waste)
-    _sync(path.parent)
+    sync_folder(path.parent)
     _remove(waste)
 
 
@@ -443,15 +444,6 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in `folder` durable, as fsync does contents."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _space(folder: Path, state: State) -> str:

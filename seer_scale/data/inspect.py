@@ -31,9 +31,9 @@ from seer_scale.data.decode import decode
 from seer_scale.data.jobs import Centres
 from seer_scale.data.pool import stream
 from seer_scale.data.sources import Source, kind_of, open_source
-from seer_scale.data.sources.base import written_whole
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
+from seer_scale.files import written_whole
 
 SAMPLE = 2000
 KEPT = 1 << 22

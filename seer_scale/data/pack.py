@@ -49,6 +49,7 @@ from seer_scale.data.sources.hub import PREFIX
 from seer_scale.data.sources.remote import is_url
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
+from seer_scale.files import UNFINISHED, written_whole
 
 VERSION = 1
 MEASURED = 500
@@ -170,7 +171,7 @@ def _alone_in(dst: Path) -> Iterator[None]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(f"{dst} is being packed by another process: wait for it, or give another folder.") from error
-        for unfinished in (*dst.rglob(".*.unfinished"), *dst.glob("*.index.npz.*.tmp")):
+        for unfinished in dst.rglob(f".*{UNFINISHED}"):
             unfinished.unlink(missing_ok=True)
         yield
 
@@ -383,21 +384,11 @@ def _index(tar: Path) -> None:
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears at `path` once all of it is on the disk. Raises DataError where it cannot be written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with open(aside, "wb") as file:
+        with written_whole(path, durable=True) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror or error}): the tars that are whole stay; mend that and give the same command again.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def _write(path: Path, data: bytes) -> None:

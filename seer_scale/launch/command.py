@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from seer_scale.config import recipe_names
 from seer_scale.errors import EXIT_DONE, UserError, nearest
@@ -40,18 +41,19 @@ HELP = """Start a recipe on several processes, here or on SLURM; look after what
   --key value        any key of the recipe (seer-scale train --help shows them)
 
   python tools/launch.py list [FOLDER]                runs below a folder (runs), with their states
-  python tools/launch.py status NAME [--json]         one run: its job, how far it is, how it was started
+  python tools/launch.py status NAME... [--json]      of each run: its job, how far it is, how it was started
   python tools/launch.py logs NAME [--follow]         what its ranks said
-  python tools/launch.py cancel NAME [--now]          save and stop; --now: at once
+  python tools/launch.py cancel NAME... [--now]       save and stop; --now: at once
   python tools/launch.py resubmit NAME [--nodes ...] [--time ...]   the same again: it goes on from its newest checkpoint
 
-NAME is a run's folder, or its name below runs/. Ctrl-C saves and stops a local run; the same command goes on. Exit status:
+NAME is a run's folder, or its name below runs/; runs/sweep-* are those of an array. Ctrl-C saves and stops a local run; the same command goes on. Exit status:
 0 done (or submitted), 1 failed, 2 bad input, 75 stopped and saved.
 """
 OPTIONS = ("--cluster", "--profile", "--nodes", "--ranks", "--time", "--name", "--array", "--restarts")
 FLAGS = ("--dry-run", "--follow", "--now", "--json")
 ASK = {"list": (), "status": ("--json",), "logs": ("--follow",), "cancel": ("--now",), "resubmit": ("--nodes", "--time", "--dry-run")}
 """What is asked of runs there are, with the options each takes."""
+ASK_OF_SEVERAL = ("status", "cancel")
 FOLLOW_S = 0.5
 
 
@@ -254,9 +256,12 @@ def _ask(what: str, plain: list[str], own: dict, overrides: list[str]) -> int:
         if len(plain) > 1:
             raise UserError("list takes one folder: python tools/launch.py list [FOLDER].")
         return _list(Path(plain[0] if plain else "runs"))
-    if len(plain) != 1:
-        raise UserError(f"{what} takes one run: python tools/launch.py {what} NAME.")
-    return {"status": _status, "logs": _logs, "cancel": _cancel, "resubmit": _resubmit}[what](_find(plain[0]), own)
+    if not plain or len(plain) > 1 and what not in ASK_OF_SEVERAL:
+        raise UserError(f"{what} takes {'runs' if what in ASK_OF_SEVERAL else 'one run'}: python tools/launch.py {what} NAME.")
+    jobs = [_find(name) for name in plain]
+    if what in ASK_OF_SEVERAL:
+        return {"status": _status, "cancel": _cancel}[what](jobs, own)
+    return {"logs": _logs, "resubmit": _resubmit}[what](jobs[0], own)
 
 
 def _find(name: str) -> Job:
@@ -337,26 +342,34 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _status(job: Job, own: dict) -> int:
-    attempts = job.attempts()
-    starts = [line for line in attempts if line["event"] == "begin"]
-    facts = {
+def _status(jobs: list[Job], own: dict) -> int:
+    if "--json" in own:
+        facts = [_facts(job) for job in jobs]
+        print(json.dumps(facts[0] if len(jobs) == 1 else facts, indent=1))
+        return EXIT_DONE
+    for job in jobs:
+        _show(job)
+    return EXIT_DONE
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    starts = [line for line in job.attempts() if line["event"] == "begin"]
+    return {
         "name": job.name, "state": _state(job), "cluster": job.cluster, "job": job.job_id, "run_dir": job.run_dir, "nodes": job.fits,
         "ranks_per_node": job.ranks_per_node, "samples_saved": max(0, job.newest_checkpoint()), "starts": len(starts),
         "now": starts[-1] if starts else None, "command": job.command,
     }  # fmt: skip
-    if "--json" in own:
-        print(json.dumps(facts, indent=1))
-        return EXIT_DONE
-    print(f"{job.name}: {facts['state']}, job {job.job_id} ({job.cluster}), submitted {_ago(job.submitted)} ago")
+
+
+def _show(job: Job) -> None:
+    print(f"{job.name}: {_state(job)}, job {job.job_id} ({job.cluster}), submitted {_ago(job.submitted)} ago")
     print(f"  {job.run_dir}, {_progress(job)}")
-    for line in attempts[-8:]:
+    for line in job.attempts()[-8:]:
         at = time.strftime("%F %T", time.localtime(line["time"]))
         if line["event"] == "begin":
             print(f"  {at}  {line['attempt']} began on {line['ranks']} rank{'s' * (line['ranks'] > 1)} ({', '.join(line['nodes'])})")
         else:
             print(f"  {at}  {line['attempt']} {line['cause']}")
-    return EXIT_DONE
 
 
 def _logs(job: Job, own: dict) -> int:
@@ -382,25 +395,37 @@ def _logs(job: Job, own: dict) -> int:
     return EXIT_DONE
 
 
-def _cancel(job: Job, own: dict) -> int:
+def _cancel(jobs: list[Job], own: dict) -> int:
+    problems = []
+    for job in jobs:
+        try:
+            print(_end(job, now="--now" in own))
+        except UserError as problem:  # the others are cancelled all the same
+            problems.append(str(problem))
+    if problems:
+        raise UserError("\n".join(problems))
+    return EXIT_DONE
+
+
+def _end(job: Job, *, now: bool) -> str:
     if job.cluster == "slurm":
         from seer_scale.launch import slurm
 
-        print(slurm.cancel(job, now="--now" in own))
-        return EXIT_DONE
+        return slurm.cancel(job, now=now)
     if not _is_alive(job):
         raise UserError(f"{job.name} is not running: {_state(job)}.")
     launcher = int(job.launcher.partition(":")[0])
     os.kill(launcher, signal.SIGTERM)
-    if "--now" in own:
+    if now:
         time.sleep(1.5)
         os.kill(launcher, signal.SIGTERM)
-    print(f"{job.name} {'ends at once' if '--now' in own else 'saves and stops'}.")
-    return EXIT_DONE
+    return f"{job.name} {'ends at once' if now else 'saves and stops'}."
 
 
 def _resubmit(job: Job, own: dict) -> int:
     """The command it was started with, again; other nodes or another time limit may be given."""
+    if _state(job) == "done":
+        raise UserError(f"{job.name} is done: it has seen all its samples. Start it with more train.samples to go on.")
     words = list(job.command)
     for option in ("--nodes", "--time"):
         if option in own:

@@ -17,12 +17,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from seer_scale.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED
+from seer_scale.errors import ECHO_S, EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED, STOP_SIGNALS
 from seer_scale.launch.job import ATTEMPT, Job, is_alive
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-ECHO_S = 1.0
-"""A signal to a process group comes twice, from the group and from whom it was meant for: within so long it is one."""
 GRACE_S = 20.0
 """Seconds that ranks may go on after one of them is gone; they cannot finish a collective without it."""
 HUNG_GRACE_S = 2.0
@@ -119,7 +116,7 @@ class Control:
         self._asked, self._asked_at, self._number = 0, 0.0, signal.SIGTERM
 
     def run(self) -> int:
-        before = {s: signal.signal(s, self._ask) for s in SIGNALS}
+        before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
         try:
             return self._run()
         finally:
@@ -161,9 +158,9 @@ class Control:
 
     def _one(self, attempt: str) -> tuple[str, int]:
         """Why one start ended, and the status of the first rank that ended badly."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a rank here inherits that, until it can save
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a rank here inherits that, until it can save
         ranks = self._start(attempt)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         while (problem := ranks.poll()) is None:
             if self._asked:
                 ranks.signal(signal.SIGKILL if self._asked > 1 else self._number)

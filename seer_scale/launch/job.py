@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seer_scale.files import write_whole
+
 FOLDER = "launch"
 ATTEMPT = "SEER_SCALE_ATTEMPT"
 """The environment variable by which ranks know which start they are part of."""
@@ -77,7 +79,7 @@ class Job:
 
     def cancel(self) -> None:
         """Mark this submission: a later one of the same run is another."""
-        (self.place / "cancelled").write_text(self.job_id)
+        write_whole(self.place / "cancelled", self.job_id)
 
     def is_cancelled(self) -> bool:
         try:
@@ -110,14 +112,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict) and "event" in record:
             yield record
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader sees what was there before, or all of `text`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 def snapshot(place: Path, *, write: bool = True) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import submitit
 
-from seer_scale.errors import EXIT_FAILED
-from seer_scale.launch.control import ECHO_S, SIGNALS, control_local
+from seer_scale.errors import ECHO_S, EXIT_FAILED, STOP_SIGNALS
+from seer_scale.launch.control import control_local
 from seer_scale.launch.job import Job, process_mark
 from seer_scale.launch.rank import LABEL
 
@@ -34,11 +34,11 @@ def run_here(job: Job) -> int:
     executor = submitit.LocalExecutor(folder=job.logs)
     executor.update_parameters(timeout_min=60 * 24 * 365)
     # Blocked and inherited: a stop reaches those who can pass it on, never submitit's controller.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     submitted = executor.submit(control_local, job.run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"))
     with _Watch(submitted) as watch:
         dataclasses.replace(job, job_id=submitted.job_id).write()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return watch.until_end()
 
 
@@ -52,7 +52,7 @@ class _Watch:
         self._read: dict[Path, int] = {}
 
     def __enter__(self) -> _Watch:
-        self._before = {s: signal.signal(s, self._ask) for s in SIGNALS}
+        self._before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:

@@ -14,7 +14,8 @@ import yaml
 
 from seer_scale.config import Config, Train, load_recipe, merge, parse_overrides, resolve
 from seer_scale.errors import ConfigError, UserError
-from seer_scale.launch.job import Job, snapshot, write_whole
+from seer_scale.files import write_whole
+from seer_scale.launch.job import Job, snapshot
 from seer_scale.launch.profile import Profile
 from seer_scale.train import resume
 from seer_scale.train.start import resolve_given, run_dir_of

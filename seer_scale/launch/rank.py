@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # noted from now on; StopRequest lets them in, seconds of imports later
+from seer_scale.errors import STOP_SIGNALS
+
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # noted from now on; StopRequest lets them in, seconds of imports later
 
 import json  # noqa: E402
 import os  # noqa: E402
@@ -17,7 +18,8 @@ from contextlib import suppress  # noqa: E402
 from typing import Any, TextIO  # noqa: E402
 
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLost, UserError, complain  # noqa: E402
-from seer_scale.launch.job import ATTEMPT, Job, write_whole  # noqa: E402
+from seer_scale.files import write_whole  # noqa: E402
+from seer_scale.launch.job import ATTEMPT, Job  # noqa: E402
 
 LABEL = re.compile(r"^\[rank \d+\] ")
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+
+from seer_scale.files import write_whole
 
 MAX_SIDE = 224  # pixels; larger images are shrunk, as the report shows thumbnails
 TINY = 64  # up to this side an image is kept without loss: JPEG would show
@@ -62,9 +63,9 @@ class Gallery:
         """Publish: images first, then gallery.json by rename, then images nothing refers to are removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._files.items():
-            publish(self.folder / name, data)
+            write_whole(self.folder / name, data)
         text = json.dumps(self._sections, indent=1)
-        publish(self.folder / "gallery.json", text.encode())
+        write_whole(self.folder / "gallery.json", text)
         for path in self.folder.iterdir():
             if path.name != "gallery.json" and path.name not in text:
                 path.unlink()
@@ -85,10 +86,3 @@ class Gallery:
         name = hashlib.sha1(data.getvalue()).hexdigest()[:16] + (".png" if tiny else ".jpg")
         self._files[name] = data.getvalue()
         return name
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write a file aside and rename it into place: a reader sees the old one or the new one, whole."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(data)
-    os.replace(aside, path)

@@ -22,14 +22,15 @@ CAUSES = {
 
 @dataclass
 class Life:
-    """began, ready, ended: unix seconds. seen: samples when it began, and when it ended. cause: how it ended. updated:
-    when its first update was done, as far as a metric line tells."""
+    """began, ready, ended: unix seconds. seen: samples when it began, and when it ended. cause: how it ended. on: what it
+    ran on. updated: when its first update was done, as far as a metric line tells."""
 
     began: float
     ready: float
     ended: float
     seen: tuple[int, int]
     cause: str
+    on: str = ""
     updated: float | None = None
     lost_s: float = 0.0
     recovered_s: float | None = None
@@ -134,7 +135,7 @@ def _account(seconds: dict[str, float], records: list[dict], following: list[dic
         updated = updated or row["wall_time"] - max(0, row["step"] - step - 1) * (row.get("time/step_s") or 0.0)
         at, step, seen, evaluated, waited = row["wall_time"], row["step"], row["samples_seen"], 0.0, 0.0
     tail = max(0.0, end - at)
-    life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if following else "running"), updated)
+    life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if following else "running"), _on(first), updated)
     if cause or not following:
         stall_s = min(tail, waited)
         evaluation_s = min(tail - stall_s, evaluated)
@@ -145,6 +146,11 @@ def _account(seconds: dict[str, float], records: list[dict], following: list[dic
         seconds["lost"] += tail
         life.lost_s = tail
     return life, stretches
+
+
+def _on(first: dict) -> str:
+    ranks = first.get("ranks")
+    return f"{ranks} rank{'s' * (ranks != 1)}, {first.get('engine', 'unknown')}" if ranks else ""
 
 
 def _resume(ledger: Ledger, kept: list[_Stretch], life: Life, silent: list[tuple[float, float]]) -> None:
@@ -205,10 +211,27 @@ def text(ledger: Ledger) -> str:
     lines += [f"  {words:28}{duration(ledger.seconds[cause]):>12}{100 * ledger.seconds[cause] / total:>8.1f} %" for cause, words in CAUSES.items() if ledger.seconds[cause] > 0]
     if (mean := ledger.mean_time_to_recover_s) is not None:
         lines.append(f"  mean time to recover        {duration(mean):>12}")
-    if len(ledger.lives) > 1:
-        lines += ["", f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  ended by"]
-        lines += [f"  {life.seen[0]:>11,} {life.seen[1]:>11,}  {duration(life.ended - life.began):>10}  {duration(life.lost_s):>9}  {life.cause}" for life in ledger.lives]
-    return "\n".join(lines)
+    lines += ["", f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  {'on':{ON}}  {'0 to ' + duration(ledger.total_s):<{WIDTH}}  ended by"]
+    lines += [f"  {life.seen[0]:>11,} {life.seen[1]:>11,}  {duration(life.ended - life.began):>10}  {duration(life.lost_s):>9}  {life.on:{ON}}  {_bar(life, ledger)}  {life.cause}" for life in ledger.lives]
+    return "\n".join([*lines, "", f"  {START} starting, {RUNNING} running, {LOST} lost at its end, blank not running"])
+
+
+START, RUNNING, LOST = "s=x"
+ON, WIDTH = 20, 40
+"""Columns of the table of lives: what each ran on, and its place in the run's time."""
+
+
+def _bar(life: Life, ledger: Ledger) -> str:
+    """A life's place in the run's time, of WIDTH characters, at least one of which it takes."""
+    first, each = ledger.lives[0].began, (ledger.total_s or 1.0) / WIDTH
+
+    def what(place: int) -> str:
+        at = min(max(first + (place + 0.5) * each, life.began), life.ended)
+        return LOST if life.lost_s and at > life.ended - life.lost_s else START if at < life.ready else RUNNING
+
+    begin = min(round((life.began - first) / each), WIDTH - 1)
+    end = min(max(round((life.ended - first) / each), begin + 1), WIDTH)
+    return " " * begin + "".join(map(what, range(begin, end))) + " " * (WIDTH - end)
 
 
 def duration(seconds: float) -> str:

@@ -24,7 +24,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
 from seer_scale.config import load_recipe
-from seer_scale.observe.gallery import publish, read_gallery
+from seer_scale.files import write_whole
+from seer_scale.observe.gallery import read_gallery
 from seer_scale.observe.ledger import CAUSES, Ledger, duration, read_ledger
 from seer_scale.observe.sinks import BEGINNINGS, read_metrics, speed_text
 
@@ -85,7 +86,7 @@ def write_report(run_dir: Path) -> Path:
     title = escape(run_dir.resolve().name)
     page = PAGE.replace("{title}", title).replace("{style}", CSS).replace("{body}", body)
     path = run_dir / "report.html"
-    publish(path, page.encode())
+    write_whole(path, page)
     return path
 
 
@@ -307,7 +308,8 @@ def _life(ledger: Ledger) -> str:
             if following:
                 ax.axvspan(x[-1], max(x[-1], (following.began - first) / hour), color=FAINT, linewidth=0)
             if following and following.seen[0] < life.seen[1]:
-                ax.plot([x[-1], x[-1]], [following.seen[0], life.seen[1]], color=ORANGE, linestyle=":")
+                back = [max(x[-1], (following.began - first) / hour)] * 2
+                ax.plot([x[-1], *back], [life.seen[1], life.seen[1], following.seen[0]], color=ORANGE, linestyle=":")
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(EngFormatter(sep=""))
         return True
@@ -317,6 +319,11 @@ def _life(ledger: Ledger) -> str:
         f"<tr><td>{escape(words)}</td><td>{duration(ledger.seconds[cause])}</td><td>{100 * ledger.seconds[cause] / ledger.total_s:.1f} %</td></tr>"
         for cause, words in CAUSES.items() if ledger.seconds[cause] > 0
     )  # fmt: skip
+    lives = "".join(
+        f"<tr><td>{time.strftime('%F %T', time.localtime(life.began))}</td><td>{escape(life.on)}</td><td>{life.seen[0]:,} to {life.seen[1]:,}</td>"
+        f"<td>{duration(life.ended - life.began)}</td><td>{duration(life.lost_s)}</td><td>{escape(life.cause)}</td></tr>"
+        for life in ledger.lives
+    )  # fmt: skip
     mean = ledger.mean_time_to_recover_s
     recovered = f" After an end that was not the run's, the next update came after {duration(mean)} in the mean." if mean is not None else ""
     return _section(
@@ -325,6 +332,7 @@ def _life(ledger: Ledger) -> str:
         f'<figure class="plot wide">{picture}<figcaption>Images seen over the clock. Grey is the time between two starts; dotted is work '
         "that a restart had to do again.</figcaption></figure>",
         f"<table><tr><th>what</th><th>time</th><th>share</th></tr>{rows}</table>",
+        f"<table><tr><th>began</th><th>on</th><th>images seen</th><th>lasted</th><th>lost</th><th>ended by</th></tr>{lives}</table>",
     )
 
 

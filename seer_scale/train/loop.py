@@ -33,9 +33,9 @@ from seer_scale.data.sources import Source, open_source
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
+from seer_scale.files import write_whole
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.layout import choose_memory_format
-from seer_scale.observe.report import headline, write_report
 from seer_scale.observe.sinks import RunLog, read_metrics
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
@@ -122,7 +122,7 @@ class Trainer:
         problem, path, text = None, self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         if self.world.is_main and not (path.exists() and path.read_text() == text):
             try:
-                _write_whole(path, text)
+                write_whole(path, text)
             except OSError as error:
                 problem = f"{self.run_dir} cannot be written ({error.strerror}): free some space, or choose another run.dir."
         if problem := self.world.broadcast_object(problem):
@@ -163,6 +163,7 @@ class Trainer:
             for sentence in without_effect(chosen):
                 self._tell("note", sentence)
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
+        read: dict[str, float] = {}
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
                 self.log.event("resume", f"{self.resumed_from} is complete: all {c.train.samples:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
@@ -178,14 +179,17 @@ class Trainer:
             problem = store.flaw(path, w)
             if problem:
                 raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
-            store.load(path, self.engine.state(), w, only=("model/",))
+            begin = time.perf_counter()
+            nbytes = w.gather_objects(store.load(path, self.engine.state(), w, only=("model/",)))
             self.engine.refresh()
+            read = {"load_s": time.perf_counter() - begin, "load_bytes": sum(nbytes), "load_bytes_most": max(nbytes)}
+            copies = f" Its weights are those of {path}: {in_bytes(sum(nbytes))} read in {read['load_s']:.1f} s, {in_bytes(max(nbytes))} at most a rank.{copies}"
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
         unlabelled = c.knn.enabled and self.labelled is None
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
         compiles = " The first update compiles, which takes minutes." * c.train.compile
-        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + copies + compiles, **facts)
+        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + copies + compiles, **facts, **read)
 
     # --- the run
 
@@ -495,6 +499,8 @@ class Trainer:
 
     def _report(self) -> None:
         if self.world.is_main:
+            from seer_scale.observe.report import headline, write_report  # loads matplotlib, which no other rank wants
+
             with _disk_may_fill():
                 path = write_report(self.run_dir)
                 if line := headline(read_metrics(self.run_dir)[0]):
@@ -526,10 +532,3 @@ def _peak_gib(world: World) -> float:
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    aside.rename(path)

@@ -13,11 +13,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from seer_scale.errors import ECHO_S, STOP_SIGNALS
 from seer_scale.world import World
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-ECHO_S = 1.0
-"""A signal to a process group comes twice, from the group and from the launcher: within so long it is one request."""
 
 
 class StopRequest:
@@ -35,8 +32,8 @@ class StopRequest:
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequest:
-        self._before = {s: signal.signal(s, self._ask) for s in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self._before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, *_) -> None:

@@ -62,6 +62,8 @@ def measured(rank: int, size: int) -> dict:
     """(engine, optimiser) -> bytes held just before an update, and at most while it was being built."""
     world, out = world_of(rank, size), {}
     build(world, "zero3", "lars")[1].close()  # what DeepSpeed makes once
+    gc.collect()
+    gc.freeze()  # a million objects of libraries, through which `held` need not look
     for name in ENGINES:
         for optimizer in ("lars", "adamw") if name in ("fsdp", "zero3") else ("lars",):
             start, building = held(), [0]

@@ -44,7 +44,7 @@ RECIPE = {
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["seer_scale.cli", "seer_scale.launch.local", "seer_scale.evaluate.run", "torch.utils.tensorboard", "tests.e2e.runs"]
+    ["seer_scale.cli", "seer_scale.launch.local", "seer_scale.evaluate.run", "seer_scale.observe.report", "torch.utils.tensorboard", "tests.e2e.runs"]
 )
 
 

@@ -171,6 +171,8 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     run("train", given, "--run.dir", tmp_path / "fresh", "--checkpoint.init_from", new, folder=tmp_path)
     rows = runs.read_metrics(tmp_path / "fresh")[0]
     assert [r["samples_seen"] for r in rows] == list(range(0, 49, 8))
+    (begun,) = events(tmp_path / "fresh", "start")
+    assert f"Its weights are those of {new}" in begun["text"] and 0 < begun["load_bytes"] < sum(f.stat().st_size for f in new.iterdir())
     after = [r for r in runs.read_metrics(place)[0] if r["samples_seen"] == 48][0]
     assert rows[0]["knn/top1"] == after["knn/top1"]
 

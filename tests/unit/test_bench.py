@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from seer_scale.bench import data, engines, lars, sinkhorn, step
+from seer_scale.bench import checkpoint, data, engines, lars, sinkhorn, step
 from seer_scale.errors import UserError
 from seer_scale.methods import sinkhorn as ours
 from seer_scale.methods.swav import SwAV
@@ -39,6 +39,21 @@ def options(bench, *words: str) -> argparse.Namespace:
 def recipe(tmp_path) -> str:
     (tmp_path / "small.yaml").write_text(RECIPE)
     return str(tmp_path / "small.yaml")
+
+
+# --- checkpoint
+
+
+def test_checkpoint(tmp_path):
+    parser = argparse.ArgumentParser()
+    checkpoint.add_arguments(parser)
+    words = ["--gib", "0.0625", "--tensors", "20", "--rounds", "3", "--folder", str(tmp_path)]
+    told = json.loads(checkpoint.run(parser.parse_args([*words, "--json"])))
+    assert told["gib"] == pytest.approx(0.0625, rel=0.01) and min(told["seconds"].values()) > 0
+    assert told["stall_of_blocking"] < 0.3  # 0.05 on idle cores
+    assert "of the blocking save" in checkpoint.run(parser.parse_args(words)) and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="--gib must be above 0"):
+        checkpoint.run(parser.parse_args(["--gib", "0"]))
 
 
 # --- engines

@@ -32,6 +32,9 @@ from seer_scale.config import recipe_names
         (["report", "folder"], "folder is not a run's folder (it has neither config.yaml nor metrics.jsonl)"),
         (["eval", "knn", "--json"], "eval knn RUN"),
         (["bench", "stop"], "seer-scale bench step"),
+        (["bench"], "one of step, data, engines"),
+        (["data"], "one of inspect, pack, refresh, demo"),
+        (["data", "refresh", "folder"], "seer-scale data refresh RUN --manifest FILE"),
     ],
 )
 def test_a_mistake_is_answered(words, part, capsys, tmp_path, monkeypatch):
@@ -48,12 +51,18 @@ def test_a_mistake_is_answered(words, part, capsys, tmp_path, monkeypatch):
     [
         [], ["--help"], ["help"], ["train", "--help"], ["train", "demo", "-h"], ["recipes", "--help"], ["report", "-h"],
         ["report", "--help"], ["eval", "--help"], ["eval", "knn", "--help"], ["eval", "knn", "x", "-h"],
-        ["data", "--help"], ["data", "demo", "--help"], ["bench", "--help"],
+        ["data", "--help"], ["bench", "--help"],
     ],
 )  # fmt: skip
 def test_help(words, capsys):
     assert main(words) == 0
     assert "seer-scale train RECIPE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["data", "demo"], ["data", "refresh"], ["data", "refresh", "runs/demo"]])
+def test_help_of_one_command(words, capsys):
+    assert main([*words, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"seer-scale {words[0]} {words[1]}")
 
 
 def test_recipes(capsys):

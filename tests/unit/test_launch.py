@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -160,7 +161,7 @@ def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, ca
         (["x", "--cluster"], "--cluster has no value"), (["x"], "--cluster is missing"), (["x", "--cluster", "slrum"], "did you mean slurm?"),
         (["x", "--cluster", "local", "--nodes", "2"], "--nodes has no effect with --cluster local"), (["--cluster", "local"], "The recipe comes first"),
         (["x", "--cluster", "local", "--rank", "2"], "did you mean --ranks?"), (["x", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"), (["x", "--cluster", "local", "--ranks", "two"], "--ranks is 'two'"),
-        (["x", "--cluster", "local", "--cluster", "slurm"], "given twice"), (["status"], "status takes one run"), (["logs", "a", "--now"], "--now has no effect with logs"),
+        (["x", "--cluster", "local", "--cluster", "slurm"], "given twice"), (["status"], "status takes runs"), (["logs", "a", "b"], "logs takes one run"), (["logs", "a", "--now"], "--now has no effect with logs"),
         (["x", "y", "--cluster", "local"], "'y' stands alone"), (["x", "--cluster", "local", "--dry-run=1"], "--dry-run takes no value"),
         (["x", "--cluster", "local", "--follow"], "--follow has no effect to start a run"), (["list", "--train.samples", "3"], "--train.samples has no effect with list"),
     ],
@@ -169,6 +170,20 @@ def test_words_that_cannot_be_meant(words, said, recipe):
     with pytest.raises(UserError) as caught:
         command.main([recipe if w == "x" else w for w in words])
     assert said in str(caught.value), caught.value
+
+
+def test_several_runs_are_asked_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        _, job = run(tmp_path / "runs" / name, (8, 0, ""))
+        dataclasses.replace(job, name=name, cluster="local").write()
+    assert command.main(["status", "runs/a", "b", "--json"]) == 0
+    assert [(told["name"], told["state"], told["samples_saved"]) for told in json.loads(capsys.readouterr().out)] == [("a", "done", 8), ("b", "done", 8)]
+    with pytest.raises(UserError) as caught:
+        command.main(["cancel", "a", "b"])
+    assert str(caught.value).splitlines() == ["a is not running: done.", "b is not running: done."]
+    with pytest.raises(UserError, match="b is done: it has seen all its samples"):
+        command.main(["resubmit", "b"])
 
 
 # ------------------------------------------------------------------------------------------------ control
@@ -199,7 +214,7 @@ def run(tmp_path, *script: tuple, requeue=None, restarts: int = 1, requeues: int
         name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=restarts,
         requeues=requeues, profile={}, submitted=submitted,
     )  # fmt: skip
-    job.place.mkdir(exist_ok=True)
+    job.place.mkdir(parents=True, exist_ok=True)
     turns = iter(script)
     control = Control(job, lambda attempt: Scripted(job, attempt, *next(turns)), ident=ident, ranks=1, nodes=["n"], requeue=requeue)
     status = control.run()

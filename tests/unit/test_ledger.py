@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seer_scale.observe.ledger import read_ledger, text
+from seer_scale.observe.ledger import LOST, ON, RUNNING, START, WIDTH, read_ledger, text
 
 
 class Log:
@@ -30,7 +30,7 @@ class Log:
 
     def begin(self, seen: int, takes: float) -> None:
         began, self.now, self.step = self.now, self.now + takes, seen // 10
-        self._line(event="resume" if seen else "start", samples_seen=seen, began=began, step=self.step, attempt=f"7.0.{self.number}")
+        self._line(event="resume" if seen else "start", samples_seen=seen, began=began, step=self.step, attempt=f"7.0.{self.number}", ranks=2, engine="fsdp")
 
     def updates(self, num: int, step_s: float, wait: float = 0.0, stall_s: float = 0.0, knn_s: float = 0.0, rest_s: float = 0.0) -> None:
         if knn_s:
@@ -74,6 +74,14 @@ def test_a_run_of_three_lives(tmp_path):
     assert [round(life.lost_s, 6) for life in ledger.lives] == [17, 0, 0]
     assert ledger.mean_time_to_recover_s == pytest.approx(60 + 20 + 2)  # to its first update; the stop was no failure
     said = text(ledger)
+    bars = [line.partition(f"{'2 ranks, fsdp':{ON}}  ")[2][:WIDTH] for line in said.splitlines() if "2 ranks" in line]
+    each = (log.now - 1000) / WIDTH
+    spans = [(life.began - 1000, life.ready - 1000, life.ended - 1000 - life.lost_s, life.ended - 1000) for life in ledger.lives]
+    assert len(bars) == 3
+    for bar, (began, ready, lost, ended) in zip(bars, spans):
+        expected = [(START, ready - began), (RUNNING, lost - ready), (LOST, ended - lost), (" ", each * WIDTH - ended + began)]
+        assert all(abs(bar.count(mark) * each - seconds) <= 1.5 * each for mark, seconds in expected), bar
+        assert abs(len(bar) - len(bar.lstrip()) - began / each) <= 1
     assert "Rank 3 was ended by SIGKILL" in said and "updates that were lost" in said and f"goodput {100 * ledger.goodput:.1f} %" in said
 
 

@@ -179,7 +179,7 @@ def test_glob_in_a_folder_whose_name_has_brackets(tmp_path, monkeypatch):
 def test_index_is_cached_and_rebuilt_when_the_tar_changes(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", {"1.jpg": b"one"})
     open_source(str(path))
-    assert Path(f"{path}.index.npz").exists() and not list(tmp_path.glob("*.tmp"))
+    assert Path(f"{path}.index.npz").exists() and not list(tmp_path.glob(".*.unfinished"))
     walk = tars._walk_tar
     monkeypatch.setattr(tars, "_walk_tar", lambda *a: pytest.fail("walked again"))
     assert open_source(str(path)).read(0) == b"one"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from seer_scale.data.sources import remote
 from seer_scale.errors import DataError, nearest
+from seer_scale.files import written_whole
 from seer_scale.rng import key as hash_key
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
@@ -230,25 +230,12 @@ def load_arrays(file: Path | BinaryIO, only: Sequence[str] = ()) -> dict[str, np
 def save_arrays(places: Sequence[Path], arrays: dict[str, np.ndarray]) -> None:
     """Write an npz to the first place that can be written to, if any."""
     for place in places:
-        with contextlib.suppress(OSError), written_whole(place) as file:  # read-only or full: the next place
-            np.savez(file, **arrays)
+        with contextlib.suppress(OSError):  # read-only or full: the next place
+            if place.parent.is_dir() and not place.parent.stat().st_mode & 0o222:  # which would not stop root
+                continue
+            with written_whole(place) as file:
+                np.savez(file, **arrays)
             return
-
-
-@contextlib.contextmanager
-def written_whole(place: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears at `place` when it is whole. Raises OSError."""
-    aside = place.with_name(f"{place.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}.tmp")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.parent.stat().st_mode & 0o222:  # which would not stop root
-        raise PermissionError(f"{place.parent} is marked read-only")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-        aside.rename(place)
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def cache_place(*words: object, suffix: str) -> Path:

@@ -18,10 +18,10 @@ from seer_scale.data.sources.base import (
     must_exist,
     number,
     stamp_of,
-    written_whole,
 )
 from seer_scale.data.sources.files import read_file
 from seer_scale.errors import DataError
+from seer_scale.files import written_whole
 
 INDEX_VERSION = 1
 STRIDE = 64
