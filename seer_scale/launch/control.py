@@ -27,6 +27,7 @@ HUNG_GRACE_S = 2.0
 POLL_S = 0.1
 RETELL_S = 10.0
 """Seconds between two requests to stop: one that comes while ranks start may not reach them."""
+OUT_OF_TIME = "out of time"
 REASONS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_FAILED: "failed", EXIT_BAD_INPUT: "bad input"}
 
 
@@ -137,12 +138,15 @@ class Control:
             status, now = self._outcome(attempt, code), job.newest_checkpoint()
             if self._is_back:
                 return EXIT_DONE
-            job.tell(event="end", attempt=attempt, status=status, cause=REASONS.get(status) or problem or "ended", samples=now)
+            for_good = self._asked or self._limits.is_cancelled()
+            cause = f"asked to stop, but not saved: {problem or 'its ranks ended'}" if for_good else problem or "ended"
+            if problem != OUT_OF_TIME:  # which has been told
+                job.tell(event="end", attempt=attempt, status=status, cause=REASONS.get(status) or cause, samples=now)
             if status not in (None, EXIT_STOPPED):
                 return status
             if status == EXIT_STOPPED:
-                return EXIT_DONE if not self._asked and self._goes_on() else EXIT_STOPPED
-            if self._asked or self._limits.is_cancelled():
+                return EXIT_DONE if not for_good and self._goes_on() else EXIT_STOPPED
+            if for_good:
                 return EXIT_FAILED
             in_vain = 0 if now > samples else in_vain + 1
             if in_vain > job.restarts or self._limits.should_stop():
@@ -161,6 +165,7 @@ class Control:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a rank here inherits that, until it can save
         ranks = self._start(attempt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        given_up = False
         while (problem := ranks.poll()) is None:
             if self._asked:
                 ranks.signal(signal.SIGKILL if self._asked > 1 else self._number)
@@ -170,19 +175,20 @@ class Control:
             if time.monotonic() - self._told_at > RETELL_S and self._limits.should_stop():
                 self._told_at = time.monotonic()
                 ranks.signal(signal.SIGUSR2)
-            if not self._is_back and self._limits.is_over():
+            if not given_up and self._limits.is_over():
+                given_up = True
                 say("The time limit has nearly come and the ranks have not saved: what was done since the newest checkpoint is lost.")
-                self.job.tell(event="end", attempt=attempt, status=None, cause="out of time", samples=self.job.newest_checkpoint())
+                self.job.tell(event="end", attempt=attempt, status=None, cause=OUT_OF_TIME, samples=self.job.newest_checkpoint())
                 self._is_back = self._goes_on()
                 ranks.signal(signal.SIGKILL)
             time.sleep(POLL_S)
         with suppress(OSError):
             (self.job.logs / f"rendezvous-{attempt}").unlink(missing_ok=True)  # of ranks that never met
-        return problem, ranks.code
+        return OUT_OF_TIME if given_up else problem, ranks.code
 
     def _goes_on(self) -> bool:
         """Back to the queue, unless the job has been there too often since its newest checkpoint."""
-        if not self._requeue:
+        if not self._requeue or self._limits.is_cancelled():
             return False
         if (starts := len(self._starts_in_vain())) > self.job.requeues:
             say(f"{starts} starts of this job brought no new checkpoint: it does not go back to the queue (requeues {self.job.requeues}).")

@@ -199,8 +199,8 @@ def _of_srun(code: int) -> str:
     if code == 128 + signal.SIGTERM:  # srun's own, to the others
         return "A rank was killed or crashed (srun names it)"
     if code > 128 and code - 128 in set(signal.Signals):
-        return f"A rank was ended by {signal.Signals(code - 128).name}"
-    return f"A rank ended with status {code}" if code else ""
+        return f"A rank was ended by {signal.Signals(code - 128).name} (srun names it)"
+    return f"A rank ended with status {code} (srun names it)" if code else ""
 
 
 def _steps() -> list[str]:

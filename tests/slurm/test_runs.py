@@ -187,7 +187,7 @@ def test_cancelled_it_stays_away(lab):
     assert "saves and stops" in lab.launch("cancel", "cancelled")
     lab.until_ended("cancelled", job, "FAILED")  # it is not complete
     (stop,) = events(lab.place("cancelled"), "stop")
-    assert len(lab.begins("cancelled")) == 1 and stop["samples_seen"] < 4000
+    assert len(lab.begins("cancelled")) == 1 and lab.cluster.job(job)["Restarts"] == "0" and stop["samples_seen"] < 4000
     assert "is not on its way" in lab.launch("cancel", "cancelled", status=2)
     assert "cancelled" in lab.launch("list") and "stopped" in lab.launch("status", "cancelled")
 

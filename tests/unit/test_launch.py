@@ -284,6 +284,12 @@ def test_ranks_that_do_not_save_in_time_go_back_to_the_queue_without(tmp_path, c
     assert "have not saved" in capsys.readouterr().err
     assert [line["cause"] for line in control.job.attempts() if line["event"] == "end"] == ["out of time"]
 
+    limits.said["over"] = False  # nor does one that was cancelled go back
+    control, made = controlled(tmp_path, Deaf, limits, requeue=lambda: 1 / 0)
+    control._limits.is_cancelled = lambda: bool(made)
+    assert control.run() == 1 and len(made) == 1 and capsys.readouterr().err.count("have not saved") == 1
+    assert [line["cause"] for line in control.job.attempts() if line["event"] == "end"] == 2 * ["out of time"]
+
 
 def test_a_cancelled_job_is_told_until_it_hears_and_never_started_again(tmp_path, monkeypatch):
     """A request that comes while ranks start reaches none of them."""
@@ -298,8 +304,21 @@ def test_a_cancelled_job_is_told_until_it_hears_and_never_started_again(tmp_path
 
     control, made = controlled(tmp_path, Slow, limits, requeue=lambda: requeued.append(1) or True)
     assert control.run() == 1 and len(made) == 1 and made[0].heard == 3 * [signal.SIGUSR2] and not requeued
+    assert control.job.attempts()[-1]["cause"] == "asked to stop, but not saved: Rank 0 was ended by SIGUSR2"
     control, made = controlled(tmp_path, Slow, limits)
     assert control.run() == 75 and not made  # nor begun, where it came between two starts
+
+
+def test_a_cancelled_job_that_has_saved_does_not_go_back_to_the_queue(tmp_path):
+    limits = Limited()
+
+    class Saves(Scripted):
+        def poll(self) -> str | None:
+            limits.said["cancelled"] = True
+            return super().poll()
+
+    control, made = controlled(tmp_path, Saves, limits, (8, 75, ""), requeue=lambda: 1 / 0)
+    assert control.run() == 75 and len(made) == 1 and control.job.attempts()[-1]["cause"] == "stopped"
 
 
 def test_ranks_are_not_started_again_shortly_before_the_limit(tmp_path):
