@@ -43,7 +43,7 @@ HELP = """Start a recipe on several processes, here or on SLURM; look after what
   python tools/launch.py list [FOLDER]                runs below a folder (runs), with their states
   python tools/launch.py status NAME... [--json]      of each run: its job, how far it is, how it was started
   python tools/launch.py logs NAME [--follow]         what its ranks said
-  python tools/launch.py cancel NAME... [--now]       save and stop; --now: at once
+  python tools/launch.py cancel NAME... [--now]       save and stop; --now: as scancel does, which leaves seconds to save
   python tools/launch.py resubmit NAME [--nodes ...] [--time ...]   the same again: it goes on from its newest checkpoint
 
 NAME is a run's folder, or its name below runs/; runs/sweep-* are those of an array. Ctrl-C saves and stops a local run; the same command goes on. Exit status:
@@ -67,6 +67,8 @@ def main(words: list[str]) -> int:
         return _ask(plain[0], plain[1:], own, overrides)
     if not plain:
         raise UserError("The recipe comes first: python tools/launch.py RECIPE --cluster local.")
+    if len(plain) > 1 and not Path(plain[0]).is_file() and plain[0] not in recipe_names():
+        raise UserError(f"{plain[0]!r} is neither a recipe nor a command; {nearest(plain[0], (*ASK, *recipe_names()))}")
     if len(plain) > 1:
         quote = " A pattern goes in quotes, as in --data.path 'DIR/*.tar'." if Path(plain[1]).exists() else ""
         raise UserError(f"{plain[1]!r} stands alone; overrides are written --section.key value.{quote}")
@@ -116,7 +118,9 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str | list[str]],
             else:
                 own[name] = value
         elif name.startswith("--") and "." not in name:
-            raise UserError(f"{name} is no option of the launcher, and keys of a recipe have a dot, as in --train.samples; {nearest(name, (*OPTIONS, *FLAGS))}")
+            of_profile = name[2:].replace("-", "_") in {f.name for f in dataclasses.fields(Profile)}
+            hint = f"{name[2:].replace('-', '_')} is a key of the profile." if of_profile else nearest(name, (*OPTIONS, *FLAGS))
+            raise UserError(f"{name} is no option of the launcher, and keys of a recipe have a dot, as in --train.samples; {hint}")
         elif name.startswith("--"):
             rest.append(word)
             if not given and words and not words[0].startswith("--"):
@@ -168,6 +172,8 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
         for alike in _alike(made):
             first = alike[0][0]
             print(slurm.script(dataclasses.replace(first, code=snapshot(first.place, write=False)), len(alike)))
+            if len(alike) > 1:
+                print("\n".join(f"# {n}: {_called(job)}" for n, (job, _, _) in enumerate(alike)))
         return EXIT_DONE
     slurm.must_be_there()
     for job, _, _ in made:
@@ -183,7 +189,7 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
             raise
         for job in submitted:
             nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
-            print(f"Submitted {job.name} as job {job.job_id} on {nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks: python tools/launch.py status {_called(job)}")
+            print(f"Submitted {job.name} as job {job.job_id} on {nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks: {_ourselves()} status {_called(job)}")
     return EXIT_DONE
 
 
@@ -198,7 +204,7 @@ def _alike(made: list[tuple]) -> list[list[tuple]]:
 def _must_be_free(job: Job) -> None:
     before = Job.read(job.run_dir)
     if before and _is_alive(before):
-        raise UserError(f"The run {job.name} is in use by job {before.job_id}, submitted {_ago(before.submitted)} ago: cancel it (python tools/launch.py cancel {_called(job)}), or give another --name.")
+        raise UserError(f"The run {job.name} is in use by job {before.job_id}, submitted {_ago(before.submitted)} ago: cancel it ({_ourselves()} cancel {_called(job)}), or give another --name.")
 
 
 def _is_alive(job: Job) -> bool:
@@ -249,19 +255,36 @@ def _array(ask, given: Sequence[str]) -> list:
 
 
 def _ask(what: str, plain: list[str], own: dict, overrides: list[str]) -> int:
+    if overrides and what == "resubmit":
+        raise UserError(f"{overrides[0]} has no effect with resubmit, which repeats the run as it was: to change a key, give the run's first command again with it (status NAME --json shows that command).")
     if overrides:
         raise UserError(f"{overrides[0]} has no effect with {what}; leave it out.")
     _refuse(own, [o for o in own if o not in ASK[what]], f"with {what}")
     if what == "list":
         if len(plain) > 1:
             raise UserError("list takes one folder: python tools/launch.py list [FOLDER].")
+        if plain and not Path(plain[0]).is_dir():
+            raise UserError(f"There is no folder {plain[0]}: give the one that holds the runs' folders.")
         return _list(Path(plain[0] if plain else "runs"))
     if not plain or len(plain) > 1 and what not in ASK_OF_SEVERAL:
         raise UserError(f"{what} takes {'runs' if what in ASK_OF_SEVERAL else 'one run'}: python tools/launch.py {what} NAME.")
-    jobs = [_find(name) for name in plain]
+    jobs = [job for name in plain for job in _matching(name)]
+    if len(jobs) > 1 and what not in ASK_OF_SEVERAL:
+        raise UserError(f"{what} takes one run, and {plain[0]} are {len(jobs)}.")
     if what in ASK_OF_SEVERAL:
         return {"status": _status, "cancel": _cancel}[what](jobs, own)
     return {"logs": _logs, "resubmit": _resubmit}[what](jobs[0], own)
+
+
+def _matching(name: str) -> list[Job]:
+    """The run called so, or those that a pattern means, which the shell has not expanded."""
+    if not set("*?[") & set(name):
+        return [_find(name)]
+    places = sorted({p for pattern in (name, f"runs/{name}") for p in (Path("/").glob(pattern[1:]) if pattern[0] == "/" else Path().glob(pattern))})
+    found = [job for place in places if (job := Job.read(place))]
+    if not found:
+        raise UserError(f"No launched run is called {name}, here or below runs/: python tools/launch.py list shows those there are.")
+    return found
 
 
 def _find(name: str) -> Job:
@@ -273,6 +296,14 @@ def _find(name: str) -> Job:
     parts = [n for n in names if n.startswith(f"{name}-")]
     hint = f"an array's runs have names of their own: {', '.join(parts)}." if parts else nearest(name, names) if names else "none was launched here."
     raise UserError(f"There is no launched run {name}: neither {name} nor runs/{name} holds launch/job.json; {hint}")
+
+
+def _ourselves() -> str:
+    """How this command is given from here."""
+    python = Path(sys.executable)
+    known = shutil.which("python")
+    short = "python" if known and Path(known).absolute() == python else python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{short} {sys.argv[0] if sys.argv[0].endswith('launch.py') else 'tools/launch.py'}"
 
 
 def _called(job: Job) -> str:
@@ -289,9 +320,14 @@ def _state(job: Job) -> str:
         from seer_scale.launch import slurm
 
         found, there = slurm.details(job.job_id), slurm.is_there()
-        if (word := found.get("JobState", "")) in slurm.ALIVE:
-            reason = found.get("Reason", "None")
+        word, reason = found.get("JobState", ""), found.get("Reason", "None")
+        if word in slurm.ALIVE and job.is_cancelled():
+            return f"{word.lower()}, asked to stop {_ago(job.cancelled_at())} ago"
+        if word in slurm.ALIVE:
             return word.lower() + (f" ({reason})" if word == "PENDING" and reason != "None" else "")
+        if not attempts and word:
+            code = found.get("ExitCode", "unknown")
+            return f"never started: SLURM says {word}, {reason}, exit code {code}" + ("; do all nodes see its folder?" if word in ("FAILED", "NODE_FAIL") else "")
     elif _is_alive(job):
         return "running"
     if not attempts or attempts[-1]["event"] == "begin":

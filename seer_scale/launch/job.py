@@ -87,6 +87,10 @@ class Job:
         except OSError:
             return False
 
+    def cancelled_at(self) -> float:
+        """Unix time of `cancel`. Raises OSError where there was none."""
+        return (self.place / "cancelled").stat().st_mtime
+
     # --- its starts
 
     def attempts(self) -> list[dict[str, Any]]:

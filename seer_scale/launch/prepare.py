@@ -54,7 +54,7 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
         raise UserError(problem)
     config, fits, notes = _fits(given, ask.nodes or (max(1, ranks // each),) * 2, each, ask.cluster != "local")
     run_dir = run_dir_of(config, ask.recipe)
-    resume.foresee(config, run_dir)
+    notes += filter(None, [resume.foresee(config, run_dir)])
     job = Job(
         name=ask.name or run_dir.name, run_dir=os.path.abspath(run_dir), cluster=ask.cluster, command=list(command),
         folder=os.getcwd(), code="", ranks_per_node=each, fits=fits, restarts=ask.profile.restarts, requeues=ask.profile.requeues,

@@ -118,7 +118,12 @@ def _account(seconds: dict[str, float], records: list[dict], following: list[dic
         end = max(end, told["time"])
     seconds["start"] += ready - began
     stretches, at, step, seen, evaluated, waited, updated = [], ready, first.get("step", 0), first["samples_seen"], 0.0, 0.0, None
+    evaluating = None  # since when
     for row in records[1:]:
+        if row.get("event") == "evaluation":
+            evaluating = row["wall_time"]
+        elif "knn/stage" in row and row["knn/stage"] != "after":  # which pictures follow
+            evaluating = None
         evaluated += row.get("time/knn_s") or 0.0
         waited += row.get("waited_s") or 0.0
         if "step" not in row or "event" in row:
@@ -136,15 +141,18 @@ def _account(seconds: dict[str, float], records: list[dict], following: list[dic
         at, step, seen, evaluated, waited = row["wall_time"], row["step"], row["samples_seen"], 0.0, 0.0
     tail = max(0.0, end - at)
     life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if following else "running"), _on(first), updated)
+    if evaluating:
+        evaluated = max(evaluated, end - evaluating)
+    stall_s = min(tail, waited) if cause or not following else 0.0
+    evaluation_s = min(tail - stall_s, evaluated)
+    seconds["stall"] += stall_s
+    seconds["evaluation"] += evaluation_s
+    rest_s = tail - stall_s - evaluation_s
     if cause or not following:
-        stall_s = min(tail, waited)
-        evaluation_s = min(tail - stall_s, evaluated)
-        seconds["stall"] += stall_s
-        seconds["evaluation"] += evaluation_s
-        seconds["other"] += tail - stall_s - evaluation_s
+        seconds["other"] += rest_s
     else:
-        seconds["lost"] += tail
-        life.lost_s = tail
+        seconds["lost"] += rest_s
+        life.lost_s = rest_s
     return life, stretches
 
 
@@ -208,6 +216,7 @@ def text(ledger: Ledger) -> str:
         return "Nothing was logged yet."
     total = ledger.total_s or 1.0
     lines = [f"{duration(ledger.total_s)} from the first start, {len(ledger.lives)} {'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} % of the {duration(ledger.total_s - ledger.seconds['down'])} it had machines"]
+    lines += [f"  {'':28}{'':12}{'of it all':>10}"]
     lines += [f"  {words:28}{duration(ledger.seconds[cause]):>12}{100 * ledger.seconds[cause] / total:>8.1f} %" for cause, words in CAUSES.items() if ledger.seconds[cause] > 0]
     if (mean := ledger.mean_time_to_recover_s) is not None:
         lines.append(f"  mean time to recover        {duration(mean):>12}")

@@ -71,16 +71,17 @@ def write_report(run_dir: Path) -> Path:
     rows, events = read_metrics(run_dir)
     config_path = run_dir / "config.yaml"
     config = load_recipe(str(config_path)) if config_path.exists() else {}
-    pictures = _Pictures(run_dir)
+    pictures, ledger = _Pictures(run_dir), read_ledger(run_dir)
+    restarts = max(0, len(ledger.lives) - 1)
     body = "\n".join(
         [
-            _head(run_dir, rows, events, config),
+            _head(run_dir, rows, events, config, restarts),
             _curves(rows, events, config),
-            _life(read_ledger(run_dir)),
+            _life(ledger),
             pictures.crops(),
             pictures.neighbours(),
             pictures.prototypes(),
-            _history(events),
+            _history(events, restarts),
         ]
     )
     title = escape(run_dir.resolve().name)
@@ -101,11 +102,11 @@ def _section(title: str, text: str, *content: str) -> str:
 # ------------------------------------------------------------------------------------------------ the head
 
 
-def _head(run_dir: Path, rows: Rows, events: Rows, config: dict[str, Any]) -> str:
+def _head(run_dir: Path, rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> str:
     line = headline(rows)
     big = re.sub(r"[\d.]+ %", lambda m: f"<b>{m[0]}</b>", escape(line)) if line else "No kNN evaluation yet" if _began(events).get("labelled", True) else "Images without labels"
     facts = "\n".join(
-        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(rows, events, config).items()
+        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(rows, events, config, restarts).items()
     )
     known = [r["knn/top1"] for r in rows if _is_number(r.get("knn/top1"))]
     better = len(known) > 1 and known[-1] > known[0]
@@ -123,7 +124,7 @@ def _began(events: Rows) -> dict[str, Any]:
     return next((e for e in reversed(events) if e["event"] in BEGINNINGS), {})
 
 
-def _facts(rows: Rows, events: Rows, config: dict[str, Any]) -> dict[str, str]:
+def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> dict[str, str]:
     """What a person asks first of a run, as far as it is known."""
 
     def get(key: str) -> Any:
@@ -156,7 +157,6 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any]) -> dict[str, str]:
     peak = [r["mem/peak_gib"] for r in steps if _is_number(r.get("mem/peak_gib"))]
     if peak:
         facts["Peak memory"] = f"{max(peak):.2f} GiB a rank"
-    restarts = sum(e["event"] == "resume" for e in events)
     facts["Restarts"] = str(restarts) if restarts else "none"
     return facts
 
@@ -331,7 +331,7 @@ def _life(ledger: Ledger) -> str:
         f"Of the time in which it held its machines, {100 * ledger.goodput:.1f} % went into updates that count.{recovered}",
         f'<figure class="plot wide">{picture}<figcaption>Images seen over the clock. Grey is the time between two starts; dotted is work '
         "that a restart had to do again.</figcaption></figure>",
-        f"<table><tr><th>what</th><th>time</th><th>share</th></tr>{rows}</table>",
+        f"<table><tr><th>what</th><th>time</th><th>share of all time</th></tr>{rows}</table>",
         f"<table><tr><th>began</th><th>on</th><th>images seen</th><th>lasted</th><th>lost</th><th>ended by</th></tr>{lives}</table>",
     )
 
@@ -466,13 +466,11 @@ def _hits(stage: str, entries: dict[str, dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------------------ the history
 
 
-def _history(events: Rows) -> str:
-    restarts = [e for e in events if e["event"] == "resume"]
+def _history(events: Rows, restarts: int) -> str:
+    resumes = [e for e in events if e["event"] == "resume"]
     rest = [e for e in events if e["event"] != "resume"]
-    shown = [e for e in events if e in restarts or e in rest[:1] + rest[-MAX_EVENTS:]]
-    counted = {0: "It was never restarted.", 1: "It was restarted once."}.get(
-        len(restarts), f"It was restarted {len(restarts)} times."
-    )
+    shown = [e for e in events if e in resumes or e in rest[:1] + rest[-MAX_EVENTS:]]
+    counted = {0: "It was never restarted.", 1: "It was restarted once."}.get(restarts, f"It was restarted {restarts} times.")
     lines = "".join(
         f'<tr class="{escape(e["event"])}"><td>{_clock(e)}</td>'
         f"<td>{e['samples_seen']:,}</td>"

@@ -202,7 +202,8 @@ class Trainer:
                     self._evaluate("before")
                 self._train()
                 if not self._save():
-                    raise TrainingFailed("The run is complete, but its last checkpoint could not be written: free some space and start it again, it goes on from the one before.")
+                    goes_on = f"it goes on from {self._saved[1].name}" if self._saved else "there is no checkpoint of this start, and without an older one it begins anew"
+                    raise TrainingFailed(f"The run is complete, but its last checkpoint could not be written: free some space and start it again; {goes_on}.")
                 if self._needs_last_evaluation():
                     self._evaluate("after")
                     self._show_prototypes()
@@ -469,6 +470,8 @@ class Trainer:
         if self.labelled is None:
             return
         begin, c = time.perf_counter(), self.config.knn
+        asked, bank = len(self.labelled.query_indices), len(self.labelled.bank_indices)
+        self._tell("evaluation", f"Measuring kNN {stage} training, of {asked:,} images among {bank:,} (knn.enabled false does without).")
         self.engine.average_buffers()
         scores, found = knn(self._represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
         self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **scores, "time/knn_s": time.perf_counter() - begin})

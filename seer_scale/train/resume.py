@@ -51,12 +51,13 @@ def must_go_on(path: Path, config: Config) -> dict[str, Any]:
     return meta
 
 
-def foresee(config: Config, run_dir: Path) -> None:
+def foresee(config: Config, run_dir: Path) -> str:
     """What can be known before any rank is started: that there is a checkpoint where one is named, and that it is of this
-    recipe's architecture. Reads no tensor. Raises UserError."""
+    recipe's architecture. A sentence on what a run that goes on will change, if anything. Reads no tensor. Raises UserError."""
+    changed: list[str] = []
     path = find(config, run_dir, World(), contents=False, warn=lambda _: None)
     if path:
-        must_go_on(path, config)
+        changed = differences(must_go_on(path, config)["config"], config.to_dict())
     elif config.checkpoint.init_from:
         path = Path(config.checkpoint.init_from)
         if problem := store.flaw(path, World(), contents=False):
@@ -67,6 +68,7 @@ def foresee(config: Config, run_dir: Path) -> None:
         own = dict(method.named_buffers(recurse=False))
         state = {**dict(method.named_parameters()), **{n: b for n, b in method.named_buffers() if n not in own}}
         store.must_fit(path, {f"model/{n}": t for n, t in state.items()}, only="model/")
+    return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}." if changed else ""
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -32,6 +32,14 @@ class Log:
         began, self.now, self.step = self.now, self.now + takes, seen // 10
         self._line(event="resume" if seen else "start", samples_seen=seen, began=began, step=self.step, attempt=f"7.0.{self.number}", ranks=2, engine="fsdp")
 
+    def evaluation(self, seconds: float, stage: str = "", rest_s: float = 0.0) -> None:
+        """stage "": killed in it. rest_s: of pictures after it."""
+        self._line(event="evaluation", samples_seen=self.step * 10)
+        self.now += seconds
+        if stage:
+            self._line(samples_seen=self.step * 10, **{"time/knn_s": seconds, "knn/stage": stage})
+        self.now += rest_s
+
     def updates(self, num: int, step_s: float, wait: float = 0.0, stall_s: float = 0.0, knn_s: float = 0.0, rest_s: float = 0.0) -> None:
         if knn_s:
             self._line(samples_seen=self.step * 10, **{"time/knn_s": knn_s})
@@ -83,6 +91,28 @@ def test_a_run_of_three_lives(tmp_path):
         assert all(abs(bar.count(mark) * each - seconds) <= 1.5 * each for mark, seconds in expected), bar
         assert abs(len(bar) - len(bar.lstrip()) - began / each) <= 1
     assert "Rank 3 was ended by SIGKILL" in said and "updates that were lost" in said and f"goodput {100 * ledger.goodput:.1f} %" in said
+
+
+def test_an_evaluation_is_one_also_where_it_was_cut_off(tmp_path):
+    log = Log(tmp_path)
+    log.attempt("begin")
+    log.begin(0, takes=10)
+    log.evaluation(30)
+    log.attempt("end", "Rank 0 was ended by SIGKILL")
+    log.attempt("begin")
+    log.begin(0, takes=10)
+    log.evaluation(40, "before")
+    log.updates(10, 1.0)
+    log.evaluation(20, "during")
+    log.now += 3
+    log.attempt("end", "Rank 0 was ended by SIGKILL")
+    log.attempt("begin")
+    log.begin(100, takes=10)
+    log.updates(10, 1.0)
+    log.evaluation(40, "after", rest_s=15)
+    log.event("done")
+    found = {k: round(v, 6) for k, v in read_ledger(tmp_path).seconds.items() if v > 1e-9}
+    assert found == {"useful": 20.0, "evaluation": 30 + 40 + 20 + 40 + 15.0, "start": 30.0, "lost": 3.0}
 
 
 def test_starts_that_log_nothing_and_an_end_that_nobody_could_tell(tmp_path):
