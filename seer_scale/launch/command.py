@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -11,7 +12,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +138,14 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str | list[str]],
 def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
     from seer_scale.launch.prepare import Request, prepare, stow  # loads torch, which the other commands do without
 
-    profile = load_profile(own["--profile"]) if "--profile" in own else Profile(gpus_per_node=0)
+    profile, problems = Profile(gpus_per_node=0), []
     if cluster == "slurm" and "--profile" not in own:
-        raise UserError("--profile is missing: say which cluster, as in --profile slurm/NAME.yaml (slurm/example.yaml explains every key).")
+        problems.append("--profile is missing: say which cluster, as in --profile slurm/NAME.yaml (slurm/example.yaml explains every key).")
+    try:
+        profile = load_profile(own["--profile"]) if "--profile" in own else profile
+    except UserError as problem:
+        problems.append(str(problem))
+    knows_nodes = not problems
     if "--time" in own:
         minutes(own["--time"])
         profile = dataclasses.replace(profile, time=own["--time"])
@@ -146,14 +153,24 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
             raise UserError(f"--time is {own['--time']}, but the profile's grace_s is {profile.grace_s} s, in which the run saves before the limit: give more time, or lower grace_s.")
     if "--restarts" in own:
         profile = dataclasses.replace(profile, restarts=_number("--restarts", own["--restarts"], 0))
+    nodes = _nodes(own["--nodes"]) if "--nodes" in own else None
     ask = Request(
-        recipe=recipe, overrides=overrides, name=own.get("--name", ""), cluster=cluster, nodes=_nodes(own["--nodes"]) if "--nodes" in own else None,
+        recipe=recipe, overrides=overrides, name=own.get("--name", ""), cluster=cluster if knows_nodes else "local", nodes=nodes if knows_nodes else None,
         ranks=_number("--ranks", own["--ranks"], 1) if "--ranks" in own else 0, profile=profile,
     )  # fmt: skip
-    if "/" in ask.name:
-        raise UserError(f"--name is {ask.name!r}, but must be a name without a slash; the folder is run.dir.")
     asked = _array(ask, own.get("--array", []))
-    made = [prepare(one, _words(one, own)) for one in asked]
+    if ask.name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+@ -]*", ask.name):
+        problems.append(f"--name is {ask.name!r}, but must begin with a letter or digit, and hold nothing but those and _ . , = + @ - (the folder is run.dir).")
+    made = []
+    for one in asked:
+        try:
+            made.append(prepare(one, _words(one, own)))
+        except UserError as problem:
+            problems.append(f"{one.name}: {problem}" if len(asked) > 1 else str(problem))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    if percent := next((job.run_dir for job, _, _ in made if "%" in job.run_dir and cluster == "slurm"), None):
+        raise UserError(f"run.dir is {percent}, but SLURM replaces what follows a %: choose another.")
     folders = [job.run_dir for job, _, _ in made]
     if len(set(folders)) < len(folders):
         raise UserError(f"--array makes {len(folders)} runs, but run.dir gives them one folder: leave it out, and each has runs/NAME (--name says how they are called).")
@@ -164,8 +181,8 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
 
         if len(made) > 1:
             raise UserError("--array needs a queue: with --cluster local start one run after the other.")
-        _must_be_free(made[0][0])
-        return run_here(stow(*made[0][:2]))
+        with _claimed(made[0][0]):
+            return run_here(stow(*made[0][:2]))
     from seer_scale.launch import slurm
 
     if "--dry-run" in own:
@@ -176,21 +193,24 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
                 print("\n".join(f"# {n}: {_called(job)}" for n, (job, _, _) in enumerate(alike)))
         return EXIT_DONE
     slurm.must_be_there()
-    for job, _, _ in made:
-        _must_be_free(job)
-    for alike in _alike(made):
-        before = {job.run_dir for job, _, _ in alike if Path(job.run_dir).exists()}
+    before = {job.run_dir for job, _, _ in made if Path(job.run_dir).exists()}
+    with ExitStack() as claims:
         try:
-            submitted = slurm.submit([stow(job, given) for job, given, _ in alike])
-        except UserError:
-            for job, _, _ in alike:
-                if job.run_dir not in before:
+            for job, _, _ in made:
+                claims.enter_context(_claimed(job))
+            for alike in _alike(made):
+                _tell_submitted(slurm.submit([stow(job, given) for job, given, _ in alike]))
+        finally:
+            for job, _, _ in made:
+                if job.run_dir not in before and not Job.read(job.run_dir):
                     shutil.rmtree(job.run_dir, ignore_errors=True)
-            raise
-        for job in submitted:
-            nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
-            print(f"Submitted {job.name} as job {job.job_id} on {nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks: {_ourselves()} status {_called(job)}")
     return EXIT_DONE
+
+
+def _tell_submitted(jobs: list[Job]) -> None:
+    for job in jobs:
+        nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
+        print(f"Submitted {job.name} as job {job.job_id} on {nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks: {_ourselves()} status {_called(job)}")
 
 
 def _alike(made: list[tuple]) -> list[list[tuple]]:
@@ -199,6 +219,26 @@ def _alike(made: list[tuple]) -> list[list[tuple]]:
     for one in made:
         groups.setdefault((one[0].fits[0], one[0].fits[-1], one[0].ranks_per_node), []).append(one)
     return list(groups.values())
+
+
+@contextmanager
+def _claimed(job: Job) -> Iterator[None]:
+    """Nobody else starts this run meanwhile. Raises UserError where it is in use."""
+    _must_be_free(job)
+    try:
+        job.place.mkdir(parents=True, exist_ok=True)
+        claim = os.open(job.place / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{job.run_dir} cannot hold a run ({error.strerror}): choose another run.dir.") from error
+    try:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"The run {job.name} is being started by another command: wait for that one, or give another --name.") from None
+        _must_be_free(job)
+        yield
+    finally:
+        os.close(claim)
 
 
 def _must_be_free(job: Job) -> None:
@@ -213,6 +253,15 @@ def _is_alive(job: Job) -> bool:
     from seer_scale.launch import slurm
 
     return slurm.is_alive(job)
+
+
+def _may_go_on(job: Job) -> bool:
+    from seer_scale.launch import slurm
+
+    try:
+        return _is_alive(job)
+    except slurm.NoAnswer:
+        return True
 
 
 def _number(option: str, value: str, least: int) -> int:
@@ -234,7 +283,7 @@ def _array(ask, given: Sequence[str]) -> list:
     axes: list[list[tuple[str, str]]] = []
     for one in given:
         key, is_given, values = one.partition("=")
-        values = re.split(r",(?![^\[{]*[\]}])", values) if is_given else []
+        values = _split_list(values) if is_given else []
         if len(values) < 2 or not all(values):
             raise UserError(f"--array is {one!r}, but must name a key and at least two values, such as optim.lr=0.1,0.2.")
         axes.append([(key, value) for value in values])
@@ -249,6 +298,21 @@ def _array(ask, given: Sequence[str]) -> list:
     if len({one.name for one in out}) < len(out):
         raise UserError("--array gives two runs of one name: leave out what is given twice.")
     return out
+
+
+def _split_list(values: str) -> list[str]:
+    """At the commas outside of all brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for c in values:
+        if c == "," and not depth and not quote:
+            parts.append("")
+            continue
+        parts[-1] += c
+        if quote or c in "'\"":
+            quote = "" if c == quote else quote or c
+        else:
+            depth += (c in "[{(") - (c in ")}]")
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------ ask
@@ -315,11 +379,14 @@ def _called(job: Job) -> str:
 
 
 def _state(job: Job) -> str:
-    attempts, there = job.attempts(), True
+    attempts, there = [line for line in job.attempts() if line["attempt"].startswith(f"{job.job_id}.")], True
     if job.cluster == "slurm":
         from seer_scale.launch import slurm
 
-        found, there = slurm.details(job.job_id), slurm.is_there()
+        try:
+            found, there = slurm.details(job.job_id), slurm.is_there()
+        except slurm.NoAnswer:
+            return "unknown, as SLURM does not answer"
         word, reason = found.get("JobState", ""), found.get("Reason", "None")
         if word in slurm.ALIVE and job.is_cancelled():
             return f"{word.lower()}, asked to stop {_ago(job.cancelled_at())} ago"
@@ -423,7 +490,7 @@ def _logs(job: Job, own: dict) -> int:
             sys.stdout.flush()
 
     show()
-    while "--follow" in own and _is_alive(job):
+    while "--follow" in own and _may_go_on(job):
         time.sleep(FOLLOW_S)
         show()
     if not read:

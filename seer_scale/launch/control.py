@@ -197,12 +197,15 @@ class Control:
 
     def _starts_in_vain(self) -> set[str]:
         """Starts of this job, by SLURM or by us, with the newest checkpoint that there is now; of this submission."""
-        now, starts = self.job.newest_checkpoint(), set()
+        now, starts, told = self.job.newest_checkpoint(), set(), -1
+        name, _, number = self._ident.rpartition(".")
         for line in self.job.attempts():
             if line["event"] == "begin" and line["time"] >= self.job.submitted:
-                starts = starts if line["samples"] == now else set()
-                starts |= {line["attempt"].rpartition(".")[0]} if line["samples"] == now else set()
-        return starts
+                start = line["attempt"].rpartition(".")[0]
+                starts = starts | {start} if line["samples"] == now else set()
+                told = max(told, int(start.rpartition(".")[2])) if start.startswith(f"{name}.") else told
+        # those that a full disk kept from being told, after the newest that was
+        return starts | {f"{name}.{n}" for n in range(told + 1, int(number))} if self._requeue and name else starts
 
     def _outcome(self, attempt: str, code: int) -> int | None:
         """What the ranks said of their end; None if they could not. Where a full disk kept them from writing it, by status."""

@@ -44,8 +44,10 @@ class Profile:
         return minutes(self.time)
 
 
-OURS = {"nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gres", "job-name", "output", "error", "signal", "requeue", "no-requeue", "array", "open-mode", "time", "partition", "account", "qos", "constraint", "exclude", "reservation", "mem", "cpus-per-task", "cpus-per-gpu", "mincpus"}
+OURS = {"nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gres", "job-name", "output", "error", "signal", "requeue", "no-requeue", "array", "open-mode", "time", "partition", "account", "qos", "constraint", "exclude", "reservation", "mem", "cpus-per-task", "cpus-per-gpu", "mincpus", "parsable", "test-only", "wait", "wrap", "export", "export-file", "chdir", "quiet", "help", "usage", "version"}
 """Options of sbatch that have a key of their own here, or that the launcher decides."""
+LONGEST_GRACE_S = 65535
+"""sbatch --signal knows no more."""
 
 
 def load_profile(path: str) -> Profile:
@@ -67,7 +69,8 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
     problems: list[str] = []
     taken = {k: given[k] for k in given if k in free}
     known = [f.name for f in fields(Profile)]
-    problems += [f"{k} is not a key; {nearest(str(k), known)} The keys are {', '.join(known)}." for k in given if k not in known]
+    unknown = [k for k in given if k not in known]
+    problems += [f"{k} is not a key; {nearest(str(k), known)}{' The keys are ' + ', '.join(known) + '.' if k == unknown[-1] else ''}" for k in unknown]
     plain = read_section(Profile, {k: v for k, v in given.items() if k in known and k not in free}, "", problems)
     values = {f.name: getattr(plain, f.name) for f in fields(Profile)}
     for key, value in taken.items():
@@ -76,12 +79,20 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
         else:
             plain = str if key != "sbatch" else lambda v: v if v is True else str(v)
             values[key] = [str(v) for v in value] if free[key] is list else {str(k): plain(v) for k, v in value.items()}
+            if free[key] is list:
+                problems += [f"{key} holds {v!r}, but must hold lines of shell; quote the line." for v in value if not isinstance(v, str)]
+            else:
+                problems += [f"{key}.{k} is {'empty' if v is None else str(v).lower()}; give a value{', or true for an option without one' * (key == 'sbatch')}, or leave it out." for k, v in value.items() if v is None or v is False and key == "sbatch"]
+    problems += [f"environment.{k} is no name of a variable; use letters, digits and _." for k in values["environment"] if not re.fullmatch(r"[A-Za-z_]\w*", k)]
+    problems += [f"sbatch.{k} is short for an option; write the long one, as in nodelist for w." for k in values["sbatch"] if len(k.lstrip("-")) == 1]
     for option in values["sbatch"]:
         if (name := option.lstrip("-").replace("_", "-")) in OURS:
             key = name.replace("-", "_")
             problems.append(f"sbatch.{option} is {'the key ' + key + ' of the profile' if key in known else 'for the launcher to decide'}; remove it.")
     try:
         limit = minutes(values["time"])
+        if values["grace_s"] > LONGEST_GRACE_S:
+            problems.append(f"grace_s is {values['grace_s']}, but SLURM takes at most {LONGEST_GRACE_S}; nearest: {LONGEST_GRACE_S}.")
         if limit * 60 <= values["grace_s"]:
             problems.append(f"grace_s is {values['grace_s']}, but a job has only {limit * 60} s (time); nearest: {limit * 20}.")
     except UserError as error:

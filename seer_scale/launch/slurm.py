@@ -93,9 +93,10 @@ def submit(jobs: Sequence[Job]) -> list[Job]:
             submitted = [executor.submit(control_slurm, jobs[0].run_dir)]
         else:
             submitted = executor.map_array(control_slurm, [job.run_dir for job in jobs])
-    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise UserError(f"SLURM does not take the job: {reason[-1] if reason else error}") from error
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, subprocess.CalledProcessError, OSError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        told = [line for line in lines if "error:" in line] or lines[-1:] or ["it does not say why"]
+        raise UserError(f"SLURM does not take the job: {' '.join(told)}") from error
     out = [dataclasses.replace(job, job_id=s.job_id, log_dir=str(jobs[0].logs)) for job, s in zip(jobs, submitted)]
     for job in out:
         job.write()
@@ -115,7 +116,7 @@ def control_slurm(run_dir: str) -> None:
         time.sleep(0.1)
     nodes, each = max(n for n in job.fits if n <= got), job.ranks_per_node
     ident = f"{_own_id()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    names = _output("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[:nodes]
+    names = (_answer("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]) or "").split()[:nodes]
     if nodes < got:
         say(f"This job has {got} nodes, of which the recipe can use {nodes}.")
     control = Control(
@@ -176,8 +177,9 @@ class SrunRanks:
         """An srun whose tasks never start, for what another step still holds, waits for ever."""
         if self._is_there or time.monotonic() - self._looked_at < ASK_S:
             return
-        self._looked_at, self._is_there = time.monotonic(), bool(_steps())
-        if not self._is_there and time.monotonic() - self._began > BEGIN_S:
+        steps = _steps()
+        self._looked_at, self._is_there = time.monotonic(), bool(steps)
+        if steps == [] and time.monotonic() - self._began > BEGIN_S:
             self._problem = f"srun has started no rank within {BEGIN_S:.0f} s"
             self._step.kill()
 
@@ -187,7 +189,7 @@ class SrunRanks:
             _end_steps()
             self._step.kill()
         elif number == signal.SIGUSR2:
-            _output("scancel", "--signal=USR2", _own_id())  # to the steps
+            _answer("scancel", "--signal=USR2", _own_id())  # to the steps
 
 
 def _of_srun(code: int) -> str:
@@ -203,19 +205,20 @@ def _of_srun(code: int) -> str:
     return f"A rank ended with status {code} (srun names it)" if code else ""
 
 
-def _steps() -> list[str]:
-    """The job's steps of ranks that SLURM knows to run."""
-    found = _output("squeue", "--noheader", "--steps", "--jobs", _own_id(), "--format=%i").split()
-    return [step for step in found if step.rpartition(".")[2].isdecimal()]
+def _steps() -> list[str] | None:
+    """The job's steps of ranks that SLURM knows to run; None where it does not answer."""
+    found = _answer("squeue", "--noheader", "--steps", "--jobs", _own_id(), "--format=%i")
+    return None if found is None else [step for step in found.split() if step.rpartition(".")[2].isdecimal()]
 
 
 def _end_steps() -> bool:
     """No rank is left; False where that could not be had in END_S."""
     until = time.monotonic() + END_S
-    while steps := _steps():
+    while (steps := _steps()) != []:
         if time.monotonic() > until:
             return False
-        _output("scancel", "--signal=KILL", *steps)  # of the job, it would be the job's end
+        if steps:
+            _answer("scancel", "--signal=KILL", *steps)  # of the job, it would be the job's end
         time.sleep(1.0)
     return True
 
@@ -224,7 +227,7 @@ def _requeue() -> bool:
     """Put this job back into the queue, unless it is on its way out; never returns where SLURM then ends it."""
     until = time.monotonic() + ANSWER_S
     while True:
-        shown = _output("scontrol", "-o", "show", "job", _own_id())
+        shown = _answer("scontrol", "-o", "show", "job", _own_id()) or ""
         was, reason = (re.search(r"JobState=(\w+)", shown) or ["", ""])[1], "scontrol does not answer"
         if was and was != "RUNNING":  # cancelled, or preempted: SLURM has decided already
             say(f"SLURM has this job as {was}, so it is left to it.")
@@ -251,20 +254,28 @@ def _own_id() -> str:
 # ------------------------------------------------------------------------------------------------ from outside
 
 
-def _output(*words: str) -> str:
-    """Empty where the command fails or is not there."""
-    if not shutil.which(words[0]):
-        return ""
+class NoAnswer(UserError):
+    """SLURM does not answer."""
+
+
+def _answer(*words: str) -> str | None:
+    """What a command of SLURM's prints: nothing of a job that SLURM does not know; None where it fails otherwise."""
     done = subprocess.run(words, capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else ""
+    if done.returncode == 0:
+        return done.stdout
+    return "" if "Invalid job id" in done.stderr else None
 
 
 def details(job_id: str) -> dict[str, str]:
-    """What SLURM still knows of a job, by scontrol's names; of one it has forgotten, the state from its accounting."""
-    shown = _output("scontrol", "-o", "show", "job", job_id).splitlines()
+    """What SLURM still knows of a job, by scontrol's names; of one it has forgotten, the state from its accounting. Raises
+    NoAnswer."""
+    if not is_there():
+        return {}
+    if (shown := _answer("scontrol", "-o", "show", "job", job_id)) is None:
+        raise NoAnswer(f"SLURM does not answer what became of job {job_id}: ask again when it does.")
     if shown:
-        return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=| *$)", shown[0]))
-    told = _output("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State").split("\n")[0]
+        return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=| *$)", shown.splitlines()[0]))
+    told = shutil.which("sacct") and _answer("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State") or ""
     return {"JobState": told.split()[0]} if told.strip() else {}
 
 
@@ -272,7 +283,7 @@ def _end_of(job_id: str, otherwise: float = math.inf) -> float:
     """The unix time at which SLURM ends a job; `otherwise` where it has no limit or SLURM does not answer."""
     try:
         return time.mktime(time.strptime(details(job_id).get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:  # Unknown
+    except (ValueError, NoAnswer):  # Unknown
         return otherwise
 
 
@@ -290,7 +301,11 @@ def cancel(job: Job, *, now: bool) -> str:
     must_be_there()
     if (was := state(job.job_id)) not in ALIVE:
         raise UserError(f"{job.name} is not on its way: job {job.job_id} is {was.lower() or 'not known to SLURM any more'}.")
-    job.cancel()
+    try:
+        job.cancel()
+    except OSError as error:  # without the mark it would come back, but for scancel
+        _run("scancel", job.job_id)
+        return f"Job {job.job_id} of {job.name} is cancelled by scancel, as its folder cannot be written ({error.strerror})."
     if now or was != "RUNNING":
         _run("scancel", job.job_id)
         return f"Job {job.job_id} of {job.name} is cancelled."

@@ -7,6 +7,8 @@ a launcher has started it. A *life* is one process's part of the log, from its "
 from __future__ import annotations
 
 import json
+import re
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ CAUSES = {
     "start": "starting and loading", "lost": "updates that were lost", "other": "the rest", "down": "not running (queue, restart)",
 }  # fmt: skip
 """Everything a run's time is spent on, as people say it."""
+
+
+RUNS = "running"
 
 
 @dataclass
@@ -78,14 +83,17 @@ def read_ledger(run_dir: Path) -> Ledger:
     """The ledger of a run, also while it runs; an empty one where nothing was logged."""
     ledger, kept = Ledger(), []
     lives, attempts = _lives(read_records(run_dir)), _attempts(run_dir)
-    silent = _silent(lives, attempts)
+    silent, saved = _silent(lives, attempts), 0
     for number, records in enumerate(lives):
         following = lives[number + 1] if number + 1 < len(lives) else None
-        life, stretches = _account(ledger.seconds, records, following, attempts)
+        life, stretches = _account(ledger.seconds, records, following, attempts, is_gone=_is_gone(run_dir))
         if ledger.lives:
             _resume(ledger, kept, life, silent)
         ledger.lives.append(life)
         kept += stretches
+        saved = max([saved if number else life.seen[0], *(r.get("saved") or 0 for r in records if r.get("event") == "checkpoint")])
+    if ledger.lives and ledger.lives[-1].cause not in ("done", "stopped", RUNS):
+        _lose(ledger, kept, ledger.lives[-1], saved)  # what a next start will have to do again
     for stretch in kept:
         ledger.seconds["useful"] += stretch.useful_s
         ledger.seconds["data_wait"] += stretch.wait_s
@@ -102,20 +110,32 @@ def _silent(lives: list[list[dict]], attempts: list[dict]) -> list[tuple[float, 
     return [(time, ends[attempt]) for attempt, time in begun if attempt not in spoke and attempt in ends]
 
 
-def _account(seconds: dict[str, float], records: list[dict], following: list[dict] | None, attempts: list[dict]) -> tuple[Life, list[_Stretch]]:
+def _is_gone(run_dir: Path) -> bool:
+    """Whether the process that holds the run's lock, or held it last, was of this machine and is no more."""
+    try:
+        owner = re.match(r"pid (\d+) on (\S+?),", (Path(run_dir) / ".lock").read_text())
+    except OSError:
+        return False
+    return owner is not None and owner[2] == socket.gethostname() and not Path(f"/proc/{owner[1]}").exists()
+
+
+def _account(
+    seconds: dict[str, float], records: list[dict], following: list[dict] | None, attempts: list[dict], *, is_gone: bool
+) -> tuple[Life, list[_Stretch]]:
     """One life: its stretches of updates; all other time goes to `seconds`."""
     first, last = records[0], records[-1]
     began, ready, end = first.get("began", first["wall_time"]), first["wall_time"], last["wall_time"]
     upto = _began(following) if following else float("inf")
     ends = [a for a in attempts if a["event"] == "end"]
     if first.get("attempt"):
-        told = next((a for a in ends if a.get("attempt") == first["attempt"]), None)
+        told = next((a for a in ends if a.get("attempt") == first["attempt"] and a["time"] >= began), None)
     else:
         told = next((a for a in ends if end <= a["time"] <= upto), None)
     kinds = [r["event"] for r in records if "event" in r]
     cause = next((k for k in ("done", "stop") if k in kinds), None)
     if told and cause is None:
         end = max(end, told["time"])
+    is_over = following is not None or told is not None or is_gone
     seconds["start"] += ready - began
     stretches, at, step, seen, evaluated, waited, updated = [], ready, first.get("step", 0), first["samples_seen"], 0.0, 0.0, None
     evaluating = None  # since when
@@ -140,15 +160,15 @@ def _account(seconds: dict[str, float], records: list[dict], following: list[dic
         updated = updated or row["wall_time"] - max(0, row["step"] - step - 1) * (row.get("time/step_s") or 0.0)
         at, step, seen, evaluated, waited = row["wall_time"], row["step"], row["samples_seen"], 0.0, 0.0
     tail = max(0.0, end - at)
-    life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if following else "running"), _on(first), updated)
+    life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if is_over else RUNS), _on(first), updated)
     if evaluating:
         evaluated = max(evaluated, end - evaluating)
-    stall_s = min(tail, waited) if cause or not following else 0.0
+    stall_s = min(tail, waited) if cause or not is_over else 0.0
     evaluation_s = min(tail - stall_s, evaluated)
     seconds["stall"] += stall_s
     seconds["evaluation"] += evaluation_s
     rest_s = tail - stall_s - evaluation_s
-    if cause or not following:
+    if cause or not is_over:
         seconds["other"] += rest_s
     else:
         seconds["lost"] += rest_s
@@ -173,12 +193,17 @@ def _resume(ledger: Ledger, kept: list[_Stretch], life: Life, silent: list[tuple
                 failed.recovered_s = max(0.0, life.updated - failed.ended)
             if failed.updated:
                 break
+    _lose(ledger, kept, before, since)
+
+
+def _lose(ledger: Ledger, kept: list[_Stretch], life: Life, since: int) -> None:
+    """What was done beyond `since` samples, at the latest by `life`, is lost."""
     for stretch in [s for s in kept if s.seen[1] > since]:
         begin, end = stretch.seen
         share = (end - max(begin, since)) / (end - begin)
         lost = share * (stretch.useful_s + stretch.wait_s)
         ledger.seconds["lost"] += lost
-        before.lost_s += lost
+        life.lost_s += lost
         stretch.useful_s, stretch.wait_s, stretch.seen = (1 - share) * stretch.useful_s, (1 - share) * stretch.wait_s, (begin, max(begin, since))
         if share == 1:
             kept.remove(stretch)

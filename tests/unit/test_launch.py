@@ -172,11 +172,82 @@ def test_words_that_cannot_be_meant(words, said, recipe):
     assert said in str(caught.value), caught.value
 
 
+@pytest.mark.parametrize("name", ["..", ".", "%j-run", "a\nb", "a/b", "-x", "a'b"])
+def test_names_that_would_mean_something_else(name, recipe):
+    with pytest.raises(UserError, match="--name is"):
+        command.main([recipe, "--cluster", "local", "--name", name])
+    assert not Path("runs").exists()
+
+
+def test_everything_that_is_wrong_is_told_at_once(recipe, tmp_path, monkeypatch):
+    (tmp_path / "p.yaml").write_text("gpus_per_nod: 2\nsbatch: {parsable: true, N: 3, exclusive: false, export: NONE}\nenvironment: {A-B: 1, EMPTY: }\nbefore: [{echo key: value}]")
+    with pytest.raises(UserError) as caught:
+        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--name", "..", "--array", "optim.lr=-1,-2", "--array", "views.crops=[{num: 2, size: 32},{num: 1, size: 24}],[{num: 2, size: 33}]"])
+    for part in (
+        "gpus_per_nod is not a key; did you mean gpus_per_node?", "sbatch.parsable is for the launcher to decide", "sbatch.N is short for an option", "sbatch.exclusive is false",
+        "sbatch.export is for the launcher", "environment.A-B is no name", "environment.EMPTY is empty", "before holds {'echo key': 'value'}", "--name is '..'",
+        "optim.lr is -1", "optim.lr is -2",
+    ):  # fmt: skip
+        assert part in str(caught.value), (part, str(caught.value))
+
+
+def test_a_run_is_started_by_one_command_at_a_time(recipe):
+    job = prepare(ask(recipe, name="one", nodes=(1, 1)), [])[0]
+    with command._claimed(job):
+        with pytest.raises(UserError, match="is being started by another command"), command._claimed(job):
+            pass
+    with command._claimed(job):
+        pass
+
+
+class Unanswered:
+    """SLURM's commands, where slurmctld does not answer."""
+
+    def __init__(self, folder: Path):
+        for name in ("sbatch", "srun", "scontrol", "squeue", "scancel"):
+            (folder / name).write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n")
+            (folder / name).chmod(0o755)
+
+
+def test_no_answer_of_slurm_is_no_end(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    Unanswered(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
+    _, job = run(tmp_path / "runs" / "a", (8, 75, ""))
+    dataclasses.replace(job, name="a", job_id="7").write()
+    assert command.main(["status", "a"]) == 0 and "a: unknown, as SLURM does not answer" in capsys.readouterr().out
+    for words in (["cancel", "a"], [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a"]):
+        with pytest.raises(UserError, match="SLURM does not answer what became of job 7"):
+            command.main(words)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm, "END_S", 0.0)
+    assert slurm._steps() is None and not slurm._end_steps()
+
+
+def test_a_folder_that_cannot_be_written_keeps_no_run_from_its_end(tmp_path, monkeypatch):
+    """Starts that could not be recorded count as in vain, and scancel ends what cannot be marked."""
+    calls = []
+    status, job = run(tmp_path, (None, 75, ""), requeue=lambda: calls.append(1) or True, requeues=2, ident="7.0")
+    (job.place / "attempts.jsonl").unlink()
+    monkeypatch.setattr(Job, "tell", lambda self, **line: None)
+    for number, (status, returns) in {1: (0, 2), 2: (0, 3)}.items():
+        assert run(tmp_path, (None, 75, ""), requeue=lambda: calls.append(1) or True, requeues=2, ident=f"7.{number}")[0] == status and len(calls) == returns
+    assert run(tmp_path, requeue=lambda: 1 / 0, requeues=2, ident="7.3")[0] == 1
+
+    monkeypatch.setattr(Job, "cancel", lambda self: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(slurm, "must_be_there", lambda: None)
+    monkeypatch.setattr(slurm, "state", lambda job_id: "RUNNING")
+    monkeypatch.setattr(slurm, "_run", lambda *words: calls.append(words))
+    assert "cannot be written (No space left on device)" in slurm.cancel(dataclasses.replace(job, job_id="7"), now=False)
+    assert calls[-1] == ("scancel", "7")
+
+
 def test_several_runs_are_asked_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         _, job = run(tmp_path / "runs" / name, (8, 0, ""))
-        dataclasses.replace(job, name=name, cluster="local").write()
+        dataclasses.replace(job, name=name, cluster="local", job_id="7").write()
     assert command.main(["status", "runs/a", "b", "--json"]) == 0
     assert [(told["name"], told["state"], told["samples_saved"]) for told in json.loads(capsys.readouterr().out)] == [("a", "done", 8), ("b", "done", 8)]
     with pytest.raises(UserError) as caught:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,29 @@ def test_an_evaluation_is_one_also_where_it_was_cut_off(tmp_path):
     assert found == {"useful": 20.0, "evaluation": 30 + 40 + 20 + 40 + 15.0, "start": 30.0, "lost": 3.0}
 
 
+def test_an_end_that_nothing_has_followed(tmp_path):
+    """What the next start would do again is lost already; without a word of the end, the owner of the lock says if it runs."""
+    log = Log(tmp_path)
+    log.attempt("begin")
+    log.begin(0, takes=10)
+    log.updates(5, 1.0)
+    log.event("checkpoint", saved=30)
+    log.updates(5, 1.0)
+    log.now += 4
+
+    def found() -> tuple[str, float, float]:
+        ledger = read_ledger(tmp_path)
+        assert sum(ledger.seconds.values()) == pytest.approx(ledger.total_s)
+        return ledger.lives[0].cause, round(ledger.seconds["useful"], 6), round(ledger.seconds["lost"], 6)
+
+    here = socket.gethostname()
+    for owner, cause in ((f"pid {os.getpid()} on {here}, started", "running"), (f"pid 1 on not-{here}, started", "running"), (f"pid {2**22 + 1} on {here}, job 7, started", "ended from outside")):
+        (tmp_path / ".lock").write_text(owner)
+        assert found() == (cause, *((10.0, 0.0) if cause == "running" else (3.0, 7.0)))
+    log.attempt("end", "Rank 0 was ended by SIGKILL")
+    assert found() == ("Rank 0 was ended by SIGKILL", 3.0, 7.0 + 4)
+
+
 def test_starts_that_log_nothing_and_an_end_that_nobody_could_tell(tmp_path):
     """A power cut, five hours in the queue, a start that dies before its first line, one that dies before an update."""
     log = Log(tmp_path)
@@ -171,6 +196,7 @@ def test_every_second_is_somewhere_and_every_sample_counts_once(tmp_path_factory
         log.attempt("end", "ended")
         saved.append(data.draw(st.sampled_from(range(0, log.step * 10 + 1, 10))))
     first = log.step * 10
+    log.attempt("begin")
     log.begin(saved[-1], 1.0)  # the last life is whole
     log.updates(3, per_update)
     ledger = read_ledger(log.folder)
