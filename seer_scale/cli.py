@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 from seer_scale.config import all_keys, recipe_names
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain, nearest
@@ -25,7 +26,8 @@ USAGE = """seer-scale: self-supervised pretraining of large convnets, from a lap
   seer-scale data pack SRC DST                                balanced tars with an index, from any images
   seer-scale data refresh RUN --manifest FILE                 other images for a run, from its next metric line on
   seer-scale data demo DIR                                    write the demo's corpus of textures
-  seer-scale bench step | data | engines | checkpoint | ...  speed and memory, each against a reference in the same run
+  seer-scale bench step | data | engines | checkpoint | lars | sinkhorn
+                                                              speed and memory, each against a reference in the same run
 
 Several processes on this machine: python tools/launch.py RECIPE --cluster local [--ranks N] [--key value ...]
 """
@@ -64,6 +66,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _asks_help(words: list[str]) -> bool:
     return "-h" in words or "--help" in words
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options in full, and a mistake as one sentence."""
+
+    def __init__(self, **how: Any):
+        super().__init__(allow_abbrev=False, **how)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help explains each.")
 
 
 def _no_more(words: list[str], usage: str) -> None:
@@ -133,7 +145,7 @@ def inspect(words: list[str]) -> int:
     from seer_scale.observe.sinks import plain
 
     description = "Of a checkpoint: what is in it, who wrote it, whether it is whole; no tensor is read for that. Of a run: where its time went."
-    parser = argparse.ArgumentParser(prog="seer-scale inspect", description=description)
+    parser = _Parser(prog="seer-scale inspect", description=description)
     parser.add_argument("path", type=Path, help="a checkpoint, such as runs/demo/checkpoints/samples-000000012800, or a run's folder")
     parser.add_argument("--verify", action="store_true", help="of a checkpoint: read all its files, and compare their checksums")
     parser.add_argument("--tensors", type=int, default=0, metavar="N", help="of a checkpoint: also list the N largest tensors")
@@ -146,7 +158,8 @@ def inspect(words: list[str]) -> int:
         print(json.dumps(plain(found.to_dict()), indent=1) if args.json else ledger.text(found))
         return EXIT_DONE
     if not args.path.exists():
-        raise UserError(f"There is no {args.path}: give a run's folder or one of its checkpoints.")
+        below = f"did you mean {Path('runs') / args.path}?" if (Path("runs") / args.path).is_dir() else "give a run's folder or one of its checkpoints."
+        raise UserError(f"There is no {args.path}: {below}")
     if (args.path / "launch").is_dir() or (args.path / "config.yaml").is_file():
         print("Nothing was logged yet.")
         return EXIT_DONE
@@ -160,7 +173,7 @@ def plan(words: list[str]) -> int:
         raise UserError("Say what to plan: seer-scale plan --failures.")
     from seer_scale.plan import failures
 
-    parser = argparse.ArgumentParser(prog="seer-scale plan --failures", description=failures.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog="seer-scale plan --failures", description=failures.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     failures.add_arguments(parser)
     print(failures.run(parser.parse_args([w for w in words if w != "--failures"])))
     return EXIT_DONE
@@ -247,7 +260,7 @@ def bench(words: list[str]) -> int:
 def _run_module(room: str, words: list[str]) -> int:
     """A command that is a module of a room, whose description is its help."""
     module = importlib.import_module(f"seer_scale.{room}.{words[0]}")
-    parser = argparse.ArgumentParser(prog=f"seer-scale {room} {words[0]}", description=module.__doc__)
+    parser = _Parser(prog=f"seer-scale {room} {words[0]}", description=module.__doc__)
     module.add_arguments(parser)
     print(module.run(parser.parse_args(words[1:])))
     return EXIT_DONE

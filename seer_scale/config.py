@@ -384,6 +384,9 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if name_or_path in recipe_names():
         path = RECIPES / f"{name_or_path}.yaml"
+    elif not path.is_file() and (path.suffix in (".yaml", ".yml") or "/" in name_or_path):
+        beside = sorted(str(p) for p in path.parent.glob("*.y*ml"))
+        raise UserError(f"There is no file {name_or_path}; {nearest(name_or_path, beside) if beside else 'nor any recipe beside it.'}")
     elif not path.is_file():
         raise UserError(f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; {nearest(name_or_path, recipe_names())}")
     return read_yaml(path, "sections of keys, such as 'train:'")

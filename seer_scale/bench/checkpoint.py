@@ -23,9 +23,9 @@ from seer_scale.world import World
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the state")
-    parser.add_argument("--tensors", type=int, default=400, help="number of tensors it has, half of them large")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the state (default: %(default)s)")
+    parser.add_argument("--tensors", type=int, default=400, help="number of tensors it has, half of them large (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often both are measured, in turn; medians are told (default: %(default)s)")
     parser.add_argument("--folder", default="", help="where to write, such as a file system of the cluster (default: the temporary folder)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 

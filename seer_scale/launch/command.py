@@ -48,8 +48,8 @@ HELP = """Start a recipe on several processes, here or on SLURM; look after what
   python tools/launch.py cancel NAME... [--now]       save and stop; --now: as scancel does, which leaves seconds to save
   python tools/launch.py resubmit NAME [--nodes ...] [--time ...]   the same again: it goes on from its newest checkpoint
 
-NAME is a run's folder, or its name below runs/; runs/sweep-* are those of an array. Ctrl-C saves and stops a local run; the same command goes on. Exit status:
-0 done (or submitted), 1 failed, 2 bad input, 75 stopped and saved.
+NAME is a run's folder, or its name below runs/; 'sweep-*' means those of an array.
+Ctrl-C saves and stops a local run; the same command goes on. Exit status: 0 done (or submitted), 1 failed, 2 bad input, 75 stopped and saved.
 """
 OPTIONS = ("--cluster", "--profile", "--nodes", "--ranks", "--time", "--name", "--array", "--restarts")
 FLAGS = ("--dry-run", "--follow", "--now", "--json")

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from seer_scale.cli import main
+from seer_scale.launch.prepare import Request, prepare
 from tests.e2e import runs
 from tests.e2e.runs import checkpoints, command, recipe
 
@@ -39,6 +40,12 @@ def test_report(straight, capsys):
     assert main(["report", str(straight)]) == 0
     assert capsys.readouterr().out.strip() == str(straight / "report.html")
     assert "kNN top-1" in (straight / "report.html").read_text()
+
+
+def test_what_a_new_start_would_change_is_told_when_it_is_asked_for(straight, tmp_path, photos):
+    given = recipe(tmp_path, photos)
+    for more, told in (((), []), (("--optim.lr", "0.03"), [f"{straight} goes on from samples-000000000160, with optim.lr 0.02 -> 0.03."])):
+        assert prepare(Request(recipe=given, overrides=["--run.dir", str(straight), "--knn.enabled", "true", *more]), [])[2] == told
 
 
 def test_torchrun(tmp_path, photos):

@@ -217,6 +217,11 @@ def test_json_and_other_values():
     assert json.loads(told("--gpus", "1024", "--runs", "0", "--json"))["mtbf_s"] == pytest.approx(LLAMA.mtbf_s / 2)
 
 
+def test_an_interval_in_samples():
+    assert "--checkpoint.every_samples 12000000\n" in told("--runs", "0", "--interval", "1000", "--images-per-second", "12000")
+    assert json.loads(told("--runs", "0", "--interval", "1000", "--images-per-second", "12000", "--json"))["every_samples"] == 12_000_000
+
+
 @pytest.mark.parametrize(
     "words, verdict",
     [
