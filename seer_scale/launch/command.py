@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from seer_scale.config import recipe_names
 from seer_scale.errors import EXIT_DONE, UserError, nearest
@@ -57,6 +58,7 @@ ASK = {"list": (), "status": ("--json",), "logs": ("--follow",), "cancel": ("--n
 """What is asked of runs there are, with the options each takes."""
 ASK_OF_SEVERAL = ("status", "cancel")
 FOLLOW_S = 0.5
+T = TypeVar("T")
 
 
 def main(words: list[str]) -> int:
@@ -141,22 +143,23 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
     profile, problems = Profile(gpus_per_node=0), []
     if cluster == "slurm" and "--profile" not in own:
         problems.append("--profile is missing: say which cluster, as in --profile slurm/NAME.yaml (slurm/example.yaml explains every key).")
-    try:
-        profile = load_profile(own["--profile"]) if "--profile" in own else profile
-    except UserError as problem:
-        problems.append(str(problem))
+
+    def given(option: str, read: Callable[[str], T], otherwise: T) -> T:
+        try:
+            return read(own[option]) if option in own else otherwise
+        except UserError as problem:
+            problems.append(str(problem))
+            return otherwise
+
+    profile = given("--profile", load_profile, profile)
+    nodes = given("--nodes", _nodes, None)
+    ranks = given("--ranks", partial(_number, "--ranks", least=1), 0)
     knows_nodes = not problems
-    if "--time" in own:
-        minutes(own["--time"])
-        profile = dataclasses.replace(profile, time=own["--time"])
-        if profile.minutes * 60 <= profile.grace_s:
-            raise UserError(f"--time is {own['--time']}, but the profile's grace_s is {profile.grace_s} s, in which the run saves before the limit: give more time, or lower grace_s.")
-    if "--restarts" in own:
-        profile = dataclasses.replace(profile, restarts=_number("--restarts", own["--restarts"], 0))
-    nodes = _nodes(own["--nodes"]) if "--nodes" in own else None
+    profile = given("--time", lambda time: _within(profile, time), profile)
+    profile = dataclasses.replace(profile, restarts=given("--restarts", partial(_number, "--restarts", least=0), profile.restarts))
     ask = Request(
-        recipe=recipe, overrides=overrides, name=own.get("--name", ""), cluster=cluster if knows_nodes else "local", nodes=nodes if knows_nodes else None,
-        ranks=_number("--ranks", own["--ranks"], 1) if "--ranks" in own else 0, profile=profile,
+        recipe=recipe, overrides=overrides, name=own.get("--name", ""), cluster=cluster if knows_nodes else "local",
+        nodes=nodes if knows_nodes else None, ranks=ranks, profile=profile,
     )  # fmt: skip
     asked = _array(ask, own.get("--array", []))
     if ask.name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+@ -]*", ask.name):
@@ -194,17 +197,26 @@ def _start(recipe: str, cluster: str, own: dict, overrides: list[str]) -> int:
         return EXIT_DONE
     slurm.must_be_there()
     before = {job.run_dir for job, _, _ in made if Path(job.run_dir).exists()}
+    claimed: list[Job] = []
     with ExitStack() as claims:
         try:
             for job, _, _ in made:
                 claims.enter_context(_claimed(job))
+                claimed.append(job)
             for alike in _alike(made):
                 _tell_submitted(slurm.submit([stow(job, given) for job, given, _ in alike]))
         finally:
-            for job, _, _ in made:
+            for job in claimed:
                 if job.run_dir not in before and not Job.read(job.run_dir):
                     shutil.rmtree(job.run_dir, ignore_errors=True)
     return EXIT_DONE
+
+
+def _within(profile: Profile, time: str) -> Profile:
+    """The profile with another time limit. Raises UserError."""
+    if minutes(time) * 60 <= profile.grace_s:
+        raise UserError(f"--time is {time}, but the profile's grace_s is {profile.grace_s} s, in which the run saves before the limit: give more time, or lower grace_s.")
+    return dataclasses.replace(profile, time=time)
 
 
 def _tell_submitted(jobs: list[Job]) -> None:
@@ -235,6 +247,8 @@ def _claimed(job: Job) -> Iterator[None]:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"The run {job.name} is being started by another command: wait for that one, or give another --name.") from None
+        except OSError as error:
+            raise UserError(f"{job.run_dir} cannot be locked ({error.strerror}): choose a run.dir on a file system with locks.") from error
         _must_be_free(job)
         yield
     finally:

@@ -182,11 +182,11 @@ def test_names_that_would_mean_something_else(name, recipe):
 def test_everything_that_is_wrong_is_told_at_once(recipe, tmp_path, monkeypatch):
     (tmp_path / "p.yaml").write_text("gpus_per_nod: 2\nsbatch: {parsable: true, N: 3, exclusive: false, export: NONE}\nenvironment: {A-B: 1, EMPTY: }\nbefore: [{echo key: value}]")
     with pytest.raises(UserError) as caught:
-        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--name", "..", "--array", "optim.lr=-1,-2", "--array", "views.crops=[{num: 2, size: 32},{num: 1, size: 24}],[{num: 2, size: 33}]"])
+        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--name", "..", "--nodes", "3-2", "--restarts", "x", "--array", "optim.lr=-1,-2", "--array", "views.crops=[{num: 2, size: 32},{num: 1, size: 24}],[{num: 2, size: 33}]"])
     for part in (
         "gpus_per_nod is not a key; did you mean gpus_per_node?", "sbatch.parsable is for the launcher to decide", "sbatch.N is short for an option", "sbatch.exclusive is false",
         "sbatch.export is for the launcher", "environment.A-B is no name", "environment.EMPTY is empty", "before holds {'echo key': 'value'}", "--name is '..'",
-        "optim.lr is -1", "optim.lr is -2",
+        "optim.lr is -1", "optim.lr is -2", "--nodes is '3-2'", "--restarts is 'x'",
     ):  # fmt: skip
         assert part in str(caught.value), (part, str(caught.value))
 
@@ -207,6 +207,23 @@ class Unanswered:
         for name in ("sbatch", "srun", "scontrol", "squeue", "scancel"):
             (folder / name).write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n")
             (folder / name).chmod(0o755)
+
+
+def test_a_refused_start_removes_nothing_of_another(recipe, tmp_path, monkeypatch):
+    """The other has claimed its folder, and not submitted yet."""
+    (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
+    monkeypatch.setattr(slurm, "must_be_there", lambda: None)
+    words = [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "one"]
+    place = Path("runs/one/launch")
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: self.name != "one" and exists(self))  # as seen before the other came
+    with command._claimed(prepare(ask(recipe, name="one", nodes=(1, 1)), [])[0]):
+        with pytest.raises(UserError, match="is being started by another command"):
+            command.main(words)
+    assert place.is_dir()
+    with pytest.raises(UserError, match="SLURM does not take the job"):  # as there is none; its own it does remove
+        command.main(words)
+    assert not place.is_dir()
 
 
 def test_no_answer_of_slurm_is_no_end(recipe, tmp_path, monkeypatch, capsys):
