@@ -507,7 +507,7 @@ def _logs(job: Job, own: dict) -> int:
     while "--follow" in own and _may_go_on(job):
         time.sleep(FOLLOW_S)
         show()
-    if not read:
+    if not any(read.values()):
         print(f"{job.name} has said nothing yet: {_state(job)}.")
     return EXIT_DONE
 

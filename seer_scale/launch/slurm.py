@@ -155,7 +155,7 @@ class SrunRanks:
 
     def __init__(self, job: Job, attempt: str, nodes: int, each: int):
         profile = Profile(**job.profile)
-        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1"]
+        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1", "--export=ALL"]
         words += [f"--cpus-per-task={profile.cpus_per_rank}"] if profile.cpus_per_rank else ["--cpu-bind=none"]
         # until Python can note them, signals are passed over
         words += ["sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh", sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
