@@ -76,7 +76,7 @@ CASES_OF = {
 }
 WITH = {
     2: [(e, c) for e, cases in CASES_OF.items() for c in cases],
-    4: [(e, "lars") for e in ENGINES if " " not in e] + [(e, c) for e in ("hsdp", "zero3") for c in ("adamw", "runs recomputed")],
+    4: [(e, "lars") for e in ENGINES if " " not in e] + [("hsdp", "adamw"), ("hsdp", "runs recomputed")],
 }
 SKIPPED = [(e, 0) for e in ENGINES if e not in ("hsdp", "zero3 in parts")] + [(e, 2) for e in ("ddp", "fsdp", "zero3")]
 

@@ -134,6 +134,7 @@ def _is_rank(process: Path, place: Path) -> bool:
     return "seer_scale.launch.rank" in words and str(place) in words and words[0] == sys.executable
 
 
+@pytest.mark.long
 def test_a_rank_hangs_and_who_looks_after_the_ranks_is_killed(lab, straight):
     """SIGSTOP of a rank, for which the other waits; kill -9 of srun, whose ranks go on without it; then of the process that
     started it, without which the batch job ends."""
@@ -163,6 +164,7 @@ def test_a_rank_hangs_and_who_looks_after_the_ranks_is_killed(lab, straight):
     assert_same_path(place, straight)
 
 
+@pytest.mark.long
 def test_a_time_limit_and_beside_it_plain_srun(lab, straight, tmp_path):
     """Two minutes, of which the last is for saving: saved, back to the queue, on. And `srun seer-scale train` without us."""
     lab.profile(time=2, grace_s=60)
