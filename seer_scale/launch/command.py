@@ -236,7 +236,6 @@ def _alike(made: list[tuple]) -> list[list[tuple]]:
 @contextmanager
 def _claimed(job: Job) -> Iterator[None]:
     """Nobody else starts this run meanwhile. Raises UserError where it is in use."""
-    _must_be_free(job)
     try:
         job.place.mkdir(parents=True, exist_ok=True)
         claim = os.open(job.place / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
@@ -246,6 +245,7 @@ def _claimed(job: Job) -> Iterator[None]:
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            _must_be_free(job)
             raise UserError(f"The run {job.name} is being started by another command: wait for that one, or give another --name.") from None
         except OSError as error:
             raise UserError(f"{job.run_dir} cannot be locked ({error.strerror}): choose a run.dir on a file system with locks.") from error
@@ -361,7 +361,7 @@ def _matching(name: str) -> list[Job]:
     places = sorted({p for pattern in (name, f"runs/{name}") for p in (Path("/").glob(pattern[1:]) if pattern[0] == "/" else Path().glob(pattern))})
     found = [job for place in places if (job := Job.read(place))]
     if not found:
-        raise UserError(f"No launched run is called {name}, here or below runs/: python tools/launch.py list shows those there are.")
+        raise UserError(f"No launched run is called {name}, here or below runs/: {_ourselves()} list shows those there are.")
     return found
 
 
