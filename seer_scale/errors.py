@@ -14,6 +14,8 @@ import socket
 import sys
 from collections.abc import Iterable
 
+from seer_scale.files import shown
+
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_HUNG = 0, 1, 2, 75, 76
 """Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and ended by
 its own watchdog."""
@@ -30,6 +32,9 @@ class UserError(Exception):
     """Raised on this rank alone, which therefore has to tell it."""
     may_pass = False
     """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded number of times."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(shown(message, keep="\n"))  # names in it are any bytes
 
 
 class ConfigError(UserError):

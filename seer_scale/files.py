@@ -1,4 +1,4 @@
-"""Small files, of which a reader sees what was there before or all of the new one, and never a part."""
+"""Names as they may be shown; and small files, of which a reader sees what was there before or all of the new one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,26 @@ from typing import BinaryIO
 
 UNFINISHED = ".unfinished"
 """What the name of a file that is being written ends with; it begins with a dot."""
+
+
+def shown(name: str | bytes | os.PathLike, keep: str = "") -> str:
+    """A name, or a text with names in it, as it may be printed, logged or stored: one line of valid, printable text.
+
+    A name is any bytes. What is not printable (bytes that are not UTF-8, line ends, terminal escapes, marks that turn the
+    direction of writing) is shown as Python escapes it; `keep`: characters that stay as they are. Shown twice is shown
+    once.
+    """
+    text = os.fsdecode(name)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
 
 
 @contextmanager

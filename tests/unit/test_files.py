@@ -1,0 +1,40 @@
+"""Names are bytes until they are shown, and what is shown is one line of printable text."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seer_scale.errors import DataError
+from seer_scale.files import shown
+
+names = st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass"))
+
+
+@given(names)
+def test_what_is_shown_is_one_printable_line_of_valid_text(name):
+    text = shown(name)
+    text.encode()
+    assert text.isprintable() and shown(text) == text == shown(os.fsdecode(name))
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("Größe 日本 🐈.jpg", "Größe 日本 🐈.jpg"),
+        (b"caf\xe9.jpg", r"caf\xe9.jpg"),
+        ("a\nb\r.jpg", r"a\nb\r.jpg"),
+        ("\x1b[31mred.jpg", r"\x1b[31mred.jpg"),
+        ("gpj.\u202eexe", r"gpj.\u202eexe"),
+        ("\u2028\x85\ufeff", r"\u2028\x85\ufeff"),
+    ],
+)
+def test_how_names_are_shown(name, text):
+    assert shown(name) == text
+
+
+def test_errors_show_names_and_keep_their_lines():
+    assert str(DataError("\udce9\x1b[0m\n  - two")) == "\\xe9\\x1b[0m\n  - two"
