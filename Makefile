@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1
 
-.PHONY: install demo test test-slurm lint clean
+.PHONY: install demo test test-slurm test-gpu lint clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -27,6 +27,10 @@ test: install
 SLURM ?= required
 test-slurm: install
 	SEER_SCALE_SLURM=$(SLURM) $(RUN) $(BIN)/python -m pytest -q -rs --durations=10 tests/slurm $(PYTEST_ARGS)
+
+# Where there is a GPU: what the CPU cannot show.
+test-gpu: install
+	$(RUN) $(BIN)/python -m pytest -q -rs --durations=10 tests/gpu tests/distributed/test_norm.py tests/unit/test_batched.py $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check seer_scale tests tools

@@ -1,0 +1,232 @@
+"""What only a GPU shows: the update on CUDA against the CPU's, without a host synchronisation, in each precision, by each
+engine (one NCCL rank, and two gloo ranks that share the GPU), and a checkpoint that leaves it and comes back.
+
+`make test-gpu` runs these; without a GPU they are skipped.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from seer_scale.checkpoint import store
+from seer_scale.checkpoint.saver import Saver
+from seer_scale.config import resolve
+from seer_scale.methods.swav import SwAV
+from seer_scale.parallel import ENGINES, load
+from seer_scale.parallel.engine import Engine
+from seer_scale.world import World
+from tests.tiny import RECIPE, micro_batches, tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+CALM = {"swav.epsilon": 0.5, "swav.temperature": 0.2, "swav.batch_norm": False, "optim.name": "sgd"}
+"""Codes that do not magnify the rounding of a tiny network's features as SEER's epsilon would."""
+UPDATES = 6
+
+
+def gpu() -> World:
+    return World(device=torch.device("cuda", 0))
+
+
+def on_device(config, step: int, world: World) -> list:
+    views = [[v.to(world.device) for v in make()] for make in micro_batches(config, step, world)]
+    return [lambda v=v: v for v in views]
+
+
+def losses(engine: Engine, config, world: World, updates: int = UPDATES, lr: float = 0.02) -> list[float]:
+    out = []
+    for step in range(updates):
+        seen = step * config.train.global_batch
+        loss, _ = engine.gradients(on_device(config, step, world), samples_seen=seen)
+        engine.update(lr, engine.method.frozen(seen))
+        out.append(loss.detach())
+    return [(world.sum_(loss.clone()) / world.size).item() for loss in out]
+
+
+@contextmanager
+def no_host_synchronisation():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------------------ one process
+
+
+@pytest.mark.parametrize("precision,within", [("fp32", 1e-4), ("fp16", 1e-2), ("bf16", 3e-2)])
+def test_the_update_is_the_cpus(precision, within):
+    config, reference = tiny(World(), **CALM)
+    expected = losses(reference, config, World())
+    config, engine = tiny(gpu(), **CALM, **{"train.precision": precision})
+    engine.scaler.scale.fill_(256.0 if precision == "fp16" else 1.0)
+    np.testing.assert_allclose(losses(engine, config, gpu()), expected, rtol=within)
+
+
+VARIANTS = {
+    "fp32": {},
+    "fp16": {"train.precision": "fp16"},
+    "bf16": {"train.precision": "bf16"},
+    "queue": {"swav.queue": 16},
+    "recomputed": {"parallel.activation_checkpoint": "every 1", "train.precision": "fp16"},
+    "micro-batches": {"train.micro_batch": 4},
+    "adamw": {"optim.name": "adamw", "optim.lr": 0.001},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_update_never_waits_for_the_host(variant):
+    config, engine = tiny(gpu(), **VARIANTS[variant])
+    losses(engine, config, gpu(), 3)
+    batches = on_device(config, 3, gpu())
+    with no_host_synchronisation():
+        engine.gradients(batches, samples_seen=24, watch=True)
+        engine.update(0.02, engine.method.frozen(24))
+
+
+def test_scores_and_sinkhorn_stay_fp32_in_half_precision_runs():
+    """No TF32 in what is promised in fp32, whatever the rest computes in."""
+    tiny(gpu(), **{"train.precision": "bf16"})
+    a, b = (torch.randn(512, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(i)) for i in (0, 1))
+    exact = a.double() @ b.double()
+    assert ((a @ b).double() - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
+def test_an_overflow_skips_the_update_and_halves_the_scale():
+    config, engine = tiny(gpu(), **CALM, **{"train.precision": "fp16", "swav.queue": 16})
+    engine.scaler.scale.fill_(256.0)
+    losses(engine, config, gpu(), 2)
+    before = {n: s.local.clone() for n, s in engine.shards.items()} | {"statistics": engine.buffers.statistics.clone()}
+    batches = on_device(config, 2, gpu())
+    batches[0]()[0][0] = torch.inf
+    with no_host_synchronisation():
+        engine.gradients(batches, samples_seen=16)
+        stats = engine.update(0.02)
+    assert stats["skipped"].item() == 1 and engine.scaler.scale.item() == 128.0
+    after = {n: s.local for n, s in engine.shards.items()} | {"statistics": engine.buffers.statistics}
+    assert [n for n in before if not torch.equal(before[n], after[n])] == []
+    assert np.isfinite(losses(engine, config, gpu(), 2)).all()
+
+
+def test_memory_layouts_agree():
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        config, engine = tiny(gpu(), **CALM)
+        views = [[v.to("cuda").contiguous(memory_format=layout) for v in make()] for make in micro_batches(config, 0, gpu())]
+        loss, _ = engine.gradients([lambda v=v: v for v in views], samples_seen=0)
+        results.append((loss.item(), engine.update(0.02)["grad_norm"].item()))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
+
+
+def test_a_checkpoint_written_beside_training_is_the_state_it_was_begun_with(tmp_path):
+    config, engine = tiny(gpu(), **{"swav.queue": 16, "train.precision": "fp16"})
+    losses(engine, config, gpu(), 2)
+    expected = {k: getattr(v, "local", v).clone() for k, v in engine.state().items()}
+    saver = Saver(tmp_path, engine.state(), gpu(), keep_last=2, keep_every_samples=0)
+    saver.begin(engine.state(), {"samples_seen": 16})
+    losses(engine, config, gpu(), 2)  # moves on while it is written
+    saved = saver.wait()
+    assert saved and saved.path, saved
+    _, other = tiny(gpu(), **{"swav.queue": 16, "train.precision": "fp16", "run.seed": 7})
+    store.load(saved.path, other.state(), gpu())
+    other.refresh()
+    found = {k: getattr(v, "local", v) for k, v in other.state().items()}
+    assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
+
+
+WIDE = {
+    "model": {"name": "regnety", "depth": 5, "w0": 128, "wa": 192.0, "wm": 2.0, "group_width": 64},
+    "swav": {"hidden": [1024, 1024], "dim": 64, "prototypes": [512], "iterations": 3, "batch_norm": False},
+}
+
+
+@pytest.mark.parametrize("optimizer,slots", [("lars", 1), ("adamw", 2)])
+def test_bytes_held_follow_the_formula_of_the_docs(optimizer, slots):
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    config = resolve({**RECIPE, **WIDE}, {"optim": {"name": optimizer, "lr": 1e-3}}, world_size=1)
+    with torch.device("meta"):
+        method = SwAV(config, gpu())
+    engine = load("engine").Engine(method, config, gpu())
+    batches = on_device(config, 0, gpu())
+    images = sum(v.numel() * 4 for make in batches for v in make())
+    engine.gradients(batches, samples_seen=0)
+    gc.collect()
+    held = torch.cuda.memory_allocated() - before - images
+    total = sum(s.numel() for s in engine.shapes.values())
+    assert abs(held - (8 + 4 * slots) * total) < 0.1 * (8 + 4 * slots) * total
+
+
+@pytest.mark.long
+def test_compiled_units_keep_parity():
+    over = CALM | {"train.precision": "bf16"}
+    config, engine = tiny(gpu(), **over)
+    expected = losses(engine, config, gpu(), 3)
+    config, engine = tiny(gpu(), **over, **{"train.compile": True})
+    np.testing.assert_allclose(losses(engine, config, gpu(), 3), expected, rtol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ engines
+
+
+def _rank(rank: int, size: int, backend: str, folder: str) -> None:
+    """Losses of every engine in each precision, written by rank 0. Two ranks share the one GPU, which NCCL refuses."""
+    import os
+    import traceback
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    torch.cuda.set_device(0)
+    store_ = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group(backend, store=store_, rank=rank, world_size=size)
+    control = dist.new_group(backend="gloo")
+    world = World(rank, size, 0, size, torch.device("cuda", 0), control)
+    out: dict = {}
+    for name in [n for n in ENGINES if n != "single"]:
+        for precision in ("fp32", "fp16"):
+            try:
+                module, cls = ENGINES[name]
+                over = {"parallel": {"engine": name}, "train": {"precision": precision}}
+                for key, value in CALM.items():
+                    section, field = key.split(".")
+                    over.setdefault(section, {})[field] = value
+                config = resolve(RECIPE, over, world_size=size)
+                with torch.device("meta"):
+                    method = SwAV(config, world)
+                engine = getattr(load(module), cls)(method, config, world)
+                engine.scaler.scale.fill_(256.0 if precision == "fp16" else 1.0)
+                out[name, precision] = losses(engine, config, world)
+                engine.close()
+                del engine
+            except Exception:
+                out[name, precision] = traceback.format_exc()
+    if rank == 0:
+        torch.save(out, f"{folder}/out.pt")
+    dist.barrier(group=control)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[(1, "cpu:gloo,cuda:nccl"), (2, "gloo")], ids=["1 NCCL rank", "2 gloo ranks"])
+def ranks(request):
+    size, backend = request.param
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (size, backend, folder), nprocs=size)
+        return torch.load(f"{folder}/out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("precision,within", [("fp32", 1e-4), ("fp16", 1e-2)])
+@pytest.mark.parametrize("engine", [n for n in ENGINES if n != "single"])
+def test_every_engine_makes_the_update_of_the_unsharded_run(ranks, engine, precision, within):
+    found = ranks[engine, precision]
+    assert not isinstance(found, str), found
+    config, single = tiny(gpu(), **CALM)
+    np.testing.assert_allclose(found, losses(single, config, gpu()), rtol=within)
