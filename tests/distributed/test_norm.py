@@ -90,7 +90,7 @@ def equals_the_groups_whole_batch(rank, group, members, device, layout):
     for p, p_whole in zip(ours.parameters(), whole.parameters()):
         gradient = p.grad.cpu()
         dist.all_reduce(gradient, group=group)  # a layer's gradients are its rank's sums
-        assert_close(gradient, p_whole.grad)
+        assert_close(gradient, p_whole.grad, within=1e-5 if device == "cpu" else 5e-5)  # sums over blocks of threads
     for b, b_whole in zip(ours.buffers(), whole.buffers()):
         assert_close(b.cpu(), b_whole)
 

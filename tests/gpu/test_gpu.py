@@ -64,13 +64,22 @@ def no_host_synchronisation():
 # ------------------------------------------------------------------------------------------------ one process
 
 
-@pytest.mark.parametrize("precision,within", [("fp32", 1e-4), ("fp16", 1e-2), ("bf16", 3e-2)])
-def test_the_update_is_the_cpus(precision, within):
+def assert_follows(found: list[float], expected: list[float], precision: str) -> None:
+    """fp32: every loss to 1e-4. Half precision moves single losses of a batch of 8 by up to 2 %, on CPUs too: their mean."""
+    if precision == "fp32":
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    else:
+        np.testing.assert_allclose(found, expected, rtol=0.03)
+        np.testing.assert_allclose(np.mean(found), np.mean(expected), rtol=5e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_update_is_the_cpus(precision):
     config, reference = tiny(World(), **CALM)
     expected = losses(reference, config, World())
     config, engine = tiny(gpu(), **CALM, **{"train.precision": precision})
     engine.scaler.scale.fill_(256.0 if precision == "fp16" else 1.0)
-    np.testing.assert_allclose(losses(engine, config, gpu()), expected, rtol=within)
+    assert_follows(losses(engine, config, gpu()), expected, precision)
 
 
 VARIANTS = {
@@ -146,7 +155,7 @@ def test_a_checkpoint_written_beside_training_is_the_state_it_was_begun_with(tmp
 
 WIDE = {
     "model": {"name": "regnety", "depth": 5, "w0": 128, "wa": 192.0, "wm": 2.0, "group_width": 64},
-    "swav": {"hidden": [1024, 1024], "dim": 64, "prototypes": [512], "iterations": 3, "batch_norm": False},
+    "swav": {"hidden": [1024, 1024], "dim": 64, "prototypes": [32], "iterations": 3, "batch_norm": False},
 }
 
 
@@ -223,10 +232,10 @@ def ranks(request):
         return torch.load(f"{folder}/out.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("precision,within", [("fp32", 1e-4), ("fp16", 1e-2)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("engine", [n for n in ENGINES if n != "single"])
-def test_every_engine_makes_the_update_of_the_unsharded_run(ranks, engine, precision, within):
+def test_every_engine_makes_the_update_of_the_unsharded_run(ranks, engine, precision):
     found = ranks[engine, precision]
     assert not isinstance(found, str), found
     config, single = tiny(gpu(), **CALM)
-    np.testing.assert_allclose(found, losses(single, config, gpu()), rtol=within)
+    assert_follows(found, losses(single, config, gpu()), precision)
