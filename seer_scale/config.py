@@ -43,6 +43,7 @@ class Run:
 class Data:
     path: str = opt("", "images: a folder tree, a list file (one path or URL a line, optional tab and label), tars, a manifest, hf:NAME")
     kind: Literal["auto", "folder", "list", "tar", "manifest", "hub", "stream"] = opt("auto", "how to read data.path; auto looks at it (stream is never chosen by itself)")
+    exclude: tuple[str, ...] = opt((), "folder: patterns of files and folders to leave out, as in ['*_mask.png', 'raw/*']")
     split: str = opt("train", "hub, stream: which split of the dataset")
     image_key: str = opt("", "hub, stream: the column of images; none = the only one there is")
     length: int = opt(0, "stream: images an epoch; 0 = as many as the dataset says it has", ge=0)
@@ -395,7 +396,8 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
 def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """`--a.b value` and `--a.b=value` as a nested mapping, with the problems found; values are read as YAML."""
     nested: dict[str, Any] = {}
-    problems, words, text_keys = [], list(words), {k for k, tp, *_ in all_keys() if tp == "str"}
+    problems, words = [], list(words)
+    text_keys, texts_keys = ({k for k, tp, *_ in all_keys() if tp == kind} for kind in ("str", "[str, ...]"))
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -409,7 +411,8 @@ def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
                 continue
             value = words.pop(0)
         try:
-            parsed = value if key in text_keys else yaml.safe_load(value)
+            is_text = key in text_keys or key in texts_keys and not value.startswith("[")
+            parsed = value if is_text else yaml.safe_load(value)
         except yaml.YAMLError:
             problems.append(f"--{key} is {value!r}, but must be a YAML value, such as 3, 0.1, true or [1, 2].")
             continue

@@ -33,8 +33,11 @@ class UserError(Exception):
     may_pass = False
     """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded number of times."""
 
+    keep = "\n"
+    """Characters that a message may hold although they are not printable; names in it are any bytes."""
+
     def __init__(self, message: str = ""):
-        super().__init__(shown(message, keep="\n"))  # names in it are any bytes
+        super().__init__(shown(message, self.keep))
 
 
 class ConfigError(UserError):
@@ -47,7 +50,9 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """The images cannot be read as given."""
+    """The images cannot be read as given. One line, whatever their names."""
+
+    keep = ""
 
 
 class SourceEnded(DataError):

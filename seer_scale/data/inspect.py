@@ -31,9 +31,10 @@ from seer_scale.data.decode import decode
 from seer_scale.data.jobs import Centres
 from seer_scale.data.pool import stream
 from seer_scale.data.sources import Source, kind_of, open_source
+from seer_scale.data.sources.left_out import described
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
-from seer_scale.files import written_whole
+from seer_scale.files import shown, written_whole
 
 SAMPLE = 2000
 KEPT = 1 << 22
@@ -103,9 +104,10 @@ def run(args: argparse.Namespace) -> str:
         tally, rate = look(source, len(source) if args.all else sample, args.workers, listing)
     if args.sheet:
         write_sheet(Path(args.sheet), source, tally.readable(COLUMNS * ROWS) * len(source) // tally.num, args.workers)
-    facts = {"path": args.path, "kind": kind, "images": images or len(source), "labels": _labels(source)}
+    facts = {"path": shown(args.path), "kind": kind, "images": images or len(source), "labels": _labels(source)}
+    facts |= {"left_out": {what: num for what, num in source.left_out.items() if num}}
     facts |= tally.facts(facts["images"]) | {"images_per_s": round(rate, 1), "workers": args.workers}
-    return json.dumps(facts, indent=1) if args.json else _printable(_table(facts, args))
+    return json.dumps(facts, indent=1) if args.json else shown(_table(facts, args), keep="\n")
 
 
 # ------------------------------------------------------------------------------------------------ one image
@@ -156,7 +158,7 @@ def header(data: bytes) -> Header | None:
 
 def complaint(name: str, error: DataError) -> str:
     """The line "name: reason" of an image that cannot be read."""
-    return f"{name}: {str(error).removeprefix(f'{name} ')}".replace("\n", " ")
+    return f"{name}: {str(error).removeprefix(f'{name} ')}"
 
 
 # ------------------------------------------------------------------------------------------------ many images
@@ -392,6 +394,7 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
     spread = "All of them:" if sample == facts["images"] else f"Of {sample:,} of them, {'the first' if facts['kind'] == 'stream' else 'spread evenly'}:"
     other = {mode: n for mode, n in facts["modes"].items() if mode != "RGB" and mode not in GREY}
     more = facts["unreadable"]["count"] - len(facts["unreadable"]["first"])
+    left_out = described(facts["left_out"])
     lines = [
         ("unreadable", share(facts["unreadable"]["count"])),
         *(("", line) for line in facts["unreadable"]["first"]),
@@ -407,7 +410,7 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
     ]
     written = [f"The contact sheet is {args.sheet}."] if args.sheet else []
     written += [f"All that cannot be read are listed in {args.unreadable}."] if args.unreadable else []
-    return "\n".join(["; ".join(about) + ".", spread, *(f"  {name:16}{text}" for name, text in lines), *written])
+    return "\n".join(["; ".join(about) + ".", *([f"Left out: {left_out}."] if left_out else []), spread, *(f"  {name:16}{text}" for name, text in lines), *written])
 
 
 def amount(num: float) -> str:
@@ -424,11 +427,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _printable(text: str) -> str:
-    """File names need not be UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _cores() -> int:

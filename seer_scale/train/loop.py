@@ -30,6 +30,7 @@ from seer_scale.data.batched import distort, to_float
 from seer_scale.data.loader import Batch, loader
 from seer_scale.data.pool import complain
 from seer_scale.data.sources import Source, open_source
+from seer_scale.data.sources.left_out import warning
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
@@ -162,6 +163,8 @@ class Trainer:
             chosen = dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, engine=self.engine.name))
             for sentence in without_effect(chosen):
                 self._tell("note", sentence)
+        if left_out := warning(self.source.left_out):
+            self._tell("note", left_out)
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
         read: dict[str, float] = {}
         if self.resumed_from:

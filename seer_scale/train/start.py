@@ -70,6 +70,8 @@ def _data(data: Data) -> None:
     kind = kind_of(data.path) if data.kind == "auto" and data.path else data.kind
     if kind in ("hub", "stream") and not find_spec("datasets"):
         raise UserError("data.path needs the Python package datasets, which is not installed: pip install 'seer-scale[hub]'.")
+    if data.exclude and kind != "folder":
+        raise UserError(f"data.exclude has no effect on data.path {data.path}, which is read as {kind}: it serves folders; remove it.")
     if kind not in ("auto", "hub", "stream"):
         for key, given in (("split", data.split != Data.split), ("image_key", bool(data.image_key))):
             if given:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from seer_scale.data.sources import open_source, subset, tars
 from seer_scale.errors import DataError
+from seer_scale.files import shown
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -436,7 +437,7 @@ def test_members_whose_names_are_not_utf8(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xfd")
     folder.mkdir()
     path = write_tar(folder / "x.tar", {name: b"odd"})
-    assert contents(open_source(str(path))) == [(f"{path}::{name}", b"odd", None)]
+    assert contents(open_source(str(path))) == [(f"{shown(path)}::{shown(name)}", b"odd", None)]
 
 
 def test_sparse_members_are_left_out(tmp_path):

@@ -8,12 +8,13 @@ million images are not ten million Python objects and forked loader workers shar
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from seer_scale.config import Data
 from seer_scale.data.sources import hub, remote
 from seer_scale.data.sources.base import Source, is_image, must_exist, subset
 from seer_scale.data.sources.files import folder
+from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.data.sources.lists import ListFile
 from seer_scale.data.sources.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from seer_scale.data.sources.manifest import open_manifest
@@ -22,18 +23,19 @@ from seer_scale.errors import DataError, nearest
 
 __all__ = ["KINDS", "Source", "kind_of", "open_data", "open_source", "subset"]
 
-OPENERS: dict[str, Callable[[str], Source]] = {"folder": folder, "list": ListFile, "tar": open_tars}
-KINDS = ("auto", *OPENERS, "hub", "stream", "manifest")
+OPENERS: dict[str, Callable[[str], Source]] = {"list": ListFile, "tar": open_tars}
+KINDS = ("auto", "folder", *OPENERS, "hub", "stream", "manifest")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".list")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
 def open_source(
-    path: str, kind: str = "auto", *, split: str = "train", image_key: str = "", length: int = 0, buffer: int = 10_000
-) -> Source:
+    path: str, kind: str = "auto", *, split: str = "train", image_key: str = "", length: int = 0, buffer: int = 10_000,
+    exclude: Sequence[str] = (),
+) -> Source:  # fmt: skip
     """The images at `path`: a folder tree, a list file, a tar, a folder of tars, a glob, a range in braces or a comma
-    list of tars, a manifest, or a data set as hub.py takes it, which alone reads the other arguments. All but the folder
-    tree may be URLs.
+    list of tars, a manifest, or a data set as hub.py takes it, which alone reads the other arguments, but for `exclude`,
+    which is a folder tree's (files.folder). All but the folder tree may be URLs.
 
     Raises DataError when there is no image to read, saying what was looked for.
     """
@@ -48,6 +50,8 @@ def open_source(
         return hub.open_hub(path, split, image_key)
     if kind == "stream":
         return hub.open_hub_stream(path, split, image_key, length, buffer)
+    if kind == "folder":
+        return folder(path, exclude)
     if kind == "manifest":
         return open_manifest(path, open_source)
     return OPENERS[kind](path)
@@ -55,7 +59,7 @@ def open_source(
 
 def open_data(data: Data) -> Source:
     """What a recipe's data section names. Raises DataError."""
-    more = dict(split=data.split, image_key=data.image_key, length=data.length, buffer=data.buffer)
+    more = dict(split=data.split, image_key=data.image_key, length=data.length, buffer=data.buffer, exclude=data.exclude)
     return open_source(data.path, data.kind, **more)
 
 
@@ -86,10 +90,21 @@ def kind_of(path: str) -> str:
                 f"({', '.join(LIST_SUFFIXES)}); say what is meant by data.kind tar or data.kind list."
             )
         return "list"
-    entries = list(os.scandir(path))
+    try:
+        with os.scandir(path) as found:
+            entries = [e for e in found if not is_hidden(e.name)]
+    except OSError as error:
+        raise DataError(f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder.") from error
     if not any(e.name.endswith(".tar") for e in entries):
         return "folder"
-    other = next((e.name for e in entries if is_image(e.name) or (e.is_dir() and not e.name.startswith("."))), None)
+    other = next((e.name for e in entries if is_image(e.name) or _is_folder(e)), None)
     if other:
         raise DataError(f"{path} holds tars and also {other}; say what is meant by data.kind tar or data.kind folder.")
     return "tar"
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 
 from seer_scale.data.sources import remote
+from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.errors import DataError, nearest
-from seer_scale.files import written_whole
+from seer_scale.files import shown, written_whole
 from seer_scale.rng import key as hash_key
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".j2k",
+    ".avif", ".ppm", ".pgm", ".pbm", ".pnm", *((".heic", ".heif", ".hif") if find_spec("pillow_heif") else ()),
+)  # fmt: skip
 
 
 class Source:
@@ -25,11 +31,13 @@ class Source:
     labels: int32 [n], each an index into `classes`, -1 where an image has none; or None. classes: the labels' names.
     locality: images that lie together and are best read together (`read_run`); 1 = none. is_stream: whether images come
     in passing only, from `iterate(seed, epoch, first)`, and not by number.
-    buffer: images among which a stream is mixed, 0 for a source that is none.
+    buffer: images among which a stream is mixed, 0 for a source that is none. left_out: what is there and not read, by
+    kind (left_out.py).
     """
 
     labels: np.ndarray | None = None
     classes: Sequence[str] = ()
+    left_out: Mapping[str, int] = MappingProxyType({})
     locality = 1
     is_stream = False
     buffer = 0
@@ -52,8 +60,8 @@ class Source:
             return error
 
     def name(self, i: int) -> str:
-        """What a log shows for image i: its path, or TAR::MEMBER. Asked for when reading has failed: it reads no image,
-        and asks no server."""
+        """What a log shows for image i: its path, or TAR::MEMBER, as files.shown gives it. Asked for when reading has
+        failed: it reads no image, and asks no server."""
         raise NotImplementedError
 
     def label(self, i: int) -> int | None:
@@ -90,7 +98,8 @@ class _Subset(Source):
 
 
 class Names:
-    """Immutable strings in two arrays: `blob` uint8, and `ends` int64 [n], where each one ends."""
+    """Immutable names in two arrays: `blob` uint8, their bytes, and `ends` int64 [n], where each one ends. They come as
+    the system's calls take them (os.fsdecode), not as they may be shown."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
         self.blob, self.ends = blob, ends
@@ -147,16 +156,17 @@ def number(
         position = {name: n for n, name in enumerate(names)}
         numbers = [position[v] for v in values]
     table = np.array([*numbers, -1], np.int32)  # the code -1 picks the last entry
-    return table[codes], names
+    return table[codes], [shown(name) for name in names]
 
 
 def first_folder(name: str) -> str | None:
-    head, slash, _ = name.removeprefix("./").partition("/")
+    head, slash, _ = name.partition("/")
     return head if slash else None
 
 
 def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not os.path.basename(name).startswith(".")
+    """By its name: the suffix is one of images, and the file is not hidden."""
+    return name.lower().endswith(SUFFIXES) and not is_hidden(name.rpartition("/")[2])
 
 
 def few(paths: list[str]) -> str:
@@ -177,7 +187,18 @@ def must_exist(path: str) -> None:
         hint = f"did you mean {missing.parent / close.removeprefix('did you mean ')}"
     else:
         hint = f"the nearest folder there is: {missing.parent.absolute()}."
-    raise DataError(f"{path} does not exist; {hint}")
+    raise DataError(f"{path} {_why_missing(path)}; {hint}")
+
+
+def _why_missing(path: str) -> str:
+    """os.path.exists says no for more than one reason."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "is a link that leads nowhere" if os.path.islink(path) else "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return "did not exist a moment ago"
 
 
 # ------------------------------------------------------------------------------------------------------ caching

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -19,7 +22,9 @@ from seer_scale.data.sources.base import (
     is_image,
     must_exist,
 )
+from seer_scale.data.sources.left_out import DANGLING, EXCLUDED, HIDDEN, UNLISTABLE, described, is_hidden, kind_of
 from seer_scale.errors import DataError
+from seer_scale.files import shown
 
 MOST_BYTES = 1 << 30
 
@@ -27,16 +32,22 @@ MOST_BYTES = 1 << 30
 class Files(Source):
     """Images that are files; `names` are relative to `root`, or absolute."""
 
-    def __init__(self, root: str, names: Names, labels: np.ndarray | None, classes: Sequence[str]):
+    def __init__(
+        self, root: str, names: Names, labels: np.ndarray | None, classes: Sequence[str], left_out: Mapping[str, int]
+    ):
         self._root, self._names, self.labels, self.classes = root, names, labels, classes
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, i: int) -> bytes:
-        return read_file(self.name(i))
+        return read_file(self._path(i))
 
     def name(self, i: int) -> str:
+        return shown(self._path(i))
+
+    def _path(self, i: int) -> str:
         return os.path.join(self._root, self._names[i])
 
 
@@ -49,12 +60,14 @@ def read_file(path: str) -> bytes:
             found = os.fstat(file.fileno())
             size = found.st_size
             if not stat.S_ISREG(found.st_mode):
-                raise DataError(f"{path} cannot be read (it is no regular file).")
+                raise DataError(f"{shown(path)} cannot be read (it is no regular file).")
             if size > MOST_BYTES:
-                raise DataError(f"{path} cannot be read (its {size:,} bytes are more than the {MOST_BYTES:,} that an image may have).")
+                raise DataError(
+                    f"{shown(path)} cannot be read (its {size:,} bytes are more than the {MOST_BYTES:,} that an image may have)."
+                )
             return file.readall()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+        raise DataError(f"{shown(path)} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -62,42 +75,90 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def folder(path: str) -> Files:
+def folder(path: str, exclude: Sequence[str] = ()) -> Files:
     """Every image below a folder, in sorted order. The first-level subfolders are the classes, where there are at
-    least two and no image lies outside them. Raises DataError when there is no image."""
+    least two and no image lies outside them. Raises DataError when there is no image.
+
+    exclude: patterns (fnmatch) of what is left out: those with a slash of paths below the folder, others of the name of
+    a file or of a folder on the way to it.
+    """
     if remote.is_url(path):
         raise DataError(f"{path} is a URL, but a folder of images must be a local one; give its tars or a list of URLs.")
     must_exist(path)
     if not os.path.isdir(path):
         raise DataError(f"{path} is not a folder, but data.kind is folder; use data.kind auto.")
-    names, labels = NamesBuilder(), LabelsBuilder()
-    for name in _walk(path, "", set()):
+    names, labels, left_out = NamesBuilder(), LabelsBuilder(), Counter[str]()
+    for name in _walk(path, _Patterns(exclude), left_out):
         names.add(name)
         labels.add(first_folder(name))
     if not len(labels.codes):
-        raise DataError(f"{path} holds no image: looked in all its subfolders for {', '.join(SUFFIXES)}.")
+        more = f" It holds {words}." if (words := described(left_out)) else ""
+        raise DataError(f"{path} holds no image: looked in all its subfolders for {', '.join(SUFFIXES)}.{more}")
     codes = np.array(labels.codes, np.int32)
     if codes.min() < 0 or len(labels.values) < 2:
-        return Files(path, names.build(), None, ())
+        return Files(path, names.build(), None, (), left_out)
     classes = sorted(labels.values)  # folders called 0, 1, 10 are names, too
-    table = np.array([classes.index(v) for v in labels.values], np.int32)
-    return Files(path, names.build(), table[codes], classes)
+    place = {name: n for n, name in enumerate(classes)}
+    table = np.array([place[v] for v in labels.values], np.int32)
+    return Files(path, names.build(), table[codes], [shown(name) for name in classes], left_out)
 
 
-def _walk(root: str, below: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Relative paths of the images under root/below, sorted; links are followed, but no folder is entered twice."""
+class _Patterns:
+    """fnmatch's patterns, for a name and for the path to it."""
+
+    def __init__(self, patterns: Sequence[str]):
+        names, paths = (
+            [fnmatch.translate(p.strip("/")) for p in patterns if ("/" in p.strip("/")) == has_slash]
+            for has_slash in (False, True)
+        )
+        self._name, self._path = (re.compile("|".join(some) or r"(?!)") for some in (names, paths))
+
+    def match(self, below: str, name: str) -> bool:
+        return bool(self._name.match(name) or self._path.match(below + name))
+
+
+def _walk(root: str, exclude: _Patterns, left_out: Counter[str]) -> Iterator[str]:
+    """Relative paths of the images under root, sorted; links are followed, but no folder is entered twice. What is not
+    an image is counted in `left_out`. Raises DataError where the root itself cannot be listed."""
+    seen: set[tuple[int, int]] = set()
+    stack = [_listed(root, "", seen)]  # of folders however deep
+    if stack[0] is None:
+        raise DataError(f"{root} cannot be listed: make it readable, or give another folder.")
+    while stack:
+        entry = next(stack[-1][1], None)
+        if entry is None:
+            stack.pop()
+            continue
+        below, name = stack[-1][0], entry.name
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to itself
+            left_out[DANGLING] += 1
+            continue
+        if exclude.match(below, name):
+            left_out[EXCLUDED] += 1
+        elif is_hidden(name):
+            left_out[HIDDEN] += 1
+        elif is_folder:
+            if found := _listed(root, f"{below}{name}/", seen):
+                stack.append(found)
+            else:
+                left_out[UNLISTABLE] += 1
+        elif is_image(name):
+            yield below + name
+        else:
+            left_out[kind_of(name)] += 1
+
+
+def _listed(root: str, below: str, seen: set[tuple[int, int]]) -> tuple[str, Iterator[os.DirEntry]] | None:
+    """(below, what lies in root/below, sorted; nothing if it was listed before), or None where it cannot be listed."""
     here = os.path.join(root, below)
     try:
-        stat = os.stat(here)
-        entries = sorted(os.scandir(here), key=lambda e: e.name)
-    except OSError as error:
-        raise DataError(f"{here} cannot be listed ({error.strerror}); make it readable or leave it out.") from error
-    if (stat.st_dev, stat.st_ino) in seen:
-        return
-    seen.add((stat.st_dev, stat.st_ino))
-    for entry in entries:
-        name = os.path.join(below, entry.name)
-        if entry.is_dir():
-            yield from _walk(root, name, seen)
-        elif is_image(entry.name):
-            yield name
+        found = os.stat(here)
+        if (found.st_dev, found.st_ino) in seen:
+            return below, iter(())
+        seen.add((found.st_dev, found.st_ino))
+        with os.scandir(here) as entries:
+            return below, iter(sorted(entries, key=lambda e: e.name))
+    except OSError:
+        return None

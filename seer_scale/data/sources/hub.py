@@ -22,6 +22,7 @@ from fsspec.core import url_to_fs
 from seer_scale.data.sources.base import Source
 from seer_scale.data.sources.files import read_file
 from seer_scale.errors import DataError, nearest
+from seer_scale.files import shown
 from seer_scale.rng import key as hash_key
 from seer_scale.rng import numpy_generator
 
@@ -40,8 +41,11 @@ def looks_like_hub(path: str) -> bool:
         return True
     if not os.path.isdir(path):
         return False
-    with os.scandir(path) as entries:
-        kinds = {e.name.lower().endswith(FILES) and e.is_file() for e in entries if not e.name.startswith(".")}
+    try:
+        with os.scandir(path) as entries:
+            kinds = {e.name.lower().endswith(FILES) and e.is_file() for e in entries if not e.name.startswith(".")}
+    except OSError:  # whoever opens it says why
+        return False
     return kinds == {True}
 
 
@@ -83,7 +87,7 @@ class HubSource(Source):
     """
 
     def __init__(self, dataset: Any, column: str, where: str):
-        self._column, self._where, self._label = column, where, _label_column(dataset.features)
+        self._column, self._where, self._label = column, shown(where), _label_column(dataset.features)
         self._label_names = getattr(dataset.features.get(self._label), "names", None)
         self._data = dataset.select_columns([column, self._label] if self._label else [column]).data
 
@@ -110,7 +114,7 @@ class HubSource(Source):
 
     @property
     def classes(self) -> Sequence[str]:
-        return self._numbered[1] if self._label else ()
+        return [shown(name) for name in self._numbered[1]] if self._label else ()
 
     @cached_property
     def _numbered(self) -> tuple[np.ndarray, list[str]]:
@@ -140,9 +144,9 @@ class HubStream(Source):
     is_stream = True
 
     def __init__(self, dataset: Any, column: str, where: str, length: int, buffer: int):
-        self._column, self._where, self._length, self.buffer = column, where, length, buffer
+        self._column, self._where, self._length, self.buffer = column, shown(where), length, buffer
         label = _label_column(dataset.features)
-        self.classes = getattr(dataset.features.get(label), "names", ())
+        self.classes = [shown(name) for name in getattr(dataset.features.get(label), "names", ())]
         # decode(False) comes first: on a stream from the Hub it takes away the threads that would decode every image
         self._dataset = dataset.decode(False).select_columns([column])
 

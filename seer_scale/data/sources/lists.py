@@ -21,7 +21,7 @@ from seer_scale.data.sources.base import (
 )
 from seer_scale.data.sources.files import read_file
 from seer_scale.errors import DataError
-from seer_scale.files import written_whole
+from seer_scale.files import shown, written_whole
 
 INDEX_VERSION = 1
 STRIDE = 64
@@ -52,7 +52,7 @@ class ListFile(Source):
         self._starts, self._num, self._is_labelled = index["starts"], int(index["count"]), bool(index["labelled"])
         if not self._num:
             raise DataError(f"{path} lists no image: it needs one path a line.")
-        first = [self.name(i) for i in range(min(100, self._num))]
+        first = [self._path_of(i) for i in range(min(100, self._num))]
         if not any(os.path.exists(name) for name in first if not remote.is_url(name)) and not _is_there(first):
             raise DataError(
                 f"{path} lists {first[0]!r}, which does not exist, nor do the lines after it; "
@@ -63,9 +63,12 @@ class ListFile(Source):
         return self._num
 
     def read(self, i: int) -> bytes:
-        return read_file(self.name(i))
+        return read_file(self._path_of(i))
 
     def name(self, i: int) -> str:
+        return shown(self._path_of(i))
+
+    def _path_of(self, i: int) -> str:
         lines = self._lines(i // STRIDE)
         if i % STRIDE >= len(lines):
             raise DataError(f"{self._path} has changed since it was indexed: start again.")

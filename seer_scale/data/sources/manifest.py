@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,19 +19,21 @@ from seer_scale.data.sources.tars import OUTSIDE_BRACES
 from seer_scale.errors import DataError, nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
-KEYS = ("path", "kind", "name", "split", "image_key")
+KEYS = ("path", "kind", "name", "split", "image_key", "exclude")
 
 
 @dataclass(frozen=True)
 class Part:
     """path: as data.path takes it, absolute. name: what tells whether two manifests mean the same images. split,
-    image_key: as data.split and data.image_key, for data sets of the library datasets."""
+    image_key: as data.split and data.image_key, for data sets of the library datasets. exclude: as data.exclude, for
+    folders."""
 
     path: str
     kind: str
     name: str
     split: str = "train"
     image_key: str = ""
+    exclude: tuple[str, ...] = ()
 
 
 class Joined(Source):
@@ -42,6 +45,7 @@ class Joined(Source):
     def __init__(self, sources: Sequence[Source], names: Sequence[str]):
         self.parts = tuple((name, len(s)) for name, s in zip(names, sources))
         self.locality = max(s.locality for s in sources)
+        self.left_out = sum((Counter(s.left_out) for s in sources), Counter())
         self._sources, self._starts = list(sources), np.cumsum([0, *map(len, sources)])
 
     def __len__(self) -> int:
@@ -97,7 +101,8 @@ def open_manifest(path: str, open_source: Callable[..., Source]) -> Joined:
     parts, sources = read_manifest(path), []
     for part in parts:
         try:
-            sources.append(open_source(part.path, part.kind, split=part.split, image_key=part.image_key))
+            more = {"split": part.split, "image_key": part.image_key, "exclude": part.exclude}
+            sources.append(open_source(part.path, part.kind, **more))
         except DataError as error:
             raise DataError(f"{path}, part {part.name}: {error}") from error
     return Joined(sources, [part.name for part in parts])
@@ -133,10 +138,17 @@ def read_manifest(path: str) -> list[Part]:
             raise DataError(f"{path}: part {n}, {entry['path']}, is of kind {kind}, which cannot be a part; name what is in it.")
         if only := [k for k in ("split", "image_key") if k in entry and kind != "hub"]:
             raise DataError(f"{path}: part {n} gives {only[0]}, which only data sets of kind hub have: add kind: hub, or leave it out.")
-        more = {k: str(entry[k]) for k in ("split", "image_key") if k in entry}
+        exclude = entry.get("exclude", ())
+        if "exclude" in entry and (kind != "folder" or not _is_texts(exclude)):
+            raise DataError(f"{path}: part {n} gives exclude, which is a list of patterns for kind: folder; give both, or leave it out.")
+        more = {k: str(entry[k]) for k in ("split", "image_key") if k in entry} | ({"exclude": tuple(exclude)} if exclude else {})
         own = f"{place}[{more['split']}]" if "split" in more else place
         parts.append(Part(place, entry.get("kind", "auto"), str(entry.get("name", own)), **more))
     names = [p.name for p in parts]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise DataError(f"{path} names the part {twice[0]} twice: give each path once, or different names.")
     return parts
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)

@@ -43,6 +43,7 @@ from seer_scale.data.sources.base import (
 )
 from seer_scale.data.sources.files import MOST_BYTES, read_file
 from seer_scale.errors import DataError
+from seer_scale.files import shown
 
 OUTSIDE_BRACES = r",(?![^{}]*\})"
 """Commas that part one path from the next."""
@@ -140,8 +141,8 @@ class Tars(Source):
                 raise DataError("a server that has just failed is not asked for a name")
             index = self._index(shard)
         except DataError:  # a log needs a name all the same
-            return f"{path}::{i}"
-        return f"{self._paths[shard]}::{Names(index['names'], index['name_ends'])[i]}"
+            return f"{shown(path)}::{i}"
+        return f"{shown(path)}::{shown(Names(index['names'], index['name_ends'])[i])}"
 
     def _read_in(self, shard: int, first: int, num: int) -> list[bytes | DataError]:
         try:
@@ -158,7 +159,7 @@ class Tars(Source):
                 data = self._range(shard, begins[a], ends[b - 1] - begins[a])
                 out += [data[begins[i] - begins[a] : ends[i] - begins[a]] for i in range(a, b)]
             except DataError as error:
-                reason = str(error).removeprefix(self._paths[shard])
+                reason = str(error).removeprefix(shown(self._paths[shard]))
                 out += [DataError(f"{self._name(shard, first + i)}{reason}") for i in range(a, b)]
         return out
 

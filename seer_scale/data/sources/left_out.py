@@ -1,0 +1,65 @@
+"""What a source holds and does not read, counted by kind, and what would read it: nothing is passed over in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+HIDDEN, UNLISTABLE, DANGLING, EXCLUDED = "hidden", "folders that cannot be listed", "links that lead nowhere", "excluded"
+LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
+NO_SUFFIX, OTHER = "files without a suffix", "other files"
+SUFFIXES_OF = {
+    "HEIF images": (".heic", ".heif", ".hif"),
+    "camera raw images": (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    "other images": (".jxl", ".svg", ".psd", ".exr", ".hdr", ".tga", ".dds", ".ico", ".pcx", ".npy", ".jxr", ".dcm"),
+    "tars": (".tar",),
+    "archives": (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"),
+    "Parquet or Arrow files": (".parquet", ".arrow"),
+}
+"""The first kind that has a suffix counts."""
+ADVICE = {
+    HIDDEN: "data.kind list reads what a list names",
+    UNLISTABLE: "make them readable",
+    DANGLING: "",
+    EXCLUDED: "by data.exclude",
+    LINKS: "they are never followed; store the images themselves",
+    SPARSE: "pack them as whole files (tar without --sparse)",
+    SECOND: "of each key one image is read, as WebDataset does",
+    NO_END: "they may have been cut between two members",
+    "HEIF images": "pip install 'seer-scale[heif]' reads them",
+    "camera raw images": "develop them to JPEG or TIFF",
+    "other images": "convert them to JPEG or PNG",
+    "tars": "data.kind tar reads them",
+    "archives": "unpack them",
+    "Parquet or Arrow files": "data.kind hub reads them",
+    NO_SUFFIX: "data.kind list reads images whatever they are called",
+}
+KINDS = (*ADVICE, OTHER)
+"""In a fixed order, which indexes of tars rely on."""
+_KIND_OF = {suffix: kind for kind, suffixes in reversed(SUFFIXES_OF.items()) for suffix in suffixes}
+SERVICE_FOLDERS = frozenset(
+    {"@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "#recycle", "#snapshot"}
+)
+"""What systems put beside images without a dot before the name."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name, without its folder, is not meant to be seen."""
+    return name.startswith(".") or name in SERVICE_FOLDERS
+
+
+def kind_of(name: str) -> str:
+    """The kind of a file that is not read."""
+    base, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return _KIND_OF.get(f".{suffix.lower()}", OTHER) if dot and base else NO_SUFFIX
+
+
+def described(left_out: Mapping[str, int], kinds: Iterable[str] = KINDS) -> str:
+    """In words, the most first: "12 HEIF images (pip install ... reads them), 3 hidden"; empty where there is none."""
+    counts = sorted(((left_out.get(kind, 0), kind) for kind in kinds), key=lambda c: -c[0])
+    return ", ".join(f"{n:,} {kind}{f' ({ADVICE[kind]})' if ADVICE.get(kind) else ''}" for n, kind in counts if n)
+
+
+def warning(left_out: Mapping[str, int]) -> str:
+    """A sentence on what is left out and may have been meant; empty where there is none."""
+    words = described(left_out, (kind for kind in KINDS if kind not in (OTHER, EXCLUDED)))
+    return f"Left out: {words}." if words else ""

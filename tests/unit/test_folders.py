@@ -1,0 +1,114 @@
+"""Folders as they are found in the world: deep, linked to themselves, unlistable, with hidden and foreign things in them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from seer_scale.data.sources import kind_of, left_out, open_source
+from seer_scale.errors import DataError
+from tests.unit.test_sources import touch, write_tar
+
+ODD = [b"caf\xe9", b"two\nlines", b"\x1b[31mred", "gpj.\u202eexe".encode(), b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_names_are_bytes_until_they_are_shown(tmp_path, odd):
+    """As a file, a class, a line of a list, a member of a tar, and one of them unreadable."""
+    odd = os.fsdecode(odd)
+    for name in ("a", odd):
+        touch(tmp_path / "folder" / name / f"{odd}.jpg", os.fsencode(name))
+    has_line = "\n" not in odd
+    line = f"folder/{odd}/{odd}.jpg\t{odd}\nfolder/a/{odd}.jpg\ta\n" if has_line else "folder/a\ta\n"
+    (tmp_path / "list.txt").write_bytes(os.fsencode(line))
+    write_tar(tmp_path / "x.tar", {f"{n}/{odd}.jpg": os.fsencode(n) for n in ("a", odd)})
+    for path in ("folder", "x.tar", *(["list.txt"] if has_line else [])):
+        source = open_source(str(tmp_path / path))
+        assert sorted(source.read(i) for i in range(2)) == sorted([b"a", os.fsencode(odd)])
+        shown = [*(source.name(i) for i in range(2)), *source.classes]
+        assert len(source.classes) == 2 and all(text.isprintable() for text in shown)
+    (tmp_path / "folder" / "a" / f"{odd}.jpg").unlink()
+    source = open_source(str(tmp_path / "list.txt")) if has_line else open_source(str(tmp_path / "folder"))
+    for i in range(len(source)):
+        if isinstance(error := source.read_run(i, 1)[0], DataError):
+            assert str(error).startswith(f"{source.name(i)} cannot be read") and str(error).isprintable()
+
+
+@pytest.fixture
+def deep(tmp_path):
+    yield tmp_path / "d"
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # Python 3.12 cannot
+
+
+def test_folders_that_link_to_themselves_and_nest_without_end(deep, tmp_path, monkeypatch):
+    touch(tmp_path / "d" / "1.jpg")
+    (tmp_path / "d" / "self").symlink_to("self")
+    (tmp_path / "d" / "up").symlink_to("..")
+    monkeypatch.chdir(tmp_path / "d")
+    for _ in range(1100):
+        os.mkdir("n")
+        os.chdir("n")
+    Path("deep.jpg").touch()
+    source = open_source(str(tmp_path / "d"))
+    assert [os.path.basename(source.name(i)) for i in range(len(source))] == ["1.jpg", "deep.jpg"]
+    assert source.left_out == {left_out.DANGLING: 1}
+    with pytest.raises(DataError, match="Too many levels of symbolic links"):
+        open_source(str(tmp_path / "d" / "self"))
+
+
+def test_what_cannot_be_listed_is_left_out_unless_it_is_all(tmp_path, monkeypatch):
+    touch(tmp_path / "d" / "1.jpg")
+    (tmp_path / "d" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name in ("locked", "root"):
+            raise PermissionError(13, "Permission denied")  # root may list all
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    source = open_source(str(tmp_path / "d"))
+    assert len(source) == 1 and source.left_out == {left_out.UNLISTABLE: 1}
+    (tmp_path / "root").mkdir()
+    for kind in ("auto", "folder"):
+        with pytest.raises(DataError, match="root cannot be listed"):
+            open_source(str(tmp_path / "root"), kind)
+
+
+def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path):
+    hidden = [".git/1.jpg", ".thumbnails/1.jpg", ".Trash-1000/1.jpg", "@eaDir/1.jpg", "a/.ipynb_checkpoints/1.jpg", "lost+found/1.jpg", "a/.1.jpg"]
+    others = ["1.heic", "1.CR2", "none", "a.zip", "a.tar.gz", "x.parquet", "x.TXT", ".hidden.tar"]
+    for name in ("a/1.jpg", "a/2.mpo", "b/1.pgm", *hidden, *others):
+        touch(tmp_path / "d" / name)
+    source = open_source(str(tmp_path / "d"))
+    assert len(source) == 3 and source.classes == ["a", "b"]
+    counts = dict(source.left_out)
+    assert counts.pop(left_out.HIDDEN) == len(hidden) + 1 and counts == {
+        "HEIF images": 1, "camera raw images": 1, left_out.NO_SUFFIX: 1, "archives": 2, "Parquet or Arrow files": 1, left_out.OTHER: 1,
+    }  # fmt: skip
+    said = left_out.warning(source.left_out)
+    assert said.startswith("Left out: 8 hidden") and "1 HEIF images (pip install 'seer-scale[heif]'" in said and "other files" not in said
+    assert kind_of(str(tmp_path / "d")) == "folder"
+    for name in ("1.zip", "2.zip", "3.heic"):
+        touch(tmp_path / "zips" / name)
+    with pytest.raises(DataError, match=r"holds no image.*It holds 2 archives \(unpack them\), 1 HEIF images"):
+        open_source(str(tmp_path / "zips"))
+
+
+@pytest.mark.parametrize(
+    "patterns, kept",
+    [
+        ((), ["a/1.jpg", "a/1_mask.png", "b/raw/2.jpg", "c/3.jpg"]),
+        (("*_mask.png", "raw"), ["a/1.jpg", "c/3.jpg"]),
+        (("b/raw/", "c/*.jpg"), ["a/1.jpg", "a/1_mask.png"]),
+        (("[ab]",), ["c/3.jpg"]),
+    ],
+)
+def test_patterns_of_what_to_leave_out(tmp_path, patterns, kept):
+    for name in ("a/1.jpg", "a/1_mask.png", "b/raw/2.jpg", "c/3.jpg"):
+        touch(tmp_path / "d" / name)
+    source = open_source(str(tmp_path / "d"), exclude=patterns)
+    assert [os.path.relpath(source.name(i), tmp_path / "d") for i in range(len(source))] == kept
