@@ -140,7 +140,7 @@ class Train:
     max_skips: int = opt(50, "updates skipped in a row, for gradients that are not finite, that end the run", ge=1)
     collapse_after: float = opt(0.1, "share of the run, after warm-up and freezing, at which a loss still at ln K is reported", ge=0, le=1)
     log_every: int = opt(10, "updates between two metric lines", ge=1)
-    threads: int = opt(0, "CPU threads a rank; 0 = the cores shared out among the ranks of a machine", ge=0)
+    threads: int = opt(0, "CPU threads a rank; 0 = OMP_NUM_THREADS, or else measured at the start: of the cores a rank may use, as many as run faster", ge=0)
     memory_format: Literal["auto", "contiguous", "channels_last"] = opt("auto", "layout of images and feature maps; auto measures both at the start and takes the faster")
     compile: bool = opt(False, "compile each unit with torch.compile")
     min_loss_scale: float = opt(1.0, "fp16: a loss scale that has fallen below this ends the run", gt=0)

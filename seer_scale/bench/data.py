@@ -13,7 +13,6 @@ import io
 import json
 import math
 import multiprocessing
-import os
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from seer_scale.config import Data, Views, load_recipe, resolve
+from seer_scale.cores import available_cores
 from seer_scale.data.decode import decode
 from seer_scale.data.loader import loader
 from seer_scale.data.sampler import ElasticSampler, Era
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> str:
         lines.append(f"{f'{w} workers' if w > 1 else '1 worker':20} {found['images_per_s']:8.1f} images/s: {found['of_processes']:.2f} of what as many processes make without a loader{beside}")
     if args.need:
         cores = args.need / rates["ours"]
-        lines.append(f"{args.need:g} images/s need {cores:.1f} such cores: data.workers {math.ceil(cores)} a GPU; this machine has {len(os.sched_getaffinity(0))} cores.")
+        lines.append(f"{args.need:g} images/s need {cores:.1f} such cores: data.workers {math.ceil(cores)} a GPU; this machine has {available_cores()} cores.")
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from seer_scale.cores import available_cores
 from seer_scale.data import decode as decoders
 from seer_scale.data.decode import decode
 from seer_scale.data.jobs import Centres
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
     parser.add_argument("--sample", type=int, help="images to look at, spread over all (default: 2000)")
     parser.add_argument("--all", action="store_true", help="look at every image")
-    parser.add_argument("--workers", type=int, default=_cores(), help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one a core)")
     parser.add_argument("--sheet", metavar="FILE.jpg", help=f"also write up to {COLUMNS * ROWS} of the images, small, into one picture")
     parser.add_argument("--unreadable", metavar="FILE", help="also list every image that cannot be read, one 'name: reason' a line")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
@@ -427,7 +428,3 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from seer_scale.cores import available_cores
 from seer_scale.data.decode import decode
 from seer_scale.data.inspect import (
     FORMATS,
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shuffle", metavar="SEED|no", default="0", help="mix the images by this seed, or keep their order (default: 0)")
     parser.add_argument("--max-side", type=int, metavar="N", help=f"shrink images whose shorter side is longer to N pixels (JPEG, quality {QUALITY}); the others are copied as they are")
     parser.add_argument("--check", action="store_true", help="leave out what cannot be decoded, too")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core; from URLs, more are faster)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one a core; from URLs, more are faster)")
 
 
 def run(args: argparse.Namespace) -> str:

@@ -1,15 +1,19 @@
-"""Which memory format a backbone's grouped convolutions run faster in: measured, because no rule holds on all devices."""
+"""How many threads, and which memory format, a backbone's blocks run faster with: measured, because no rule holds on all
+devices, and none on a machine that others use."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from seer_scale.config import Config
+from seer_scale.cores import Contention, told_threads
 from seer_scale.world import World
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -17,27 +21,64 @@ MARGIN = 0.05
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def choose_memory_format(backbone: nn.Module, config: Config, world: World) -> torch.memory_format:
-    """What train.memory_format names; for auto, what the ranks together run faster. Collective where it measures.
+@dataclass(frozen=True)
+class Execution:
+    """threads: CPU threads of each rank. contended: what else was busy on the cores while they were measured, if much was."""
 
-    Only a gain of more than MARGIN takes channels_last: a run started twice shall not differ by the noise of a clock.
+    threads: int
+    memory_format: torch.memory_format
+    contended: str = ""
+
+
+def choose_execution(backbone: nn.Module, config: Config, world: World, cores: int) -> Execution:
+    """What train.threads or OMP_NUM_THREADS, and train.memory_format, name; else what the ranks together run faster.
+    Sets the threads. Collective where it measures.
+
+    cores: of each rank. Only a gain of more than MARGIN takes fewer threads, or channels_last: a run started twice shall
+    not differ by the noise of a clock. On an accelerator, threads are not measured.
     """
-    chosen = config.train.memory_format
-    if chosen != "auto":
-        return FORMATS[chosen]
-    seconds = world.sum_(torch.tensor(list(measure(backbone, config, world).values()), device=world.device))
-    contiguous, channels_last = seconds.tolist()
-    return FORMATS["channels_last" if channels_last < (1 - MARGIN) * contiguous else "contiguous"]
+    watch = Contention(cores * world.local_size, world.local_size)
+    threads = config.train.threads or told_threads()
+    if not threads:
+        threads = cores if world.device.type == "cuda" else _fastest_threads(backbone, config, world, cores)
+    torch.set_num_threads(threads)
+    if config.train.memory_format == "auto":
+        seconds = {name: measure(backbone, config, world, layout) for name, layout in FORMATS.items()}
+        gains = seconds["channels_last"] < (1 - MARGIN) * seconds["contiguous"]
+        memory_format = FORMATS["channels_last" if gains else "contiguous"]
+    else:
+        memory_format = FORMATS[config.train.memory_format]
+    return Execution(threads, memory_format, watch.found())
 
 
-def measure(backbone: nn.Module, config: Config, world: World, rounds: int = 3) -> dict[str, float]:
-    """Seconds of forward and backward over the backbone (on the meta device) for a rank's micro-batch, by format.
+def _fastest_threads(backbone: nn.Module, config: Config, world: World, cores: int) -> int:
+    """Of `cores` and its halves, as long as fewer are faster."""
+    best, least_s = cores, float("inf")
+    for threads in _halves(cores) if cores > 1 else ():
+        torch.set_num_threads(threads)
+        seconds = measure(backbone, config, world)
+        if seconds > (1 - MARGIN) * least_s:
+            break
+        best, least_s = threads, seconds
+    return best
+
+
+def _halves(number: int) -> Iterator[int]:
+    while number:
+        yield number
+        number //= 2
+
+
+def measure(
+    backbone: nn.Module, config: Config, world: World, layout: torch.memory_format = torch.contiguous_format, rounds: int = 3
+) -> float:
+    """Seconds of forward and backward over the backbone (on the meta device) for a micro-batch, of all ranks together.
 
     Timed is the last block of each stage, alone and with random weights, times the blocks of its stage. Medians. A block
-    that no rank may hold whole (parallel.max_unit_gib) is left out.
+    that no rank may hold whole (parallel.max_unit_gib) is left out. Collective.
     """
     batch = config.train.global_batch // world.size // config.accumulation(world.size)
-    totals = dict.fromkeys(FORMATS, 0.0)
+    total = 0.0
     sizes = [(crop.num * batch, -(-crop.size // 2)) for crop in config.views.crops]
     for names in backbone.stage_units():
         sizes = [(n, -(-size // 2)) for n, size in sizes]  # what the stage makes
@@ -50,10 +91,9 @@ def measure(backbone: nn.Module, config: Config, world: World, rounds: int = 3) 
         block.apply(lambda m: m.reset_running_stats() if hasattr(m, "reset_running_stats") else None)
         stride = block.conv2.conv.stride[0]
         into = [(n, block.conv1.conv.in_channels, size * stride, size * stride) for n, size in sizes]
-        for name, layout in FORMATS.items():
-            times = [_time(block, into, layout, config, world.device) for _ in range(rounds + 1)]
-            totals[name] += statistics.median(times[1:]) * len(names)
-    return totals
+        times = [_time(block, into, layout, config, world.device) for _ in range(rounds + 1)]
+        total += statistics.median(times[1:]) * len(names)
+    return world.sum_(torch.tensor(total, device=world.device)).item()
 
 
 def _time(block: nn.Module, shapes: list[tuple[int, ...]], layout: torch.memory_format, config: Config, device: torch.device) -> float:

@@ -26,6 +26,7 @@ from seer_scale.checkpoint.inspect import in_bytes
 from seer_scale.checkpoint.lock import RunLock
 from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config, without_effect
+from seer_scale.cores import rank_cores
 from seer_scale.data.batched import distort, to_float
 from seer_scale.data.loader import Batch, loader
 from seer_scale.data.pool import complain
@@ -36,7 +37,7 @@ from seer_scale.evaluate.knn import Labelled, knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.files import write_whole
 from seer_scale.methods.swav import SwAV
-from seer_scale.models.layout import choose_memory_format
+from seer_scale.models.layout import choose_execution
 from seer_scale.observe.sinks import RunLog, read_metrics
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
@@ -60,7 +61,6 @@ T = TypeVar("T")
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str = "") -> int:
     """Run or go on until the samples are seen or a stop is agreed; returns the exit status. attempt: which start this is,
     where a launcher counts them. Collective."""
-    torch.set_num_threads(config.train.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
     with watchdog.patient(LOCK_S):
         lock = RunLock(run_dir, world, patience_s=LOCK_S if attempt else 0.0)
     with lock:
@@ -98,7 +98,8 @@ class Trainer:
         self._refused_refresh, self._stall_s = 0, 0.0
         with torch.device("meta"):
             method = SwAV(config, world)
-        self.memory_format = choose_memory_format(method.backbone, config, world)
+        self.cores = rank_cores(world)
+        self.execution = choose_execution(method.backbone, config, world, self.cores)
         self.ln_k = method.ln_k
         self.engine = build_engine(method, config, world)
         self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main)
@@ -155,16 +156,11 @@ class Trainer:
 
     def _begin(self) -> None:
         c, w = self.config, self.world
-        where = f"{w.size} rank{'s' if w.size > 1 else ''} ({self.engine.name}, {w.device.type})"
+        threads, each = self.execution.threads, " each" * (w.size > 1)
+        where = f"{w.size} rank{'s' * (w.size > 1)} ({self.engine.name}, {w.device.type}), {threads} thread{'s' * (threads > 1)}{each}"
         facts = dict(began=_process_began(), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
-                     labelled=self.labelled is not None, memory_format=str(self.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
+                     labelled=self.labelled is not None, threads=threads, cores=self.cores, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
-        if self.engine.name != c.parallel.engine:  # auto's choice, or one rank's
-            chosen = dataclasses.replace(c, parallel=dataclasses.replace(c.parallel, engine=self.engine.name))
-            for sentence in without_effect(chosen):
-                self._tell("note", sentence)
-        if left_out := warning(self.source.left_out):
-            self._tell("note", left_out)
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
         read: dict[str, float] = {}
         if self.resumed_from:
@@ -194,12 +190,28 @@ class Trainer:
         compiles = " The first update compiles, which takes minutes." * c.train.compile
         self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + copies + compiles, **facts, **read)
 
+    def _tell_notes(self) -> None:
+        """What a user may want to change, after the line that a start begins with."""
+        chosen = dataclasses.replace(self.config.parallel, engine=self.engine.name)
+        if chosen != self.config.parallel:  # auto's choice, or one rank's
+            for sentence in without_effect(dataclasses.replace(self.config, parallel=chosen)):
+                self._tell("note", sentence)
+        if left_out := warning(self.source.left_out):
+            self._tell("note", left_out)
+        if self.execution.contended:
+            self._tell(
+                "contended",
+                f"The cores are contended: {self.execution.contended}. Updates are slower than they could be; "
+                "train.threads or OMP_NUM_THREADS sets another number of threads.",
+            )
+
     # --- the run
 
     def run(self) -> int:
         with self.log:
             with self.watchdog.patient(SAVE_S):
                 self._begin()
+                self._tell_notes()
             try:
                 if not self.resumed_from:
                     self._evaluate("before")
@@ -306,7 +318,7 @@ class Trainer:
             pixels = [p[i] for p in parts]
             if how:
                 pixels = [distort(p, d[i]) for p, d in zip(pixels, how)]
-            return [to_float(p).contiguous(memory_format=self.memory_format) for p in pixels]
+            return [to_float(p).contiguous(memory_format=self.execution.memory_format) for p in pixels]
 
         return [partial(micro_batch, i) for i in range(num)]
 
@@ -415,7 +427,7 @@ class Trainer:
 
     def _watch_for_starvation(self, share: float) -> None:
         """Three metric lines in a row that waited for data over STARVED of their time: say so once, and what to change."""
-        workers, cores = self.config.data.workers, len(os.sched_getaffinity(0)) // self.world.local_size
+        workers, cores = self.config.data.workers, self.cores
         if self._starved >= STARVED_LINES or not workers and cores < 2:  # without a core to spare, the rank loads by itself
             return
         self._starved = self._starved + 1 if share > STARVED else 0

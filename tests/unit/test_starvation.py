@@ -23,18 +23,17 @@ def test_the_share_is_that_of_the_clock():
     assert 0.3 < timing["time/data_wait_frac"] <= 0.6 and timing["time/step_s"] >= 0.05
 
 
-def trainer(workers: int, cores: int, monkeypatch) -> tuple[loop.Trainer, list[str]]:
+def trainer(workers: int, cores: int) -> tuple[loop.Trainer, list[str]]:
     told: list[str] = []
-    monkeypatch.setattr(loop.os, "sched_getaffinity", lambda _: set(range(cores)))
     made = object.__new__(loop.Trainer)
     made.config = SimpleNamespace(data=SimpleNamespace(workers=workers, path="photos"))
-    made.world, made._starved = World(), 0
+    made.world, made.cores, made._starved = World(), cores, 0
     made._tell = lambda kind, text, **_: told.append(f"{kind}: {text}")
     return made, told
 
 
-def test_told_once_after_three_lines_in_a_row(monkeypatch):
-    made, told = trainer(2, 8, monkeypatch)
+def test_told_once_after_three_lines_in_a_row():
+    made, told = trainer(2, 8)
     for share in (0.2, 0.2, 0.01, 0.2, 0.06):
         made._watch_for_starvation(share)
     assert not told
@@ -43,12 +42,12 @@ def test_told_once_after_three_lines_in_a_row(monkeypatch):
     assert told == ["starved: Updates wait for images 30 % of their time: raise data.workers from 2 to 8 (seer-scale bench data photos says how many a core makes)."]
 
 
-def test_what_to_change_where_all_cores_load(monkeypatch):
-    made, told = trainer(8, 8, monkeypatch)
+def test_what_to_change_where_all_cores_load():
+    made, told = trainer(8, 8)
     for _ in range(3):
         made._watch_for_starvation(0.3)
     assert "give each rank more cores, or store the images smaller" in told[0]
-    made, told = trainer(0, 1, monkeypatch)  # it has no core to spare for loading
+    made, told = trainer(0, 1)  # it has no core to spare for loading
     for _ in range(9):
         made._watch_for_starvation(0.9)
     assert not told

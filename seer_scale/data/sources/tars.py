@@ -22,6 +22,7 @@ from io import BufferedReader, BytesIO
 
 import numpy as np
 
+from seer_scale.cores import available_cores
 from seer_scale.data.sources import remote
 from seer_scale.data.sources.base import (
     SUFFIXES,
@@ -339,7 +340,7 @@ def _index_all(jobs: list[tuple[str, tuple[int, int]]]) -> Iterator[tuple[int, .
         with ThreadPoolExecutor(THREADS) as pool:
             yield from pool.map(_sums, jobs)
         return
-    cores = min(len(os.sched_getaffinity(0)), len(jobs))
+    cores = min(available_cores(), len(jobs))
     if cores == 1 or len(jobs) < ALONE_BELOW_TARS and sum(size for _, (size, _) in jobs) < ALONE_BELOW_BYTES:
         yield from map(_sums, jobs)
         return
