@@ -1,25 +1,22 @@
 #!/usr/bin/env python
-"""Start a recipe on several processes, here or on SLURM: python tools/launch.py --help"""
+"""Start a recipe on several processes, here or on SLURM: the same door as `seer-scale launch`, and as `seer-scale list`,
+status, logs, cancel and resubmit."""
 
 from __future__ import annotations
 
-import os
 import sys
 
 try:
-    from seer_scale.errors import EXIT_DONE, UserError, complain
-    from seer_scale.launch.command import main
+    from seer_scale.cli import main
 except ModuleNotFoundError as error:
-    print(f"{sys.executable} has no {error.name}: give this command with the Python of the environment that seer_scale is installed in, such as .venv/bin/python.", file=sys.stderr)
+    print(
+        f"{sys.executable} has no {error.name}: give this command with the Python of the environment that seer_scale is installed in, "
+        "such as .venv/bin/python.",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 if __name__ == "__main__":
-    try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
-        sys.exit(status)
-    except UserError as error:
-        sys.exit(complain(error))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # | head has read enough; exit flushes once more
-        sys.exit(EXIT_DONE)
+    words = sys.argv[1:] or ["--help"]
+    is_other = words[0] in ("list", "status", "logs", "cancel", "resubmit")
+    sys.exit(main(words if is_other else ["launch", *words]))

@@ -235,7 +235,7 @@ def control_local(run_dir: str, visible: str | None) -> int:
 
     visible: CUDA_VISIBLE_DEVICES as the user gave it; submitit hides the GPUs it was not told of.
     """
-    job = Job.read(run_dir)
+    job = Job.of(run_dir)
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seer_scale.errors import UserError
 from seer_scale.files import write_whole
 
-FOLDER = "launch"
+FOLDER, RECORD = "launch", "job.json"
 ATTEMPT = "SEER_SCALE_ATTEMPT"
 """The environment variable by which ranks know which start they are part of."""
 
@@ -51,6 +52,8 @@ class Job:
     job_id: str = ""
     log_dir: str = ""
     launcher: str = ""
+    launched_in: str = ""
+    """The folder it was launched in, where it lies in another one now."""
 
     @property
     def place(self) -> Path:
@@ -64,16 +67,44 @@ class Job:
     def logs(self) -> Path:
         return Path(self.run_dir) / "logs"
 
+    @property
+    def record(self) -> Path:
+        return self.place / RECORD
+
     def write(self) -> None:
-        write_whole(self.place / "job.json", json.dumps(dataclasses.asdict(self), indent=1))
+        write_whole(self.record, json.dumps(dataclasses.asdict(self), indent=1))
 
     @classmethod
     def read(cls, run_dir: str | Path) -> Job | None:
-        """The newest launch of a run; None where none is recorded."""
+        """The newest launch of the run in this folder, which may have been moved here since; None where none is recorded.
+        Raises UserError where what is there is no record."""
+        record = Path(run_dir) / FOLDER / RECORD
         try:
-            return cls(**json.loads((Path(run_dir) / FOLDER / "job.json").read_text()))
-        except (OSError, ValueError, TypeError):
+            given = json.loads(record.read_bytes())
+            job = cls(**given)
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise UserError(f"{record} cannot be read ({error.strerror}), so it is not known what was launched there.") from error
+        except (ValueError, TypeError) as error:
+            what = "is torn or was written by something else" if not _is_record(record) else "was written by another version of seer_scale"
+            raise UserError(
+                f"{record} {what}, so it is not known what was launched there: if no job of that run is on its way, remove that file; "
+                "the run goes on from its checkpoints when its first command is given again."
+            ) from error
+        here = os.path.abspath(run_dir)
+        if os.path.realpath(here) == os.path.realpath(job.run_dir):
+            return job
+        # moved, or copied: what lies in its folder is there; what lay elsewhere (an array's log) stays
+        log_dir = os.path.join(here, "logs") if job.log_dir and Path(job.log_dir) == job.logs else job.log_dir
+        return dataclasses.replace(job, run_dir=here, log_dir=log_dir, launched_in=job.launched_in or job.run_dir)
+
+    @classmethod
+    def of(cls, run_dir: str | Path) -> Job:
+        """As `read`, of a run that was launched. Raises UserError."""
+        if job := cls.read(run_dir):
+            return job
+        raise UserError(f"{Path(run_dir) / FOLDER / RECORD} is missing: nothing was launched in {run_dir}.")
 
     # --- asked to stop for good
 
@@ -106,6 +137,14 @@ class Job:
         """Samples seen by the newest checkpoint, by its name alone; -1 where there is none."""
         names = (p.name.split("-") for p in (Path(self.run_dir) / "checkpoints").glob("samples-*"))
         return max((int(words[1]) for words in names if words[1].isdecimal()), default=-1)
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        given = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(given, dict) and {"run_dir", "cluster"} <= set(given)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from seer_scale.config import opt, read_section, read_yaml
 from seer_scale.errors import ConfigError, UserError, nearest
 
 FOLDER = Path("slurm")
+EXAMPLE = Path(__file__).parents[1] / "profiles" / "example.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def load_profile(path: str) -> Profile:
     place = Path(path)
     if not place.is_file():
         there = sorted(p.as_posix() for p in FOLDER.glob("*.yaml"))
-        raise UserError(f"--profile {path} is no file; {nearest(path, there) if there else 'write one as slurm/example.yaml shows.'}")
+        raise UserError(f"--profile {path} is no file; {nearest(path, there) if there else 'seer-scale launch --print-profile prints one to fill in.'}")
     given = read_yaml(place, "keys, such as 'partition: gpu'")
     profile, problems = read_profile(given)
     if problems:

@@ -27,7 +27,7 @@ LABEL = re.compile(r"^\[rank \d+\] ")
 def main(run_dir: str) -> int:
     """Train; returns 0 also for a stop that was asked for, as srun would end the other ranks on any other status, unless a
     full disk keeps the outcome from being written."""
-    job, attempt = Job.read(run_dir), os.environ[ATTEMPT]
+    job, attempt = Job.of(run_dir), os.environ[ATTEMPT]
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", 0))
     sys.stdout, sys.stderr = _Lines(sys.stdout, rank), _Lines(sys.stderr, rank)
     os.chdir(job.folder)

@@ -114,6 +114,8 @@ def control_slurm(run_dir: str) -> None:
         if job and job.job_id == _own_id():
             break
         time.sleep(0.1)
+    else:
+        job = Job.of(run_dir)
     nodes, each = max(n for n in job.fits if n <= got), job.ranks_per_node
     ident = f"{_own_id()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     names = (_answer("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]) or "").split()[:nodes]

@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 
+from seer_scale import __version__
 from seer_scale.cli import main
-from seer_scale.config import recipe_names
+from seer_scale.config import load_recipe, recipe_names, resolve
+
+COMMANDS = (
+    "train", "recipes", "launch", "list", "status", "logs", "cancel", "resubmit", "eval", "inspect", "report", "plan", "bench", "data",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "words, part",
     [
-        (["trian"], "'trian' is not a command; did you mean train?"),
-        (["train"], "train needs a recipe first"),
-        (["train", "--data.path", "x"], "train needs a recipe first"),
-        (["eval", "knn"], "eval knn RUN"),
-        (["eval", "linear", "x"], "eval knn RUN"),
+        (["trian"], "'trian' is no command of seer-scale; did you mean train?"),
+        (["--verbose"], "seer-scale needs one of train, recipes, launch"),
+        (["train"], "train needs RECIPE; seer-scale train --help explains each."),
+        (["train", "--data.path", "x"], "train needs RECIPE"),
+        (["train", "demo", "stray"], "'stray' is not expected here: overrides are written --section.key value."),
+        (["train", "demo", "folder"], "A pattern goes in quotes, as in --data.path 'DIR/*.tar'."),
+        (["train", "demo", "--optim", "3"], "--optim is a section of the recipe, not a key; its keys are --optim.name, --optim.lr"),
+        (["train", "demo", "--lr", "3"], "keys of a recipe have a dot, as in --train.samples; did you mean --optim.lr?"),
+        (["train", "demo", "--print-confg"], "did you mean --print-config?"),
+        (["train", "no/recipe.yaml", "--help"], "There is no file no/recipe.yaml"),
+        (["eval"], "eval needs one of knn"),
+        (["eval", "knn"], "eval knn needs RUN"),
+        (["eval", "linear", "x"], "'linear' is no command of seer-scale eval"),
         (["eval", "knn", "no/run"], "no/run is not a run's folder"),
-        (["report"], "is not a run's folder"),
-        (["report", "no/run"], "no/run is not a run's folder"),
+        (["report"], "report needs a run's folder, such as runs/demo: there is none below runs."),
+        (["report", "no/run"], "is not a run's folder"),
         (["data", "dem", "x"], "did you mean demo?"),
-        (["data", "demo", "--force"], "seer-scale data demo DIR"),
-        (["data", "demo", "a", "b"], "'b' is not expected here: the command is seer-scale data demo DIR"),
-        (["recipes", "zzz"], "'zzz' is not expected here: the command is seer-scale recipes"),
-        (["recipes", "--jsn"], "'--jsn' is not expected here"),
-        (["report", "folder", "extra"], "'extra' is not expected here: the command is seer-scale report RUN"),
+        (["data", "demo", "--force", "x"], "--force is no option of seer-scale data demo"),
+        (["data", "demo", "a", "b"], "'b' is not expected here: seer-scale data demo --help says what is."),
+        (["recipes", "zzz"], "'zzz' is not expected here: seer-scale recipes"),
+        (["recipes", "--jsn"], "did you mean --json?"),
+        (["recipes", "--train.samples", "3"], "--train.samples has no effect with seer-scale recipes"),
+        (["report", "folder", "extra"], "'extra' is not expected here"),
         (["report", "folder"], "folder is not a run's folder (it has neither config.yaml nor metrics.jsonl)"),
-        (["eval", "knn", "--json"], "eval knn RUN"),
-        (["bench", "stop"], "seer-scale bench step"),
+        (["eval", "knn", "--json"], "eval knn needs RUN"),
+        (["bench", "stop"], "'stop' is no command of seer-scale bench; did you mean step?"),
         (["bench", "checkpoint", "--gib", "x"], "argument --gib: invalid float value: 'x'; seer-scale bench checkpoint --help"),
-        (["plan", "--failures", "--gpu", "512"], "unrecognized arguments: --gpu 512"),
+        (["plan", "--failures", "--gpu", "512"], "--gpu is no option of seer-scale plan; did you mean --gpus?"),
+        (["plan"], "plan needs --failures"),
         (["train", "no/tiny.yaml"], "There is no file no/tiny.yaml; nor any recipe beside it."),
         (["inspect", "no/run"], "There is no no/run: give a run's folder"),
-        (["bench"], "one of step, data, engines"),
-        (["data"], "one of inspect, pack, refresh, demo"),
-        (["data", "refresh", "folder"], "seer-scale data refresh RUN --manifest FILE"),
+        (["bench"], "bench needs one of step, data, engines"),
+        (["data"], "data needs one of inspect, pack, refresh, demo"),
+        (["data", "refresh", "folder"], "data refresh needs --manifest"),
+        (["launch", "demo"], "--cluster is missing"),
+        (["list", "no/folder"], "There is no folder no/folder"),
+        (["status", "x"], "There is no launched run x"),
     ],
 )
 def test_a_mistake_is_answered(words, part, capsys, tmp_path, monkeypatch):
@@ -50,23 +71,52 @@ def test_a_mistake_is_answered(words, part, capsys, tmp_path, monkeypatch):
     assert told.startswith("seer-scale: ") and part in told and told.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [], ["--help"], ["help"], ["train", "--help"], ["train", "demo", "-h"], ["recipes", "--help"], ["report", "-h"],
-        ["report", "--help"], ["eval", "--help"], ["eval", "knn", "--help"], ["eval", "knn", "x", "-h"],
-        ["data", "--help"], ["bench", "--help"],
-    ],
-)  # fmt: skip
-def test_help(words, capsys):
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_help_shows_the_one_door(words, capsys):
     assert main(words) == 0
-    assert "seer-scale train RECIPE" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert all(re.search(rf"^    {command} ", told, re.M) for command in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [["data", "demo"], ["data", "refresh"], ["data", "refresh", "runs/demo"]])
-def test_help_of_one_command(words, capsys):
-    assert main([*words, "--help"]) == 0
-    assert capsys.readouterr().out.startswith(f"seer-scale {words[0]} {words[1]}")
+@pytest.mark.parametrize("words", [[c] for c in COMMANDS] + [["data", "demo"], ["data", "refresh"], ["eval", "knn"], ["bench", "lars"]])
+def test_each_command_has_a_help_of_its_own(words, capsys):
+    for asked in ([*words, "--help"], [*words, "-h"], ["help", *words]):
+        assert main(asked) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"usage: seer-scale {' '.join(words)}"), told
+
+
+def test_the_help_of_a_recipe_shows_what_it_sets(capsys):
+    for words in (["train", "demo", "--help"], ["help", "train", "demo"], ["train", "--help", "demo"]):
+        assert main(words) == 0
+        told = capsys.readouterr().out
+        samples = load_recipe("demo")["train"]["samples"]
+        assert f"(default none; demo: {samples})" in told or f"(default 0; demo: {samples})" in told
+        assert told.count("; demo: ") == sum(len(section) for section in load_recipe("demo").values())
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"seer-scale {__version__} (torch ")
+
+
+def test_the_resolved_recipe_can_be_printed(capsys, photos):
+    words = ["photos_laptop", "--data.path", str(photos), "--knn.enabled", "false", "--optim.lr", "0.25"]
+    assert main(["train", *words, "--print-config"]) == 0
+    told = yaml.safe_load(capsys.readouterr().out)
+    assert told["optim"]["lr"] == 0.25 and resolve(told) == resolve(load_recipe(words[0]), words[1:])
+    assert main(["train", *words, "--optim.lr", "0.5", "--print-config"]) == 2  # given twice
+
+
+def test_report_takes_the_newest_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("new", "old")):
+        log = tmp_path / "runs" / name / "metrics.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text("")
+        os.utime(log, (1e9 - age, 1e9 - age))
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out.strip() == "runs/new/report.html"
 
 
 def test_recipes(capsys):
@@ -77,10 +127,10 @@ def test_recipes(capsys):
 
 
 def test_interrupted(capsys, monkeypatch):
-    def interrupted(words):
+    def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seer_scale.cli.recipes", interrupted)
+    monkeypatch.setattr("seer_scale.cli.train.recipes", interrupted)
     assert main(["recipes"]) == 1
     assert capsys.readouterr().err.startswith("Stopped at once")
 

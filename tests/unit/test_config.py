@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from seer_scale.cli import help_of_train
+from seer_scale.cli.train import help_of_train
 from seer_scale.config import RECIPES, Config, all_keys, load_recipe, recipe_names, resolve
 from seer_scale.errors import ConfigError, UserError
 

@@ -14,13 +14,13 @@ ROOMS = [
     "cli", "bench", "launch", "train", "evaluate", "plan", "checkpoint", "parallel", "methods", "models", "data", "optim",
     "observe", "core",
 ]  # fmt: skip
-CORE = {"config", "cores", "errors", "files", "world", "rng"}
+CORE = {"config", "console", "cores", "errors", "files", "world", "rng"}
 ONLY = {"submitit": {"launch"}, "deepspeed": {"parallel"}, "fairscale": {"parallel"}, "torch.distributed.fsdp": {"parallel"}}
 MODULES = sorted(HOUSE.rglob("*.py"))
 
 
 def room(parts: tuple[str, ...]) -> str:
-    return "core" if not parts or parts[0] in CORE else parts[0]
+    return "core" if not parts or parts[0] in CORE else parts[0].replace("__main__", "cli")
 
 
 def imported(path: Path) -> list[str]:

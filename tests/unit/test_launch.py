@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from seer_scale import cli
 from seer_scale.errors import ConfigError, UserError
-from seer_scale.launch import command, slurm
 from seer_scale.launch import control as control_module
+from seer_scale.launch import slurm, submit
 from seer_scale.launch.control import Control, Limits, _ended
 from seer_scale.launch.job import Job, is_alive, process_mark, snapshot
+from seer_scale.launch.options import grid
 from seer_scale.launch.prepare import Request, prepare, stow
 from seer_scale.launch.profile import Profile, load_profile, minutes, read_profile
 
@@ -124,9 +126,9 @@ def test_code_and_recipe_travel(recipe, tmp_path):
 def test_a_grid_in_one_folder_is_refused(recipe, tmp_path):
     (tmp_path / "p.yaml").write_text("gpus_per_node: 1")
     with pytest.raises(UserError, match="--array makes 2 runs, but run.dir gives them one folder"):
-        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array", "optim.lr=0.1,0.2", "--run.dir", "D"])
+        cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array", "optim.lr=0.1,0.2", "--run.dir", "D"])
     with pytest.raises(UserError, match="--time is 2, but the profile's grace_s is 180 s"):
-        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--time", "2"])
+        cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--time", "2"])
 
 
 def test_a_process_is_known_again_and_no_other(monkeypatch):
@@ -136,20 +138,19 @@ def test_a_process_is_known_again_and_no_other(monkeypatch):
     assert not is_alive(f"{pid}:{int(began) + 1}:{boot}") and not is_alive(f"{pid}:{began}:another-boot")
 
 
-def test_a_grid_of_runs(recipe):
-    base = ask(recipe, name="sweep")
-    made = command._array(base, ["optim.lr=0.1,0.2", "swav.prototypes=[12, 8],[4]"])
-    assert [(r.name, list(r.overrides)) for r in made][1] == ("sweep-lr-0.1-prototypes-_4_", ["--optim.lr", "0.1", "--swav.prototypes", "[4]"])
-    assert [r.name for r in command._array(ask("a.yaml"), ["recipe=x.yaml,dir/y.yaml"])] == ["a-x", "a-y"]
+def test_a_grid_of_runs():
+    made = grid("a.yaml", "sweep", ["optim.lr=0.1,0.2", "swav.prototypes=[12, 8],[4]"])
+    assert made[1] == ("a.yaml", "sweep-lr-0.1-prototypes-_4_", ["--optim.lr", "0.1", "--swav.prototypes", "[4]"])
+    assert grid("a.yaml", "", ["recipe=x.yaml,dir/y.yaml"]) == [("x.yaml", "a-x", []), ("dir/y.yaml", "a-y", [])]
     for wrong, said in ((["optim.lr"], "must name a key"), (["optim.lr=1"], "at least two values"), (["optim.lr=1,1"], "two runs of one name")):
         with pytest.raises(UserError, match=said):
-            command._array(base, wrong)
+            grid("a.yaml", "sweep", wrong)
 
 
 def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, capsys):
     (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
     start = [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array"]
-    assert command.main([*start, "parallel.ranks=2,4", "--array", "optim.lr=0.1,0.2"]) == 0
+    assert cli.run(["launch", *start, "parallel.ranks=2,4", "--array", "optim.lr=0.1,0.2"]) == 0
     script = capsys.readouterr().out
     assert script.count("#SBATCH --array=0-1%2") == 2 and "#SBATCH --nodes=1\n" in script and "#SBATCH --nodes=2\n" in script
     assert not (tmp_path / "runs").exists()
@@ -158,31 +159,41 @@ def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, ca
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["x", "--cluster"], "--cluster has no value"), (["x"], "--cluster is missing"), (["x", "--cluster", "slrum"], "did you mean slurm?"),
-        (["x", "--cluster", "local", "--nodes", "2"], "--nodes has no effect with --cluster local"), (["--cluster", "local"], "The recipe comes first"),
-        (["x", "--cluster", "local", "--rank", "2"], "did you mean --ranks?"), (["x", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"), (["x", "--cluster", "local", "--ranks", "two"], "--ranks is 'two'"),
-        (["x", "--cluster", "local", "--cluster", "slurm"], "given twice"), (["status"], "status takes runs"), (["logs", "a", "b"], "logs takes one run"), (["logs", "a", "--now"], "--now has no effect with logs"),
-        (["x", "y", "--cluster", "local"], "'y' stands alone"), (["x", "--cluster", "local", "--dry-run=1"], "--dry-run takes no value"),
-        (["x", "--cluster", "local", "--follow"], "--follow has no effect to start a run"), (["list", "--train.samples", "3"], "--train.samples has no effect with list"),
+        (["launch", "x", "--cluster"], "argument --cluster: expected one argument"), (["launch", "x"], "--cluster is missing"),
+        (["launch", "x", "--cluster", "slrum"], "did you mean slurm?"), (["launch", "--cluster", "local"], "launch needs RECIPE"),
+        (["launch", "x", "--cluster", "local", "--nodes", "2"], "--nodes has no effect with --cluster local"),
+        (["launch", "x", "--cluster", "local", "--dry-run"], "--dry-run has no effect with --cluster local"),
+        (["launch", "x", "--cluster", "local", "--rank", "2"], "did you mean --ranks?"),
+        (["launch", "x", "--cluster", "local", "--ranks", "0"], "--ranks is '0'"),
+        (["launch", "x", "--cluster", "local", "--ranks", "two"], "--ranks is 'two'"),
+        (["launch", "x", "--cluster", "local", "--cluster", "slurm"], "given twice"),
+        (["launch", "x", "--cluster", "slurm", "--partition", "a"], "partition is a key of the profile"),
+        (["launch", "x", "y", "--cluster", "local"], "'y' is not expected here: overrides are written"),
+        (["launch", "x", "--cluster", "local", "--dry-run=1"], "--dry-run"),
+        (["launch", "x", "--cluster", "local", "--follow"], "--follow is no option of seer-scale launch"),
+        (["launch", "y", "--cluster", "local"], "'y' is neither a file nor a shipped recipe"),
+        (["status"], "status needs NAME"), (["logs", "a", "b"], "'b' is not expected here"),
+        (["logs", "a", "--now"], "--now is no option of seer-scale logs"), (["list", "--train.samples", "3"], "--train.samples has no effect with seer-scale list"),
+        (["resubmit", "a", "--train.samples", "3"], "resubmit repeats the run as it was"),
     ],
 )  # fmt: skip
 def test_words_that_cannot_be_meant(words, said, recipe):
     with pytest.raises(UserError) as caught:
-        command.main([recipe if w == "x" else w for w in words])
+        cli.run([recipe if w == "x" else w for w in words])
     assert said in str(caught.value), caught.value
 
 
 @pytest.mark.parametrize("name", ["..", ".", "%j-run", "a\nb", "a/b", "-x", "a'b"])
 def test_names_that_would_mean_something_else(name, recipe):
     with pytest.raises(UserError, match="--name is"):
-        command.main([recipe, "--cluster", "local", "--name", name])
+        cli.run(["launch", recipe, "--cluster", "local", f"--name={name}"])
     assert not Path("runs").exists()
 
 
 def test_everything_that_is_wrong_is_told_at_once(recipe, tmp_path, monkeypatch):
     (tmp_path / "p.yaml").write_text("gpus_per_nod: 2\nsbatch: {parsable: true, N: 3, exclusive: false, export: NONE}\nenvironment: {A-B: 1, EMPTY: }\nbefore: [{echo key: value}]")
     with pytest.raises(UserError) as caught:
-        command.main([recipe, "--cluster", "slurm", "--profile", "p.yaml", "--name", "..", "--nodes", "3-2", "--restarts", "x", "--array", "optim.lr=-1,-2", "--array", "views.crops=[{num: 2, size: 32},{num: 1, size: 24}],[{num: 2, size: 33}]"])
+        cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--name", "..", "--nodes", "3-2", "--restarts", "x", "--array", "optim.lr=-1,-2", "--array", "views.crops=[{num: 2, size: 32},{num: 1, size: 24}],[{num: 2, size: 33}]"])
     for part in (
         "gpus_per_nod is not a key; did you mean gpus_per_node?", "sbatch.parsable is for the launcher to decide", "sbatch.N is short for an option", "sbatch.exclusive is false",
         "sbatch.export is for the launcher", "environment.A-B is no name", "environment.EMPTY is empty", "before holds {'echo key': 'value'}", "--name is '..'",
@@ -193,10 +204,10 @@ def test_everything_that_is_wrong_is_told_at_once(recipe, tmp_path, monkeypatch)
 
 def test_a_run_is_started_by_one_command_at_a_time(recipe):
     job = prepare(ask(recipe, name="one", nodes=(1, 1)), [])[0]
-    with command._claimed(job):
-        with pytest.raises(UserError, match="is being started by another command"), command._claimed(job):
+    with submit.claimed(job):
+        with pytest.raises(UserError, match="is being started by another command"), submit.claimed(job):
             pass
-    with command._claimed(job):
+    with submit.claimed(job):
         pass
 
 
@@ -217,12 +228,12 @@ def test_a_refused_start_removes_nothing_of_another(recipe, tmp_path, monkeypatc
     place = Path("runs/one/launch")
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda self: self.name != "one" and exists(self))  # as seen before the other came
-    with command._claimed(prepare(ask(recipe, name="one", nodes=(1, 1)), [])[0]):
+    with submit.claimed(prepare(ask(recipe, name="one", nodes=(1, 1)), [])[0]):
         with pytest.raises(UserError, match="is being started by another command"):
-            command.main(words)
+            cli.run(["launch", *words])
     assert place.is_dir()
     with pytest.raises(UserError, match="SLURM does not take the job"):  # as there is none; its own it does remove
-        command.main(words)
+        cli.run(["launch", *words])
     assert not place.is_dir()
 
 
@@ -233,10 +244,10 @@ def test_no_answer_of_slurm_is_no_end(recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
     _, job = run(tmp_path / "runs" / "a", (8, 75, ""))
     dataclasses.replace(job, name="a", job_id="7").write()
-    assert command.main(["status", "a"]) == 0 and "a: unknown, as SLURM does not answer" in capsys.readouterr().out
-    for words in (["cancel", "a"], [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a"]):
+    assert cli.run(["status", "a"]) == 0 and "a: unknown, as SLURM does not answer" in capsys.readouterr().out
+    for words in (["cancel", "a"], ["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a"]):
         with pytest.raises(UserError, match="SLURM does not answer what became of job 7"):
-            command.main(words)
+            cli.run(words)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(slurm, "END_S", 0.0)
     assert slurm._steps() is None and not slurm._end_steps()
@@ -265,13 +276,13 @@ def test_several_runs_are_asked_at_once(tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         _, job = run(tmp_path / "runs" / name, (8, 0, ""))
         dataclasses.replace(job, name=name, cluster="local", job_id="7").write()
-    assert command.main(["status", "runs/a", "b", "--json"]) == 0
+    assert cli.run(["status", "runs/a", "b", "--json"]) == 0
     assert [(told["name"], told["state"], told["samples_saved"]) for told in json.loads(capsys.readouterr().out)] == [("a", "done", 8), ("b", "done", 8)]
     with pytest.raises(UserError) as caught:
-        command.main(["cancel", "a", "b"])
+        cli.run(["cancel", "a", "b"])
     assert str(caught.value).splitlines() == ["a is not running: done.", "b is not running: done."]
     with pytest.raises(UserError, match="b is done: it has seen all its samples"):
-        command.main(["resubmit", "b"])
+        cli.run(["resubmit", "b"])
 
 
 # ------------------------------------------------------------------------------------------------ control

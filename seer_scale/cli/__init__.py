@@ -1,0 +1,73 @@
+"""The command line: `seer-scale COMMAND`, one tree of commands. Thin: each is one call into the house."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from seer_scale import __version__, console
+from seer_scale.cli import data, evaluate, launch, look, train
+from seer_scale.cli.parser import Parser, split_overrides
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain
+
+DESCRIPTION = "Self-supervised pretraining of large convnets, from a laptop to 512 GPUs."
+EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all of them.
+Exit status: 0 done (or submitted), 1 failed, 2 bad input, 75 stopped with its state saved."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 1 failed, 2 bad input, 75 stopped with its state saved)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    console.install()
+    try:
+        return run(words)
+    except UserError as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        lost = ": what was done since the newest checkpoint is lost" if words[:1] == ["train"] else ""
+        print(f"Stopped at once{lost}.", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+
+
+def run(words: Sequence[str]) -> int:
+    """As `main`. Raises UserError."""
+    if not words or words[0] == "help":
+        words = [*words[1:], "--help"]
+    own, overrides = split_overrides(words)
+    try:
+        args, more = build_parser(own).parse_known_args(own)
+    except SystemExit as asked:  # of --help and --version
+        return int(asked.code or EXIT_DONE)
+    if more:
+        args.parser.unexpected(more, args.takes_overrides)
+    if overrides and not args.takes_overrides:
+        raise UserError(args.no_overrides if "no_overrides" in args else f"{overrides[0]} has no effect with {args.parser.prog}; leave it out.")
+    args.overrides = overrides
+    status = args.run(args)
+    sys.stdout.flush()
+    problem = console.lost(sys.stdout)
+    if problem and problem.errno != errno.EPIPE and status == EXIT_DONE and not args.is_run:  # | head has read enough
+        print(f"What this command prints could not be written ({problem.strerror}).", file=sys.stderr)
+        return EXIT_FAILED
+    return status
+
+
+def build_parser(words: Sequence[str]) -> Parser:
+    """The whole tree; of commands that take long to load, only what `words` ask for is filled in."""
+    parser = Parser(prog="seer-scale", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for room in (train, launch, evaluate, look, data):
+        room.add_commands(commands, words)
+    return parser
+
+
+def _version() -> str:
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = "not installed"
+    return f"seer-scale {__version__} (torch {torch}, Python {platform.python_version()})"

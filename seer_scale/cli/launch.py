@@ -1,0 +1,86 @@
+"""seer-scale launch, list, status, logs, cancel, resubmit"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seer_scale.cli.parser import Parser, Print, add_command
+from seer_scale.launch import runs
+from seer_scale.launch.options import CLUSTERS, Options
+from seer_scale.launch.profile import EXAMPLE, Profile
+
+EPILOG = """--cluster local runs the ranks on this machine and follows them: Ctrl-C saves and stops, the same command goes on.
+--cluster slurm submits a job; the command returns when it is in the queue."""
+NAMES = "a run's folder, or its name below runs/; 'sweep-*' means those of an array"
+NO_CHANGES = (
+    "resubmit repeats the run as it was: to change a key, give the run's first command again with it "
+    "(status NAME --json shows that command)."
+)
+
+
+def add_commands(commands: Any, words: Sequence[str]) -> None:
+    parser = add_command(commands, "launch", launch, "start a recipe on several processes, here or on SLURM", takes_overrides=True, is_run=True, epilog=EPILOG)
+    parser.hints = {f"--{key.replace('_', '-')}": f"{key} is a key of the profile." for key in Profile.__dataclass_fields__}
+    _add_launch_arguments(parser)
+
+    parser = add_command(commands, "list", lambda a: runs.list_runs(a.folder), "launched runs below a folder, with their states")
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="(default: runs)")
+
+    parser = add_command(commands, "status", lambda a: runs.print_status(runs.matching(a.names), as_json=a.json), "of launched runs: the job, how far it is, how it was started")
+    parser.add_argument("names", metavar="NAME", nargs="+", help=NAMES)
+    parser.add_argument("--json", action="store_true", help="JSON instead of text")
+
+    parser = add_command(commands, "logs", lambda a: runs.print_logs(runs.find(a.name), follow=a.follow), "what a launched run's ranks said")
+    parser.add_argument("name", metavar="NAME", help=NAMES)
+    parser.add_argument("--follow", action="store_true", help="go on until it ends")
+
+    parser = add_command(commands, "cancel", lambda a: runs.cancel(runs.matching(a.names), now=a.now), "save and stop launched runs", is_run=True)
+    parser.add_argument("names", metavar="NAME", nargs="+", help=NAMES)
+    parser.add_argument("--now", action="store_true", help="as scancel does, which leaves seconds to save")
+
+    parser = add_command(commands, "resubmit", resubmit, "start a launched run again: it goes on from its newest checkpoint", is_run=True)
+    parser.set_defaults(no_overrides=NO_CHANGES)
+    parser.add_argument("name", metavar="NAME", help=NAMES)
+    parser.add_argument("--nodes", default="", metavar="N|MIN-MAX", help="other nodes than the run had")
+    parser.add_argument("--time", default="", metavar="T", help="another time limit than the run had")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+
+
+def _add_launch_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    add("--cluster", default="", metavar="|".join(CLUSTERS), help="where to start")
+    add("--profile", default="", metavar="FILE", help="what the cluster wants to be told")
+    add("--print-profile", action=Print, text=lambda: EXAMPLE.read_text(encoding="utf-8").rstrip(), help="print a profile to fill in, every key explained, and end")
+    add("--nodes", default="", metavar="N|MIN-MAX", help="nodes; of a range, whatever is free (default: what parallel.ranks fill)")
+    add("--ranks", default="", metavar="N", help="processes a node (default: local: parallel.ranks; slurm: one a GPU)")
+    add("--time", default="", metavar="T", help="time limit of a job, instead of the profile's")
+    add("--name", default="", metavar="NAME", help="the run's name, and its folder runs/NAME (default: the recipe's)")
+    add("--array", default=[], action="append", metavar="KEY=A,B,C", help="one run for each value; KEY is `recipe` or a key of the recipe; several make a grid")
+    add("--restarts", default="", metavar="N", help="starts of the ranks in a row without a new checkpoint, before the job goes back to the queue or ends")
+    add("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+
+
+def launch(args: argparse.Namespace) -> int:
+    from seer_scale.launch import submit
+
+    keys = Options.__dataclass_fields__
+    return submit.launch(Options(**{k: v for k, v in vars(args).items() if k in keys}))
+
+
+def resubmit(args: argparse.Namespace) -> int:
+    """The command the run was started with, again, from where it was given."""
+    from seer_scale.cli import run
+
+    job = runs.find(args.name)
+    words = runs.words_again(job, nodes=args.nodes, time=args.time)
+    before = os.getcwd()
+    os.chdir(job.folder)
+    try:
+        return run(["launch", *words, *(["--dry-run"] if args.dry_run else [])])
+    finally:
+        os.chdir(before)

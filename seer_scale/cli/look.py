@@ -1,0 +1,95 @@
+"""seer-scale inspect, report, plan, bench"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seer_scale.cli.modules import add_module_commands
+from seer_scale.cli.parser import add_command
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError
+
+BENCHES = {
+    "step": "an update against a plain loop",
+    "data": "images a second that a core makes of your files",
+    "engines": "every engine against ddp, in speed and memory",
+    "checkpoint": "how long training stands still for a checkpoint",
+    "lars": "LARS on sharded parameters",
+    "sinkhorn": "Sinkhorn against the least its traffic could take",
+}
+INSPECT = "Of a checkpoint: what is in it, who wrote it, whether it is whole; no tensor is read for that. Of a run: where its time went."
+
+
+def add_commands(commands: Any, words: Sequence[str]) -> None:
+    parser = add_command(commands, "inspect", inspect, "what is in a checkpoint; where a run's time went", description=INSPECT)
+    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, such as runs/demo/checkpoints/samples-000000012800, or a run's folder")
+    parser.add_argument("--verify", action="store_true", help="of a checkpoint: read all its files, and compare their checksums")
+    parser.add_argument("--tensors", type=int, default=0, metavar="N", help="of a checkpoint: also list the N largest tensors")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+
+    parser = add_command(commands, "report", report, "write a run's report.html anew")
+    parser.add_argument("run_dir", metavar="RUN", nargs="?", type=Path, help="a run's folder (default: the newest below runs/)")
+
+    add_plan(commands, words)
+    add_module_commands(commands, "bench", "speed and memory, each against a reference in the same run", BENCHES, words)
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from seer_scale.checkpoint import inspect as checkpoints
+    from seer_scale.observe import ledger
+    from seer_scale.observe.sinks import plain
+
+    if (args.path / "metrics.jsonl").is_file():
+        if args.verify or args.tensors:
+            raise UserError(f"{args.path} is a run, and --verify and --tensors are for checkpoints, such as those in {args.path / 'checkpoints'}.")
+        found = ledger.read_ledger(args.path)
+        print(json.dumps(plain(found.to_dict()), indent=1) if args.json else ledger.text(found))
+        return EXIT_DONE
+    if not args.path.exists():
+        below = f"did you mean {Path('runs') / args.path}?" if (Path("runs") / args.path).is_dir() else "give a run's folder or one of its checkpoints."
+        raise UserError(f"There is no {args.path}: {below}")
+    if (args.path / "launch").is_dir() or (args.path / "config.yaml").is_file():
+        print("Nothing was logged yet.")
+        return EXIT_DONE
+    found = checkpoints.describe(args.path, verify=args.verify)
+    print(json.dumps(plain(found), indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))
+    return EXIT_FAILED if found["flaw"] else EXIT_DONE
+
+
+def report(args: argparse.Namespace) -> int:
+    from seer_scale.observe.report import write_report
+
+    run_dir = args.run_dir or _newest_run()
+    if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        why = "it has neither config.yaml nor metrics.jsonl" if run_dir.is_dir() else "there is none"
+        raise UserError(f"{run_dir} is not a run's folder ({why}): give one, such as runs/demo.")
+    print(write_report(run_dir))
+    return EXIT_DONE
+
+
+def _newest_run() -> Path:
+    logs = sorted(Path("runs").glob("*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
+    if not logs:
+        raise UserError("report needs a run's folder, such as runs/demo: there is none below runs.")
+    return logs[-1].parent
+
+
+def add_plan(commands: Any, words: Sequence[str]) -> None:
+    """`plan --failures ...`: one kind of plan today, named by an option."""
+    what = "goodput at a rate of failures, and the best checkpoint interval"
+    if words[:1] == ["plan"]:
+        from seer_scale.plan import failures
+
+        parser = add_command(commands, "plan", lambda args: _print(failures.run(args)), what, description=failures.__doc__)
+        parser.add_argument("--failures", action="store_true", required=True, help=what)
+        failures.add_arguments(parser)
+    else:
+        add_command(commands, "plan", lambda args: EXIT_DONE, f"--failures: {what}")
+
+
+def _print(text: str) -> int:
+    print(text)
+    return EXIT_DONE

@@ -1,0 +1,33 @@
+"""Commands that are modules of a room: `add_arguments(parser)`, `run(args) -> text`, and a description that is their help."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from seer_scale.cli.parser import add_command
+from seer_scale.errors import EXIT_DONE
+
+
+def add_module_commands(commands: Any, room: str, what: str, modules: Mapping[str, str], words: Sequence[str]) -> Any:
+    """`seer-scale ROOM MODULE`; a module, which takes seconds to load, is loaded where `words` ask for it."""
+    kinds = commands.add_parser(room, help=what).add_subparsers(metavar=room.upper(), required=True)
+    for name, does in modules.items():
+        if list(words[:2]) != [room, name]:
+            add_command(kinds, name, _run_nothing, does)
+            continue
+        module = importlib.import_module(f"seer_scale.{room}.{name}")
+        parser = add_command(kinds, name, lambda args, module=module: _run(module, args), does, description=module.__doc__)
+        module.add_arguments(parser)
+    return kinds
+
+
+def _run(module: Any, args: argparse.Namespace) -> int:
+    print(module.run(args))
+    return EXIT_DONE
+
+
+def _run_nothing(args: argparse.Namespace) -> int:
+    raise AssertionError("the command that was asked for is loaded")

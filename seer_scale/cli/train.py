@@ -1,0 +1,69 @@
+"""seer-scale train, recipes"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from seer_scale.cli.parser import add_command
+from seer_scale.config import RECIPES, all_keys, load_recipe, recipe_names
+from seer_scale.errors import EXIT_DONE
+
+
+def add_commands(commands: Any, words: Sequence[str]) -> None:
+    parser = add_command(
+        commands, "train", train, "train, or go on where the run stopped (RECIPE --help: every key)", takes_overrides=True, is_run=True
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file or one of {', '.join(recipe_names())}")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML, and train nothing")
+    if words[:1] == ["train"]:
+        recipe = next((w for w in words[1:] if not w.startswith("-")), "")
+        parser.format_help = lambda: help_of_train(recipe)  # type: ignore[method-assign]
+    parser = add_command(commands, "recipes", recipes, "the shipped recipes")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def train(args: argparse.Namespace) -> int:
+    from seer_scale.train import start
+    from seer_scale.world import detect
+
+    if args.print_config:
+        config = start.resolve_recipe(args.recipe, args.overrides, detect().size)
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return EXIT_DONE
+    return start.run_training(args.recipe, args.overrides)
+
+
+def help_of_train(recipe: str = "") -> str:
+    """Every key with its type, meaning and default, and with the value a recipe gives it. Raises UserError."""
+    given = load_recipe(recipe) if recipe else {}
+    lines = ["usage: seer-scale train RECIPE [--print-config] [--section.key value ...]", ""]
+    lines += ["Trains, or goes on where the run stopped.", "", f"RECIPE: a YAML file or one of {', '.join(recipe_names())}."]
+    lines += ["--print-config: print the resolved recipe as YAML, and train nothing.", ""]
+    lines += ["Precedence: defaults < recipe < command line. Lists are written [1, 2]. Keys, types, defaults:", ""]
+    for key, kind, default, meaning in all_keys():
+        section, name = key.split(".")
+        values = given.get(section)
+        own = f"; {recipe}: {_shown(values[name])}" if isinstance(values, dict) and name in values else ""
+        lines += [f"  --{key} {kind}", f"      {meaning} (default {_shown(default)}{own})"]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=lambda o: o.__dict__) if value is not None else "none"
+
+
+def recipes(args: argparse.Namespace) -> int:
+    heads = {}
+    for name in recipe_names():
+        lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        heads[name] = [line[1:].strip() for line in lines if line.startswith("#")]
+    if args.json:
+        print(json.dumps({name: " ".join(lines) for name, lines in heads.items()}, indent=1))
+    else:
+        print("\n\n".join("\n  ".join([name, *lines]) for name, lines in heads.items()))
+    return EXIT_DONE

@@ -1,0 +1,316 @@
+"""Runs there are: what they do, what they said, how to end them and how to start them again. No torch is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seer_scale import console
+from seer_scale.errors import EXIT_DONE, UserError, nearest
+from seer_scale.launch.job import Job
+from seer_scale.launch.job import is_alive as process_is_alive
+
+FOLLOW_S = 0.5
+
+
+# ------------------------------------------------------------------------------------------------ which
+
+
+def matching(names: Sequence[str]) -> list[Job]:
+    """The runs called so, or those that patterns mean. Raises UserError."""
+    return [job for name in names for job in _matching(name)]
+
+
+def find(name: str) -> Job:
+    """The one run called so. Raises UserError."""
+    jobs = _matching(name)
+    if len(jobs) > 1:
+        raise UserError(f"{name} are {len(jobs)} runs; give one of them: {', '.join(called(job) for job in jobs)}.")
+    return jobs[0]
+
+
+def _matching(name: str) -> list[Job]:
+    if not set("*?[") & set(name):
+        return [_named(name)]
+    patterns = (name, f"runs/{name}")  # which the shell has not expanded
+    places = {p for q in patterns for p in (Path("/").glob(q[1:]) if q[0] == "/" else Path().glob(q))}
+    jobs = [job for place in sorted(places) if (job := Job.read(place))]
+    if not jobs:
+        raise UserError(f"No launched run is called {name}, here or below runs/: {command_here()} list shows those there are.")
+    return jobs
+
+
+def _named(name: str) -> Job:
+    for place in (Path(name), Path("runs") / name):
+        if job := Job.read(place):
+            return job
+    names = [called(job) for job, _ in _below(Path("runs")) if job]
+    of_array = [n for n in names if n.startswith(f"{name}-")]
+    hint = f"an array's runs have names of their own: {', '.join(of_array)}." if of_array else "none was launched here."
+    hint = nearest(name, names) if names and not of_array else hint
+    raise UserError(f"There is no launched run {name}: neither {name} nor runs/{name} holds launch/job.json; {hint}")
+
+
+def _below(folder: Path) -> list[tuple[Job | None, str]]:
+    """All runs below a folder, in order; of one whose record cannot be read, None and why."""
+    jobs: list[tuple[Job | None, str]] = []
+    for place in sorted(p.parents[1] for p in folder.glob("**/launch/job.json")):
+        try:
+            jobs.append((Job.read(place), ""))
+        except UserError as problem:
+            jobs.append((None, str(problem)))
+    return jobs
+
+
+def command_here() -> str:
+    """How the commands of this package are given from here."""
+    script = Path(sys.executable).parent / "seer-scale"
+    known = shutil.which("seer-scale")
+    if known and Path(known).absolute() == script:
+        return "seer-scale"
+    place = script if script.exists() else Path(sys.executable)
+    short = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
+    return str(short) if place is script else f"{short} -m seer_scale"
+
+
+def called(job: Job) -> str:
+    """The shortest word by which `find` finds it from here."""
+    place = Path(job.run_dir)
+    if place.parent == Path("runs").absolute():
+        return place.name
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)
+
+
+# ------------------------------------------------------------------------------------------------ how they are
+
+
+def is_running(job: Job) -> bool:
+    """Raises NoAnswer, a UserError, where SLURM does not say."""
+    if job.cluster == "local":
+        return process_is_alive(job.launcher)
+    from seer_scale.launch import slurm
+
+    return slurm.is_alive(job)
+
+
+def state(job: Job) -> str:
+    attempts, there = [line for line in job.attempts() if line["attempt"].startswith(f"{job.job_id}.")], True
+    if job.cluster == "slurm":
+        from seer_scale.launch import slurm
+
+        try:
+            found, there = slurm.details(job.job_id), slurm.is_there()
+        except slurm.NoAnswer:
+            return "unknown, as SLURM does not answer"
+        word, reason = found.get("JobState", ""), found.get("Reason", "None")
+        if word in slurm.ALIVE and job.is_cancelled():
+            return f"{word.lower()}, asked to stop {ago(job.cancelled_at())} ago"
+        if word in slurm.ALIVE:
+            return word.lower() + (f" ({reason})" if word == "PENDING" and reason != "None" else "")
+        if not attempts and word:
+            code = found.get("ExitCode", "unknown")
+            hint = "; do all nodes see its folder?" if word in ("FAILED", "NODE_FAIL") else ""
+            return f"never started: SLURM says {word}, {reason}, exit code {code}{hint}"
+    elif is_running(job):
+        return "running"
+    if not attempts or attempts[-1]["event"] == "begin":
+        return "unknown, as there is no SLURM on the path" if not there else "ended from outside" if attempts else "never started"
+    cause = attempts[-1]["cause"]
+    return "cancelled" if cause not in ("done", "stopped") and job.is_cancelled() else cause
+
+
+def progress(job: Job) -> str:
+    seen, rate = _newest_line(job)
+    config = _text(Path(job.run_dir) / "config.yaml")
+    total, batch = (re.search(rf"^train:.*?^  {key}: (\d+)", config, re.M | re.S) for key in ("samples", "global_batch"))
+    of = f" of {-(-int(total[1]) // int(batch[1])) * int(batch[1]):,}" if total and batch else ""
+    return f"{seen:,}{of} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (f", {rate:.0f} images/s" if rate else "")
+
+
+def _newest_line(job: Job) -> tuple[int, float]:
+    """Samples seen and images/s of the newest metric line; of a log of weeks, only the end is read."""
+    try:
+        with (Path(job.run_dir) / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0, 0.0
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn
+            continue
+        if "step" in row and "event" not in row:
+            return row["samples_seen"], row.get("throughput/img_per_s") or 0.0
+    return 0, 0.0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def ago(then: float) -> str:
+    seconds = max(0, time.time() - then)
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}{'s' * (round(seconds / size) > 1)}"
+    return f"{seconds:.0f} s"
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+
+def list_runs(folder: Path) -> int:
+    if not folder.is_dir() and folder != Path("runs"):
+        raise UserError(f"There is no folder {folder}: give the one that holds the runs' folders.")
+    runs = _below(folder)
+    if not runs:
+        print(f"No run below {folder} was launched.")
+    width = max((len(called(job)) for job, _ in runs if job), default=0)
+    for job, problem in runs:
+        print(f"{called(job):{width}}  {job.cluster:6} {job.job_id:18} {progress(job):44} {state(job)}" if job else problem)
+    return EXIT_DONE
+
+
+def print_status(jobs: Sequence[Job], *, as_json: bool) -> int:
+    if as_json:
+        facts = [_facts(job) for job in jobs]
+        print(json.dumps(facts[0] if len(jobs) == 1 else facts, indent=1, allow_nan=False))
+        return EXIT_DONE
+    for job in jobs:
+        _print_status(job)
+    return EXIT_DONE
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    starts = [line for line in job.attempts() if line["event"] == "begin"]
+    return {
+        "name": job.name, "state": state(job), "cluster": job.cluster, "job": job.job_id, "run_dir": job.run_dir,
+        "launched_in": job.launched_in or job.run_dir, "nodes": job.fits, "ranks_per_node": job.ranks_per_node,
+        "samples_saved": max(0, job.newest_checkpoint()), "starts": len(starts), "now": starts[-1] if starts else None,
+        "command": job.command,
+    }  # fmt: skip
+
+
+def _print_status(job: Job) -> None:
+    print(f"{job.name}: {state(job)}, job {job.job_id} ({job.cluster}), submitted {ago(job.submitted)} ago")
+    print(f"  {job.run_dir}, {progress(job)}")
+    if job.launched_in:
+        print(f"  {'a copy of' if _is_copy(job) else 'moved from'} {job.launched_in}, where it was launched")
+    for line in job.attempts()[-8:]:
+        at = time.strftime("%F %T", time.localtime(line["time"]))
+        if line["event"] == "begin":
+            print(f"  {at}  {line['attempt']} began on {line['ranks']} rank{'s' * (line['ranks'] > 1)} ({', '.join(line['nodes'])})")
+        else:
+            print(f"  {at}  {line['attempt']} {line['cause']}")
+
+
+def _is_copy(job: Job) -> bool:
+    """Whether the folder it was launched in still holds that launch."""
+    try:
+        there = Job.read(job.launched_in) if job.launched_in else None
+    except UserError:
+        return False
+    return there is not None and there.job_id == job.job_id and there.submitted == job.submitted
+
+
+def print_logs(job: Job, *, follow: bool) -> int:
+    """The job's output, as SLURM or submitit keeps it."""
+    read: dict[Path, int] = {}
+
+    def show() -> None:
+        for path in (p for kind in ("out", "err") for p in sorted(Path(job.log_dir or job.logs).glob(f"{job.job_id}_*.{kind}"))):
+            with path.open("rb") as file:
+                file.seek(read.get(path, 0))
+                new = file.read()
+            new = new[: new.rfind(b"\n") + 1]
+            read[path] = read.get(path, 0) + len(new)
+            lines = (line for line in new.decode(errors="replace").splitlines() if not line.startswith("submitit "))
+            sys.stdout.write("".join(line + "\n" for line in lines))
+            sys.stdout.flush()
+
+    show()
+    while follow and not console.lost(sys.stdout) and _may_go_on(job):
+        time.sleep(FOLLOW_S)
+        show()
+    if not any(read.values()):
+        print(f"{job.name} has said nothing yet: {state(job)}.")
+    return EXIT_DONE
+
+
+def _may_go_on(job: Job) -> bool:
+    from seer_scale.launch import slurm
+
+    try:
+        return is_running(job)
+    except slurm.NoAnswer:
+        return True
+
+
+def cancel(jobs: Sequence[Job], *, now: bool) -> int:
+    problems = []
+    for job in jobs:
+        try:
+            print(_cancel(job, now=now))
+        except UserError as problem:  # the others are cancelled all the same
+            problems.append(str(problem))
+    if problems:
+        raise UserError("\n".join(problems))
+    return EXIT_DONE
+
+
+def _cancel(job: Job, *, now: bool) -> str:
+    if _is_copy(job):
+        raise UserError(f"{called(job)} is a copy of {job.launched_in}, whose job it names: cancel that one.")
+    if job.cluster == "slurm":
+        from seer_scale.launch import slurm
+
+        return slurm.cancel(job, now=now or bool(job.launched_in))  # a job looks for the mark where it was launched
+    if not is_running(job):
+        raise UserError(f"{job.name} is not running: {state(job)}.")
+    launcher = int(job.launcher.partition(":")[0])
+    os.kill(launcher, signal.SIGTERM)
+    if now:
+        time.sleep(1.5)
+        os.kill(launcher, signal.SIGTERM)
+    return f"{job.name} {'ends at once' if now else 'saves and stops'}."
+
+
+def words_again(job: Job, *, nodes: str, time: str) -> list[str]:
+    """The words after `seer-scale launch` that start this run again, where it lies now. Raises UserError."""
+    if state(job) == "done":
+        raise UserError(f"{job.name} is done: it has seen all its samples. Start it with more train.samples to go on.")
+    words = list(job.command)
+    changes = {"--nodes": nodes, "--time": time, "--run.dir": job.run_dir if job.launched_in else ""}
+    for option, value in changes.items():
+        if value:
+            words = [*_without(words, option), option, value]
+    if not Path(job.folder).is_dir():
+        raise UserError(
+            f"{job.name} was launched from {job.folder}, which is no more: give its command from where its recipe and images "
+            f"are now: {shlex.join([command_here(), 'launch', *words])}"
+        )
+    return words
+
+
+def _without(words: Sequence[str], option: str) -> list[str]:
+    kept, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == option:
+            del rest[:1]
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
