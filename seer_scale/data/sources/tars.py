@@ -7,18 +7,20 @@ when one is asked for, and the least recently used goes.
 from __future__ import annotations
 
 import glob
-import multiprocessing
 import os
 import re
+import stat
 import sys
 import tarfile
 import time
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from io import BufferedReader, BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -43,12 +45,31 @@ from seer_scale.data.sources.base import (
     stamp_of,
 )
 from seer_scale.data.sources.files import MOST_BYTES, read_file
+from seer_scale.data.sources.left_out import (
+    HIDDEN,
+    KINDS,
+    LINKS,
+    NO_END,
+    SECOND,
+    SPARSE,
+    described,
+    is_hidden,
+    kind_of,
+)
 from seer_scale.errors import DataError
 from seer_scale.files import shown
 
+if TYPE_CHECKING:
+    from seer_scale.data.worker import Guard
+
 OUTSIDE_BRACES = r",(?![^{}]*\})"
 """Commas that part one path from the next."""
-INDEX_VERSION = COLLECTION_VERSION = 1
+INDEX_VERSION = COLLECTION_VERSION = 2 + len(SUFFIXES)
+"""Another one, too, where HEIF can be read; and to be raised with left_out.KINDS."""
+SUMS = 4 + len(KINDS)
+LONGEST_LABEL = 256
+INDEXING_TIMEOUT_S = 3600.0
+"""Seconds after which a tar that is still being walked is given to another process; tars may have a terabyte."""
 OPEN_TARS = 64
 KEPT_IMAGES = 1 << 21
 """Images whose places a process keeps, about: some 100 MB."""
@@ -67,7 +88,8 @@ BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 class Tars(Source):
     """Images in tars, read at their offsets; members are never unpacked, and links are never followed.
 
-    A label is the text of KEY.cls beside KEY.jpg, or else the member's first folder (where there are two or more).
+    A label is the text of KEY.cls beside KEY.jpg, or else the member's first folder (where there are two or more). Of a
+    key's images (KEY.jpg, KEY.mask.png) one is read, where one has a plain suffix.
     """
 
     locality = 32
@@ -79,12 +101,15 @@ class Tars(Source):
         self._starts = np.cumsum([0, *sums[:, 0]])
         self._few = few(paths)
         if not self._starts[-1]:
-            raise DataError(f"{self._few} holds no image: looked for members that end in {', '.join(SUFFIXES)}.")
+            others = dict(zip(KINDS, sums[:, 4:].sum(axis=0).tolist()))
+            more = f" It holds {words}." if (words := described(others)) else ""
+            raise DataError(f"{self._few} holds no image: looked for members that end in {', '.join(SUFFIXES)}.{more}")
         builder = NamesBuilder()
         for path in paths:
             builder.add(path)
         self._paths = builder.build()
         self._labelled_by, self._is_labelled = _labelled_by(sums)
+        self.left_out = {kind: n for kind, n in zip(KINDS, sums[:, 4:].sum(axis=0).tolist()) if n}
         self._begin()
 
     def _begin(self) -> None:
@@ -170,10 +195,10 @@ class Tars(Source):
             return remote.read(path, offset, size)
         try:
             file = self._open(shard).fileno()
-            data, stat = os.pread(file, size, offset), os.fstat(file)
+            data, now = os.pread(file, size, offset), os.fstat(file)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}).") from error
-        if len(data) != size or (stat.st_size, stat.st_mtime_ns) != tuple(self._stamps[shard].tolist()):
+        if len(data) != size or (now.st_size, now.st_mtime_ns) != tuple(self._stamps[shard].tolist()):
             raise DataError(f"{path} changed after it was indexed: start again.")
         return data
 
@@ -258,7 +283,7 @@ def open_tars(path: str) -> Tars:
     paths: list[str] = []
     for part in [path] if os.path.exists(path) else re.split(OUTSIDE_BRACES, path):
         part = part.strip()
-        for one in [part] if os.path.exists(part) else _without_braces(part):
+        for one in _without_braces(part) if BRACES.search(part) and not os.path.exists(part) else [part]:
             found = _found(one)
             if not found:
                 raise DataError(f"{one} holds no .tar file; give a folder of tars, or a glob such as shards/*.tar.")
@@ -276,12 +301,14 @@ def _found(path: str) -> list[str]:
     if remote.is_url(path):
         is_tar = path.partition("?")[0].endswith(".tar") and not remote.has_magic(path)
         return [path] if is_tar else remote.find_tars(path)
-    if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
-    if os.path.exists(path) or not glob.has_magic(path):
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        if glob.has_magic(path):
+            return sorted(_matches(path))
         must_exist(path)
-        return [path]
-    return sorted(_matches(path))
+        raise
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar"))) if is_folder else [path]
 
 
 def _matches(pattern: str) -> list[str]:
@@ -308,7 +335,7 @@ def _without_braces(path: str) -> list[str]:
 
 
 def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(stamps int64 [n, 2], sums int64 [n, 4] as `_sums` gives them) of the tars; those of an earlier call for the same
+    """(stamps int64 [n, 2], sums int64 [n, SUMS] as `_sums` gives them) of the tars; those of an earlier call for the same
     tars are kept in the user's cache folder, so that only a tar that changed since is indexed."""
     absolute = [path if remote.is_url(path) else os.path.abspath(path) for path in paths]
     place = cache_place(COLLECTION_VERSION, INDEX_VERSION, *absolute, suffix=".tars.npz")
@@ -318,8 +345,8 @@ def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         stamps = np.array([stamp for part in parts for stamp in part], np.int64)
     saved = load_arrays(place)
     is_known = np.zeros(len(paths), bool)
-    sums = np.zeros((len(paths), 4), np.int64)
-    if saved:
+    sums = np.zeros((len(paths), SUMS), np.int64)
+    if saved and saved["sums"].shape == sums.shape:
         is_known, sums = (saved["stamps"] == stamps).all(axis=1), saved["sums"]
     todo = np.flatnonzero(~is_known)
     if len(todo):
@@ -344,23 +371,55 @@ def _index_all(jobs: list[tuple[str, tuple[int, int]]]) -> Iterator[tuple[int, .
     if cores == 1 or len(jobs) < ALONE_BELOW_TARS and sum(size for _, (size, _) in jobs) < ALONE_BELOW_BYTES:
         yield from map(_sums, jobs)
         return
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(_sums, jobs, chunksize=max(1, min(32, len(jobs) // (8 * cores))))
+    from seer_scale.data.pool import stream  # which stands above the sources, and forks nothing from this process
+
+    indexing = _Indexing(jobs, max(cores, min(8 * cores, len(jobs) // 8)))
+    for (sums,), _ in stream(indexing, indexing.keys(), workers=cores, timeout_s=INDEXING_TIMEOUT_S):
+        yield from map(tuple, sums.tolist())
 
 
-def _sums(job: tuple[str, tuple[int, int]]) -> tuple[int, int, int, int]:
-    """(images, of which have a .cls, of which lie in a folder, a number for that folder or -1 for several) of a tar."""
+@dataclass
+class _Indexing:
+    """The sums of tars, `batch` at a time; a row is a tar."""
+
+    jobs: list[tuple[str, tuple[int, int]]]
+    batch: int
+
+    def keys(self) -> range:
+        return range(0, len(self.jobs), self.batch)
+
+    def buffers(self) -> list[tuple[tuple[int, ...], type]]:
+        return [((self.batch, SUMS), np.int64)]
+
+    def rows(self, key: int) -> int:
+        return min(self.batch, len(self.jobs) - key)
+
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: Guard) -> None:
+        try:
+            guard.enter(key + row)
+        except DataError as error:
+            raise DataError(f"{self.describe(key + row)} cannot be indexed ({error}): remove it.") from error
+        out[0][row] = _sums(self.jobs[key + row])
+
+    def describe(self, item: int) -> str:
+        return shown(self.jobs[item][0])
+
+
+def _sums(job: tuple[str, tuple[int, int]]) -> tuple[int, ...]:
+    """(images, of which have a .cls, of which lie in a folder, a number for that folder or -1 for several, and what is
+    left out, by kind) of a tar."""
     path, stamp = job
-    only = ("cls", "folder", "folder_values", "folder_ends")
+    only = ("cls", "folder", "folder_values", "folder_ends", "left_out")
     index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only)
     folders = _texts(index, "folder")
     folder = digest(*folders) >> 65 if len(folders) == 1 else -1
-    return len(index["cls"]), int((index["cls"] >= 0).sum()), int((index["folder"] >= 0).sum()), folder
+    labelled, sorted_ = int((index["cls"] >= 0).sum()), int((index["folder"] >= 0).sum())
+    return len(index["cls"]), labelled, sorted_, folder, *index["left_out"].tolist()
 
 
 def _labelled_by(sums: np.ndarray) -> tuple[str | None, bool]:
     """(what labels the images: "cls", "folder" or nothing, whether every image has a label), from the sums alone."""
-    images, with_cls, in_folder, folder = sums[sums[:, 0] > 0].T
+    images, with_cls, in_folder, folder = sums[sums[:, 0] > 0, :4].T
     if with_cls.any():
         return "cls", bool((with_cls == images).all())
     is_sorted = bool((in_folder == images).all() and ((folder < 0).any() or len(np.unique(folder)) > 1))
@@ -402,6 +461,7 @@ def _fits(index: dict[str, np.ndarray], size: int) -> bool:
             index.keys() >= {"names", "cls_values", "folder_values"}
             and all(len(index[k]) == num for k in ("size", "name_ends", "cls", "folder"))
             and _inside(index, size)
+            and index["left_out"].shape == (len(KINDS),)
             and all(bool(((code >= -1) & (code < values)).all()) for code, values in codes)
         )
     except (KeyError, TypeError, ValueError):
@@ -437,10 +497,7 @@ def _open_whole(tar: str, size: int) -> BufferedReader:
 
 def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
     """Offsets, sizes, names and label texts of the images in one tar; only headers and .cls members are read."""
-    offsets, sizes = array("q"), array("q")
-    names, folders, keys = NamesBuilder(), LabelsBuilder(), []
-    cls: dict[str, str] = {}
-    last = "no member is whole"
+    found, last = _Found(), "no member is whole"
     try:
         with _open_whole(tar, size) as file, tarfile.open(fileobj=(headers := _Headers(tar, file)), mode="r:") as archive:
             position = -1
@@ -450,45 +507,107 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
                 if member.size < 0 or archive.offset <= position:
                     raise DataError(f"{tar} lies about the size of {member.name}: fetch it again or remove it.")
                 position = archive.offset
-                is_file = member.isreg() and member.sparse is None
-                if is_file and member.offset_data + member.size > size:
+                is_sparse = member.sparse is not None
+                if member.isreg() and not is_sparse and member.offset_data + member.size > size:
                     raise tarfile.ReadError("unexpected end of data")
                 last = f"the last whole member is {member.name}"
-                if not is_file:
+                name = _plain_path(member.name)
+                if any(is_hidden(part) for part in name.split("/")):
+                    found.left_out[HIDDEN] += not member.isdir()
+                elif member.issym() or member.islnk():
+                    found.left_out[LINKS] += is_image(name)
+                elif not member.isreg():
                     continue
-                name = member.name.removeprefix("./")
-                head, _, base = name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if extension.lower() == "cls":
+                elif is_sparse:
+                    found.left_out[SPARSE] += is_image(name)
+                elif name.lower().endswith(".cls"):
                     file.seek(member.offset_data)
-                    cls[f"{head}/{stem}"] = file.read(min(member.size, 256)).decode("utf-8", "replace").strip()
+                    found.add_label(name, file.read(min(member.size, LONGEST_LABEL)))
                 elif is_image(name):
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
-                    names.add(name)
-                    folders.add(first_folder(name))
-                    keys.append(f"{head}/{stem}")
+                    found.add_image(name, member.offset_data, member.size)
+                else:
+                    found.left_out[kind_of(name)] += 1
             file.seek(archive.offset)
             tail = file.read(1 << 20)
     except tarfile.ReadError as error:
-        if not len(offsets) and "end of data" not in str(error):
+        if not len(found.offsets) and "end of data" not in str(error):
             raise DataError(f"{tar} is not a plain tar ({error}); unpack a compressed one first.") from error
         raise DataError(f"{tar} is cut short ({last}); fetch it again or remove it.") from error
     except (OSError, ValueError, EOFError, IndexError, OverflowError, RecursionError) as error:  # what tarfile lets out
         raise DataError(f"{tar} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    if len(tail) < 512 or any(tail[:512]):  # whole tars end in blocks of zeros; tarfile takes any end for the end
+    if not tail:  # it ends after a member, as some writers leave it and all readers take it
+        found.left_out[NO_END] += 1
+    elif len(tail) < 512 or any(tail[:512]):  # whole tars end in blocks of zeros; tarfile takes any end for the end
         raise DataError(f"{tar} is cut short ({last}); fetch it again or remove it.")
     if any(tail):
         raise DataError(f"{tar} holds more after its end mark ({last}): it was joined from several tars; use those.")
-    labels = LabelsBuilder()
-    for key in keys:
-        labels.add(cls.get(key))
-    index = {"offset": np.array(offsets, np.int64), "size": np.array(sizes, np.int64)}
-    for field, builder in ("cls", labels), ("folder", folders):
-        values = NamesBuilder()
-        for value in builder.values:
-            values.add(value)
-        texts = values.build()
-        index |= {field: np.array(builder.codes, np.int32), f"{field}_values": texts.blob, f"{field}_ends": texts.ends}
-    built = names.build()
-    return {**index, "names": built.blob, "name_ends": built.ends}
+    return found.index()
+
+
+def _plain_path(name: str) -> str:
+    """A member's path without what means nothing in it: ./, //, a leading / or ../."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+class _Found:
+    """The images and labels of one tar, grouped by key into samples as WebDataset does it; the members of a sample need
+    not be neighbours. A key that has a member twice begins another sample."""
+
+    def __init__(self) -> None:
+        self.offsets, self.sizes, self.left_out = array("q"), array("q"), Counter[str]()
+        self._names, self._ranks, self._samples = NamesBuilder(), array("q"), array("q")
+        self._labels: dict[int, str] = {}
+        self._latest: dict[str, tuple[int, str]] = {}
+        """The number of a key's last sample, and the suffixes it has."""
+        self._suffixes: dict[str, str] = {}
+        self._num = 0
+
+    def add_image(self, name: str, offset: int, size: int) -> None:
+        key, suffix = _key(name)
+        self.offsets.append(offset)
+        self.sizes.append(size)
+        self._names.add(name)
+        # 0.png before 0.mask.png: a suffix of one part goes before one of several
+        self._ranks.append(SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES))
+        self._samples.append(self._sample(key, suffix))
+
+    def add_label(self, name: str, text: bytes) -> None:
+        key, suffix = _key(name)
+        if suffix == ".cls":
+            self._labels[self._sample(key, suffix)] = text.decode("utf-8", "replace").strip()
+
+    def _sample(self, key: str, suffix: str) -> int:
+        number, has = self._latest.get(key, (-1, ""))
+        if number < 0 or f"{suffix}/" in has:
+            number, has, self._num = self._num, "", self._num + 1
+        has = f"{has}{suffix}/"
+        self._latest[key] = number, self._suffixes.setdefault(has, has)
+        return number
+
+    def index(self) -> dict[str, np.ndarray]:
+        names, samples, ranks = self._names.build(), np.array(self._samples, np.int64), np.array(self._ranks, np.int64)
+        best = np.full(self._num, len(SUFFIXES), np.int64)
+        np.minimum.at(best, samples, ranks)
+        kept = np.flatnonzero(ranks == best[samples])  # several where none has a plain suffix
+        self.left_out[SECOND] += len(ranks) - len(kept)
+        kept_names, labels, folders = NamesBuilder(), LabelsBuilder(), LabelsBuilder()
+        for i in kept.tolist():
+            kept_names.add(name := names[i])
+            labels.add(self._labels.get(self._samples[i]) or None)  # an empty text is no label
+            folders.add(first_folder(name))
+        index = {"offset": np.array(self.offsets, np.int64)[kept], "size": np.array(self.sizes, np.int64)[kept]}
+        for field, builder in ("cls", labels), ("folder", folders):
+            values = NamesBuilder()
+            for value in builder.values:
+                values.add(value)
+            texts = values.build()
+            index |= {field: np.array(builder.codes, np.int32), f"{field}_values": texts.blob, f"{field}_ends": texts.ends}
+        built, counts = kept_names.build(), [self.left_out[kind] for kind in KINDS]
+        return {**index, "names": built.blob, "name_ends": built.ends, "left_out": np.array(counts, np.int64)}
+
+
+def _key(name: str) -> tuple[str, str]:
+    """(folder and name up to its first dot, the rest in small letters): what WebDataset calls key and suffix."""
+    head, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return f"{head}{slash}{stem}", (dot + suffix).lower()
