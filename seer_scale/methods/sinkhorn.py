@@ -20,6 +20,7 @@ from seer_scale.world import World
 
 ABSORB = 4
 ROWS = 16
+SUMMED = 256
 
 
 @torch.no_grad()
@@ -66,7 +67,14 @@ def _shifted(s: Tensor, epsilon: float, by: Tensor, out: Tensor) -> Tensor:
 
 def _column_sums(u: list[Tensor], P: list[Tensor], world: World) -> list[Tensor]:
     """Of the samples of all ranks, scaled by u."""
-    return _reduce([torch.bmm(ub.unsqueeze(1), p).squeeze(1) for ub, p in zip(u, P)], dist.ReduceOp.SUM, world)
+    return _reduce([_weighted_sum(ub, p) for ub, p in zip(u, P)], dist.ReduceOp.SUM, world)
+
+
+def _weighted_sum(u: Tensor, P: Tensor) -> Tensor:
+    """[C, B] and [C, B, K] -> [C, K]. A CPU's product adds one row after the other, and a sum that has grown to B loses
+    the last digits of what comes: parts are summed apart."""
+    parts = [torch.bmm(ub.unsqueeze(1), p) for ub, p in zip(u.split(SUMMED, 1), P.split(SUMMED, 1))]
+    return torch.cat(parts, 1).sum(1)
 
 
 def _column_max(s: Tensor) -> Tensor:

@@ -77,10 +77,14 @@ class SGD(Optimizer):
         ratio, shrink = ratio.unbind(), shrink.unbind()
         for i, q, grad in zip(chosen, params, grads):
             grad.mul_(ratio[i]).addcmul_(q, shrink[i])
+        velocity = self._slot(names, "momentum")
         torch._fused_sgd_(
-            params, grads, self._slot(names, "momentum"), weight_decay=0.0, momentum=c.momentum, lr=lr, dampening=0.0,
+            params, grads, velocity if c.momentum else [], weight_decay=0.0, momentum=c.momentum, lr=lr, dampening=0.0,
             nesterov=False, maximize=False, is_first_step=False, found_inf=found_inf,
         )  # fmt: skip
+        if not c.momentum:  # the kernel takes no velocity then, which is the gradient, for a resume that has momentum
+            for v, grad in zip(velocity, grads):
+                v.copy_(torch.where(found_inf > 0, v, grad))
 
 
 class AdamW(Optimizer):

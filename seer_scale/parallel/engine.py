@@ -22,6 +22,7 @@ from seer_scale.optim.optimizers import build_optimizer
 from seer_scale.parallel.recompute import find_segments, recompute
 from seer_scale.parallel.scaling import LossScaler
 from seer_scale.parallel.shard import Shard
+from seer_scale.parallel.thrifty import compute_small_maps_in_fp32
 from seer_scale.rng import draw
 from seer_scale.world import World
 
@@ -39,8 +40,7 @@ class Engine:
     def __init__(self, method: nn.Module, config: Config, world: World):
         self.method, self.config, self.world = method, config, world
         self.dtype = COMPUTE[config.train.precision]
-        # fp32 means fp32: on recent GPUs convolutions would otherwise round their inputs to TF32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.dtype != torch.float32
+        keep_fp32_products()
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
         self.shapes = {n: p.shape for n, p in method.named_parameters()}
         self.vectors = {n for n, shape in self.shapes.items() if len(shape) < 2}
@@ -53,6 +53,8 @@ class Engine:
         segments = find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units())
         recompute(method.backbone, segments, self._recomputing)
         self.module = self._wrap(method)
+        if world.device.type == "cpu" and self.dtype != torch.float32:
+            compute_small_maps_in_fp32(method)
         self._materialise()
         self.buffers = Buffers(method)
         self.module = self._finish(self.module)
@@ -166,7 +168,7 @@ class Engine:
         """Average, unscale, agree whether all gradients are finite, update or skip, restore unit rows, drop gradients.
 
         Collectives: one stacked all-reduce of norms and finiteness over the shard group, and what the engine needs
-        (docs/engines.md). No host synchronisation. Returns device scalars for the log.
+        (docs/engines.md). No host synchronisation. Returns device scalars for the log, and `grad_norms` [P].
         """
         stats: dict[str, Tensor] = {}
         self._around(lambda: stats.update(self._apply(lr, frozen)))
@@ -182,7 +184,7 @@ class Engine:
         # a forward that was not finite must not stay in the running statistics; a method's own buffers are its affair
         self.buffers.restore_where(found_inf > 0)
         self._restore_unit_rows(found_inf)
-        return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf}
+        return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf, "grad_norms": norms[1]}
 
     def _norms(self, grads: list[Tensor], found_inf: Tensor) -> tuple[Tensor, Tensor]:
         """Norms [2, P] of the whole parameters and gradients, and found_inf agreed by all ranks."""
@@ -265,6 +267,15 @@ class Engine:
             shard = self.shards[slot.rpartition("/")[0]]
             out[f"optim/{slot}"] = shard.like(t) if t.shape == shard.local.shape else t
         return out | self.scaler.state()
+
+
+def keep_fp32_products() -> None:
+    """fp32 means fp32, also beside half precision, where autocast chooses what is not: without this GPUs would round the
+    inputs of scores, Sinkhorn, kNN and fp32 convolutions to TF32, and CPUs to bf16 where the process is told so."""
+    b = torch.backends
+    b.cudnn.allow_tf32 = b.cuda.matmul.allow_tf32 = False  # what libraries ask, which raises where the two disagree
+    for backend in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn):
+        backend.fp32_precision = "ieee"
 
 
 def compile_units(method: nn.Module) -> None:

@@ -43,6 +43,7 @@ from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
 from seer_scale.train import resume
 from seer_scale.train.course import Course, manifest_of, newest_manifest, open_course
+from seer_scale.train.skips import SkipMonitor
 from seer_scale.train.stop import StopRequest
 from seer_scale.train.watchdog import Watchdog
 from seer_scale.train.window import Window
@@ -106,6 +107,7 @@ class Trainer:
         self._warned_of_collapse = False
         self._told_unreadable: set[str] = set()
         self._starved = 0
+        self._skips = SkipMonitor(list(self.engine.shapes), config.train.precision, world, partial(self._tell_of_rank, "skipped"))
         self.resumed_from = self._load(found) if found else None
         self.saver = Saver(self.folder, self.engine.state(), world, keep_last=config.checkpoint.keep_last, keep_every_samples=config.checkpoint.keep_every_samples)
         self._write_config()
@@ -267,6 +269,7 @@ class Trainer:
             self._trained = True
             self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
             window.add(batch, loss)
+            self._skips.watch(self.step, loss, stats["skipped"], stats["grad_norms"])
             self._settle(self.saver.ended())
             refreshed = False
             if due:
@@ -293,7 +296,7 @@ class Trainer:
         batches = loader(
             self.source, c.data, c.views, self.course.sampler, rank=w.rank, world_size=w.size, start=self.samples_seen,
             stop=c.train.samples, pin=w.device.type == "cuda", on_device=c.data.on_device(w.device.type),
-            tell=self._tell_of_loader,
+            tell=partial(self._tell_of_rank, "loader"),
         )  # fmt: skip
         while True:
             begin = time.perf_counter()
@@ -372,6 +375,7 @@ class Trainer:
         means, counts = window.reduce(watched)
         own = torch.stack([stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.longest_streak])
         grad_norm, param_norm, scale, skipped, streak = own.tolist()
+        self._skips.read()
         total, count = means.pop("loss_sum").item(), means.pop("loss_count").item()
         loss = total / count if count else math.nan
         row = {
@@ -393,9 +397,10 @@ class Trainer:
         self._watch_for_collapse(loss, row.get("swav/assignment_entropy", 0.0))
         self._watch_for_starvation(row["time/data_wait_frac"])
 
-    def _tell_of_loader(self, sentence: str) -> None:
+    def _tell_of_rank(self, kind: str, sentence: str) -> None:
+        """What this rank alone has seen."""
         if self.world.is_main:
-            self._tell("loader", sentence)
+            self._tell(kind, sentence)
         else:
             complain(f"Rank {self.world.rank}: {sentence}")
 

@@ -1,5 +1,6 @@
 """Optimisers against torch's own and against LARC written out; skipping; schedules as functions of samples."""
 
+import dataclasses
 import math
 
 import pytest
@@ -76,10 +77,32 @@ def test_equal_to_torch(name, exclude):
         assert torch.allclose(ours[n], theirs[n], atol=1e-6), n
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_a_skipped_update_changes_nothing(name):
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+def test_without_momentum_an_update_is_the_last_gradient_and_momentum_may_come_back(name):
+    """v <- 0 v + g: what a checkpoint then holds is what a resume with momentum goes on from."""
+    with_momentum = Optim(name=name, weight_decay=0.1, trust=0.02, momentum=0.9)
+    without = dataclasses.replace(with_momentum, momentum=0.0)
+    ours, theirs, velocity = draw_params(), draw_params(), {n: torch.zeros(s) for n, s in SHAPES.items()}
+    optimizer = build_optimizer(ours, {"vector"}, with_momentum)
+    for step, config in enumerate([with_momentum, without, without, with_momentum]):
+        optimizer.config = config
+        set_grads(ours, step), set_grads(theirs, step)
+        optimizer.update(grads_of(ours), 0.5, norms_of(ours), torch.zeros(()))
+        for n, p in theirs.items():
+            g = p.grad + config.weight_decay * p
+            if name == "lars":
+                g *= config.trust * p.norm() / (p.grad.norm() + p.norm() * config.weight_decay + 1e-8)
+            velocity[n] = config.momentum * velocity[n] + g
+            p -= 0.5 * velocity[n]
+    for n in SHAPES:
+        assert torch.allclose(ours[n], theirs[n], atol=1e-6), n
+        assert torch.allclose(optimizer.state[f"{n}/momentum"], velocity[n], atol=1e-6), n
+
+
+@pytest.mark.parametrize("name,momentum", [("lars", 0.9), ("sgd", 0.9), ("sgd", 0.0), ("adamw", 0.9)])
+def test_a_skipped_update_changes_nothing(name, momentum):
     params = draw_params()
-    optimizer = build_optimizer(params, {"vector"}, Optim(name=name))
+    optimizer = build_optimizer(params, {"vector"}, Optim(name=name, momentum=momentum))
     set_grads(params, 0)
     optimizer.update(grads_of(params), 0.1, norms_of(params), torch.zeros(()))
     before = {k: v.clone() for k, v in (params | optimizer.state).items()}

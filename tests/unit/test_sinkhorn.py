@@ -48,6 +48,13 @@ def test_equal_to_the_textbook_where_that_is_right():
     assert torch.allclose(ours, textbook_sinkhorn(scores, 0.05, 3), atol=1e-5)
 
 
+def test_codes_of_a_large_batch_keep_their_digits():
+    """Relative to each code; a prototype's sum over 2^16 samples, one after the other, would lose the sixth digit."""
+    scores = torch.randn(1, 2**16, 8, generator=torch.Generator().manual_seed(5))
+    exact = reference(scores[0], 1.0, 1)
+    assert ((sinkhorn([scores], 1.0, 1, World())[0][0] - exact) / exact).abs().max() < 4e-6
+
+
 @pytest.mark.parametrize("scale", [1e3, 1e4])
 def test_scores_that_overflow_the_textbook(scale):
     scores = scale * torch.randn(1, 32, 8, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,55 @@
+"""Convolutions and linear layers as engines replace them give what they gave, in values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seer_scale.parallel.thrifty import compute_small_maps_in_fp32, keep_parameters_only
+
+
+class Convolutions(TorchDispatchMode):
+    """Collects the types in which convolutions are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.__name__:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def grads_of(layer: nn.Module, x: Tensor, half: torch.dtype | None = None) -> list[Tensor]:
+    """Output and gradients of input and parameters, in fp32, with memory full of NaN around."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad()
+    for numel in (512, 4096, 65536):
+        torch.full((numel,), torch.nan, dtype=half or torch.float32)  # given back at once
+    with torch.autocast("cpu", half, enabled=half is not None):
+        y = layer(x)
+    assert y.dtype == (half or torch.float32)
+    y.float().square().sum().backward()
+    return [t.detach().float() for t in (y, x.grad, *(p.grad for p in layer.parameters()))]
+
+
+@pytest.mark.parametrize("first", [lambda layer: None, keep_parameters_only])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_small_maps_are_computed_in_fp32_and_others_are_not(half, layout, first):
+    """On a CPU whose kernels are at fault, such a gradient is what the memory held before: here NaN."""
+    torch.manual_seed(0)
+    for size, kernel, stride, dilation, small in ((1, 3, 2, 1, True), (2, 3, 1, 1, True), (3, 3, 1, 1, False), (4, 3, 1, 2, True), (1, 1, 1, 1, False)):
+        layer = nn.Conv2d(16, 16, kernel, stride, dilation * (kernel // 2), dilation, groups=2).to(memory_format=layout)
+        x = torch.randn(4, 16, size, size).contiguous(memory_format=layout)
+        exact = grads_of(layer, x)
+        first(layer)
+        compute_small_maps_in_fp32(layer)
+        with Convolutions() as seen:
+            ours = grads_of(layer, x, half)
+        assert seen.dtypes == {torch.float32 if small else half}, (size, kernel)
+        for a, b in zip(ours, exact):
+            assert torch.isfinite(a).all() and (a - b).norm() <= 0.02 * b.norm(), (size, kernel)
