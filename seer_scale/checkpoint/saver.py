@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,13 +36,14 @@ class Saved:
 class Saver:
     """Saves a run's state, at most one checkpoint at a time, by a thread that has a process group of its own.
 
-    state: as at every `begin`; its copies are made here (Staging). Collective, as are `begin` and `wait`, which all
+    state: as at every `begin`; its copies and the layout of its files are made here, once (Staging). Collective, as are `begin` and `wait`, which all
     ranks call alike; `ended` looks only at this rank's thread.
     """
 
     def __init__(self, folder: Path, state: dict[str, Tensor], world: World, *, keep_last: int, keep_every_samples: int):
         self._folder, self._keep = folder, (keep_last, keep_every_samples)
         self._staging = Staging(state, world)
+        self._staging.layout.prepare(world)
         own = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world.size > 1 else None
         self._world = dataclasses.replace(world, control=own)
         self._thread: threading.Thread | None = None
@@ -83,8 +85,10 @@ class Saver:
     def _write(self, copies: dict[str, Tensor], meta: dict[str, Any]) -> None:
         begin, path, problem, kept = time.perf_counter(), None, "", ""
         try:
+            if self._world.device.type == "cuda":  # a thread begins on the machine's first GPU, whose rank is another
+                torch.cuda.set_device(self._world.device)
             try:
-                path = store.save(self._folder, copies, meta, self._world)
+                path = store.save(self._folder, copies, meta, self._world, self._staging.layout)
             except CheckpointError as error:
                 problem = str(error)
             if path:

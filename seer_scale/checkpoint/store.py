@@ -1,11 +1,12 @@
 """Checkpoints on disk: written aside, checked, published by one rename; found again whole or passed over.
 
-The state is one flat dict, name -> full-precision Tensor or DTensor ("model/backbone.stem.conv.weight",
-"optim/backbone.stem.conv.weight/momentum"), plus `meta`, a JSON-able dict that holds at least samples_seen. Tensors are
-laid out by torch.distributed.checkpoint, so a state saved by any number of ranks loads on any other. A folder is a
-checkpoint if its name is samples-NNNNNNNNNNNN (a state saved again at the same count gets -2, -3, ...) and its
-manifest.json, written last, agrees with every file in size and crc32. Names that begin with .tmp- are work in progress
-or waste; as one run owns the folder (`RunLock`), the next save removes those it finds.
+The state is one flat dict, name -> full-precision Tensor, whole on every rank, or Shard ("model/backbone.stem.conv.weight",
+"optim/backbone.stem.conv.weight/momentum"), plus `meta`, a JSON-able dict that holds at least samples_seen. A rank writes
+state-RANK.safetensors; tensors.json says where each element lies (`Layout`), so that a state saved by any number of ranks
+loads on any other. A folder is a checkpoint if its name is samples-NNNNNNNNNNNN (a state saved again at the same count gets
+-2, -3, ...) and its manifest.json, written last, agrees with every file in size and crc32. Names that begin with .tmp- are
+work in progress or waste; as one run owns the folder (`RunLock`), the next save removes those it finds. Nothing in it is a
+program: no pickle is written or read.
 
 All coordination goes through the `World` given: a background save needs no more than a world with its own control group.
 """
@@ -13,49 +14,47 @@ All coordination goes through the `World` given: a background save needs no more
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
-import pickle
 import re
 import secrets
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
 
+from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
 from seer_scale.errors import CheckpointError
 from seer_scale.files import sync_folder
 from seer_scale.world import World
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+MANIFEST, TENSORS = "manifest.json", "tensors.json"
 _NAME = re.compile(r"samples-(\d{12,})(?:-(\d+))?")
 
 State = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def save(folder: Path, state: State, meta: dict[str, Any], world: World) -> Path:
+def save(folder: Path, state: State, meta: dict[str, Any], world: World, layout: Layout | None = None) -> Path:
     """Publish `state` and rank 0's `meta` as a new checkpoint in `folder`; its path.
 
-    What was published before stays untouched until the new one is safe on disk; then one of the same samples_seen is
-    replaced. Collective. Raises CheckpointError on all ranks, with nothing left behind, if any rank cannot write.
+    layout: made once for states whose ranks hold the same runs; `state` then needs no more than what this rank writes. What
+    was published before stays untouched until the new one is safe on disk; then one of the same samples_seen is replaced.
+    Collective. Raises CheckpointError on all ranks, with nothing left behind, if any rank cannot write.
     """
+    layout = layout or Layout.plan(state, world)
     aside = folder / world.broadcast_object(f".tmp-{meta['samples_seen']}-{secrets.token_hex(4)}")
-    files = _Files()
+    written: dict[str, dict[str, int]] = {}
     name = None
     try:
         with _agreement(world):
@@ -64,20 +63,22 @@ def save(folder: Path, state: State, meta: dict[str, Any], world: World) -> Path
                 for stale in folder.glob(".tmp-*"):
                     _remove(stale)
                 aside.mkdir()
-        with _agreement(world), _quiet():
-            writer = dcp.FileSystemWriter(aside)
-            writer.fs = files
-            dcp.save(state, storage_writer=writer, process_group=world.control, no_dist=world.size == 1)
-        written = world.gather_objects(files.written)
+        with _agreement(world):
+            if mine := layout.written_by(world.rank):
+                runs = (_bytes_of(state[name], part) for name, part in mine.items())
+                _write(aside / _file_of(world.rank), itertools.chain([layout.header(world.rank)], runs), written)
+            if world.is_main:
+                _write(aside / TENSORS, [layout.to_json()], written)
+        files = {name: facts for rank in world.gather_objects(written) for name, facts in rank.items()}
         with _agreement(world):
             if world.is_main:
-                name = _publish(aside, meta, {k: v for rank in written for k, v in rank.items()})
+                name = _publish(aside, meta, files)
     except CheckpointError as problem:
         if world.is_main:
             _remove(aside)
         sentence = (
             f"The checkpoint at {meta['samples_seen']} samples could not be written to {folder} ({problem}); "
-            f"{_space(folder, state)}; {'earlier checkpoints are untouched' if _published(folder) else 'there is no earlier checkpoint'} and training can go on."
+            f"{_space(folder, layout)}; {'earlier checkpoints are untouched' if _published(folder) else 'there is no earlier checkpoint'} and training can go on."
         )
         raise CheckpointError(world.broadcast_object(sentence)) from problem
     return folder / world.broadcast_object(name)
@@ -91,7 +92,7 @@ def _publish(aside: Path, meta: dict[str, Any], files: dict[str, dict[str, int]]
         if path.stat().st_size != expected["size"]:
             raise OSError(f"{name} has {path.stat().st_size} bytes on disk of {expected['size']} written")
     # Through text once, so that what is sealed is exactly what will be read.
-    content = json.loads(json.dumps({"format": FORMAT, "meta": meta, "files": files}))
+    content = json.loads(json.dumps({"format": FORMAT, "meta": meta, "files": files}, allow_nan=False))
     with (aside / MANIFEST).open("w") as f:
         json.dump({"crc32": _seal(content)} | content, f, indent=1)
         f.flush()
@@ -109,44 +110,37 @@ def _publish(aside: Path, meta: dict[str, Any], files: dict[str, dict[str, int]]
 
 
 class _Checksummed(io.FileIO):
-    """A raw file that keeps size and crc32 of what is written to it, and the error that ended that."""
+    """A raw file that keeps size and crc32 of what is written to it: of what was meant, not of what arrived."""
 
     size = crc32 = 0
-    error: OSError | None = None
 
     def write(self, data) -> int:
-        try:
-            count = super().write(data)
-        except OSError as e:
-            self.error = e
-            raise
+        count = super().write(data)
         self.size += count
         self.crc32 = zlib.crc32(memoryview(data).cast("B")[:count], self.crc32)
         return count
 
 
-class _Files(FileSystem):
-    """DCP's files, with size and crc32 taken as they are written: nothing is read back, and what is recorded is what
-    was meant, not what arrived."""
+def _write(path: Path, pieces: Iterable[bytes | memoryview], written: dict[str, dict[str, int]]) -> None:
+    """A file of these bytes, on the disk when this returns; its size and checksum go to `written`."""
+    with _Checksummed(path, "w") as raw:
+        with io.BufferedWriter(raw, 2**20) as stream:
+            for piece in pieces:
+                stream.write(piece)
+            stream.flush()
+            os.fsync(raw.fileno())
+        written[path.name] = {"size": raw.size, "crc32": raw.crc32}
 
-    def __init__(self):
-        self.written: dict[str, dict[str, int]] = {}
 
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        raw = _Checksummed(path, mode)
-        try:
-            with io.BufferedWriter(raw, 2**20) as stream:
-                yield stream
-        except Exception:
-            if raw.error:  # torch.save hides "no space left" behind an error of its own
-                raise raw.error from None
-            raise
-        self.written[Path(path).name] = {"size": raw.size, "crc32": raw.crc32}
+def _file_of(rank: int) -> str:
+    return f"state-{rank:05d}.safetensors"
 
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+def _bytes_of(tensor: torch.Tensor, part: Part) -> memoryview:
+    """The elements of `part`, which this rank holds; no copy where they lie together on the host."""
+    first = run_of(tensor)[0]
+    run = local_of(tensor).contiguous().view(-1)[part.start - first : part.stop - first].cpu()
+    return memoryview(run.view(torch.uint8).numpy())
 
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -235,23 +229,42 @@ def _seal(content: dict[str, Any]) -> int:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The `meta` a checkpoint was saved with. Local, reads no tensor. Raises CheckpointError if `path` is none."""
+def read_meta(path: Path, world: World = World()) -> dict[str, Any]:
+    """The `meta` a checkpoint was saved with; reads no tensor. Rank 0 reads it for all of `world`, if one is given:
+    collective. Raises CheckpointError if `path` is none."""
+    return _by_main(world, lambda: _read_manifest(path))["meta"]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        return _manifest(path)["meta"]
+        return _manifest(path)
     except ValueError as e:
         inside = [*_published(path), *_published(path / "checkpoints")]
         hint = f"did you mean {inside[0]}?" if inside else "choose another."
         raise CheckpointError(f"{path} cannot be used as a checkpoint: {e}; {hint}") from None
 
 
+def read_layout(path: Path, world: World = World()) -> Layout:
+    """Names, shapes and dtypes of a checkpoint, and where they lie; reads no tensor. Rank 0 reads it for all of `world`, if
+    one is given: collective. Raises CheckpointError."""
+    return Layout.from_json(_by_main(world, lambda: _read_tensors_json(path)))
+
+
+def _read_tensors_json(path: Path) -> bytes:
+    expected = _read_manifest(path)["files"].get(TENSORS, {})
+    try:
+        text = (path / TENSORS).read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"{path} could not be read ({TENSORS}: {e.strerror}); choose another.") from e
+    if zlib.crc32(text) != expected.get("crc32"):
+        raise CheckpointError(f"{path} could not be read (the checksum of {TENSORS} is wrong); choose another.")
+    return text
+
+
 def contents(path: Path) -> dict[str, tuple[str, torch.Size, int]]:
     """Name -> (dtype, shape, bytes in the files) of each tensor. Local, reads no tensor. Raises CheckpointError."""
-    reader, nbytes = _reader(path), {}
-    for index, stored in reader.metadata.storage_data.items():
-        nbytes[index.fqn] = nbytes.get(index.fqn, 0) + stored.length
-    held = reader.metadata.state_dict_metadata
-    return {k: (str(v.properties.dtype).removeprefix("torch."), v.size, nbytes.get(k, 0)) for k, v in held.items()}
+    tensors = read_layout(path).tensors
+    return {k: (_word(t.dtype), t.shape, t.shape.numel() * t.dtype.itemsize) for k, t in tensors.items()}
 
 
 def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] = "") -> int:
@@ -259,100 +272,82 @@ def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] 
 
     Returns the bytes this rank has read.
 
-    Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read; each rank
-    reads what its shards need. Contents are not verified here: `newest` has, `flaw` does. Collective. Raises
-    CheckpointError on all ranks; after one that says "could not be read" the tensors are not to be used.
+    Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read. Rank 0 reads the
+    layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `newest` has, `flaw`
+    does. Collective. Raises CheckpointError on all ranks; after one that says "could not be read" the tensors are not to be
+    used.
     """
     wanted = {k: v for k, v in state.items() if k.startswith(only)}
+    layout = read_layout(path, world)
     with _agreement(world):
-        reader = must_fit(path, wanted, only=only)
+        _compare(path, wanted, layout, only)
     try:
-        with _agreement(world), _quiet():
-            dcp.load(wanted, storage_reader=reader, process_group=world.control, no_dist=world.size == 1)
+        with _agreement(world):
+            return _read(path, wanted, layout)
     except CheckpointError as problem:
         error = CheckpointError(f"{path} could not be read ({problem}); choose another.")
         error.may_pass = True
         raise error from problem
-    return reader.nbytes
 
 
-def must_fit(path: Path, state: State, *, only: str | tuple[str, ...] = "") -> _Reader:
-    """A reader of the checkpoint `path`, whose tensors under `only` have the names, shapes and dtypes of `state` (which
-    may be on the meta device). Local, reads no tensor. Raises CheckpointError."""
-    read_meta(path)
-    reader = _reader(path)
-    if difference := _difference(path, state, reader.metadata, only):
-        raise CheckpointError(difference)
-    return reader
+def must_fit(path: Path, state: State, *, only: str | tuple[str, ...] = "") -> None:
+    """That the tensors under `only` in the checkpoint `path` have the names, shapes and dtypes of `state` (which may be on
+    the meta device). Local, reads no tensor. Raises CheckpointError."""
+    _compare(path, state, read_layout(path), only)
 
 
-def _reader(path: Path) -> _Reader:
-    try:
-        return _Reader(path)
-    except Exception as e:
-        raise CheckpointError(f"{path} could not be read ({type(e).__name__}: {e}); choose another.") from e
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads DCP's metadata, large on many ranks, once, and counts what else is read."""
-
+def _read(path: Path, wanted: State, layout: Layout) -> int:
+    """Fill `wanted`; the bytes read."""
+    by_file: dict[int, list[tuple[Part, torch.Tensor]]] = {}
+    scattered = []
+    for name, tensor in wanted.items():
+        local, (start, stop) = local_of(tensor), run_of(tensor)
+        whole = local if local.is_contiguous() else torch.empty_like(local, memory_format=torch.contiguous_format)
+        if whole is not local:
+            scattered.append((local, whole))
+        for part in layout.tensors[name].within(start, stop):
+            by_file.setdefault(part.file, []).append((part, whole.view(-1)[part.start - start : part.stop - start]))
     nbytes = 0
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        with (path / ".metadata").open("rb") as file:
-            self.metadata = _Unpickler(file).load()
-        self.metadata.storage_meta = self.metadata.storage_meta or StorageMeta()
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        self.nbytes += sum(self.storage_data[item.storage_index].length for item in plan.items)
-        return super().read_data(plan, planner)
-
-    def read_metadata(self) -> Metadata:
-        return self.metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    """DCP keeps its metadata as a pickle, and a checkpoint may come from anywhere: this reads metadata and runs nothing."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _HARMLESS.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-        return super().find_class(module, name)
+    for file in sorted(by_file):
+        with (path / _file_of(file)).open("rb", buffering=0) as raw:
+            begin = 8 + int.from_bytes(raw.read(8), "little")
+            for part, target in sorted(by_file[file], key=lambda pair: pair[0].offset):
+                host = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
+                raw.seek(begin + part.offset)
+                _fill(raw, host)
+                if host is not target:
+                    target.copy_(host)
+                nbytes += host.nbytes
+    for local, whole in scattered:
+        local.copy_(whole)
+    return nbytes
 
 
-_HARMLESS = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath"},
-}  # fmt: skip
+def _fill(raw: io.FileIO, tensor: torch.Tensor) -> None:
+    left = memoryview(tensor.view(torch.uint8).numpy())
+    while left:
+        if not (count := raw.readinto(left)):
+            raise OSError(f"{Path(raw.name).name} ends too early")
+        left = left[count:]
 
 
-def _difference(path: Path, wanted: State, metadata: Metadata, only: str | tuple[str, ...]) -> str | None:
-    """A sentence on the first tensor that differs between the run and the checkpoint."""
-
-    def form(dtype: torch.dtype, size: torch.Size) -> str:
-        return f"{str(dtype).removeprefix('torch.')} {list(size)}"
-
-    held = {k: v for k, v in metadata.state_dict_metadata.items() if k.startswith(only)}
-    here = {k: form(v.dtype, v.shape) for k, v in wanted.items()}
-    there = {k: form(v.properties.dtype, v.size) for k, v in held.items()}
+def _compare(path: Path, wanted: State, layout: Layout, only: str | tuple[str, ...]) -> None:
+    """Raises CheckpointError with a sentence on the first tensor that differs between the run and the checkpoint."""
+    here = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in wanted.items()}
+    there = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in layout.tensors.items() if k.startswith(only)}
     if not here and not there:
-        return f"{path} holds nothing under {only!r}."
+        raise CheckpointError(f"{path} holds nothing under {only!r}.")
     for key in sorted(here | there):
         if here.get(key) != there.get(key):
             kind = "is of another architecture" if key.startswith("model/") else "does not fit this recipe"
-            return (
+            raise CheckpointError(
                 f"{path} {kind}: {key} is {there.get(key, 'absent')} in the checkpoint and "
                 f"{here.get(key, 'absent')} in this run; choose the recipe that wrote it, or another checkpoint."
             )
-    return None
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # ------------------------------------------------------------------------------------------------ keeping few
@@ -393,23 +388,27 @@ def _discard(path: Path) -> None:
 @contextmanager
 def _agreement(world: World) -> Iterator[None]:
     """The body succeeds on all ranks, or CheckpointError with the first rank's problem is raised on all. Collective."""
-    error: BaseException | None = None
+    error: Exception | None = None
     try:
         yield
-    except CheckpointException as e:  # DCP's, and no Exception: what each rank raised is in it
-        error = e.failures[min(e.failures)][0]
     except Exception as e:
         error = e
     if problem := world.first_problem(error):
         raise CheckpointError(problem.removeprefix("CheckpointError: ")) from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's remark that a world of one saves in a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _by_main(world: World, make: Callable[[], T]) -> T:
+    """What rank 0 makes, on all ranks, or the CheckpointError it raises. Collective."""
+    made, problem = None, None
+    if world.is_main:
+        try:
+            made = make()
+        except CheckpointError as error:
+            problem = error
+    made, problem = world.broadcast_object((made, problem))
+    if problem is not None:
+        raise problem
+    return made
 
 
 def _order(path: Path) -> tuple[int, int]:
@@ -446,8 +445,8 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _space(folder: Path, state: State) -> str:
-    needed = sum(t.numel() * t.element_size() for t in state.values()) / 2**20
+def _space(folder: Path, layout: Layout) -> str:
+    needed = sum(t.shape.numel() * t.dtype.itemsize for t in layout.tensors.values()) / 2**20
     try:
         free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free / 2**20
     except OSError:

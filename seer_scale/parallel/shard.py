@@ -10,31 +10,26 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
 
 class Shard(Tensor):
     """A tensor of which this rank holds `local`: the elements [start, start + local.numel()) in row-major order.
 
-    Shape and dtype are the whole tensor's; no operation takes it. torch.distributed.checkpoint saves and loads it in
-    place (its `_Checkpointable` protocol), so that any number of ranks can read what any other wrote.
+    Shape and dtype are the whole tensor's; no operation takes it.
     """
 
     local: Tensor
     start: int
-    most: int
-    """Bytes of a piece in which it is saved, 0 = any: who reads a part of a piece has to read all of it."""
 
     @staticmethod
-    def __new__(cls, local: Tensor, start: int, shape: torch.Size, most: int = 0) -> Shard:
+    def __new__(cls, local: Tensor, start: int, shape: torch.Size) -> Shard:
         assert local.is_contiguous() and 0 <= start <= start + local.numel() <= shape.numel(), (local.shape, start, shape)
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
-        self.local, self.start, self.most = local, start, most
+        self.local, self.start = local, start
         return self
 
-    def __init__(self, local: Tensor, start: int, shape: torch.Size, most: int = 0):
+    def __init__(self, local: Tensor, start: int, shape: torch.Size):
         super().__init__()
 
     @classmethod
@@ -62,67 +57,6 @@ class Shard(Tensor):
         """This rank's run of `whole`, in the form of `local`."""
         return whole.flatten()[self.start : self.start + self.local.numel()].view_as(self.local)
 
-    # torch.distributed.checkpoint.planner_helpers: the run as boxes, each of which is contiguous in `local`
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in self.boxes()]
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.local)
-        return [
-            WriteItem(MetadataIndex(fqn, c.offsets, i), WriteItemType.SHARD, tensor_data=TensorWriteData(c, properties, self.shape))
-            for i, c in enumerate(self.__create_chunk_list__())
-        ]  # fmt: skip
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for offsets, sizes in self.boxes():
-            if torch.Size(offsets) == index.offset:
-                first = sum(o * s for o, s in zip(offsets, strides(self.shape))) - self.start
-                return self.local.detach().view(-1)[first : first + math.prod(sizes)].view(sizes)
-        raise ValueError(f"{index} is not on this rank")
-
     @property
     def stop(self) -> int:
         return self.start + self.local.numel()
-
-    def boxes(self) -> list[tuple[list[int], list[int]]]:
-        """(offsets, sizes) of what it is saved and loaded in: contiguous boxes of at most `most` bytes, or a row."""
-        tiles = boxes(self.shape, self.start, self.stop)
-        return [part for tile in tiles for part in _rows(*tile, self.most // self.dtype.itemsize)] if self.most else tiles
-
-
-def strides(shape: tuple[int, ...]) -> list[int]:
-    """Elements between neighbours along each dimension, row-major."""
-    return [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-
-
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[list[int], list[int]]]:
-    """(offsets, sizes) of the fewest boxes that tile the elements [start, stop) of a row-major tensor, in order.
-
-    Each box is contiguous; there are at most 2 * len(shape) - 1 of them.
-    """
-    if start >= stop:
-        return []
-    if not shape:
-        return [([], [])]
-    inner = math.prod(shape[1:])
-    first, last = -(-start // inner), stop // inner  # whole slices along dimension 0
-    if first > last:  # within one slice
-        row = start // inner
-        return _below(row, boxes(shape[1:], start - row * inner, stop - row * inner))
-    out = _below(first - 1, boxes(shape[1:], start - (first - 1) * inner, inner))
-    if last > first:
-        out.append(([first] + [0] * (len(shape) - 1), [last - first, *shape[1:]]))
-    return out + _below(last, boxes(shape[1:], 0, stop - last * inner))
-
-
-def _below(row: int, of_slice: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
-    return [([row, *offsets], [1, *sizes]) for offsets, sizes in of_slice]
-
-
-def _rows(offsets: list[int], sizes: list[int], most: int) -> list[tuple[list[int], list[int]]]:
-    """A box cut along its first dimension into boxes of at most `most` elements, or of one row."""
-    if not sizes:
-        return [(offsets, sizes)]
-    each = max(1, most // math.prod(sizes[1:]))
-    return [([offsets[0] + row, *offsets[1:]], [min(each, sizes[0] - row), *sizes[1:]]) for row in range(0, sizes[0], each)]

@@ -142,7 +142,7 @@ def test_torn_checkpoint_is_passed_over(straight, tmp_path, photos):
     given, place = recipe(tmp_path, photos), tmp_path / "run"
     run("train", given, "--run.dir", place, "--train.samples", 72, folder=tmp_path)
     whole, torn = checkpoints(place)[-2:]
-    file = next((place / "checkpoints" / torn).glob("*.distcp"))
+    file = next((place / "checkpoints" / torn).glob("*.safetensors"))
     os.truncate(file, file.stat().st_size // 2)
     text = run("train", given, "--run.dir", place, "--schedule.warmup_samples", 9, folder=tmp_path)
     assert f"{torn} is passed over" in text and f"Going on from {place}/checkpoints/{whole}" in text

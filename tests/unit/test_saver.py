@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seer_scale.checkpoint import saver, staging, store
+from seer_scale.checkpoint import layout as layout_of_files
+from seer_scale.checkpoint import saver, store
+from seer_scale.checkpoint.layout import Layout, run_of
 from seer_scale.checkpoint.saver import Saver
 from seer_scale.checkpoint.staging import Staging
 from seer_scale.errors import CheckpointError
@@ -18,6 +22,15 @@ from seer_scale.parallel.shard import Shard
 from seer_scale.world import World
 
 META = {"samples_seen": 8}
+
+
+def fake_world(rank: int, states: list[dict[str, torch.Tensor]]) -> SimpleNamespace:
+    """Of ranks with these states, as a plan of files sees it."""
+
+    def gather_objects(mine: tuple) -> list[tuple]:
+        return [(mine[0], np.array([run_of(t) for t in state.values()])) for state in states]
+
+    return SimpleNamespace(rank=rank, gather_objects=gather_objects)
 
 
 @st.composite
@@ -40,18 +53,14 @@ def layouts(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(layouts(), st.sampled_from([1, 40, 4 << 20]))
-def test_each_element_is_copied_by_one_rank_whatever_holds_it(layout, part):
+def test_each_element_is_copied_by_one_rank_whatever_holds_it(layout, share):
     wholes, states = layout
-    everyone = [{name: staging._run(t) for name, t in state.items()} for state in states]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(staging, "PART", part)
-        copies = [
-            Staging(state, SimpleNamespace(rank=rank, gather_objects=lambda _: everyone)).fill(state)
-            for rank, state in enumerate(states)
-        ]
+        m.setattr(layout_of_files, "SHARE", share)
+        copies = [Staging(state, fake_world(rank, states)).fill(state) for rank, state in enumerate(states)]
     for name, whole in wholes.items():
         got, times = torch.zeros(whole.numel()), torch.zeros(whole.numel())
-        for mine in copies:
+        for mine in (copy for copy in copies if name in copy):
             got[mine[name].start : mine[name].stop] = mine[name].local
             times[mine[name].start : mine[name].stop] += 1
         assert torch.equal(got, whole.flatten()) and (times == 1).all()
@@ -59,21 +68,76 @@ def test_each_element_is_copied_by_one_rank_whatever_holds_it(layout, part):
 
 def test_a_replicated_state_is_shared_out_evenly():
     state = {"big": torch.zeros(4096, 4096), "odd": torch.zeros(3, 1000, 1000)} | {f"small{i}": torch.zeros(300, 1000) for i in range(64)}
-    everyone = [{name: staging._run(t) for name, t in state.items()}] * 16
-    held = [Staging(state, SimpleNamespace(rank=r, gather_objects=lambda _: everyone)).nbytes for r in range(16)]
+    held = [Staging(state, fake_world(r, [state] * 16)).nbytes for r in range(16)]
     whole = sum(t.nbytes for t in state.values())
-    assert sum(held) == whole and max(held) <= whole / 16 + staging.PART
+    writers = [h for h in held if h]
+    assert sum(held) == whole and len(writers) == 3 and max(writers) - min(writers) <= 16
 
 
-def test_a_reader_of_a_small_part_reads_little(tmp_path, monkeypatch):
-    """A checkpoint of one rank, read by one of many: no more than pieces around what it needs."""
-    monkeypatch.setattr(staging, "PIECE", 40_000)
+def test_a_reader_of_a_small_part_reads_that_alone(tmp_path):
     whole = torch.rand(1000, 100)
-    path = store.save(tmp_path, Staging({"w": whole}, World()).fill({"w": whole}), META, World())
+    path = store.save(tmp_path, {"w": whole}, META, World())
     mine = Shard(torch.zeros(5000), 30_000, whole.shape)
-    read = store.load(path, {"w": mine}, World())
+    assert store.load(path, {"w": mine}, World()) == mine.local.nbytes
     assert torch.equal(mine.local, whole.flatten()[30_000:35_000])
-    assert 20_000 <= read <= 2 * 45_000 < whole.nbytes / 4
+
+
+def test_a_save_plans_nothing_and_gathers_lengths_and_checksums_alone(tmp_path, monkeypatch, recwarn):
+    told = []
+
+    class Listening(World):
+        def gather_objects(self, value):
+            told.append(len(pickle.dumps(value)))
+            return super().gather_objects(value)
+
+    state = {f"model/{i}": torch.full((8,), float(i)) for i in range(2000)}
+    background = Saver(tmp_path, state, Listening(), keep_last=1, keep_every_samples=0)
+    monkeypatch.setattr(Layout, "plan", None)
+    told.clear()
+    for samples in (8, 16):
+        background.begin(state, {"samples_seen": samples})
+        assert background.wait().path
+    assert sum(told) < 2000 and not recwarn.list, (told, recwarn.list)
+
+
+def test_the_thread_is_on_the_device_of_its_rank_and_asks_nothing_of_it(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: calls.append((threading.current_thread().name, d, any(tmp_path.iterdir()))))
+    for name in ("synchronize", "current_stream", "current_device", "Stream", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, n=name, **__: calls.append(n))
+    background = Saver(tmp_path, at(1.0), World(device=torch.device("cuda", 1)), keep_last=1, keep_every_samples=0)
+    background.begin(at(1.0), META)
+    assert background.wait().path and calls == [("checkpoint", torch.device("cuda", 1), False)]
+
+
+RANKS = 512
+
+
+def fsdp_runs(shapes: dict[str, tuple[int, ...]], ranks: int) -> np.ndarray:
+    """[ranks, tensors, 2]: rows spread as FSDP does, vectors whole on all."""
+    out = np.zeros((ranks, len(shapes), 2), dtype=np.int64)
+    for i, shape in enumerate(map(torch.Size, shapes.values())):
+        rows, inner = -(-shape[0] // ranks), shape[1:].numel()
+        edges = np.minimum(np.arange(ranks + 1) * rows, shape[0]) * inner
+        out[:, i] = np.stack([edges[:-1], edges[1:]], axis=1) if len(shape) > 1 else (0, shape[0])
+    return out
+
+
+def test_on_512_ranks_a_reader_opens_few_files_and_the_layout_is_short():
+    shapes = {f"w{i}": (3000 + i, 40) for i in range(30)} | {f"v{i}": (3000,) for i in range(60)}
+    runs = fsdp_runs(shapes, RANKS)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    world = SimpleNamespace(gather_objects=lambda mine: [(mine[0], r) for r in runs])
+    layout = Layout.plan(state, world)
+    num = sum(len(s.parts) for s in layout.tensors.values())
+    assert len(layout.to_json()) < 30 * num + 80 * len(shapes) and num < (runs[..., 0] < runs[..., 1])[:, :30].sum() + 61
+    again = Layout.from_json(layout.to_json())
+    assert again.tensors == layout.tensors
+    for ranks, most in ((RANKS, 2), (RANKS // 2, 4), (2 * RANKS, 4)):  # its own or two neighbours', and the one with the vectors
+        for mine in fsdp_runs(shapes, ranks)[:: ranks // 16]:
+            asked = [p for (a, b), stored in zip(mine.tolist(), layout.tensors.values()) for p in stored.within(a, b)]
+            assert sum(p.stop - p.start for p in asked) == (mine[:, 1] - mine[:, 0]).sum()
+            assert len({p.file for p in asked}) <= most
 
 
 def at(value: float) -> dict[str, torch.Tensor]:

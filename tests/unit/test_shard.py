@@ -1,28 +1,12 @@
-"""A run of a tensor's elements as boxes, and through a checkpoint, whatever the sharding that wrote it."""
+"""A run of a tensor's elements, through a checkpoint, whatever the sharding that wrote it."""
 
 from __future__ import annotations
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from seer_scale.checkpoint import store
-from seer_scale.parallel.shard import Shard, boxes
+from seer_scale.parallel.shard import Shard
 from seer_scale.world import World
-
-shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
-
-
-@given(shapes, st.data())
-def test_boxes_tile_the_run_in_order(shape, data):
-    numel = torch.Size(shape).numel()
-    start = data.draw(st.integers(0, numel))
-    stop = data.draw(st.integers(start, numel))
-    whole = torch.arange(numel).view(shape)
-    tiles = boxes(shape, start, stop)
-    parts = [whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes))].flatten() for offsets, sizes in tiles]
-    assert torch.cat([*parts, torch.empty(0, dtype=whole.dtype)]).tolist() == list(range(start, stop))
-    assert len(tiles) <= 2 * len(shape) - 1
 
 
 def test_any_run_loads_from_a_whole_tensor_and_back(tmp_path):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,12 +82,39 @@ def test_round_trip_of_every_kind_of_tensor_is_exact_and_in_place(tmp_path, devi
         torch.testing.assert_close(loaded[k], v, rtol=0, atol=0, equal_nan=True)
 
 
-def test_torch_reads_it_without_us(tmp_path):
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+def test_safetensors_reads_it_without_us(tmp_path):
+    """And it is all there is: nothing that a reader would have to run, and nothing of the machine that wrote it."""
+    path = save(tmp_path, 3)
+    assert sorted(os.listdir(path)) == ["manifest.json", "state-00000.safetensors", "tensors.json"]
+    plain = safetensors.torch.load_file(path / "state-00000.safetensors")
+    assert plain.keys() == state_of(3).keys() and all(torch.equal(plain[k], v) for k, v in state_of(3).items())
+    for file in path.iterdir():
+        for word in (os.uname().nodename, str(tmp_path), "pathlib"):
+            assert word.encode() not in file.read_bytes(), (file.name, word)
 
-    dcp_to_torch_save(save(tmp_path, 3), tmp_path / "plain.pt")
-    plain = torch.load(tmp_path / "plain.pt")
-    assert plain.keys() == state_of(3).keys() and torch.equal(plain["model/w"], state_of(3)["model/w"])
+
+def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    """What fsync finds of each file is the whole of it; the folders come after, and the name last."""
+    synced, real, rename = {}, os.fsync, os.rename
+
+    def fsync(fd: int) -> None:
+        synced[Path(os.readlink(f"/proc/self/fd/{fd}")).name] = os.fstat(fd).st_size
+        real(fd)
+
+    def publish(old, new) -> None:
+        assert synced.keys() == {*os.listdir(old), Path(old).name}
+        assert all(synced[f.name] == f.stat().st_size > 0 for f in Path(old).iterdir())
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", publish)
+    save(tmp_path, 3)
+    assert list(synced)[-2:] != [tmp_path.name] and tmp_path.name in synced
+
+
+def test_a_meta_without_a_number_in_json_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="not JSON compliant"):
+        store.save(tmp_path, state_of(1), {"samples_seen": 1, "best": float("inf")}, ALONE)
 
 
 def test_newest_is_by_samples_and_a_second_save_at_the_same_count_replaces_the_first(tmp_path):
@@ -102,7 +130,7 @@ def test_newest_is_by_samples_and_a_second_save_at_the_same_count_replaces_the_f
 
 def test_stray_files_and_leftovers_are_ignored_and_leftovers_go_with_the_next_save(tmp_path):
     (tmp_path / ".tmp-5-dead").mkdir()
-    (tmp_path / ".tmp-5-dead" / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / ".tmp-5-dead" / "state-00000.safetensors").write_bytes(b"half")
     (tmp_path / ".tmp-file").write_text("")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "samples-best").mkdir()
@@ -135,18 +163,18 @@ def _newer_format(folder: Path) -> None:
 
 
 DAMAGE = {
-    "flipped data": (lambda p: _flip(p / "__0_0.distcp", 0.5), "checksum of __0_0.distcp"),
-    "flipped last byte": (lambda p: _flip(p / "__0_0.distcp", 1), "checksum of __0_0.distcp"),
-    "flipped metadata": (lambda p: _flip(p / ".metadata", 0.3), "checksum of .metadata"),
+    "flipped data": (lambda p: _flip(p / "state-00000.safetensors", 0.5), "checksum of state-00000.safetensors"),
+    "flipped last byte": (lambda p: _flip(p / "state-00000.safetensors", 1), "checksum of state-00000.safetensors"),
+    "flipped metadata": (lambda p: _flip(p / "tensors.json", 0.3), "checksum of tensors.json"),
     "flipped manifest": (lambda p: _flip(p / "manifest.json", 0.5), "manifest.json"),
     "changed meta": (_swap_samples, "manifest.json is damaged"),
-    "cut data": (lambda p: os.truncate(p / "__0_0.distcp", 1000), "has 1000 bytes"),
-    "emptied data": (lambda p: os.truncate(p / "__0_0.distcp", 0), "has 0 bytes"),
+    "cut data": (lambda p: os.truncate(p / "state-00000.safetensors", 1000), "has 1000 bytes"),
+    "emptied data": (lambda p: os.truncate(p / "state-00000.safetensors", 0), "has 0 bytes"),
     "cut manifest": (lambda p: os.truncate(p / "manifest.json", 40), "manifest.json is damaged"),
     "emptied manifest": (lambda p: os.truncate(p / "manifest.json", 0), "manifest.json is damaged"),
     "manifest of another kind": (lambda p: (p / "manifest.json").write_text("[1]"), "manifest.json is damaged"),
-    "no data": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-    "no metadata": (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
+    "no data": (lambda p: (p / "state-00000.safetensors").unlink(), "state-00000.safetensors is missing"),
+    "no metadata": (lambda p: (p / "tensors.json").unlink(), "tensors.json is missing"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "has no manifest.json"),
     "empty folder": (lambda p: [f.unlink() for f in p.iterdir()], "has no manifest.json"),
     "a file": (lambda p: ([f.unlink() for f in p.iterdir()], p.rmdir(), p.write_text("")), "has no manifest.json"),
@@ -169,7 +197,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_name_and_what_is_wrong(tmp
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(["__0_0.distcp", ".metadata", "manifest.json"]), at=st.integers(0, 10**6), bit=st.integers(0, 7))
+@given(name=st.sampled_from(["state-00000.safetensors", "tensors.json", "manifest.json"]), at=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_found(tmp_path_factory, name, at, bit):
     path = save(tmp_path_factory.mktemp("flip"), 1, size=16)
     content = bytearray((path / name).read_bytes())
@@ -180,9 +208,9 @@ def test_any_flipped_bit_is_found(tmp_path_factory, name, at, bit):
 
 def test_without_verify_sizes_must_do(tmp_path):
     good, bad = save(tmp_path, 10), save(tmp_path, 20)
-    _flip(bad / "__0_0.distcp", 0.5)
+    _flip(bad / "state-00000.safetensors", 0.5)
     assert find(tmp_path, verify=False) == (bad.name, [])
-    os.truncate(bad / "__0_0.distcp", 9)
+    os.truncate(bad / "state-00000.safetensors", 9)
     assert find(tmp_path, verify=False)[0] == good.name
 
 
@@ -356,7 +384,7 @@ def test_what_is_no_checkpoint_is_answered_with_the_nearest_that_is(tmp_path):
             store.read_meta(near)
     with pytest.raises(CheckpointError, match="has no manifest.json.*choose another"):
         store.load(tmp_path / "absent", state_of(0), ALONE)
-    (path / ".metadata").write_bytes(b"no pickle")
+    (path / "tensors.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="could not be read.*choose another"):
         store.load(path, state_of(0), ALONE)
 
@@ -406,11 +434,11 @@ def test_the_newest_valid_one_is_never_deleted(tmp_path):
     for samples in (1, 2, 3, 4):
         save(tmp_path, samples)
     for bad in (3, 4):
-        _flip(tmp_path / f"samples-{bad:012d}" / "__0_0.distcp", 0.5)
+        _flip(tmp_path / f"samples-{bad:012d}" / "state-00000.safetensors", 0.5)
     store.retain(tmp_path, 1, 0, ALONE)
     assert kept(tmp_path) == [2, 4]
     assert find(tmp_path)[0] == "samples-000000000002"
-    _flip(tmp_path / "samples-000000000002" / ".metadata", 0.5)
+    _flip(tmp_path / "samples-000000000002" / "tensors.json", 0.5)
     store.retain(tmp_path, 1, 0, ALONE)
     assert kept(tmp_path) == [2, 4], "nothing is valid: nothing goes"
 
@@ -455,23 +483,3 @@ def test_a_directory_that_cannot_hold_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another run.dir"):
         RunLock(tmp_path / "file")
-
-
-# ------------------------------------------------------------------------------------------------ foreign files
-
-
-
-
-@pytest.mark.parametrize("call", ["os.system", "torch.hub.load", "torch.distributed.checkpoint.metadata.os.system"])
-def test_metadata_that_would_run_something_is_refused(tmp_path, call):
-    """With the checksums right: whoever makes such a file can make a manifest, too."""
-    path, marker = save(tmp_path, 1), tmp_path / "ran"
-    module, _, name = call.partition("metadata.") if "metadata" in call else call.rpartition(".")
-    module = module.rstrip(".") + (".metadata" if "metadata" in call else "")
-    text = b"\x80\x04" + b"\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93"
-    command = f"touch {marker}".encode()
-    text += b"\x8c" + bytes([len(command)]) + command + b"\x85R."
-    (path / ".metadata").write_bytes(text)
-    with pytest.raises(CheckpointError, match="has no place in a checkpoint's metadata"):
-        store.load(path, state_of(0), ALONE)
-    assert not marker.exists()
