@@ -127,7 +127,7 @@ class Schedule:
     warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
     final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
     plateau_factor: float = opt(0.5, "plateau: multiply the rate by this", gt=0, lt=1)
-    plateau_samples: int = opt(0, "plateau: compare the mean loss of windows of so many samples", ge=0)
+    plateau_samples: int = opt(0, "plateau: compare the mean loss of windows of so many samples, counted from the end of the warm-up", ge=0)
     plateau_threshold: float = opt(0.001, "plateau: a window must lower the best mean loss by this share", ge=0)
 
 
@@ -544,7 +544,10 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
     fail(c.views.jitter[3] > 0.5, f"views.jitter has hue {c.views.jitter[3]}, but a hue shift is at most 0.5; nearest: 0.5.")
     fail(s.queue % batch != 0, f"swav.queue is {s.queue}, but must be a multiple of train.global_batch ({batch}); nearest: {max(1, round(s.queue / batch)) * batch}.")
     fail(c.schedule.warmup_samples > c.train.samples, f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.samples} samples; nearest: {c.train.samples}.")
-    fail(c.schedule.name == "plateau" and c.schedule.plateau_samples < batch * c.train.log_every, f"schedule.plateau_samples is {c.schedule.plateau_samples}, but a window needs at least one metric line; nearest: {batch * c.train.log_every} (train.global_batch x train.log_every).")
+    fail(
+        c.schedule.name == "plateau" and c.schedule.plateau_samples < batch,
+        f"schedule.plateau_samples is {c.schedule.plateau_samples}, but a window needs at least one update; nearest: {batch} (train.global_batch).",
+    )
     free = c.model.free()
     fail(c.model.name != "regnety" and bool(free), f"model.{next(iter(free), '')} is given, but model.name is {c.model.name}, whose shape is fixed; use model.name regnety.")
     fail(bool(c.checkpoint.init_from) and c.checkpoint.resume not in ("auto", "none"), "checkpoint.init_from and checkpoint.resume both name a checkpoint: init_from starts a new run from weights, resume goes on with everything; give one.")

@@ -1,7 +1,8 @@
 """Learning rates as functions of `samples_seen`.
 
-Cosine is a pure function. Plateau (SEER's other schedule: constant, halved whenever the loss stops falling) also
-depends on the losses seen, which are the same on all ranks; what it remembers is a few numbers in the checkpoint.
+Cosine is a pure function. Plateau (SEER's other schedule: constant, halved whenever the loss stops falling) also depends on
+the losses seen, which are the same on all ranks. It weighs every update alike, in windows on a fixed grid of samples, and what
+it remembers, the window under way too, is a few numbers in the checkpoint: so neither metric lines nor stops move a cut.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from seer_scale.config import Config
 
 
 class LearningRate:
-    """`lr(samples_seen)` for the next update; `observe` feeds the global mean loss of a metric line."""
+    """`lr(samples_seen)` for the next update; `observe` feeds the global mean losses of the updates since it was called."""
 
     def __init__(self, config: Config):
         self.config, self.peak = config.schedule, config.peak_lr
-        self.total = config.train.samples
-        self.state: dict[str, float] = {"cuts": 0, "best": math.inf, "sum": 0.0, "count": 0, "window_end": 0}
+        self.total, self._batch = config.train.samples, config.train.global_batch
+        self.state: dict[str, float | None] = {"cuts": 0, "best": None, "sum": 0.0, "count": 0.0}
 
     def __call__(self, samples_seen: int) -> float:
         c = self.config
@@ -28,17 +29,25 @@ class LearningRate:
         done = min(1.0, (samples_seen - c.warmup_samples) / max(1, self.total - c.warmup_samples))
         return self.peak * (c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def observe(self, samples_seen: int, loss: float) -> bool:
-        """Account one global mean loss; returns whether it made the rate fall. Windows begin after the warm-up."""
-        c, s = self.config, self.state
-        if c.name != "plateau" or samples_seen <= c.warmup_samples or not math.isfinite(loss):
+    def ends_window(self, samples_seen: int) -> bool:
+        """Whether the update that begins at `samples_seen` is the last of a window, so that `observe` is due after it."""
+        return self._window(samples_seen) != self._window(samples_seen + self._batch)
+
+    def observe(self, samples_seen: int, total: float, count: float) -> bool:
+        """Account `count` losses that sum to `total`, of updates of one window up to `samples_seen`; whether they made the
+        rate fall."""
+        c, s, window = self.config, self.state, self._window(samples_seen - self._batch)
+        if window < 0:
             return False
-        s["window_end"] = s["window_end"] or c.warmup_samples + c.plateau_samples
-        s["sum"], s["count"] = s["sum"] + loss, s["count"] + 1
-        if samples_seen < s["window_end"]:
+        s |= {"sum": s["sum"] + total, "count": s["count"] + count}
+        if self._window(samples_seen) == window or not s["count"]:
             return False
-        mean = s["sum"] / s["count"]
-        fell = mean < s["best"] * (1 - c.plateau_threshold)
-        s |= {"best": min(mean, s["best"]), "sum": 0.0, "count": 0, "window_end": samples_seen + c.plateau_samples}
-        s["cuts"] += not fell
+        mean, best = s["sum"] / s["count"], s["best"]
+        fell = best is None or mean < best * (1 - c.plateau_threshold)
+        s |= {"best": mean if best is None else min(mean, best), "sum": 0.0, "count": 0.0, "cuts": s["cuts"] + (not fell)}
         return not fell
+
+    def _window(self, samples_seen: int) -> int:
+        """Which window an update falls into that begins there: they are counted from the end of the warm-up."""
+        c = self.config
+        return (samples_seen - c.warmup_samples) // c.plateau_samples if c.name == "plateau" and samples_seen >= c.warmup_samples else -1

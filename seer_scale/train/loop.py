@@ -358,10 +358,11 @@ class Trainer:
         return seen + self.config.train.global_batch >= self.config.train.samples
 
     def _is_due(self, seen: int) -> bool:
-        """Whether the update that begins at `seen` ends with a metric line: every log_every, and at each checkpoint."""
+        """Whether the update that begins at `seen` ends with a metric line: every log_every, at each checkpoint, and where the
+        schedule judges the loss."""
         after, every = seen + self.config.train.global_batch, self.config.checkpoint.every_samples
         at_checkpoint = bool(every) and after // every != seen // every
-        return self.step == 0 or (self.step + 1) % self.config.train.log_every == 0 or at_checkpoint or self._is_last(seen)
+        return self.step == 0 or (self.step + 1) % self.config.train.log_every == 0 or at_checkpoint or self.schedule.ends_window(seen) or self._is_last(seen)
 
     def _crosses(self, every: int) -> bool:
         """Whether the last update reached or passed a multiple of `every` samples."""
@@ -388,7 +389,7 @@ class Trainer:
         self.log.log(row)
         self._tell_of_unreadable(window.unreadable)
         window.reset()
-        if count and self.schedule.observe(self.samples_seen, loss):
+        if self.schedule.observe(self.samples_seen, total, count):
             self._tell("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
         if streak >= self.config.train.max_skips:
             raise TrainingFailed(f"{int(streak)} updates in a row were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")

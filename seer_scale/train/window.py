@@ -26,8 +26,9 @@ class Window:
         self.reset()
 
     def reset(self) -> None:
-        self.loss_sum = torch.zeros((), device=self.world.device)
-        self.loss_count = torch.zeros((), device=self.world.device)
+        # in float64 a sum of losses is the same, however it is divided among metric lines
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self.loss_count = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self.fingerprint, self.unreadable, self.updates = 0, [], 0
         self.waited_s, self.stalled_s, self._begin = 0.0, 0.0, time.perf_counter()
 
@@ -50,7 +51,7 @@ class Window:
         """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images. What
         the slowest rank has waited and rank 0's newest manifest are then every rank's, too."""
         named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | watched
-        flat = self.world.sum_(torch.cat([v.flatten().float() for v in named.values()])) / self.world.size
+        flat = self.world.sum_(torch.cat([v.flatten().double() for v in named.values()])) / self.world.size
         parts = flat.cpu().split([v.numel() for v in named.values()])
         counts = torch.tensor([self.fingerprint, len(self.unreadable)])
         most = torch.tensor([round(1e6 * self.waited_s), newest_manifest(self._run_dir) if self.world.is_main else 0])

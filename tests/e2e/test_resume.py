@@ -117,6 +117,26 @@ def test_signal_to_train(straight, tmp_path, photos):
     assert_same_path(place, straight)
 
 
+def test_plateau_is_that_of_a_run_never_stopped(tmp_path, photos):
+    """Killed, stopped, resumed on other ranks, with other metric lines: the rate is cut where it would have been."""
+    plateau = {"name": "plateau", "plateau_samples": 20, "plateau_threshold": 0.02}
+    given, place = recipe(tmp_path, photos, schedule=plateau | {"warmup_samples": 9}, knn={"enabled": False}), tmp_path / "run"
+    run("train", given, "--run.dir", tmp_path / "straight", folder=tmp_path)
+    first = start("train", given, "--run.dir", place, folder=tmp_path)
+    until(reaches(place, 24), lambda: first.text)
+    first.kill(signal.SIGKILL)
+    first.wait()
+    second = start("train", given, "--run.dir", place, "--train.log_every", 3, folder=tmp_path)
+    until(lambda: reaches(place, events(place, "resume")[0]["samples_seen"])() if events(place, "resume") else False, lambda: second.text)
+    second.kill(signal.SIGTERM)
+    assert second.wait() == [75], second.text
+    run("train", given, "--run.dir", place, "--train.log_every", 5, folder=tmp_path, ranks=2)
+    want, got = runs.steps(tmp_path / "straight"), runs.steps(place)
+    cuts = [e["samples_seen"] for e in events(tmp_path / "straight", "plateau")]
+    assert len({r["lr"] for r in want.values()}) > 2 and all(s == 160 or (s - 9) % 20 < 8 for s in cuts), cuts
+    assert {s: r["lr"] for s, r in got.items()} == {s: want[s]["lr"] for s in got}
+
+
 def test_second_signal_ends_at_once(tmp_path, photos):
     given, place = recipe(tmp_path, photos, train={"samples": 80_000}), tmp_path / "run"
     r = start("train", given, "--run.dir", place, folder=tmp_path)

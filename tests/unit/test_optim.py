@@ -1,10 +1,13 @@
 """Optimisers against torch's own and against LARC written out; skipping; schedules as functions of samples."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from seer_scale.config import Optim, resolve
 from seer_scale.optim.optimizers import build_optimizer
@@ -145,16 +148,29 @@ def test_seer_figures():
     assert math.isclose(lr(0), 0.15, rel_tol=1e-3) and math.isclose(lr(8000 * 8192), 9.6) and math.isclose(lr(10**9), 0.0096)
 
 
-def test_plateau_halves_when_the_loss_stops_and_resumes_from_its_state():
-    def run(schedule, steps, falling_until):
-        return [schedule.observe(8 * s, max(5.0 - 0.01 * s, 5.0 - 0.01 * falling_until)) for s in steps]
-
-    options = dict(name="plateau", plateau_samples=800)
-    straight = schedule_of(**options)
-    fell = run(straight, range(1, 1000), 400)
-    assert sum(fell) >= 3 and not any(fell[:500])
-    first, second = schedule_of(**options), schedule_of(**options)
-    fell_1 = run(first, range(1, 555), 400)
-    second.state |= first.state
-    assert fell_1 + run(second, range(555, 1000), 400) == fell
-    assert math.isclose(second(8000), second.peak * 0.5 ** sum(fell))
+@settings(max_examples=50, deadline=None)
+@given(
+    losses=st.lists(st.floats(1, 6, width=32) | st.just(math.nan), min_size=40, max_size=120),
+    log_every=st.integers(1, 30), stops=st.sets(st.integers(1, 120)), warmup=st.integers(0, 100), window=st.integers(8, 200),
+)  # fmt: skip
+def test_plateau_is_the_same_however_it_is_logged_and_stopped(losses, log_every, stops, warmup, window):
+    """Against means over the updates of each window of a fixed grid; a stop ends a metric line and its state is JSON."""
+    options = dict(name="plateau", plateau_samples=window, warmup_samples=warmup, plateau_threshold=0.01)
+    schedule = schedule_of(**options)
+    best, cuts, mine, total, count = math.inf, 0, [], 0.0, 0
+    for i, loss in enumerate(losses):
+        if 8 * i >= warmup:
+            assert schedule(8 * i) == schedule.peak * 0.5**cuts
+            mine += [loss] * math.isfinite(loss)
+        total, count = total + (loss if math.isfinite(loss) else 0.0), count + math.isfinite(loss)
+        ends = 8 * i >= warmup and (8 * i - warmup) // window != (8 * i + 8 - warmup) // window
+        assert not ends or schedule.ends_window(8 * i)
+        if schedule.ends_window(8 * i) or (i + 1) % log_every == 0 or i in stops:
+            assert schedule.observe(8 * i + 8, total, count) == bool(ends and mine and sum(mine) / len(mine) >= best * 0.99)
+            total, count = 0.0, 0
+        if ends and mine:
+            mean, mine = sum(mine) / len(mine), []
+            cuts, best = cuts + (mean >= best * 0.99), min(best, mean)
+        if i in stops:
+            kept, schedule = json.dumps(schedule.state, allow_nan=False), schedule_of(**options)
+            schedule.state |= json.loads(kept)
