@@ -38,25 +38,28 @@ class World:
     device: torch.device = torch.device("cpu")
     control: dist.ProcessGroup | None = None
     timeout: timedelta = TIMEOUT
-    _groups: dict[int, dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+    _groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def group(self, size: int) -> dist.ProcessGroup | None:
-        """The group of `size` consecutive ranks this one is in; None for groups of one. Collective on first use."""
+    def group(self, use: str, size: int, stride: int = 1) -> dist.ProcessGroup | None:
+        """The group of this rank and its neighbours, `size` ranks `stride` apart, for one `use`; None for groups of one.
+
+        A communicator runs one collective at a time, in the order they are issued: what shall overlap needs a group of
+        its own, also where its ranks are all there are. Collective over the group on first use.
+        """
         if size <= 1 or self.size == 1:
             return None
-        if size not in self._groups:
-            if size == self.size:
-                self._groups[size] = dist.group.WORLD
-            else:
-                for first in range(0, self.size, size):
-                    group = dist.new_group(list(range(first, first + size)), timeout=self.timeout)
-                    if first <= self.rank < first + size:
-                        self._groups[size] = group
-        return self._groups[size]
+        first = self.rank // (size * stride) * size * stride + self.rank % stride
+        ranks = tuple(range(first, first + size * stride, stride))
+        if (use, ranks) not in self._groups:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            self._groups[use, ranks] = dist.new_group(
+                list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=True, group_desc=use
+            )
+        return self._groups[use, ranks]
 
     # Host-side decisions: blocking, over gloo, never between two updates unless something is due.
 
@@ -90,6 +93,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+
+def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """`x` of every rank of the group, [ranks, *x.shape], in rank order; one all-gather."""
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+    gather(out.view(-1), x.contiguous().view(-1), group=group)
+    return out
 
 
 @dataclass(frozen=True)

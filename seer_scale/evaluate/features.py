@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from seer_scale.data.batched import to_float
 from seer_scale.data.loader import decoded
 from seer_scale.data.sources import Source
-from seer_scale.world import World
+from seer_scale.world import World, all_gather
 
 Represent = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Normalised images [N, 3, S, S] -> features [N, D] and embeddings [N, dim]; all ranks call it equally often."""
@@ -44,10 +43,7 @@ def gather_rows(x: Tensor, world: World) -> Tensor:
     """The rows of all ranks, in rank order, on every rank; ranks may have different numbers of rows. Two all-gathers."""
     if world.size == 1:
         return x
-    counts = x.new_zeros(world.size, dtype=torch.int64)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(x)], device=x.device))
-    most = int(counts.max())
+    counts = all_gather(torch.tensor(len(x), device=x.device)).tolist()
+    most = max(counts)
     padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
-    out = x.new_empty(world.size * most, *x.shape[1:])
-    dist.all_gather_into_tensor(out, padded)
-    return torch.cat([part[:n] for part, n in zip(out.split(most), counts.tolist())]) if most else x
+    return torch.cat([part[:n] for part, n in zip(all_gather(padded), counts)]) if most else x

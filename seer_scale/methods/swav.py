@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from seer_scale.methods.sinkhorn import sinkhorn
 from seer_scale.models.heads import ProjectionHead
 from seer_scale.models.registry import build_backbone
 from seer_scale.rng import Init, UnitRows
-from seer_scale.world import World
+from seer_scale.world import World, all_gather
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,7 @@ class SwAV(nn.Module):
         """
         z = z.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if self.world.size > 1:
-            ranks = z.new_empty(self.world.size * z.shape[0], *z.shape[1:])
-            dist.all_gather_into_tensor(ranks, z.contiguous())
-            z = ranks.unflatten(0, (self.world.size, -1)).transpose(0, 1).flatten(1, 2)
+            z = all_gather(z).transpose(0, 1).flatten(1, 2)
         self.queue.copy_(torch.cat([z, self.queue[:, : self.queue.shape[1] - z.shape[1]]], dim=1))
 
     # --- watching itself

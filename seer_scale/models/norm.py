@@ -4,7 +4,8 @@ Every entry of a list is normalised by its own batch statistics, as if the layer
 A group of ranks exchanges the statistics of all entries together: one all-gather forward, one all-reduce backward.
 Unequal counts are combined after Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
 Sample Variances" (1979); the gradient is Ioffe and Szegedy's (arXiv 1502.03167), its sums taken over the group.
-The CUDA kernels are those of torch.nn.SyncBatchNorm.
+On CUDA the kernels are those of torch.nn.SyncBatchNorm. On the CPU, which has none of them, a pass costs what it
+allocates: few temporaries, and variances in two passes, which are faster than torch.var_mean by far.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from seer_scale.world import all_gather
 
 EMPTY = 1e-30
 """The count an empty entry sends: no weight among others, yet no 0/0 where it comes first."""
@@ -115,27 +118,30 @@ def _group_statistics(xs, running_mean, running_var, momentum, eps, group) -> tu
     for x in xs:
         mean, invstd = _moments(x, eps)
         parts += [mean, invstd, mean.new_full((1,), x.numel() / x.shape[1] or EMPTY)]
-    mine = torch.cat(parts)
-    num_ranks, channels = dist.get_world_size(group), len(running_mean)
-    everyone = mine.new_empty(num_ranks * len(mine))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    mean, invstd, count = everyone.view(num_ranks, len(xs), -1).split([channels, channels, 1], dim=2)  # [ranks, R, .]
-    combine = torch.batch_norm_gather_stats_with_counts if mine.is_cuda else _combine
+    everyone = all_gather(torch.cat(parts), group)
+    everyone = everyone.view(len(everyone), len(xs), -1)  # [ranks, R, 2C+1]
+    mean, invstd, count = everyone.split([len(running_mean), len(running_mean), 1], dim=2)
+    if not everyone.is_cuda:
+        return *_combine(mean, invstd, count, running_mean, running_var, momentum, eps), count[..., 0].sum(0).int()
     combined = [
-        combine(mine, mean[:, r], invstd[:, r], running_mean, running_var, momentum, eps, count[:, r, 0])
+        torch.batch_norm_gather_stats_with_counts(
+            everyone, mean[:, r], invstd[:, r], running_mean, running_var, momentum, eps, count[:, r, 0]
+        )
         for r in range(len(xs))
     ]
     return *map(torch.stack, zip(*combined)), count[..., 0].sum(0).int()
 
 
-def _combine(_, mean, invstd, running_mean, running_var, momentum, eps, count) -> tuple[Tensor, Tensor]:
-    """torch.batch_norm_gather_stats_with_counts for the CPU: [ranks, C], [ranks, C], [ranks] -> mean, invstd [C]."""
-    share = (count / count.sum())[:, None]
-    total_mean = (share * mean).sum(0)
-    var = (share * (invstd**-2 - eps + (mean - total_mean) ** 2)).sum(0)
-    running_mean.lerp_(total_mean, momentum)
-    running_var.lerp_(var * (count.sum() / (count.sum() - 1)), momentum)
-    return total_mean, (var + eps).rsqrt()
+def _combine(mean, invstd, count, running_mean, running_var, momentum, eps) -> tuple[Tensor, Tensor]:
+    """Of ranks [ranks, R, C], [ranks, R, C], [ranks, R, 1] -> mean, invstd [R, C]; updates the running statistics."""
+    total = count.sum(0)
+    share = count / total
+    group_mean = (share * mean).sum(0)
+    var = (share * (invstd**-2 - eps + (mean - group_mean) ** 2)).sum(0)
+    for m, v in zip(group_mean, var * (total / (total - 1))):
+        running_mean.lerp_(m, momentum)
+        running_var.lerp_(v, momentum)
+    return group_mean, (var + eps).rsqrt()
 
 
 class _Normalise(torch.autograd.Function):
@@ -185,29 +191,31 @@ def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return torch.zeros(x.shape[1], device=x.device), torch.ones(x.shape[1], device=x.device)
     if x.is_cuda:
         return torch.batch_norm_stats(x.contiguous(memory_format=_layout(x)), eps)
-    var, mean = torch.var_mean(x.float(), _all_but_channels(x), correction=0)
-    return mean, (var + eps).rsqrt()
+    dims = _all_but_channels(x)
+    mean = x.mean(dims, dtype=torch.float32)
+    return mean, ((x - _per_channel(mean, x)).square_().mean(dims) + eps).rsqrt()
 
 
 def _affine(x, weight, bias, mean, invstd, eps) -> Tensor:
     if x.is_cuda and x.numel():
         return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
-    xmu = x.float() - _per_channel(mean, x)
-    return torch.addcmul(_per_channel(bias, x), xmu, _per_channel(invstd * weight, x)).to(x.dtype)
+    scale = invstd * weight
+    return (x * _per_channel(scale, x)).add_(_per_channel(bias - mean * scale, x)).to(x.dtype)
 
 
 def _sums(dy, x, mean, invstd, weight) -> tuple[Tensor, Tensor]:
     """The sums of dy and dy * (x - mean) over all but channels: [C], [C] in fp32."""
     if x.is_cuda and x.numel():
         return torch.batch_norm_backward_reduce(dy, x, mean, invstd, weight, True, False, False)[:2]
-    dims, dy = _all_but_channels(x), dy.float()
-    return dy.sum(dims), (dy * (x.float() - _per_channel(mean, x))).sum(dims)
+    dims = _all_but_channels(x)
+    return dy.sum(dims, dtype=torch.float32), (x - _per_channel(mean, x)).mul_(dy).sum(dims)
 
 
 def _input_gradient(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> Tensor:
     if x.is_cuda and x.numel():
         return torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
-    xmu = x.float() - _per_channel(mean, x)
-    through_var = xmu * _per_channel(sum_dy_xmu * invstd**2 / count, x)
-    dx = (dy.float() - _per_channel(sum_dy / count, x) - through_var) * _per_channel(invstd * weight, x)
-    return dx.to(x.dtype)
+    by_dy = invstd * weight
+    by_x = -by_dy * invstd**2 * sum_dy_xmu / count
+    rest = -by_dy * sum_dy / count - by_x * mean
+    dx = (x * _per_channel(by_x, x)).add_(_per_channel(rest, x))
+    return dx.addcmul_(dy.float(), _per_channel(by_dy, x)).to(x.dtype)

@@ -44,7 +44,7 @@ class Engine:
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
         self.shapes = {n: p.shape for n, p in method.named_parameters()}
         self.vectors = {n for n, shape in self.shapes.items() if len(shape) < 2}
-        group = world.group(config.parallel.sync_bn_group or world.size)
+        group = world.group("batch_norm", config.parallel.sync_bn_group or world.size)
         for module in method.modules():
             if isinstance(module, BatchNorm):
                 module.process_group = group

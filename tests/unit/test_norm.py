@@ -61,7 +61,8 @@ def test_the_statistics_of_parts_combine_to_those_of_the_whole(shape, splits):
     with torch.no_grad():
         mean, invstd = map(torch.stack, zip(*[_moments(x[p], 1e-5) for p in parts]))
         count = torch.tensor([x[p].numel() / 4 or 1e-30 for p in parts])
-        mean, invstd = _combine(None, mean, invstd, ours.running_mean, ours.running_var, 0.1, 1e-5, count)
+        stats = mean[:, None], invstd[:, None], count[:, None, None]
+        mean, invstd = (of_one[0] for of_one in _combine(*stats, ours.running_mean, ours.running_var, 0.1, 1e-5))
         sums = [_sums(dy[p], x[p], mean, invstd, ours.weight) for p in parts]
         total = [sum(s) for s in zip(*sums)]
         for p in parts:
