@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,11 +17,13 @@ KINDS = {
 
 class Traffic(TorchDispatchMode):
     """Under it, `calls` collects (kind, dtype, elements) of every collective: elements of the whole, that is of what an
-    all-gather makes, what a reduce-scatter takes, and what the others carry."""
+    all-gather makes, what a reduce-scatter takes, and what the others carry. `groups` collects (kind, name of the group),
+    WORLD's being "default_pg"."""
 
     def __init__(self):
         super().__init__()
         self.calls: list[tuple[str, torch.dtype, int]] = []
+        self.groups: list[tuple[str, str]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -30,6 +33,7 @@ class Traffic(TorchDispatchMode):
             if kind and tensors:
                 largest = max(tensors, key=torch.Tensor.numel)
                 self.calls.append((kind, largest.dtype, largest.numel()))
+                self.groups += [(kind, dist.ProcessGroup.unbox(a).group_desc) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
         return func(*args, **(kwargs or {}))
 
     def count(self, kind: str) -> int:

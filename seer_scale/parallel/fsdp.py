@@ -2,31 +2,64 @@
 
 Vectors (BatchNorm, biases: about a thousandth of the parameters) are not sharded: they stay fp32 on every rank, are
 never gathered, and their gradients are averaged by one stacked all-reduce. With `parallel.replicate` N the ranks form
-an N x (ranks / N) mesh (HSDP): sharded within a row, averaged across rows.
+an N x (ranks / N) mesh (HSDP): sharded within a row, averaged across rows. On GPUs, where collectives run beside
+computing, reduce-scatters have a communicator of their own, lest the next gather wait for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import sharded_units
+from seer_scale.world import World
+
+
+def overlaps(world: World) -> bool:
+    """Whether collectives run beside computing, on streams; on the CPU FSDP2 waits for each."""
+    return world.device.type == "cuda"
+
+
+def build_mesh(world: World, replicate: int) -> DeviceMesh:
+    """All ranks as "shard", or as "replicate" x "shard"; of groups with the world's time limits."""
+    kind, shard = world.device.type, world.size // replicate
+    if replicate == 1:
+        return DeviceMesh.from_group(dist.group.WORLD, kind, mesh_dim_names=("shard",))
+    alone = dist.new_group([world.rank], use_local_synchronization=True) if shard == 1 else None
+    groups = [world.group("replicate", replicate, stride=shard), alone or world.group("shard", shard)]
+    ranks = torch.arange(world.size).view(replicate, shard)
+    return DeviceMesh.from_group(groups, kind, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+class ReduceScatterOver:
+    """FSDP2's reduce-scatter over another group of the same ranks, for `set_custom_reduce_scatter`.
+
+    (`set_separate_reduce_scatter_group` came with torch 2.13, and its group has torch's time limit.)
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False) -> dist.Work | None:
+        # its name before torch 2.14
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return reduce_scatter(output_tensor, input_tensor, op, self.group, async_op)
 
 
 class FSDP(Engine):
     name = "fsdp"
 
     def _wrap(self, method: nn.Module) -> nn.Module:
-        replicate = self.config.parallel.replicate
-        shape = (self.world.size,) if replicate == 1 else (replicate, self.world.size // replicate)
-        names = ("shard",) if replicate == 1 else ("replicate", "shard")
-        self.mesh = init_device_mesh(self.world.device.type, shape, mesh_dim_names=names)
+        self.mesh = build_mesh(self.world, self.config.parallel.replicate)
         vectors = {p for p in method.parameters() if p.ndim < 2}
         units = sharded_units(method, self.config)
         for name, unit in units.items():
@@ -35,6 +68,11 @@ class FSDP(Engine):
         # told nothing, the first unit's backward would gather what ran before it: the last unit of a look at the batch
         next(iter(units.values())).set_modules_to_backward_prefetch([next(iter(units.values()))])
         self._shard(method, self.dtype, vectors)
+        if overlaps(self.world):
+            group = self.world.group("reduce_scatter", self.mesh.size(-1))
+            for module in method.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_custom_reduce_scatter(ReduceScatterOver(group))
         return method
 
     def _shard(self, module: nn.Module, dtype: torch.dtype, vectors: set[nn.Parameter]) -> None:
