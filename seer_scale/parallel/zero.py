@@ -20,6 +20,8 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
@@ -38,11 +40,28 @@ import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 """A C++ extension for collectives of inference, built at first use: never needed here."""
 
 
+def _accelerator(device: torch.device) -> CPU_Accelerator | CUDA_Accelerator:
+    """What DeepSpeed asks for its device. It would take CUDA wherever there is some, and the GPU of LOCAL_RANK's number
+    also where each task sees one GPU alone."""
+    if device.type == "cpu":
+        return CPU_Accelerator()
+
+    class OneGpu(CUDA_Accelerator):
+        def device_name(self, device_index: int | str | None = None) -> str:
+            return "cuda" if device_index is None else str(device)
+
+        def set_device(self, device_index: int | str | torch.device) -> None:
+            torch.cuda.set_device(device)
+
+    return OneGpu()
+
+
 class Zero(Engine):
     """Stages 1 and 2: weights are whole on every rank."""
 
     def _wrap(self, method: nn.Module) -> nn.Module:
-        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # DeepSpeed asks for it
+        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # DeepSpeed wants it to be there
+        deepspeed.accelerator.set_accelerator(_accelerator(self.world.device))
         if not dist.is_initialized():  # one rank, with offload
             backend = "cpu:gloo,cuda:nccl" if self.world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
