@@ -37,6 +37,9 @@ class Run:
     dir: str = opt("", "folder of the run: config, metrics, logs, checkpoints, report; empty = runs/<recipe name>")
     seed: int = opt(0, "seed of weights, image order and crops", ge=0)
     hang_s: float = opt(1200.0, "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = wait for ever", ge=0)
+    heartbeat_s: float = opt(
+        60.0, "seconds at most between two signs of life: a line where there is no terminal, and what inspect reads; 0 = none", ge=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def inspect(args: argparse.Namespace) -> int:
         below = f"did you mean {Path('runs') / args.path}?" if (Path("runs") / args.path).is_dir() else "give a run's folder or one of its checkpoints."
         raise UserError(f"There is no {args.path}: {below}")
     if (args.path / "launch").is_dir() or (args.path / "config.yaml").is_file():
-        print("Nothing was logged yet.")
+        print(ledger.text(ledger.read_ledger(args.path)))
         return EXIT_DONE
     found = checkpoints.describe(args.path, verify=args.verify)
     print(json.dumps(plain(found), indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seer_scale.observe.progress import read_progress
 from seer_scale.observe.sinks import BEGINNINGS, read_records
 
 CAUSES = {
@@ -46,6 +48,8 @@ class Life:
 class Ledger:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
     lives: list[Life] = field(default_factory=list)
+    now: dict[str, Any] | None = None
+    """Of a run that goes on: what it is at (see read_progress), and `silent_s`, seconds since its last sign of life."""
 
     @property
     def total_s(self) -> float:
@@ -66,7 +70,7 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         return {
             "seconds": self.seconds, "total_s": self.total_s, "goodput": self.goodput, "mean_time_to_recover_s": self.mean_time_to_recover_s,
-            "lives": [vars(life) for life in self.lives],
+            "lives": [vars(life) for life in self.lives], "now": self.now,
         }  # fmt: skip
 
 
@@ -82,11 +86,12 @@ class _Stretch:
 def read_ledger(run_dir: Path) -> Ledger:
     """The ledger of a run, also while it runs; an empty one where nothing was logged."""
     ledger, kept = Ledger(), []
+    is_gone = _is_gone(run_dir)
     lives, attempts = _lives(read_records(run_dir)), _attempts(run_dir)
     silent, saved = _silent(lives, attempts), 0
     for number, records in enumerate(lives):
         following = lives[number + 1] if number + 1 < len(lives) else None
-        life, stretches = _account(ledger.seconds, records, following, attempts, is_gone=_is_gone(run_dir))
+        life, stretches = _account(ledger.seconds, records, following, attempts, is_gone=is_gone)
         if ledger.lives:
             _resume(ledger, kept, life, silent)
         ledger.lives.append(life)
@@ -97,7 +102,18 @@ def read_ledger(run_dir: Path) -> Ledger:
     for stretch in kept:
         ledger.seconds["useful"] += stretch.useful_s
         ledger.seconds["data_wait"] += stretch.wait_s
+    ledger.now = _now(ledger, None if is_gone else read_progress(run_dir))
     return ledger
+
+
+def _now(ledger: Ledger, at: dict[str, Any] | None) -> dict[str, Any] | None:
+    """at: what a process has said last that it does; of one that was killed it is left behind."""
+    ended, runs = (ledger.lives[-1].ended, ledger.lives[-1].cause == RUNS) if ledger.lives else (0.0, False)
+    is_newer = at is not None and at["time"] > ended
+    if not runs and not is_newer:
+        return None
+    last = at["time"] if is_newer else ended
+    return (at or {"text": "Running"}) | {"silent_s": max(0.0, time.time() - last)}
 
 
 def _silent(lives: list[list[dict]], attempts: list[dict]) -> list[tuple[float, float]]:
@@ -237,8 +253,9 @@ def _attempts(run_dir: Path) -> list[dict]:
 
 def text(ledger: Ledger) -> str:
     """The ledger for people."""
+    now = f"{ledger.now['text']}; the last sign of life was {duration(ledger.now['silent_s'])} ago." if ledger.now else ""
     if not ledger.lives:
-        return "Nothing was logged yet."
+        return " ".join(["Nothing was logged yet.", *([now] if now else [])])
     total = ledger.total_s or 1.0
     lines = [f"{duration(ledger.total_s)} from the first start, {len(ledger.lives)} {'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} % of the {duration(ledger.total_s - ledger.seconds['down'])} it had machines"]
     lines += [f"  {'':28}{'':12}{'of it all':>10}"]
@@ -247,6 +264,8 @@ def text(ledger: Ledger) -> str:
         lines.append(f"  mean time to recover        {duration(mean):>12}")
     lines += ["", f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  {'on':{ON}}  {'0 to ' + duration(ledger.total_s):<{WIDTH}}  ended by"]
     lines += [f"  {life.seen[0]:>11,} {life.seen[1]:>11,}  {duration(life.ended - life.began):>10}  {duration(life.lost_s):>9}  {life.on:{ON}}  {_bar(life, ledger)}  {life.cause}" for life in ledger.lives]
+    if now:
+        lines.insert(1, now)
     return "\n".join([*lines, "", f"  {START} starting, {RUNNING} running, {LOST} lost at its end, blank not running"])
 
 

@@ -12,23 +12,24 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from seer_scale.observe.eta import Eta
+from seer_scale.observe.progress import Progress
+
 BEGINNINGS = ("start", "resume")
 """Kinds of events with which a process begins: what was logged beyond their samples_seen is abandoned."""
 
-TAIL = 1 << 16  # bytes of an existing metrics.jsonl that tell the recent rate: about 150 lines
+TAIL = 1 << 16  # bytes of an existing metrics.jsonl that hold its last values: about 150 lines
 
 
 def plain(value: Any) -> Any:
@@ -91,39 +92,23 @@ def speed_text(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
-class _Rate:
-    """Images a second by the wall clock over the last 50 pairs of lines; time between two processes is left out."""
-
-    def __init__(self):
-        self._deltas: deque[tuple[int, float]] = deque(maxlen=50)
-        self._last: tuple[int, float] | None = None
-
-    def begin(self) -> None:
-        self._last = None
-
-    def add(self, samples: int, at: float) -> None:
-        if self._last and samples > self._last[0] and at > self._last[1]:
-            self._deltas.append((samples - self._last[0], at - self._last[1]))
-        self._last = samples, at
-
-    @property
-    def img_per_s(self) -> float | None:
-        samples, seconds = map(sum, zip(*self._deltas)) if self._deltas else (0, 0.0)
-        return samples / seconds if seconds else None
-
-
 class RunLog:
     """The log of a run, held open by rank 0; with `active` False every call does nothing.
 
     `total_samples` is the length of the run in images, `ln_k` the loss of a uniform assignment in nats.
-    A disk that is full stops the logging, with one sentence, and never the run.
+    A disk that is full stops the logging, with one sentence, and never the run. progress, eta: those of the run, where it
+    has its own; they come and go with the log otherwise.
     """
 
-    def __init__(self, run_dir: Path, total_samples: int, ln_k: float, *, active: bool):
+    def __init__(
+        self, run_dir: Path, total_samples: int, ln_k: float, *, active: bool, progress: Progress | None = None, eta: Eta | None = None
+    ):
         self.run_dir, self.total_samples, self.ln_k, self.active = Path(run_dir), total_samples, ln_k, active
-        self._rate = _Rate()
+        self._eta = eta or Eta(total_samples)
         self._latest: dict[str, Any] = {"samples_seen": 0}
-        self._fd, self._tensorboard, self._live, self._silent = -1, None, None, False
+        self._fd, self._tensorboard, self._silent = -1, None, False
+        self._own_progress = progress is None
+        self._progress = progress or Progress(active=active)
 
     def __enter__(self) -> RunLog:
         if not self.active:
@@ -131,21 +116,20 @@ class RunLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.run_dir / "metrics.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._recall()
-        console = Console(highlight=False)
-        if sys.stdout.isatty() and not console.is_dumb_terminal:
-            self._live = Live(get_renderable=self._display, console=console, refresh_per_second=2)
-            self._live.start()
+        self._progress.display = self._display
+        if self._own_progress:
+            self._progress.__enter__()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._live:
-            self._live.stop()
+        if self._own_progress:
+            self._progress.__exit__()
         if self._tensorboard:
             with self._whatever_the_disk():
                 self._tensorboard.close()
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd, self._tensorboard, self._live = -1, None, None
+        self._fd, self._tensorboard = -1, None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One row: `metrics` by name, with samples_seen; wall_time (unix seconds) is added. knn/top1 is in percent."""
@@ -156,10 +140,8 @@ class RunLog:
         with self._whatever_the_disk():
             self._append(row)
             self._to_tensorboard(row)
-        if self._live is None:
-            print(self._sentence(row), flush=True)
-        elif "knn/top1" in row:
-            self._live.console.print(self._sentence(row))
+        if not self._progress.on_terminal or "knn/top1" in row:  # which shows the others at its foot
+            self._progress.print(self._sentence(row))
 
     def event(self, kind: str, text: str, **fields: Any) -> None:
         """Tell what happened, in one sentence. Kinds "start" and "resume" take the samples_seen they begin from."""
@@ -168,27 +150,22 @@ class RunLog:
         event = {"event": kind, "text": text, "samples_seen": self._latest["samples_seen"]} | fields
         event = plain(event | {"wall_time": time.time()})
         if kind in BEGINNINGS:
-            self._rate.begin()
+            self._eta.begin(event["samples_seen"])
             self._latest["samples_seen"] = event["samples_seen"]
         with self._whatever_the_disk():
             self._append(event)
             if kind in BEGINNINGS:
                 self._open_tensorboard(purge_from=event["samples_seen"] + 1)
-        if self._live:
-            self._live.console.print(text, markup=False)
-        else:
-            print(text, flush=True)
+        self._progress.print(text)
 
     def eta_s(self) -> float | None:
-        """Seconds to the end of the run at the recent rate; None while no rate is known."""
-        rate = self._rate.img_per_s or _number(self._latest, "throughput/img_per_s") or 0
-        left = max(0, self.total_samples - self._latest["samples_seen"])
-        return left / rate if rate * 1e9 > left else None  # 30 years would say that the rate is none
+        """Seconds to the end of the run; None while no rate is known."""
+        return self._eta.seconds()
 
     # -------------------------------------------------------------------------------------------- the record
 
     def _recall(self) -> None:
-        """Heal a last line torn by a kill, and learn the recent rate and values from the end of the file."""
+        """Heal a last line torn by a kill, and learn the recent values from the end of the file."""
         size = os.fstat(self._fd).st_size
         start = max(0, size - TAIL)
         tail = os.pread(self._fd, size - start, start)
@@ -196,17 +173,16 @@ class RunLog:
         os.ftruncate(self._fd, start + len(whole))
         for record in _records(whole.splitlines()):
             if record.get("event") in BEGINNINGS:
-                self._rate.begin()
                 self._latest["samples_seen"] = record["samples_seen"]
             elif "event" not in record:
-                self._take_in(record)
-        self._rate.begin()
-        self._latest.pop("wall_time", None)  # the time between two processes is no time of the run
+                self._latest |= record
+        for name in ("wall_time", "throughput/img_per_s"):  # of another start, which may have run on other ranks
+            self._latest.pop(name, None)
+        self._eta.begin(self._latest["samples_seen"])
 
     def _take_in(self, row: dict[str, Any]) -> None:
         self._latest |= row
-        if "step" in row and "wall_time" in row:
-            self._rate.add(row["samples_seen"], row["wall_time"])
+        self._eta.add(row)
 
     def _append(self, record: dict[str, Any]) -> None:
         """One line by one write: a reader, or a kill, sees all of it or none."""

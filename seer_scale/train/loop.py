@@ -35,9 +35,11 @@ from seer_scale.data.sources.left_out import warning
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
-from seer_scale.files import write_whole
+from seer_scale.files import shown, write_whole
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.layout import choose_execution
+from seer_scale.observe.eta import Eta
+from seer_scale.observe.progress import Progress
 from seer_scale.observe.sinks import RunLog, read_metrics
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
@@ -64,9 +66,9 @@ def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchd
     where a launcher counts them. Collective."""
     with watchdog.patient(LOCK_S):
         lock = RunLock(run_dir, world, patience_s=LOCK_S if attempt else 0.0)
-    with lock:
+    with lock, Progress(run_dir, active=world.is_main, every_s=config.run.heartbeat_s) as progress:
         with watchdog.patient(START_S):
-            trainer = Trainer(config, world, run_dir, stop, watchdog, attempt)
+            trainer = Trainer(config, world, run_dir, stop, watchdog, progress, attempt)
         return trainer.run()
 
 
@@ -86,24 +88,32 @@ def _together(world: World, make: Callable[[], T]) -> T:
 
 
 class Trainer:
-    def __init__(self, config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str):
+    def __init__(
+        self, config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, progress: Progress, attempt: str
+    ):
         self.config, self.world, self.run_dir, self.stop, self.watchdog, self.attempt = config, world, run_dir, stop, watchdog, attempt
+        self.progress = progress
         self.folder = run_dir / "checkpoints"
         self.samples_seen = self.step = 0
         self.schedule = LearningRate(config)
         begin = time.perf_counter()
-        found = resume.find(config, run_dir, world)  # before anything is built
+        with progress.doing("looking for a checkpoint and verifying it"):
+            found = resume.find(config, run_dir, world)  # before anything is built
         self._verify_s = time.perf_counter() - begin
         saved = store.read_meta(found)["data"] if found else None
-        self.course, self.labelled = _together(world, partial(self._open, saved))
+        with progress.doing(f"listing the images of {shown(config.data.path)}"):
+            self.course, self.labelled = _together(world, partial(self._open, saved))
         self._refused_refresh, self._stall_s = 0, 0.0
         with torch.device("meta"):
             method = SwAV(config, world)
         self.cores = rank_cores(world)
-        self.execution = choose_execution(method.backbone, config, world, self.cores)
+        with progress.doing("measuring how the network runs fastest"):
+            self.execution = choose_execution(method.backbone, config, world, self.cores)
         self.ln_k = method.ln_k
-        self.engine = build_engine(method, config, world)
-        self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main)
+        with progress.doing("building the network"):
+            self.engine = build_engine(method, config, world)
+        eta = Eta(config.train.samples, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
+        self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main, progress=progress, eta=eta)
         self._warned_of_collapse = False
         self._told_unreadable: set[str] = set()
         self._starved = 0
@@ -138,7 +148,8 @@ class Trainer:
         meta = resume.must_go_on(path, self.config)
         then = meta["config"]
         state, begin = self.engine.state(), time.perf_counter()
-        nbytes = store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
+        with self.progress.doing(f"loading {shown(path)}"):
+            nbytes = store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
         self.engine.refresh()
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
@@ -210,6 +221,7 @@ class Trainer:
     # --- the run
 
     def run(self) -> int:
+        c = self.config.train
         with self.log:
             with self.watchdog.patient(SAVE_S):
                 self._begin()
@@ -217,7 +229,8 @@ class Trainer:
             try:
                 if not self.resumed_from:
                     self._evaluate("before")
-                self._train()
+                with self.progress.doing("training", c.samples, done=self.samples_seen):
+                    self._train()
                 if not self._save():
                     goes_on = f"it goes on from {self._saved[1].name}" if self._saved else "there is no checkpoint of this start, and without an older one it begins anew"
                     raise TrainingFailed(f"The run is complete, but its last checkpoint could not be written: free some space and start it again; {goes_on}.")
@@ -266,6 +279,7 @@ class Trainer:
                 loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
             stats = engine.update(lr, engine.method.frozen(seen))
             self.watchdog.beat()
+            self.progress.advance(c.train.global_batch)
             self._trained = True
             self.samples_seen, self.step = seen + c.train.global_batch, self.step + 1
             window.add(batch, loss)
@@ -448,7 +462,7 @@ class Trainer:
         place of good ones.
         """
         begin = time.perf_counter()
-        with self.watchdog.patient(SAVE_S):
+        with self.watchdog.patient(SAVE_S), self.progress.doing("waiting for the checkpoint before"):
             self._settle(self.saver.wait())
         if not self._is_saved():
             if not self.engine.is_finite():
@@ -464,7 +478,7 @@ class Trainer:
             self._stall_s = time.perf_counter() - begin
             if in_background:
                 return None
-            with self.watchdog.patient(SAVE_S):
+            with self.watchdog.patient(SAVE_S), self.progress.doing("saving a checkpoint"):
                 saved = self.saver.wait()
             self._settle(saved, waited_s=time.perf_counter() - begin)
         return self._saved[1] if self._is_saved() else None
@@ -494,7 +508,8 @@ class Trainer:
         asked, bank = len(self.labelled.query_indices), len(self.labelled.bank_indices)
         self._tell("evaluation", f"Measuring kNN {stage} training, of {asked:,} images among {bank:,} (knn.enabled false does without).")
         self.engine.average_buffers()
-        scores, found = knn(self._represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
+        with self.progress.doing(f"measuring kNN {stage} training", asked + bank):
+            scores, found = knn(self._represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
         self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **scores, "time/knn_s": time.perf_counter() - begin})
         if stage in ("before", "after") and self.world.is_main:
             with _disk_may_fill():
@@ -504,6 +519,7 @@ class Trainer:
         """The engine's, with a stop between any two batches: an evaluation may outlast the grace of a preemption."""
         self._stop_if_agreed()
         self.watchdog.beat()
+        self.progress.advance(len(images) * self.world.size)
         return self.engine.represent(images)
 
     def _show_prototypes(self) -> None:
@@ -525,7 +541,7 @@ class Trainer:
         if self.world.is_main:
             from seer_scale.observe.report import headline, write_report  # loads matplotlib, which no other rank wants
 
-            with _disk_may_fill():
+            with _disk_may_fill(), self.progress.doing("writing the report"):
                 path = write_report(self.run_dir)
                 if line := headline(read_metrics(self.run_dir)[0]):
                     print(line, flush=True)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seer_scale.observe import ledger
 from seer_scale.observe.ledger import LOST, ON, RUNNING, START, WIDTH, read_ledger, text
 
 
@@ -204,3 +205,30 @@ def test_every_second_is_somewhere_and_every_sample_counts_once(tmp_path_factory
     assert ledger.total_s == pytest.approx(log.now - began)
     assert ledger.seconds["useful"] == pytest.approx(per_update * log.step) and log.step * 10 == saved[-1] + 30 and first >= 0
     assert all(v >= -1e-9 for v in ledger.seconds.values())
+
+
+def test_of_a_run_that_goes_on_the_clock_is_read(tmp_path, monkeypatch):
+    def says(now: float, **progress) -> str | None:
+        monkeypatch.setattr(ledger.time, "time", lambda: now)
+        if progress:
+            (tmp_path / "logs").mkdir(exist_ok=True)
+            at = {"what": "measuring kNN", "total": 300, "unit": "images", "done": 100, "since": 1030.0, "advanced": progress["time"]}
+            (tmp_path / "logs" / "progress.json").write_text(json.dumps(at | progress))
+        found = read_ledger(tmp_path).now
+        assert found is None or found["text"] in text(read_ledger(tmp_path))
+        return found and f"{found['text']} {found['silent_s']:.0f}"
+
+    log = Log(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    assert says(1000.0) is None
+    assert says(1005.0, time=1002.0, what="listing the images", total=0, since=1000.0) == "Listing the images, for 2 s 3"
+    log.attempt("begin")
+    log.begin(0, takes=30)  # to 1030
+    assert says(1040.0) == "Listing the images, for 2 s 10"
+    assert says(1070.0, time=1040.0) == "Measuring kNN: 100 of 300 images, for 10 s 30"
+    (tmp_path / "logs" / "progress.json").unlink()
+    assert says(1090.0) == "Running 60"
+    says(1090.0, time=1040.0)
+    log.now = 1080.0
+    log.attempt("end", cause="killed")
+    assert says(1090.0) is None  # what it said last means nothing any more

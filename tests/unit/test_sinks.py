@@ -12,25 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seer_scale.observe import sinks
 from seer_scale.observe.sinks import RunLog, read_metrics
 
 BATCH = 64
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that moves when told to."""
-
-    class Clock:
-        now = 1_700_000_000.0
-
-        def time(self) -> float:
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(sinks, "time", clock)
-    return clock
 
 
 @pytest.fixture(autouse=True)
@@ -135,23 +119,18 @@ def test_a_run_without_metrics_has_no_rows(tmp_path):
     assert read_metrics(tmp_path) == ([], [])
 
 
-def test_the_eta_survives_a_restart_and_leaves_out_the_time_between(tmp_path, clock):
+def test_the_eta_forgets_the_rates_of_other_starts(tmp_path):
     with open_log(tmp_path) as log:
         assert log.eta_s() is None
         log.event("start", "A new run.", samples_seen=0)
-        for step in range(1, 51):  # 64 images every 2 s
-            clock.now += 2
-            log.log(row(step))
-        assert log.eta_s() == pytest.approx(50 * 2)
-    clock.now += 86_400
-    with open_log(tmp_path) as log:
+        for step in range(1, 51):
+            log.log(row(step, **{"throughput/img_per_s": 10.0}))
+        assert log.eta_s() == pytest.approx(50 * BATCH / 10)
+    with open_log(tmp_path) as log:  # on more ranks
         log.event("resume", "Going on.", samples_seen=40 * BATCH)
-        assert log.eta_s() == pytest.approx(60 * 2)
-        clock.now += 30
-        log.log(row(41))
-        assert log.eta_s() == pytest.approx(59 * 2)
-    with open_log(tmp_path) as log:
-        assert log.eta_s() == pytest.approx(59 * 2)
+        assert log.eta_s() is None
+        log.log(row(41, **{"throughput/img_per_s": 160.0}))
+        assert log.eta_s() == pytest.approx(59 * BATCH / 160)
 
 
 def test_one_line_is_enough_for_a_first_eta(tmp_path):
