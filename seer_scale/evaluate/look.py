@@ -60,7 +60,8 @@ def show_prototypes(
     run_dir: Path, represent: Represent, prototypes: torch.Tensor, source: Source, *,
     size: int, batch: int, workers: int, world: World, most: int = 2000,
 ) -> None:  # fmt: skip
-    """The images nearest to the prototypes that hold theirs closest. Collective; rank 0 writes. prototypes [K, dim]."""
+    """How the images are shared out among the prototypes, and those nearest to a few prototypes that hold theirs close and
+    are far from each other. Collective; rank 0 writes. prototypes [K, dim]."""
     indices = np.arange(0, len(source), max(1, len(source) // most))
     stream = features(represent, source, indices, size=size, batch=batch, workers=workers, world=world)
     parts = [(z, i) for _, z, _, i in stream]
@@ -71,10 +72,27 @@ def show_prototypes(
     share = torch.bincount(similarity.argmax(1), minlength=len(prototypes)) / len(z)
     top = similarity.topk(ROW, dim=0)
     gallery = Gallery(run_dir)
-    for k in torch.where(share > 0, top.values.mean(0), -1).topk(min(SHOWN, len(prototypes))).indices.tolist():
+    gallery.set_use(share.tolist())
+    for k in _apart(prototypes, torch.where(share > 0, top.values.mean(0), -1), SHOWN):
         if pictures := _small(source, ids[top.indices[:, k]].tolist()):
             gallery.add_prototype(k, share[k].item(), pictures)
     gallery.save()
+
+
+def _apart(prototypes: torch.Tensor, closeness: torch.Tensor, num: int) -> list[int]:
+    """`num` prototypes or fewer, the closest first and then each the farthest from those before it, among the closest 8 num.
+
+    Several prototypes often share one group of images, and would show the same ones. prototypes [K, dim], closeness [K].
+    """
+    among = closeness.topk(min(8 * num, int((closeness > -1).sum()))).indices
+    vectors = torch.nn.functional.normalize(prototypes[among].float(), dim=1)
+    nearest = torch.full((len(among),), -2.0, device=vectors.device)
+    chosen: list[int] = []
+    for _ in range(min(num, len(among))):
+        nearest[chosen] = 2.0
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, vectors @ vectors[chosen[-1]])
+    return among[chosen].tolist()
 
 
 def _small(source: Source, indices: list[int]) -> list[np.ndarray]:

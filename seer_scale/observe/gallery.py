@@ -25,7 +25,7 @@ def read_gallery(run_dir: Path) -> dict[str, Any]:
     """The sections of a run's gallery, {} where there is none; images are paths relative to RUN/gallery.
 
     {"crops": [{"index", "images"}], "before" and "after": [{"query", "label", "neighbours": [{"image", "label",
-    "similarity"}]}], "prototypes": [{"k", "share", "images"}]}
+    "similarity"}]}], "prototypes": [{"k", "share", "images"}], "use": share of the images of every prototype}
     """
     path = Path(run_dir) / "gallery" / "gallery.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -58,6 +58,10 @@ class Gallery:
     def add_prototype(self, k: int, share: float, images: list[np.ndarray]) -> None:
         """The images nearest to prototype `k`, nearest first; `share` (0 to 1) of the images go to it."""
         self._add("prototypes", {"k": int(k), "share": float(share), "images": [self._keep(i) for i in images]})
+
+    def set_use(self, shares: list[float]) -> None:
+        """The share (0 to 1) of the images that goes to each prototype, in their order."""
+        self._sections["use"] = [float(share) for share in shares]
 
     def save(self) -> None:
         """Publish: images first, then gallery.json by rename, then images nothing refers to are removed."""

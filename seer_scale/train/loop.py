@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import platform
 import resource
 import sys
 import time
@@ -171,7 +172,7 @@ class Trainer:
         c, w = self.config, self.world
         threads, each = self.execution.threads, " each" * (w.size > 1)
         where = f"{w.size} rank{'s' * (w.size > 1)} ({self.engine.name}, {w.device.type}), {threads} thread{'s' * (threads > 1)}{each}"
-        facts = dict(began=_process_began(), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
+        facts = dict(began=_process_began(), versions=_versions(w), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
                      labelled=self.labelled is not None, threads=threads, cores=self.cores, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
@@ -559,6 +560,12 @@ def _disk_may_fill() -> Iterator[None]:
         yield
     except (OSError, DataError) as error:
         print(f"The report or a log cannot be written ({getattr(error, 'strerror', None) or error}): free some space, then run seer-scale report.", file=sys.stderr, flush=True)
+
+
+def _versions(world: World) -> dict[str, str]:
+    """What a run was made with, for those who want to make it again."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or platform.machine()
+    return {"seer_scale": __version__, "torch": torch.__version__, "python": platform.python_version(), "device": device}
 
 
 def _process_began() -> float:

@@ -187,3 +187,17 @@ def test_eval_of_a_run_that_evaluated_nothing(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match="has no valid checkpoint yet"):
         knn_of_run(tmp_path, ["--knn.enabled", "false"], World())
+
+
+def test_prototypes_shown_are_apart_from_each_other():
+    """Where many prototypes share a place, one of them is shown."""
+    import torch
+
+    from seer_scale.evaluate.look import _apart
+
+    directions = torch.eye(8)[:4]
+    prototypes = torch.cat([directions + 0.01 * torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    closeness = torch.linspace(1, 0.5, 20)
+    closeness[3::4] = -1  # of no image
+    chosen = _apart(prototypes, closeness, 3)
+    assert chosen[0] == 0 and sorted(k % 4 for k in chosen) == [0, 1, 2]

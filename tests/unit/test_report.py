@@ -8,6 +8,7 @@ import pytest
 
 from seer_scale.observe.gallery import Gallery, read_gallery
 from seer_scale.observe.report import headline, write_report
+from seer_scale.observe.report.plots import COLOURS, Plot, metric, short, smoothed, svg
 from seer_scale.observe.sinks import RunLog, read_metrics
 
 SECTIONS = [
@@ -16,9 +17,13 @@ SECTIONS = [
     "What the network sees",
     "Nearest neighbours",
     "What prototypes collect",
+    "How to reproduce it",
     "Restarts and other events",
 ]
-PLOTS = ["Loss", "kNN top-1", "Learning rate", "Prototypes in use", "Entropy of the assignments", "Throughput"]
+PLOTS = [
+    "Loss", "kNN top-1", "Learning rate", "Prototypes in use", "Entropy of the assignments", "Gradient norm",
+    "Peak host memory", "Time of an update", "Throughput",
+]  # fmt: skip
 VOID = {"img", "meta", "link", "br"}
 
 
@@ -42,18 +47,20 @@ def run_dir(tmp_path, monkeypatch):
         for step in steps:
             log.log({
                 "step": step, "samples_seen": 64 * step, "epoch": step / 10, "loss": 4.159 - step / 100, "lr": 0.1,
-                "throughput/img_per_s": 100.0, "mem/peak_gib": 1.5,
+                "throughput/img_per_s": 100.0, "mem/peak_gib": 1.5, "grad_norm": 0.25, "time/step_s": 0.64,
+                "time/data_wait_frac": 0.25,
                 "swav/prototype_use": 0.8, "swav/assignment_entropy": 0.5,
             })  # fmt: skip
 
     with RunLog(run, 6400, 4.159, active=True) as log:
         log.event("start", "A new run.", samples_seen=0, ranks=2, parameters=3_947_000)
-        log.log({"samples_seen": 0, "knn/top1": 31.25})
+        log.log({"samples_seen": 0, "knn/top1": 31.25, "knn/top1_stderr": 1.5})
         stretch(log, range(1, 51))
     with RunLog(run, 6400, 4.159, active=True) as log:
-        log.event("resume", "Going on from 2,560 images.", samples_seen=2560, ranks=4, parameters=3_947_000)
+        log.event("resume", "Going on from 2,560 images.", samples_seen=2560, ranks=4, parameters=3_947_000,
+                  versions={"torch": "9.9"})  # fmt: skip
         stretch(log, range(41, 101))
-        log.log({"samples_seen": 6400, "knn/top1": 58.59})
+        log.log({"samples_seen": 6400, "knn/top1": 58.59, "knn/top1_stderr": 1.5, "knn/majority": 12.5})
 
     gallery = Gallery(run)
     gallery.add_crops(7, [picture(0), picture(1, 40)])
@@ -62,6 +69,7 @@ def run_dir(tmp_path, monkeypatch):
             stage, picture(2), "cat & dog", [(picture(3), "cat & dog", 0.9), (picture(4), "ship", 0.8)]
         )
     gallery.add_prototype(12, 0.031, [picture(5), picture(6)])
+    gallery.set_use([0.5, 0.25, 0.25, 0.0])
     gallery.save()
     return run
 
@@ -94,18 +102,26 @@ def test_one_file_with_every_section_and_plot_and_no_request(run_dir):
     assert page.fetched and all(url.startswith(("data:image/", "#")) for url in page.fetched)
     assert not re.search(r"https?://|@import|<script|<link|url\((?!#)", html)
     assert [h for h in re.findall(r"<h2>(.*?)</h2>", html)] == SECTIONS
-    assert re.findall(r"<h3>(.*?)</h3>", html) == PLOTS
-    assert html.count("<svg") == len(PLOTS) + 1 and "Not measured" not in html
+    assert re.findall(r"<h3>(.*?)</h3>", html) == [*PLOTS, "How the images are shared out"]
+    assert html.count("<svg") == 2 * (len(PLOTS) + 2) and "Not measured" not in html  # for wide and for narrow screens
+    ids = re.findall(r'id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
     assert sum(url.startswith("data:") for url in page.fetched) == 2 + 2 * 2 + 1 + 2
     for words in (
         "my <run>",
         "regnety_400mf",
-        "3.95 M",
+        "3.95M",
         "fsdp · 4 ranks",
         "100 images/s",
         "ln K = 4.159",
         "cat & dog",
         "Going on from",
+        "58.6 % ± 1.5 after",
+        "the commonest class every time would be right for 12.5 %",
+        "seer-scale train my <run>/config.yaml --run.dir NEW",
+        "9.9",
+        "prototypes: [64]",
+        "Of 4 prototypes, 1 are the nearest of no image",
     ):
         assert words in page.text, words
     assert [p.name for p in run_dir.glob("report*")] == ["report.html"]
@@ -115,7 +131,7 @@ def test_the_headline_has_the_numbers_of_the_metrics(run_dir):
     rows, _ = read_metrics(run_dir)
     evaluated = [r["knn/top1"] for r in rows if "knn/top1" in r]
     assert evaluated == [31.25, 58.59]
-    assert headline(rows) == f"kNN top-1: {evaluated[0]:.1f} % before, {evaluated[-1]:.1f} % after"
+    assert headline(rows) == f"kNN top-1: {evaluated[0]:.1f} % ± 1.5 before, {evaluated[-1]:.1f} % ± 1.5 after"
     assert headline(rows) in Page(write_report(run_dir).read_text()).text
 
 
@@ -151,7 +167,7 @@ def test_without_a_gallery_each_section_says_so(run_dir):
     (run_dir / "gallery").rmdir()
     html = write_report(run_dir).read_text()
     assert re.findall(r"<h2>(.*?)</h2>", html) == SECTIONS
-    assert html.count("so there is nothing to show here") == 3
+    assert html.count("so there is nothing to show here") == 3 and "shared out" not in html
 
 
 @pytest.mark.parametrize("metrics", [None, "", '{"samples_seen": 64, "step": 1, "loss": null}\n{"samples_'])
@@ -192,3 +208,31 @@ def test_tiny_images_are_kept_to_the_pixel(tmp_path):
     gallery.save()
     name = read_gallery(tmp_path)["crops"][0]["images"][0]
     assert np.array_equal(np.array(Image.open(tmp_path / "gallery" / name)).transpose(2, 0, 1), image)
+
+
+def test_smoothing_begins_and_ends_on_the_data_and_never_crosses_a_restart():
+    x, y = list(range(200)), [1.0] * 100 + [5.0] * 99 + [7.0]
+    for breaks in ([], [99]):
+        out = smoothed(x, y, breaks, share=0.1)
+        assert len(out) == len(y) and out[0] == y[0] and out[-1] == y[-1]
+        assert (1.0 < out[99] < 5.0) == (not breaks)
+    assert smoothed(x, y, [99])[:100] == [1.0] * 100
+
+
+def test_values_show_under_the_pointer_and_colours_follow_the_reader():
+    rows = [{"samples_seen": 64 * i, "a": i / 10, "b": None if i == 2 else 0.5} for i in range(400)]
+    curves = [metric(rows, "a", "one", COLOURS["blue"], unit="s"), metric(rows, "b", "two", COLOURS["orange"], spread="c")]
+    picture = svg(Plot(curves, "s", until=64 * 400))
+    values = re.findall(r"<title>(.*?)</title>", picture, re.DOTALL)
+    assert "one: 0 s\ntwo: 0.5\n0 images seen" in values and 50 < len(values) / 2 <= 80
+    assert all(f"var(--{c})" in picture for c in ("blue", "orange", "ink", "grid"))
+    assert not re.search(r"#[0-9a-f]{6}\b", picture.replace("#000000", ""))  # matplotlib's default, of clip paths
+
+
+def test_a_single_evaluation_has_an_axis_that_begins_at_0():
+    picture = svg(Plot([metric([{"samples_seen": 0, "knn/top1": 30.0}], "knn/top1", "kNN", COLOURS["green"])], until=1))
+    assert "-" not in "".join(re.findall(r"<text[^>]*>([^<]*)</text>", picture)).replace("kNN top-1", "")
+
+
+def test_numbers_are_written_one_way():
+    assert [short(n) for n in (0, 0.05, 999, 1000, 1234567, 2e9, 999_900)] == ["0", "0.05", "999", "1k", "1.23M", "2B", "1M"]

@@ -1,0 +1,247 @@
+"""Curves of a report, as inline SVG: drawn by matplotlib in the page's colours, with the values under the pointer.
+
+Every plot is drawn twice, wide and narrow, and the style sheet shows the one that fits; colours are variables of the
+style sheet, so that they follow the reader's light or dark mode. Nothing here is a script: a value shows as the title of
+a strip of the plot.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+Rows = list[dict[str, Any]]
+
+COLOURS = {"blue": "#3367b1", "orange": "#c8702b", "green": "#2b8a5e", "ink": "#3b4049", "faint": "#d9dce2", "grid": "#eef0f4"}
+"""Stand-ins, which no other colour of matplotlib's equals, for the style sheet's variables of the same names."""
+BLUE, ORANGE, GREEN, INK, FAINT, GRID = COLOURS.values()
+MAX_POINTS = 1200
+"""Of a curve; more would only make the page heavier."""
+MAX_STRIPS = 80
+"""Places of a plot that show their value under the pointer."""
+SIZES = {"wide": (10.4, 3.5), "narrow": (5.1, 3.3)}
+
+STYLE = {
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",  # the reader's system font, by the style sheet
+    "svg.hashsalt": "seer",
+    "figure.dpi": 72,  # a display unit is a point of the SVG
+}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def short(number: float, _: Any = None) -> str:
+    """1234567 -> 1.23M: thousands, millions and billions, as everywhere in the report."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over images seen: x [N], y [N] (not finite leaves a gap), and `spread` [N] above and below, where known."""
+
+    name: str
+    colour: str
+    x: Sequence[float]
+    y: Sequence[float]
+    digits: str = ".3g"
+    unit: str = ""
+    smooth: bool = False
+    spread: Sequence[float] | None = None
+    ends: bool = False
+    """Whether its first and last value are written beside it."""
+
+    @property
+    def is_drawn(self) -> bool:
+        return any(map(math.isfinite, self.y))
+
+
+@dataclass
+class Plot:
+    """What stands in one plot. limits: of the vertical axis, where the data do not say. level: a dashed line and its
+    words. breaks: restarts, in images seen. until: where the horizontal axis ends. bars: filled down to 0, in steps."""
+
+    curves: list[Curve]
+    unit: str = ""
+    along: str = "images seen"
+    limits: tuple[float | None, float | None] = (None, None)
+    level: tuple[float, str] | None = None
+    breaks: Sequence[float] = ()
+    until: float = 0.0
+    draw: Callable[[Axes], None] | None = None
+    bars: bool = False
+    legend: bool = field(init=False)
+
+    def __post_init__(self):
+        self.curves = [c for c in self.curves if c.is_drawn]
+        self.legend = len(self.curves) > 1
+
+
+def metric(
+    rows: Rows, key: str, name: str, colour: str, *, scale: float = 1.0, digits: str = ".3g", unit: str = "",
+    smooth: bool = False, spread: str = "", ends: bool = False,
+) -> Curve:  # fmt: skip
+    """A metric of the log as a curve, thinned to MAX_POINTS; its last value stays."""
+    some = [r for r in rows if key in r and (is_number(r[key]) or r[key] is None)]
+    stride = -(-len(some) // MAX_POINTS) or 1
+    some = some[::stride] + (some[-1:] if (len(some) - 1) % stride else [])
+    y = [math.nan if r[key] is None else scale * r[key] for r in some]
+    around = [scale * r[spread] if is_number(r.get(spread)) else 0.0 for r in some] if spread else None
+    return Curve(name, colour, [r["samples_seen"] for r in some], y, digits, unit, smooth, around, ends)
+
+
+def smoothed(x: Sequence[float], y: Sequence[float], breaks: Sequence[float], share: float = 0.02) -> list[float]:
+    """Mean over a window of `share` of the curve, centred: narrower towards the ends, so that it begins and ends on the
+    data, and never across a restart. Values that are not finite are left out."""
+    half, out = max(1, round(len(y) * share / 2)), []
+    edges = sorted({0, len(y), *(sum(a <= b for a in x) for b in breaks)})
+    for first, end in zip(edges, edges[1:]):
+        for i in range(first, end):
+            reach = min(half, i - first, end - 1 - i)
+            window = [v for v in y[i - reach : i + reach + 1] if math.isfinite(v)]
+            out.append(statistics.fmean(window) if window else math.nan)
+    return out
+
+
+def svg(plot: Plot) -> str:
+    """The plot in both sizes, or "" when there is nothing to draw."""
+    if not plot.curves and not plot.draw:
+        return ""
+    return "".join(_one(plot, size) for size in SIZES)
+
+
+def _one(plot: Plot, size: str) -> str:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZES[size], layout="constrained")
+        ax = figure.subplots()
+        ax.margins(x=0.02)
+        if plot.until:
+            ax.set_xlim(-0.02 * plot.until, 1.02 * plot.until)
+        for curve in plot.curves:
+            if plot.bars:
+                ax.fill_between(curve.x, curve.y, step="mid", color=curve.colour, alpha=0.75, linewidth=0)
+            else:
+                _draw(ax, curve, plot.breaks)
+        if plot.draw:
+            plot.draw(ax)
+        ax.margins(y=0.08)
+        ax.autoscale_view(scalex=False)
+        ax.set_ylim(*plot.limits)
+        if plot.level:
+            _level(ax, *plot.level)
+        for place in plot.breaks:
+            ax.axvline(place, color=INK, alpha=0.5, linestyle=":", linewidth=1.1, zorder=0)
+        ax.set_xlabel(plot.along)
+        ax.set_ylabel(plot.unit)
+        ax.xaxis.set_major_formatter(FuncFormatter(short))
+        ax.xaxis.set_major_locator(MaxNLocator(6 if size == "wide" else 4))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.tick_params(length=0)
+        if plot.legend:
+            ax.legend(frameon=False, fontsize=9.5, loc="best")
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        strips = _strips(ax, plot, 72 * SIZES[size][1])
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| xmlns(:\w+)?="[^"]*"', "", text, count=4)
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    # ids are the page's, not the picture's: those that nothing refers to go, the others are this picture's alone
+    used, own = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text)), f"p{zlib.crc32(text.encode()):x}-"
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(url\(|href=")#', rf"\1#{own}", text)
+    text = text.replace("<svg", f'<svg class={size} role=img', 1)
+    return text[: text.rindex("</svg>")] + strips + "</svg>"
+
+
+def _draw(ax: Axes, curve: Curve, breaks: Sequence[float]) -> None:
+    y = list(curve.y)
+    if curve.smooth and len(y) > 20:
+        ax.plot(curve.x, y, color=curve.colour, alpha=0.3, linewidth=0.9)
+        y = smoothed(curve.x, y, breaks)
+    ax.plot(curve.x, y, color=curve.colour, marker="o" if len(y) < 20 else None, markersize=4.5, label=curve.name)
+    if curve.spread:
+        low, high = ([v + sign * s for v, s in zip(y, curve.spread)] for sign in (-1, 1))
+        if len(y) > 1:
+            ax.fill_between(curve.x, low, high, color=curve.colour, alpha=0.18, linewidth=0)
+        ax.errorbar(curve.x, y, curve.spread, fmt="none", color=curve.colour, elinewidth=1.2, capsize=3)
+
+
+    drawn = [(x, v) for x, v in zip(curve.x, y) if math.isfinite(v)]
+    for (x, v), offset in zip(drawn[:1] + drawn[1:][-1:], ((2, -18), (0, 10))) if curve.ends else ():
+        text = f"{v:{curve.digits}} {curve.unit}"
+        ax.annotate(text, (x, v), xytext=offset, textcoords="offset points", ha="center", weight="bold")
+
+
+def _level(ax: Axes, y: float, text: str) -> None:
+    ax.axhline(y, color=INK, linestyle=(0, (5, 4)), linewidth=1)
+    ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(-2, 4), textcoords="offset points", ha="right")
+
+
+def _strips(ax: Axes, plot: Plot, height: float) -> str:
+    """Over the plot, a strip a value: pointing at one shows the value and marks its place."""
+    if not plot.curves:
+        return ""
+    places = sorted({x for c in plot.curves for x in c.x})
+    places = places[:: -(-len(places) // MAX_STRIPS)]
+    at = [ax.transData.transform((x, 0))[0] for x in places]
+    left, right = ax.bbox.x0, ax.bbox.x1
+    edges = [left, *((a + b) / 2 for a, b in zip(at, at[1:])), right]
+    values = [dict(zip(c.x, c.y)) for c in plot.curves]
+    out = []
+    for x, here, begin, end in zip(places, at, edges, edges[1:]):
+        known = [(c, v[x]) for c, v in zip(plot.curves, values) if x in v]
+        said = "\n".join(f"{c.name}: {_value(c, y, v.get(x))}" for (c, y), v in zip(known, map(_spreads, (c for c, _ in known))))
+        dots = "".join(
+            f'<circle cx="{here:.1f}" cy="{height - ax.transData.transform((x, y))[1]:.1f}" r="4" style="fill:{c.colour}"/>'
+            for c, y in known if math.isfinite(y)
+        )  # fmt: skip
+        out.append(
+            f'<g><title>{escape(said)}\n{x:,.0f} {escape(plot.along)}</title><rect x="{begin:.1f}" y="{height - ax.bbox.y1:.1f}" '
+            f'width="{end - begin:.1f}" height="{ax.bbox.height:.1f}"/>{dots}</g>'
+        )
+    text = "".join(out)
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return f"<g class=values>{text}</g>"
+
+
+def _spreads(curve: Curve) -> dict[float, float]:
+    return dict(zip(curve.x, curve.spread)) if curve.spread else {}
+
+
+def _value(curve: Curve, y: float, spread: float | None) -> str:
+    if not math.isfinite(y):
+        return "not finite"
+    return f"{y:{curve.digits}}" + (f" ± {spread:{curve.digits}}" if spread else "") + f" {curve.unit}".rstrip()
