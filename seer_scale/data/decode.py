@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
-import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from seer_scale.data import jpeg
 from seer_scale.errors import DataError
 
 try:
-    import simplejpeg
-except ImportError:  # Pillow decodes the same images at half the speed
-    simplejpeg = None
+    import pillow_heif
+except ImportError:
+    HEIF = ()
+else:
+    pillow_heif.register_heif_opener()
+    HEIF = ("HEIF",)
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused before their pixels take memory; also where Pillow itself refuses."""
+MAX_BYTES = 7 * MAX_PIXELS
+"""What decoding may take besides the file, 1.25 GB: four bytes a pixel in the decoder, three in what it gives."""
+BYTES_A_PIXEL = {"WEBP": 17, "JPEG2000": 20, "AVIF": 14, "HEIF": 12}
+"""Of formats whose decoders take more than those seven."""
+SLOW, MAX_SLOW = ("ppm", "ppm_plain", "bmp_rle"), 1 << 22
+"""Pillow's decoders in Python, some microseconds a pixel, and how many pixels they may have."""
+MAX_SCANS = 100
+"""Of a JPEG; each is a pass over the whole image. Encoders make ten, and could make use of forty."""
 
 SWAPPED = (5, 6, 7, 8)
 """EXIF orientations that lay the image on its side."""
 
-STRIP = 256
-"""Rows that are laid on white together."""
+STRIP = 1 << 18
+"""Pixels that are turned into RGB together, or one row: a whole image would be in memory several times."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", *HEIF)
 """What Pillow may open; its rarer decoders (EPS starts a program) have no place before uncurated files."""
+
+BITS, PHOTOMETRIC, WHITE, PLANES, SAMPLE_FORMAT = 258, 262, 281, 284, 339
+"""TIFF tags."""
+WHITE_IS_ZERO = 0
+RANGES = ((0, 255), (2048, 4095), (0, 65535), (0, 2**24 - 1), (0, 2**32 - 1))
+"""What the grey values of a TIFF may span, whatever holds them, and the least that the largest of them must then reach:
+8 bits; 12, as cameras of science give, half used at least, or it is a dark image of 16; 16, 24 and 32."""
+
+for _name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):  # it writes to stderr by the hundred, naming no file
+    with suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL(Image.core.__file__), _name)(None)
 
 AtLeast = Callable[[int, int], tuple[int, int]]
 
@@ -36,70 +61,171 @@ def decode(data: bytes, at_least: AtLeast | None = None) -> np.ndarray:
     """The image in `data` as RGB uint8 [H, W, 3], upright as its EXIF orientation asks.
 
     16-bit values are scaled, palettes resolved, transparency laid on white, the first frame of an animation taken.
-    at_least: told (H, W), the least (H, W) that will do; a JPEG may then come smaller by 2, 4 or 8, others never do. What it
-    is told last is the size of the whole.
-    Raises DataError with the reason for anything that is not a whole image of at most MAX_PIXELS.
+    at_least: told (H, W), the least (H, W) that will do; a JPEG may then come smaller, by 2 at least, others never do.
+    What it is told last is the size of the whole.
+    Raises DataError with the reason for anything that is not a whole image of at most MAX_PIXELS and MAX_BYTES, as far
+    as decoders notice that a part is missing.
     """
     if not data:
         raise DataError("the file is empty")
-    if simplejpeg is not None and data[:2] == b"\xff\xd8":
-        try:
-            height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-            if height * width > MAX_PIXELS:
-                raise DataError(f"it announces {width} x {height} pixels, more than {MAX_PIXELS}")
-            if space in ("YCbCr", "RGB", "Gray"):
-                orientation = _jpeg_orientation(data)
-                least = {}
-                if at_least:
-                    swapped = orientation in SWAPPED
-                    rows, columns = at_least(*((width, height) if swapped else (height, width)))[:: -1 if swapped else 1]
-                    if 2 * rows <= height and 2 * columns <= width:
-                        least = {"min_height": rows, "min_width": columns, "min_factor": 2}
-                return _upright(simplejpeg.decode_jpeg(data, "RGB", **least), orientation)
-        except (ValueError, KeyError):
-            pass  # strict about every oddity: Pillow tells the harmless ones from the broken
+    if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, at_least)) is not None:
+        return image
     image = _decode_pillow(data)
     if at_least:  # whatever was said of its size before: here it is
         at_least(*image.shape[:2])
     return image
 
 
+def _decode_jpeg(data: bytes, at_least: AtLeast | None) -> np.ndarray | None:
+    """None for what is Pillow's to decode or to refuse."""
+    header = jpeg.read_header(data)
+    if header is None:
+        return None
+    height, width, channels = header.height, header.width, 4 if len(header.sampling) == 4 else 3
+    if jpeg.scans(data, header, MAX_SCANS) > MAX_SCANS:
+        raise DataError(f"it has more than {MAX_SCANS} scans, which would take minutes to decode")
+    _check_size(width, height, (7 if channels == 4 else 3) + 2 * header.coefficients(data))
+    if not header.can_be_reduced or len(header.sampling) == 2:
+        return None
+    least = {}
+    if at_least:
+        swapped = header.orientation in SWAPPED
+        rows, columns = at_least(*((width, height) if swapped else (height, width)))[:: -1 if swapped else 1]
+        if 2 * rows <= height and 2 * columns <= width:
+            least = {"min_height": rows, "min_width": columns, "min_factor": 2}
+    space = "CMYK" if channels == 4 else "RGB"
+    try:
+        pixels = simplejpeg.decode_jpeg(data, space, **least)
+    except ValueError as error:
+        damaged = jpeg.is_damaged(str(error), data, header)
+        if damaged:
+            raise DataError(f"its pixels are damaged ({error})") from error
+        if damaged is None:
+            return None
+        try:
+            pixels = simplejpeg.decode_jpeg(data, space, strict=False, **least)
+        except ValueError:  # there was worse to come
+            return None
+    return _upright(pixels if channels == 3 else _of_cmyk(pixels), header.orientation)
+
+
+def _check_size(width: int, height: int, bytes_a_pixel: float) -> None:
+    most = min(MAX_PIXELS, int(MAX_BYTES / bytes_a_pixel))
+    if width * height > most:
+        raise DataError(f"it announces {width} x {height} pixels, more than {most}")
+
+
 def _decode_pillow(data: bytes) -> np.ndarray:
+    pixels, orientation = _opened(data)
+    return _upright(pixels, orientation)
+
+
+def _opened(data: bytes) -> tuple[np.ndarray, int]:
+    """Pixels as they lie, and their orientation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about sizes below our limit, and about metadata nobody reads
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(f"it announces {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+                _check_size(image.width, image.height, BYTES_A_PIXEL.get(image.format, 7))
+                codec, _, _, raw = image.tile[0] if image.tile else (None,) * 4
+                if codec in SLOW and image.width * image.height > MAX_SLOW:
+                    raise DataError(f"it has {image.width} x {image.height} pixels, which would take minutes to decode")
                 image.load()
-                pixels = _rgb(image)
-                orientation = _orientation(image)
+                return _rgb(image, is_deep=";16" in str(raw)), _orientation(image)
         except DataError:
             raise
         except UnidentifiedImageError as error:
             raise DataError("its bytes are of no known image format") from error
         except Exception as error:  # decoders fail on hostile bytes with every kind of exception
             raise DataError(f"it is no whole image ({type(error).__name__}: {error})") from error
-    return _upright(pixels, orientation)
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _rgb(image: Image.Image, is_deep: bool) -> np.ndarray:
+    """is_deep: its values have 16 bits in the file, of which modes of several channels keep the upper 8."""
+    turn = _plain
     if image.mode == "F":
         raise DataError("its floating-point values have no defined range")
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        grey = (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        return _on_white(image)
-    return np.asarray(image.convert("RGB"))
-
-
-def _on_white(image: Image.Image) -> np.ndarray:
-    """By strips: a whole image would be in memory several times."""
+    if image.format == "TIFF":
+        _check_tiff(image, is_deep)
+    if image.mode.startswith("I"):
+        turn = _of_grey(image)
+    elif image.has_transparency_data:
+        if is_deep and isinstance(key := image.info.get("transparency"), tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        turn = _on_white
     out = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, STRIP):
-        part = image.crop((0, top, image.width, min(image.height, top + STRIP))).convert("RGBA")
-        out[top : top + STRIP] = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+    for rows, part in _strips(image):
+        out[rows] = turn(part)
+    return out
+
+
+def _rows(height: int, width: int) -> Iterator[slice]:
+    num = max(1, STRIP // width)
+    return (slice(top, min(height, top + num)) for top in range(0, height, num))
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    for rows in _rows(image.height, image.width):
+        yield rows, image.crop((0, rows.start, image.width, rows.stop))
+
+
+def _plain(part: Image.Image) -> Image.Image:
+    return part.convert("RGB")
+
+
+def _on_white(part: Image.Image) -> Image.Image:
+    part = part.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+
+
+def _check_tiff(image: Image.Image, is_deep: bool) -> None:
+    """Raises DataError for what Pillow reads as something else."""
+    tags = image.tag_v2
+    if tags.get(PLANES) == 2 and max(tags.get(BITS, (1,))) > 8:
+        raise DataError("its planes of more than 8 bits a value cannot be read")
+    if image.mode.startswith("I"):
+        return
+    if 2 in tags.get(SAMPLE_FORMAT, ()):
+        raise DataError("its values are signed, and have no defined range")
+    if is_deep and np.max(image.getextrema()) < 16:
+        raise DataError("its 16-bit colours use the lowest 12 bits only, and would be black")
+
+
+def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
+    """What makes 8 bits of an image's grey values of more. They fill their 16 bits, but in TIFF, where they may be wider,
+    or narrower than what holds them: there the tag for it tells, or the largest of them."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    unsigned = tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
+    white, clear = 65535, image.info.get("transparency")
+
+    def values(part: Image.Image) -> np.ndarray:
+        return np.asarray(part).view(np.uint32) if unsigned else np.asarray(part)
+
+    if tags:
+        extremes = [(int(v.min()), int(v.max())) for v in (values(part) for _, part in _strips(image))]
+        if min(low for low, _ in extremes) < 0:
+            raise DataError("its values are signed, and have no defined range")
+        most = max(high for _, high in extremes)
+        told = max((v for v in tags.get(WHITE, ()) if isinstance(v, int)), default=0)
+        white = told if told >= max(most, 1) else next(upto for at_least, upto in RANGES if at_least <= most <= upto)
+
+    def turn(part: Image.Image) -> np.ndarray:
+        grey = values(part)
+        out = (grey * (255 / white) + 0.5).astype(np.uint8)
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            out = 255 - out
+        if clear is not None:
+            out[grey == clear] = 255
+        return out[..., None]
+
+    return turn
+
+
+def _of_cmyk(pixels: np.ndarray) -> np.ndarray:
+    """Of a JPEG, which holds them inverted (Adobe's way, as every decoder takes it)."""
+    out = np.empty((*pixels.shape[:2], 3), np.uint8)
+    for rows in _rows(*out.shape[:2]):
+        out[rows] = Image.fromarray(255 - pixels[rows], "CMYK").convert("RGB")
     return out
 
 
@@ -108,42 +234,6 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(0x0112, 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return 1
-
-
-def _jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 where there is none or it is damaged (EXIF 2.3, 4.6.2: a TIFF directory)."""
-    if not (start := _exif_of(data)):
-        return 1
-    order = {b"II": "<", b"MM": ">"}.get(data[start : start + 2])
-    try:
-        directory = start + struct.unpack_from(f"{order}I", data, start + 4)[0]
-        for n in range(struct.unpack_from(f"{order}H", data, directory)[0]):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, directory + 2 + 12 * n)
-            if tag == 0x0112:
-                if kind == 4:
-                    value = struct.unpack_from(f"{order}I", data, directory + 10 + 12 * n)[0]
-                return value if kind in (3, 4) else 1
-    except struct.error:
-        pass
-    return 1
-
-
-def _exif_of(data: bytes) -> int:
-    """Where the TIFF header of a JPEG's EXIF segment is (ITU T.81, B.1.1.4: segments, each with its length); 0 for none."""
-    at = 2
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill
-            at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # alone, without a length
-            at += 2
-        elif marker in (0xD9, 0xDA):  # the end, or what is no header any more
-            break
-        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            return at + 10
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return 0
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -207,12 +207,25 @@ class _Facts(Sample):
             data = self.source.read(index)
             digest = hashlib.blake2b(data, digest_size=8).digest()
             facts[:3] = len(data), int.from_bytes(digest, "little", signed=True), FORMATS.index(format_of(data))
-            height, width, _ = decode(data).shape
+            height, width = _whole_size(data)
             mode, orientation, *_ = header(data) or ("other", 1)
             facts[3:] = MODES.index(mode if mode in MODES else "other"), orientation in range(2, 9), height, width
         except DataError as error:
             return complaint(self.source.name(index), error)
         return None
+
+
+def _whole_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an image that is decoded as training does it, small where it may be. Raises DataError."""
+    size = 0, 0
+
+    def halved(height: int, width: int) -> tuple[int, int]:
+        nonlocal size
+        size = height, width
+        return height // 2, width // 2
+
+    decode(data, halved)
+    return size
 
 
 class Tally:
@@ -246,8 +259,7 @@ class Tally:
             return
         self._modes += np.bincount(whole[:, MODE], minlength=len(MODES))
         self._rotated += int(whole[:, ROTATED].sum())
-        is_fast = (whole[:, FORMAT] == FORMATS.index("JPEG")) & np.isin(whole[:, MODE], [MODES.index("RGB"), MODES.index("L")])
-        self._slow += int((~is_fast).sum()) if decoders.simplejpeg else len(whole)
+        self._slow += int((whole[:, FORMAT] != FORMATS.index("JPEG")).sum())
         area = whole[:, HEIGHT] * whole[:, WIDTH]
         sides = [tuple(whole[i, [HEIGHT, WIDTH]].tolist()) for i in (area.argmin(), area.argmax())]
         by_area = sorted([*self._sides, *sides], key=math.prod)
@@ -402,7 +414,7 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
         *[("", f"and {more:,} more (--unreadable FILE lists all)")] * (more > 0),
         ("bytes", f"{amount(sizes['total'])} {'together' if sample == facts['images'] else 'estimated for all'}; an image {amount(sizes['median'])} (median), {amount(sizes['p1'])} (1 %), {amount(sizes['p99'])} (99 %)"),
         ("formats", ", ".join(f"{name} {share(n)}" for name, n in sorted(facts["formats"].items(), key=lambda f: -f[1]))),
-        ("slow decoder", f"{share(facts['slow_decoder'])} need Pillow: all but grey and RGB JPEGs"),
+        ("slow decoder", f"{share(facts['slow_decoder'])} need Pillow: all but JPEGs"),
         ("height x width", f"median {sides(pixels['median'])}, smallest {sides(pixels['smallest'])}, largest {sides(pixels['largest'])}"),
         ("colour", ", ".join([f"greyscale {share(facts['greyscale'])}", *(f"{mode} {share(n)}" for mode, n in other.items())])),
         ("EXIF-rotated", share(facts["rotated"])),

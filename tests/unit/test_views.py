@@ -14,7 +14,6 @@ from torchvision.transforms import functional as tv
 
 from seer_scale.bench.data import reference
 from seer_scale.config import Crop, Views
-from seer_scale.data import decode as decoding
 from seer_scale.data import views as v
 from seer_scale.data.batched import to_float
 from seer_scale.data.decode import decode
@@ -123,10 +122,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "CMYK"])
-@pytest.mark.parametrize("with_simplejpeg", [True, False])
-def test_every_format_gives_the_views_of_its_pixels(form, with_simplejpeg, monkeypatch):
-    if not with_simplejpeg:
-        monkeypatch.setattr(decoding, "simplejpeg", None)
+def test_every_format_gives_the_views_of_its_pixels(form):
     image = Image.fromarray(photo()).convert("CMYK" if form == "CMYK" else "RGB")
     out = io.BytesIO()
     image.save(out, "JPEG" if form == "CMYK" else form)
