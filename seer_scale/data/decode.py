@@ -99,7 +99,7 @@ def _decode_jpeg(data: bytes, at_least: AtLeast | None) -> np.ndarray | None:
     except ValueError as error:
         damaged = jpeg.is_damaged(str(error), data, header)
         if damaged:
-            raise DataError(f"its pixels are damaged ({error})") from error
+            raise DataError(f"it is no whole image ({error})") from error
         if damaged is None:
             return None
         try:

@@ -142,7 +142,7 @@ def test_only_what_may_be_decoded_smaller_is():
 def test_a_jpeg_with_a_part_missing_is_refused_though_it_ends_well(at_least, progressive):
     data = encode(Image.fromarray(photo(200, 200)), quality=90, progressive=progressive)
     for broken in (data[: len(data) // 2] + b"\xff\xd9", data[: len(data) // 2], data[:-40] + b"\xff\xd9"):
-        with pytest.raises(DataError, match="damaged|no whole image"):
+        with pytest.raises(DataError, match="no whole image"):
             decode(broken, at_least)
     middle = len(data) // 2
     with pytest.raises(DataError):
