@@ -14,6 +14,7 @@ import os
 import re
 import select
 import sys
+import threading
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -27,14 +28,14 @@ class Console(io.TextIOBase):
     """A text stream that never raises for its destination's sake. Whole lines are written by one call.
 
     to: what it stands in for; None: a stream that was closed when the process began. label: what each line begins with;
-    then what has no line end waits for it. raw: for who draws on a terminal itself.
+    then what has no line end waits for it. drop: a beginning of lines that goes. raw: for who draws on a terminal itself.
     """
 
-    def __init__(self, to: TextIO | None, label: str = "", *, raw: bool = False):
-        self._to, self._label, self._raw, self._line = to, label, raw, ""
+    def __init__(self, to: TextIO | None, label: str = "", *, drop: str = "", raw: bool = False):
+        self._to, self._label, self._drop, self._raw, self._line = to, label, drop, raw, ""
         self.problem: OSError | None = None
         """The first reason for which something was lost."""
-        self._fd = -1
+        self._fd, self._turn = -1, threading.RLock()  # a signal's handler may print in the middle of a print
         with suppress(AttributeError, OSError, ValueError):
             self._fd = to.fileno()
         if self._fd >= 0:
@@ -50,17 +51,18 @@ class Console(io.TextIOBase):
         return "backslashreplace"
 
     def write(self, text: str) -> int:
-        self._line += text
-        whole, end, self._line = self._line.rpartition("\n")
-        if end:
-            lines = whole.split("\n") if self._label else [whole]
-            self._send("".join(f"{self._label}{line}\n" for line in lines))
+        with self._turn:
+            self._line += text
+            whole, end, self._line = self._line.rpartition("\n")
+            if end:
+                self._send("".join(f"{self._label}{line.removeprefix(self._drop)}\n" for line in whole.split("\n")))
         return len(text)
 
     def flush(self) -> None:
-        if self._line and not self._label:
-            text, self._line = self._line, ""
-            self._send(text)
+        with self._turn:
+            if self._line and not self._label:
+                text, self._line = self._line, ""
+                self._send(text)
 
     def isatty(self) -> bool:
         try:
@@ -102,13 +104,12 @@ class Console(io.TextIOBase):
             self.problem = self.problem or (error if isinstance(error, OSError) else OSError(errno.EBADF, str(error)))
 
 
-def install(label: str = "") -> None:
-    """From now on nothing that is printed in this process fails. label: what each line begins with (see Console)."""
+def install(label: str = "", drop: str = "") -> None:
+    """From now on nothing that is printed in this process fails. label, drop: of each line (see Console)."""
     _fill_standard_descriptors()
-    if not isinstance(sys.stdout, Console) or label:
-        sys.stdout = Console(sys.stdout, label)
-    if not isinstance(sys.stderr, Console) or label:
-        sys.stderr = Console(sys.stderr, label)
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), Console):
+            setattr(sys, name, Console(stream, label, drop=drop))
 
 
 def _fill_standard_descriptors() -> None:

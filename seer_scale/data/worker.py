@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from seer_scale import console
 from seer_scale.data.sources import remote
 from seer_scale.errors import DataError
 
@@ -98,6 +99,7 @@ def serve(fd: int, parent: int) -> None:
 
     cv2.setNumThreads(0)
 
+    console.install()
     _deaf()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # hosts are not waited for
     gone = os.pidfd_open(parent)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+from seer_scale import console
 from seer_scale.errors import ECHO_S, EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED, STOP_SIGNALS
 from seer_scale.launch.job import ATTEMPT, Job, is_alive
 
@@ -225,9 +226,8 @@ class Control:
 
 
 def say(sentence: str) -> None:
-    """To the job's log; a full disk costs it."""
-    with suppress(OSError):
-        print(sentence, file=sys.stderr, flush=True)
+    """To the job's log."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def control_local(run_dir: str, visible: str | None) -> int:
@@ -235,6 +235,7 @@ def control_local(run_dir: str, visible: str | None) -> int:
 
     visible: CUDA_VISIBLE_DEVICES as the user gave it; submitit hides the GPUs it was not told of.
     """
+    console.install()
     job = Job.of(run_dir)
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:

@@ -14,9 +14,8 @@ import re  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
-from contextlib import suppress  # noqa: E402
-from typing import Any, TextIO  # noqa: E402
 
+from seer_scale import console  # noqa: E402
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLost, UserError, complain  # noqa: E402
 from seer_scale.files import write_whole  # noqa: E402
 from seer_scale.launch.job import ATTEMPT, Job  # noqa: E402
@@ -29,7 +28,7 @@ def main(run_dir: str) -> int:
     full disk keeps the outcome from being written."""
     job, attempt = Job.of(run_dir), os.environ[ATTEMPT]
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", 0))
-    sys.stdout, sys.stderr = _Lines(sys.stdout, rank), _Lines(sys.stderr, rank)
+    console.install(f"[rank {rank}] " if rank else "", drop=f"[rank{rank}]: ")  # torch's tracebacks begin with that
     os.chdir(job.folder)
     if job.cluster == "local":
         threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
@@ -56,29 +55,6 @@ def _stop_without(controller: int) -> None:
     while os.getppid() == controller:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-class _Lines:
-    """A text stream whose lines are written whole, and but for rank 0 begin with the rank's number (torch's tracebacks do
-    already). A full disk costs lines, not the run."""
-
-    def __init__(self, to: TextIO, rank: int):
-        self._to, self._label, self._torchs, self._line = to, f"[rank {rank}] " if rank else "", f"[rank{rank}]: ", ""
-
-    def write(self, text: str) -> int:
-        self._line += text
-        *whole, self._line = self._line.split("\n")
-        if whole:
-            with suppress(OSError):
-                self._to.write("".join(f"{self._label}{line.removeprefix(self._torchs)}\n" for line in whole))
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._to.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._to, name)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import submitit
 
+from seer_scale import console
 from seer_scale.errors import EXIT_HUNG, UserError
 from seer_scale.launch.control import Control, Limits, say
 from seer_scale.launch.job import ATTEMPT, Job
@@ -108,6 +109,7 @@ def submit(jobs: Sequence[Job]) -> list[Job]:
 
 def control_slurm(run_dir: str) -> None:
     """What the batch job runs, on its first node: the ranks of all nodes. Ends the process with the run's exit status."""
+    console.install()
     got = int(os.environ["SLURM_JOB_NUM_NODES"])
     for _ in range(600):  # the record is written just after sbatch has answered
         job = Job.read(run_dir)

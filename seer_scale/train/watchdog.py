@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from seer_scale import console
 from seer_scale.errors import EXIT_HUNG
 
 GRACE_S = 15.0
@@ -51,7 +52,7 @@ class Watchdog:
             signal.setitimer(signal.ITIMER_REAL, self._patience_s + 2 * self._grace_s)
             if time.monotonic() - self._armed > min(1.0, self._limit_s / 4) or self._patience_s != self._armed_for:  # it starts a thread
                 self._armed, self._armed_for = time.monotonic(), self._patience_s
-                faulthandler.dump_traceback_later(self._patience_s + 1.5 * self._grace_s, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(self._patience_s + 1.5 * self._grace_s, file=2)
 
     @contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
@@ -79,4 +80,4 @@ class Watchdog:
         for ident, frame in sys._current_frames().items():
             if ident != threading.get_ident():
                 lines += [f"thread {names.get(ident, ident)}:", *"".join(traceback.format_stack(frame)).splitlines()]
-        os.write(2, "".join(f"{self._what}{line}\n" if i else f"{line}\n" for i, line in enumerate(lines)).encode())
+        console.write_error("".join(f"{self._what}{line}\n" if i else f"{line}\n" for i, line in enumerate(lines)))

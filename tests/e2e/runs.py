@@ -60,11 +60,11 @@ def recipe(folder: Path, photos: Path, **changes: dict) -> str:
 class Run:
     """Forked ranks whose output goes to one file each."""
 
-    def __init__(self, words: list[str], ranks: int, folder: Path, limit_bytes: int | None):
+    def __init__(self, words: list[str], ranks: int, folder: Path, limit_bytes: int | None, console: Callable[[], None] | None):
         attempt = uuid.uuid4().hex[:8]
         self.outputs = [folder / f"output-{attempt}-{r}" for r in range(ranks)]
         self.processes = [
-            _context.Process(target=_rank, args=(words, r, ranks, attempt, str(folder), limit_bytes)) for r in range(ranks)
+            _context.Process(target=_rank, args=(words, r, ranks, attempt, str(folder), limit_bytes, console)) for r in range(ranks)
         ]
         for p in self.processes:
             p.start()
@@ -82,9 +82,12 @@ class Run:
         return [p.exitcode for p in self.processes]
 
 
-def start(*words: object, ranks: int = 1, folder: Path, limit_bytes: int | None = None) -> Run:
-    """`seer-scale WORDS` on forked ranks; limit_bytes: no file may grow larger, as if the disk were full."""
-    return Run([str(w) for w in words], ranks, folder, limit_bytes)
+def start(
+    *words: object, ranks: int = 1, folder: Path, limit_bytes: int | None = None, console: Callable[[], None] | None = None
+) -> Run:
+    """`seer-scale WORDS` on forked ranks; limit_bytes: no file may grow larger, as if the disk were full. console: called in
+    each rank, it puts something else in the place of descriptors 1 and 2 (see `lost_consoles`)."""
+    return Run([str(w) for w in words], ranks, folder, limit_bytes, console)
 
 
 def run(*words: object, ranks: int = 1, folder: Path, status: int = 0, limit_bytes: int | None = None) -> str:
@@ -95,10 +98,12 @@ def run(*words: object, ranks: int = 1, folder: Path, status: int = 0, limit_byt
     return r.text
 
 
-def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, limit_bytes: int | None) -> None:
+def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, limit_bytes: int | None, console: Callable[[], None] | None) -> None:
     out = os.open(Path(folder) / f"output-{attempt}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    if console:
+        console()
     from seer_scale import cli
     from seer_scale.errors import UserError, complain
     from seer_scale.train.start import run_training
@@ -115,17 +120,60 @@ def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, li
         sys.exit(complain(error))
 
 
+# ------------------------------------------------------------------------------------------------ consoles that are lost
+
+
+def lost_pipe() -> None:
+    """As `| tee` after Ctrl-C: EPIPE."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    _print_to(theirs)
+
+
+def lost_terminal() -> None:
+    """As a window that was closed: EIO."""
+    ours, theirs = os.openpty()
+    os.close(ours)
+    _print_to(theirs)
+
+
+def full_disk() -> None:
+    """As `> file`: ENOSPC."""
+    _print_to(os.open("/dev/full", os.O_WRONLY))
+
+
+def closed() -> None:
+    """As `>&- 2>&-`."""
+    os.close(1)
+    os.close(2)
+    sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None
+
+
+lost_consoles = (lost_pipe, lost_terminal, full_disk, closed)
+
+
+def _print_to(fd: int) -> None:
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
 # ------------------------------------------------------------------------------------------------ real commands
 
 
 class Command:
-    """A command of ours as a user starts it; output in one file."""
+    """A command of ours as a user starts it; output in one file, or into a pipe that is not read and can be broken."""
 
-    def __init__(self, words: list[str], folder: Path, more: dict[str, str]):
-        self.output = folder / f"output-{uuid.uuid4().hex[:8]}"
+    def __init__(self, words: list[str], folder: Path, more: dict[str, str], pipe: bool):
+        self.output, self.is_piped = folder / f"output-{uuid.uuid4().hex[:8]}", pipe
         env = os.environ | {MARK: "1", "OMP_NUM_THREADS": "1"} | more
-        with self.output.open("w") as out:
+        with self.output.open("w") as file:
+            out = subprocess.PIPE if pipe else file
             self.process = subprocess.Popen(words, stdout=out, stderr=out, env=env, cwd=folder, start_new_session=True)
+
+    def break_pipe(self) -> None:
+        for end in (self.process.stdout, self.process.stderr) if self.is_piped else ():
+            end.close()
 
     @property
     def text(self) -> str:
@@ -136,8 +184,8 @@ class Command:
         return self.process.returncode
 
 
-def command(*words: object, folder: Path, **env: object) -> Command:
-    return Command([str(w) for w in words], folder, {k: str(v) for k, v in env.items()})
+def command(*words: object, folder: Path, pipe: bool = False, **env: object) -> Command:
+    return Command([str(w) for w in words], folder, {k: str(v) for k, v in env.items()}, pipe)
 
 
 RAISES = """

@@ -1,0 +1,106 @@
+"""One writer for everything that is printed: it does not fail, and what it writes is safe for a terminal."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from seer_scale.console import Console
+
+PIPE, TERMINAL, FULL = errno.EPIPE, errno.EIO, errno.ENOSPC
+
+
+def broken(problem: int) -> int:
+    """A descriptor on which every write fails so."""
+    if problem == FULL:
+        return os.open("/dev/full", os.O_WRONLY)
+    ours, theirs = os.pipe() if problem == PIPE else os.openpty()
+    os.close(ours)
+    return theirs
+
+
+@pytest.mark.parametrize("problem", [PIPE, TERMINAL, FULL])
+def test_what_cannot_be_written_is_lost_and_no_more(problem):
+    with open(broken(problem), "w") as file:
+        stream = Console(file)
+        print("a line", file=stream, flush=True)
+        print("part of a line", end="", file=stream, flush=True)
+        assert stream.problem.errno == problem and stream.writable() and stream.fileno() == file.fileno()
+
+
+def test_no_stream_at_all():
+    stream = Console(None)
+    print("a line", file=stream, flush=True)
+    assert not stream.isatty() and stream.encoding and stream.problem is None
+    closed = io.StringIO()
+    closed.close()
+    print("a line", file=Console(closed), flush=True)
+    with pytest.raises(io.UnsupportedOperation):
+        stream.fileno()
+
+
+@pytest.mark.parametrize(
+    "text, ascii, utf8",
+    [
+        ("f\xfc\u0394", b"f\\xfc\\u0394", "f\xfc\u0394".encode()),
+        ("a\udce9.jpg", b"a\\udce9.jpg", b"a\\udce9.jpg"),
+        ("\x1b[2J\x1b]0;title\x07\x9b1m", b"\\x1b[2J\\x1b]0;title\\x07\\x9b1m", b"\\x1b[2J\\x1b]0;title\\x07\\x9b1m"),
+        ("\x1b[1;31mred\x1b[0m\ttab\rback", b"\x1b[1;31mred\x1b[0m\ttab\rback", b"\x1b[1;31mred\x1b[0m\ttab\rback"),
+    ],
+)
+def test_letters_and_escapes(tmp_path, text, ascii, utf8):  # noqa: A002
+    for encoding, expected in (("ascii", ascii), ("utf-8", utf8)):
+        with open(tmp_path / encoding, "w", encoding=encoding) as file:
+            print(text, file=Console(file))
+        assert (tmp_path / encoding).read_bytes() == expected + b"\n"
+    with open(tmp_path / "raw", "w", encoding="utf-8") as file:
+        print("\x1b[2K", end="", file=Console(file, raw=True), flush=True)
+    assert (tmp_path / "raw").read_bytes() == b"\x1b[2K"
+
+
+def test_lines_are_labelled_and_whole(tmp_path):
+    with open(tmp_path / "log", "w") as file:
+        stream = Console(file, "[rank 3] ", drop="[rank3]: ")
+        print("one", "two", file=stream)
+        stream.write("[rank3]: Traceback\n[rank3]:   x\nnot yet")
+        stream.flush()
+        assert (tmp_path / "log").read_text() == "[rank 3] one two\n[rank 3] Traceback\n[rank 3]   x\n"
+
+
+PROGRAM = """
+import os, sys, warnings
+from seer_scale import console
+console.install()
+opened = os.open({record!r}, os.O_RDWR | os.O_CREAT)
+print("to stdout", flush=True)
+warnings.warn("a warning")
+print("half a line", end="")
+os.write(opened, f"{{opened}}".encode())
+if {fails}:
+    raise ArithmeticError
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full", ">/dev/full 2>&1", "2>&1 | true"])
+def test_the_status_of_a_process_is_its_own(tmp_path, redirect):
+    """Not 120, Python's own for what it cannot flush; and no file takes the place of a closed stream."""
+    record = tmp_path / "record"
+    for fails, status in ((False, 75), (True, 1)):
+        program = PROGRAM.format(record=str(record), fails=fails)
+        command = f'"$0" -c "$1" {redirect}; exit ${{PIPESTATUS[0]}}'
+        done = subprocess.run(["bash", "-c", command, sys.executable, program], capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done
+        assert int(record.read_text()) > 2
+        record.unlink()
+
+
+def test_what_is_asked_for_and_cannot_be_printed_is_told():
+    command = '"$0" -m seer_scale recipes >/dev/full; a=$?; "$0" -m seer_scale recipes | head -c 1; exit $((a * 10 + ${PIPESTATUS[0]}))'
+    done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 10 and done.stderr == "What this command prints could not be written (No space left on device).\n"
