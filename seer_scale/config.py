@@ -129,6 +129,7 @@ class Schedule:
     warmup_samples: int = opt(0, "samples of linear warm-up", ge=0)
     warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
     final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
+    decay_samples: int = opt(0, "cosine: samples after which the rate is at its end, and stays there; 0 = train.samples", ge=0)
     plateau_factor: float = opt(0.5, "plateau: multiply the rate by this", gt=0, lt=1)
     plateau_samples: int = opt(0, "plateau: compare the mean loss of windows of so many samples, counted from the end of the warm-up", ge=0)
     plateau_threshold: float = opt(0.001, "plateau: a window must lower the best mean loss by this share", ge=0)
@@ -177,7 +178,10 @@ class Checkpoint:
     keep_last: int = opt(2, "newest checkpoints kept", ge=1)
     keep_every_samples: int = opt(0, "also keep those at multiples of so many samples; 0 = none", ge=0)
     resume: str = opt("auto", "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path")
-    init_from: str = opt("", "start a new run from the weights of this checkpoint")
+    init_from: str = opt("", "start a new run from the weights of this checkpoint, or of the newest one of this run")
+    init_part: Literal["all", "backbone"] = opt(
+        "all", "what checkpoint.init_from gives; backbone: projection head and prototypes are drawn anew"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,6 +481,7 @@ def without_effect(c: Config) -> list[str]:
         "optim.momentum": (c.optim.name != "adamw", "optim.name lars or sgd"),
         "optim.betas": (c.optim.name == "adamw", "optim.name adamw"),
         "schedule.final": (c.schedule.name == "cosine", "schedule.name cosine"),
+        "schedule.decay_samples": (c.schedule.name == "cosine", "schedule.name cosine"),
         "schedule.plateau_factor": (c.schedule.name == "plateau", "schedule.name plateau"),
         "schedule.plateau_samples": (c.schedule.name == "plateau", "schedule.name plateau"),
         "schedule.plateau_threshold": (c.schedule.name == "plateau", "schedule.name plateau"),
@@ -485,6 +490,7 @@ def without_effect(c: Config) -> list[str]:
         "parallel.max_unit_gib": (c.parallel.engine in ("fsdp", "zero3", "auto"), "parallel.engine fsdp or zero3"),
         "parallel.ds_config": (c.parallel.engine in ZERO, f"parallel.engine {', '.join(ZERO)}"),
         "train.min_loss_scale": (c.train.precision == "fp16", "train.precision fp16"),
+        "checkpoint.init_part": (bool(c.checkpoint.init_from), "a checkpoint.init_from"),
         "data.prefetch": (c.data.workers > 0, "data.workers of at least 1"),
         "data.timeout_s": (c.data.workers > 0, "data.workers of at least 1"),
         "data.block": (c.data.kind != "stream", "a data.kind other than stream"),
@@ -546,10 +552,16 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
     fail(c.views.blur_sigma[0] > c.views.blur_sigma[1], f"views.blur_sigma is {list(c.views.blur_sigma)}, but must go from small to large.")
     fail(c.views.jitter[3] > 0.5, f"views.jitter has hue {c.views.jitter[3]}, but a hue shift is at most 0.5; nearest: 0.5.")
     fail(s.queue % batch != 0, f"swav.queue is {s.queue}, but must be a multiple of train.global_batch ({batch}); nearest: {max(1, round(s.queue / batch)) * batch}.")
+    fail(
+        0 < c.schedule.decay_samples < c.schedule.warmup_samples,
+        f"schedule.decay_samples is {c.schedule.decay_samples}, but the warm-up alone takes "
+        f"{c.schedule.warmup_samples} samples; nearest: {c.schedule.warmup_samples}.",
+    )
     fail(c.schedule.warmup_samples > c.train.samples, f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.samples} samples; nearest: {c.train.samples}.")
     fail(
         c.schedule.name == "plateau" and c.schedule.plateau_samples < batch,
-        f"schedule.plateau_samples is {c.schedule.plateau_samples}, but a window needs at least one update; nearest: {batch} (train.global_batch).",
+        f"schedule.plateau_samples is {c.schedule.plateau_samples}, but a window needs at least one update; "
+        f"nearest: {batch} (train.global_batch).",
     )
     free = c.model.free()
     fail(c.model.name != "regnety" and bool(free), f"model.{next(iter(free), '')} is given, but model.name is {c.model.name}, whose shape is fixed; use model.name regnety.")

@@ -290,10 +290,13 @@ def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] 
         raise error from problem
 
 
-def must_fit(path: Path, state: State, *, only: str | tuple[str, ...] = "") -> None:
+OTHERWISE = "choose the recipe that wrote it, or another checkpoint"
+
+
+def must_fit(path: Path, state: State, world: World = World(), *, only: str = "", otherwise: str = OTHERWISE) -> None:
     """That the tensors under `only` in the checkpoint `path` have the names, shapes and dtypes of `state` (which may be on
-    the meta device). Local, reads no tensor. Raises CheckpointError."""
-    _compare(path, state, read_layout(path), only)
+    the meta device). otherwise: what to do if not. Collective, if a world is given; reads no tensor. Raises CheckpointError."""
+    _compare(path, {k: v for k, v in state.items() if k.startswith(only)}, read_layout(path, world), only, otherwise)
 
 
 def _read(path: Path, wanted: State, layout: Layout) -> int:
@@ -331,7 +334,9 @@ def _fill(raw: io.FileIO, tensor: torch.Tensor) -> None:
         left = left[count:]
 
 
-def _compare(path: Path, wanted: State, layout: Layout, only: str | tuple[str, ...]) -> None:
+def _compare(
+    path: Path, wanted: State, layout: Layout, only: str | tuple[str, ...], otherwise: str = OTHERWISE
+) -> None:
     """Raises CheckpointError with a sentence on the first tensor that differs between the run and the checkpoint."""
     here = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in wanted.items()}
     there = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in layout.tensors.items() if k.startswith(only)}
@@ -342,7 +347,7 @@ def _compare(path: Path, wanted: State, layout: Layout, only: str | tuple[str, .
             kind = "is of another architecture" if key.startswith("model/") else "does not fit this recipe"
             raise CheckpointError(
                 f"{path} {kind}: {key} is {there.get(key, 'absent')} in the checkpoint and "
-                f"{here.get(key, 'absent')} in this run; choose the recipe that wrote it, or another checkpoint."
+                f"{here.get(key, 'absent')} in this run; {otherwise}."
             )
 
 

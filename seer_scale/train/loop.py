@@ -33,7 +33,7 @@ from seer_scale.data.loader import Batch, loader
 from seer_scale.data.pool import complain
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.sources.left_out import warning
-from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, TrainingFailed, UserError
+from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, DataError, TrainingFailed, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.files import shown, write_whole
@@ -101,7 +101,7 @@ class Trainer:
         with progress.doing("looking for a checkpoint and verifying it"):
             found = resume.find(config, run_dir, world)  # before anything is built
         self._verify_s = time.perf_counter() - begin
-        saved = store.read_meta(found)["data"] if found else None
+        saved = store.read_meta(found, world)["data"] if found else None
         with progress.doing(f"listing the images of {shown(config.data.path)}"):
             self.course, self.labelled = _together(world, partial(self._open, saved))
         self._refused_refresh, self._stall_s = 0, 0.0
@@ -146,7 +146,7 @@ class Trainer:
     # --- resume
 
     def _load(self, path: Path) -> Path:
-        meta = resume.must_go_on(path, self.config)
+        meta = resume.must_go_on(path, self.config, self.world)
         then = meta["config"]
         state, begin = self.engine.state(), time.perf_counter()
         with self.progress.doing(f"loading {shown(path)}"):
@@ -164,6 +164,7 @@ class Trainer:
         else:
             self.engine.method.queue_since = self.samples_seen
         self._changed = resume.differences(then, self.config.to_dict())
+        self._rate_change = resume.rate_change(meta, self.config)
         read = self.world.gather_objects(nbytes)
         self._loaded = {"load_s": time.perf_counter() - begin, "load_bytes": sum(read), "load_bytes_most": max(read)}
         return path
@@ -182,21 +183,22 @@ class Trainer:
                 self.log.event("resume", f"{self.resumed_from} is complete: all {c.train.samples:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
                 return
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
+            changed += f" {self._rate_change}" if self._rate_change else ""
             data = f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path." if self.course.refreshes else ""
             read = self._loaded | {"verify_s": self._verify_s}
             loaded = f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
             self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}{data}{loaded}{copies}", **facts, **read)
             return
         if c.checkpoint.init_from:
-            path = Path(c.checkpoint.init_from)
-            problem = store.flaw(path, w)
-            if problem:
-                raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
+            path, state = resume.find_weights(c, w), self.engine.state()
+            part = resume.check_weights(c, path, state, w)
             begin = time.perf_counter()
-            nbytes = w.gather_objects(store.load(path, self.engine.state(), w, only=("model/",)))
+            nbytes = w.gather_objects(store.load(path, state, w, only=part))
             self.engine.refresh()
             read = {"load_s": time.perf_counter() - begin, "load_bytes": sum(nbytes), "load_bytes_most": max(nbytes)}
-            copies = f" Its weights are those of {path}: {in_bytes(sum(nbytes))} read in {read['load_s']:.1f} s, {in_bytes(max(nbytes))} at most a rank.{copies}"
+            is_part = part == resume.BACKBONE
+            whose = f"Its backbone is that of {path} and all else drawn anew" if is_part else f"Its weights are those of {path}"
+            copies = f" {whose}: {in_bytes(sum(nbytes))} read in {read['load_s']:.1f} s, {in_bytes(max(nbytes))} at most a rank.{copies}"
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
         unlabelled = c.knn.enabled and self.labelled is None
         if w.is_main and read_metrics(self.run_dir)[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,15 @@ from typing import Any
 import torch
 
 from seer_scale.checkpoint import store
-from seer_scale.config import Config
+from seer_scale.config import Config, read_section
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.methods.swav import SwAV
+from seer_scale.optim.schedules import LearningRate
 from seer_scale.world import World
+
+BACKBONE = "model/backbone."
+OF_THE_RATE = ("schedule.", "optim.lr", "train.samples", "train.global_batch")
+"""What keys begin with that the learning rate follows."""
 
 
 def _to_stderr(sentence: str) -> None:
@@ -28,7 +34,7 @@ def find(config: Config, run_dir: Path, world: World, *, contents: bool = True, 
     if c.resume not in ("auto", "none"):
         path = Path(c.resume)
         # this run dir went on from `path` before: the same command, given again, goes on with what came of it
-        if found and Path(store.read_meta(found)["config"]["checkpoint"]["resume"]).resolve() == path.resolve():
+        if found and Path(store.read_meta(found, world)["config"]["checkpoint"]["resume"]).resolve() == path.resolve():
             return found
         if problem := store.flaw(path, world, contents=contents):
             raise CheckpointError(f"checkpoint.resume {path} cannot be used: {problem}.")
@@ -40,9 +46,9 @@ def find(config: Config, run_dir: Path, world: World, *, contents: bool = True, 
     return found
 
 
-def must_go_on(path: Path, config: Config) -> dict[str, Any]:
-    """The meta of the checkpoint `path`, from which `config` can go on. Raises UserError."""
-    meta = store.read_meta(path)
+def must_go_on(path: Path, config: Config, world: World = World()) -> dict[str, Any]:
+    """The meta of the checkpoint `path`, from which `config` can go on. Collective. Raises UserError."""
+    meta = store.read_meta(path, world)
     then = meta["config"]
     if then["run"]["seed"] != config.run.seed:
         raise UserError(f"run.seed is {config.run.seed}, but {path} was trained with {then['run']['seed']}, which the order of its images follows; use that seed, or another run.dir with checkpoint.init_from.")
@@ -51,24 +57,65 @@ def must_go_on(path: Path, config: Config) -> dict[str, Any]:
     return meta
 
 
+def find_weights(
+    config: Config, world: World, *, contents: bool = True, warn: Callable[[str], None] = _to_stderr
+) -> Path:
+    """The checkpoint that checkpoint.init_from names: itself, or the newest valid one of a run. Collective. Raises
+    CheckpointError."""
+    path = Path(config.checkpoint.init_from)
+    for folder in (path / "checkpoints", path):
+        if found := store.newest(folder, world, verify=contents, warn=warn):
+            return found
+    if problem := store.flaw(path, world, contents=contents):
+        raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
+    return path
+
+
+def check_weights(config: Config, path: Path, state: store.State, world: World = World()) -> str:
+    """That what checkpoint.init_part names of `path` fits into `state`; what the names of those tensors begin with.
+    Collective. Raises CheckpointError."""
+    store.must_fit(path, state, world, only=BACKBONE)
+    if config.checkpoint.init_part == "backbone":
+        return BACKBONE
+    otherwise = "give checkpoint.init_part backbone, which draws all else anew, or choose another checkpoint"
+    store.must_fit(path, state, world, only="model/", otherwise=otherwise)
+    return "model/"
+
+
+def rate_change(meta: dict[str, Any], config: Config) -> str:
+    """A sentence where `config` goes on from a checkpoint's `meta` with another learning rate than its own recipe would."""
+    then, seen = read_section(Config, meta["config"], "", []), meta["samples_seen"]
+    before, after = LearningRate(then), LearningRate(config)
+    for schedule in (before, after):
+        schedule.state |= meta["schedule"]
+    if math.isclose(before(seen), after(seen), rel_tol=1e-6):
+        return ""
+    causes = [d.partition(" ")[0] for d in differences(meta["config"], config.to_dict()) if d.startswith(OF_THE_RATE)]
+    is_cosine = config.schedule.name == then.schedule.name == "cosine"
+    hint = ""
+    if is_cosine and "train.samples" in causes and not config.schedule.decay_samples:
+        hint = f" (schedule.decay_samples {before.total} keeps the cosine as it was, and the rate at its end from there on)"
+    return f"The learning rate goes from {before(seen):.3g} to {after(seen):.3g}, because of {', '.join(causes)}{hint}."
+
+
 def foresee(config: Config, run_dir: Path) -> str:
     """What can be known before any rank is started: that there is a checkpoint where one is named, and that it is of this
-    recipe's architecture. A sentence on what a run that goes on will change, if anything. Reads no tensor. Raises UserError."""
-    changed: list[str] = []
+    recipe's architecture. What a run that goes on will change, if anything. Reads no tensor. Raises UserError."""
     path = find(config, run_dir, World(), contents=False, warn=lambda _: None)
-    if path:
-        changed = differences(must_go_on(path, config)["config"], config.to_dict())
-    elif config.checkpoint.init_from:
-        path = Path(config.checkpoint.init_from)
-        if problem := store.flaw(path, World(), contents=False):
-            raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
-    if path:
-        with torch.device("meta"):
-            method = SwAV(config, World())
-        own = dict(method.named_buffers(recurse=False))
-        state = {**dict(method.named_parameters()), **{n: b for n, b in method.named_buffers() if n not in own}}
-        store.must_fit(path, {f"model/{n}": t for n, t in state.items()}, only="model/")
-    return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}." if changed else ""
+    if not path and not config.checkpoint.init_from:
+        return ""
+    with torch.device("meta"):
+        method = SwAV(config, World())
+    own = dict(method.named_buffers(recurse=False))
+    state = {**dict(method.named_parameters()), **{n: b for n, b in method.named_buffers() if n not in own}}
+    state = {f"model/{n}": t for n, t in state.items()}
+    if not path:
+        check_weights(config, find_weights(config, World(), contents=False, warn=lambda _: None), state)
+        return ""
+    meta = must_go_on(path, config)
+    store.must_fit(path, state, only="model/")
+    changed, rate = differences(meta["config"], config.to_dict()), rate_change(meta, config)
+    return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}.{' ' * bool(rate)}{rate}" if changed else ""
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

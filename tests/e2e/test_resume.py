@@ -186,7 +186,9 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     # an older one goes on in a run.dir of its own, and the same command, given again, goes on there
     words = ("train", given, "--run.dir", tmp_path / "branch", "--checkpoint.resume", old, "--train.samples")
     run(*words, 56, folder=tmp_path)
-    assert [e["samples_seen"] for e in events(tmp_path / "branch", "resume")] == [24]
+    (begun,) = events(tmp_path / "branch", "resume")
+    assert begun["samples_seen"] == 24 and "train.samples 48 -> 56" in begun["text"]
+    assert "The learning rate goes from 0.0131 to 0.015, because of train.samples" in begun["text"]
     run(*words, 64, folder=tmp_path)
     assert [e["samples_seen"] for e in events(tmp_path / "branch", "resume")] == [24, 56]
     assert list(runs.steps(tmp_path / "branch")) == [32, 40, 48, 56, 64]
@@ -199,6 +201,15 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     assert f"Its weights are those of {new}" in begun["text"] and 0 < begun["load_bytes"] < sum(f.stat().st_size for f in new.iterdir())
     after = [r for r in runs.read_metrics(place)[0] if r["samples_seen"] == 48][0]
     assert rows[0]["knn/top1"] == after["knn/top1"]
+
+    # of a run's newest, into another projection head: refused as a whole, taken without it
+    words = ("train", given, "--run.dir", tmp_path / "part", "--checkpoint.init_from", place, "--swav.dim", 8)
+    text = run(*words, folder=tmp_path, status=2)
+    assert "in this run; give checkpoint.init_part backbone, which draws all else anew" in text
+    run(*words, "--checkpoint.init_part", "backbone", "--train.samples", 8, folder=tmp_path)
+    (begun,) = events(tmp_path / "part", "start")
+    assert f"Its backbone is that of {place}/checkpoints/samples-000000000056 and all else drawn anew" in begun["text"]
+    assert abs(runs.read_metrics(tmp_path / "part")[0][0]["knn/top1"] - after["knn/top1"]) < 10  # features are the backbone's
 
 
 def test_precision_and_queue_may_change_on_a_resume(tmp_path, photos):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from seer_scale.config import Optim, resolve
 from seer_scale.optim.optimizers import build_optimizer
 from seer_scale.optim.schedules import LearningRate
+from seer_scale.train.resume import rate_change
 from tests.tiny import RECIPE
 
 SHAPES = {"conv": (4, 3, 3, 3), "vector": (5,), "matrix": (6, 2)}
@@ -138,6 +139,26 @@ def test_cosine():
     assert math.isclose(lr(0), 0.02) and math.isclose(lr(500), 0.11) and math.isclose(lr(1000), 0.2)
     assert math.isclose(lr(5500), 0.2 * (0.01 + 0.99 * 0.5)) and math.isclose(lr(10000), 0.002)
     assert all(lr(s) >= lr(s + 100) for s in range(1000, 10000, 100))
+
+
+def test_a_longer_run_may_keep_its_cosine():
+    short, long = schedule_of(), schedule_of(decay_samples=9000)
+    assert long.total == 9000 and long(9000) == long(9500) == long.peak * 0.001 and short(9000) > long(9000)
+
+
+def test_going_on_with_another_rate_is_said_with_what_changed_it():
+    def config(samples, **schedule):
+        return resolve(RECIPE, {"train": {"samples": samples}, "schedule": schedule})
+
+    then = config(160)
+    meta = {"config": then.to_dict(), "samples_seen": 160, "schedule": LearningRate(then).state}
+    assert rate_change(meta, then) == rate_change(meta, config(160, final=0.001)) == ""
+    longer = rate_change(meta, config(320))
+    assert longer.startswith("The learning rate goes from 0.0006 to 0.352, because of train.samples (schedule.decay_samples 160 keeps")
+    assert rate_change(meta, config(320, decay_samples=160)) == ""
+    assert rate_change(meta, config(320, name="plateau", plateau_samples=40)).endswith(
+        "because of schedule.name, schedule.plateau_samples, train.samples."
+    )
 
 
 def test_seer_figures():
