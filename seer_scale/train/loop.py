@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -29,6 +29,7 @@ from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config, without_effect
 from seer_scale.cores import rank_cores
 from seer_scale.data.batched import distort, to_float
+from seer_scale.data.listing import share
 from seer_scale.data.loader import Batch, loader
 from seer_scale.data.pool import complain
 from seer_scale.data.sources import Source, open_source
@@ -59,7 +60,6 @@ LOCK_S = 180.0
 """Seconds a launched run waits for the lock of what ran here before."""
 MOST_TOLD = 1000
 """Unreadable images that the console names; a log has all of them."""
-T = TypeVar("T")
 
 
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str = "") -> int:
@@ -71,21 +71,6 @@ def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchd
         with watchdog.patient(START_S):
             trainer = Trainer(config, world, run_dir, stop, watchdog, progress, attempt)
         return trainer.run()
-
-
-def _together(world: World, make: Callable[[], T]) -> T:
-    """make() on rank 0, then on the others, so that an index is built once. Raises UserError on all if any does."""
-    made, error = None, None
-    for turn in (world.is_main, not world.is_main):
-        if turn:
-            try:
-                made = make()
-            except UserError as problem:
-                error = problem
-        sentences = world.gather_objects(None if error is None else str(error))
-        if any(sentences):
-            raise UserError(next(s for s in sentences if s))
-    return made
 
 
 class Trainer:
@@ -103,7 +88,7 @@ class Trainer:
         self._verify_s = time.perf_counter() - begin
         saved = store.read_meta(found, world)["data"] if found else None
         with progress.doing(f"listing the images of {shown(config.data.path)}"):
-            self.course, self.labelled = _together(world, partial(self._open, saved))
+            self.course, self.labelled = share(world, run_dir / "logs", partial(self._open, saved), _sources)
         self._refused_refresh, self._stall_s = 0, 0.0
         with torch.device("meta"):
             method = SwAV(config, world)
@@ -353,7 +338,7 @@ class Trainer:
 
         try:
             with self.watchdog.patient(START_S):
-                self.course = _together(self.world, follow)
+                self.course = share(self.world, self.run_dir / "logs", follow, lambda course: [course.source])
         except UserError as problem:
             self._refused_refresh = number
             self._tell("refresh_failed", f"{path} cannot be used, so training goes on with the data as they are: {problem}")
@@ -549,6 +534,11 @@ class Trainer:
                 if line := headline(read_metrics(self.run_dir)[0]):
                     print(line, flush=True)
                 print(f"Report: {path}", flush=True)
+
+
+def _sources(opened: tuple[Course, Labelled | None]) -> list[Source]:
+    course, labelled = opened
+    return [course.source, *([labelled.bank, labelled.queries] if labelled else [])]
 
 
 class _Stop(Exception):

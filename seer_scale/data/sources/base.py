@@ -64,6 +64,10 @@ class Source:
         failed: it reads no image, and asks no server."""
         raise NotImplementedError
 
+    def arrive(self) -> None:
+        """Called on a rank that took over what another has listed: looks, at hardly any cost, whether the images are here,
+        too. Raises DataError."""
+
     def label(self, i: int) -> int | None:
         return int(self.labels[i]) if self.labels is not None and self.labels[i] >= 0 else None
 
@@ -225,17 +229,16 @@ def cached_index(
     Raises DataError where the file cannot be read."""
     size, mark = stamp or stamp_of(path)
     wanted = np.array([version, size, mark], np.int64)
-    places = [cache_place(os.path.realpath(path), suffix=".index.npz")]
-    if remote.is_url(path):
-        places = [cache_place(path, suffix=".index.npz")]
-    else:
-        places.insert(0, Path(f"{path}.index.npz"))
+    is_url = remote.is_url(path)
+    places: list[Callable[[], Path]] = [] if is_url else [lambda: Path(f"{path}.index.npz")]
+    # looked for only where it is not beside the file: to resolve a path takes a question for each folder on the way
+    places.append(lambda: cache_place(path if is_url else os.path.realpath(path), suffix=".index.npz"))
     for place in places:
-        index = load_arrays(place, only and (*only, "stamp"))
+        index = load_arrays(place(), only and (*only, "stamp"))
         if np.array_equal(index.get("stamp", ()), wanted):
             return index
     index = {**build(size), "stamp": wanted}
-    save_arrays(places, index)
+    save_arrays([place() for place in places], index)
     return index
 
 

@@ -47,6 +47,9 @@ class Files(Source):
     def name(self, i: int) -> str:
         return shown(self._path(i))
 
+    def arrive(self) -> None:
+        must_exist(self._path(0))
+
     def _path(self, i: int) -> str:
         return os.path.join(self._root, self._names[i])
 

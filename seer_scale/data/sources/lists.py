@@ -68,6 +68,13 @@ class ListFile(Source):
     def name(self, i: int) -> str:
         return shown(self._path_of(i))
 
+    def arrive(self) -> None:
+        if remote.is_url(self._path) and not os.path.exists(self._file):  # another machine's copy
+            self._file = _fetched(self._path)
+        must_exist(self._file)
+        if os.path.getsize(self._file) != int(self._starts[-1]):
+            raise DataError(f"{self._path} is another list here than where it was listed: bring the same to every node.")
+
     def _path_of(self, i: int) -> str:
         lines = self._lines(i // STRIDE)
         if i % STRIDE >= len(lines):

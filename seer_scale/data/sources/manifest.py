@@ -66,6 +66,10 @@ class Joined(Source):
         source, own = self._find(i)
         return source.name(own)
 
+    def arrive(self) -> None:
+        for source in self._sources:
+            source.arrive()
+
     @property
     def has_labels(self) -> bool:
         return all(s.has_labels for s in self._sources)

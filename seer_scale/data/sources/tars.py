@@ -145,6 +145,16 @@ class Tars(Source):
     def name(self, i: int) -> str:
         return self._name(*self._locate(i))
 
+    def arrive(self) -> None:
+        """A node may have copies of its own, of other dates; they must be of the same sizes."""
+        if remote.is_url(self._paths[0]) or stamp_of(self._paths[0]) == tuple(self._stamps[0].tolist()):
+            return
+        paths = [self._paths[shard] for shard in range(len(self._paths))]
+        stamps = _all_stamps(paths)
+        if (other := np.flatnonzero(stamps[:, 0] != self._stamps[:, 0])).size:
+            raise DataError(f"{paths[other[0]]} is another tar here than where it was listed: bring the same to every node.")
+        self._stamps = stamps
+
     # --- one tar
 
     def _locate(self, i: int) -> tuple[int, int]:
@@ -339,10 +349,7 @@ def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     tars are kept in the user's cache folder, so that only a tar that changed since is indexed."""
     absolute = [path if remote.is_url(path) else os.path.abspath(path) for path in paths]
     place = cache_place(COLLECTION_VERSION, INDEX_VERSION, *absolute, suffix=".tars.npz")
-    with ThreadPoolExecutor(THREADS) as pool:
-        step = -(-len(paths) // (8 * THREADS))
-        parts = pool.map(_stamps, (paths[i : i + step] for i in range(0, len(paths), step)))
-        stamps = np.array([stamp for part in parts for stamp in part], np.int64)
+    stamps = _all_stamps(paths)
     saved = load_arrays(place)
     is_known = np.zeros(len(paths), bool)
     sums = np.zeros((len(paths), SUMS), np.int64)
@@ -355,6 +362,14 @@ def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
             sums[i] = row
         save_arrays([place], {"stamps": stamps, "sums": sums})
     return stamps, sums
+
+
+def _all_stamps(paths: Sequence[str]) -> np.ndarray:
+    """Size and stamp int64 [n, 2] of each tar."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        step = -(-len(paths) // (8 * THREADS))
+        parts = pool.map(_stamps, (paths[i : i + step] for i in range(0, len(paths), step)))
+        return np.array([stamp for part in parts for stamp in part], np.int64)
 
 
 def _stamps(paths: Sequence[str]) -> list[tuple[int, int]]:

@@ -1,0 +1,115 @@
+"""What images there are is found out once for all ranks: rank 0 lists them, the others take over what it found.
+
+The arrays of a source (names, places, labels: gigabytes for some sets) go through one file in the run's folder, which the
+ranks of a node map and so share; the rest goes by the process group, so nothing that is read from a file is unpickled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import mmap
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from seer_scale.data.sources import Source
+from seer_scale.errors import UserError
+from seer_scale.files import written_whole
+from seer_scale.world import World
+
+T = TypeVar("T")
+ALIGNMENT = 64
+MAPPED_FROM = 1 << 26
+"""Bytes of a listing that are mapped; fewer are read, and the file is removed at once."""
+PATIENCE_S = 60.0
+"""Seconds after which a file that rank 0 has written is to be seen on every node."""
+
+
+def share(world: World, folder: Path, make: Callable[[], T], sources: Callable[[T], Iterable[Source]]) -> T:
+    """What `make` returns on rank 0, on all ranks; it holds `sources`, which are told that they have arrived. Collective.
+
+    folder: where all ranks see what rank 0 writes. Raises UserError on all ranks where any has a reason to.
+    """
+    if world.size == 1:
+        return make()
+    made, parcel, problem = None, None, None
+    if world.is_main:
+        try:
+            made = make()
+            parcel = _publish(folder, made)
+        except UserError as error:
+            problem = str(error)
+    parcel, problem = world.broadcast_object((parcel, problem))
+    if problem:
+        raise UserError(problem)
+    assert parcel is not None
+    pickled, path, ends = parcel
+    if not world.is_main:
+        try:
+            made = _take(pickled, path, ends, make)
+            for source in sources(made):
+                source.arrive()
+        except UserError as error:
+            problem = f"{error} (on {socket.gethostname()})"
+    problems = world.gather_objects(problem)
+    if world.is_main and ends[-1] < MAPPED_FROM:
+        path.unlink(missing_ok=True)
+    if any(problems):
+        raise UserError(next(p for p in problems if p))
+    return made
+
+
+def _publish(folder: Path, made: object) -> tuple[bytes, Path, list[int]]:
+    """(the pickle without its arrays, the file that has these one after the other, where each ends)"""
+    buffers: list[pickle.PickleBuffer] = []
+    pickled, ends = pickle.dumps(made, protocol=5, buffer_callback=buffers.append), [0]
+    for old in folder.glob("listing-*.bin"):  # of a start that was killed, or from before a refresh
+        old.unlink(missing_ok=True)
+    path = folder / f"listing-{time.time_ns()}.bin"  # no node has asked for this name before
+    try:
+        with written_whole(path, durable=True) as file:
+            for buffer in buffers:
+                file.write(buffer.raw())
+                ends.append(file.tell())
+                file.write(bytes(-file.tell() % ALIGNMENT))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): free some space, or choose another run.dir.") from error
+    atexit.register(_remove, path, os.getpid())
+    return pickled, path, ends
+
+
+def _remove(path: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _take(pickled: bytes, path: Path, ends: list[int], make: Callable[[], T]) -> T:
+    try:
+        data = _read(path, ends[-1])
+        starts = [0, *(-(-end // ALIGNMENT) * ALIGNMENT for end in ends[1:])]
+        return pickle.loads(pickled, buffers=[data[a:b] for a, b in zip(starts, ends[1:])])
+    except OSError:  # what a library has converted into the cache of one node, another has to convert itself
+        return make()
+
+
+def _read(path: Path, size: int) -> memoryview:
+    """The file's bytes, read-only. Raises UserError where it does not come into sight, as shared folders may take time."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size >= size:
+                    if size >= MAPPED_FROM:
+                        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                    return memoryview(file.read())
+        except FileNotFoundError:
+            pass
+        if time.monotonic() > deadline:
+            raise UserError(f"{path}, which rank 0 has written, is not there: is {path.parent} on a file system that all nodes share?")
+        time.sleep(0.1)

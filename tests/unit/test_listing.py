@@ -1,0 +1,123 @@
+"""What rank 0 lists, the other ranks take over: the same images, and hardly a question to the file system."""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seer_scale.data import listing
+from seer_scale.data.listing import share
+from seer_scale.data.sources import open_source
+from seer_scale.errors import DataError, UserError
+from seer_scale.world import World
+from tests.unit.test_sources import cache, contents, numbered_tars, touch  # noqa: F401  the cache is a fixture
+
+
+class Rank(World):
+    """One of two ranks that run one after the other: what rank 0 broadcasts, rank 1 finds."""
+
+    said: dict = {}
+
+    def broadcast_object(self, value):
+        return self.said.setdefault("parcel", value) if self.is_main else self.said["parcel"]
+
+    def gather_objects(self, value):
+        return [value]
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    monkeypatch.setattr(Rank, "said", {})
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # rank 1 comes after rank 0 is done
+    return [Rank(rank=rank, size=2) for rank in range(2)]
+
+
+def questions(folder: Path, monkeypatch, call) -> int:
+    """How often `call` asks for something in `folder`."""
+    asked: Counter[str] = Counter()
+    with monkeypatch.context() as patch:
+        for place, name in ((os, "stat"), (os, "lstat"), (os, "scandir"), (os, "listdir"), (os, "open"), (builtins, "open")):
+            real = getattr(place, name)
+
+            def counted(path, *args, real=real, name=name, **kwargs):
+                asked[name] += not isinstance(path, int) and os.fspath(path).startswith(str(folder))
+                return real(path, *args, **kwargs)
+
+            patch.setattr(place, name, counted)
+        call()
+    return asked.total()
+
+
+@pytest.mark.parametrize("mapped_from", [1, 1 << 30])
+def test_other_ranks_take_over_what_rank_0_has_listed(tmp_path, monkeypatch, ranks, mapped_from):
+    monkeypatch.setattr(listing, "MAPPED_FROM", mapped_from)
+    (tmp_path / "data").mkdir()
+    numbered_tars(tmp_path / "data" / "tars", 40)
+    for n in range(30):
+        touch(tmp_path / "data" / "files" / str(n % 3) / f"{n}.jpg")
+    (tmp_path / "data" / "list.txt").write_text("".join(f"files/{n % 3}/{n}.jpg\t{n % 3}\n" for n in range(30)))
+    (tmp_path / "data" / "all.yaml").write_text("parts: [tars, files, list.txt]")
+    (tmp_path / "logs").mkdir()
+
+    def opened():
+        source = open_source(str(tmp_path / "data" / "all.yaml"))
+        assert source.has_labels and len(source.labels) == 180  # as kNN asks, which reads all indexes
+        return source
+
+    opened()  # indexes are made
+    made = []
+    asked = [
+        questions(tmp_path / "data", monkeypatch, lambda rank=rank: made.append(share(rank, tmp_path / "logs", opened, lambda s: [s])))
+        for rank in ranks
+    ]
+    assert asked[0] < 40 * 6 and asked[1] <= 5, "one question a part, and none a tar"
+    assert contents(made[1]) == contents(made[0]) and made[1].classes == made[0].classes
+    assert np.array_equal(made[1].labels, made[0].labels) and len(made[1]) == 180
+
+
+def test_a_node_s_own_copies_may_have_other_dates_but_no_other_sizes(tmp_path, ranks):
+    first, second = numbered_tars(tmp_path / "data", 2)
+    main, other = ranks
+
+    def opened():
+        return open_source(str(tmp_path / "data"))
+
+    before = contents(share(main, tmp_path, opened, lambda s: [s]))
+    for n, path in enumerate((first, second)):
+        os.utime(path, ns=(n, n))
+    assert contents(share(other, tmp_path, opened, lambda s: [s])) == before
+    second.write_bytes(second.read_bytes() + bytes(512))
+    with pytest.raises(UserError, match="is another tar here than where it was listed"):
+        share(other, tmp_path, opened, lambda s: [s])
+    first.rename(tmp_path / "gone.tar")
+    with pytest.raises(UserError, match="cannot be read"):
+        share(other, tmp_path, opened, lambda s: [s])
+
+
+def test_a_reason_of_rank_0_is_every_rank_s(tmp_path, ranks):
+    def opened():
+        raise DataError("no images.")
+
+    for rank in ranks:
+        with pytest.raises(UserError, match="no images"):
+            share(rank, tmp_path, opened, lambda s: [s])
+
+
+def test_a_folder_that_the_nodes_do_not_share_is_told(tmp_path, ranks, monkeypatch):
+    touch(tmp_path / "data" / "1.jpg")
+    monkeypatch.setattr(listing, "PATIENCE_S", 0.0)
+    main, other = ranks
+
+    def opened():
+        return open_source(str(tmp_path / "data"))
+
+    share(main, tmp_path, opened, lambda s: [s])
+    [published] = tmp_path.glob("listing-*.bin")
+    published.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="all nodes share"):
+        share(other, tmp_path, opened, lambda s: [s])
