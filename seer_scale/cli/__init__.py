@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 failed, 2 bad input, 75 stopped with its state saved)."""
     words = list(sys.argv[1:] if argv is None else argv)
     console.install()
+    if argv is None:
+        os.environ["PYTHONSAFEPATH"] = "1"  # of whatever Python is started from here
     try:
         return run(words)
     except UserError as error:

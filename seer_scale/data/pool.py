@@ -215,6 +215,7 @@ class _Pool:
             raise RuntimeError(f"Loader processes cannot be started:\n{self._control.recv()}")
         except (EOFError, OSError):
             pass
+        _server.must_live()
         self._count(-1, "The host of the loader processes was ended")
         self._tell("The host of the loader processes was ended; another takes its place, and no image is lost or repeated.")
         for w in self._workers:
@@ -229,15 +230,43 @@ class _Pool:
             raise DataError(f"{what}, and so did {GIVE_UP_AFTER} before it without making a batch: if memory is short (signal SIGKILL), lower data.workers or data.prefetch; if reads hang, raise data.timeout_s.")
 
 
+SERVER = """
+import os, sys
+sys.path[:] = {path!r}
+try:
+    from seer_scale.data import worker
+    worker.serve({fd}, {parent})
+except BaseException as error:
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    where = f"{{trace.tb_frame.f_code.co_filename}}, line {{trace.tb_lineno}}"
+    os.write({fd}, f"{{type(error).__name__}}: {{error}} ({{where}})".encode(errors="backslashreplace"))
+    raise
+"""
+"""The server's program, which says by its socket why it cannot serve."""
+
+
 class _Server:
     """This process's server of loader processes, started when first asked, and again should it have died."""
 
     def __init__(self):
         self._process, self._socket, self._owner = None, None, 0
 
+    def must_live(self) -> None:
+        """Raises DataError where it has said why it could not begin to serve."""
+        try:
+            said = self._socket.recv(1 << 16, socket.MSG_DONTWAIT).decode(errors="replace")
+        except OSError:
+            return
+        if said:
+            raise DataError(f"Loader processes cannot be started: {said}.")
+
     def ask(self, theirs: Connection) -> None:
         """Have it fork a host that listens to `theirs`."""
         if self._owner != os.getpid() or self._process.poll() is not None:
+            if self._owner == os.getpid():
+                self.must_live()
             self._begin()
         try:
             socket.send_fds(self._socket, [b"1"], [theirs.fileno()])
@@ -247,10 +276,11 @@ class _Server:
 
     def _begin(self) -> None:
         ours, theirs = socket.socketpair()
-        words = [sys.executable, "-m", "seer_scale.data.worker", str(theirs.fileno()), str(os.getpid())]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        here = ("", os.getcwd())  # last: a random.py there is not the standard library's
+        path = [p for p in sys.path if p not in here] + [p for p in sys.path if p in here]
+        words = [sys.executable, "-P", "-c", SERVER.format(path=path, fd=theirs.fileno(), parent=os.getpid())]
         with theirs:
-            self._process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+            self._process = subprocess.Popen(words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
         self._socket, self._owner = ours, os.getpid()
 
 

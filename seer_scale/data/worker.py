@@ -200,9 +200,3 @@ def _deaf() -> None:
     """Stop signals are the training process's to judge."""
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(stop, signal.SIG_IGN)
-
-
-if __name__ == "__main__":
-    from seer_scale.data import worker  # the module that pickles name
-
-    worker.serve(int(sys.argv[1]), int(sys.argv[2]))

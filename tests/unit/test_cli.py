@@ -139,3 +139,11 @@ def test_commands_start_in_a_moment():
     """Help and mistakes need no torch, whose import takes seconds."""
     code = "import sys; from seer_scale import cli; cli.main(['recipes']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("module", ["seer_scale", "seer_scale.cli"])
+def test_a_module_of_the_current_folder_stands_in_for_nothing(module, tmp_path):
+    for name in ("random", "argparse", "json"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    done = subprocess.run([sys.executable, "-m", module, "recipes", "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and list(json.loads(done.stdout)) == recipe_names(), done.stderr

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -157,3 +158,22 @@ def test_a_job_that_cannot_be_had_is_told(tmp_path):
     job.odd = Unpicklable()
     with pytest.raises(RuntimeError, match="(?s)cannot be started.*no such thing here"):
         taken(stream(job, range(3), workers=1))
+
+
+def test_what_lies_in_the_current_folder_stands_in_for_nothing(tmp_path, monkeypatch):
+    """A random.py there, as homework has; and one that really comes first is named, not the memory."""
+    (tmp_path / "random.py").write_text("raise ImportError('homework')")
+    monkeypatch.chdir(tmp_path)
+    for first in ("", str(tmp_path)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_server", module._Server())
+            patch.syspath_prepend(first) if first else patch.setattr("sys.path", ["", *sys.path])
+            check(taken(stream(Numbers(tmp_path), range(4), workers=2)), 4)
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (tmp_path / "random.py").rename(shadow / "random.py")
+    monkeypatch.setattr(module, "_server", module._Server())
+    monkeypatch.setattr("sys.path", [str(shadow), *sys.path])
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"cannot be started: ImportError: homework \\({shadow}/random.py, line 1\\)."):
+            taken(stream(Numbers(tmp_path), range(4), workers=2))
