@@ -28,6 +28,13 @@ def knn(args: argparse.Namespace) -> int:
     scores = knn_of_run(args.run_dir, args.overrides, world)
     worlds.stop(world)
     if world.is_main:
-        text = f"kNN top-1 {scores['knn/top1']:.1f} %, top-5 {scores['knn/top5']:.1f} % after {scores['samples_seen']:,} samples ({scores['checkpoint']})"
-        print(json.dumps(plain(scores)) if args.json else text)
+        print(json.dumps(plain(scores)) if args.json else in_words(scores))
     return EXIT_DONE
+
+
+def in_words(scores: dict[str, Any]) -> str:
+    top1, top5 = (f"{scores[name]:.1f} % ± {scores[f'{name}_stderr']:.1f}" for name in ("knn/top1", "knn/top5"))
+    return (
+        f"kNN top-1 {top1}, top-5 {top5} after {scores['samples_seen']:,} samples ({scores['checkpoint']}); always naming the "
+        f"commonest class: {scores['knn/majority']:.1f} %. {scores['protocol']}"
+    )

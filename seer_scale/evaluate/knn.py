@@ -7,6 +7,9 @@ streams past the queries: no bank feature is kept, and no similarity matrix larg
 from __future__ import annotations
 
 import math
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +18,10 @@ from torch import Tensor
 
 from seer_scale.config import Config, Knn
 from seer_scale.data.order import permute
-from seer_scale.data.sources import Source, open_source
+from seer_scale.data.sources import Source, open_data, open_source
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.evaluate.features import Represent, features, gather_rows
+from seer_scale.files import shown
 from seer_scale.world import World
 
 
@@ -32,6 +36,8 @@ class Labelled:
     classes: list[str]
     query_to_bank: np.ndarray
     """Label of a query class in the bank's numbering."""
+    protocol: str
+    """Which images vote and which are classified, and by what names: a sentence."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +49,43 @@ class Neighbours:
     similarity: Tensor
 
 
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+"""Names of folders that are parts of a data set, and no classes: the first there holds the bank, the next the queries."""
+DATE = re.compile(r"(19|20)\d\d([-_. ]?[01]?\d([-_. ]?[0-3]?\d)?)?")
+MAX_NAMES = 5
+
+
 def labelled_images(config: Config, source: Source | None = None) -> Labelled | None:
     """The images kNN is to use; None where there are no labels and none were asked for. Raises DataError.
 
-    source: data.path, already opened.
+    source: data.path, already opened. Of a folder of splits (train, val, test) the classes are those below them.
     """
     c = config.knn
     if not c.enabled:
         return None
-    bank = open_source(c.bank) if c.bank else source or open_source(config.data.path, config.data.kind)
-    if not bank.has_labels:
+    bank_path = c.bank or config.data.path
+    splits = [] if not c.bank and config.data.kind not in ("auto", "folder") else split_folders(bank_path)
+    queries_path, queries = c.queries, open_source(c.queries) if c.queries else None
+    if splits and (bank := _with_classes(splits[0], config)):
+        bank_path = splits[0]
+        for path in () if queries else splits[1:]:
+            if (found := _with_classes(path, config)) and set(found.classes) <= set(bank.classes):
+                queries, queries_path = found, path
+                break
+    else:
+        bank = open_source(c.bank) if c.bank else source or open_data(config.data)
+    if problem := _without_classes(bank, bank_path, splits):
         if c.bank or c.queries:
-            raise DataError(f"{c.bank or config.data.path} has no labels, but kNN needs them: sort the images into one folder a class, or set knn.enabled false.")
+            raise DataError(
+                f"{problem}, but kNN needs classes: sort the images into one folder a class, or set knn.enabled false."
+            )
         return None
-    if c.queries:
-        queries, held = open_source(c.queries), 0
-        if not queries.has_labels:
-            raise DataError(f"knn.queries {c.queries} has no labels: sort the images into one folder a class.")
+    held = 0
+    if queries:
+        if problem := _without_classes(queries, queries_path, split_folders(queries_path)):
+            raise DataError(
+                f"{problem}, but kNN needs classes of its queries: sort the images into one folder a class."
+            )
         asked = _drawn(queries, 0, c.limit_queries)
     else:
         queries, asked = bank, _drawn(bank, 0, min(math.ceil(len(bank) / 5), c.limit_queries or len(bank)))
@@ -67,9 +93,55 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
     kept = _drawn(bank, held, c.limit)
     unknown = sorted(set(queries.classes) - set(bank.classes))
     if unknown:
-        raise DataError(f"The queries have the class {unknown[0]!r}, which the bank has not: use one set of classes for knn.bank and knn.queries.")
+        raise DataError(f"The queries have the class {shown(unknown[0])!r}, which the bank has not: use one set of classes for knn.bank and knn.queries.")
     query_to_bank = np.array([bank.classes.index(name) for name in queries.classes])
-    return Labelled(bank, kept, queries, asked, list(bank.classes), query_to_bank)
+    of = f"{len(asked):,} of {shown(queries_path)}" if queries_path else f"{len(asked):,} others of it, held out"
+    protocol = f"{len(kept):,} images of {shown(bank_path)} vote on {of}; {named_classes(bank.classes)}."
+    if splits and not c.bank and queries_path:
+        protocol += f" Training sees the queries too, without labels (data.path {shown(bank_path)} would not)."
+    if all(DATE.fullmatch(name) for name in bank.classes):
+        protocol += " These look like dates: if they are no classes, the figures mean nothing (knn.enabled false, or knn.bank)."
+    return Labelled(bank, kept, queries, asked, list(bank.classes), query_to_bank, protocol)
+
+
+def split_folders(path: str) -> list[str]:
+    """The folders of a folder all of whose own are splits, in the order of SPLITS; none where it is anything else."""
+    try:
+        entries = [e.name for e in os.scandir(path) if not e.name.startswith(".") and e.is_dir()]
+    except OSError:
+        return []
+    known = {name.lower(): name for name in entries}
+    if not known or not known.keys() <= set(SPLITS):
+        return []
+    return [os.path.join(path, known[name]) for name in SPLITS if name in known]
+
+
+def why_unlabelled(config: Config, source: Source | None = None) -> str | None:
+    """Why there can be no kNN of data.path, as a clause. source: data.path, already opened."""
+    path = config.data.path
+    return _without_classes(source or open_data(config.data), path, split_folders(path))
+
+
+def named_classes(classes: Sequence[str]) -> str:
+    names = ", ".join(classes[:MAX_NAMES]) + (f" and {len(classes) - MAX_NAMES:,} more" if len(classes) > MAX_NAMES else "")
+    return f"{len(classes):,} class{'es' * (len(classes) > 1)}: {names}"
+
+
+def _with_classes(path: str, config: Config) -> Source | None:
+    """The images of a split's folder, if it has some, and classes."""
+    try:
+        source = open_source(path, exclude=() if config.knn.bank else config.data.exclude)
+    except DataError:
+        return None
+    return source if source.has_labels else None
+
+
+def _without_classes(source: Source, path: str, splits: Sequence[str]) -> str | None:
+    """Why these images have no classes to classify by, as a clause; None where they have."""
+    if source.has_labels and not {name.lower() for name in source.classes} <= set(SPLITS):
+        return None
+    parts = [shown(os.path.basename(folder)) for folder in splits] or list(source.classes)
+    return f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)" if parts else f"{shown(path)} has no labels"
 
 
 def _drawn(source: Source, first: int, most: int) -> np.ndarray:
@@ -80,7 +152,8 @@ def _drawn(source: Source, first: int, most: int) -> np.ndarray:
 
 @torch.no_grad()
 def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: World) -> tuple[dict[str, float], Neighbours]:
-    """Top-1 and top-5 in percent, and the neighbours. Collective over all ranks; the same result on each."""
+    """Top-1 and top-5 in percent with their standard errors, the share of the commonest class (what is right without a
+    network, too), how many queries and classes there were; and the neighbours. Collective; the same result on each rank."""
     options = dict(size=c.size, batch=c.batch, workers=workers, world=world)
     parts = [(f, y, i) for f, _, y, i in features(represent, images.queries, images.query_indices, **options)]
     f, y, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
@@ -109,8 +182,16 @@ def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: 
     _check_finite(nearest)  # topk takes what is no number for the largest
     votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / c.temperature).exp())
     ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices == y[:, None]
-    scores = {"knn/top1": 100 * ranked[:, 0].float().mean().item(), "knn/top5": 100 * ranked.any(1).float().mean().item()}
+    scores = _score("knn/top1", ranked[:, 0]) | _score("knn/top5", ranked.any(1))
+    majority = 100 * y.bincount().max().item() / len(y)
+    scores |= {"knn/majority": majority, "knn/queries": len(y), "knn/classes": len(images.classes)}
     return scores, Neighbours(ids, found, nearest)
+
+
+def _score(name: str, is_right: Tensor) -> dict[str, float]:
+    """The share of right answers and its standard error, in percent."""
+    share = is_right.float().mean().item()
+    return {name: 100 * share, f"{name}_stderr": 100 * math.sqrt(share * (1 - share) / len(is_right))}
 
 
 def _check_finite(x: Tensor) -> None:

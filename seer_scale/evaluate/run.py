@@ -11,7 +11,7 @@ import torch
 from seer_scale.checkpoint import store
 from seer_scale.config import load_recipe, resolve
 from seer_scale.errors import DataError, UserError
-from seer_scale.evaluate.knn import knn, labelled_images
+from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.methods.swav import SwAV
 from seer_scale.parallel import build_engine
 from seer_scale.world import World
@@ -28,7 +28,7 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
     config = dataclasses.replace(config, knn=dataclasses.replace(config.knn, enabled=True))  # asking for it enables it
     images = labelled_images(config)
     if images is None:
-        raise DataError(f"{config.data.path} has no labels: give labelled images, as in --knn.bank DIR --knn.queries DIR.")
+        raise DataError(f"{why_unlabelled(config)}: give labelled images, as in --knn.bank DIR --knn.queries DIR.")
     path = store.newest(run_dir / "checkpoints", world)
     if path is None:
         raise UserError(f"{run_dir} has no valid checkpoint yet: train it first.")
@@ -39,4 +39,5 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
     store.load(path, state, world, only="model/")
     engine.refresh()
     scores, _ = knn(engine.represent, images, config.knn, workers=config.data.workers, world=world)
+    scores |= {"protocol": images.protocol}
     return scores | {"samples_seen": store.read_meta(path)["samples_seen"], "checkpoint": path.name, "run": str(run_dir)}

@@ -232,7 +232,9 @@ class RunLog:
         if skipped := _number(row, "skipped"):
             words.append(f"skipped {skipped:.0f}")
         if (top1 := _number(row, "knn/top1")) is not None:
-            words.append(f"kNN top-1 {top1:.1f} %")
+            error, most = _number(row, "knn/top1_stderr"), _number(row, "knn/majority")
+            spread = f" ± {error:.1f}" if error is not None else ""
+            words.append(f"kNN top-1 {top1:.1f} %{spread}" + (f" (commonest class {most:.1f} %)" if most is not None else ""))
         return words
 
     def _speed(self, row: dict[str, Any], idle_s: float = 0) -> list[str]:

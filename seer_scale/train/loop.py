@@ -35,7 +35,7 @@ from seer_scale.data.pool import complain
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.sources.left_out import warning
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, DataError, TrainingFailed, UserError
-from seer_scale.evaluate.knn import Labelled, knn, labelled_images
+from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.files import shown, write_whole
 from seer_scale.methods.swav import SwAV
@@ -185,11 +185,11 @@ class Trainer:
             whose = f"Its backbone is that of {path} and all else drawn anew" if is_part else f"Its weights are those of {path}"
             copies = f" {whose}: {in_bytes(sum(nbytes))} read in {read['load_s']:.1f} s, {in_bytes(max(nbytes))} at most a rank.{copies}"
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
-        unlabelled = c.knn.enabled and self.labelled is None
+        knn_told = f" kNN: {self.labelled.protocol}" if self.labelled else f" {why_unlabelled(c, self.source)}, so there is no kNN." * c.knn.enabled
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
         compiles = " The first update compiles, which takes minutes." * c.train.compile
-        self.log.event("start", started + " The images have no labels, so there is no kNN." * unlabelled + copies + compiles, **facts, **read)
+        self.log.event("start", started + knn_told + copies + compiles, **facts, **read)
 
     def _tell_notes(self) -> None:
         """What a user may want to change, after the line that a start begins with."""

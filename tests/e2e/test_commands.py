@@ -30,7 +30,8 @@ def test_eval_gives_the_score_of_the_run(straight, photos, capsys):
     # images that are in the bank find themselves
     assert scores(capsys, straight, "--knn.bank", photos, "--knn.queries", photos, "--knn.k", 1)["knn/top1"] == 100
     assert main(["eval", "knn", str(straight)]) == 0
-    assert f"kNN top-1 {found['knn/top1']:.1f} %" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"kNN top-1 {found['knn/top1']:.1f} % ± {found['knn/top1_stderr']:.1f}" in text and found["protocol"] in text
     assert main(["eval", "knn", str(straight), "--knn.bank", "/no/where"]) == 2
     assert "/no/where does not exist" in capsys.readouterr().err
 

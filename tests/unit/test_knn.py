@@ -16,7 +16,7 @@ from seer_scale.data.batched import to_float
 from seer_scale.data.loader import decoded
 from seer_scale.data.sources import Source
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.evaluate.knn import knn, labelled_images
+from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.evaluate.look import show_neighbours, show_prototypes
 from seer_scale.evaluate.run import knn_of_run
 from seer_scale.observe.gallery import read_gallery
@@ -201,3 +201,66 @@ def test_prototypes_shown_are_apart_from_each_other():
     closeness[3::4] = -1  # of no image
     chosen = _apart(prototypes, closeness, 3)
     assert chosen[0] == 0 and sorted(k % 4 for k in chosen) == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ what the figures mean
+
+
+def folders(root: Path, *names: str, num: int = 3) -> str:
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(num):
+            cv2.imwrite(str(root / name / f"{i}.jpg"), np.full((20, 24, 3), 40 * i, np.uint8))
+    return str(root)
+
+
+def told(path: str, **more) -> tuple[str | None, str | None]:
+    """(protocol, or why there is none)."""
+    c = Config(data=Data(path=path), knn=dataclasses.replace(KNN, **more))
+    images = labelled_images(c)
+    return (images.protocol, None) if images else (None, why_unlabelled(c))
+
+
+def test_standard_errors_and_the_share_of_the_commonest_class(tmp_path):
+    images = images_of(write_corpus(tmp_path))
+    images = dataclasses.replace(images, query_indices=np.arange(12))  # 5, 5 and 2 of a class
+    scores, _ = knn(represent, images, KNN, workers=0, world=World())
+    share = scores["knn/top1"] / 100
+    assert scores["knn/top1_stderr"] == pytest.approx(100 * (share * (1 - share) / 12) ** 0.5) and scores["knn/top5_stderr"] == 0
+    assert scores["knn/majority"] == pytest.approx(100 * 5 / 12)
+    assert scores["knn/queries"] == 12 and scores["knn/classes"] == 3
+
+
+def test_classes_are_named_and_dates_doubted(tmp_path):
+    path = folders(tmp_path / "photos", "2019", "2020-11")
+    protocol, _ = told(path)
+    assert protocol.startswith(f"4 images of {path} vote on 2 others of it, held out; 2 classes: 2019, 2020-11. These look like dates")
+    path = folders(tmp_path / "more", *"abcdefg")
+    assert told(path)[0] == f"16 images of {path} vote on 5 others of it, held out; 7 classes: a, b, c, d, e and 2 more."
+
+
+def test_splits_are_bank_and_queries_and_their_folders_the_classes(tmp_path):
+    path = folders(tmp_path / "photos", "Train/cat", "Train/dog", "test/cat", "test/dog", "val/cat", "val/dog")
+    folders(tmp_path / "photos", "valid")  # without classes: no queries
+    (tmp_path / "photos" / "training").mkdir()  # nor here
+    protocol, _ = told(path)
+    assert protocol.startswith(f"6 images of {path}/Train vote on 6 of {path}/val; 2 classes: cat, dog. Training sees the queries too")
+    assert told(path, queries=f"{path}/test")[0].startswith(f"6 images of {path}/Train vote on 6 of {path}/test; 2 classes")
+    other = folders(tmp_path / "other", "x", "y")
+    assert told(other, bank=path)[0] == f"6 images of {path}/Train vote on 6 of {path}/val; 2 classes: cat, dog."
+    alone = folders(tmp_path / "alone", "train/cat", "train/dog")
+    assert told(alone)[0].startswith(f"4 images of {alone}/train vote on 2 others of it, held out; 2 classes: cat, dog.")
+    mixed = folders(tmp_path / "mixed", "test", "cat")  # a class called test
+    assert "2 classes: cat, test" in told(mixed)[0]
+
+
+def test_splits_without_classes_below_are_none_themselves(tmp_path):
+    path = folders(tmp_path / "photos", "train", "test")
+    assert told(path) == (None, f"{path} has no classes (train, test: parts of a data set)")
+    for more in ({"bank": path}, {"queries": path}):
+        with pytest.raises(UserError, match=r"has no classes \(train, test: parts of a data set\), but kNN needs classes"):
+            told(folders(tmp_path / "named", "cat", "dog"), **more)
+    (tmp_path / "list.txt").write_text("".join(f"{path}/{split}/0.jpg\t{split}\n" for split in ("train", "val")))
+    assert told(str(tmp_path / "list.txt"))[1] == f"{tmp_path}/list.txt has no classes (train, val: parts of a data set)"
+    (Path(path) / "train" / "0.jpg").rename(tmp_path / "photos" / "0.jpg")
+    assert told(folders(tmp_path / "flat", "."))[1] == f"{tmp_path}/flat has no labels"

@@ -152,14 +152,14 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
                 "throughput/img_per_s": 812.0,
             }
         )
-        log.log({"samples_seen": 12_800, "knn/top1": 43.14})
+        log.log({"samples_seen": 12_800, "knn/top1": 43.14, "knn/top1_stderr": 1.26, "knn/majority": 10.0})
         log.log({"step": 51, "samples_seen": 13_056, "loss": float("nan")})
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert out.splitlines() == [
         "A new run [of 400,000 images].",
         "samples 12,800/400,000  loss 5.412 (ln K 5.704)  lr 0.3  scale 65536  812 img/s  ETA 0:07:57",
-        "samples 12,800/400,000  kNN top-1 43.1 %",
+        "samples 12,800/400,000  kNN top-1 43.1 % ± 1.3 (commonest class 10.0 %)",
         out.splitlines()[-1],
     ]
     assert "loss not finite (ln K 5.704)" in out.splitlines()[-1]
