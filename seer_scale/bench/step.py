@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from seer_scale.bench.ranks import wait
 from seer_scale.config import Config, Crop, load_recipe, resolve
 from seer_scale.errors import UserError
+from seer_scale.extras import how_to_install
 from seer_scale.methods.swav import SwAV
 from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import COMPUTE, Engine
@@ -119,7 +120,7 @@ class Reference(nn.Module):
         try:
             import timm
         except ImportError as error:
-            raise UserError("bench step compares with timm: pip install timm.") from error
+            raise UserError(f"bench step compares with timm: {how_to_install('timm')}.") from error
         self.backbone = timm.create_model(f"regnety_{TIMM[name.removeprefix('regnety_')]}", num_classes=0)
         self.backbone.load_state_dict(ours.backbone.state_dict())
         layers: list[nn.Module] = []

@@ -160,8 +160,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def snapshot(place: Path, *, write: bool = True) -> str:
     """A copy of this package below `place`, named after its contents, so that edits reach no run on its way; its path."""
     package = Path(__file__).parents[1]
-    files = [p for pattern in ("*.py", "*.yaml", "*.c") for p in sorted(package.rglob(pattern))]
-    files += sorted((package.parent / "ds_configs").glob("*.json"))
+    files = sorted(p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(package.parent)}\0{path.stat().st_size}\0".encode() + path.read_bytes())

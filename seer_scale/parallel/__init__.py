@@ -10,6 +10,7 @@ from torch import nn
 
 from seer_scale.config import Config
 from seer_scale.errors import UserError
+from seer_scale.extras import how_to_install
 from seer_scale.parallel.engine import COMPUTE, Engine
 from seer_scale.world import World
 
@@ -43,7 +44,7 @@ def load(module: str):
     try:
         return importlib.import_module(f"seer_scale.parallel.{module}")
     except ModuleNotFoundError as missing:
-        raise UserError(f"parallel.engine needs {missing.name}, which is not installed: pip install {missing.name}, or use engine fsdp.") from missing
+        raise UserError(f"parallel.engine needs {missing.name}, which is not installed: {how_to_install(missing.name)}, or use engine fsdp.") from missing
 
 
 def choose_engine(method: nn.Module, config: Config, world: World) -> str:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from seer_scale.config import Config
 from seer_scale.errors import ConfigError, nearest
 
-FOLDER = next(
-    (f for f in (Path(__file__).parents[2] / "ds_configs", Path(sys.prefix) / "share/seer_scale/ds_configs") if f.is_dir()),
-    Path("ds_configs"),
-)
+FOLDER = Path(__file__).parents[1] / "ds_configs"
 ALL = int(1e12)
 """More elements than any model has: one bucket or sub-group for everything."""
 BUCKET = 50_000_000

@@ -13,6 +13,7 @@ from seer_scale import world as worlds
 from seer_scale.config import ZERO, Config, Data, all_keys, load_recipe, resolve
 from seer_scale.data.sources import kind_of
 from seer_scale.errors import ConfigError, RankLost, UserError
+from seer_scale.extras import how_to_install
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.registry import build_backbone
 from seer_scale.parallel import check_device, load
@@ -69,7 +70,7 @@ def _data(data: Data) -> None:
     """The kind of data.path is known, and reads the keys that were given. Raises UserError."""
     kind = kind_of(data.path) if data.kind == "auto" and data.path else data.kind
     if kind in ("hub", "stream") and not find_spec("datasets"):
-        raise UserError("data.path needs the Python package datasets, which is not installed: pip install 'seer-scale[hub]'.")
+        raise UserError(f"data.path needs the Python package datasets, which is not installed: {how_to_install('datasets')}.")
     if data.exclude and kind != "folder":
         raise UserError(f"data.exclude has no effect on data.path {data.path}, which is read as {kind}: it serves folders; remove it.")
     if kind not in ("auto", "hub", "stream"):

@@ -10,6 +10,7 @@ import pytest
 
 from seer_scale.data.sources import kind_of, left_out, open_source
 from seer_scale.errors import DataError
+from seer_scale.extras import how_to_install
 from tests.unit.test_sources import touch, write_tar
 
 ODD = [b"caf\xe9", b"two\nlines", b"\x1b[31mred", "gpj.\u202eexe".encode(), b"\xff\xfe"]
@@ -90,7 +91,7 @@ def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path):
         "HEIF images": 1, "camera raw images": 1, left_out.NO_SUFFIX: 1, "archives": 2, "Parquet or Arrow files": 1, left_out.OTHER: 1,
     }  # fmt: skip
     said = left_out.warning(source.left_out)
-    assert said.startswith("Left out: 8 hidden") and "1 HEIF images (pip install 'seer-scale[heif]'" in said and "other files" not in said
+    assert said.startswith("Left out: 8 hidden") and f"1 HEIF images ({how_to_install('pillow_heif')} reads them" in said and "other files" not in said
     assert kind_of(str(tmp_path / "d")) == "folder"
     for name in ("1.zip", "2.zip", "3.heic"):
         touch(tmp_path / "zips" / name)

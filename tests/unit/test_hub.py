@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ datasets = pytest.importorskip("datasets")
 
 from seer_scale.data.sources import hub  # noqa: E402
 from seer_scale.errors import DataError  # noqa: E402
+from seer_scale.extras import how_to_install  # noqa: E402
 
 N = 60
 LABELS = [i % 3 for i in range(N)]
@@ -275,7 +277,7 @@ def test_the_hub_out_of_reach(monkeypatch):
 def test_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert hub.looks_like_hub("hf:owner/name")
-    with pytest.raises(DataError, match=r"pip install seer-scale\[hub\]"):
+    with pytest.raises(DataError, match=re.escape(how_to_install("datasets"))):
         hub.open_hub("hf:owner/name")
 
 

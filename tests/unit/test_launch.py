@@ -117,7 +117,7 @@ def test_code_and_recipe_travel(recipe, tmp_path):
     job.write()
     assert Job.read(job.run_dir) == job and yaml.safe_load(job.recipe.read_text())["optim"]["lr"] == 0.5
     code = Path(job.code)
-    assert (code / "seer_scale" / "data" / "pixels.c").is_file() and (code / "ds_configs" / "zero3.json").is_file()
+    assert (code / "seer_scale" / "data" / "pixels.c").is_file() and (code / "seer_scale" / "ds_configs" / "zero3.json").is_file()
     assert (code / "seer_scale" / "recipes" / "demo.yaml").is_file() and not list(code.rglob("*.pyc"))
     before = set(code.parent.iterdir())
     assert snapshot(job.place) == job.code and set(code.parent.iterdir()) == before

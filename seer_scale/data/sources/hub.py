@@ -22,6 +22,7 @@ from fsspec.core import url_to_fs
 from seer_scale.data.sources.base import Source
 from seer_scale.data.sources.files import read_file
 from seer_scale.errors import DataError, nearest
+from seer_scale.extras import how_to_install
 from seer_scale.files import shown
 from seer_scale.rng import key as hash_key
 from seer_scale.rng import numpy_generator
@@ -234,7 +235,7 @@ def _library() -> ModuleType:
         import datasets
     except ImportError as error:
         raise DataError(
-            "data.path is a data set for the library datasets, which is not installed: pip install seer-scale[hub]."
+            f"data.path is a data set for the library datasets, which is not installed: {how_to_install('datasets')}."
         ) from error
     return datasets
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from seer_scale.extras import how_to_install
+
 HIDDEN, UNLISTABLE, DANGLING, EXCLUDED = "hidden", "folders that cannot be listed", "links that lead nowhere", "excluded"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
 NO_SUFFIX, OTHER = "files without a suffix", "other files"
@@ -25,7 +27,7 @@ ADVICE = {
     SPARSE: "pack them as whole files (tar without --sparse)",
     SECOND: "of each key one image is read, as WebDataset does",
     NO_END: "they may have been cut between two members",
-    "HEIF images": "pip install 'seer-scale[heif]' reads them",
+    "HEIF images": f"{how_to_install('pillow_heif')} reads them",
     "camera raw images": "develop them to JPEG or TIFF",
     "other images": "convert them to JPEG or PNG",
     "tars": "data.kind tar reads them",

@@ -19,6 +19,7 @@ from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
 from seer_scale.errors import DataError, nearest
+from seer_scale.extras import how_to_install
 
 TRIES = 5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
@@ -207,7 +208,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         except ImportError as error:
             package = getattr(error.__cause__, "name", None) or known_implementations[protocol]["err"]
             raise DataError(
-                f"{url} needs the Python package {package}, which is not installed: pip install {package}."
+                f"{url} needs the Python package {package}, which is not installed: {how_to_install(package)}."
             ) from error
         except ValueError as error:
             known = nearest(protocol, COMMON)
