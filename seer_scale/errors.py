@@ -19,8 +19,11 @@ from seer_scale.files import shown
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_HUNG = 0, 1, 2, 75, 76
 """Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and ended by
 its own watchdog."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""What asks a run to save and stop."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to save and stop: the last two as clusters send them before a time limit or a preemption, SIGHUP where a
+terminal is closed or an ssh connection drops."""
+QUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Those by which a queue takes a job back that it will start again."""
 ECHO_S = 1.0
 """A signal to a process group comes twice, from the group and from the launcher: within so many seconds it is one request."""
 
@@ -71,6 +74,22 @@ class RankLost(TrainingFailed):
     """Another rank is gone; started again, the run goes on."""
 
 
+class StartStopped(UserError):
+    """A stop was asked for before there was anything to save."""
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """STOP_SIGNALS but those that this process was started to ignore, as nohup does with SIGHUP; to be asked before any of
+    them is given a handler."""
+    return tuple(s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN)
+
+
+def ends_at_once(number: int) -> bool:
+    """Whether a launcher that is sent this stop signal a second time ends the ranks at once: a terminal that goes may send
+    its own more than once, and so may a queue."""
+    return number in (signal.SIGINT, signal.SIGTERM)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A clause that names the closest known word, or all of them when none is close."""
     known = sorted(known)
@@ -90,4 +109,6 @@ def complain(error: UserError) -> int:
     if rank == "0" or place == "0" or error.is_local:
         where = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
         print(f"seer-scale{where}: {error}", file=sys.stderr, flush=True)
+    if isinstance(error, StartStopped):
+        return EXIT_STOPPED
     return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_BAD_INPUT

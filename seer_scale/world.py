@@ -1,35 +1,42 @@
 """Who takes part in a run: ranks, devices, process groups, and the few collectives the rest of the house uses.
 
-`start()` recognises our launcher, torchrun and srun, or stays a world of one. No port is ever fixed: rank 0 listens on a
-free one and publishes its address in a file of the run directory (torchrun brings its own rendezvous).
+`start()` recognises our launcher, torchrun and srun, or stays a world of one; all of them meet in the run's folder
+(`rendezvous`). What is decided on the host goes over gloo, connected as it is needed: a rank has some log2(ranks) connections,
+rank 0 one more to each.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import socket
-import time
-from collections.abc import Mapping
+import resource
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from seer_scale.errors import UserError
-from seer_scale.files import write_whole
+from seer_scale.rank_info import TORCHRUN, detect
+from seer_scale.rendezvous import meet
+from seer_scale.timeouts import Timeouts
 
-TIMEOUT = timedelta(minutes=10)
-CONTROL_TIMEOUT = timedelta(hours=1)
-"""Decisions on the host may wait for rank 0 to list or index the images; a rank that ends is noticed at once."""
+T = TypeVar("T")
+RESERVED_FILES = 64
+"""Open files that a rank needs beside its connections: libraries, logs, images, loader processes."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run as seen by one of them. `control` is a gloo group for decisions made on the host."""
+    """The ranks of a run as seen by one of them.
+
+    control: a gloo group for decisions made on the host. timeout: of every process group. store: what all ranks can write
+    to, at rank 0; None where there is one rank (and in tests).
+    """
 
     rank: int = 0
     size: int = 1
@@ -37,7 +44,8 @@ class World:
     local_size: int = 1
     device: torch.device = torch.device("cpu")
     control: dist.ProcessGroup | None = None
-    timeout: timedelta = TIMEOUT
+    timeout: timedelta = Timeouts().groups
+    store: dist.Store | None = None
     _groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -88,6 +96,19 @@ class World:
         texts = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
         return next((t for t in texts if t), None)
 
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What make() returns on rank 0, on every rank; its UserError is raised on all."""
+        value, problem = None, None
+        if self.is_main:
+            try:
+                value = make()
+            except UserError as error:
+                problem = error
+        value, problem = self.broadcast_object((value, problem))
+        if problem is not None:
+            raise problem
+        return value
+
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
         """`x` summed over all ranks, in place; one all-reduce."""
         if self.size > 1:
@@ -103,65 +124,61 @@ def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch
     return out
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the environment says this process stands; `torchrun` brings its own rendezvous."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    torchrun: bool = False
-
-
-def detect(env: Mapping[str, str] = os.environ) -> Place:
-    """This process's place in a run started by torchrun, our launcher or srun; else a world of one."""
-    if "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-    else:
-        return Place()
-    # SLURM writes "8(x64)" or "8,4": the first number serves
-    given = (re.match(r"\d+", env.get(n, default)) for n, default in zip(names, ("0", "1", "0", "1")))
-    rank, size, local_rank, local_size = (int(m.group()) for m in given)
-    return Place(rank, size, local_rank, local_size, names[0] == "RANK" and "MASTER_ADDR" in env)
-
-
-def start(rendezvous: Path, attempt: str = "", *, device: str = "auto", patience_s: float = 0.0) -> World:
+def start(
+    rendezvous: Path, attempt: str = "", *, device: str = "auto", timeouts: Timeouts = Timeouts(),
+    asked_to_stop: Callable[[], str | None] = lambda: None,
+) -> World:  # fmt: skip
     """Join the run. Collective over all its ranks.
 
     rendezvous: a folder all ranks see; attempt: a word all ranks of this start share and no other start has (under
-    SLURM the job, step and restart are one).
-    device: cpu, cuda, or auto. patience_s: how long a rank may let the others wait, if longer than the usual timeout.
-    Raises UserError where the GPUs do not suffice, or the other ranks do not come within the
-    timeout.
+    SLURM the job, step and restart are one; torchrun has one for all its restarts, and an old address is tried in vain).
+    device: cpu, cuda, or auto. asked_to_stop: the name of a signal, which ends the wait for other ranks.
+    Raises UserError where the GPUs or open files do not suffice or the other ranks do not come, StartStopped for a signal.
     """
-    place = detect()
-    rank, size = place.rank, place.size
+    info = detect()
+    rank, size = info.rank, info.size
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     gpus = torch.cuda.device_count() if cuda else 0
     # a rank sees all GPUs of its machine, or its own alone where SLURM binds one to each task
-    if cuda and place.local_rank >= gpus and gpus != 1 or cuda and gpus == 1 < place.local_size and not bound_to_one():
-        raise UserError(f"This machine has {gpus} GPUs for {place.local_size} ranks: start {max(1, gpus)} a machine, or give parallel.device cpu.")
-    where = torch.device("cuda", min(place.local_rank, gpus - 1)) if cuda else torch.device("cpu")
+    if cuda and info.local_rank >= gpus and gpus != 1 or cuda and gpus == 1 < info.local_size and not bound_to_one():
+        raise UserError(f"This machine has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a machine, or give parallel.device cpu.")
+    where = torch.device("cuda", min(info.local_rank, gpus - 1)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
     if size == 1:
-        return World(device=where)
-    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", max(TIMEOUT, timedelta(seconds=patience_s))
-    published = None
-    if place.torchrun:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        slurm = [os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
-        published = rendezvous / f"rendezvous-{attempt or '.'.join(slurm)}"
-        store = _store(published, rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    if published and rank == 0:
-        published.unlink(missing_ok=True)  # all have read it, and a later start must not
-    return World(rank, size, place.local_rank, place.local_size, where, control, timeout)
+        return World(device=where, timeout=timeouts.groups)
+    allow_open_files(rank, size)
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # else a group connects each rank to every other
+    step = ".".join(os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    word = re.sub(r"[^\w.-]", "_", attempt or os.environ.get(TORCHRUN) or step)
+    store = meet(rendezvous / f"rendezvous-{word}", info, timeout_s=timeouts.meet_s, asked_to_stop=asked_to_stop)
+    # a store of its own: a group may wait in one for a rank, and hold it meanwhile
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeouts.groups)
+    control = dist.new_group(backend="gloo", timeout=timeouts.groups)
+    return World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store.clone())
+
+
+def allow_open_files(rank: int, size: int) -> None:
+    """Raise this process's limit of open files as far as it may go. Raises UserError where rank `rank` of `size` needs more.
+
+    Rank 0 has a connection to each rank for the store, and two more while checkpoints are planned; the others have some to
+    neighbours.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS says "unlimited" and means less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = RESERVED_FILES + 8 * size.bit_length() + (3 * size if rank == 0 else 0)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        problem = UserError(f"Rank {rank} of {size} may open {soft} files, but needs about {needed} (a connection is one): raise the hard limit (ulimit -Hn; in a service or container LimitNOFILE or --ulimit nofile) to {needed} or more.")
+        problem.is_local = True
+        raise problem
+
+
+def limit_groups(world: World) -> None:
+    """Every process group there is by now, also those that libraries have made, gets the run's time limit."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(world.timeout, group)
 
 
 def bound_to_one() -> bool:
@@ -180,23 +197,6 @@ def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
+        sign in text
+        for sign in ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "imed out")
     )
-
-
-def _store(published: Path, rank: int, size: int) -> dist.TCPStore:
-    if rank == 0:
-        store = dist.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        host = "127.0.0.1" if "SLURM_PROCID" not in os.environ else socket.gethostname()
-        try:
-            write_whole(published, f"{host}:{store.port}")
-        except OSError as error:
-            raise UserError(f"{published.parent} cannot be written ({error.strerror}): choose another run.dir.") from error
-        return store
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
-    while not published.exists():
-        if time.monotonic() > deadline:
-            raise UserError(f"Rank 0 did not publish its address in {published}: is {published.parent} on a file system all nodes share?")
-        time.sleep(0.05)
-    host, port = published.read_text().rsplit(":", 1)
-    return dist.TCPStore(host, int(port), size, is_master=False, timeout=TIMEOUT)

@@ -43,7 +43,7 @@ def _rank(rank: int, folder: str, size: int, device: str, measure: Callable, giv
     if device == "cuda":
         torch.cuda.set_device(where)
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     control = dist.new_group(backend="gloo")
     told, value = "", None
     try:

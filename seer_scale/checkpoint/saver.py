@@ -16,7 +16,7 @@ from torch import Tensor
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.staging import Staging
 from seer_scale.errors import CheckpointError
-from seer_scale.world import CONTROL_TIMEOUT, World
+from seer_scale.world import World
 
 CLOSE_S = 60.0
 """Seconds a run that has failed waits for its last checkpoint."""
@@ -44,7 +44,7 @@ class Saver:
         self._folder, self._keep = folder, (keep_last, keep_every_samples)
         self._staging = Staging(state, world)
         self._staging.layout.prepare(world)
-        own = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world.size > 1 else None
+        own = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
         self._world = dataclasses.replace(world, control=own)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None

@@ -18,8 +18,20 @@ from contextlib import suppress
 from typing import Protocol
 
 from seer_scale import console
-from seer_scale.errors import ECHO_S, EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_HUNG, EXIT_STOPPED, STOP_SIGNALS
+from seer_scale.errors import (
+    ECHO_S,
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_HUNG,
+    EXIT_STOPPED,
+    QUEUE_SIGNALS,
+    STOP_SIGNALS,
+    ends_at_once,
+    stop_signals,
+)
 from seer_scale.launch.job import ATTEMPT, Job, is_alive
+from seer_scale.rank_info import LAUNCHER, LOCAL, without_rank_variables
 
 GRACE_S = 20.0
 """Seconds that ranks may go on after one of them is gone; they cannot finish a collective without it."""
@@ -64,10 +76,10 @@ class LocalRanks:
     """Ranks on this machine."""
 
     def __init__(self, job: Job, attempt: str, num: int):
-        common = {ATTEMPT: attempt, "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
+        env = without_rank_variables(os.environ) | {ATTEMPT: attempt, LAUNCHER: LOCAL, "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
         words = [sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
         self._processes = [
-            subprocess.Popen(words, env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(num)
+            subprocess.Popen(words, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(num)
         ]
         self._told: dict[int, set[int]] = {}
         self._lost_at: float | None = None
@@ -118,7 +130,7 @@ class Control:
         self._asked, self._asked_at, self._number = 0, 0.0, signal.SIGTERM
 
     def run(self) -> int:
-        before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
+        before = {s: signal.signal(s, self._ask) for s in stop_signals()}
         try:
             return self._run()
         finally:
@@ -219,9 +231,9 @@ class Control:
         return EXIT_STOPPED if code == EXIT_STOPPED else None
 
     def _ask(self, number: int, _) -> None:
-        if self._requeue and number == signal.SIGUSR2:  # the ranks have it as well; they stop, and the job goes on
+        if self._requeue and number in QUEUE_SIGNALS:  # the ranks have it as well; they stop, and the job goes on
             return
-        if time.monotonic() - self._asked_at > ECHO_S:
+        if not self._asked or ends_at_once(number) and time.monotonic() - self._asked_at > ECHO_S:
             self._asked, self._asked_at, self._number = self._asked + 1, time.monotonic(), number
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import submitit
 
-from seer_scale.errors import ECHO_S, EXIT_FAILED, STOP_SIGNALS
+from seer_scale.errors import ECHO_S, EXIT_FAILED, STOP_SIGNALS, ends_at_once, stop_signals
 from seer_scale.launch.control import control_local
 from seer_scale.launch.job import Job, process_mark
 from seer_scale.launch.rank import LABEL
@@ -52,7 +52,7 @@ class _Watch:
         self._read: dict[Path, int] = {}
 
     def __enter__(self) -> _Watch:
-        self._before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
+        self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
         return self
 
     def __exit__(self, *_) -> None:
@@ -75,7 +75,7 @@ class _Watch:
         return status
 
     def _ask(self, number: int, _) -> None:
-        if time.monotonic() - self._asked_at > ECHO_S:
+        if not self._asked or ends_at_once(number) and time.monotonic() - self._asked_at > ECHO_S:
             self._asked, self._asked_at, self._number = self._asked + 1, time.monotonic(), number
 
     def _pass_on(self) -> None:

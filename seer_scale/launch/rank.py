@@ -19,6 +19,7 @@ from seer_scale import console  # noqa: E402
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLost, UserError, complain  # noqa: E402
 from seer_scale.files import write_whole  # noqa: E402
 from seer_scale.launch.job import ATTEMPT, Job  # noqa: E402
+from seer_scale.rank_info import detect  # noqa: E402
 
 LABEL = re.compile(r"^\[rank \d+\] ")
 
@@ -27,7 +28,7 @@ def main(run_dir: str) -> int:
     """Train; returns 0 also for a stop that was asked for, as srun would end the other ranks on any other status, unless a
     full disk keeps the outcome from being written."""
     job, attempt = Job.of(run_dir), os.environ[ATTEMPT]
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", 0))
+    rank = detect().rank
     console.install(f"[rank {rank}] " if rank else "", drop=f"[rank{rank}]: ")  # torch's tracebacks begin with that
     os.chdir(job.folder)
     if job.cluster == "local":

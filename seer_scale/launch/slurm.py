@@ -22,6 +22,7 @@ from seer_scale.errors import EXIT_HUNG, UserError
 from seer_scale.launch.control import Control, Limits, say
 from seer_scale.launch.job import ATTEMPT, Job
 from seer_scale.launch.profile import Profile
+from seer_scale.rank_info import LAUNCHER, SLURM, without_rank_variables
 
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SIGNALING", "STAGE_OUT")
 PLAIN = ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
@@ -32,9 +33,9 @@ ASK_S, ANSWER_S = 5.0, 600.0
 BEGIN_S, END_S = 900.0, 120.0
 """Seconds in which srun starts the ranks, and in which those that are to end have ended."""
 AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then scontrol requeue $SLURM_JOB_ID; fi' EXIT
-trap : USR2"""
+trap : USR1 USR2"""
 """Of the batch script: where the process that looks after the ranks was killed, and the job has not been ended, it goes back;
-and USR2, which is for the ranks, does not end the script (scancel --full sends it there, too)."""
+and USR1 and USR2, which are for the ranks, do not end the script (scancel --full sends them there, too)."""
 KILLED_S = 120.0
 """Seconds in which SLURM ends a job that it has put back into the queue."""
 
@@ -162,9 +163,9 @@ class SrunRanks:
         words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1", "--export=ALL"]
         words += [f"--cpus-per-task={profile.cpus_per_rank}"] if profile.cpus_per_rank else ["--cpu-bind=none"]
         # until Python can note them, signals are passed over
-        words += ["sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh", sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
-        env = {k: v for k, v in os.environ.items() if k not in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK")}
-        self._step = subprocess.Popen(words, env=env | {ATTEMPT: attempt}, start_new_session=True)
+        words += ["sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh", sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
+        env = {k: v for k, v in without_rank_variables(os.environ).items() if k != "SLURM_CPUS_PER_TASK"}
+        self._step = subprocess.Popen(words, env=env | {ATTEMPT: attempt, LAUNCHER: SLURM}, start_new_session=True)
         self.code, self._problem, self._began = 0, "", time.monotonic()
         self._looked_at, self._is_there = self._began, False
 

@@ -45,19 +45,16 @@ from seer_scale.observe.progress import Progress
 from seer_scale.observe.sinks import RunLog, read_metrics
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
+from seer_scale.timeouts import Timeouts
 from seer_scale.train import resume
 from seer_scale.train.course import Course, manifest_of, newest_manifest, open_course
 from seer_scale.train.skips import SkipMonitor
 from seer_scale.train.stop import StopRequest
 from seer_scale.train.watchdog import Watchdog
 from seer_scale.train.window import Window
-from seer_scale.world import World
+from seer_scale.world import World, limit_groups
 
 STARVED, STARVED_LINES = 0.05, 3
-SAVE_S = COMPILE_S = START_S = 3600.0
-"""Seconds a disk may take for a checkpoint, a first update that compiles, and listing, verifying, building and loading."""
-LOCK_S = 180.0
-"""Seconds a launched run waits for the lock of what ran here before."""
 MOST_TOLD = 1000
 """Unreadable images that the console names; a log has all of them."""
 
@@ -65,10 +62,11 @@ MOST_TOLD = 1000
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str = "") -> int:
     """Run or go on until the samples are seen or a stop is agreed; returns the exit status. attempt: which start this is,
     where a launcher counts them. Collective."""
-    with watchdog.patient(LOCK_S):
-        lock = RunLock(run_dir, world, patience_s=LOCK_S if attempt else 0.0)
+    timeouts = Timeouts.of(config)
+    with watchdog.patient(timeouts.lock_s):
+        lock = RunLock(run_dir, world, patience_s=timeouts.lock_s if attempt else 0.0)
     with lock, Progress(run_dir, active=world.is_main, every_s=config.run.heartbeat_s) as progress:
-        with watchdog.patient(START_S):
+        with watchdog.patient(timeouts.start_s):
             trainer = Trainer(config, world, run_dir, stop, watchdog, progress, attempt)
         return trainer.run()
 
@@ -79,7 +77,7 @@ class Trainer:
     ):
         self.config, self.world, self.run_dir, self.stop, self.watchdog, self.attempt = config, world, run_dir, stop, watchdog, attempt
         self.progress = progress
-        self.folder = run_dir / "checkpoints"
+        self.folder, self.timeouts = run_dir / "checkpoints", Timeouts.of(config)
         self.samples_seen = self.step = 0
         self.schedule = LearningRate(config)
         begin = time.perf_counter()
@@ -106,6 +104,7 @@ class Trainer:
         self._skips = SkipMonitor(list(self.engine.shapes), config.train.precision, world, partial(self._tell_of_rank, "skipped"))
         self.resumed_from = self._load(found) if found else None
         self.saver = Saver(self.folder, self.engine.state(), world, keep_last=config.checkpoint.keep_last, keep_every_samples=config.checkpoint.keep_every_samples)
+        limit_groups(world)
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
         self._saved = (self.samples_seen, self.resumed_from) if ours else None
@@ -211,7 +210,7 @@ class Trainer:
     def run(self) -> int:
         c = self.config.train
         with self.log:
-            with self.watchdog.patient(SAVE_S):
+            with self.watchdog.patient(self.timeouts.save_s):
                 self._begin()
                 self._tell_notes()
             try:
@@ -263,7 +262,7 @@ class Trainer:
                     show_crops(self.run_dir, batch, c.views)
             due = self._is_due(seen)
             lr = self.schedule(seen)
-            with self.watchdog.patient(COMPILE_S if c.train.compile and self.step == begun else 0.0):
+            with self.watchdog.patient(self.timeouts.compile_s if c.train.compile and self.step == begun else 0.0):
                 loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
             stats = engine.update(lr, engine.method.frozen(seen))
             self.watchdog.beat()
@@ -337,7 +336,7 @@ class Trainer:
             return then.refreshed(open_source(str(path)), number, self.samples_seen)
 
         try:
-            with self.watchdog.patient(START_S):
+            with self.watchdog.patient(self.timeouts.start_s):
                 self.course = share(self.world, self.run_dir / "logs", follow, lambda course: [course.source])
         except UserError as problem:
             self._refused_refresh = number
@@ -450,7 +449,7 @@ class Trainer:
         place of good ones.
         """
         begin = time.perf_counter()
-        with self.watchdog.patient(SAVE_S), self.progress.doing("waiting for the checkpoint before"):
+        with self.watchdog.patient(self.timeouts.save_s), self.progress.doing("waiting for the checkpoint before"):
             self._settle(self.saver.wait())
         if not self._is_saved():
             if not self.engine.is_finite():
@@ -466,7 +465,7 @@ class Trainer:
             self._stall_s = time.perf_counter() - begin
             if in_background:
                 return None
-            with self.watchdog.patient(SAVE_S), self.progress.doing("saving a checkpoint"):
+            with self.watchdog.patient(self.timeouts.save_s), self.progress.doing("saving a checkpoint"):
                 saved = self.saver.wait()
             self._settle(saved, waited_s=time.perf_counter() - begin)
         return self._saved[1] if self._is_saved() else None

@@ -19,7 +19,9 @@ from seer_scale.models.registry import build_backbone
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.recompute import find_segments
 from seer_scale.parallel.units import sharded_units
-from seer_scale.train.loop import START_S, train
+from seer_scale.rank_info import detect
+from seer_scale.timeouts import Timeouts
+from seer_scale.train.loop import train
 from seer_scale.train.stop import StopRequest
 from seer_scale.train.watchdog import Watchdog
 from seer_scale.world import World
@@ -89,15 +91,17 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
 
     attempt: a word all ranks of this start share (see world.start). Raises UserError.
     """
-    config = resolve_recipe(recipe, overrides, worlds.detect().size)
+    info = detect()
+    config = resolve_recipe(recipe, overrides, info.size)
     if problems := check_device(config):
         raise ConfigError(problems)
     run_dir = run_dir_of(config, recipe)
-    rank, size = worlds.detect().rank, worlds.detect().size
-    with StopRequest() as stop, Watchdog(config.run.hang_s, f"[rank {rank}] " if size > 1 else "") as watchdog:
-        patience_s = max(10 * config.data.timeout_s, config.run.hang_s + 60)
-        with watchdog.patient(START_S):
-            world = worlds.start(run_dir / "logs", attempt, device=config.parallel.device, patience_s=patience_s)
+    timeouts = Timeouts.of(config)
+    with StopRequest() as stop, Watchdog(timeouts.update_s, f"[rank {info.rank}] " if info.size > 1 else "") as watchdog:
+        with watchdog.patient(timeouts.start_s):
+            world = worlds.start(
+                run_dir / "logs", attempt, device=config.parallel.device, timeouts=timeouts, asked_to_stop=stop.asked
+            )
         try:
             status = train(config, world, run_dir, stop, watchdog, attempt)
         except RuntimeError as error:

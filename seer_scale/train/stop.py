@@ -1,6 +1,7 @@
 """Stopping on request: signals set a flag, and all ranks agree at a step boundary.
 
-The agreement of one step is read at the next, from an all-reduce that ran beside it on the host: no update waits.
+A rank that is asked leaves word in the store of rank 0, which sends the word to all beside an update, down a tree: no update
+waits for it.
 """
 
 from __future__ import annotations
@@ -13,26 +14,30 @@ import time
 import torch
 import torch.distributed as dist
 
-from seer_scale.errors import ECHO_S, STOP_SIGNALS
+from seer_scale.errors import ECHO_S, STOP_SIGNALS, stop_signals
 from seer_scale.world import World
+
+LOOK_S = 0.25
+"""Seconds between two looks of rank 0 at what others were asked."""
+KEY = "asked to stop"
 
 
 class StopRequest:
-    """A context in which SIGINT, SIGTERM and SIGUSR2 ask the run to stop; SIGINT again, a second later, ends the process, while
-    the others may come as often as a queue likes.
+    """A context in which STOP_SIGNALS ask the run to stop; SIGINT again, a second later, ends the process, while the others
+    may come as often as a queue likes.
 
-    Enter it before ranks join: a signal that comes while they do is honoured at the first boundary. Signals that a
-    launcher had blocked until now are let in.
+    Enter it before ranks join: a signal that comes while they wait for each other ends that, and a later one is honoured at
+    the first boundary. Signals that a launcher had blocked until now are let in.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._mine = 0
-        self._asked_at = math.inf
+        self._asked_at, self._looked_at, self._left_word = math.inf, -math.inf, False
         self._before: dict[int, object] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequest:
-        self._before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
+        self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
@@ -49,11 +54,16 @@ class StopRequest:
         elif number == signal.SIGINT:
             self._asked_at = min(self._asked_at, time.monotonic())
 
+    def asked(self) -> str | None:
+        """The name of the signal that this process has got."""
+        return signal.Signals(self._mine).name if self._mine else None
+
     def agreed(self, world: World) -> str | None:
-        """The name of the signal some rank had got by the previous call (alone: by now); all ranks call it as often."""
+        """The name of the signal some rank had got a moment before the previous call (alone: by now); all ranks call it as often."""
+        self._tell_and_ask(world)
         flag = torch.tensor([self._mine])
         if world.size > 1:
-            work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=world.control, async_op=True)
+            work = dist.broadcast(flag, src=0, group=world.control, async_op=True)
             earlier, self._pending = self._pending, (work, flag)
             if earlier is None:
                 return None
@@ -61,3 +71,15 @@ class StopRequest:
             flag = earlier[1]
         number = int(flag)
         return signal.Signals(number).name if number else None
+
+    def _tell_and_ask(self, world: World) -> None:
+        """Leave word of a signal for rank 0, which looks now and then."""
+        if world.store is None:
+            return
+        if self._mine and not world.is_main and not self._left_word:
+            world.store.set(KEY, str(self._mine))
+            self._left_word = True
+        elif not self._mine and world.is_main and time.monotonic() - self._looked_at > LOOK_S:
+            self._looked_at = time.monotonic()
+            if world.store.check([KEY]):
+                self._mine = int(world.store.get(KEY))
