@@ -75,7 +75,7 @@ class _Wait:
 
     def pause(self, what: Callable[[], str]) -> None:
         if reason := self._asked_to_stop():
-            raise StartStopped(f"Stopped by {reason} while ranks waited for each other: nothing was begun.")
+            raise StartStopped(f"Stopped by {reason} while ranks waited for each other, so nothing was begun. Start it again and it goes on.")
         now, i = time.monotonic(), self._info
         if now - self._told_at > TELL_S or now - self._began > self._timeout_s:
             self._told_at = now

@@ -152,10 +152,9 @@ def start(
     step = ".".join(os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     word = re.sub(r"[^\w.-]", "_", attempt or os.environ.get(TORCHRUN) or step)
     store = meet(rendezvous / f"rendezvous-{word}", info, timeout_s=timeouts.meet_s, asked_to_stop=asked_to_stop)
-    # a store of its own: a group may wait in one for a rank, and hold it meanwhile
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeouts.groups)
     control = dist.new_group(backend="gloo", timeout=timeouts.groups)
-    return World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store.clone())
+    return World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store)
 
 
 def allow_open_files(rank: int, size: int) -> None:

@@ -69,22 +69,23 @@ def test_a_lost_rank_ends_the_others(straight, tmp_path, photos):
 
 
 def test_launcher_passes_stops_on(straight, tmp_path, photos):
-    """One that comes before the ranks can hear it, then one to the whole process group in mid-run, as `timeout`, service
-    managers and Ctrl-C send it, which reaches the ranks twice, and ends the `| tee` that the launcher prints to, too; the
-    same command goes on each time."""
+    """One that comes before the ranks can hear it, then one to the whole process group in mid-run, as a terminal that closes,
+    service managers and Ctrl-C send it, which reaches the ranks twice, and ends the `| tee` that the launcher prints to, too;
+    the same command goes on each time. What another launcher has left in the environment counts for nothing."""
     given, place = recipe(tmp_path, photos), tmp_path / "run"
     words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place)
     for number, moment, send in (
         (signal.SIGUSR2, runs.ranks_of, os.kill),
-        (signal.SIGTERM, lambda _: reaches(place, 24)(), os.killpg),
+        (signal.SIGHUP, lambda _: reaches(place, 24)(), os.killpg),
     ):
-        launcher = command(*words, folder=tmp_path, pipe=number == signal.SIGTERM)
+        left = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": 9}
+        launcher = command(*words, folder=tmp_path, pipe=number == signal.SIGHUP, **left)
         until(partial(moment, launcher), lambda: launcher.text)  # noqa: B023
         launcher.break_pipe()
         send(launcher.process.pid, number)
         assert launcher.wait() == 75, launcher.text
         assert launcher.is_piped or "Start it again and it goes on." in launcher.text
-        assert bool(checkpoints(place)) == (number == signal.SIGTERM)
+        assert bool(checkpoints(place)) == (number == signal.SIGHUP)
     assert [(end["status"], end["cause"]) for end in Job.of(place).attempts() if end["event"] == "end"] == [(75, "stopped")] * 2
     run("train", given, "--run.dir", place, folder=tmp_path)
     assert_same_path(place, straight)

@@ -1,0 +1,215 @@
+"""Ranks find each other whoever started them and whatever else the environment says, say for whom they wait, and hold few connections."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from seer_scale import rendezvous
+from seer_scale import world as worlds
+from seer_scale.cli import main
+from seer_scale.errors import EXIT_STOPPED, StartStopped, UserError
+from seer_scale.rank_info import RankInfo, detect, without_rank_variables
+from tests.e2e.runs import recipe, until
+
+# n ranks as forks of one process that has loaded torch: main(rank) returns what can be written as JSON
+FORKS = """
+import json, os, resource, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+from seer_scale import world as worlds
+folder = Path(sys.argv[1])
+
+def ranks(size, main, **env):
+    children = []
+    for rank in range(size):
+        read, write = os.pipe()
+        if not (pid := os.fork()):
+            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size)) | env
+            try:
+                out = main(rank)
+            except BaseException as error:
+                out = f"{type(error).__name__}: {error}"
+            os.write(write, json.dumps(out).encode())
+            os._exit(0)
+        os.close(write)
+        children.append((pid, read))
+    out = []
+    for pid, read in children:
+        os.waitpid(pid, 0)
+        out.append(json.loads(os.read(read, 1 << 16)))
+        os.close(read)
+    return out
+
+def sockets():
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+    return sum(link.startswith("socket:") for link in links)
+"""
+
+
+
+
+def forks(folder: Path, body: str, **env: str) -> tuple[Any, str]:
+    """What `body` leaves in `found`, and what was written to stderr."""
+    script = FORKS + body + "\nprint(json.dumps(found))"
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], env=os.environ | env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_ranks_meet_and_hold_few_connections(tmp_path):
+    """Connections grow with the logarithm of the ranks but for rank 0's store, over two groups on the host and the default
+    one: a full mesh of each would be 3 (N - 1). An address left behind, one of another size, a name that is not known,
+    MASTER_ADDR and other variables of another launcher are no obstacle, and other ranks' objects and errors arrive. The limit
+    of open files is raised; one that is too low is told before anything is opened."""
+    body = """
+from seer_scale import rendezvous
+from seer_scale.errors import UserError
+own = rendezvous._own_addresses
+rendezvous._own_addresses = lambda info: ["no-such-host.invalid", *own(info)]
+left = {"hosts": ["127.0.0.1"], "port": 9, "size": 2, "token": "x"}
+(folder / "rendezvous-0.0.0").write_text(json.dumps(left))
+
+def main(rank):
+    world = worlds.start(folder)
+    world.barrier(); word = world.broadcast_object(f"word of {rank}"); everyone = world.gather_objects(rank)
+    dist.all_reduce(torch.ones(1000))
+    another = dist.new_group(backend="gloo"); dist.barrier(another)
+    def fails(): raise UserError(f"{rank} cannot")
+    try:
+        world.from_main(fails)
+    except UserError as error:
+        said = str(error)
+    counted = sockets()
+    worlds.stop(world)
+    return [counted, word, everyone, said]
+
+def few_files(rank):
+    soft, hard = ((33, 4096), (33, 33), (33, 400), (33, 400))[rank]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    worlds.allow_open_files(*((0, 8), (3, 8), (0, 512), (3, 512))[rank])
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+met = [ranks(n, main, MASTER_ADDR="192.0.2.1", MASTER_PORT="9", GROUP_RANK="3") for n in (2, 4, 8)]
+found = [met, ranks(4, few_files)]
+"""
+    (found, (raised, small, first, other)), _ = forks(tmp_path, body)
+    assert raised == 4096 and other == 400
+    assert small.startswith("UserError: Rank 3 of 8 may open 33 files, but needs about ") and "ulimit -Hn" in small
+    assert first.startswith("UserError: Rank 0 of 512 may open 400 files, but needs about ")
+    for n, out in zip((2, 4, 8), found):
+        counts, words, everyone, said = zip(*out)
+        assert set(words) == {"word of 0"} and set(said) == {"0 cannot"} and all(e == list(range(n)) for e in everyone), out
+    most = [max(c for c, *_ in out[1:]) for out in found]
+    assert max(b - a for a, b in zip(most, most[1:])) <= 6, most
+    assert all(out[0][0] <= most[i] + n + 1 for i, (n, out) in enumerate(zip((2, 4, 8), found))), found
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_gpus_the_default_group_is_nccl_alone(monkeypatch, tmp_path):
+    """And all groups have one limit of time. (What is called, as there is no GPU here.)"""
+    called = []
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "512")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(("device", device.index)))
+    monkeypatch.setattr(worlds, "meet", lambda *_, **__: dist.HashStore())
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout, **_: called.append((backend, timeout)))
+    monkeypatch.setattr(dist, "new_group", lambda ranks=None, *, backend, timeout: called.append((backend, timeout)))
+    world = worlds.start(tmp_path)
+    assert called == [("device", 5), ("nccl", world.timeout), ("gloo", world.timeout)] and os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
+
+
+ALONE, SRUN = {"PATH": "/"}, {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        (ALONE, RankInfo()),
+        ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}, RankInfo()),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, RankInfo()),  # a batch script, or a shell of salloc
+        (TORCH, RankInfo(3, 4, 1, 2, "WORLD_SIZE")),
+        (SRUN, RankInfo(3, 6, 1, 2, "SLURM_NTASKS")),
+        (SRUN | {"SLURM_NODEID": "2"}, RankInfo(3, 6, 1, 1, "SLURM_NTASKS")),
+        (SRUN | TORCH | {"TORCHELASTIC_RUN_ID": "none"}, RankInfo(3, 4, 1, 2, "WORLD_SIZE")),  # torchrun on each node, by srun
+        (SRUN | TORCH | {"SEER_SCALE_LAUNCHER": "local"}, RankInfo(3, 4, 1, 2, "WORLD_SIZE")),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "1", "SEER_SCALE_LAUNCHER": "slurm"}, RankInfo(3, 6, 1, 2, "SLURM_NTASKS")),
+        (SRUN | {"RANK": "3", "WORLD_SIZE": "6"}, RankInfo(3, 6, 1, 2, "SLURM_NTASKS")),  # a script that sets what srun says
+    ],
+)  # fmt: skip
+def test_who_numbers_this_rank(env, expected):
+    assert detect(env) == expected
+    if "SEER_SCALE_LAUNCHER" not in env:
+        assert detect(without_rank_variables(env)) == RankInfo()
+
+
+@pytest.mark.parametrize(
+    "env, told",
+    [
+        (TORCH | {"RANK": "x"}, "RANK is 'x', which is no whole number: RANK and WORLD_SIZE say which rank of how many"),
+        (TORCH | {"WORLD_SIZE": "-4"}, "WORLD_SIZE is '-4'"),
+        (TORCH | {"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        (TORCH | {"RANK": "4"}, "RANK is 4, but must be from 0 to 3, as WORLD_SIZE is 4"),
+        (SRUN | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many', which is no whole number: SLURM_PROCID and SLURM_NTASKS say"),
+        ({"RANK": "0"}, "RANK is '0', but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', but RANK is not set"),
+        ({"TORCHELASTIC_RUN_ID": "none"}, "RANK is not set"),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "1"}, "RANK is '0', but this is task 3 of the 6 that srun has started (SLURM_PROCID is 3): unset RANK and WORLD_SIZE"),
+        (SRUN | {"WORLD_SIZE": "1"}, "WORLD_SIZE is '1', but this is task 3 of the 6 that srun has started (SLURM_NTASKS is 6): unset WORLD_SIZE"),
+    ],
+)  # fmt: skip
+def test_variables_that_contradict_each_other_are_told(env, told):
+    with pytest.raises(UserError) as error:
+        detect(env)
+    assert told in str(error.value), str(error.value)
+
+
+def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
+    """Rank 0 says who is missing, another what it cannot find; after the time that is given, or at a signal, they end."""
+    monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
+    place = tmp_path / "logs" / "rendezvous"
+    with pytest.raises(UserError, match=r"Rank 0 of 3 \(SLURM_NTASKS is 3\) has waited \d+ s for the others: 1 of 3 are there, not yet 1, 2\. Start all"):
+        rendezvous.meet(place, RankInfo(0, 3, 0, 3, "SLURM_NTASKS"), timeout_s=0.4)
+    assert capsys.readouterr().err.count("not yet 1, 2.") >= 2
+    told = {"1 of 2": "rank 0 does not answer at 127.0.0.1", "1 of 3": "rank 0 is one of 2 ranks"}
+    place.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": 9, "size": 2, "token": "x"}))
+    for size in (2, 3):
+        with pytest.raises(UserError, match=told[f"1 of {size}"]):
+            rendezvous.meet(place, RankInfo(1, size, 1, size, "WORLD_SIZE"), timeout_s=0.2)
+    place.unlink()
+    with pytest.raises(UserError, match=f"rank 0 has not published its address in {place}"):
+        rendezvous.meet(place, RankInfo(1, 2, 1, 2, "WORLD_SIZE"), timeout_s=0.1)
+    for rank in (0, 1):
+        with pytest.raises(StartStopped, match="Stopped by SIGHUP while ranks waited"):
+            rendezvous.meet(place, RankInfo(rank, 2, rank, 2, "WORLD_SIZE"), timeout_s=60, asked_to_stop=lambda: "SIGHUP")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_start(number, tmp_path, photos, monkeypatch, capsys):
+    """While the other rank is waited for, which never comes."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def send() -> None:
+        until(lambda: list(tmp_path.glob("run/logs/rendezvous-*")))
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    assert main(["train", recipe(tmp_path, photos), "--run.dir", str(tmp_path / "run")]) == EXIT_STOPPED
+    assert f"Stopped by {number.name} while ranks waited for each other, so nothing was begun." in capsys.readouterr().err
