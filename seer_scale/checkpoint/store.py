@@ -232,7 +232,7 @@ def _seal(content: dict[str, Any]) -> int:
 def read_meta(path: Path, world: World = World()) -> dict[str, Any]:
     """The `meta` a checkpoint was saved with; reads no tensor. Rank 0 reads it for all of `world`, if one is given:
     collective. Raises CheckpointError if `path` is none."""
-    return _by_main(world, lambda: _read_manifest(path))["meta"]
+    return world.from_main(lambda: _read_manifest(path))["meta"]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def read_layout(path: Path, world: World = World()) -> Layout:
     """Names, shapes and dtypes of a checkpoint, and where they lie; reads no tensor. Rank 0 reads it for all of `world`, if
     one is given: collective. Raises CheckpointError."""
-    return Layout.from_json(_by_main(world, lambda: _read_tensors_json(path)))
+    return Layout.from_json(world.from_main(lambda: _read_tensors_json(path)))
 
 
 def _read_tensors_json(path: Path) -> bytes:
@@ -400,20 +400,6 @@ def _agreement(world: World) -> Iterator[None]:
         error = e
     if problem := world.first_problem(error):
         raise CheckpointError(problem.removeprefix("CheckpointError: ")) from error
-
-
-def _by_main(world: World, make: Callable[[], T]) -> T:
-    """What rank 0 makes, on all ranks, or the CheckpointError it raises. Collective."""
-    made, problem = None, None
-    if world.is_main:
-        try:
-            made = make()
-        except CheckpointError as error:
-            problem = error
-    made, problem = world.broadcast_object((made, problem))
-    if problem is not None:
-        raise problem
-    return made
 
 
 def _order(path: Path) -> tuple[int, int]:
