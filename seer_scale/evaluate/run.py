@@ -34,7 +34,7 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
         raise UserError(f"{run_dir} has no valid checkpoint yet: train it first.")
     with torch.device("meta"):
         method = SwAV(config, world)
-    engine = build_engine(method, config, world)
+    engine = build_engine(method, config, world, loaded=("",))
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
     store.load(path, state, world, only="model/")
     engine.refresh()

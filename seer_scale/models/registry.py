@@ -51,7 +51,7 @@ def initialise(module: nn.Module, seed: int) -> None:
     """
     inits = module.initialisers()
     for name, parameter in module.named_parameters():
-        parameter.copy_(draw(inits[name], parameter.shape, seed, name))
+        parameter.copy_(draw(inits[name], parameter.shape, seed, name).view_as(parameter))
     for layer in module.modules():
         if isinstance(layer, BatchNorm):
             layer.reset_running_stats()

@@ -30,13 +30,15 @@ SHARE = 0.4
 which no engine shards, need the rest."""
 
 
-def build_engine(method: nn.Module, config: Config, world: World) -> Engine:
+def build_engine(method: nn.Module, config: Config, world: World, loaded: tuple[str, ...] = ()) -> Engine:
     """Collective over all ranks: builds groups, materialises and initialises the parameters. Raises UserError.
+
+    loaded: beginnings of the names of parameters that a checkpoint will bring, so that they need not be drawn; ("",): all.
 
     On one rank there is nothing to share out, and every engine is `single`, but for ZeRO with offload.
     """
     module, name = ENGINES[choose_engine(method, config, world)]
-    return getattr(load(module), name)(method, config, world)
+    return getattr(load(module), name)(method, config, world, loaded)
 
 
 def load(module: str):

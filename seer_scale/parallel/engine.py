@@ -37,8 +37,10 @@ class Engine:
 
     name = "single"
 
-    def __init__(self, method: nn.Module, config: Config, world: World):
-        self.method, self.config, self.world = method, config, world
+    def __init__(self, method: nn.Module, config: Config, world: World, loaded: tuple[str, ...] = ()):
+        """loaded: beginnings of the names of parameters that a checkpoint will bring; "" is all of them."""
+        self.method, self.config, self.world, self._loaded = method, config, world, loaded
+        self._initialisers = method.initialisers()
         self.dtype = COMPUTE[config.train.precision]
         keep_fp32_products()
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
@@ -183,7 +185,7 @@ class Engine:
         self.scaler.update(found_inf)
         # a forward that was not finite must not stay in the running statistics; a method's own buffers are its affair
         self.buffers.restore_where(found_inf > 0)
-        self._restore_unit_rows(found_inf)
+        self._restore_unit_rows(found_inf, frozen)
         return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf, "grad_norms": norms[1]}
 
     def _norms(self, grads: list[Tensor], found_inf: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,9 +204,9 @@ class Engine:
         return together[:-1].view_as(norms).sqrt(), together[-1].clamp(max=1.0)
 
     @torch.no_grad()
-    def _restore_unit_rows(self, skipped: Tensor) -> None:
-        """Rows are whole on one rank here, so this needs no collective."""
-        for name in self.method.unit_rows:
+    def _restore_unit_rows(self, skipped: Tensor, frozen: frozenset[str] = frozenset()) -> None:
+        """Rows are whole on one rank here, so this needs no collective. What is frozen keeps its last bit."""
+        for name in set(self.method.unit_rows) - frozen:
             rows = self.shards[name].local
             unit = torch.nn.functional.normalize(rows.view(-1, self.shapes[name][1]), dim=1).view_as(rows)
             rows.copy_(torch.where(skipped.to(rows.device) > 0, rows, unit))
@@ -218,15 +220,22 @@ class Engine:
 
     @torch.no_grad()
     def _materialise(self) -> None:
-        """Materialise and fill: values depend on (seed, name) alone, one whole parameter at a time on the CPU."""
+        """Materialise, and fill what this rank holds of each parameter."""
         self.method.to_empty(device=self.world.device)
         for name, shard in Engine._shards(self).items():
-            shard.local.copy_(shard.cut(self._initial(name)))
+            self._initialise(shard.local, name, shard.start)
         self._reset_buffers()
 
-    def _initial(self, name: str) -> Tensor:
-        """The whole initial value of a parameter, on the CPU."""
-        return draw(self.method.initialisers()[name], self.shapes[name], self.config.run.seed, name)
+    def _initialise(self, local: Tensor, name: str, start: int) -> None:
+        """Fill `local`, the elements of a parameter from `start` on: functions of (seed, name, index) alone.
+
+        What a checkpoint will bring is not drawn; NaN tells of what it did not.
+        """
+        if name.startswith(self._loaded):
+            local.fill_(torch.nan)
+        else:
+            init, seed = self._initialisers[name], self.config.run.seed
+            local.copy_(draw(init, self.shapes[name], seed, name, start, start + local.numel()).view_as(local))
 
     def _reset_buffers(self) -> None:
         for module in self.method.modules():

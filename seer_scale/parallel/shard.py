@@ -53,10 +53,6 @@ class Shard(Tensor):
         """The same run of another tensor of this shape, such as a parameter's momentum."""
         return Shard(local, self.start, self.shape)
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """This rank's run of `whole`, in the form of `local`."""
-        return whole.flatten()[self.start : self.start + self.local.numel()].view_as(self.local)
-
     @property
     def stop(self) -> int:
         return self.start + self.local.numel()

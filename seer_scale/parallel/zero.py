@@ -131,17 +131,20 @@ class Zero(Engine):
         self.zero.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _restore_unit_rows(self, skipped: Tensor) -> None:
+    def _restore_unit_rows(self, skipped: Tensor, frozen: frozenset[str] = frozenset()) -> None:
         """A row may lie on two ranks: one all-reduce of the rows' partial squares."""
+        names = [name for name in self.method.unit_rows if name not in frozen]
+        if not names:
+            return
         rows, squares = {}, []
-        for name in self.method.unit_rows:
+        for name in names:
             run, (num, width) = self.shards[name], self.shapes[name]
             rows[name] = torch.arange(run.start, run.stop, device=run.local.device) // width
             squares.append(run.local.new_zeros(num).index_add_(0, rows[name], run.local.square()))
         together = torch.cat(squares).to(self.world.device)
         dist.all_reduce(together)
         lengths = together.sqrt().clamp(min=1e-12).to(self.flat.device).split([len(s) for s in squares])
-        for name, length in zip(self.method.unit_rows, lengths):
+        for name, length in zip(names, lengths):
             local = self.shards[name].local
             local.copy_(torch.where(skipped.to(local.device) > 0, local, local / length[rows[name]]))
 
@@ -177,11 +180,14 @@ class Zero3(Zero):
         """A parameter at a time: no rank ever holds more of the model than one of them and its own runs."""
         init = deepspeed.zero.Init(config_dict_or_path=self.ds_config, dtype=torch.float32)
         for prefix, module in self.method.named_modules():
-            for name, _ in list(module.named_parameters(recurse=False)):
-                p = nn.Parameter(self._initial(f"{prefix}.{name}" if prefix else name).to(self.world.device))
+            for name, p in list(module.named_parameters(recurse=False)):
+                p = nn.Parameter(torch.empty_like(p, device=self.world.device))
                 setattr(module, name, p)
                 init._convert_to_deepspeed_param(p)
-                p.partition()  # without a broadcast: every rank has drawn the same values
+                p.partition()  # without a broadcast: every rank fills its own run
+                first = min(p.ds_tensor.ds_numel * self.world.rank, p.ds_numel)
+                run = p.ds_tensor.data[: p.ds_numel - first]
+                self._initialise(run, f"{prefix}.{name}" if prefix else name, first)
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.zeros_like(buffer, device=self.world.device))
         self._reset_buffers()

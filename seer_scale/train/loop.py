@@ -95,7 +95,7 @@ class Trainer:
             self.execution = choose_execution(method.backbone, config, world, self.cores)
         self.ln_k = method.ln_k
         with progress.doing("building the network"):
-            self.engine = build_engine(method, config, world)
+            self.engine = build_engine(method, config, world, loaded=("",) if found else ())
         eta = Eta(config.train.samples, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
         self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main, progress=progress, eta=eta)
         self._warned_of_collapse = False

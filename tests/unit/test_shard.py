@@ -16,4 +16,4 @@ def test_any_run_loads_from_a_whole_tensor_and_back(tmp_path):
     for start, stop in ((0, 42), (5, 31), (11, 12), (6, 18), (40, 42), (42, 42)):
         run = Shard(torch.zeros(stop - start), start, whole.shape)
         store.load(saved, {"w": run, "s": torch.zeros(())}, World())
-        assert torch.equal(run.local, whole.flatten()[start:stop]) and torch.equal(run.cut(whole), run.local)
+        assert torch.equal(run.local, whole.flatten()[start:stop])
