@@ -8,6 +8,9 @@ import signal
 from functools import partial
 
 from seer_scale.launch.job import Job
+from seer_scale.parallel import engine
+from seer_scale.rng import draw
+from seer_scale.train.start import run_training
 from tests.e2e import runs
 from tests.e2e.runs import (
     LAUNCH,
@@ -211,6 +214,17 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     (begun,) = events(tmp_path / "part", "start")
     assert f"Its backbone is that of {place}/checkpoints/samples-000000000056 and all else drawn anew" in begun["text"]
     assert abs(runs.read_metrics(tmp_path / "part")[0][0]["knn/top1"] - after["knn/top1"]) < 10  # features are the backbone's
+
+
+def test_a_start_that_goes_on_draws_no_initial_value(tmp_path, photos, monkeypatch):
+    given, place = recipe(tmp_path, photos, train={"samples": 16}, knn={"enabled": False}), str(tmp_path / "run")
+    drawn = []
+    monkeypatch.setattr(engine, "draw", lambda *args: drawn.append(args) or draw(*args))
+    assert run_training(given, ["--run.dir", place]) == 0
+    assert drawn
+    drawn.clear()
+    assert run_training(given, ["--run.dir", place, "--train.samples", "24"]) == 0
+    assert not drawn and list(runs.steps(tmp_path / "run")) == [8, 16, 24]
 
 
 def test_precision_and_queue_may_change_on_a_resume(tmp_path, photos):

@@ -17,7 +17,7 @@ from seer_scale.parallel import build_engine
 from seer_scale.parallel import engine as frame
 from seer_scale.rng import Constant, Normal, Uniform, UnitRows, draw
 from seer_scale.world import World
-from tests.tiny import RECIPE, tiny
+from tests.tiny import tiny
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 
