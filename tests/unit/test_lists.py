@@ -43,6 +43,42 @@ def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, 
             assert [source.classes[n] for n in source.labels] == [label for *_, label in expected]
 
 
+@pytest.mark.parametrize(
+    "text, names, labels, left_out",
+    [
+        ("a.jpg\tcat\tsome words\nb.jpg\tdog\t\n", "ab", ["cat", "dog"], {"lines with further columns": 2}),
+        ("a.jpg\tcat\nb.jpg\t\na.jpg\t  \r\n", "aba", ["cat", None, None], {}),
+        ("a.jpg\t\nb.jpg\t\n", "ab", [None, None], {}),
+        ("\nfile_name\tclass\na.jpg\tcat\n", "a", ["cat"], {"header lines": 1}),
+        ("Path\na.jpg\nb.jpg\n", "ab", [None, None], {"header lines": 1}),
+        ("image\na.jpg\n", "ia", [None, None], {}),  # there is a file of this name
+        ("a.jpg  \nb.jpg \tdog \n".replace("a.jpg  ", " a.jpg  \tcat"), "ab", ["cat", "dog"], {}),
+    ],
+)
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_lines_are_read_as_readers_of_tables_do(tmp_path, monkeypatch, text, names, labels, left_out, chunk):
+    monkeypatch.setattr(lists, "CHUNK", chunk)
+    for name in ("a.jpg", "b.jpg", "image"):
+        (tmp_path / name).write_text(name[0])
+    (tmp_path / "list.txt").write_bytes(text.encode())
+    source = open_source(str(tmp_path / "list.txt"))
+    assert "".join(source.read(i).decode() for i in range(len(source))) == names
+    assert [None if (n := source.label(i)) is None else source.classes[n] for i in range(len(source))] == labels
+    assert source.has_labels == (None not in labels) and source.left_out == left_out
+
+
+def test_a_list_of_lines_that_cannot_be_read_says_how_many_were_looked_at(tmp_path):
+    (tmp_path / "list.txt").write_text("gone.jpg\n" * 1000)
+    with pytest.raises(DataError, match=r"lists '.*/gone\.jpg' \(it does not exist\); of 100 lines looked at, spread over its 1,000"):
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "list.csv").write_text("a.jpg,cat\n" * 3)
+    with pytest.raises(DataError, match="parted by tabs, not commas"):
+        open_source(str(tmp_path / "list.csv"))
+    (tmp_path / "list.txt").write_text("gone.jpg\n" * 500 + "a.jpg\n" * 500)
+    assert len(open_source(str(tmp_path / "list.txt"))) == 1000
+
+
 def test_a_label_missing_far_down_is_named_by_its_line(tmp_path, monkeypatch):
     monkeypatch.setattr(lists, "CHUNK", 64)
     (tmp_path / "a.jpg").touch()

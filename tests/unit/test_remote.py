@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
+import gzip
 import io
+import os
 import pickle
 import sys
 import threading
@@ -46,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = next((faults.pop(0) for end, faults in server.faults.items() if self.path.endswith(end) and faults), None)
         if fault == "hang":
             server.over.wait(60)
+        if fault in ("endless", "drip", "chunked", "gzip"):
+            return self.stream(fault, path)
         if isinstance(fault, int) or not path.exists():
             return self.send(fault or 404, b"")
         data = "".join(f'<a href="{p.name}">' for p in path.iterdir()).encode() if path.is_dir() else path.read_bytes()
@@ -58,6 +63,28 @@ class Handler(BaseHTTPRequestHandler):
             status, headers["Content-Range"] = 206, f"bytes {first}-{last}/{len(data)}"
             data = data[first : last + 1]
         self.send(status, data, headers, cut=fault == "cut", short=fault == "short" and self.command == "GET")
+
+    def stream(self, how, path):
+        """An answer without a length; what is written counts, until nobody listens any more."""
+        if self.command == "HEAD":
+            return self.send(405, b"")
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        if how == "gzip":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        data = {"endless": bytes(1 << 16), "drip": b"x"}.get(how) or path.read_bytes()
+        data = gzip.compress(data) if how == "gzip" else data
+        try:
+            while not self.server.over.wait(0.02 if how == "drip" else 0):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+                self.server.written += len(data)
+                if how in ("chunked", "gzip"):
+                    self.wfile.write(b"0\r\n\r\n")
+                    return
+        except OSError:
+            self.server.left.set()
+        self.close_connection = True
 
     def send(self, status, data, headers=(), cut=False, short=False):
         data = data[: len(data) // 2] if short else data
@@ -80,6 +107,7 @@ def server(tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
         served.daemon_threads, served.block_on_close = True, False
         served.root, served.asked, served.faults, served.over = root, [], {}, threading.Event()
+        served.written, served.left = 0, threading.Event()
         served.url = f"http://127.0.0.1:{served.server_port}"
         thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -201,15 +229,26 @@ def test_lists_of_urls(server, tmp_path, monkeypatch):
     monkeypatch.setattr(lists, "CHUNK", 16)
     source = open_source(f"{server.url}/list.txt")  # beside its images
     assert plain(source, server.url) == local
-    assert sum(a == ("HEAD", "/0%20%C3%A9.jpg") for a in server.asked) == 1 and len(server.asked) == 2 + 4 + 5
+    assert Counter(server.asked)["GET", "/0%20%C3%A9.jpg"] == 2 and len(server.asked) == 2 + 4 + 5
     server.asked.clear()
     open_source(f"{server.url}/list.txt")
     assert len(server.asked) == 2  # whether the list changed, whether the first image is there
     (tmp_path / "local.txt").write_text("".join(f"{server.url}/{line}\n" for line in text.splitlines()))
     assert plain(open_source(str(tmp_path / "local.txt")), server.url) == local
-    (server.root / "list.txt").write_text("gone.jpg\n" + text.replace("\t0", "").replace("\t1", ""))
-    with pytest.raises(DataError, match=r"list\.txt lists '.*gone\.jpg', which does not exist"):
+
+
+def test_a_list_is_judged_by_lines_from_all_of_it(server, tmp_path):
+    (server.root / "there.jpg").write_bytes(jpeg(1))
+    (server.root / "list.txt").write_text("gone.jpg\n" * 30 + "there.jpg\n" + "gone.jpg\n" * 9)
+    for how in ([], ["chunked"] * 9):  # also where the list's own size is not told
+        server.faults["list.txt"] = how
+        assert len(open_source(f"{server.url}/list.txt")) == 40
+    server.faults["there.jpg"] = [403] * 9
+    with pytest.raises(DataError, match=r"lists '.*gone\.jpg' \(it does not exist\); of 32 lines looked at, spread over its 40, none can"):
         open_source(f"{server.url}/list.txt")
+    (tmp_path / "list.txt").write_text("http://no.such.host.invalid/1.jpg\n")
+    with pytest.raises(DataError, match=r"lists 'http://no\.such\.host\.invalid/1\.jpg' \(\w*Error"):
+        open_source(str(tmp_path / "list.txt"))
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong
@@ -245,6 +284,65 @@ def test_a_server_that_never_answers(server, monkeypatch):
     server.faults["a.bin"] = ["hang"] * 20
     with pytest.raises(DataError, match=r"no answer in 0\.05 s; 5 tries"):
         remote.read(f"{server.url}/a.bin", 8, 8)
+
+
+def test_what_never_ends_is_cut_off_at_the_limit(server, monkeypatch):
+    """However many bytes an image may have, they are counted while they come, and nothing goes on behind."""
+    (server.root / "a.jpg").touch()
+    server.faults["a.jpg"] = ["endless"] * 9
+    with pytest.raises(DataError, match="has more than the 1,000,000 bytes that are taken"):
+        remote.read(f"{server.url}/a.jpg", most=1_000_000)
+    assert server.left.wait(20) and server.written < 30_000_000 and len(server.asked) == 1
+    monkeypatch.setattr(remote, "MOST_UNTOLD", 500_000)
+    with pytest.raises(DataError, match="has more than the 500,000 bytes"):
+        remote.read(f"{server.url}/a.jpg", most=1_000_000_000)
+    (server.root / "b.jpg").write_bytes(bytes(2000))  # of what tells its length, no byte is read
+    with pytest.raises(DataError, match="has more than the 1,000 bytes"):
+        remote.read(f"{server.url}/b.jpg", most=1000)
+
+
+def test_what_comes_byte_by_byte_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(remote, "STALL_S", 0.3)
+    monkeypatch.setattr(remote, "NO_TRY_AFTER_S", 0.4)
+    (server.root / "a.jpg").touch()
+    server.faults["a.jpg"] = ["drip"] * 9
+    with pytest.raises(DataError, match=r"fewer than 16,384 bytes in 0\.3 s; [12] tries"):
+        remote.read(f"{server.url}/a.jpg", most=1_000_000)
+    assert server.left.wait(20), "the transfer was ended, not left behind"
+
+
+@pytest.mark.parametrize("how", ["chunked", "gzip"])
+def test_an_image_need_not_tell_its_size(server, how, tmp_path):
+    (server.root / "a.jpg").write_bytes(jpeg(1))
+    server.faults["a.jpg"] = [how] * 99
+    (tmp_path / "list.txt").write_text(f"{server.url.replace('http', 'HTTP')}/a.jpg\n")
+    assert open_source(str(tmp_path / "list.txt")).read(0) == jpeg(1)
+
+
+def test_of_many_hosts_little_is_kept(server, monkeypatch):
+    (server.root / "a.bin").write_bytes(b"x")
+    port = server.url.rpartition(":")[2]
+    for n in range(1, 60):
+        assert remote.read(f"http://127.0.0.{n}:{port}/a.bin") == b"x" if n == 1 else True
+        with contextlib.suppress(DataError):
+            remote._filesystem(f"http://h{n}.example/a.bin")
+            remote._filesystem(f"memory://bucket{n}/a.bin")
+    mine = [key for key in remote._filesystems if key[0] == os.getpid()]
+    assert len(mine) <= remote.MOST_FILESYSTEMS and sum(key[1] == "http" for key in mine) <= 1
+
+
+def test_threads_that_never_end_are_few(monkeypatch):
+    """Of a filesystem that cannot be told to stop."""
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(remote, "MOST_STUCK", 3)
+    monkeypatch.setattr(remote, "_stuck", [])
+    over = threading.Event()
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", lambda *_, **__: over.wait(60))
+    before = threading.active_count()
+    with pytest.raises(DataError, match="3 transfers before it have never ended"):
+        remote.read("memory://here/a.jpg")
+    assert threading.active_count() <= before + 3
+    over.set()
 
 
 def test_size_of_what_is_not_there_is_asked_once_and_of_what_fails_again(server):

@@ -8,6 +8,7 @@ from seer_scale.extras import how_to_install
 
 HIDDEN, UNLISTABLE, DANGLING, EXCLUDED = "hidden", "folders that cannot be listed", "links that lead nowhere", "excluded"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
+HEADERS, COLUMNS = "header lines", "lines with further columns"
 NO_SUFFIX, OTHER = "files without a suffix", "other files"
 SUFFIXES_OF = {
     "HEIF images": (".heic", ".heif", ".hif"),
@@ -27,6 +28,8 @@ ADVICE = {
     SPARSE: "pack them as whole files (tar without --sparse)",
     SECOND: "of each key one image is read, as WebDataset does",
     NO_END: "they may have been cut between two members",
+    HEADERS: "",
+    COLUMNS: "a path and a label are read",
     "HEIF images": f"{how_to_install('pillow_heif')} reads them",
     "camera raw images": "develop them to JPEG or TIFF",
     "other images": "convert them to JPEG or PNG",

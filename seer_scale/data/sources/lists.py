@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property, partial
 
 import numpy as np
@@ -20,21 +22,29 @@ from seer_scale.data.sources.base import (
     stamp_of,
 )
 from seer_scale.data.sources.files import read_file
+from seer_scale.data.sources.left_out import COLUMNS, HEADERS
 from seer_scale.errors import DataError
 from seer_scale.files import shown, written_whole
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 STRIDE = 64
 CHUNK = 1 << 26
 CACHED_FROM = 1 << 26
 """Bytes of a list whose index is kept on disk: smaller ones are read faster than their index is looked for."""
 MARK = b"\xef\xbb\xbf"
+SAMPLE, SAMPLED_URLS, PROBES = 100, 32, 8
+"""Lines that are looked at before a run begins; URLs among them; and at once."""
+PATH_COLUMNS = frozenset(
+    {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "imagepath", "img", "img_path", "url", "image_url", "uri"}
+)
+"""What tables call their column of images."""
 
 
 class ListFile(Source):
-    """Each line is a URL or a path, relative to the list's own folder, and on all lines or none a tab and a label.
+    """Each line is a URL or a path, relative to the list's own folder, and on all lines or none a tab and a label, which
+    may be empty. A first line of column names is passed over, as are columns behind the label.
 
-    Raises DataError when there is none, or none of the first hundred exists (of URLs, the first).
+    Raises DataError when there is no line, or when of those that are looked at none can be read.
     """
 
     def __init__(self, path: str):
@@ -45,19 +55,41 @@ class ListFile(Source):
         self._root = os.path.dirname(path.partition("?")[0] if is_url else path)
         try:
             size = os.path.getsize(self._file)
-            build = partial(_scan, self._file, path)
+            build = partial(_scan, self._file, path, self._root)
             index = cached_index(self._file, INDEX_VERSION, build) if size >= CACHED_FROM else build(size)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}).") from error
         self._starts, self._num, self._is_labelled = index["starts"], int(index["count"]), bool(index["labelled"])
+        self._unlabelled = int(index["unlabelled"])
+        self.left_out = {kind: int(index[name]) for kind, name in ((HEADERS, "headers"), (COLUMNS, "longer")) if index[name]}
         if not self._num:
             raise DataError(f"{path} lists no image: it needs one path a line.")
-        first = [self._path_of(i) for i in range(min(100, self._num))]
-        if not any(os.path.exists(name) for name in first if not remote.is_url(name)) and not _is_there(first):
-            raise DataError(
-                f"{path} lists {first[0]!r}, which does not exist, nor do the lines after it; "
-                "relative paths are taken from the list's own folder."
-            )
+        self._look_at_some()
+
+    def _look_at_some(self) -> None:
+        """Whether any of a few lines, spread evenly, can be read. Raises DataError."""
+        looked_at = [self._path_of(i) for i in _spread(self._num, SAMPLE)]
+        urls = [name for name in looked_at if remote.is_url(name)]
+        urls = [urls[i] for i in _spread(len(urls), SAMPLED_URLS)]
+        if any(os.path.exists(name) for name in looked_at if not remote.is_url(name)):
+            return
+        if urls:
+            if (reason := remote.problem_of(urls[0])) is None:
+                return
+            pool = ThreadPoolExecutor(PROBES)
+            asked = [pool.submit(remote.problem_of, url) for url in urls[1:]]
+            is_there = any(answer.result() is None for answer in as_completed(asked))
+            pool.shutdown(wait=False, cancel_futures=True)
+            if is_there:
+                return
+        first = looked_at[0]
+        reason = reason if remote.is_url(first) else "it does not exist"
+        num = len(urls) + sum(not remote.is_url(name) for name in looked_at)
+        hint = "relative paths are taken from the list's own folder"
+        if not remote.is_url(first) and os.path.exists(first.partition(",")[0]):
+            hint = "its columns must be parted by tabs, not commas"
+        several = f"; of {num} lines looked at, spread over its {self._num:,}, none can be read" if num > 1 else ""
+        raise DataError(f"{self._path} lists {shown(first)!r} ({reason}){several}: {hint}.")
 
     def __len__(self) -> int:
         return self._num
@@ -80,11 +112,14 @@ class ListFile(Source):
         if i % STRIDE >= len(lines):
             raise DataError(f"{self._path} has changed since it was indexed: start again.")
         name = os.fsdecode(lines[i % STRIDE].partition(b"\t")[0])
-        return name if remote.is_url(name) else os.path.join(self._root, name)
+        path = name if remote.is_url(name.lstrip()) else os.path.join(self._root, name)
+        if name == (bare := name.strip()) or not remote.is_url(bare) and os.path.exists(path):
+            return path
+        return bare if remote.is_url(bare) else os.path.join(self._root, bare)
 
     @property
     def has_labels(self) -> bool:
-        return self._is_labelled
+        return self._is_labelled and not self._unlabelled
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -100,7 +135,7 @@ class ListFile(Source):
         seen = LabelsBuilder()
         for block in range(len(self._starts) - 1):
             for line in self._lines(block):
-                seen.add(line.partition(b"\t")[2].decode("utf-8", "surrogateescape").strip())
+                seen.add(os.fsdecode(_label(line)) or None)
         return number(np.array(seen.codes, np.int32), list(seen.values), (), self._path)
 
     def _lines(self, block: int) -> list[bytes]:
@@ -118,33 +153,49 @@ def _is_blank(line: bytes) -> bool:
     return not line.partition(b"\t")[0].strip()
 
 
-def _is_there(names: list[str]) -> bool:
-    """Whether the first URL among `names` is: a question to a server, so no other is asked for."""
-    url = next(filter(remote.is_url, names), None)
-    try:
-        return url is not None and bool(remote.stat(url))
-    except remote.Refused:
-        return False
+def _label(line: bytes) -> bytes:
+    return line.split(b"\t", 2)[1].strip()
+
+
+def _is_header(line: bytes, root: str) -> bool:
+    """Whether a first line names columns, as tables have it, and no file."""
+    name = os.fsdecode(line.partition(b"\t")[0].strip())
+    return name.lower() in PATH_COLUMNS and (remote.is_url(root) or not os.path.exists(os.path.join(root, name)))
+
+
+def _spread(total: int, num: int) -> list[int]:
+    num = min(total, num)
+    return [i * total // num for i in range(num)]
 
 
 def _fetched(url: str) -> str:
     """This machine's copy of a list; another one when the list has changed."""
-    size, mark = stamp_of(url)
+    try:
+        size, mark = stamp_of(url)
+    except remote.NoSize:
+        data = remote.read(url, most=remote.MOST_UNTOLD)
+        return _kept(url, len(data), zlib.crc32(data), [data])
+    parts = (remote.read(url, offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK))
+    return _kept(url, size, mark, parts)
+
+
+def _kept(url: str, size: object, mark: int, parts: Iterable[bytes]) -> str:
     place = cache_place(url, size, mark, suffix=".list")
     try:
         if not place.exists():
             with written_whole(place) as file:
-                for offset in range(0, size, CHUNK):
-                    file.write(remote.read(url, offset, min(CHUNK, size - offset)))
+                for part in parts:
+                    file.write(part)
     except OSError as error:
         raise DataError(f"{url} cannot be copied to {place} ({error.strerror or error}); free some space there.") from error
     return str(place)
 
 
-def _scan(file: str, path: str, size: int) -> dict[str, np.ndarray]:
+def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
     """Of the list `path`, read from `file`: starts int64 (where every STRIDE-th line that is not blank begins, and the end
-    of the file), count, labelled."""
+    of the file), count, whether labelled, and how many are lines without a label, with more columns, of column names."""
     starts, count, labelled, number_of_lines = array("q"), 0, None, 0
+    unlabelled = longer = headers = 0
     with open(file, "rb") as lines:
         offset = len(MARK) if lines.read(len(MARK)) == MARK else 0
         lines.seek(offset)
@@ -164,8 +215,19 @@ def _scan(file: str, path: str, size: int) -> dict[str, np.ndarray]:
             kept = text[begins] > 32
             for i in np.flatnonzero(~kept).tolist():
                 kept[i] = not _is_blank(data[begins[i] : ends[i]])
-            has_tab = np.zeros(len(ends), bool)
-            has_tab[np.searchsorted(ends, np.flatnonzero(text == 9))] = True
+            if not count + headers and (seen := np.flatnonzero(kept)).size:
+                first = seen[0]
+                if _is_header(data[begins[first] : ends[first]], root):
+                    headers, kept[first] = 1, False
+            tabs = np.flatnonzero(text == 9)
+            lines_of_tabs = np.searchsorted(ends, tabs)
+            num_tabs = np.bincount(lines_of_tabs, minlength=len(ends))
+            # a label that is not empty mostly begins with a printing character right after the first tab
+            doubtful = lines_of_tabs[text[tabs + 1] <= 32]
+            for i in dict.fromkeys(doubtful[kept[doubtful]].tolist()):
+                unlabelled += not _label(data[begins[i] : ends[i]])
+            longer += int((num_tabs[kept] > 1).sum())
+            has_tab = num_tabs > 0
             begins, has_tab = begins[kept], has_tab[kept]
             if labelled is None and len(has_tab):
                 labelled = bool(has_tab[0])
@@ -178,4 +240,5 @@ def _scan(file: str, path: str, size: int) -> dict[str, np.ndarray]:
             starts.extend((begins[-count % STRIDE :: STRIDE] + offset).tolist())
             count, number_of_lines, offset, rest = count + len(begins), number_of_lines + len(ends), offset + whole, data[whole:]
     starts.append(size)
-    return {"starts": np.array(starts, np.int64), "count": np.array(count), "labelled": np.array(bool(labelled))}
+    counts = {"count": count, "labelled": bool(labelled), "unlabelled": unlabelled, "longer": longer, "headers": headers}
+    return {"starts": np.array(starts, np.int64), **{name: np.array(value) for name, value in counts.items()}}

@@ -1,16 +1,19 @@
-"""Reading what lies behind a URL, by fsspec: a range of bytes, the size, what a folder holds; with a time limit and tries.
+"""Reading what lies behind a URL, by fsspec: a range of bytes, the size, what a folder holds; with tries, and limits of
+bytes and time that end a transfer for real.
 
 A filesystem belongs to the process that made it, as its sockets and threads do not survive a fork.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import random
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -25,6 +28,17 @@ TRIES = 5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 READ_TIMEOUT_S = 40.0
 LIST_TIMEOUT_S = 600.0
+PROBE_TIMEOUT_S = 10.0
+NO_TRY_AFTER_S = 60.0
+"""Seconds after which what has failed is not tried again."""
+STALL_S, STALL_BYTES = 15.0, 1 << 14
+"""Seconds in which at least so many bytes must come, or a transfer is ended."""
+MOST_UNTOLD = 1 << 28
+"""Bytes that are taken of what does not tell its size."""
+MOST_FILESYSTEMS, MOST_CONNECTIONS, IDLE_S = 16, 64, 4.0
+"""What a process keeps: filesystems (one for all of http, one a bucket), and connections of http in use, and idle for how long."""
+MOST_STUCK = 8
+"""Threads of filesystems without a way to cancel that may hang, before such are not asked any more."""
 READAHEAD = 1 << 20
 COMMON = ("s3", "gs", "az", "hf", "http", "https", "file")
 STAMPS = (
@@ -40,12 +54,26 @@ def waiting() -> None:
     """Called every second while a server is waited for; a loader process puts here what tells that it is not stuck."""
 
 
-_filesystems: dict[tuple[int, str], Any] = {}
+_filesystems: OrderedDict[tuple[int, str], Any] = OrderedDict()  # the least recently used first
+_lock = threading.Lock()
+_stuck: list[Future] = []
 _jitter = random.SystemRandom()  # forked workers must not wait alike, nor draw from anybody's seeded numbers
 
 
 class Refused(DataError):
     """It is not there, or not for us: to ask again is no use."""
+
+
+class _TooMuchError(Exception):
+    """More bytes came, or were announced, than are taken."""
+
+    def __init__(self, most: int):
+        super().__init__(most)
+        self.most = most
+
+
+class NoSize(Refused):
+    """It is there, but nobody says how long it is."""
 
 
 def is_url(path: str) -> bool:
@@ -66,38 +94,60 @@ def beside(url: str, suffix: str) -> str:
 def read(url: str, offset: int = 0, size: int | None = None, most: int | None = None) -> bytes:
     """The bytes offset .. offset + size - 1, or all, of a file that has no more than `most`. Raises DataError."""
 
-    def get(fs: Any, path: str) -> bytes:
+    def attempt() -> bytes:
         if size is None:
-            data = fs.cat_file(path, start=offset or None)
-            if most and len(data) > most:
-                raise Refused(f"{url} cannot be read (it has more than the {most:,} bytes that an image may have).")
-            return data
-        data = fs.cat_file(path, start=offset, end=offset + size)
+            limit = most
+            try:
+                data = _call(url, READ_TIMEOUT_S, "cat_file", start=offset, end=None if most is None else offset + most + 1)
+                if most is None or len(data) <= most:
+                    return data
+            except _TooMuchError as error:
+                limit = min(most or error.most, error.most)
+            raise Refused(f"{url} cannot be read (it has more than the {limit:,} bytes that are taken).")
+        try:
+            data = _call(url, READ_TIMEOUT_S, "cat_file", start=offset, end=offset + size)
+        except _TooMuchError:
+            raise Refused(f"{url} cannot be read in parts: its server ignores ranges; use another, or fetch the file.") from None
         if len(data) > size:
-            raise Refused(f"{url} cannot be read in parts: its server ignores ranges; use another, or fetch the file.")
+            raise Refused(f"{url} cannot be read in parts: its filesystem ignores ranges; use another, or fetch the file.")
         if len(data) < size:
             raise EOFError(f"{len(data)} of {size} bytes came")
         return data
 
-    return _retried(url, get, READ_TIMEOUT_S)
+    return _retried(url, attempt, READ_TIMEOUT_S)
 
 
 def stat(url: str) -> tuple[int, str]:
-    """(size in bytes, a text that changes with the content, empty where the server tells none). Raises DataError."""
-    info = _retried(url, lambda fs, path: fs.info(path), READ_TIMEOUT_S)
+    """(size in bytes, a text that changes with the content, empty where the server tells none). Raises DataError, and
+    NoSize where it is there and its server tells no size."""
+    info = _retried(url, lambda: _call(url, READ_TIMEOUT_S, "info"), READ_TIMEOUT_S)
     if info.get("size") is None:
-        raise Refused(f"{url} cannot be read in parts: its server tells no size; use another, or fetch the file.")
+        raise NoSize(f"{url} cannot be read in parts: its server tells no size; use another, or fetch the file.")
     return int(info["size"]), next((str(info[k]) for k in STAMPS if info.get(k)), "")
+
+
+def problem_of(url: str) -> str | None:
+    """Why the beginning of a file cannot be read, asked once; None where it can."""
+    try:
+        _call(url, PROBE_TIMEOUT_S, "cat_file", start=0, end=1, is_probe=True)
+    except DataError as error:
+        return str(error)
+    except Exception as error:  # each filesystem has its own
+        return _reason(error, PROBE_TIMEOUT_S)
+    return None
 
 
 def find_tars(url: str) -> list[str]:
     """The tars that a glob matches or that lie in a folder, sorted. Raises DataError."""
 
-    def names(fs: Any, path: str) -> list[str]:
-        found = fs.glob(path) if has_magic(url) else fs.ls(path, detail=False)
-        return [fs.unstrip_protocol(name) for name in found]
+    def attempt() -> list[str]:
+        if has_magic(url):
+            found = _call(url, LIST_TIMEOUT_S, "glob")
+        else:
+            found = _call(url, LIST_TIMEOUT_S, "ls", detail=False)
+        return [_filesystem(url)[0].unstrip_protocol(name) for name in found]
 
-    found = _retried(url, names, LIST_TIMEOUT_S)
+    found = _retried(url, attempt, LIST_TIMEOUT_S)
     return sorted({name for name in found if name.partition("?")[0].endswith(".tar")})
 
 
@@ -135,29 +185,100 @@ class _Ranges(io.RawIOBase):
 # ------------------------------------------------------------------------------------------------------- tries
 
 
-def _retried(url: str, call: Callable[[Any, str], T], timeout_s: float) -> T:
-    """call(filesystem, path in it), again after growing pauses while it fails or takes longer than `timeout_s`."""
-    reason = ""
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * _jitter.uniform(0.5, 1))
+def _retried(url: str, attempt: Callable[[], T], timeout_s: float) -> T:
+    """attempt(), again after growing pauses while it fails; it gives up after `timeout_s` each time."""
+    reason, begin, tries = "", time.monotonic(), 0
+    while tries < TRIES and (not tries or time.monotonic() - begin < NO_TRY_AFTER_S):
+        if tries:
+            time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (tries - 1)) * _jitter.uniform(0.5, 1))
             waiting()
+        tries += 1
         try:
-            return _within(timeout_s, lambda: call(*_filesystem(url)))
+            return attempt()
         except DataError:
             raise
         except Exception as error:  # each filesystem has its own
-            if url.startswith("http") and isinstance(error, FileNotFoundError) and error.__cause__:
+            if url.lower().startswith("http") and isinstance(error, FileNotFoundError) and error.__cause__:
                 error = error.__cause__  # fsspec's stat says so whatever went wrong
             reason = _reason(error, timeout_s)
             if _is_final(error):
                 raise Refused(f"{url} cannot be read ({reason}).") from error
-    raise DataError(f"{url} cannot be read ({reason}; {TRIES} tries).")
+    raise DataError(f"{url} cannot be read ({reason}; {tries} tries).")
 
 
-def _within(timeout_s: float, call: Callable[[], T]) -> T:
-    """call() in a thread that is left behind when it takes too long: a filesystem may wait for ever."""
+def _call(url: str, timeout_s: float, name: str, **options: Any) -> Any:
+    """A method of the URL's filesystem; one that takes longer is cancelled."""
+    fs, path = _filesystem(url)
+    is_probe, is_http = options.pop("is_probe", False), path.startswith(("http://", "https://"))
+    if is_http and name == "cat_file":
+        future = asyncio.run_coroutine_threadsafe(_get(fs, path, **options, is_probe=is_probe), fs.loop)
+    elif fs.async_impl:
+        future = asyncio.run_coroutine_threadsafe(getattr(fs, f"_{name}")(path, **options), fs.loop)
+    else:
+        future = _in_thread(lambda: getattr(fs, name)(path, **options))
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return future.result(max(0.0, min(1.0, deadline - time.monotonic())))
+        except TimeoutError:
+            if future.done():  # the call's own
+                raise
+            if time.monotonic() >= deadline:
+                if not future.cancel() and not future.done():
+                    _stuck.append(future)
+                raise
+        waiting()
+
+
+async def _get(fs: Any, url: str, start: int, end: int | None, is_probe: bool) -> bytes:
+    """Bytes start .. end - 1 by HTTP, or one more chunk where there are more; of a probe only the first chunk."""
+    session, options = await fs.set_session(), dict(fs.kwargs)
+    if start or end is not None and end < MOST_UNTOLD or is_probe:  # an image is asked for whole
+        options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{'' if end is None else end - 1}"}
+    most = None if end is None else end - start
+    async with session.get(fs.encode_url(url), **options) as answer:
+        if is_probe and answer.status == 416:  # an empty file
+            return b""
+        fs._raise_not_found_for_status(answer, url)
+        told = answer.content_length
+        if told is None:
+            most = min(MOST_UNTOLD, most or MOST_UNTOLD)
+        if is_probe:
+            return await answer.content.readany()
+        if told and most is not None and told > most:
+            raise _TooMuchError(most)
+        data, window, came = bytearray(), time.monotonic() + STALL_S, 0
+        while chunk := await _next_chunk(answer, window - time.monotonic()):
+            data += chunk
+            came += len(chunk)
+            if most is not None and len(data) > most:
+                raise _TooMuchError(most)
+            if time.monotonic() >= window:
+                if came < STALL_BYTES:
+                    raise _StalledError
+                window, came = time.monotonic() + STALL_S, 0
+        return bytes(data)
+
+
+class _StalledError(TimeoutError):
+    def __init__(self) -> None:
+        super().__init__(f"fewer than {STALL_BYTES:,} bytes in {STALL_S:g} s")
+
+
+async def _next_chunk(answer: Any, timeout_s: float) -> bytes:
+    try:
+        return await asyncio.wait_for(answer.content.readany(), max(0.001, timeout_s))
+    except TimeoutError as error:
+        raise _StalledError from error
+
+
+def _in_thread(call: Callable[[], T]) -> Future[T]:
+    """call() in a thread that is left behind when it takes too long, for a filesystem that cannot be told to stop."""
+    _stuck[:] = [future for future in _stuck if not future.done()]
+    if len(_stuck) >= MOST_STUCK:
+        raise OSError(f"{len(_stuck)} transfers before it have never ended")
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
@@ -166,14 +287,7 @@ def _within(timeout_s: float, call: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return future.result(max(0.0, min(1.0, deadline - time.monotonic())))
-        except TimeoutError:
-            if future.done() or time.monotonic() >= deadline:  # the call's own, or ours
-                raise
-        waiting()
+    return future
 
 
 def _status(error: BaseException) -> int | None:
@@ -191,20 +305,27 @@ def _is_final(error: BaseException) -> bool:
 def _reason(error: BaseException, timeout_s: float) -> str:
     if status := _status(error):
         return f"HTTP status {status}"
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) and not isinstance(error, _StalledError):
         return f"no answer in {timeout_s:g} s"
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    return str(error) if isinstance(error, _StalledError) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """This process's filesystem for a host or bucket, and the path in it."""
-    key = os.getpid(), "/".join(url.split("/", 3)[:3])
-    if key not in _filesystems:
-        protocol = url.partition("://")[0].lower()
+    """This process's filesystem for a URL, one for all of http and one a bucket otherwise, and the path in it."""
+    scheme, mark, rest = url.partition("://")
+    protocol = scheme.lower()
+    # bytes that are no text stand in a URL as browsers send them
+    url = f"{protocol}{mark}{''.join(c if not 0xDC80 <= ord(c) <= 0xDCFF else f'%{ord(c) - 0xDC00:02X}' for c in rest)}"
+    is_http = protocol in ("http", "https")
+    key = os.getpid(), "http" if is_http else url[: len(protocol) + 3] + rest.partition("/")[0]
+    with _lock:
+        if key in _filesystems:
+            _filesystems.move_to_end(key)
+            return _filesystems[key], _filesystems[key]._strip_protocol(url)
         try:
-            made, _ = url_to_fs(url, skip_instance_cache=True)
+            made, _ = url_to_fs(url, skip_instance_cache=True, **({"get_client": _client} if is_http else {}))
         except ImportError as error:
             package = getattr(error.__cause__, "name", None) or known_implementations[protocol]["err"]
             raise DataError(
@@ -213,7 +334,17 @@ def _filesystem(url: str) -> tuple[Any, str]:
         except ValueError as error:
             known = nearest(protocol, COMMON)
             raise DataError(f"{url} begins with {protocol}://, which is no way to read files; {known}") from error
-        if protocol in ("http", "https"):  # compressed on the way, bytes would have other places
+        if is_http:  # compressed on the way, bytes would have other places
             made.kwargs["headers"] = {"Accept-Encoding": "identity", **made.kwargs.get("headers", {})}
-        _filesystems.setdefault(key, made)
-    return _filesystems[key], _filesystems[key]._strip_protocol(url)
+        _filesystems[key] = made
+        while len(_filesystems) > MOST_FILESYSTEMS:
+            _filesystems.popitem(last=False)
+    return made, made._strip_protocol(url)
+
+
+async def _client(**options: Any) -> Any:
+    """A session of http for however many hosts: it keeps no cookies, and idle connections not for long."""
+    import aiohttp
+
+    connector = aiohttp.TCPConnector(limit=MOST_CONNECTIONS, keepalive_timeout=IDLE_S)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), **options)

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 OUTSIDE_BRACES = r",(?![^{}]*\})"
 """Commas that part one path from the next."""
-INDEX_VERSION = COLLECTION_VERSION = 2 + len(SUFFIXES)
+INDEX_VERSION = COLLECTION_VERSION = 100 + len(SUFFIXES)
 """Another one, too, where HEIF can be read; and to be raised with left_out.KINDS."""
 SUMS = 4 + len(KINDS)
 LONGEST_LABEL = 256
