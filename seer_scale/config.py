@@ -40,6 +40,9 @@ class Run:
     heartbeat_s: float = opt(
         60.0, "seconds at most between two signs of life: a line where there is no terminal, and what inspect reads; 0 = none", ge=0
     )
+    prototype_images: int = opt(
+        512, "images looked at, after training, for the report's pictures of prototypes; 0 = no such pictures", ge=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

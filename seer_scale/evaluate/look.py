@@ -58,11 +58,11 @@ def show_neighbours(run_dir: Path, stage: str, images: Labelled, found: Neighbou
 @torch.no_grad()
 def show_prototypes(
     run_dir: Path, represent: Represent, prototypes: torch.Tensor, source: Source, *,
-    size: int, batch: int, workers: int, world: World, most: int = 2000,
+    num: int, size: int, batch: int, workers: int, world: World,
 ) -> None:  # fmt: skip
     """How the images are shared out among the prototypes, and those nearest to a few prototypes that hold theirs close and
-    are far from each other. Collective; rank 0 writes. prototypes [K, dim]."""
-    indices = np.arange(0, len(source), max(1, len(source) // most))
+    are far from each other. Collective; rank 0 writes. prototypes [K, dim]; num: images looked at, spread over all."""
+    indices = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(np.int64)
     stream = features(represent, source, indices, size=size, batch=batch, workers=workers, world=world)
     parts = [(z, i) for _, z, _, i in stream]
     z, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))

@@ -13,6 +13,7 @@ from seer_scale.config import load_recipe, resolve
 from seer_scale.errors import DataError, UserError
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.methods.swav import SwAV
+from seer_scale.observe.progress import Progress
 from seer_scale.parallel import build_engine
 from seer_scale.world import World
 
@@ -38,6 +39,13 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
     store.load(path, state, world, only="model/")
     engine.refresh()
-    scores, _ = knn(engine.represent, images, config.knn, workers=config.data.workers, world=world)
+    total = len(images.query_indices) + len(images.bank_indices)
+    with Progress(active=world.is_main, to_stderr=True) as progress, progress.doing("measuring kNN", total):
+
+        def represent(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            progress.advance(len(batch) * world.size)
+            return engine.represent(batch)
+
+        scores, _ = knn(represent, images, config.knn, workers=config.data.workers, world=world)
     scores |= {"protocol": images.protocol}
     return scores | {"samples_seen": store.read_meta(path)["samples_seen"], "checkpoint": path.name, "run": str(run_dir)}

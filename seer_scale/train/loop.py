@@ -221,9 +221,7 @@ class Trainer:
                 if not self._save():
                     goes_on = f"it goes on from {self._saved[1].name}" if self._saved else "there is no checkpoint of this start, and without an older one it begins anew"
                     raise TrainingFailed(f"The run is complete, but its last checkpoint could not be written: free some space and start it again; {goes_on}.")
-                if self._needs_last_evaluation():
-                    self._evaluate("after")
-                    self._show_prototypes()
+                self._evaluate_at_end()
             except _Stop as stop:
                 left = "Start it again and it goes on." if self.samples_seen < self.config.train.samples else "All samples were seen: start it again for the last evaluation."
                 self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}")
@@ -510,19 +508,32 @@ class Trainer:
         return self.engine.represent(images)
 
     def _show_prototypes(self) -> None:
-        c = self.config
-        if self.source.is_stream:
+        """Pictures of what prototypes collect, from a sample: all images would take as long as an epoch without training."""
+        c, num = self.config, min(self.config.run.prototype_images, len(self.source))
+        if self.source.is_stream or not num:
             return
-        prototypes = self.engine.whole(self.engine.method.unit_rows[0])
-        with _disk_may_fill():  # rank 0 writes after the last collective
-            show_prototypes(
+        begin, prototypes = time.perf_counter(), self.engine.whole(self.engine.method.unit_rows[0])
+        with _disk_may_fill(), self.progress.doing("looking for the images nearest to the prototypes", num):
+            show_prototypes(  # rank 0 writes after the last collective
                 self.run_dir, self._represent, prototypes, self.source,
-                size=c.knn.size, batch=c.knn.batch, workers=c.data.workers, world=self.world,
+                num=num, size=c.knn.size, batch=c.knn.batch, workers=c.data.workers, world=self.world,
             )  # fmt: skip
+        self._tell(
+            "prototypes",
+            f"The report shows the images nearest to some prototypes, of {num:,} looked at in {time.perf_counter() - begin:.0f} s "
+            "(run.prototype_images; 0 does without).",
+        )
 
-    def _needs_last_evaluation(self) -> bool:
-        rows = read_metrics(self.run_dir)[0] if self.world.is_main else []
-        return self.world.broadcast_object(not any(r.get("knn/stage") == "after" and r["samples_seen"] >= self.samples_seen for r in rows))
+    def _evaluate_at_end(self) -> None:
+        """What was not done by a start before."""
+        rows, events = read_metrics(self.run_dir) if self.world.is_main else ([], [])
+        here = [r for r in [*rows, *events] if r["samples_seen"] >= self.samples_seen]
+        done = {r.get("knn/stage") for r in here} | {r.get("event") for r in here}
+        done = self.world.broadcast_object(done)
+        if "after" not in done:
+            self._evaluate("after")
+        if "prototypes" not in done:
+            self._show_prototypes()
 
     def _report(self) -> None:
         if self.world.is_main:

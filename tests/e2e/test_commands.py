@@ -45,7 +45,7 @@ def test_report(straight, capsys):
 
 def test_what_a_new_start_would_change_is_told_when_it_is_asked_for(straight, tmp_path, photos):
     given = recipe(tmp_path, photos)
-    for more, told in (((), []), (("--optim.lr", "0.03"), [f"{straight} goes on from samples-000000000160, with optim.lr 0.02 -> 0.03."])):
+    for more, told in (((), []), (("--optim.lr", "0.03"), [f"{straight} goes on from samples-000000000160, with optim.lr 0.02 -> 0.03. The learning rate goes from 2e-05 to 3e-05, because of optim.lr."])):
         assert prepare(Request(recipe=given, overrides=["--run.dir", str(straight), "--knn.enabled", "true", *more]), [])[2] == told
 
 

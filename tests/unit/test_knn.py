@@ -173,11 +173,24 @@ def test_pictures_of_images_that_vanished(tmp_path):
             Path(images.bank.name(i)).write_bytes(b"no image")
         return represent(batch)
 
-    show_prototypes(tmp_path, vanish, torch.eye(3), images.bank, size=16, batch=64, workers=0, world=World())
+    show_prototypes(tmp_path, vanish, torch.eye(3), images.bank, num=100, size=16, batch=64, workers=0, world=World())
     assert 0 < sum(len(e["images"]) for e in read_gallery(tmp_path)["prototypes"]) < 3 * 8
     show_neighbours(tmp_path, "after", images, found)
     rows = read_gallery(tmp_path)["after"]
     assert len(rows) == 5 and 0 < sum(len(e["neighbours"]) for e in rows) < 5 * KNN.k  # of six queries
+
+
+def test_pictures_of_prototypes_look_at_so_many_images_and_no_more(tmp_path):
+    images, looked = images_of(write_corpus(tmp_path)), []
+
+    def counted(batch):
+        looked.append(len(batch))
+        return represent(batch)
+
+    for num in (1, 9, 20, len(images.bank), 10**6):  # of 34, one of which is broken
+        looked.clear()
+        show_prototypes(tmp_path, counted, torch.eye(3), images.bank, num=num, size=16, batch=4, workers=0, world=World())
+        assert min(num, len(images.bank)) - 1 <= sum(looked) <= num
 
 
 def test_eval_of_a_run_that_evaluated_nothing(tmp_path):

@@ -1,0 +1,49 @@
+"""What follows the last update: done once, by whichever start comes so far."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+from seer_scale.observe.progress import Progress
+from seer_scale.train import loop
+from seer_scale.world import World
+
+
+def at_end(run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 30, stream: bool = False) -> list[str]:
+    """What a run that has seen all of its 640 samples does and tells."""
+    told: list[str] = []
+    made = object.__new__(loop.Trainer)
+    run = SimpleNamespace(prototype_images=prototype_images)
+    made.config = SimpleNamespace(
+        run=run, knn=SimpleNamespace(size=16, batch=4), data=SimpleNamespace(workers=0)
+    )
+    made.world, made.run_dir, made.samples_seen, made.progress = World(), run_dir, 640, Progress(active=False)
+    source = type("Images", (), {"__len__": lambda _: images, "is_stream": stream})()
+    made.course = SimpleNamespace(source=source)
+    made.engine = SimpleNamespace(whole=lambda name: name, method=SimpleNamespace(unit_rows=["prototypes"]))
+    made._evaluate = told.append
+    monkeypatch.setattr(loop, "show_prototypes", lambda *_, num, **__: told.append(f"looked at {num}"))
+    made._tell = lambda kind, text, **_: told.append(kind)
+    made._evaluate_at_end()
+    return told
+
+
+def log(run_dir, *records: dict) -> None:
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps({"samples_seen": 640} | r) + "\n" for r in records))
+
+
+def test_what_a_start_before_has_done_is_not_done_again(tmp_path, monkeypatch):
+    pictures = ["looked at 30", "prototypes"]
+    assert at_end(tmp_path, monkeypatch) == ["after", *pictures]
+    log(tmp_path, {"knn/stage": "after", "samples_seen": 320})
+    assert at_end(tmp_path, monkeypatch) == ["after", *pictures]
+    log(tmp_path, {"knn/stage": "after"})
+    assert at_end(tmp_path, monkeypatch) == pictures
+    log(tmp_path, {"event": "prototypes"})  # as with knn.enabled false
+    assert at_end(tmp_path, monkeypatch) == ["after"]
+
+
+def test_pictures_of_prototypes_are_bounded_and_can_be_left_out(tmp_path, monkeypatch):
+    assert at_end(tmp_path, monkeypatch, images=20) == ["after", "looked at 20", "prototypes"]
+    assert at_end(tmp_path, monkeypatch, prototype_images=0) == at_end(tmp_path, monkeypatch, stream=True) == ["after"]
