@@ -102,7 +102,7 @@ def test_shipped_recipe_holds(name):
     head = re.match(r"(#.*\n)+", text)
     assert head, "a recipe begins with a comment"
     command = next(line for line in head[0].splitlines() if name in line)
-    assert "seer-scale train" in command or "tools/launch.py" in command
+    assert "seer-scale train" in command or "seer-scale launch" in command
     assert re.search(r"^# Cost: ", head[0], re.M) and re.search(r"^# Should reach: ", head[0], re.M)
     given = load_recipe(name)
     config = resolve(given, ["--data.path", "images"])
