@@ -27,6 +27,8 @@ from seer_scale.errors import (
     EXIT_STOPPED,
     QUEUE_SIGNALS,
     STOP_SIGNALS,
+    UserError,
+    complain,
     ends_at_once,
     stop_signals,
 )
@@ -248,7 +250,10 @@ def control_local(run_dir: str, visible: str | None) -> int:
     visible: CUDA_VISIBLE_DEVICES as the user gave it; submitit hides the GPUs it was not told of.
     """
     console.install()
-    job = Job.of(run_dir)
+    try:
+        job = Job.of(run_dir)
+    except UserError as error:
+        return complain(error)
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible

@@ -27,8 +27,10 @@ LABEL = re.compile(r"^\[rank \d+\] ")
 def main(run_dir: str) -> int:
     """Train; returns 0 also for a stop that was asked for, as srun would end the other ranks on any other status, unless a
     full disk keeps the outcome from being written."""
-    job, attempt = Job.of(run_dir), os.environ[ATTEMPT]
-    rank = detect().rank
+    try:
+        job, attempt, rank = Job.of(run_dir), os.environ[ATTEMPT], detect().rank
+    except UserError as error:
+        return complain(error)
     console.install(f"[rank {rank}] " if rank else "", drop=f"[rank{rank}]: ")  # torch's tracebacks begin with that
     os.chdir(job.folder)
     if job.cluster == "local":

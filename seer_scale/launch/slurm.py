@@ -18,7 +18,7 @@ from typing import Any
 import submitit
 
 from seer_scale import console
-from seer_scale.errors import EXIT_HUNG, UserError
+from seer_scale.errors import EXIT_HUNG, UserError, complain
 from seer_scale.launch.control import Control, Limits, say
 from seer_scale.launch.job import ATTEMPT, Job
 from seer_scale.launch.profile import Profile
@@ -112,13 +112,15 @@ def control_slurm(run_dir: str) -> None:
     """What the batch job runs, on its first node: the ranks of all nodes. Ends the process with the run's exit status."""
     console.install()
     got = int(os.environ["SLURM_JOB_NUM_NODES"])
-    for _ in range(600):  # the record is written just after sbatch has answered
-        job = Job.read(run_dir)
-        if job and job.job_id == _own_id():
-            break
-        time.sleep(0.1)
-    else:
-        job = Job.of(run_dir)
+    try:
+        for _ in range(600):  # the record is written just after sbatch has answered
+            if (job := Job.read(run_dir)) and job.job_id == _own_id():
+                break
+            time.sleep(0.1)
+        else:
+            job = Job.of(run_dir)
+    except UserError as error:
+        sys.exit(complain(error))
     nodes, each = max(n for n in job.fits if n <= got), job.ranks_per_node
     ident = f"{_own_id()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     names = (_answer("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]) or "").split()[:nodes]
@@ -132,7 +134,7 @@ def control_slurm(run_dir: str) -> None:
 
 
 class SlurmLimits(Limits):
-    """The job's time limit, as SLURM knows it now, and `launch.py cancel`."""
+    """The job's time limit, as SLURM knows it now, and `seer-scale cancel`."""
 
     def __init__(self, job: Job):
         self._job, self._grace_s = job, Profile(**job.profile).grace_s

@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,9 +19,9 @@ import yaml
 from seer_scale import cli
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.launch import control as control_module
-from seer_scale.launch import slurm, submit
+from seer_scale.launch import runs, slurm, submit
 from seer_scale.launch.control import Control, Limits, _ended
-from seer_scale.launch.job import Job, is_alive, process_mark, snapshot
+from seer_scale.launch.job import ATTEMPT, Job, is_alive, process_mark, snapshot
 from seer_scale.launch.options import grid
 from seer_scale.launch.prepare import Request, prepare, stow
 from seer_scale.launch.profile import Profile, load_profile, minutes, read_profile
@@ -283,6 +285,67 @@ def test_several_runs_are_asked_at_once(tmp_path, monkeypatch, capsys):
     assert str(caught.value).splitlines() == ["a is not running: done.", "b is not running: done."]
     with pytest.raises(UserError, match="b is done: it has seen all its samples"):
         cli.run(["resubmit", "b"])
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [("", "is torn or was written by something else"), ('{"name": "a", "run', "is torn"), ("[]", "is torn or"), ('{"a": 1}', "is torn or"), ("\xff", "is torn"),
+     ("more", "was written by another version of seer_scale"), ("less", "was written by another version of seer_scale")],
+)  # fmt: skip
+def test_a_record_that_is_none_is_said_to_be_that(recipe, content, said, capsys, monkeypatch):
+    """It is not taken for "nothing was launched", nor for a job by those who need one."""
+    job, given, _ = prepare(ask(recipe, nodes=(1, 1)), [])
+    job = stow(job, given)
+    whole = dataclasses.asdict(job)
+    less = {k: v for k, v in whole.items() if k != "fits"}
+    text = {"more": json.dumps(whole | {"colour": 1}), "less": json.dumps(less)}.get(content, content)
+    job.record.write_bytes(text.encode("latin-1"))
+    for read in (Job.read, Job.of):
+        with pytest.raises(UserError, match=f"{job.record} {said}"):
+            read(job.run_dir)
+    for words in (["status", "tiny"], ["resubmit", "tiny"], ["cancel", "tiny"], ["logs", "tiny"]):
+        with pytest.raises(UserError, match=said):
+            cli.run(words)
+    assert cli.run(["list"]) == 0 and said in capsys.readouterr().out
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "7")
+    assert control_module.control_local(job.run_dir, None) == 2 and said in capsys.readouterr().err
+    job.record.unlink()
+    as_rank = [sys.executable, "-P", "-m", "seer_scale.launch.rank", job.run_dir]
+    done = subprocess.run(as_rank, env=os.environ | {ATTEMPT: "7.1"}, capture_output=True, text=True, timeout=60)
+    assert Job.read(job.run_dir) is None and done.returncode == 2 and "nothing was launched in" in done.stderr
+
+
+def test_a_run_is_where_it_lies(recipe, tmp_path, capsys):
+    """Moved, it is known and goes on there; a copy says of what, and the job is not its own."""
+    (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
+    request = ask(recipe, nodes=(1, 1), name="a", overrides=["--run.dir", "runs/a"])
+    job, given, _ = prepare(request, [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a", "--run.dir", "runs/a"])
+    dataclasses.replace(stow(job, given), job_id="7", log_dir=str(job.logs)).write()
+    (job.logs / "7_0.out").write_text("said there\n")
+    before = Path(job.run_dir)
+    shutil.copytree(before, tmp_path / "copy")
+    assert cli.run(["status", "copy"]) == 0 and f"a copy of {before}, where it was launched" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"copy is a copy of {before}, whose job it names: cancel that one"):
+        cli.run(["cancel", "copy"])
+
+    place = tmp_path / "elsewhere" / "b"
+    place.parent.mkdir()
+    before.rename(place)
+    assert cli.run(["status", "elsewhere/b"]) == 0
+    told = capsys.readouterr().out
+    assert f"\n  {place}, " in told and f"moved from {before}, where it was launched" in told
+    assert cli.run(["logs", "elsewhere/b"]) == 0 and capsys.readouterr().out == "said there\n"
+    assert cli.run(["resubmit", "elsewhere/b", "--nodes", "2", "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert f"PYTHONPATH={place}/launch/code-" in script and str(before) not in script and "#SBATCH --nodes=2\n" in script
+    assert not before.exists()
+    link = tmp_path / "link"
+    link.symlink_to(place)
+    assert Job.of(link).run_dir == str(link) and Job.of(before.parent / "../elsewhere/b").run_dir == str(place)
+
+    gone = dataclasses.replace(Job.of(place), folder=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=f"a was launched from {tmp_path}/gone, which is no more: .* --run.dir {place}"):
+        runs.words_again(gone, nodes="", time="")
 
 
 # ------------------------------------------------------------------------------------------------ control
