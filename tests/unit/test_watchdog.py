@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -38,7 +39,20 @@ def test_stacks_are_written_and_the_process_ends(body):
 
 
 def test_also_where_a_thread_holds_pythons_lock():
-    assert outcome("ctypes.PyDLL(None).sleep(60)").returncode == -signal.SIGALRM
+    twice = "lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"
+    assert outcome(twice).returncode == -signal.SIGALRM
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count():
+    """For longer than the kernel waits, while no beat comes."""
+    script = SCRIPT.format(body="time.sleep(0.5)", limit=1.0, run="print('ready', flush=True)\n    hangs_here()").replace("GRACE_S = 0.3", "GRACE_S = 1.0")
+    stopped = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert stopped.stdout.readline() == "ready\n"
+    stopped.send_signal(signal.SIGSTOP)
+    time.sleep(4.5)  # longer than the limit and three times the grace
+    stopped.send_signal(signal.SIGCONT)
+    out, err = stopped.communicate(timeout=60)
+    assert (stopped.returncode, out) == (0, "went on\n") and "it was stopped, and goes on." in err, err
 
 
 @pytest.mark.parametrize("limit, run", [(0.6, "pass"), (0.0, "time.sleep(2)"), (0.6, "\n    with w.patient(30): time.sleep(2)")])
