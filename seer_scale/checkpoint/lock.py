@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -13,6 +14,8 @@ from seer_scale.errors import UserError
 from seer_scale.world import World
 
 POLL_S = 1.0
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""How file systems say that they have no locks."""
 
 
 class RunLock:
@@ -20,8 +23,11 @@ class RunLock:
 
     Collective where a world is given. Raises UserError, on all ranks, with the owner's pid, host, job and start. The
     lock is the kernel's, so it ends with the process however that dies; the text in `.lock` is only for people. patience_s:
-    how long to wait for another's: a file server may keep the lock of a node that lost its power for a while.
+    how long to wait for another's: a file server may keep the lock of a node that lost its power for a while. note: what
+    the user should know of it, on rank 0: where a file system has no locks the run goes on without.
     """
+
+    note = ""
 
     def __init__(self, run_dir: Path, world: World = World(), *, patience_s: float = 0.0):
         self._fd: int | None = None
@@ -43,11 +49,16 @@ class RunLock:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            owner = os.pread(fd, 1000, 0).decode(errors="replace") or "another run"
-            os.close(fd)
-            if isinstance(e, BlockingIOError):
-                return f"{run_dir} is in use by {owner}: stop it or choose another run.dir."
-            return f"{run_dir} cannot be locked ({e.strerror}): choose a run.dir on a file system with locks."
+            owner = os.pread(fd, 1000, 0).decode(errors="replace") or "an unknown run"
+            if e.errno not in UNSUPPORTED:
+                os.close(fd)
+                if isinstance(e, BlockingIOError):
+                    return f"{run_dir} is in use by {owner}: stop it or choose another run.dir."
+                return f"{run_dir} cannot be locked ({e.strerror}): choose another run.dir."
+            self.note = (
+                f"The file system of {run_dir} has no locks ({e.strerror}; Lustre has them with the mount option flock), so "
+                f"nothing keeps a second run out: start none while this one lives. The last to begin here was {owner}."
+            )
         self._fd = fd
         # A forked loader worker shares the lock, and would keep it past the death of its parent.
         os.register_at_fork(after_in_child=self.release)

@@ -65,6 +65,8 @@ def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchd
     timeouts = Timeouts.of(config)
     with watchdog.patient(timeouts.lock_s):
         lock = RunLock(run_dir, world, patience_s=timeouts.lock_s if attempt else 0.0)
+    if lock.note:
+        complain(lock.note)
     with lock, Progress(run_dir, active=world.is_main, every_s=config.run.heartbeat_s) as progress:
         with watchdog.patient(timeouts.start_s):
             trainer = Trainer(config, world, run_dir, stop, watchdog, progress, attempt)

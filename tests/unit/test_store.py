@@ -1,6 +1,7 @@
 """A checkpoint exists whole or not at all: every damage is passed over, no failure and no kill costs a published one."""
 
 import errno
+import fcntl
 import io
 import json
 import multiprocessing
@@ -477,6 +478,20 @@ def test_one_run_a_directory_until_it_is_killed(tmp_path):
         RunLock(run_dir).release()
     finally:
         os.kill(worker, 9)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_holds_a_run_and_says_so(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunLock(tmp_path) as lock:
+        assert os.strerror(number) in lock.note and lock.note.endswith("The last to begin here was an unknown run.")
+    assert f"The last to begin here was pid {os.getpid()} on " in RunLock(tmp_path).note
+    number = errno.EIO
+    with pytest.raises(UserError, match="cannot be locked"):
+        RunLock(tmp_path)
 
 
 def test_a_directory_that_cannot_hold_a_run(tmp_path):
