@@ -180,6 +180,9 @@ class Checkpoint:
     background: bool = opt(True, "write checkpoints while training goes on, from a copy in memory; false: updates wait for the disk")
     keep_last: int = opt(2, "newest checkpoints kept", ge=1)
     keep_every_samples: int = opt(0, "also keep those at multiples of so many samples; 0 = none", ge=0)
+    keep_best: bool = opt(
+        False, "also keep the checkpoint of the highest kNN top-1, saved at that evaluation and linked as checkpoints/best"
+    )
     resume: str = opt("auto", "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path")
     init_from: str = opt("", "start a new run from the weights of this checkpoint, or of the newest one of this run")
     init_part: Literal["all", "backbone"] = opt(
@@ -493,6 +496,7 @@ def without_effect(c: Config) -> list[str]:
         "parallel.max_unit_gib": (c.parallel.engine in ("fsdp", "zero3", "auto"), "parallel.engine fsdp or zero3"),
         "parallel.ds_config": (c.parallel.engine in ZERO, f"parallel.engine {', '.join(ZERO)}"),
         "train.min_loss_scale": (c.train.precision == "fp16", "train.precision fp16"),
+        "checkpoint.keep_best": (c.knn.enabled and c.knn.every_samples > 0, "knn.every_samples"),
         "checkpoint.init_part": (bool(c.checkpoint.init_from), "a checkpoint.init_from"),
         "data.prefetch": (c.data.workers > 0, "data.workers of at least 1"),
         "data.timeout_s": (c.data.workers > 0, "data.workers of at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,12 @@ class Saver:
         if isinstance(outcome, Saved):
             return outcome
         raise outcome
+
+    def retain(self) -> None:
+        """Delete what need not be kept, as a save does at its end; nothing may be in flight. Collective."""
+        assert self._thread is None, "a save in flight retains by itself"
+        with suppress(CheckpointError):
+            store.retain(self._folder, *self._keep, self._world)
 
     def close(self, seconds: float = CLOSE_S) -> None:
         """Let what is in flight end, where it still can; on its own, for other ranks may be gone."""

@@ -35,7 +35,7 @@ from seer_scale.files import sync_folder
 from seer_scale.world import World
 
 FORMAT = 2
-MANIFEST, TENSORS = "manifest.json", "tensors.json"
+MANIFEST, TENSORS, BEST = "manifest.json", "tensors.json", "best"
 _NAME = re.compile(r"samples-(\d{12,})(?:-(\d+))?")
 
 State = dict[str, torch.Tensor]
@@ -360,7 +360,8 @@ def _word(dtype: torch.dtype) -> str:
 
 def retain(folder: Path, keep_last: int, keep_every_samples: int, world: World) -> None:
     """Delete checkpoints, but not the newest `keep_last`, nor the first at or past each multiple of
-    `keep_every_samples` (0 = none), nor the newest valid one, which is verified before anything goes.
+    `keep_every_samples` (0 = none), nor the best (`mark_best`), nor the newest valid one, which is verified before
+    anything goes.
 
     Collective. Raises CheckpointError on all ranks if one cannot be deleted.
     """
@@ -375,8 +376,38 @@ def retain(folder: Path, keep_last: int, keep_every_samples: int, world: World) 
     with _agreement(world):
         if world.is_main:
             for name in old:
-                if name != valid.name:
+                if name not in (valid.name, best_of(folder)):
                     _discard(folder / name)
+
+
+def mark_best(folder: Path, scores: dict[int, float]) -> str | None:
+    """Let the link `best` name the checkpoint in `folder` whose samples_seen has the highest score; its name, if that is
+    another than before. Local. Raises OSError."""
+    scored = [p.name for p in reversed(_published(folder)) if _samples(p) in scores]
+    best = max(scored, key=lambda name: scores[_samples(Path(name))], default=None)
+    if best is None or best == best_of(folder):
+        return None
+    aside = folder / f".tmp-best-{secrets.token_hex(4)}"
+    os.symlink(best, aside)
+    os.replace(aside, folder / BEST)
+    return best
+
+
+def published(folder: Path) -> list[int]:
+    """samples_seen of what bears a checkpoint's name in `folder`, newest first."""
+    return [_samples(p) for p in _published(folder)]
+
+
+def samples_of(name: str) -> int:
+    return _samples(Path(name))
+
+
+def best_of(folder: Path) -> str | None:
+    """The name of the checkpoint that was marked as the best."""
+    try:
+        return os.readlink(folder / BEST)
+    except OSError:
+        return None
 
 
 def _discard(path: Path) -> None:
@@ -429,7 +460,7 @@ def _names(folder: Path, world: World) -> list[str]:
 
 def _remove(path: Path) -> None:
     """As far as possible; what is left keeps its .tmp- name."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

@@ -14,18 +14,18 @@ from seer_scale.observe.sinks import plain
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
-    kinds = commands.add_parser("eval", help="kNN accuracy of a run's newest checkpoint").add_subparsers(metavar="EVALUATION", required=True)
-    parser = add_command(kinds, "knn", knn, "kNN accuracy of a run's newest checkpoint", takes_overrides=True)
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run's folder, such as runs/demo")
+    kinds = commands.add_parser("eval", help="kNN accuracy of a checkpoint, or of a run's newest one").add_subparsers(metavar="EVALUATION", required=True)
+    parser = add_command(kinds, "knn", knn, "kNN accuracy of a checkpoint, or of a run's newest one", takes_overrides=True)
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, such as runs/demo, or a checkpoint in it")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
 
 
 def knn(args: argparse.Namespace) -> int:
     from seer_scale import world as worlds
-    from seer_scale.evaluate.run import knn_of_run
+    from seer_scale.evaluate.run import knn_of, run_dir_of
 
-    world = worlds.start(args.run_dir / "logs")
-    scores = knn_of_run(args.run_dir, args.overrides, world)
+    world = worlds.start(run_dir_of(args.path) / "logs")
+    scores = knn_of(args.path, args.overrides, world)
     worlds.stop(world)
     if world.is_main:
         print(json.dumps(plain(scores)) if args.json else in_words(scores))

@@ -1,4 +1,4 @@
-"""Evaluate a run's newest checkpoint, on any number of ranks."""
+"""Evaluate a checkpoint, or a run's newest one, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from seer_scale.checkpoint import store
 from seer_scale.config import load_recipe, resolve
-from seer_scale.errors import DataError, UserError
+from seer_scale.errors import CheckpointError, DataError, UserError
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.methods.swav import SwAV
 from seer_scale.observe.progress import Progress
@@ -18,11 +18,20 @@ from seer_scale.parallel import build_engine
 from seer_scale.world import World
 
 
-def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, Any]:
-    """kNN scores of the newest valid checkpoint in `run_dir`; collective. Raises UserError."""
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run's folder (it has no config.yaml): give one, such as runs/demo.")
-    recipe = load_recipe(str(run_dir / "config.yaml"))
+def run_dir_of(path: Path) -> Path:
+    """The folder of the run at `path` or of the checkpoint at `path`; of one that lies elsewhere, where it lies."""
+    if (path / "config.yaml").is_file():
+        return path
+    above = path.resolve().parents
+    return above[1] if (above[1] / "config.yaml").is_file() else above[0]
+
+
+def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
+    """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises UserError."""
+    is_run = (path / "config.yaml").is_file()
+    if not is_run and not (path / store.MANIFEST).is_file():
+        raise UserError(f"{path} is neither a run's folder (it has no config.yaml) nor a checkpoint: give one, such as runs/demo.")
+    recipe = load_recipe(str(path / "config.yaml")) if is_run else store.read_meta(path, world)["config"]
     recipe["parallel"] = {"device": (recipe.get("parallel") or {}).get("device", "auto")}  # how it was trained does not bind its evaluation
     recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
@@ -30,14 +39,16 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
     images = labelled_images(config)
     if images is None:
         raise DataError(f"{why_unlabelled(config)}: give labelled images, as in --knn.bank DIR --knn.queries DIR.")
-    path = store.newest(run_dir / "checkpoints", world)
-    if path is None:
-        raise UserError(f"{run_dir} has no valid checkpoint yet: train it first.")
+    found = store.newest(path / "checkpoints", world) if is_run else path
+    if found is None:
+        raise UserError(f"{path} has no valid checkpoint yet: train it first.")
+    if not is_run and (problem := store.flaw(path, world)):
+        raise CheckpointError(f"{path} cannot be used as a checkpoint: {problem}.")
     with torch.device("meta"):
         method = SwAV(config, world)
     engine = build_engine(method, config, world, loaded=("",))
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
-    store.load(path, state, world, only="model/")
+    store.load(found, state, world, only="model/")
     engine.refresh()
     total = len(images.query_indices) + len(images.bank_indices)
     with Progress(active=world.is_main, to_stderr=True) as progress, progress.doing("measuring kNN", total):
@@ -48,4 +59,5 @@ def knn_of_run(run_dir: Path, overrides: list[str], world: World) -> dict[str, A
 
         scores, _ = knn(represent, images, config.knn, workers=config.data.workers, world=world)
     scores |= {"protocol": images.protocol}
-    return scores | {"samples_seen": store.read_meta(path)["samples_seen"], "checkpoint": path.name, "run": str(run_dir)}
+    seen = store.read_meta(found, world)["samples_seen"]
+    return scores | {"samples_seen": seen, "checkpoint": found.resolve().name, "run": str(run_dir_of(path))}

@@ -110,6 +110,7 @@ class Trainer:
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
         self._saved = (self.samples_seen, self.resumed_from) if ours else None
+        self._top1 = self._scored()
 
     def _open(self, saved: dict[str, Any] | None) -> tuple[Course, Labelled | None]:
         course = open_course(self.config, self.run_dir, saved)
@@ -224,6 +225,8 @@ class Trainer:
                     goes_on = f"it goes on from {self._saved[1].name}" if self._saved else "there is no checkpoint of this start, and without an older one it begins anew"
                     raise TrainingFailed(f"The run is complete, but its last checkpoint could not be written: free some space and start it again; {goes_on}.")
                 self._evaluate_at_end()
+                if self.config.checkpoint.keep_best:
+                    self.saver.retain()
             except _Stop as stop:
                 left = "Start it again and it goes on." if self.samples_seen < self.config.train.samples else "All samples were seen: start it again for the last evaluation."
                 self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}")
@@ -359,11 +362,12 @@ class Trainer:
         return seen + self.config.train.global_batch >= self.config.train.samples
 
     def _is_due(self, seen: int) -> bool:
-        """Whether the update that begins at `seen` ends with a metric line: every log_every, at each checkpoint, and where the
-        schedule judges the loss."""
-        after, every = seen + self.config.train.global_batch, self.config.checkpoint.every_samples
-        at_checkpoint = bool(every) and after // every != seen // every
-        return self.step == 0 or (self.step + 1) % self.config.train.log_every == 0 or at_checkpoint or self.schedule.ends_window(seen) or self._is_last(seen)
+        """Whether the update that begins at `seen` ends with a metric line: every log_every, at each checkpoint and evaluation,
+        and where the schedule judges the loss."""
+        c, after = self.config, seen + self.config.train.global_batch
+        passes = any(n and after // n != seen // n for n in (c.checkpoint.every_samples, c.knn.every_samples))
+        every = self.step == 0 or (self.step + 1) % c.train.log_every == 0
+        return every or passes or self.schedule.ends_window(seen) or self._is_last(seen)
 
     def _crosses(self, every: int) -> bool:
         """Whether the last update reached or passed a multiple of `every` samples."""
@@ -481,6 +485,7 @@ class Trainer:
             self._tell("checkpoint_failed", saved.problem)
             return
         self._saved = (saved.samples_seen, saved.path)
+        self._mark_best()
         if saved.kept_old:
             self._tell("retain_failed", saved.kept_old)
         self._tell(
@@ -498,9 +503,30 @@ class Trainer:
         with self.progress.doing(f"measuring kNN {stage} training", asked + bank):
             scores, found = knn(self._represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
         self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **scores, "time/knn_s": time.perf_counter() - begin})
+        if self.config.checkpoint.keep_best and self.samples_seen:
+            best = max(self._top1.values(), default=-math.inf)
+            self._top1[self.samples_seen] = scores["knn/top1"]
+            if scores["knn/top1"] > best:
+                self._save(in_background=self.config.checkpoint.background)
+            self._mark_best()
         if stage in ("before", "after") and self.world.is_main:
             with _disk_may_fill():
                 show_neighbours(self.run_dir, stage, self.labelled, found)
+
+    def _scored(self) -> dict[int, float]:
+        """kNN top-1 of the checkpoints there are, by samples_seen."""
+        scored: dict[int, float] = {}
+        if self.world.is_main and self.config.checkpoint.keep_best:
+            rows = {r["samples_seen"]: r["knn/top1"] for r in read_metrics(self.run_dir)[0] if "knn/top1" in r}
+            scored = {s: rows[s] for s in store.published(self.folder) if s in rows and s <= self.samples_seen}
+        return self.world.broadcast_object(scored)
+
+    def _mark_best(self) -> None:
+        if self.world.is_main and self.config.checkpoint.keep_best:
+            with _disk_may_fill():
+                if name := store.mark_best(self.folder, self._top1):
+                    top1 = self._top1[store.samples_of(name)]
+                    self._tell("best", f"The best kNN top-1 so far, {top1:.1f} %, is that of {name}, kept as checkpoints/best.")
 
     def _represent(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The engine's, with a stop between any two batches: an evaluation may outlast the grace of a preemption."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -238,3 +239,21 @@ def test_precision_and_queue_may_change_on_a_resume(tmp_path, photos):
     assert rows[24]["loss_scale"] == 1.0 and rows[64]["loss_scale"] >= 2**10
     run("train", given, "--run.dir", place, "--train.samples", 80, folder=tmp_path)
     assert runs.steps(place)[80]["loss_scale"] == 1.0
+
+
+def test_the_best_by_knn_stays_and_is_measured_by_its_link(tmp_path, photos):
+    """At each evaluation that is the best so far, with checkpoints at no other moment; over a stop, too."""
+    kept = {"every_samples": 0, "keep_last": 1, "keep_best": True}
+    given, place = recipe(tmp_path, photos, checkpoint=kept, knn={"every_samples": 16}), tmp_path / "run"
+    run("train", given, "--run.dir", place, "--train.samples", 48, "--train.log_every", 100, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.samples", 112, folder=tmp_path)
+    top1 = {r["samples_seen"]: r["knn/top1"] for r in runs.read_metrics(place)[0] if "knn/top1" in r and r["samples_seen"]}
+    best = max(top1, key=top1.get)
+    assert list(top1) == [16, 32, 48, 64, 80, 96, 112]
+    link = place / "checkpoints" / "best"
+    assert link.resolve().name == f"samples-{best:012d}" and checkpoints(place) == sorted({link.resolve().name, "samples-000000000112"})
+    assert [e["text"] for e in events(place, "best")][-1].endswith(f"{link.resolve().name}, kept as checkpoints/best.")
+    text = run("eval", "knn", link, "--json", folder=tmp_path)
+    scores = json.loads(text.strip().splitlines()[-1])
+    assert scores["knn/top1"] == top1[best] and scores["samples_seen"] == best and scores["run"] == str(place)
+    assert "neither a run's folder" in run("eval", "knn", link.parent, folder=tmp_path, status=2)
