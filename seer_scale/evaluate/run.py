@@ -30,7 +30,7 @@ def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
     """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises UserError."""
     is_run = (path / "config.yaml").is_file()
     if not is_run and not (path / store.MANIFEST).is_file():
-        raise UserError(f"{path} is neither a run's folder (it has no config.yaml) nor a checkpoint: give one, such as runs/demo.")
+        raise UserError(f"{path} is not a run's folder (it has no config.yaml), nor a checkpoint: give one, such as runs/demo.")
     recipe = load_recipe(str(path / "config.yaml")) if is_run else store.read_meta(path, world)["config"]
     recipe["parallel"] = {"device": (recipe.get("parallel") or {}).get("device", "auto")}  # how it was trained does not bind its evaluation
     recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}

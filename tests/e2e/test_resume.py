@@ -256,4 +256,4 @@ def test_the_best_by_knn_stays_and_is_measured_by_its_link(tmp_path, photos):
     text = run("eval", "knn", link, "--json", folder=tmp_path)
     scores = json.loads(text.strip().splitlines()[-1])
     assert scores["knn/top1"] == top1[best] and scores["samples_seen"] == best and scores["run"] == str(place)
-    assert "neither a run's folder" in run("eval", "knn", link.parent, folder=tmp_path, status=2)
+    assert "nor a checkpoint" in run("eval", "knn", link.parent, folder=tmp_path, status=2)
