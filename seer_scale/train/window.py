@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from seer_scale.data.loader import Batch
 from seer_scale.data.order import mix
@@ -49,17 +48,19 @@ class Window:
 
     def reduce(self, watched: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[int]]:
         """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images. What
-        the slowest rank has waited and rank 0's newest manifest are then every rank's, too."""
+        the slowest rank has waited and rank 0's newest manifest are then every rank's, too. One all-reduce of float64, in
+        which whole numbers of up to 53 bits are exact."""
         named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | watched
-        flat = self.world.sum_(torch.cat([v.flatten().double() for v in named.values()])) / self.world.size
-        parts = flat.cpu().split([v.numel() for v in named.values()])
-        counts = torch.tensor([self.fingerprint, len(self.unreadable)])
-        most = torch.tensor([round(1e6 * self.waited_s), newest_manifest(self._run_dir) if self.world.is_main else 0])
-        if self.world.size > 1:
-            dist.all_reduce(counts, group=self.world.control)
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.world.control)
-        self.waited_s, self.newest_manifest = most[0].item() / 1e6, int(most[1])
-        return dict(zip(named, parts)), [int(counts[0]) % 2**52, int(counts[1])]
+        world, parts = self.world, [v.flatten().double() for v in named.values()]
+        high, low = divmod(self.fingerprint, 2**26)
+        host = torch.zeros(4 + world.size, dtype=torch.float64)
+        host[:4] = torch.tensor([high, low, len(self.unreadable), newest_manifest(self._run_dir) if world.is_main else 0])
+        host[4 + world.rank] = self.waited_s  # each rank a place of its own, of which the largest is taken
+        flat = world.sum_(torch.cat([*parts, host.to(world.device)])).cpu()
+        *parts, host = flat.split([*(len(p) for p in parts), len(host)])
+        high, low, unreadable, self.newest_manifest = (int(x) for x in host[:4])
+        self.waited_s = host[4:].max().item()
+        return {name: part / world.size for name, part in zip(named, parts)}, [(high * 2**26 + low) % 2**52, unreadable]
 
     def timing(self, global_batch: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self._begin

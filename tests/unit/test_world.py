@@ -72,10 +72,14 @@ def test_ranks_meet_and_hold_few_connections(tmp_path):
     """Connections grow with the logarithm of the ranks but for rank 0's store, over two groups on the host and the default
     one: a full mesh of each would be 3 (N - 1). An address left behind, one of another size, a name that is not known,
     MASTER_ADDR and other variables of another launcher are no obstacle, and other ranks' objects and errors arrive. The limit
-    of open files is raised; one that is too low is told before anything is opened."""
+    of open files is raised; one that is too low is told before anything is opened. All groups have one limit of time, a stop
+    is agreed at one step, and a metric line costs one collective."""
     body = """
+import signal
 from seer_scale import rendezvous
 from seer_scale.errors import UserError
+from seer_scale.train import stop, window
+stop.LOOK_S = 0.0
 own = rendezvous._own_addresses
 rendezvous._own_addresses = lambda info: ["no-such-host.invalid", *own(info)]
 left = {"hosts": ["127.0.0.1"], "port": 9, "size": 2, "token": "x"}
@@ -86,14 +90,39 @@ def main(rank):
     world.barrier(); word = world.broadcast_object(f"word of {rank}"); everyone = world.gather_objects(rank)
     dist.all_reduce(torch.ones(1000))
     another = dist.new_group(backend="gloo"); dist.barrier(another)
+    worlds.limit_groups(world)
+    limits = {g._get_backend(torch.device("cpu")).options._timeout for g in dist.distributed_c10d._world.pg_map}
     def fails(): raise UserError(f"{rank} cannot")
     try:
         world.from_main(fails)
     except UserError as error:
         said = str(error)
     counted = sockets()
+    stopped, line = stops(world), metric_line(world)
     worlds.stop(world)
-    return [counted, word, everyone, said]
+    return [counted, word, everyone, said, limits == {world.timeout}, stopped, line]
+
+def stops(world):
+    with stop.StopRequest() as request:
+        for step in range(100_000):
+            if step == 3 and rank_of_signal(world) == world.rank:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if told := request.agreed(world):
+                return [step, told]
+            dist.all_reduce(torch.ones(1))
+
+def rank_of_signal(world):
+    return world.size - 1
+
+def metric_line(world):
+    calls, reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *given, **how: calls.append(1) or reduce(*given, **how)
+    w = window.Window(world, folder)
+    window.newest_manifest = lambda _: 7 + world.rank
+    w.loss_sum += world.rank; w.fingerprint = 2**52 - 1 - world.rank; w.unreadable = ["x"] * world.rank; w.waited_s = 0.5 * world.rank
+    means, counts = w.reduce({"watched": torch.full((2, 3), float(world.rank))})
+    dist.all_reduce = reduce
+    return [len(calls), float(means["loss_sum"]), means["watched"].tolist(), counts, w.waited_s, w.newest_manifest]
 
 def few_files(rank):
     soft, hard = ((33, 4096), (33, 33), (33, 400), (33, 400))[rank]
@@ -109,7 +138,10 @@ found = [met, ranks(4, few_files)]
     assert small.startswith("UserError: Rank 3 of 8 may open 33 files, but needs about ") and "ulimit -Hn" in small
     assert first.startswith("UserError: Rank 0 of 512 may open 400 files, but needs about ")
     for n, out in zip((2, 4, 8), found):
-        counts, words, everyone, said = zip(*out)
+        counts, words, everyone, said, limited, stopped, lines = zip(*out)
+        assert all(limited) and stopped == (stopped[0],) * n and stopped[0][1] == "SIGUSR1", out
+        mean, fingerprint = (n - 1) / 2, (n * (2**52 - 1) - n * (n - 1) // 2) % 2**52
+        assert lines == ([1, mean, [mean] * 6, [fingerprint, n * (n - 1) // 2], 0.5 * (n - 1), 7],) * n
         assert set(words) == {"word of 0"} and set(said) == {"0 cannot"} and all(e == list(range(n)) for e in everyone), out
     most = [max(c for c, *_ in out[1:]) for out in found]
     assert max(b - a for a, b in zip(most, most[1:])) <= 6, most
