@@ -1,0 +1,45 @@
+"""The examples of CONTRIBUTING.md work as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from seer_scale.config import Config, Data, Knn
+from seer_scale.evaluate.knn import labelled_images
+from seer_scale.world import World
+
+TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+
+
+def test_its_examples_run(tmp_path):
+    names: dict = {"__name__": "contributing"}
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    for block in blocks:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    assert len(blocks) == 4
+
+    for label, colour in enumerate(([220, 30, 30], [30, 30, 220])):
+        (tmp_path / str(label)).mkdir()
+        for i in range(10):
+            image = np.full((24, 24, 3), colour, np.uint8) + np.uint8(i)
+            cv2.imwrite(str(tmp_path / str(label) / f"{i}.jpg"), image)
+    images = labelled_images(Config(data=Data(path=str(tmp_path)), knn=Knn(size=24)))
+
+    def represent(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.mean((2, 3)), x.mean((2, 3))
+
+    found = names["class_means"](represent, images, size=24, workers=0, world=World())
+    assert found == {"means/top1": 100.0}
+
+
+def test_the_files_it_names_are_there():
+    root = Path(__file__).parents[2]
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", TEXT):
+        assert (root / name).exists() or (root / "seer_scale" / name).exists(), name
+    for name in re.findall(r"\]\(([\w/]+\.md)\)", TEXT):
+        assert (root / name).exists(), name
