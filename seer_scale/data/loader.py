@@ -7,7 +7,8 @@ reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Batch:
 def loader(
     source: Source, data: Data, views: Views, sampler: ElasticSampler, *, rank: int, world_size: int, start: int,
     stop: int, pin: bool = False, on_device: bool = False, tell: Callable[[str], None] = complain,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Generator[Batch, None, None]:  # fmt: skip
     """This rank's batches for the global samples start, start + sampler.global_batch, ... below `stop`.
 
     on_device: leave colour, flip and blur to the device. Workers live as long as the iterator, keep data.prefetch
@@ -54,10 +55,11 @@ def loader(
     job = TrainingViews(source, views, sampler, rank, world_size, on_device)
     keys = range(start, stop, sampler.global_batch)
     made = stream(job, keys, workers=data.workers, prefetch=data.prefetch, timeout_s=data.timeout_s, tell=tell)
-    for samples_seen, (arrays, told) in zip(keys, made):
-        flat, num = [_own(a, pin).flatten(0, 1) for a in arrays], len(views.crops)
-        indices = torch.tensor([index for index, _ in told], dtype=torch.int64)
-        yield Batch(flat[:num], flat[num:], indices, samples_seen, [line for _, lines in told for line in lines])
+    with closing(made):
+        for samples_seen, (arrays, told) in zip(keys, made):
+            flat, num = [_own(a, pin).flatten(0, 1) for a in arrays], len(views.crops)
+            indices = torch.tensor([index for index, _ in told], dtype=torch.int64)
+            yield Batch(flat[:num], flat[num:], indices, samples_seen, [line for _, lines in told for line in lines])
 
 
 def _own(array: np.ndarray, pin: bool) -> torch.Tensor:
@@ -67,7 +69,7 @@ def _own(array: np.ndarray, pin: bool) -> torch.Tensor:
 
 def decoded(
     source: Source, indices: Sequence[int] | np.ndarray, size: int, *, batch: int, workers: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None, None]:
     """(images uint8 [b, 3, size, size], labels int64 [b], image numbers int64 [b]) for evaluation, in order.
 
     b is at most `batch`. Images that cannot be read are left out; the label is -1 where there is none.

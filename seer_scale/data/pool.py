@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -45,7 +45,7 @@ def complain(sentence: str) -> None:
 def stream(
     job: Job, keys: Sequence[Any], *, workers: int, prefetch: int = 2, timeout_s: float = 120.0,
     tell: Callable[[str], None] = complain,
-) -> Iterator[tuple[list[np.ndarray], list[Any]]]:
+) -> Generator[tuple[list[np.ndarray], list[Any]], None, None]:
     """For each key in turn the batch's arrays (of the largest size) and what `fill` returned by row.
 
     The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here. prefetch: batches that

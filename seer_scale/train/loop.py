@@ -12,8 +12,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -295,24 +295,25 @@ class Trainer:
                     self._log(window, lr, stats, {})
                 raise _Stop(reason)
 
-    def _batches(self, window: Window) -> Iterator[Batch]:
+    def _batches(self, window: Window) -> Generator[Batch, None, None]:
         c, w = self.config, self.world
         batches = loader(
             self.source, c.data, c.views, self.course.sampler, rank=w.rank, world_size=w.size, start=self.samples_seen,
             stop=c.train.samples, pin=w.device.type == "cuda", on_device=c.data.on_device(w.device.type),
             tell=partial(self._tell_of_rank, "loader"),
         )  # fmt: skip
-        while True:
-            begin = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except DataError as problem:
-                problem.is_local, problem.may_pass = True, self._trained or self.resumed_from is not None
-                raise
-            window.waited_s += time.perf_counter() - begin
-            if batch is None:
-                return
-            yield batch
+        with closing(batches):  # and its processes with it
+            while True:
+                begin = time.perf_counter()
+                try:
+                    batch = next(batches, None)
+                except DataError as problem:
+                    problem.is_local, problem.may_pass = True, self._trained or self.resumed_from is not None
+                    raise
+                window.waited_s += time.perf_counter() - begin
+                if batch is None:
+                    return
+                yield batch
 
     def _micro_batches(self, batch: Batch) -> list[Callable[[], list[torch.Tensor]]]:
         """What makes each micro-batch: for each resolution float32 [num * B, 3, S, S] on the device."""

@@ -17,7 +17,7 @@ from PIL import Image
 
 datasets = pytest.importorskip("datasets")
 
-from seer_scale.data.sources import hub  # noqa: E402
+from seer_scale.data.sources import hub, kind_of, open_source  # noqa: E402
 from seer_scale.errors import DataError  # noqa: E402
 from seer_scale.extras import how_to_install  # noqa: E402
 
@@ -81,7 +81,8 @@ def clone_of_the_hub(tmp_path) -> str:
     (tmp_path / "clone").mkdir()
     (tmp_path / "data").rename(tmp_path / "clone" / "data")
     (tmp_path / "clone" / "README.md").write_text("A card.")
-    return f"hf:{tmp_path / 'clone'}"
+    (tmp_path / "clone" / ".gitattributes").write_text("*.parquet filter=lfs")
+    return str(tmp_path / "clone")
 
 
 def zipped_folder(tmp_path) -> str:
@@ -138,6 +139,28 @@ def test_what_does_not_look_like_it(tmp_path):
     for name in ("photos", "mixed", "tars", "tars/1.tar", "empty", "nowhere", "nested.parquet"):
         assert not hub.looks_like_hub(str(tmp_path / name))
     assert hub.looks_like_hub("hf:owner/name@config")
+    assert kind_of(clone_of_the_hub(tmp_path)) == "hub"
+    (tmp_path / "photos" / "a").mkdir()
+    (tmp_path / "photos" / "metadata.parquet").touch()  # beside images
+    assert kind_of(str(tmp_path / "photos")) == "folder"
+
+
+def test_columns_that_are_empty_throughout(tmp_path):
+    """A struct of bytes and paths whose paths, or labels, were never given has no type for them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, cells in (
+        ("bytes", [{"bytes": b, "path": None} for b in JPEGS[:9]]),
+        ("more", [{"bytes": b, "path": None, "width": 8} for b in JPEGS[:9]]),
+    ):
+        pq.write_table(pa.table({"image": cells, "label": ["cat", "", None] * 3}), tmp_path / f"{name}.parquet")
+        source = open_source(str(tmp_path / f"{name}.parquet"))
+        assert [source.read(i) for i in range(9)] == JPEGS[:9]
+        assert source.classes == ["cat"] and source.labels.tolist() == [0, -1, -1] * 3 and not source.has_labels
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": None}] * 3}), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match="no column known to be of images"):
+        open_source(str(tmp_path / "none.parquet"))
 
 
 def test_splits(tmp_path):

@@ -8,9 +8,11 @@ comes with a data set is never run. The library is loaded when a data set is ope
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -19,8 +21,9 @@ from typing import Any
 import numpy as np
 from fsspec.core import url_to_fs
 
-from seer_scale.data.sources.base import Source
+from seer_scale.data.sources.base import Source, is_image
 from seer_scale.data.sources.files import read_file
+from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.errors import DataError, nearest
 from seer_scale.extras import how_to_install
 from seer_scale.files import shown
@@ -31,23 +34,35 @@ PREFIX = "hf:"
 FILES = (".parquet", ".arrow")
 IMAGE_NAMES = ("image", "img", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "fine_label")
+LOOKED_AT, DEPTH = 1000, 2
+"""Entries of a folder, and levels below it, by which its kind is told."""
 SLICE = 32
 """Images that a stream takes from the library at once."""
 
 
 def looks_like_hub(path: str) -> bool:
-    """Whether a path is for this module: hf:..., a folder that save_to_disk wrote, .parquet or .arrow files or a folder
-    that holds nothing else. Lists at most that folder."""
+    """Whether a path is for this module: hf:..., a folder that save_to_disk wrote, .parquet or .arrow files, or a folder
+    of such, as a clone of a data set on the Hub is. Looks at few entries of a folder, and into few of its subfolders."""
     if path.startswith(PREFIX) or (path.lower().endswith(FILES) and not os.path.isdir(path)) or _is_saved(path):
         return True
-    if not os.path.isdir(path):
-        return False
-    try:
-        with os.scandir(path) as entries:
-            kinds = {e.name.lower().endswith(FILES) and e.is_file() for e in entries if not e.name.startswith(".")}
-    except OSError:  # whoever opens it says why
-        return False
-    return kinds == {True}
+    return os.path.isdir(path) and _holds_tables(path)
+
+
+def _holds_tables(folder: str) -> bool:
+    """Whether there are .parquet or .arrow files below a folder and, as far as is looked, neither images nor tars."""
+    found, folders, left = False, deque([(folder, 0)]), LOOKED_AT
+    while folders and left:
+        here, depth = folders.popleft()
+        with contextlib.suppress(OSError), os.scandir(here) as entries:  # whoever opens it says what is wrong
+            for entry in itertools.islice((e for e in entries if not is_hidden(e.name)), left):
+                left -= 1
+                if entry.is_dir():
+                    folders.append((entry.path, depth + 1)) if depth < DEPTH else None
+                elif is_image(entry.name) or entry.name.endswith(".tar"):
+                    return False
+                else:
+                    found = found or entry.name.lower().endswith(FILES)
+    return found
 
 
 def open_hub(path: str, split: str = "train", image_key: str = "") -> HubSource:
@@ -125,7 +140,7 @@ class HubSource(Source):
 
         column, names = self._data.column(self._label), self._label_names
         if names is None:
-            values = sorted(v for v in column.unique().to_pylist() if v is not None and v != -1)
+            values = sorted(v for v in column.unique().to_pylist() if v is not None and v not in (-1, ""))
             column, names = pc.index_in(column, pa.array(values, column.type)), [str(v) for v in values]
         return column.fill_null(-1).to_numpy().astype(np.int32), list(names)
 
@@ -277,7 +292,9 @@ def _image_column(features: dict[str, Any], asked: str, path: str) -> str:
 def _may_be_image(feature: Any) -> bool:
     """Whether a column holds bytes, paths, or both under these names, without being declared to be of images."""
     if isinstance(feature, dict):
-        return feature.keys() & {"bytes", "path"} == feature.keys() and all(map(_may_be_image, feature.values()))
+        parts = [feature[key] for key in ("bytes", "path") if key in feature]
+        kinds = [part for part in parts if getattr(part, "dtype", None) != "null"]  # a column that is empty throughout
+        return bool(kinds) and all(map(_may_be_image, kinds))
     return getattr(feature, "dtype", None) in ("binary", "large_binary", "string", "large_string")
 
 
