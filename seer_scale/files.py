@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 UNFINISHED = ".unfinished"
 """What the name of a file that is being written ends with; it begins with a dot."""
@@ -65,3 +67,21 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def plain(value: Any) -> Any:
+    """`value` as strict JSON can hold it: numbers that are not finite become None, tensors and arrays plain numbers."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON of whatever is written or printed for programs: what JSON has no word for becomes null."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from seer_scale.errors import StartStopped, UserError
-from seer_scale.files import write_whole
+from seer_scale.files import to_json, write_whole
 from seer_scale.rank_info import RankInfo
 
 TELL_S = 30.0
@@ -100,7 +100,7 @@ def _serve(published: Path, info: RankInfo) -> tuple[dist.TCPStore, str]:
     store.set(f"start/{token}", "")
     where = {"hosts": _own_addresses(info), "port": store.port, "size": info.size, "token": token}
     try:
-        write_whole(published, json.dumps(where))
+        write_whole(published, to_json(where))
     except OSError as error:
         raise UserError(f"{published.parent} cannot be written ({error.strerror}): choose another run.dir.") from error
     return store, ""

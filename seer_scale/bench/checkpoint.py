@@ -8,7 +8,6 @@ beside the thread, for what the writing costs those who do not wait.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ import torch
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.saver import Saver
 from seer_scale.errors import UserError
+from seer_scale.files import to_json
 from seer_scale.world import World
 
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> str:
     slower = statistics.median(b / a for a, b in zip(found["step"], found["step_beside"]))
     gib = sum(t.nbytes for t in state.values()) / 2**30
     if args.json:
-        return json.dumps({"gib": gib, "seconds": middle, "stall_of_blocking": share, "step_beside_of_alone": slower}, indent=1)
+        return to_json({"gib": gib, "seconds": middle, "stall_of_blocking": share, "step_beside_of_alone": slower}, indent=1)
     return "\n".join([
         f"{gib:.2f} GiB in {len(state)} tensors, written to {args.folder or tempfile.gettempdir()}; medians of {args.rounds} rounds",
         f"blocking save        {middle['blocking']:8.3f} s",

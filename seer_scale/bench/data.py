@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import multiprocessing
 import random
@@ -30,6 +29,7 @@ from seer_scale.data.sampler import ElasticSampler, Era
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.views import MEAN, STD, load_views
 from seer_scale.errors import DataError, UserError
+from seer_scale.files import to_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> str:
     crops = " + ".join(f"{c.num} x {c.size}" for c in views.crops)
     title = f"{len(images)} images of {args.path}, median {pixels / 1e6:.2f} megapixels and {statistics.median(map(len, images)) / 1e3:.0f} kB; {crops}; one thread"
     if args.json:
-        return json.dumps({"what": title, "images_per_s": rates, "to_reference": ratios, "workers": by_workers}, indent=1)
+        return to_json({"what": title, "images_per_s": rates, "to_reference": ratios, "workers": by_workers}, indent=1)
     lines = [title]
     for name, rate in rates.items():
         ratio = f"{ratios[name]:8.2f} times the reference" if name != "reference" and ratios else ""

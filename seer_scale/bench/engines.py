@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import json
 import random
 import statistics
 import weakref
@@ -34,6 +33,7 @@ from seer_scale.bench.ranks import run_ranks, seconds, wait, where
 from seer_scale.bench.step import fake_views, read_crops, small_recipe
 from seer_scale.config import ZERO, Config, resolve
 from seer_scale.errors import ConfigError, UserError, nearest
+from seer_scale.files import to_json
 from seer_scale.methods.swav import SwAV
 from seer_scale.parallel import ENGINES
 from seer_scale.parallel.engine import Engine
@@ -297,7 +297,7 @@ def run(args: argparse.Namespace) -> str:
     device = where(torch.device(args.device)) if args.device == "cuda" else f"CPU, 1 thread a rank, torch {torch.__version__}"
     title = f"{args.model}, crops {args.crops}, global batch {args.batch}, {args.precision}, {ranks} ranks, {device}"
     if args.json:
-        return json.dumps({"what": title, "rows": table, "left_out": left_out}, indent=1)
+        return to_json({"what": title, "rows": table, "left_out": left_out}, indent=1)
     turns = f"{args.rounds} interleaved rounds" if args.device == "cpu" else f"{args.rounds} rounds of each, one after another"
     return "\n".join([title, f"each ratio is to the row named under 'to'; speed: median of {turns}; memory a rank", *aligned(table), *left_out])
 

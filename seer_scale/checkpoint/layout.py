@@ -115,7 +115,7 @@ class Layout:
                     "dtype": _WORDS[stored.dtype], "shape": list(stored.shape) if whole else [stop - start],
                     "data_offsets": [offset, offset + (stop - start) * stored.dtype.itemsize],
                 }  # fmt: skip
-            text = json.dumps(words, separators=(",", ":")).encode()
+            text = json.dumps(words, separators=(",", ":"), allow_nan=False).encode()
             text += b" " * (-len(text) % 8)
             self._headers[rank] = len(text).to_bytes(8, "little") + text
         return self._headers[rank]
@@ -126,7 +126,7 @@ class Layout:
                 name: {"dtype": _WORDS[s.dtype], "shape": list(s.shape), "parts": [[p.start, p.file, p.offset] for p in s.parts]}
                 for name, s in self.tensors.items()
             }  # fmt: skip
-            self._json = json.dumps(rows, separators=(",", ":")).encode()
+            self._json = json.dumps(rows, separators=(",", ":"), allow_nan=False).encode()
         return self._json
 
     @classmethod

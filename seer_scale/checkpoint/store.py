@@ -94,7 +94,7 @@ def _publish(aside: Path, meta: dict[str, Any], files: dict[str, dict[str, int]]
     # Through text once, so that what is sealed is exactly what will be read.
     content = json.loads(json.dumps({"format": FORMAT, "meta": meta, "files": files}, allow_nan=False))
     with (aside / MANIFEST).open("w") as f:
-        json.dump({"crc32": _seal(content)} | content, f, indent=1)
+        json.dump({"crc32": _seal(content)} | content, f, indent=1, allow_nan=False)
         f.flush()
         os.fsync(f.fileno())
     sync_folder(aside)
@@ -223,7 +223,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _seal(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    return zlib.crc32(json.dumps(content, sort_keys=True, allow_nan=True).encode())  # format 1 had infinity
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE
-from seer_scale.observe.sinks import plain
+from seer_scale.files import to_json
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
@@ -28,7 +27,7 @@ def knn(args: argparse.Namespace) -> int:
     scores = knn_of(args.path, args.overrides, world)
     worlds.stop(world)
     if world.is_main:
-        print(json.dumps(plain(scores)) if args.json else in_words(scores))
+        print(to_json(scores) if args.json else in_words(scores))
     return EXIT_DONE
 
 

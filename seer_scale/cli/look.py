@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from seer_scale.cli.modules import add_module_commands
 from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError
+from seer_scale.files import to_json
 
 BENCHES = {
     "step": "an update against a plain loop",
@@ -40,13 +40,12 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 def inspect(args: argparse.Namespace) -> int:
     from seer_scale.checkpoint import inspect as checkpoints
     from seer_scale.observe import ledger
-    from seer_scale.observe.sinks import plain
 
     if (args.path / "metrics.jsonl").is_file():
         if args.verify or args.tensors:
             raise UserError(f"{args.path} is a run, and --verify and --tensors are for checkpoints, such as those in {args.path / 'checkpoints'}.")
         found = ledger.read_ledger(args.path)
-        print(json.dumps(plain(found.to_dict()), indent=1) if args.json else ledger.text(found))
+        print(to_json(found.to_dict(), indent=1) if args.json else ledger.text(found))
         return EXIT_DONE
     if not args.path.exists():
         below = f"did you mean {Path('runs') / args.path}?" if (Path("runs") / args.path).is_dir() else "give a run's folder or one of its checkpoints."
@@ -55,7 +54,7 @@ def inspect(args: argparse.Namespace) -> int:
         print(ledger.text(ledger.read_ledger(args.path)))
         return EXIT_DONE
     found = checkpoints.describe(args.path, verify=args.verify)
-    print(json.dumps(plain(found), indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))
+    print(to_json(found, indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))
     return EXIT_FAILED if found["flaw"] else EXIT_DONE
 
 

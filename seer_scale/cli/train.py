@@ -12,6 +12,7 @@ import yaml
 from seer_scale.cli.parser import add_command
 from seer_scale.config import RECIPES, all_keys, load_recipe, recipe_names
 from seer_scale.errors import EXIT_DONE
+from seer_scale.files import to_json
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
@@ -54,7 +55,7 @@ def help_of_train(recipe: str = "") -> str:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, default=lambda o: o.__dict__) if value is not None else "none"
+    return json.dumps(value, default=lambda o: o.__dict__, allow_nan=False) if value is not None else "none"
 
 
 def recipes(args: argparse.Namespace) -> int:
@@ -63,7 +64,7 @@ def recipes(args: argparse.Namespace) -> int:
         lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         heads[name] = [line[1:].strip() for line in lines if line.startswith("#")]
     if args.json:
-        print(json.dumps({name: " ".join(lines) for name, lines in heads.items()}, indent=1))
+        print(to_json({name: " ".join(lines) for name, lines in heads.items()}, indent=1))
     else:
         print("\n\n".join("\n  ".join([name, *lines]) for name, lines in heads.items()))
     return EXIT_DONE

@@ -8,7 +8,6 @@ there is something to learn. `Difficulty` holds what makes it hard.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import cv2
 import numpy as np
 
 from seer_scale.errors import DataError
+from seer_scale.files import to_json
 from seer_scale.rng import numpy_generator
 
 VERSION = 1
@@ -191,7 +191,7 @@ def write_demo_corpus(
             f"a demo corpus of {train} + {test} images has unequal classes: give multiples of {len(CLASSES)}."
         )
     about = dict(version=VERSION, train=train, test=test, seed=seed, difficulty=dataclasses.asdict(difficulty))
-    manifest = json.dumps(about, indent=1)
+    manifest = to_json(about, indent=1)
     if _holds(folder, manifest):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

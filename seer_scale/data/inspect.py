@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
 import sys
@@ -35,7 +34,7 @@ from seer_scale.data.sources import Source, kind_of, open_source
 from seer_scale.data.sources.left_out import described
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
-from seer_scale.files import shown, written_whole
+from seer_scale.files import shown, to_json, written_whole
 
 SAMPLE = 2000
 KEPT = 1 << 22
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace) -> str:
     facts = {"path": shown(args.path), "kind": kind, "images": images or len(source), "labels": _labels(source)}
     facts |= {"left_out": {what: num for what, num in source.left_out.items() if num}}
     facts |= tally.facts(facts["images"]) | {"images_per_s": round(rate, 1), "workers": args.workers}
-    return json.dumps(facts, indent=1) if args.json else shown(_table(facts, args), keep="\n")
+    return to_json(facts, indent=1) if args.json else shown(_table(facts, args), keep="\n")
 
 
 # ------------------------------------------------------------------------------------------------ one image

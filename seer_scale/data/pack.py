@@ -50,7 +50,7 @@ from seer_scale.data.sources.hub import PREFIX
 from seer_scale.data.sources.remote import is_url
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
-from seer_scale.files import UNFINISHED, written_whole
+from seer_scale.files import UNFINISHED, to_json, written_whole
 
 VERSION = 1
 MEASURED = 500
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _write_plan(dst: Path, plan: dict[str, Any]) -> None:
-    _write(dst / "pack.json", json.dumps(plan, indent=1).encode())
+    _write(dst / "pack.json", to_json(plan, indent=1).encode())
 
 
 def _tars_planned(dst: Path, plan: dict[str, Any]) -> int | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale.errors import UserError
-from seer_scale.files import write_whole
+from seer_scale.files import to_json, write_whole
 
 FOLDER, RECORD = "launch", "job.json"
 ATTEMPT = "SEER_SCALE_ATTEMPT"
@@ -72,7 +72,7 @@ class Job:
         return self.place / RECORD
 
     def write(self) -> None:
-        write_whole(self.record, json.dumps(dataclasses.asdict(self), indent=1))
+        write_whole(self.record, to_json(dataclasses.asdict(self), indent=1))
 
     @classmethod
     def read(cls, run_dir: str | Path) -> Job | None:
@@ -131,7 +131,7 @@ class Job:
     def tell(self, **line: Any) -> None:
         """Add a line to attempts.jsonl; a full disk costs it."""
         with suppress(OSError), (self.place / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps(line | {"time": time.time()}) + "\n")
+            file.write(to_json(line | {"time": time.time()}) + "\n")
 
     def newest_checkpoint(self) -> int:
         """Samples seen by the newest checkpoint, by its name alone; -1 where there is none."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 
 from seer_scale.errors import STOP_SIGNALS
+from seer_scale.files import to_json
 
 signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # noted from now on; StopRequest lets them in, seconds of imports later
 
-import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
@@ -47,7 +47,7 @@ def main(run_dir: str) -> int:
         return EXIT_FAILED
     if tells:
         try:
-            write_whole(job.place / "outcome.json", json.dumps({"attempt": attempt, "status": status}))
+            write_whole(job.place / "outcome.json", to_json({"attempt": attempt, "status": status}))
         except OSError:
             return status
     return EXIT_DONE if status == EXIT_STOPPED else status

@@ -16,6 +16,7 @@ from typing import Any
 
 from seer_scale import console
 from seer_scale.errors import EXIT_DONE, UserError, nearest
+from seer_scale.files import to_json
 from seer_scale.launch.job import Job
 from seer_scale.launch.job import is_alive as process_is_alive
 
@@ -187,7 +188,7 @@ def list_runs(folder: Path) -> int:
 def print_status(jobs: Sequence[Job], *, as_json: bool) -> int:
     if as_json:
         facts = [_facts(job) for job in jobs]
-        print(json.dumps(facts[0] if len(jobs) == 1 else facts, indent=1, allow_nan=False))
+        print(to_json(facts[0] if len(jobs) == 1 else facts, indent=1))
         return EXIT_DONE
     for job in jobs:
         _print_status(job)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from seer_scale.files import write_whole
+from seer_scale.files import to_json, write_whole
 
 MAX_SIDE = 224  # pixels; larger images are shrunk, as the report shows thumbnails
 TINY = 64  # up to this side an image is kept without loss: JPEG would show
@@ -68,7 +68,7 @@ class Gallery:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._files.items():
             write_whole(self.folder / name, data)
-        text = json.dumps(self._sections, indent=1)
+        text = to_json(self._sections, indent=1)
         write_whole(self.folder / "gallery.json", text)
         for path in self.folder.iterdir():
             if path.name != "gallery.json" and path.name not in text:

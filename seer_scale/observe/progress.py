@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from seer_scale import console as consoles
-from seer_scale.files import write_whole
+from seer_scale.files import to_json, write_whole
 
 FIRST_S = 10.0
 """Seconds after which something that takes long is told for the first time."""
@@ -142,7 +142,7 @@ class Progress:
         if now - self._last_write < self._every_s and self._written == (task.what, len(self._tasks)):
             return
         self._last_write, self._written = now, (task.what, len(self._tasks))
-        write_whole(self._file, json.dumps(vars(task) | {"time": now}))
+        write_whole(self._file, to_json(vars(task) | {"time": now}))
 
     def _render(self) -> RenderableType:
         """Called in a thread of its own."""

@@ -8,7 +8,6 @@ metrics.jsonl holds one JSON object a line, in the order things happened. A line
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from seer_scale.files import plain, to_json
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
 
@@ -30,19 +30,6 @@ BEGINNINGS = ("start", "resume")
 """Kinds of events with which a process begins: what was logged beyond their samples_seen is abandoned."""
 
 TAIL = 1 << 16  # bytes of an existing metrics.jsonl that hold its last values: about 150 lines
-
-
-def plain(value: Any) -> Any:
-    """`value` as strict JSON can hold it: numbers that are not finite become None, tensors and arrays plain numbers."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
@@ -186,7 +173,7 @@ class RunLog:
 
     def _append(self, record: dict[str, Any]) -> None:
         """One line by one write: a reader, or a kill, sees all of it or none."""
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        line = (to_json(record) + "\n").encode()
         size = os.fstat(self._fd).st_size
         if os.write(self._fd, line) < len(line):
             os.ftruncate(self._fd, size)

@@ -21,7 +21,6 @@ training time that has been published.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 
 from seer_scale.errors import UserError
+from seer_scale.files import to_json
 
 HOUR_S, DAY_S = 3600, 86400
 TARGET = 0.97
@@ -294,7 +294,7 @@ def run(args: argparse.Namespace) -> str:
     facts |= {"replay": found, "target": {"goodput": TARGET} | reach}
     if "images_per_second" in given:
         facts["every_samples"] = round(interval_s * given["images_per_second"])
-    return json.dumps(facts, indent=1) if args.json else "\n".join(_table(f, facts))
+    return to_json(facts, indent=1) if args.json else "\n".join(_table(f, facts))
 
 
 def _read(args: argparse.Namespace) -> tuple[Failures, dict]:

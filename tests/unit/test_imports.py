@@ -47,3 +47,12 @@ def test_imports_point_down(path):
             assert there in ROOMS and ROOMS.index(there) >= ROOMS.index(here), f"{here} imports {name}, of {there} above it"
         for kept, rooms in ONLY.items():
             assert not f"{name}.".startswith(f"{kept}.") or here in rooms, f"{here} imports {name}: only {rooms} may"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(HOUSE)) for p in MODULES])
+def test_what_writes_json_says_that_it_is_strict(path):
+    """files.to_json does, for values of any kind; JSON that other programs read has no NaN."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+            shows = path.parts[-2:] in (("parallel", "ds_config.py"), ("train", "resume.py"))  # a value in a sentence
+            assert shows or "allow_nan" in [k.arg for k in node.keywords], f"line {node.lineno} may write NaN or Infinity"

@@ -1,10 +1,12 @@
 """The record of a run: strict JSON whatever comes, whole lines after any kill, one path through any restarts."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from seer_scale.files import to_json
 from seer_scale.observe.sinks import RunLog, read_metrics
 
 BATCH = 64
@@ -228,3 +231,8 @@ def test_tensorboard_has_the_scalars_by_samples_without_the_abandoned_ones(tmp_p
         log.log(row(2, loss=2.0))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(BATCH, 1.0), (2 * BATCH, 2.0)]
+
+
+def test_json_is_strict_whatever_it_holds():
+    text = to_json({"a": [math.inf, -math.nan, 1.5], "b": {1: torch.tensor([math.nan, 2.0])}, "c": Path("x")})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, None, 1.5], "b": {"1": [None, 2.0]}, "c": "x"}

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -156,11 +157,14 @@ def _swap_samples(folder: Path) -> None:
     (folder / "manifest.json").write_text(text.replace('"samples_seen": 20', '"samples_seen": 21'))
 
 
-def _newer_format(folder: Path) -> None:
-    content = json.loads((folder / "manifest.json").read_text())
-    del content["crc32"]
-    content["format"] = 99
-    (folder / "manifest.json").write_text(json.dumps({"crc32": store._seal(content)} | content))
+def _another_format(number: int, **meta: float):
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "manifest.json").read_text())
+        del content["crc32"]
+        content |= {"format": number, "meta": content["meta"] | meta}
+        (folder / "manifest.json").write_text(json.dumps({"crc32": store._seal(content)} | content))
+
+    return change
 
 
 DAMAGE = {
@@ -179,7 +183,8 @@ DAMAGE = {
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "has no manifest.json"),
     "empty folder": (lambda p: [f.unlink() for f in p.iterdir()], "has no manifest.json"),
     "a file": (lambda p: ([f.unlink() for f in p.iterdir()], p.rmdir(), p.write_text("")), "has no manifest.json"),
-    "newer format": (_newer_format, "format 99"),
+    "newer format": (_another_format(99), "format 99"),
+    "older format": (_another_format(1, best=math.inf), "format 1, but this version reads format 2"),
 }
 
 
