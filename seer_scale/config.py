@@ -56,9 +56,15 @@ class Data:
     buffer: int = opt(10_000, "stream: images that are shuffled among each other", ge=1)
     block: int = opt(0, "neighbours that are read together and come one after the other in every lane; 1 = none, 0 = what suits the source", ge=0)
     photometric: Literal["auto", "cpu", "device"] = opt("auto", "where flip, colours and blur are done; auto: on the device if it is a GPU")
-    workers: int = opt(4, "loader processes a rank; 0 loads in the training process", ge=0)
+    workers: int | None = opt(
+        None, "loader processes a rank; 0 loads in the training process; none = one for each core a rank may use, 4 at most", ge=0
+    )
     prefetch: int = opt(4, "batches kept ready", ge=1)
     timeout_s: float = opt(120.0, "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for ten times that", gt=0)
+
+    def num_workers(self, cores: int) -> int:
+        """Loader processes of a rank that may use so many cores."""
+        return min(4, cores) if self.workers is None else self.workers
 
     def on_device(self, device: str) -> bool:
         """Whether flip, colours and blur are done on a device of this type, instead of by the loader."""
@@ -498,8 +504,8 @@ def without_effect(c: Config) -> list[str]:
         "train.min_loss_scale": (c.train.precision == "fp16", "train.precision fp16"),
         "checkpoint.keep_best": (c.knn.enabled and c.knn.every_samples > 0, "knn.every_samples"),
         "checkpoint.init_part": (bool(c.checkpoint.init_from), "a checkpoint.init_from"),
-        "data.prefetch": (c.data.workers > 0, "data.workers of at least 1"),
-        "data.timeout_s": (c.data.workers > 0, "data.workers of at least 1"),
+        "data.prefetch": (c.data.workers != 0, "data.workers of at least 1"),
+        "data.timeout_s": (c.data.workers != 0, "data.workers of at least 1"),
         "data.block": (c.data.kind != "stream", "a data.kind other than stream"),
         "data.length": (c.data.kind == "stream", "data.kind stream"),
         "data.buffer": (c.data.kind == "stream", "data.kind stream"),

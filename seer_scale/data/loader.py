@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from seer_scale.config import Data, Views
+from seer_scale.cores import available_cores
 from seer_scale.data.jobs import Centres, TrainingViews
 from seer_scale.data.native import native
 from seer_scale.data.pool import complain, stream
@@ -54,7 +55,8 @@ def loader(
         sampler.slots(start, rank, world_size)  # counted here what an epoch in progress still shows
     job = TrainingViews(source, views, sampler, rank, world_size, on_device)
     keys = range(start, stop, sampler.global_batch)
-    made = stream(job, keys, workers=data.workers, prefetch=data.prefetch, timeout_s=data.timeout_s, tell=tell)
+    workers = data.num_workers(available_cores())
+    made = stream(job, keys, workers=workers, prefetch=data.prefetch, timeout_s=data.timeout_s, tell=tell)
     with closing(made):
         for samples_seen, (arrays, told) in zip(keys, made):
             flat, num = [_own(a, pin).flatten(0, 1) for a in arrays], len(views.crops)

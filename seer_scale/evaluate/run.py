@@ -10,6 +10,7 @@ import torch
 
 from seer_scale.checkpoint import store
 from seer_scale.config import load_recipe, resolve
+from seer_scale.cores import rank_cores
 from seer_scale.errors import CheckpointError, DataError, UserError
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.methods.swav import SwAV
@@ -57,7 +58,7 @@ def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
             progress.advance(len(batch) * world.size)
             return engine.represent(batch)
 
-        scores, _ = knn(represent, images, config.knn, workers=config.data.workers, world=world)
+        scores, _ = knn(represent, images, config.knn, workers=config.data.num_workers(rank_cores(world)), world=world)
     scores |= {"protocol": images.protocol}
     seen = store.read_meta(found, world)["samples_seen"]
     return scores | {"samples_seen": seen, "checkpoint": found.resolve().name, "run": str(run_dir_of(path))}

@@ -93,6 +93,7 @@ class Trainer:
         with torch.device("meta"):
             method = SwAV(config, world)
         self.cores = rank_cores(world)
+        self.workers = config.data.num_workers(self.cores)
         with progress.doing("measuring how the network runs fastest"):
             self.execution = choose_execution(method.backbone, config, world, self.cores)
         self.ln_k = method.ln_k
@@ -161,7 +162,7 @@ class Trainer:
         threads, each = self.execution.threads, " each" * (w.size > 1)
         where = f"{w.size} rank{'s' * (w.size > 1)} ({self.engine.name}, {w.device.type}), {threads} thread{'s' * (threads > 1)}{each}"
         facts = dict(began=_process_began(), versions=_versions(w), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
-                     labelled=self.labelled is not None, threads=threads, cores=self.cores, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
+                     labelled=self.labelled is not None, threads=threads, cores=self.cores, workers=self.workers, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
         read: dict[str, float] = {}
@@ -201,6 +202,12 @@ class Trainer:
                 self._tell("note", sentence)
         if left_out := warning(self.source.left_out):
             self._tell("note", left_out)
+        if self.workers > self.cores:
+            self._tell(
+                "note",
+                f"data.workers is {self.workers}, but a rank may use {self.cores} core{'s' * (self.cores > 1)}: "
+                "more loader processes than that help only where images come from URLs.",
+            )
         if self.execution.contended:
             self._tell(
                 "contended",
@@ -298,7 +305,7 @@ class Trainer:
     def _batches(self, window: Window) -> Generator[Batch, None, None]:
         c, w = self.config, self.world
         batches = loader(
-            self.source, c.data, c.views, self.course.sampler, rank=w.rank, world_size=w.size, start=self.samples_seen,
+            self.source, dataclasses.replace(c.data, workers=self.workers), c.views, self.course.sampler, rank=w.rank, world_size=w.size, start=self.samples_seen,
             stop=c.train.samples, pin=w.device.type == "cuda", on_device=c.data.on_device(w.device.type),
             tell=partial(self._tell_of_rank, "loader"),
         )  # fmt: skip
@@ -439,7 +446,7 @@ class Trainer:
 
     def _watch_for_starvation(self, share: float) -> None:
         """Three metric lines in a row that waited for data over STARVED of their time: say so once, and what to change."""
-        workers, cores = self.config.data.workers, self.cores
+        workers, cores = self.workers, self.cores
         if self._starved >= STARVED_LINES or not workers and cores < 2:  # without a core to spare, the rank loads by itself
             return
         self._starved = self._starved + 1 if share > STARVED else 0
@@ -502,7 +509,7 @@ class Trainer:
         self._tell("evaluation", f"Measuring kNN {stage} training, of {asked:,} images among {bank:,} (knn.enabled false does without).")
         self.engine.average_buffers()
         with self.progress.doing(f"measuring kNN {stage} training", asked + bank):
-            scores, found = knn(self._represent, self.labelled, c, workers=self.config.data.workers, world=self.world)
+            scores, found = knn(self._represent, self.labelled, c, workers=self.workers, world=self.world)
         self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **scores, "time/knn_s": time.perf_counter() - begin})
         if self.config.checkpoint.keep_best and self.samples_seen:
             best = max(self._top1.values(), default=-math.inf)
@@ -545,7 +552,7 @@ class Trainer:
         with _disk_may_fill(), self.progress.doing("looking for the images nearest to the prototypes", num):
             show_prototypes(  # rank 0 writes after the last collective
                 self.run_dir, self._represent, prototypes, self.source,
-                num=num, size=c.knn.size, batch=c.knn.batch, workers=c.data.workers, world=self.world,
+                num=num, size=c.knn.size, batch=c.knn.batch, workers=self.workers, world=self.world,
             )  # fmt: skip
         self._tell(
             "prototypes",

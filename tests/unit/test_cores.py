@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from seer_scale import cores
+from seer_scale.config import Data
 from seer_scale.cores import Contention, available_cores, cgroup_quota, rank_cores, told_threads
 from seer_scale.world import World
 
@@ -80,6 +81,11 @@ def test_ranks_share_the_cores_they_are_bound_to_together(monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")  # SLURM has shared them out
     object.__setattr__(world, "others", [(host, hex(0xFF), 4, False)])
     assert rank_cores(world) == 4
+
+
+def test_loader_processes_are_those_given_or_as_many_as_cores():
+    assert [Data().num_workers(cores) for cores in (1, 2, 4, 64)] == [1, 2, 4, 4]
+    assert [Data(workers=given).num_workers(2) for given in (0, 1, 8)] == [0, 1, 8]
 
 
 def test_threads_asked_for():

@@ -15,9 +15,8 @@ def at_end(run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 3
     told: list[str] = []
     made = object.__new__(loop.Trainer)
     run = SimpleNamespace(prototype_images=prototype_images)
-    made.config = SimpleNamespace(
-        run=run, knn=SimpleNamespace(size=16, batch=4), data=SimpleNamespace(workers=0)
-    )
+    made.config = SimpleNamespace(run=run, knn=SimpleNamespace(size=16, batch=4))
+    made.workers = 0
     made.world, made.run_dir, made.samples_seen, made.progress = World(), run_dir, 640, Progress(active=False)
     source = type("Images", (), {"__len__": lambda _: images, "is_stream": stream})()
     made.course = SimpleNamespace(source=source)

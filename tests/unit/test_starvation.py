@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from seer_scale.data.loader import Batch
@@ -12,22 +13,24 @@ from seer_scale.train.window import Window
 from seer_scale.world import World
 
 
-def test_the_share_is_that_of_the_clock():
+def test_the_share_is_that_of_the_clock(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     window = Window(World(), Path())
     for _ in range(4):
-        time.sleep(0.05)
+        now += 0.05
         window.waited_s += 0.03
         window.add(Batch([], [], torch.arange(4), 0, []), torch.ones(()))
     window.reduce({})
     timing = window.timing(4)
-    assert 0.3 < timing["time/data_wait_frac"] <= 0.6 and timing["time/step_s"] >= 0.05
+    assert timing["time/data_wait_frac"] == pytest.approx(0.6) and timing["time/step_s"] == pytest.approx(0.05)
 
 
 def trainer(workers: int, cores: int) -> tuple[loop.Trainer, list[str]]:
     told: list[str] = []
     made = object.__new__(loop.Trainer)
-    made.config = SimpleNamespace(data=SimpleNamespace(workers=workers, path="photos"))
-    made.world, made.cores, made._starved = World(), cores, 0
+    made.config = SimpleNamespace(data=SimpleNamespace(path="photos"))
+    made.world, made.cores, made.workers, made._starved = World(), cores, workers, 0
     made._tell = lambda kind, text, **_: told.append(f"{kind}: {text}")
     return made, told
 
