@@ -230,6 +230,11 @@ class Config:
         o = self.optim
         return o.lr * self.train.global_batch / o.lr_batch if o.lr_batch else o.lr
 
+    def end(self, samples_seen: int = 0) -> int:
+        """Samples seen at the end of a run that has seen so many: whole batches are trained, until train.samples are seen."""
+        left, batch = max(0, self.train.samples - samples_seen), self.train.global_batch
+        return samples_seen + -(-left // batch) * batch
+
     @property
     def num_crops(self) -> int:
         return sum(c.num for c in self.views.crops)
@@ -324,7 +329,11 @@ def read_section(cls: type, given: Any, prefix: str, problems: list[str]) -> Any
         if name not in fields:
             known = [f"{prefix}.{n}" if prefix else n for n in fields]
             everywhere = {k.rsplit(".", 1)[-1]: k for k, *_ in all_keys()}
-            hint = f"did you mean {everywhere[name]}?" if name in everywhere else nearest(key, known)
+            near = nearest(key, known)
+            section = near.removeprefix("did you mean ").rstrip("?")
+            if cls is Config and section in fields:
+                near = f"did you mean the section {section}, with its keys {', '.join(f.name for f in dataclasses.fields(hints[section]))}?"
+            hint = f"did you mean {everywhere[name]}?" if name in everywhere else near
             problems.append(f"{key} is not a key; {hint}")
             continue
         try:
@@ -410,6 +419,18 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     elif not path.is_file():
         raise UserError(f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; {nearest(name_or_path, recipe_names())}")
     return read_yaml(path, "sections of keys, such as 'train:'")
+
+
+def of_other_images(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A shipped recipe's mapping for the images that the command line names, and what to say of it: the labelled images that
+    the recipe names beside its own go with those."""
+    knn, changes = given.get("knn", {}), over.get("data")
+    gone = [k for k in ("bank", "queries") if knn.get(k) and k not in (over.get("knn") or {})]
+    if name not in recipe_names() or not isinstance(changes, dict) or "path" not in changes or not gone:
+        return given, ""
+    keys = " and ".join(f"knn.{k}" for k in gone)
+    note = f"{keys} of the recipe {name} go with its own images, and are left out as data.path names others."
+    return given | {"knn": {k: v for k, v in knn.items() if k not in gone}}, note
 
 
 def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:

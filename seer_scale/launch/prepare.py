@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from seer_scale.config import Config, Train, load_recipe, merge, parse_overrides, resolve
+from seer_scale.config import Config, Train, load_recipe, merge, of_other_images, parse_overrides, resolve
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.files import write_whole
 from seer_scale.launch.job import Job, snapshot
@@ -40,6 +40,7 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
     given, (over, problems) = load_recipe(ask.recipe), parse_overrides(list(ask.overrides))
     if problems:
         resolve_given(given, list(ask.overrides), 1)  # tells them, and all others
+    given, note = of_other_images(ask.recipe, given, over)
     given = merge(given, over)
     if ask.name and not (given.get("run") or {}).get("dir"):
         given = merge(given, {"run": {"dir": str(Path("runs") / ask.name)}})
@@ -54,7 +55,7 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
         raise UserError(problem)
     config, fits, notes = _fits(given, ask.nodes or (max(1, ranks // each),) * 2, each, ask.cluster != "local")
     run_dir = run_dir_of(config, ask.recipe)
-    notes += filter(None, [resume.foresee(config, run_dir)])
+    notes += filter(None, [note, resume.foresee(config, run_dir)])
     job = Job(
         name=ask.name or run_dir.name, run_dir=os.path.abspath(run_dir), cluster=ask.cluster, command=list(command),
         folder=os.getcwd(), code="", ranks_per_node=each, fits=fits, restarts=ask.profile.restarts, requeues=ask.profile.requeues,

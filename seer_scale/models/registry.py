@@ -31,7 +31,9 @@ def build_backbone(name: str, **free: float) -> RegNetY:
             raise UserError(f"{name} is fixed and takes no {', '.join(free)}: use regnety to choose freely.")
         return RegNetY(REGNETY[name])
     if name != "regnety":
-        raise UserError(f"There is no backbone {name}: {nearest(name, backbone_names())}")
+        near = nearest(name, backbone_names())
+        all_names = "" if near.startswith("known") else f" (known: {', '.join(backbone_names())})"
+        raise UserError(f"There is no backbone {name}: {near}{all_names}")
     for key, value in free.items():
         if key not in FREE:
             raise UserError(f"regnety takes no {key}: {nearest(key, FREE)}")

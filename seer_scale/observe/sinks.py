@@ -234,7 +234,7 @@ class RunLog:
 
     def _sentence(self, row: dict[str, Any]) -> str:
         speed = self._speed(row) if "step" in row else []
-        return "  ".join([f"samples {min(row['samples_seen'], self.total_samples):,}/{self.total_samples:,}", *self._values(row), *speed])
+        return "  ".join([f"samples {row['samples_seen']:,}/{self.total_samples:,}", *self._values(row), *speed])
 
     def _display(self) -> Group:
         """Two lines at the foot of the terminal: how far, and how well."""
@@ -244,5 +244,5 @@ class RunLog:
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True)
         bar = ProgressBar(total=max(1, self.total_samples), completed=samples)
-        grid.add_row(bar, "  ".join([f"{min(samples, self.total_samples):,}/{self.total_samples:,}", *self._speed(latest, idle_s)]))
+        grid.add_row(bar, "  ".join([f"{samples:,}/{self.total_samples:,}", *self._speed(latest, idle_s)]))
         return Group(grid, Text("  ".join(self._values(latest)), style="dim", no_wrap=True, overflow="ellipsis"))

@@ -99,13 +99,14 @@ class Trainer:
         self.ln_k = method.ln_k
         with progress.doing("building the network"):
             self.engine = build_engine(method, config, world, loaded=("",) if found else ())
-        eta = Eta(config.train.samples, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
-        self.log = RunLog(run_dir, config.train.samples, self.ln_k, active=world.is_main, progress=progress, eta=eta)
         self._warned_of_collapse = False
         self._told_unreadable: set[str] = set()
         self._starved = 0
         self._skips = SkipMonitor(list(self.engine.shapes), config.train.precision, world, partial(self._tell_of_rank, "skipped"))
         self.resumed_from = self._load(found) if found else None
+        self.end = config.end(self.samples_seen)
+        eta = Eta(self.end, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
+        self.log = RunLog(run_dir, self.end, self.ln_k, active=world.is_main, progress=progress, eta=eta)
         self.saver = Saver(self.folder, self.engine.state(), world, keep_last=config.checkpoint.keep_last, keep_every_samples=config.checkpoint.keep_every_samples)
         limit_groups(world)
         self._write_config()
@@ -151,7 +152,7 @@ class Trainer:
                 nbytes += store.load(path, state, self.world, only=("memory/",))
         else:
             self.engine.method.queue_since = self.samples_seen
-        self._changed = resume.differences(then, self.config.to_dict())
+        self._changed = resume.changes(then, self.config)
         self._rate_change = resume.rate_change(meta, self.config)
         read = self.world.gather_objects(nbytes)
         self._loaded = {"load_s": time.perf_counter() - begin, "load_bytes": sum(read), "load_bytes_most": max(read)}
@@ -161,14 +162,14 @@ class Trainer:
         c, w = self.config, self.world
         threads, each = self.execution.threads, " each" * (w.size > 1)
         where = f"{w.size} rank{'s' * (w.size > 1)} ({self.engine.name}, {w.device.type}), {threads} thread{'s' * (threads > 1)}{each}"
-        facts = dict(began=_process_began(), versions=_versions(w), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen,
+        facts = dict(began=_process_began(), versions=_versions(w), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen, end=self.end,
                      labelled=self.labelled is not None, threads=threads, cores=self.cores, workers=self.workers, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
         read: dict[str, float] = {}
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
-                self.log.event("resume", f"{self.resumed_from} is complete: all {c.train.samples:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
+                self.log.event("resume", f"{self.resumed_from} is complete: all {self.samples_seen:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
                 return
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
             changed += f" {self._rate_change}" if self._rate_change else ""
@@ -200,6 +201,16 @@ class Trainer:
         if chosen != self.config.parallel:  # auto's choice, or one rank's
             for sentence in without_effect(dataclasses.replace(self.config, parallel=chosen)):
                 self._tell("note", sentence)
+        train = self.config.train
+        if self.end != train.samples and self.samples_seen < self.end:
+            self._tell("note", f"train.samples is {train.samples:,}, and updates take {train.global_batch:,} images each: the run ends at {self.end:,}.")
+        if not self.source.is_stream and len(self.source) < train.global_batch:
+            times = train.global_batch / len(self.source)
+            self._tell(
+                "few_images",
+                f"There are {len(self.source):,} images, fewer than train.global_batch ({train.global_batch:,}): each update sees "
+                f"an image {times:.1f} times, which teaches little; lower train.global_batch, or give more images.",
+            )
         if left_out := warning(self.source.left_out):
             self._tell("note", left_out)
         if self.workers > self.cores:
@@ -218,7 +229,6 @@ class Trainer:
     # --- the run
 
     def run(self) -> int:
-        c = self.config.train
         with self.log:
             with self.watchdog.patient(self.timeouts.save_s):
                 self._begin()
@@ -226,7 +236,7 @@ class Trainer:
             try:
                 if not self.resumed_from:
                     self._evaluate("before")
-                with self.progress.doing("training", c.samples, done=self.samples_seen):
+                with self.progress.doing("training", self.end, done=self.samples_seen):
                     self._train()
                 if not self._save():
                     goes_on = f"it goes on from {self._saved[1].name}" if self._saved else "there is no checkpoint of this start, and without an older one it begins anew"
@@ -235,7 +245,7 @@ class Trainer:
                 if self.config.checkpoint.keep_best:
                     self.saver.retain()
             except _Stop as stop:
-                left = "Start it again and it goes on." if self.samples_seen < self.config.train.samples else "All samples were seen: start it again for the last evaluation."
+                left = "Start it again and it goes on." if self.samples_seen < self.end else "All samples were seen: start it again for the last evaluation."
                 self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}")
                 self._report()
                 return EXIT_STOPPED
@@ -367,7 +377,7 @@ class Trainer:
         return True
 
     def _is_last(self, seen: int) -> bool:
-        return seen + self.config.train.global_batch >= self.config.train.samples
+        return seen + self.config.train.global_batch >= self.end
 
     def _is_due(self, seen: int) -> bool:
         """Whether the update that begins at `seen` ends with a metric line: every log_every, at each checkpoint and evaluation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from seer_scale.optim.schedules import LearningRate
 from seer_scale.world import World
 
 BACKBONE = "model/backbone."
+OF_THE_BEGINNING = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoint.init_part")
+PLACES = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
 OF_THE_RATE = ("schedule.", "optim.lr", "train.samples", "train.global_batch")
 """What keys begin with that the learning rate follows."""
 
@@ -90,7 +93,7 @@ def rate_change(meta: dict[str, Any], config: Config) -> str:
         schedule.state |= meta["schedule"]
     if math.isclose(before(seen), after(seen), rel_tol=1e-6):
         return ""
-    causes = [d.partition(" ")[0] for d in differences(meta["config"], config.to_dict()) if d.startswith(OF_THE_RATE)]
+    causes = [change.partition(" ")[0] for change in changes(meta["config"], config) if change.startswith(OF_THE_RATE)]
     is_cosine = config.schedule.name == then.schedule.name == "cosine"
     hint = ""
     if is_cosine and "train.samples" in causes and not config.schedule.decay_samples:
@@ -114,17 +117,26 @@ def foresee(config: Config, run_dir: Path) -> str:
         return ""
     meta = must_go_on(path, config)
     store.must_fit(path, state, only="model/")
-    changed, rate = differences(meta["config"], config.to_dict()), rate_change(meta, config)
+    changed, rate = changes(meta["config"], config), rate_change(meta, config)
     return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}.{' ' * bool(rate)}{rate}" if changed else ""
 
 
-def differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, as "key old -> new"."""
-    out = []
-    for key in {**then, **now}:
-        a, b = then.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            out.append(f"{prefix}{key} {json.dumps(a)} -> {json.dumps(b)}")
-    return out
+def changes(then: dict[str, Any], config: Config) -> list[str]:
+    """What a run does otherwise than with the recipe `then` of its checkpoint, as "key old -> new".
+
+    Not where the run lies and how it began; nor another way to write the same folder, nor a key that is newer than the
+    checkpoint and has its default.
+    """
+    before, now = _by_key(read_section(Config, then, "", []).to_dict()), _by_key(config.to_dict())
+    changed = [key for key in now if key not in OF_THE_BEGINNING and not _is_same(key, before[key], now[key])]
+    return [f"{key} {json.dumps(before[key])} -> {json.dumps(now[key])}" for key in changed]
+
+
+def _by_key(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def _is_same(key: str, a: Any, b: Any) -> bool:
+    if a == b or key not in PLACES or not a or not b:
+        return a == b
+    return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from seer_scale import world as worlds
-from seer_scale.config import ZERO, Config, Data, all_keys, load_recipe, resolve
+from seer_scale.config import ZERO, Config, Data, all_keys, load_recipe, of_other_images, parse_overrides, resolve
 from seer_scale.data.sources import kind_of
 from seer_scale.errors import ConfigError, RankLost, UserError
 from seer_scale.extras import how_to_install
@@ -29,7 +29,8 @@ from seer_scale.world import World
 
 def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config:
     """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError."""
-    return resolve_given(load_recipe(recipe), overrides, world_size)
+    given, _ = of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])
+    return resolve_given(given, overrides, world_size)
 
 
 def resolve_given(given: dict[str, Any], overrides: list[str] | dict[str, Any], world_size: int) -> Config:
@@ -95,6 +96,8 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     config = resolve_recipe(recipe, overrides, info.size)
     if problems := check_device(config):
         raise ConfigError(problems)
+    if note := of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
+        print(note, flush=True)
     run_dir = run_dir_of(config, recipe)
     timeouts = Timeouts.of(config)
     with StopRequest() as stop, Watchdog(timeouts.update_s, f"[rank {info.rank}] " if info.size > 1 else "") as watchdog:

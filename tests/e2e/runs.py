@@ -142,6 +142,11 @@ def full_disk() -> None:
     _print_to(os.open("/dev/full", os.O_WRONLY))
 
 
+def ascii_console() -> None:
+    """As PYTHONIOENCODING=ascii: not lost, but without most letters."""
+    sys.stdout, sys.stderr = (open(fd, "w", encoding="ascii", closefd=False) for fd in (1, 2))
+
+
 def closed() -> None:
     """As `>&- 2>&-`."""
     os.close(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 from tests.e2e import runs
@@ -26,3 +27,21 @@ def test_a_run_goes_on_without_its_console(tmp_path, photos):
     r.kill(signal.SIGINT)
     assert r.wait() == [75]
     assert checkpoints(place)[-1] == f"samples-{max(steps(place)):012d}"
+
+
+def test_what_is_said_of_the_length_is_what_is_done(tmp_path, photos):
+    """Whole batches, in every line alike; given again, nothing has changed. In a folder that an ASCII console cannot spell."""
+    given, place = recipe(tmp_path, photos, train={"samples": 40, "global_batch": 32}, knn={"enabled": False}), tmp_path / "r\xe9sum\xe9"
+    first = start("train", given, "--run.dir", place, folder=tmp_path, console=runs.ascii_console)
+    assert first.wait() == [0], first.text
+    assert "train.samples is 40, and updates take 32 images each: the run ends at 64." in first.text
+    assert "There are 24 images, fewer than train.global_batch (32): each update sees an image 1.3 times" in first.text
+    assert re.findall(r"samples (\S+)", first.text)[-1] == "64/64" or "samples 64/64" in first.text
+    assert "32/64" in first.text and "Done: 64 samples in 2 updates." in first.text and "/40" not in first.text
+    assert list(steps(place)) == [32, 64] and events(place, "start")[0]["end"] == 64
+    assert f"Report: {tmp_path}/r\\xe9sum\\xe9/report.html" in first.text
+
+    words = ("train", given, "--run.dir", place, "--data.path", f"{photos}/../{photos.name}", "--checkpoint.resume", "auto")
+    again = start(*words, folder=tmp_path, console=runs.ascii_console)
+    assert again.wait() == [0], again.text
+    assert "is complete: all 64 samples were seen" in again.text and "Changed since" not in again.text

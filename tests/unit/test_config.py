@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import yaml
 
 from seer_scale.cli.train import help_of_train
-from seer_scale.config import RECIPES, Config, all_keys, load_recipe, recipe_names, resolve
+from seer_scale.config import RECIPES, Config, all_keys, load_recipe, of_other_images, recipe_names, resolve
 from seer_scale.errors import ConfigError, UserError
+from seer_scale.models.registry import backbone_names, build_backbone
+from seer_scale.train.resume import changes
 
 SMALL = {"data": {"path": "images"}, "train": {"samples": 640, "global_batch": 64}, "swav": {"prototypes": [30]}}
 
@@ -131,3 +134,49 @@ def test_what_would_have_no_effect_is_refused():
         with pytest.raises(ConfigError) as problem:
             resolve(load_recipe("photos_laptop"), words, world_size=1)
         assert len(problem.value.problems) == 1 and key in str(problem.value) and need in str(problem.value)
+
+
+def test_a_run_ends_with_a_whole_batch():
+    for samples, batch, seen, end in ((1000, 256, 0, 1024), (1024, 256, 0, 1024), (1000, 96, 512, 1088), (1000, 256, 1024, 1024), (5, 256, 0, 256)):
+        words = ["--data.path", "-", "--train.samples", str(samples), "--train.global_batch", str(batch), "--swav.prototypes", "[20]"]
+        config = resolve({"views": {"crops": [{"num": 2, "size": 32}]}}, words)
+        assert config.end(seen) == end
+
+
+def test_a_section_is_not_offered_as_a_key():
+    with pytest.raises(ConfigError) as caught:
+        resolve(load_recipe("photos_laptop"), ["--data.path", "-", "--swvav.dim", "3"])
+    assert "swvav is not a key; did you mean the section swav, with its keys hidden, dim, " in str(caught.value)
+
+
+def test_labelled_images_of_a_shipped_recipe_go_with_its_own(tmp_path):
+    given, other = load_recipe("demo"), {"data": {"path": "mine"}}
+    assert of_other_images("demo", given, {"knn": {"k": 3}}) == (given, "")
+    assert of_other_images("my/demo.yaml", given, other) == (given, "")
+    found, note = of_other_images("demo", given, other)
+    assert "queries" not in found["knn"] and found["knn"]["size"] == given["knn"]["size"] and "queries" in given["knn"]
+    assert note == "knn.queries of the recipe demo go with its own images, and are left out as data.path names others."
+    assert of_other_images("demo", given, other | {"knn": {"queries": "yours"}}) == (given, "")
+
+
+def test_only_what_changes_training_is_a_change(tmp_path, monkeypatch):
+    """Between a checkpoint's recipe, as its JSON holds it, and a new start's."""
+    monkeypatch.chdir(tmp_path)
+    config = resolve(load_recipe("photos_laptop"), ["--data.path", "images"])
+    then = json.loads(json.dumps(config.to_dict()))
+    del then["run"]["hang_s"], then["train"]["compile"]  # of a time before these keys
+    then["schedule"]["gone"] = 1
+    words = ["--run.dir", "elsewhere", "--checkpoint.resume", "x", "--checkpoint.keep_last", "2"]
+    for path in ("images", "./images/", str(tmp_path / "images")):
+        assert changes(then, resolve(load_recipe("photos_laptop"), ["--data.path", path, *words])) == []
+    now = resolve(load_recipe("photos_laptop"), ["--data.path", "others", "--optim.lr", "0.5", "--train.compile", "true", *words])
+    assert changes(then, now) == [
+        'data.path "images" -> "others"', f"optim.lr {config.optim.lr} -> 0.5", "train.compile false -> true",
+    ]  # fmt: skip
+
+
+def test_an_unknown_backbone_names_those_there_are():
+    for name in ("resnet50", "vit_b"):
+        with pytest.raises(UserError) as caught:
+            build_backbone(name)
+        assert all(known in str(caught.value) for known in backbone_names())

@@ -130,7 +130,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
     if is_number(begun.get("parameters")):
         facts["Parameters"] = short(begun["parameters"])
     if rows:
-        total = get("train.samples")
+        total = begun.get("end", get("train.samples"))
         seen = rows[-1]["samples_seen"]
         of = f" of {total:,}" if is_number(total) and total > seen else ""
         epoch = next((r["epoch"] for r in reversed(rows) if is_number(r.get("epoch"))), None)
