@@ -98,7 +98,7 @@ class Trainer:
             self.execution = choose_execution(method.backbone, config, world, self.cores)
         self.ln_k = method.ln_k
         with progress.doing("building the network"):
-            self.engine = build_engine(method, config, world, loaded=("",) if found else ())
+            self.engine = build_engine(method, config, world, loaded=resume.brought(config, found))
         self._warned_of_collapse = False
         self._told_unreadable: set[str] = set()
         self._starved = 0

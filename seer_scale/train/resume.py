@@ -85,6 +85,14 @@ def check_weights(config: Config, path: Path, state: store.State, world: World =
     return "model/"
 
 
+def brought(config: Config, found: Path | None) -> tuple[str, ...]:
+    """What the names of those parameters begin with that a checkpoint brings to a start, which goes on from `found`."""
+    c = config.checkpoint
+    if found or c.init_from and c.init_part == "all":
+        return ("",)
+    return (BACKBONE.removeprefix("model/"),) if c.init_from else ()
+
+
 def rate_change(meta: dict[str, Any], config: Config) -> str:
     """A sentence where `config` goes on from a checkpoint's `meta` with another learning rate than its own recipe would."""
     then, seen = read_section(Config, meta["config"], "", []), meta["samples_seen"]

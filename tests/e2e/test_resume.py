@@ -226,6 +226,11 @@ def test_a_start_that_goes_on_draws_no_initial_value(tmp_path, photos, monkeypat
     drawn.clear()
     assert run_training(given, ["--run.dir", place, "--train.samples", "24"]) == 0
     assert not drawn and list(runs.steps(tmp_path / "run")) == [8, 16, 24]
+    words = ["--checkpoint.init_from", place, "--checkpoint.init_part"]
+    for part, anew in (("all", set()), ("backbone", {"head", "prototypes"})):
+        drawn.clear()
+        assert run_training(given, ["--run.dir", str(tmp_path / part), *words, part]) == 0
+        assert {name.partition(".")[0] for _, _, _, name, *_ in drawn} == anew
 
 
 def test_precision_and_queue_may_change_on_a_resume(tmp_path, photos):
