@@ -11,6 +11,9 @@ included; `held` is what is there between backward and update, without the image
 running statistics and what libraries keep, such as buckets. On GPUs both are the allocator's figures. On the CPU, where
 nobody counts, they are the bytes of all storages that torch operations have made and that still live: exact for
 tensors, blind to what a kernel uses inside. Host memory is all there is there, so offloading saves none of it.
+
+`calls` are the collectives of an update. `alone` is the time they take by themselves, one after the other on tensors of the
+same sizes, as a share of the update: what a backend that overlaps nothing, such as gloo, costs whatever we do.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.bench.ranks import run_ranks, seconds, wait, where
 from seer_scale.bench.step import fake_views, read_crops, small_recipe
 from seer_scale.config import ZERO, Config, resolve
@@ -71,9 +75,16 @@ class Case:
     against: str
 
 
+Update = tuple[Callable[[], None], CollectiveCounter]
+
+
 @dataclass
 class Measured:
     seconds: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    """Seconds of an update's collectives by themselves."""
+    calls: int = 0
+    moved: int = 0
     peak: int = 0
     held: int = 0
 
@@ -113,7 +124,8 @@ def list_cases(args: argparse.Namespace, ranks: int) -> tuple[list[Case], list[s
         if precision != args.precision:
             feature("precision", f"precision {precision}", {"train": {"precision": precision}})
     if ranks > 1:
-        feature("sync_bn_group", "sync_bn_group 1", {"parallel": {"sync_bn_group": 1}})
+        for engine in ("ddp", "fsdp"):
+            feature("sync_bn_group", "sync_bn_group 1", {"parallel": {"sync_bn_group": 1}}, on=engine)
     elif "sync_bn_group" in chosen:
         out.append("sync_bn_group is left out: one rank has nobody to share statistics with.")
     feature("micro_batch", f"micro_batch {half} (2 micro-batches)", {"train": {"micro_batch": max(1, half)}})
@@ -218,7 +230,7 @@ class CudaBytes:
 def measure(world: World, given: dict) -> tuple[dict[str, Measured], list[str]]:
     cases, args = given["cases"], given["args"]
     rows: dict[str, Measured] = {}
-    updates: dict[str, Callable[[], None]] = {}
+    updates: dict[str, Update] = {}
     left_out = []
     for case, config in cases:
         if case.against not in rows and case.against != case.name:
@@ -238,16 +250,17 @@ def measure(world: World, given: dict) -> tuple[dict[str, Measured], list[str]]:
     return rows, left_out
 
 
-def time_rounds(updates: dict[str, Callable[[], None]], rows: dict[str, Measured], world: World, args: argparse.Namespace) -> None:
+def time_rounds(updates: dict[str, Update], rows: dict[str, Measured], world: World, args: argparse.Namespace) -> None:
     order = random.Random(0)
     for _ in range(args.rounds):
         for name in order.sample(list(updates), len(updates)):
-            took = seconds(lambda update=updates[name]: [update() for _ in range(args.updates)], world)
-            rows[name].seconds.append(took)
+            update, collectives = updates[name]
+            rows[name].seconds.append(seconds(lambda update=update: [update() for _ in range(args.updates)], world) / args.updates)
+            rows[name].alone.append(seconds(collectives.repeat, world))
 
 
-def prepare(engine_class: type[Engine], config: Config, world: World, args: argparse.Namespace, row: Measured) -> Callable[[], None]:
-    """Build the engine, warm it up, find what it holds; returns what makes an update."""
+def prepare(engine_class: type[Engine], config: Config, world: World, args: argparse.Namespace, row: Measured) -> Update:
+    """Build the engine, warm it up, find what it holds and moves; returns what makes an update, and its collectives."""
     with CudaBytes() if world.device.type == "cuda" else LiveBytes() as count:
         with torch.device("meta"):
             method = SwAV(config, world)
@@ -263,6 +276,9 @@ def prepare(engine_class: type[Engine], config: Config, world: World, args: argp
 
         for _ in range(WARM_UP):
             update()
+        with CollectiveCounter() as collectives:
+            update()
+        row.calls, row.moved = len(collectives.calls), collectives.nbytes
         gc.collect()
         wait(world.device)
         count.reset()
@@ -271,7 +287,7 @@ def prepare(engine_class: type[Engine], config: Config, world: World, args: argp
         engine.update(config.peak_lr)
         wait(world.device)
         row.peak = count.peak
-    return update
+    return update, collectives
 
 
 # ------------------------------------------------------------------------------------------------ what is printed
@@ -299,28 +315,32 @@ def run(args: argparse.Namespace) -> str:
     if args.json:
         return to_json({"what": title, "rows": table, "left_out": left_out}, indent=1)
     turns = f"{args.rounds} interleaved rounds" if args.device == "cpu" else f"{args.rounds} rounds of each, one after another"
-    return "\n".join([title, f"each ratio is to the row named under 'to'; speed: median of {turns}; memory a rank", *aligned(table), *left_out])
+    return "\n".join([title, f"each ratio is to the row named under 'to'; speed: median of {turns}; collectives, bytes and memory are a rank's", *aligned(table), *left_out])
 
 
 def table_row(case: Case, rows: dict[str, Measured], args: argparse.Namespace) -> dict:
     mine, other = rows[case.name], rows[case.against]
     return {
         "case": case.name, "against": case.against,
-        "images_per_s": args.batch * args.updates / statistics.median(mine.seconds),
+        "images_per_s": args.batch / statistics.median(mine.seconds),
         "speed": statistics.median(o / m for m, o in zip(mine.seconds, other.seconds)),
+        "calls": mine.calls, "moved_bytes": mine.moved,
+        "alone": statistics.median(a / s for a, s in zip(mine.alone, mine.seconds)),
         "peak_bytes": mine.peak, "peak": mine.peak / other.peak,
         "held_bytes": mine.held, "held": mine.held / other.held,
     }  # fmt: skip
 
 
 def aligned(table: list[dict]) -> list[str]:
-    lines = [("", "images/s", "ratio", "peak", "ratio", "held", "ratio", "to")]
+    lines = [("", "images/s", "ratio", "calls", "moved", "alone", "peak", "ratio", "held", "ratio", "to")]
     for r in table:
         ratios = [f"{r[k]:.3f}" if r["case"] != r["against"] else "" for k in ("speed", "peak", "held")]
         to = r["against"] if r["case"] != r["against"] else ""
-        lines.append((r["case"], f"{r['images_per_s']:.2f}", ratios[0], size(r["peak_bytes"]), ratios[1], size(r["held_bytes"]), ratios[2], to))
-    widths = [max(len(line[i]) for line in lines) for i in range(8)]
-    sides = "<>>>>>><"
+        moved = str(r["calls"]), size(r["moved_bytes"]), f"{100 * r['alone']:.1f} %"
+        memory = size(r["peak_bytes"]), ratios[1], size(r["held_bytes"]), ratios[2]
+        lines.append((r["case"], f"{r['images_per_s']:.2f}", ratios[0], *moved, *memory, to))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    sides = "<" + ">" * 9 + "<"
     return ["  ".join(f"{w:{side}{n}}" for w, side, n in zip(line, sides, widths)).rstrip() for line in lines]
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.checkpoint import store
 from seer_scale.methods.sinkhorn import sinkhorn
 from seer_scale.methods.swav import SwAV
@@ -23,7 +24,6 @@ from seer_scale.parallel.units import sharded_units
 from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import losses_of, micro_batches, tiny, world_of
-from tests.traffic import Traffic
 
 pytestmark = pytest.mark.timeout(1500)  # the ranks run everything before the first test
 
@@ -142,7 +142,7 @@ def sinkhorn_of_ranks(world: World) -> dict:
     scores = torch.randn(2, 24, 9, generator=torch.Generator().manual_seed(3))
     bounds = [0, 3, 24] if world.size == 2 else [0, 3, 3, 10, 24]
     mine = scores[:, bounds[world.rank] : bounds[world.rank + 1]]
-    with Traffic() as seen:
+    with CollectiveCounter() as seen:
         codes = sinkhorn([mine, mine[:, :, :4]], 0.05, 6, world)
     return {"codes": [c.numpy() for c in codes], "all_reduces": seen.count("all_reduce"), "all": len(seen.calls)}
 
@@ -261,7 +261,7 @@ def traffic_of(world: World, over: dict, more: dict) -> dict:
     """Of one update; without SyncBN, so that what is left is the engine's, save in one variant."""
     config, engine = tiny(world, **{**over, "parallel.sync_bn_group": 1, "swav.iterations": 3, **more})
     losses_of(engine, config, world, range(4), 0.01)  # DeepSpeed and DDP look around first
-    with Traffic() as seen:
+    with CollectiveCounter() as seen:
         engine.gradients(micro_batches(config, 2, world), samples_seen=16)
         engine.update(0.01)
     shapes, vectors = engine.shapes, engine.vectors
@@ -432,16 +432,16 @@ def test_replicas_exchange_what_is_left_of_each_unit(ranks):
 def test_gathers_are_as_wide_as_the_compute_type_and_no_vector_is_gathered_alone(ranks):
     for engine in ("fsdp", "zero3"):
         t = ranks[2][0]["traffic"][engine, "fp16"]
-        kinds = [(dtype, n) for kind, dtype, n in t["calls"] if kind == "all_gather"]
+        kinds = [(dtype, n) for kind, dtype, n, _ in t["calls"] if kind == "all_gather"]
         assert sum(n for dtype, n in kinds if dtype == torch.float16) >= 2 * (t["P"] - t["V"] - t["prototypes"])
         assert len(kinds) <= 2 * t["units"] + 1
-        assert {dtype for kind, dtype, _ in t["calls"] if kind != "all_gather"} == {torch.float32}
+        assert {dtype for kind, dtype, *_ in t["calls"] if kind != "all_gather"} == {torch.float32}
 
 
 def _table(calls: list) -> dict[str, tuple[int, int]]:
     """kind -> (calls, bytes)."""
     out: dict[str, tuple[int, int]] = {}
-    for kind, dtype, n in calls:
+    for kind, dtype, n, _ in calls:
         count, size = out.get(kind, (0, 0))
         out[kind] = count + 1, size + n * dtype.itemsize
     return out

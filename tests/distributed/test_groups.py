@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch.distributed as dist
 
+from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.parallel import fsdp
 from tests.ranks import run_ranks
 from tests.tiny import losses_of, micro_batches, tiny, world_of
-from tests.traffic import Traffic
 
 ENGINES = {
     "ddp": {"parallel.engine": "ddp"},
@@ -28,11 +28,10 @@ def groups_of_collectives(rank: int, size: int) -> dict:
     for name, over in ENGINES.items():
         config, engine = tiny(world, **over)
         losses_of(engine, config, world, range(2))  # DDP makes its buckets
-        with Traffic() as seen:
+        with CollectiveCounter() as seen:
             engine.gradients(micro_batches(config, 2, world), samples_seen=0)
             engine.update(0.01)
-        assert len(seen.groups) == len(seen.calls)
-        out[name] = Counter(seen.groups)
+        out[name] = Counter((call.kind, call.group) for call in seen.calls)
     near, apart = world.group("near", 2), world.group("apart", 2, stride=2)
     out["ranks"] = [dist.get_process_group_ranks(group) for group in (near, apart)]
     out["kept"] = world.group("near", 2) is near and world.group("far", 2) is not near and world.group("none", 1) is None

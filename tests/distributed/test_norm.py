@@ -5,10 +5,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.models.norm import BatchNorm, StatsTape
 from seer_scale.models.regnet import Block
 from tests.ranks import run_ranks
-from tests.traffic import Traffic
 
 CHANNELS = 4
 LAYOUTS = [("cpu", torch.contiguous_format), ("cpu", torch.channels_last)]
@@ -41,7 +41,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, within: float = 1e-5) -> None
     assert a.shape == b.shape and bool((gap <= within * (1 + b.abs())).all()), f"differs by up to {gap.max()}"
 
 
-def kinds(seen: Traffic) -> list[str]:
+def kinds(seen: CollectiveCounter) -> list[str]:
     return [kind for kind, *_ in seen.calls]
 
 
@@ -58,7 +58,7 @@ def equals_the_groups_whole_batch(rank, group, members, device, layout):
     ours.process_group = group
     xs = [x.to(device) for x in batches(rank, len(members))]
     xs = [(x.contiguous(memory_format=layout) if x.dim() == 4 else x).requires_grad_() for x in xs]
-    with Traffic() as seen:
+    with CollectiveCounter() as seen:
         ys = ours(xs)
         shared = len(members) > 1
         assert kinds(seen) == ["all_gather"] * shared
@@ -95,7 +95,7 @@ def recomputing_repeats_nothing(group, device):
             m.process_group = group
         torch.manual_seed(1 + dist.get_rank())
         xs = [torch.randn(n, 8, size, size, device=device, requires_grad=True) for n, size in ((2, 6), (3, 4))]
-        with Traffic() as seen:
+        with CollectiveCounter() as seen:
             if recompute:
                 ys = checkpoint(block, xs, use_reentrant=False, context_fn=StatsTape.contexts)
             else:

@@ -77,16 +77,19 @@ def test_engines():
     assert rows["fsdp"]["peak_bytes"] < rows["ddp"]["peak_bytes"]
     assert all(r["images_per_s"] > 0 and r["peak_bytes"] > r["held_bytes"] for r in rows.values())
     lines = engines.aligned(told["rows"])
-    assert lines[0].split() == ["images/s", "ratio", "peak", "ratio", "held", "ratio", "to"]
-    assert re.fullmatch(r"fsdp +[\d.]+ +[\d.]+ +[\d.]+ MiB +[\d.]+ +[\d.]+ MiB +[\d.]+  ddp", lines[2])
+    assert lines[0].split() == ["images/s", "ratio", "calls", "moved", "alone", "peak", "ratio", "held", "ratio", "to"]
+    moved = r" +\d+ +[\d.]+ MiB +[\d.]+ %"
+    assert re.fullmatch(rf"fsdp +[\d.]+ +[\d.]+{moved} +[\d.]+ MiB +[\d.]+ +[\d.]+ MiB +[\d.]+  ddp", lines[2])
+    assert rows["fsdp"]["moved_bytes"] - rows["ddp"]["moved_bytes"] == pytest.approx(8 * matrices, rel=0.05)
+    assert rows["fsdp"]["calls"] > rows["ddp"]["calls"] and 0 < rows["fsdp"]["alone"] < 1
 
 
 def test_cases_of_engines():
     cases, left_out = engines.list_cases(options(engines, "--engines", "zero1,fairscale", "--batch", "16", "--compile"), 4)
     assert not left_out and [c.name for c in cases] == [
         "ddp", "zero1", "fairscale", "fsdp", "fsdp, activation_checkpoint every 1", "fsdp, reshard_after_forward false",
-        "fsdp, replicate 2", "fsdp, precision bf16", "fsdp, precision fp16", "fsdp, sync_bn_group 1",
-        "fsdp, micro_batch 2 (2 micro-batches)", "zero1, offload", "fsdp, compile",
+        "fsdp, replicate 2", "fsdp, precision bf16", "fsdp, precision fp16", "ddp, sync_bn_group 1",
+        "fsdp, sync_bn_group 1", "fsdp, micro_batch 2 (2 micro-batches)", "zero1, offload", "fsdp, compile",
     ]  # fmt: skip
     for words in (["--engines", "zero4"], ["--features", "offlod"]):
         with pytest.raises(UserError, match="did you mean"):
