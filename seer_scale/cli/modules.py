@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seer_scale.cli.parser import add_command
+from seer_scale.cli.parser import SETTINGS, add_command
 from seer_scale.errors import EXIT_DONE
 
 
@@ -25,7 +25,8 @@ def add_module_commands(commands: Any, room: str, what: str, modules: Mapping[st
 
 
 def _run(module: Any, args: argparse.Namespace) -> int:
-    print(module.run(args))
+    own = {k: v for k, v in vars(args).items() if k not in SETTINGS}  # which pickles: benches send it to their ranks
+    print(module.run(argparse.Namespace(**own)))
     return EXIT_DONE
 
 

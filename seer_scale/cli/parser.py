@@ -81,6 +81,10 @@ class Print(argparse.Action):
         parser.exit()
 
 
+SETTINGS = ("run", "parser", "takes_overrides", "is_run")
+"""What a command's parser sets beside the arguments that were given."""
+
+
 def add_command(
     commands: Any, name: str, run: Command, help: str, *, takes_overrides: bool = False, is_run: bool = False, **how: Any  # noqa: A002
 ) -> Parser:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.cli import main
+from seer_scale.cli.look import BENCHES
 from seer_scale.config import load_recipe, recipe_names, resolve
 
 COMMANDS = (
@@ -93,6 +96,15 @@ def test_the_help_of_a_recipe_shows_what_it_sets(capsys):
         samples = load_recipe("demo")["train"]["samples"]
         assert f"(default none; demo: {samples})" in told or f"(default 0; demo: {samples})" in told
         assert told.count("; demo: ") == sum(len(section) for section in load_recipe("demo").values())
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_bench_is_given_what_it_can_send_to_its_ranks(name, monkeypatch):
+    sent = []
+    bench = importlib.import_module(f"seer_scale.bench.{name}")
+    monkeypatch.setattr(bench, "run", lambda args: sent.append(pickle.loads(pickle.dumps(args))))
+    assert main(["bench", name, *["unused"] * (name == "data")]) == 0
+    assert isinstance(vars(sent[0])["rounds"], int)
 
 
 def test_version(capsys):
