@@ -147,7 +147,7 @@ def run_of(tensor: Tensor) -> tuple[int, int]:
 
 def local_of(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
-    return tensor.local if isinstance(tensor, Shard) else tensor.detach()
+    return (tensor.local if isinstance(tensor, Shard) else tensor).detach()
 
 
 def _share_out(runs: np.ndarray, itemsizes: list[int]) -> list[list[tuple[int, int, int]]]:
