@@ -501,6 +501,7 @@ class Trainer:
             return
         if saved.path is None:
             self._tell("checkpoint_failed", saved.problem)
+            self._top1.pop(saved.samples_seen, None)
             return
         self._saved = (saved.samples_seen, saved.path)
         self._mark_best()
