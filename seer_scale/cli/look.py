@@ -39,7 +39,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 def inspect(args: argparse.Namespace) -> int:
     from seer_scale.checkpoint import inspect as checkpoints
-    from seer_scale.observe import ledger
+    from seer_scale.observe import ledger, progress
 
     if (args.path / "metrics.jsonl").is_file():
         if args.verify or args.tensors:
@@ -50,7 +50,7 @@ def inspect(args: argparse.Namespace) -> int:
     if not args.path.exists():
         below = f"did you mean {Path('runs') / args.path}?" if (Path("runs") / args.path).is_dir() else "give a run's folder or one of its checkpoints."
         raise UserError(f"There is no {args.path}: {below}")
-    if (args.path / "launch").is_dir() or (args.path / "config.yaml").is_file():
+    if any((args.path / name).exists() for name in ("launch", "config.yaml", progress.FILE)):  # a run that starts
         print(ledger.text(ledger.read_ledger(args.path)))
         return EXIT_DONE
     found = checkpoints.describe(args.path, verify=args.verify)

@@ -10,7 +10,7 @@ import torch
 
 from seer_scale.checkpoint import store
 from seer_scale.config import load_recipe, resolve
-from seer_scale.cores import rank_cores
+from seer_scale.cores import rank_cores, told_threads
 from seer_scale.errors import CheckpointError, DataError, UserError
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.methods.swav import SwAV
@@ -51,14 +51,15 @@ def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
     store.load(found, state, world, only="model/")
     engine.refresh()
-    total = len(images.query_indices) + len(images.bank_indices)
+    total, cores = len(images.query_indices) + len(images.bank_indices), rank_cores(world)
+    torch.set_num_threads(told_threads() or cores)
     with Progress(active=world.is_main, to_stderr=True) as progress, progress.doing("measuring kNN", total):
 
         def represent(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             progress.advance(len(batch) * world.size)
             return engine.represent(batch)
 
-        scores, _ = knn(represent, images, config.knn, workers=config.data.num_workers(rank_cores(world)), world=world)
+        scores, _ = knn(represent, images, config.knn, workers=config.data.num_workers(cores), world=world)
     scores |= {"protocol": images.protocol}
     seen = store.read_meta(found, world)["samples_seen"]
     return scores | {"samples_seen": seen, "checkpoint": found.resolve().name, "run": str(run_dir_of(path))}

@@ -98,7 +98,7 @@ class Progress:
         """What is done within, told if it takes long. It may stand within another."""
         self._tasks.append(Task(what, total, unit, done))
         self._untold = True
-        if self._live:
+        if self._live and len(self._tasks) == 1:  # what is short within it would only flicker
             self._live.refresh()
         try:
             yield

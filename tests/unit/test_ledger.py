@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seer_scale.cli import main
 from seer_scale.observe import ledger
 from seer_scale.observe.ledger import LOST, ON, RUNNING, START, WIDTH, read_ledger, text
+from seer_scale.observe.progress import Progress
 
 
 class Log:
@@ -232,3 +235,11 @@ def test_of_a_run_that_goes_on_the_clock_is_read(tmp_path, monkeypatch):
     log.now = 1080.0
     log.attempt("end", cause="killed")
     assert says(1090.0) is None  # what it said last means nothing any more
+
+
+def test_inspect_of_a_run_that_has_logged_nothing_yet_says_what_it_is_at(tmp_path, capsys):
+    with Progress(tmp_path, every_s=0.01) as progress, progress.doing("listing the images of photos"):
+        while not (tmp_path / "logs" / "progress.json").exists():
+            time.sleep(0.01)
+        assert main(["inspect", str(tmp_path)]) == 0
+    assert "Nothing was logged yet. Listing the images of photos, for " in capsys.readouterr().out
