@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -85,3 +86,18 @@ def plain(value: Any) -> Any:
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Strict JSON of whatever is written or printed for programs: what JSON has no word for becomes null."""
     return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def cache_folder() -> Path:
+    """Where this user's files of ours may be kept from run to run; a user without home and account has the machine's folder
+    for temporary files."""
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "seer_scale"
+    try:
+        return Path.home() / ".cache" / "seer_scale"
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"seer_scale-{os.getuid()}"
+        with suppress(OSError):
+            folder.mkdir(mode=0o700)
+        is_own = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+        return folder if is_own else Path(tempfile.mkdtemp(prefix="seer_scale-"))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from seer_scale.files import cache_folder
+
 SOURCE = Path(__file__).with_name("pixels.c")
 FLAGS = (
     "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-ffinite-math-only", "-fno-signed-zeros",
@@ -26,7 +28,7 @@ def native() -> ctypes.CDLL | None:
     """The compiled kernels, from the user's cache or made now (a second); None without a working C compiler."""
     made_of = [SOURCE.read_text(), *FLAGS, platform.machine(), _cpu_flags()]  # home folders serve machines of all kinds
     name = f"pixels-{hashlib.blake2b(chr(0).join(made_of).encode(), digest_size=12).hexdigest()}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seer_scale"
+    cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not (cache / name).exists():

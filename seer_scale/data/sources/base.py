@@ -16,7 +16,7 @@ import numpy as np
 from seer_scale.data.sources import remote
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.errors import DataError, nearest
-from seer_scale.files import shown, written_whole
+from seer_scale.files import cache_folder, shown, written_whole
 from seer_scale.rng import key as hash_key
 
 SUFFIXES = (
@@ -264,8 +264,7 @@ def save_arrays(places: Sequence[Path], arrays: dict[str, np.ndarray]) -> None:
 
 def cache_place(*words: object, suffix: str) -> Path:
     """Where the user's cache folder keeps what `words` name."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seer_scale"
-    return cache / f"{digest(*words):032x}{suffix}"
+    return cache_folder() / f"{digest(*words):032x}{suffix}"
 
 
 def digest(*words: object) -> int:
