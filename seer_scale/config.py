@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
+from seer_scale.cores import loads_in_processes
 from seer_scale.errors import ConfigError, UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -64,7 +65,7 @@ class Data:
 
     def num_workers(self, cores: int) -> int:
         """Loader processes of a rank that may use so many cores."""
-        return min(4, cores) if self.workers is None else self.workers
+        return min(4, cores if loads_in_processes() else 0) if self.workers is None else self.workers
 
     def on_device(self, device: str) -> bool:
         """Whether flip, colours and blur are done on a device of this type, instead of by the loader."""
@@ -552,6 +553,7 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
         if condition:
             problems.append(sentence)
 
+    fail(bool(c.data.workers) and not loads_in_processes(), f"data.workers is {c.data.workers}, but loader processes need Linux; nearest: 0.")
     if batch % world_size:
         below, above = batch // world_size * world_size, -(-batch // world_size) * world_size
         near = " or ".join(str(n) for n in (below, above) if n)

@@ -115,3 +115,8 @@ def _affinity() -> set[int]:
 def _positive(word: str) -> int:
     word = word.strip()
     return int(word) if word.isdecimal() else 0
+
+
+def loads_in_processes() -> bool:
+    """Whether loader processes work on this system: they need Linux, and elsewhere the process that asks loads by itself."""
+    return hasattr(os, "pidfd_open") and hasattr(os, "memfd_create")

@@ -25,6 +25,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from seer_scale.cores import loads_in_processes
 from seer_scale.data.worker import ITEM, PID, PROGRESS, STATUS, Guard, Job, shared_arrays
 from seer_scale.errors import DataError
 
@@ -48,13 +49,13 @@ def stream(
 ) -> Generator[tuple[list[np.ndarray], list[Any]], None, None]:
     """For each key in turn the batch's arrays (of the largest size) and what `fill` returned by row.
 
-    The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here. prefetch: batches that
+    The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here, and so does any number without Linux. prefetch: batches that
     may be ready or in the making, besides the one given out. timeout_s: a worker that takes longer over one item while
     somebody waits for it is replaced, and `tell` gets a sentence. Processes live as long as the iterator. Raises
     DataError as `fill` does, or when a worker cannot be kept alive.
     """
     workers = min(workers, max((job.rows(k) for k in (keys[0], keys[-1])), default=0) if keys else 0)
-    if not workers:
+    if not workers or not loads_in_processes():
         guard, arrays = Guard(np.zeros(4, np.int64)), [np.zeros(shape, kind) for shape, kind in job.buffers()]
         for key in keys:
             yield arrays, [job.fill(key, row, arrays, guard) for row in range(job.rows(key))]

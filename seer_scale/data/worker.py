@@ -27,7 +27,7 @@ import numpy as np
 
 from seer_scale import console
 from seer_scale.data.sources import remote
-from seer_scale.errors import DataError
+from seer_scale.errors import STOP_SIGNALS, DataError
 
 PROGRESS, ITEM, PID, STATUS = range(4)
 """Columns of the seats: items entered so far; the one a worker is busy with, or -1; its process number; and how it ended, 0
@@ -198,5 +198,5 @@ def _work(
 
 def _deaf() -> None:
     """Stop signals are the training process's to judge."""
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)

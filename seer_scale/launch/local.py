@@ -10,6 +10,7 @@ import dataclasses
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -85,8 +86,8 @@ class _Watch:
         controller = self.job._process.pid
         try:
             children = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
-        except OSError:
-            return
+        except OSError:  # no Linux, or it has just ended
+            children = subprocess.run(["pgrep", "-P", str(controller)], capture_output=True, text=True).stdout.split()
         for pid in children:
             os.kill(int(pid), self._number)
             self._passed_on = self._asked

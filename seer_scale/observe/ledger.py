@@ -7,6 +7,7 @@ a launcher has started it. A *life* is one process's part of the log, from its "
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import time
@@ -132,7 +133,15 @@ def _is_gone(run_dir: Path) -> bool:
         owner = re.match(r"pid (\d+) on (\S+?),", (Path(run_dir) / ".lock").read_text())
     except OSError:
         return False
-    return owner is not None and owner[2] == socket.gethostname() and not Path(f"/proc/{owner[1]}").exists()
+    if owner is None or owner[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(owner[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is there, and another user's
+        pass
+    return False
 
 
 def _account(

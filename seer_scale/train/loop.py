@@ -55,6 +55,7 @@ from seer_scale.train.window import Window
 from seer_scale.world import World, limit_groups
 
 STARVED, STARVED_LINES = 0.05, 3
+LOADED = time.time()
 MOST_TOLD = 1000
 """Unreadable images that the console names; a log has all of them."""
 
@@ -618,13 +619,17 @@ def _versions(world: World) -> dict[str, str]:
 
 
 def _process_began() -> float:
-    """Unix time (proc(5): field 22 of stat, in ticks since the machine began)."""
-    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    """Unix time (proc(5): field 22 of stat, in ticks since the machine began); without Linux, when this module was loaded."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return LOADED
 
 
 def _peak_gib(world: World) -> float:
     """Peak memory of this rank: of the accelerator where there is one, else resident."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere

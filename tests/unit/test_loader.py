@@ -22,7 +22,7 @@ from seer_scale.data.loader import decoded, loader
 from seer_scale.data.sampler import ElasticSampler, Era
 from seer_scale.data.sources import open_source
 from seer_scale.data.views import load_views
-from seer_scale.errors import DataError, SourceEnded
+from seer_scale.errors import STOP_SIGNALS, DataError, SourceEnded
 from tests import processes
 from tests.sources import Counted, Endless, Passing, Waiting
 
@@ -362,7 +362,7 @@ def test_workers_ignore_stop_signals_and_die_with_their_parent(tmp_path):
     try:
         children = processes.workers(int(run.stdout.readline()))
         assert len(children) == 2
-        for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        for stop in STOP_SIGNALS:
             for child in children:
                 os.kill(child, stop)
         for step in range(1, 20):  # more than was prefetched: the workers are still at work

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
+import ctypes
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seer_scale import rendezvous
+from seer_scale import files, rendezvous
 from seer_scale import world as worlds
 from seer_scale.cli import main
 from seer_scale.errors import EXIT_STOPPED, StartStopped, UserError
@@ -245,3 +250,28 @@ def test_a_signal_ends_a_start(number, tmp_path, photos, monkeypatch, capsys):
     threading.Thread(target=send, daemon=True).start()
     assert main(["train", recipe(tmp_path, photos), "--run.dir", str(tmp_path / "run")]) == EXIT_STOPPED
     assert f"Stopped by {number.name} while ranks waited for each other, so nothing was begun." in capsys.readouterr().err
+
+
+def test_nothing_at_import_or_start_needs_linux(tmp_path, photos, monkeypatch, capsys):
+    """Without what macOS has not: /proc, affinity, pidfd, memfd, the clock of the boot; nor sysv_signal, home and account."""
+    for where, name in ((os, "sched_getaffinity"), (os, "pidfd_open"), (os, "memfd_create"), (time, "CLOCK_BOOTTIME")):
+        monkeypatch.delattr(where, name)
+    opened = io.open
+
+    def without_proc(file, *given, **how):
+        if str(file).startswith(("/proc", "/sys")):
+            raise FileNotFoundError(2, "No such file or directory", str(file))
+        return opened(file, *given, **how)
+
+    for where in (io, builtins):
+        monkeypatch.setattr(where, "open", without_proc)
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(name) if name else object())
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where there is no account
+    words = ["train", recipe(tmp_path, photos, data={}, knn={"enabled": False}), "--run.dir", str(tmp_path / "run"), "--train.samples", "8"]
+    assert main(words) == 0, capsys.readouterr().err
+    assert main([*words, "--data.workers", "2"]) == 2 and "data.workers is 2, but loader processes need Linux; nearest: 0." in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert files.cache_folder() == Path(tempfile.gettempdir()) / f"seer_scale-{os.getuid()}"
