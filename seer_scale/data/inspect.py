@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,7 +45,8 @@ FIRST_REASONS = 10
 TELL_EVERY_S = 5.0
 COLUMNS, ROWS, SIDE = 12, 8, 112
 """The contact sheet: crops across, crops down, pixels of one."""
-OPTIONS: dict[str, tuple[type, tuple[str, ...], str]] = {
+OPTIONS: dict[str, tuple[Callable[[str], Any], tuple[str, ...], str]] = {
+    "exclude": (lambda text: text.split(","), ("folder",), "patterns of what to leave out, as data.exclude takes them, parted by commas"),
     "split": (str, ("hub", "stream"), "as data.split takes it"),
     "image_key": (str, ("hub", "stream"), "as data.image_key takes it"),
     "length": (int, ("stream",), "images of a stream, as data.length takes it"),

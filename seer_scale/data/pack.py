@@ -47,6 +47,7 @@ from seer_scale.data.pool import stream
 from seer_scale.data.sources import Source, open_source, tars
 from seer_scale.data.sources.base import cached_index, is_image
 from seer_scale.data.sources.hub import PREFIX
+from seer_scale.data.sources.left_out import warning
 from seer_scale.data.sources.remote import is_url
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
@@ -96,6 +97,8 @@ def run(args: argparse.Namespace) -> str:
             _write_plan(dst, plan)
             _pack_stream(source, dst, size, how)
         else:
+            if left_out := warning(source.left_out):
+                print(left_out, file=sys.stderr)
             labels = source.labels  # read here once: a source may make them anew for every process
             plan |= {"shuffle": seed, "content": _content(source, labels)}
             num = _tars_planned(dst, plan) or min(len(source), math.ceil(_measure(source, how, labels, args.workers) / size))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seer_scale.data.sources import left_out, open_source
+from seer_scale.data.sources import left_out, open_source, tars
 
 CASES = Path(__file__).parents[2].parent / "shared" / "data" / "cases"
 
@@ -76,6 +76,15 @@ def test_what_is_no_file_or_not_meant_to_be_seen_is_told(tmp_path):
     assert source.left_out == {
         left_out.LINKS: 2, left_out.HIDDEN: 4, "HEIF images": 1, left_out.NO_SUFFIX: 1, "archives": 1, left_out.OTHER: 1,
     }  # fmt: skip
+
+
+def test_an_index_without_heif_images_is_made_anew_where_they_can_be_read(tmp_path, monkeypatch):
+    assert len(opened(tmp_path, "1.jpg", "2.heic")) == 1
+    monkeypatch.setattr(tars, "HEIF", (".heic",))
+    monkeypatch.setattr(tars, "COLLECTION_VERSION", 3)
+    monkeypatch.setattr(tars, "SUFFIXES", (*tars.SUFFIXES, ".heic"))
+    monkeypatch.setattr(tars, "is_image", lambda name: True)
+    assert [name for name, _ in read(open_source(str(tmp_path / "x.tar")))] == ["1.jpg", "2.heic"]
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="no shared data")

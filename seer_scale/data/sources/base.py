@@ -19,9 +19,10 @@ from seer_scale.errors import DataError, nearest
 from seer_scale.files import cache_folder, shown, written_whole
 from seer_scale.rng import key as hash_key
 
+HEIF = (".heic", ".heif", ".hif") if find_spec("pillow_heif") else ()
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".j2k",
-    ".avif", ".ppm", ".pgm", ".pbm", ".pnm", *((".heic", ".heif", ".hif") if find_spec("pillow_heif") else ()),
+    ".avif", ".ppm", ".pgm", ".pbm", ".pnm", *HEIF,
 )  # fmt: skip
 
 
@@ -222,11 +223,11 @@ def stamp_of(path: str) -> tuple[int, int]:
 
 def cached_index(
     path: str, version: int, build: Callable[[int], dict[str, np.ndarray]], stamp: tuple[int, int] | None = None,
-    only: Sequence[str] = (),
+    only: Sequence[str] = (), is_stale: Callable[[dict[str, np.ndarray]], bool] = lambda index: False,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """build(size of the file), or what an earlier call for the same file or URL has left; written beside a file, or in
     the user's cache folder. stamp: the file's, where it is known. only: the arrays that are needed, where not all are.
-    Raises DataError where the file cannot be read."""
+    is_stale: whether another must be built although the file is the same. Raises DataError where the file cannot be read."""
     size, mark = stamp or stamp_of(path)
     wanted = np.array([version, size, mark], np.int64)
     is_url = remote.is_url(path)
@@ -235,7 +236,7 @@ def cached_index(
     places.append(lambda: cache_place(path if is_url else os.path.realpath(path), suffix=".index.npz"))
     for place in places:
         index = load_arrays(place(), only and (*only, "stamp"))
-        if np.array_equal(index.get("stamp", ()), wanted):
+        if np.array_equal(index.get("stamp", ()), wanted) and not is_stale(index):
             return index
     index = {**build(size), "stamp": wanted}
     save_arrays([place() for place in places], index)

@@ -96,9 +96,9 @@ def read(url: str, offset: int = 0, size: int | None = None, most: int | None = 
 
     def attempt() -> bytes:
         if size is None:
-            limit = most
+            limit, end = most, None if most is None else offset + most + 1
             try:
-                data = _call(url, READ_TIMEOUT_S, "cat_file", start=offset, end=None if most is None else offset + most + 1)
+                data = _call(url, READ_TIMEOUT_S, "cat_file", start=offset or None, end=end)
                 if most is None or len(data) <= most:
                     return data
             except _TooMuchError as error:
@@ -215,7 +215,7 @@ def _call(url: str, timeout_s: float, name: str, **options: Any) -> Any:
     elif fs.async_impl:
         future = asyncio.run_coroutine_threadsafe(getattr(fs, f"_{name}")(path, **options), fs.loop)
     else:
-        future = _in_thread(lambda: getattr(fs, name)(path, **options))
+        future = _in_thread(lambda: _bounded_read(fs, path, **options) if name == "cat_file" else getattr(fs, name)(path, **options))
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -230,9 +230,15 @@ def _call(url: str, timeout_s: float, name: str, **options: Any) -> Any:
         waiting()
 
 
-async def _get(fs: Any, url: str, start: int, end: int | None, is_probe: bool) -> bytes:
+def _bounded_read(fs: Any, path: str, start: int | None, end: int | None) -> bytes:
+    """Bytes start .. end - 1, or to the end of the file. To ask for more than there is would take memory for it."""
+    start, size = start or 0, fs.info(path)["size"]
+    return fs.cat_file(path, start=start, end=end if size is None or end is None else max(start, min(end, size)))
+
+
+async def _get(fs: Any, url: str, start: int | None, end: int | None, is_probe: bool) -> bytes:
     """Bytes start .. end - 1 by HTTP, or one more chunk where there are more; of a probe only the first chunk."""
-    session, options = await fs.set_session(), dict(fs.kwargs)
+    start, session, options = start or 0, await fs.set_session(), dict(fs.kwargs)
     if start or end is not None and end < MOST_UNTOLD or is_probe:  # an image is asked for whole
         options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{'' if end is None else end - 1}"}
     most = None if end is None else end - start

@@ -27,6 +27,7 @@ import numpy as np
 from seer_scale.cores import available_cores
 from seer_scale.data.sources import remote
 from seer_scale.data.sources.base import (
+    HEIF,
     SUFFIXES,
     LabelsBuilder,
     Names,
@@ -64,8 +65,9 @@ if TYPE_CHECKING:
 
 OUTSIDE_BRACES = r",(?![^{}]*\})"
 """Commas that part one path from the next."""
-INDEX_VERSION = COLLECTION_VERSION = 100 + len(SUFFIXES)
-"""Another one, too, where HEIF can be read; and to be raised with left_out.KINDS."""
+INDEX_VERSION = 101
+"""To be raised with left_out.KINDS."""
+COLLECTION_VERSION = 2 + bool(HEIF)
 SUMS = 4 + len(KINDS)
 LONGEST_LABEL = 256
 INDEXING_TIMEOUT_S = 3600.0
@@ -425,7 +427,7 @@ def _sums(job: tuple[str, tuple[int, int]]) -> tuple[int, ...]:
     left out, by kind) of a tar."""
     path, stamp = job
     only = ("cls", "folder", "folder_values", "folder_ends", "left_out")
-    index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only)
+    index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only, _is_stale)
     folders = _texts(index, "folder")
     folder = digest(*folders) >> 65 if len(folders) == 1 else -1
     labelled, sorted_ = int((index["cls"] >= 0).sum()), int((index["folder"] >= 0).sum())
@@ -460,9 +462,14 @@ def _index_tar(path: str, size: int) -> dict[str, np.ndarray]:
             index = load_arrays(BytesIO(remote.read(remote.beside(path, ".index.npz"))))
         except remote.Refused:
             index = {}
-        if _fits(index, size):
+        if _fits(index, size) and not _is_stale(index):
             return index
     return _walk_tar(path, size)
+
+
+def _is_stale(index: dict[str, np.ndarray]) -> bool:
+    """Whether HEIF images were left out by a machine that could not read them, and this one can."""
+    return bool(HEIF) and bool(index["left_out"][KINDS.index("HEIF images")])
 
 
 def _fits(index: dict[str, np.ndarray], size: int) -> bool:
