@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -13,7 +12,7 @@ def photo(height=120, width=160, seed=0):
     """Smooth colours over the whole cube, with some noise."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (6, 8, 3)).astype(np.uint8)
-    fine = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(int)
+    fine = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
     return np.clip(fine + rng.integers(-8, 9, fine.shape), 0, 255).astype(np.uint8)
 
 

@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import cv2
 import numpy as np
 import torch
 
@@ -164,7 +163,6 @@ def run(args: argparse.Namespace) -> str:
     source = open_source(args.path)
     images = pick(source, args.images)
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)
     geometry, turn = geometry_only(views), iter(range(10**9))
     things: dict[str, Callable[[bytes], object]] = {
         "decode": decode,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seer_scale.data.photometric import CONTRAST, GREY, HUE, PACKED, SATURATION
+from seer_scale.data.photometric import CONTRAST, GREY, HUE, PACKED, SATURATION, Distortion, pack
 from seer_scale.data.views import MEAN, STD
 
 CHUNK = 2**24
@@ -33,6 +34,12 @@ def distort(crops: Tensor, how: Tensor) -> Tensor:
     for x, numbers in zip(out.split(num), how.split(num)):
         _in_place(x, numbers)
     return out
+
+
+def distort_on_cpu(crop: np.ndarray, how: Distortion) -> np.ndarray:
+    """RGB uint8 [S, S, 3] as uint8 [3, S, S]: `photometric.distort` without kernels in C."""
+    planes = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))[None]
+    return distort(planes, torch.from_numpy(pack(how))[None])[0].add_(0.5).to(torch.uint8).numpy()
 
 
 def _in_place(x: Tensor, how: Tensor) -> None:
@@ -127,8 +134,9 @@ def _blur(x: Tensor, weights: Tensor) -> Tensor:
 def _mirror(x: Tensor, radius: int, down: bool) -> Tensor:
     """The border a mirror that is not repeated; where a blur reaches beyond the far side, the mirrored is mirrored."""
     while radius:
-        more = min(radius, x.shape[2 if down else 3] - 1)
-        x = F.pad(x, (0, 0, more, more) if down else (more, more, 0, 0), mode="reflect")
+        size = x.shape[2 if down else 3]
+        more, mode = (min(radius, size - 1), "reflect") if size > 1 else (radius, "replicate")
+        x = F.pad(x, (0, 0, more, more) if down else (more, more, 0, 0), mode=mode)
         radius -= more
     return x
 

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
+from PIL import Image, ImageDraw
 
 from seer_scale.errors import DataError
 from seer_scale.files import to_json
 from seer_scale.rng import numpy_generator
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,17 @@ def _value_noise(x, y, draw):
     """Smooth noise in [-1, 1] with one random value at each whole (x, y)."""
     left, top = x.min() - 2, y.min() - 2
     lattice = draw.uniform(-1, 1, (int(y.max() - top) + 4, int(x.max() - left) + 4)).astype(np.float32)
-    return cv2.remap(lattice, x - left, y - top, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+    u, v = x - left, y - top  # 2 at least, and further than that from the other end
+    i, j = u.astype(int), v.astype(int)
+    across, down = _cubic(u - i), _cubic(v - j)
+    return sum(down[b] * across[a] * lattice[j + b - 1, i + a - 1] for a in range(4) for b in range(4))
+
+
+def _cubic(t: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Weights of the four neighbours of what lies t in [0, 1) behind the second (Keys, with a = -3/4)."""
+    near = [((1.25 * s - 2.25) * s) * s + 1 for s in (t, 1 - t)]
+    before = ((-0.75 * (t + 1) + 3.75) * (t + 1) - 6) * (t + 1) + 3
+    return before, *near, 1 - before - near[0] - near[1]
 
 
 def filaments(x, y, draw):
@@ -114,12 +124,12 @@ def shards(x, y, draw):
     """Flat triangles over one another."""
     height, width = x.shape
     period = 1 / max(np.hypot(x[0, 1] - x[0, 0], y[0, 1] - y[0, 0]), 1e-3)
-    canvas = np.full((height, width), draw.random(), np.float32)
+    canvas = Image.new("F", (width, height), draw.random())
     for _ in range(int(3 * height * width / period**2)):
         centre = draw.random(2) * (width, height)
         corners = centre + draw.normal(0, 0.7 * period, (3, 2))
-        cv2.fillConvexPoly(canvas, corners.round().astype(np.int32), draw.random(), cv2.LINE_4)
-    return canvas
+        ImageDraw.Draw(canvas).polygon(corners.round().ravel().tolist(), fill=draw.random())
+    return np.asarray(canvas)
 
 
 TEXTURES: tuple[Texture, ...] = (stripes, checks, dots, rings, bricks, waves, cells, filaments, clouds, shards)
@@ -169,12 +179,15 @@ def _cover(image: np.ndarray, draw: np.random.Generator, colour: np.ndarray, siz
     height, width = image.shape[:2]
     centre = draw.random(2) * (width, height)
     axes = draw.uniform(*sizes, 2) * (width, height)
-    angle, colour = draw.uniform(0, 180), colour.tolist()
+    angle = np.radians(draw.uniform(0, 180))
+    y, x = np.mgrid[:height, :width] - centre[::-1, None, None]
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     if draw.random() < 0.5:
-        cv2.ellipse(image, (tuple(centre), tuple(2 * axes), angle), colour, -1, cv2.LINE_AA)
+        within = axes.min() * (1 - np.hypot(u / axes[0], v / axes[1]))
     else:
-        corners = cv2.boxPoints((tuple(centre), tuple(2 * axes), angle))
-        cv2.fillConvexPoly(image, corners.round().astype(np.int32), colour, cv2.LINE_AA)
+        within = np.minimum(axes[0] - np.abs(u), axes[1] - np.abs(v))
+    covered = np.clip(within + 0.5, 0, 1)[..., None].astype(np.float32)
+    image += covered * (colour - image)
 
 
 def write_demo_corpus(
@@ -206,9 +219,7 @@ def write_demo_corpus(
                 draw = numpy_generator(seed, "demo", split, name, n)
                 image = photograph(textures[name], draw, difficulty)
                 quality = int(draw.integers(difficulty.quality[0], difficulty.quality[1] + 1))
-                bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-                _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
-                (aside / split / name / f"{n:04d}.jpg").write_bytes(data.tobytes())
+                Image.fromarray(image).save(aside / split / name / f"{n:04d}.jpg", quality=quality)
     (aside / "manifest.json").write_text(manifest)
     try:
         aside.rename(folder)

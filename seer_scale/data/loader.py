@@ -17,7 +17,6 @@ import torch
 from seer_scale.config import Data, Views
 from seer_scale.cores import available_cores
 from seer_scale.data.jobs import Centres, TrainingViews
-from seer_scale.data.native import native
 from seer_scale.data.pool import complain, stream
 from seer_scale.data.sampler import ElasticSampler
 from seer_scale.data.sources import Source
@@ -50,7 +49,6 @@ def loader(
     batches ready, and are replaced when they die or hang, of which `tell` is told. Raises DataError when GIVE_UP_AFTER
     images in a row cannot be read.
     """
-    native()  # compiled before there are workers
     if start < stop:
         sampler.slots(start, rank, world_size)  # counted here what an epoch in progress still shows
     job = TrainingViews(source, views, sampler, rank, world_size, on_device)

@@ -1,58 +1,52 @@
-"""The kernels of pixels.c, compiled at first use by the machine's C compiler; whoever calls them has another way too."""
+"""The kernels of pixels.c, built at installation for several instruction sets, of which the best that runs here is taken.
+
+All give the same bytes; where none was built, what is done in torch instead is the same to one level of 255.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
 from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
 
-from seer_scale.files import cache_folder
-
-SOURCE = Path(__file__).with_name("pixels.c")
-FLAGS = (
-    "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-ffinite-math-only", "-fno-signed-zeros",
-    "-fno-trapping-math", "-fassociative-math", "-freciprocal-math",
-)  # fmt: skip
-"""-ffast-math without the name: linked under that name, it would round small numbers of the whole process to zero."""
+SETS = ("avx512", "avx2", "sse4", "plain")
+MISSING = (
+    "The image kernels in C were not built when seer_scale was installed: views are made in torch, the same to one level of "
+    "255 but several times slower. Install a C compiler (gcc or clang), and then seer_scale again."
+)
 
 
 @lru_cache(maxsize=1)
 def native() -> ctypes.CDLL | None:
-    """The compiled kernels, from the user's cache or made now (a second); None without a working C compiler."""
-    made_of = [SOURCE.read_text(), *FLAGS, platform.machine(), _cpu_flags()]  # home folders serve machines of all kinds
-    name = f"pixels-{hashlib.blake2b(chr(0).join(made_of).encode(), digest_size=12).hexdigest()}.so"
-    cache = cache_folder()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if not (cache / name).exists():
-            with tempfile.TemporaryDirectory(dir=cache) as aside:
-                made = Path(aside) / name
-                subprocess.run([os.environ.get("CC", "cc"), *FLAGS, "-o", made, SOURCE, "-lm"], check=True, capture_output=True)
-                made.rename(cache / name)
-        kernels = ctypes.CDLL(str(cache / name))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """The kernels; None where none was built."""
+    return next((kernels for name in SETS if (kernels := load(name))), None)
+
+
+def load(name: str) -> ctypes.CDLL | None:
+    """Those of one instruction set; None where they were not built, or the machine does not have it."""
+    for suffix in EXTENSION_SUFFIXES:
+        place = Path(__file__).with_name(f"_pixels_{name}{suffix}")
+        if not place.exists():
+            continue
+        try:
+            kernels = ctypes.CDLL(str(place))
+        except OSError:  # of another machine: folders are shared
+            continue
+        if kernels.supported():
+            return _typed(kernels)
+    return None
+
+
+def _typed(kernels: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     kernels.resize.argtypes = (pointer, ctypes.c_long, number, number, number, pointer, pointer)
     kernels.photometric.argtypes = (pointer, number, number, number, pointer, pointer, pointer)
     kernels.blur.argtypes = (pointer, number, number, pointer, pointer)
     kernels.resize.restype = kernels.photometric.restype = kernels.blur.restype = None
     return kernels
-
-
-def _cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 _scratch = np.empty(0, np.float32)

@@ -1,9 +1,8 @@
 """What is done to the colours of a crop: flip, colour jitter, grey, Gaussian blur (SwAV's order and distributions).
 
-`draw` says what is to be done, as numbers; `distort` does it to one crop on the CPU. There it is one or two passes in C
-(pixels.c), compiled at first use by the machine's C compiler, or a pass an operation in OpenCV where there is none:
-the same to a level of 255 for one operation, to some more where several follow one another, as it rounds in between. The operations are torchvision's, without its rounding in between. `pack` makes numbers
-of a distortion, for batched.py to do a whole batch's on the accelerator.
+`draw` says what is to be done, as numbers; `distort` does it to one crop on the CPU: in one or two passes in C (pixels.c),
+or as batched.py does it where that was not built, the same to a level of 255. The operations are torchvision's, without
+its rounding in between. `pack` makes numbers of a distortion, for batched.py to do a whole batch's on the accelerator.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from seer_scale.config import Views
@@ -32,6 +30,7 @@ class Distortion(NamedTuple):
     """The blur's standard deviation in pixels; 0 = none."""
 
 
+NOTHING = Distortion(False, (), 0.0)
 MOST_OPS = 5
 PACKED = 2 + 2 * MOST_OPS
 """Numbers a packed crop takes."""
@@ -66,7 +65,9 @@ def distort(crop: np.ndarray, how: Distortion, planes: np.ndarray) -> None:
     """RGB uint8 [S, S, 3] distorted into `planes`, uint8 [3, S, S], contiguous."""
     kernel = native()
     if kernel is None:
-        cv2.split(_with_opencv(crop, how), list(planes))
+        from seer_scale.data import batched  # loader processes are small, and without torch where they can be
+
+        planes[:] = batched.distort_on_cpu(crop, how)
         return
     size, num = len(crop), len(how.ops)
     crop = np.ascontiguousarray(crop)
@@ -80,43 +81,6 @@ def distort(crop: np.ndarray, how: Distortion, planes: np.ndarray) -> None:
 
 def gaussian(sigma: float) -> np.ndarray:
     """Weights [2 ceil(3 sigma) + 1] of a Gaussian cut at three standard deviations, which sum to 1."""
-    return cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma, cv2.CV_32F)[:, 0]
-
-
-# ------------------------------------------------------------------------------------------------------ OpenCV
-
-
-def _with_opencv(crop: np.ndarray, how: Distortion) -> np.ndarray:
-    if how.flip:
-        crop = cv2.flip(crop, 1)
-    for op, factor in how.ops:
-        crop = (_brightness, _contrast, _saturation, _hue, _grey)[op](crop, factor)
-    if how.sigma:
-        weights = gaussian(how.sigma)
-        crop = cv2.sepFilter2D(crop, -1, weights, weights, borderType=cv2.BORDER_REFLECT_101)
-    return crop
-
-
-def _brightness(crop: np.ndarray, factor: float) -> np.ndarray:
-    return cv2.addWeighted(crop, factor, crop, 0, 0)
-
-
-def _contrast(crop: np.ndarray, factor: float) -> np.ndarray:
-    """Blended with the mean of its grey values; 0 gives plain grey, 1 the crop."""
-    mean = cv2.mean(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))[0]
-    return cv2.addWeighted(crop, factor, crop, 0, (1 - factor) * mean)
-
-
-def _saturation(crop: np.ndarray, factor: float) -> np.ndarray:
-    """Blended with its own grey image; 0 gives grey, 1 the crop."""
-    return cv2.addWeighted(crop, factor, _grey(crop), 1 - factor, 0)
-
-
-def _hue(crop: np.ndarray, turn: float) -> np.ndarray:
-    hsv = cv2.cvtColor(crop.astype(np.float32), cv2.COLOR_RGB2HSV)  # 8-bit hue has too few steps
-    hsv[..., 0] += 360 * (turn % 1)  # the way back takes the remainder by 360 itself
-    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
-
-
-def _grey(crop: np.ndarray, _: float = 0.0) -> np.ndarray:
-    return cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    radius = math.ceil(3 * sigma)
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return (weights / weights.sum()).astype(np.float32)

@@ -5,11 +5,28 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Built once for each instruction set (setup.py): every operation is done as it is written, none fused or reordered, so
+   that all of them give the same bytes. */
+int supported(void) {
+#if defined(__AVX512BW__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2");
+#else
+    return 1;
+#endif
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(kind, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(kind, a, b, ...) __builtin_shuffle(a, b, (kind){__VA_ARGS__})
+#endif
+
 #define BLOCK 512
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY };
 
 typedef uint8_t v16 __attribute__((vector_size(16)));
-typedef float f16 __attribute__((vector_size(64)));
 
 /* n interleaved pixels to three planes of floats. */
 static void take_apart(const uint8_t *restrict rgb, float *restrict r, float *restrict g, float *restrict b, int n) {
@@ -18,9 +35,12 @@ static void take_apart(const uint8_t *restrict rgb, float *restrict r, float *re
     for (; i + 16 <= n; i += 16) {
         v16 x, y, z;
         memcpy(&x, rgb + 3 * i, 16); memcpy(&y, rgb + 3 * i + 16, 16); memcpy(&z, rgb + 3 * i + 32, 16);
-        const v16 R = __builtin_shuffle(__builtin_shuffle(x, y, (v16){0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30}), z, (v16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26, 29});
-        const v16 G = __builtin_shuffle(__builtin_shuffle(x, y, (v16){1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31}), z, (v16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30});
-        const v16 B = __builtin_shuffle(__builtin_shuffle(x, y, (v16){2, 5, 8, 11, 14, 17, 20, 23, 26, 29}), z, (v16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31});
+        const v16 R = SHUFFLE(v16, SHUFFLE(v16, x, y, 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0), z,
+                              0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26, 29);
+        const v16 G = SHUFFLE(v16, SHUFFLE(v16, x, y, 1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0), z,
+                              0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30);
+        const v16 B = SHUFFLE(v16, SHUFFLE(v16, x, y, 2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0), z,
+                              0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31);
         memcpy(bytes[0] + i, &R, 16); memcpy(bytes[1] + i, &G, 16); memcpy(bytes[2] + i, &B, 16);
     }
     for (; i < n; i++) for (int c = 0; c < 3; c++) bytes[c][i] = rgb[3 * i + c];
@@ -85,9 +105,11 @@ void photometric(const uint8_t *restrict image, int size, int flip, int num, con
                 const int n = size - x < BLOCK ? size - x : BLOCK;
                 take_apart(row + 3 * x, planes[0], planes[1], planes[2], n);
                 for (int k = 0; k < contrast; k++) apply(ops[k], factors[k], 0, planes[0], planes[1], planes[2], n);
-                float part = 0;
-                for (int i = 0; i < n; i++) part += luma(planes[0][i], planes[1][i], planes[2][i]);
-                sum += part;
+                float lanes[16] = {0};
+                for (int i = n; i % 16; i++) planes[0][i] = planes[1][i] = planes[2][i] = 0;
+                for (int i = 0; i < n; i += 16)
+                    for (int j = 0; j < 16; j++) lanes[j] += luma(planes[0][i + j], planes[1][i + j], planes[2][i + j]);
+                for (int j = 0; j < 16; j++) sum += lanes[j];
             }
         }
         mean = sum / plane;
@@ -109,7 +131,7 @@ void photometric(const uint8_t *restrict image, int size, int flip, int num, con
 
 /* Where index i of n lies once the border mirrors, its own pixel not repeated. */
 static inline int mirror(int i, int n) {
-    const int period = 2 * n - 2;
+    const int period = n > 1 ? 2 * n - 2 : 1;
     i = (i % period + period) % period;
     return i < n ? i : period - i;
 }
@@ -172,16 +194,16 @@ static void triangle(int n, int size, int taps, int *first, int *count, float *w
 static inline void transpose(f8 v[8]) {
     f8 a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
-        a[i] = __builtin_shuffle(v[i], v[i + 1], (i8){0, 8, 2, 10, 4, 12, 6, 14});
-        a[i + 1] = __builtin_shuffle(v[i], v[i + 1], (i8){1, 9, 3, 11, 5, 13, 7, 15});
+        a[i] = SHUFFLE(i8, v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        a[i + 1] = SHUFFLE(i8, v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
     }
     for (int i = 0; i < 8; i += 4) for (int j = 0; j < 2; j++) {
-        b[i + j] = __builtin_shuffle(a[i + j], a[i + j + 2], (i8){0, 1, 8, 9, 4, 5, 12, 13});
-        b[i + j + 2] = __builtin_shuffle(a[i + j], a[i + j + 2], (i8){2, 3, 10, 11, 6, 7, 14, 15});
+        b[i + j] = SHUFFLE(i8, a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        b[i + j + 2] = SHUFFLE(i8, a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     }
     for (int j = 0; j < 4; j++) {
-        v[j] = __builtin_shuffle(b[j], b[j + 4], (i8){0, 1, 2, 3, 8, 9, 10, 11});
-        v[j + 4] = __builtin_shuffle(b[j], b[j + 4], (i8){4, 5, 6, 7, 12, 13, 14, 15});
+        v[j] = SHUFFLE(i8, b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        v[j + 4] = SHUFFLE(i8, b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
 }
 

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from seer_scale import console
+from seer_scale.data.native import native
 from seer_scale.data.sources import remote
 from seer_scale.errors import STOP_SIGNALS, DataError
 
@@ -93,11 +94,10 @@ def _nbytes(spec: Spec) -> int:
 
 def serve(fd: int, parent: int) -> None:
     """Fork a host for every socket that comes, until the training process has gone."""
-    import cv2
-
     import seer_scale.data.jobs  # noqa: F401  what every host needs, once
 
-    cv2.setNumThreads(0)
+    if native() is None:
+        import seer_scale.data.batched  # noqa: F401  which does it instead
 
     console.install()
     _deaf()

@@ -31,6 +31,7 @@ from seer_scale.cores import rank_cores
 from seer_scale.data.batched import distort, to_float
 from seer_scale.data.listing import share
 from seer_scale.data.loader import Batch, loader
+from seer_scale.data.native import MISSING, native
 from seer_scale.data.pool import complain
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.sources.left_out import warning
@@ -220,6 +221,8 @@ class Trainer:
                 f"data.workers is {self.workers}, but a rank may use {self.cores} core{'s' * (self.cores > 1)}: "
                 "more loader processes than that help only where images come from URLs.",
             )
+        if native() is None:
+            self._tell_of_rank("note", MISSING)
         if self.execution.contended:
             self._tell(
                 "contended",

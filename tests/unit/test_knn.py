@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from seer_scale.config import Config, Data, Knn
 from seer_scale.data.batched import to_float
@@ -39,7 +39,7 @@ def write_corpus(folder):
             (folder / split / f"class{c}").mkdir(parents=True)
             for i in range(num):
                 image = np.clip(draw.normal(colour + draw.normal(0, 60, 3), 20, (20, 24, 3)), 0, 255).astype(np.uint8)
-                cv2.imwrite(str(folder / split / f"class{c}" / f"{i}.jpg"), image)
+                Image.fromarray(image[..., ::-1]).save(folder / split / f"class{c}" / f"{i}.jpg", quality=95)
     (folder / "train" / "class1" / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
     return folder
 
@@ -223,7 +223,7 @@ def folders(root: Path, *names: str, num: int = 3) -> str:
     for name in names:
         (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(num):
-            cv2.imwrite(str(root / name / f"{i}.jpg"), np.full((20, 24, 3), 40 * i, np.uint8))
+            Image.fromarray(np.full((20, 24, 3), 40 * i, np.uint8)).save(root / name / f"{i}.jpg")
     return str(root)
 
 
