@@ -82,9 +82,10 @@ def _decode_jpeg(data: bytes, at_least: AtLeast | None) -> np.ndarray | None:
     if header is None:
         return None
     height, width, channels = header.height, header.width, 4 if len(header.sampling) == 4 else 3
-    if jpeg.scans(data, header, MAX_SCANS) > MAX_SCANS:
+    kept = header.coefficients(data)
+    if kept and jpeg.scans(data, header, MAX_SCANS) > MAX_SCANS:
         raise DataError(f"it has more than {MAX_SCANS} scans, which would take minutes to decode")
-    _check_size(width, height, (7 if channels == 4 else 3) + 2 * header.coefficients(data))
+    _check_size(width, height, (7 if channels == 4 else 3) + 2 * kept)
     if not header.can_be_reduced or len(header.sampling) == 2:
         return None
     least = {}

@@ -274,7 +274,7 @@ from seer_scale.data import decode as d
 def most():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-image = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8), np.ones((100, 100, 1), np.uint8)))
+image = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8), np.ones((75, 75, 1), np.uint8)))
 used = {}
 for form, mode, options in (
     ("JPEG", "CMYK", {}), ("JPEG", "RGB", {"progressive": True}), ("PNG", "RGBA", {}), ("TIFF", "CMYK", {"compression": "tiff_lzw"}),
@@ -295,7 +295,7 @@ print(json.dumps(used))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     for what, (bytes_a_pixel, counted) in json.loads(done.stdout).items():
-        assert bytes_a_pixel < counted + 1.5, what  # a strip on its way is not counted
+        assert bytes_a_pixel < counted + 2.5, what  # a strip on its way is not counted
 
 
 def test_images_that_would_take_more_memory_are_refused_by_their_header():
