@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from seer_scale.config import Config, Data, Knn
 from seer_scale.evaluate.knn import labelled_images
@@ -27,7 +27,7 @@ def test_its_examples_run(tmp_path):
         (tmp_path / str(label)).mkdir()
         for i in range(10):
             image = np.full((24, 24, 3), colour, np.uint8) + np.uint8(i)
-            cv2.imwrite(str(tmp_path / str(label) / f"{i}.jpg"), image)
+            Image.fromarray(image).save(tmp_path / str(label) / f"{i}.jpg")
     images = labelled_images(Config(data=Data(path=str(tmp_path)), knn=Knn(size=24)))
 
     def represent(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
