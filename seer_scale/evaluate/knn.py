@@ -162,7 +162,7 @@ def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: 
     _check_finite(f)
     order = ids.argsort()
     f, y, ids = torch.nn.functional.normalize(f[order], dim=1), y[order], ids[order]
-    y = torch.from_numpy(images.query_to_bank).to(y.device)[y]
+    y = torch.tensor(images.query_to_bank, device=y.device)[y]  # what ranks share is read-only
 
     nearest = f.new_full((len(f), 0), 0.0)
     found = labels = ids.new_empty((len(f), 0))
