@@ -131,11 +131,14 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: bytes) -> Layout:
+        """Raises ValueError, KeyError, TypeError or AttributeError where `text` is no layout."""
         tensors = {}
         for name, row in json.loads(text).items():
             shape = torch.Size(row["shape"])
-            stops = [*(start for start, _, _ in row["parts"][1:]), shape.numel()]
-            parts = [Part(start, stop, file, offset) for (start, file, offset), stop in zip(row["parts"], stops)]
+            edges = [*(start for start, _, _ in row["parts"]), shape.numel()]
+            if edges[0] or any(a >= b for a, b in zip(edges, edges[1:])):
+                raise ValueError(f"its parts of {name} do not tile it")
+            parts = [Part(start, stop, file, offset) for (start, file, offset), stop in zip(row["parts"], edges[1:])]
             tensors[name] = Stored(DTYPES[row["dtype"]], shape, parts)
         return cls(tensors)
 

@@ -247,7 +247,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def read_layout(path: Path, world: World = World()) -> Layout:
     """Names, shapes and dtypes of a checkpoint, and where they lie; reads no tensor. Rank 0 reads it for all of `world`, if
     one is given: collective. Raises CheckpointError."""
-    return Layout.from_json(world.from_main(lambda: _read_tensors_json(path)))
+    text = world.from_main(lambda: _read_tensors_json(path))
+    try:
+        return Layout.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path} could not be read ({TENSORS}: {e}); choose another.") from e
 
 
 def _read_tensors_json(path: Path) -> bytes:

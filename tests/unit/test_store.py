@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -392,6 +393,26 @@ def test_what_is_no_checkpoint_is_answered_with_the_nearest_that_is(tmp_path):
         store.load(tmp_path / "absent", state_of(0), ALONE)
     (path / "tensors.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="could not be read.*choose another"):
+        store.load(path, state_of(0), ALONE)
+
+
+@pytest.mark.parametrize(
+    "parts,words",
+    [
+        ([], "do not tile it"), ([[4096, 0, 0]], "do not tile it"), ([[5, 0, 0]], "do not tile it"), ([[0, 7, 0]], "state-00007"),
+        ([[0, 0, 10**6]], "ends too early"), ([[0, "../../x", 0]], "could not be read"), ([[0, 0, -(10**6)]], "could not be read"), (7, "could not be read"),
+    ],
+)  # fmt: skip
+def test_a_layout_made_by_someone_else_reads_nothing_else(tmp_path, parts, words):
+    """With the checksums right: whoever makes such a file can make a manifest, too."""
+    path = save(tmp_path, 1)
+    layout, manifest = (json.loads((path / name).read_text()) for name in ("tensors.json", "manifest.json"))
+    layout["model/w"]["parts"] = parts
+    (path / "tensors.json").write_text(json.dumps(layout))
+    manifest["files"]["tensors.json"] |= {"crc32": zlib.crc32((path / "tensors.json").read_bytes())}
+    del manifest["crc32"]
+    (path / "manifest.json").write_text(json.dumps({"crc32": store._seal(manifest)} | manifest))
+    with pytest.raises(CheckpointError, match=words):
         store.load(path, state_of(0), ALONE)
 
 
