@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import seer_scale
-from seer_scale.config import Crop, Views
+from seer_scale.config import Config, Crop, Data, Views
 from seer_scale.data import native as n
 from seer_scale.data import photometric, views
+from seer_scale.train import loop
 from tests.pictures import apart, encode, photo
 
 PACKAGE = Path(seer_scale.__file__).parent
@@ -82,6 +84,16 @@ def test_clang_builds_them_too(tmp_path):
     assert build(tmp_path, CC="clang") >= set(BUILT)
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_a_start_says_so_where_they_are_missing(built, monkeypatch):
+    trainer = MagicMock(config=Config(data=Data(path="x")), end=1, samples_seen=1, workers=0, cores=1)
+    trainer.execution.contended, trainer.engine.name = "", trainer.config.parallel.engine
+    monkeypatch.setattr(loop, "warning", lambda left_out: "")
+    monkeypatch.setattr(loop, "native", lambda: object() if built else None)
+    loop.Trainer._tell_notes(trainer)
+    assert any(n.MISSING in call.args for call in trainer._tell_of_rank.call_args_list) == (not built)
+
+
 def test_without_them_batches_are_the_same_to_one_level(tmp_path):
     """A copy of the package without kernels, its loader processes too; decoding is the same, so nothing else differs."""
     shutil.copytree(PACKAGE, tmp_path / "seer_scale", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -93,7 +105,7 @@ def test_without_them_batches_are_the_same_to_one_level(tmp_path):
 import sys
 sys.path[0] = {str(tmp_path)!r}
 import numpy as np
-from seer_scale.config import Crop, Data, Views
+from seer_scale.config import Config, Crop, Data, Views
 from seer_scale.data.loader import loader
 from seer_scale.data.native import native
 from seer_scale.data.sampler import ElasticSampler, Era
