@@ -121,19 +121,17 @@ def _group_statistics(xs, running_mean, running_var, momentum, eps, group) -> tu
     everyone = all_gather(torch.cat(parts), group)
     everyone = everyone.view(len(everyone), len(xs), -1)  # [ranks, R, 2C+1]
     mean, invstd, count = everyone.split([len(running_mean), len(running_mean), 1], dim=2)
-    if not everyone.is_cuda:
-        return *_combine(mean, invstd, count, running_mean, running_var, momentum, eps), count[..., 0].sum(0).int()
-    combined = [
-        torch.batch_norm_gather_stats_with_counts(
-            everyone, mean[:, r], invstd[:, r], running_mean, running_var, momentum, eps, count[:, r, 0]
-        )
-        for r in range(len(xs))
-    ]
-    return *map(torch.stack, zip(*combined)), count[..., 0].sum(0).int()
+    return *_combine(mean, invstd, count, running_mean, running_var, momentum, eps), count[..., 0].sum(0).int()
 
 
 def _combine(mean, invstd, count, running_mean, running_var, momentum, eps) -> tuple[Tensor, Tensor]:
     """Of ranks [ranks, R, C], [ranks, R, C], [ranks, R, 1] -> mean, invstd [R, C]; updates the running statistics."""
+    if mean.is_cuda:
+        combine, running = torch.batch_norm_gather_stats_with_counts, (running_mean, running_var)
+        of_one = zip(mean.unbind(1), invstd.unbind(1), count.unbind(1))
+        combined = [combine(m, m, i, *running, momentum, eps, n.flatten()) for m, i, n in of_one]
+        group_mean, group_invstd = map(torch.stack, zip(*combined))
+        return group_mean, group_invstd
     total = count.sum(0)
     share = count / total
     group_mean = (share * mean).sum(0)
