@@ -1,7 +1,8 @@
 """Start gloo ranks for a test: `run_ranks(n, fn, *args)` runs fn(rank, world_size, *args) in n fresh processes.
 
 Results come back in rank order; an exception on any rank fails the call with that rank's traceback. Each rank has
-one torch thread. Group many checks in one call: starting processes costs more than the checks.
+one torch thread, and a FutureWarning of torch.distributed is an error. Group many checks in one call: starting processes costs
+more than the checks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import multiprocessing as mp
 import os
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
 
@@ -19,6 +21,7 @@ def _rank_main(rank, world_size, rendezvous, fn, args, queue):
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        warnings.filterwarnings("error", category=FutureWarning, module=r"torch\.distributed")  # users see none
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         dist.init_process_group("gloo", store=dist.FileStore(rendezvous, world_size), rank=rank, world_size=world_size)
         result = fn(rank, world_size, *args)

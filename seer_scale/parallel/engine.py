@@ -58,7 +58,7 @@ class Engine:
         if world.device.type == "cpu" and self.dtype != torch.float32:
             compute_small_maps_in_fp32(method)
         self._materialise()
-        self.buffers = Buffers(method)
+        self.buffers = Buffers(method, world.device)
         self.module = self._finish(self.module)
         self.shards: dict[str, Shard] = self._shards()
         spread = [self._is_spread(n) for n in self.shards]
@@ -247,7 +247,7 @@ class Engine:
     @torch.no_grad()
     def average_buffers(self) -> None:
         """BatchNorm's running statistics become their mean over all ranks; one all-reduce, none where all share."""
-        if (self.config.parallel.sync_bn_group or self.world.size) != self.world.size:
+        if (self.config.parallel.sync_bn_group or self.world.size) != self.world.size and self.buffers.statistics.numel():
             dist.all_reduce(self.buffers.statistics)
             self.buffers.statistics /= self.world.size
 
@@ -310,9 +310,9 @@ class Buffers:
     `all`: first the method's own (SwAV's queue), then BatchNorm's running statistics, which `statistics` is a view of.
     """
 
-    def __init__(self, method: nn.Module):
+    def __init__(self, method: nn.Module, device: torch.device):
         owners = [(m, n, b) for m in method.modules() for n, b in m.named_buffers(recurse=False) if b.is_floating_point()]
-        self.all = torch.cat([b.flatten() for _, _, b in owners])
+        self.all = torch.cat([torch.empty(0, device=device), *(b.flatten() for _, _, b in owners)])
         first = 0
         for module, name, b in owners:  # .data: views proper share a version, and autograd would see all change with one
             setattr(module, name, self.all.data[first : first + b.numel()].view_as(b))

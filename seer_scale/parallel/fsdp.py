@@ -93,8 +93,9 @@ class FSDP(Engine):
 
     def _around(self, apply: Callable[[], None]) -> None:
         vectors = [p.grad for n, p in self.method.named_parameters() if n in self.vectors and p.grad is not None]
-        flat = torch.cat([g.flatten() for g in vectors])
-        dist.all_reduce(flat)
-        flat /= self.world.size
-        torch._foreach_copy_(vectors, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in vectors]), vectors)])
+        if vectors:
+            flat = torch.cat([g.flatten() for g in vectors])
+            dist.all_reduce(flat)
+            flat /= self.world.size
+            torch._foreach_copy_(vectors, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in vectors]), vectors)])
         apply()

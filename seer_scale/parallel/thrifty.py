@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def keep_parameters_only(method: nn.Module) -> None:
     """Make each convolution and linear layer of `method` thrifty; its values stay what they were."""
     for module in method.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(getattr(module, "padding", 0), str):
             module.forward = partial(_forward, module)
 
 
@@ -54,7 +54,7 @@ def _forward(module: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x [N, C, H, W] or [N, C], weight and bias of a layer -> its output, in x's type; conv: None for a linear layer."""
+    """x [N, C, H, W] or [..., C], weight and bias of a layer -> its output, in x's type; conv: None for a linear layer."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, conv):
@@ -70,8 +70,9 @@ class _Product(torch.autograd.Function):
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], has_bias and ctx.needs_input_grad[2])
         if ctx.conv is None:
             dx = dy @ w if need[0] else None
-            dw = dy.t() @ x if need[1] else None
-            db = dy.sum(0) if need[2] else None
+            rows = dy.reshape(-1, dy.shape[-1])  # of tokens too, [..., C]
+            dw = rows.t() @ x.reshape(-1, x.shape[-1]) if need[1] else None
+            db = rows.sum(0) if need[2] else None
         else:
             stride, padding, dilation, groups = ctx.conv
             bias_sizes = [w.shape[0]] if has_bias else None

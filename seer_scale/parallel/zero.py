@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -38,6 +39,8 @@ KEPT, RECOMPUTED = -1, -2
 deepspeed.utils.logger.setLevel(logging.ERROR)
 import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 """A C++ extension for collectives of inference, built at first use: never needed here."""
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+"""DeepSpeed's gathers and reductions have names of which newer torch says so at every call."""
 
 
 def _accelerator(device: torch.device) -> CPU_Accelerator | CUDA_Accelerator:
@@ -133,6 +136,8 @@ class Zero(Engine):
     @torch.no_grad()
     def _restore_unit_rows(self, skipped: Tensor, frozen: frozenset[str] = frozenset()) -> None:
         """A row may lie on two ranks: one all-reduce of the rows' partial squares."""
+        if not self.method.unit_rows:
+            return
         names = [name for name in self.method.unit_rows if name not in frozen]
         if not names:
             return
@@ -232,6 +237,8 @@ class Zero3(Zero):
 
     def _gather_vectors(self) -> None:
         """In one all-gather; DeepSpeed would take one each."""
+        if not self.whole_vectors:
+            return
         self.whole_vectors[0].all_gather_coalesced(self.whole_vectors).wait()
         for p in self.whole_vectors:
             p.ds_active_sub_modules.add(KEPT)

@@ -12,9 +12,11 @@ from seer_scale.config import resolve
 from seer_scale.methods.swav import SwAV
 from seer_scale.parallel import build_engine
 from seer_scale.parallel import engine as frame
+from seer_scale.parallel.fsdp import FSDP
 from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import RECIPE, micro_batches, world_of
+from tests.toy import Toy, toy
 
 WIDE = {
     "model": {"name": "regnety", "depth": 5, "w0": 64, "wa": 96.0, "wm": 2.0, "group_width": 32},
@@ -88,7 +90,26 @@ def measured(rank: int, size: int) -> dict:
             engine.close()
             del engine
         out[name, "lars"]["forward"] = left_by_forward(world, name)
-    return out
+    return out | {("transients", precision): transients(world, precision) for precision in ("fp32", "bf16")}
+
+
+SIDE, DEPTH = 512, 4
+
+
+def transients(world: World, precision: str) -> dict[str, float]:
+    """Bytes an element of a unit that fsdp holds for a moment, in forward and in backward: all units are one matrix."""
+    with LiveBytes() as count:
+        over = {"parallel.engine": "fsdp", "train.precision": precision}
+        config, engine = toy(lambda: Toy("matrices", SIDE, DEPTH), FSDP, world, **over)
+        for step in range(2):
+            engine.gradients(micro_batches(config, step, world), samples_seen=0)
+            engine.update(1e-3)
+        views, before = micro_batches(config, 2, world)[0](), count.now
+        count.peak = before
+        loss, _ = engine._forward(views, samples_seen=0)
+        forward, count.peak = count.peak - before, count.now
+        engine._backward(loss)
+    return {"forward": forward / SIDE**2, "backward": (count.peak - count.now) / SIDE**2}
 
 
 def left_by_forward(world: World, name: str) -> int:
@@ -136,3 +157,13 @@ def test_no_rank_ever_holds_a_sharded_model_whole(ranks, engine):
         m = rank[engine, "lars"]
         assert m["building"] <= 4 * (m["P"] / 4 + m["V"] + 2 * m["largest"]) + m["buffers"], m
         assert 4 * (m["P"] / 4 + m["V"] + 2 * m["largest"]) < 0.8 * 4 * m["P"]  # the bound says something
+
+
+@pytest.mark.parametrize("precision,h", [("fp32", 4), ("bf16", 2)])
+def test_what_fsdp_holds_for_a_moment_follows_the_formula(ranks, precision, h):
+    """In forward 3h bytes an element: gathered, and the next unit's gather as it is copied out. In backward the largest of
+    3h + 4 and, with gloo, 2h + 8; it is reached before the last unit, whose gradient (4 / N) is not there yet."""
+    for rank in ranks:
+        m = rank["transients", precision]
+        assert abs(m["forward"] / (3 * h) - 1) < 0.2, m  # and activations
+        assert abs(m["backward"] / (max(3 * h + 4, 2 * h + 8) - 4 / 4) - 1) < 0.1, m
