@@ -173,3 +173,10 @@ def test_hostile_files(tmp_path):
     assert got["rotated"] == sum(f.get("exif_orientation", 1) in range(2, 9) for f in whole)
     assert got["formats"]["WebP"] == sum(f.get("format_by_content") == "WEBP" for f in known)
     assert got["formats"]["no bytes"] == 1 and got["formats"]["a web page"] == 1
+
+
+def test_images_are_decoded_as_training_does_it(monkeypatch):
+    """Small where they may be, and told in their own size: what only fails so would be called whole."""
+    asked = []
+    monkeypatch.setattr(module, "decode", lambda data, at_least: asked.append(at_least(400, 600)))
+    assert module._whole_size(b"") == (400, 600) and asked == [(200, 300)]
