@@ -31,6 +31,7 @@ from seer_scale.data.decode import decode
 from seer_scale.data.jobs import Centres
 from seer_scale.data.pool import stream
 from seer_scale.data.sources import Source, kind_of, open_source
+from seer_scale.data.sources.files import is_lfs_pointer
 from seer_scale.data.sources.left_out import described
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
@@ -119,7 +120,7 @@ MAGIC = (
     ("TIFF", 0, b"II*\0"), ("TIFF", 0, b"MM\0*"), ("JPEG 2000", 4, b"jP  \r\n"), ("JPEG 2000", 0, b"\xff\x4f\xff\x51"),
     ("AVIF", 4, b"ftypavif"), ("AVIF", 4, b"ftypavis"), *(("PPM", 0, b"P%d" % n) for n in range(1, 7)),
 )  # fmt: skip
-FORMATS = (*dict.fromkeys(name for name, _, _ in MAGIC), "a web page", "no bytes", "unknown")
+FORMATS = (*dict.fromkeys(name for name, _, _ in MAGIC), "a web page", "a Git LFS pointer", "no bytes", "unknown")
 MODES = ("RGB", "1", "L", "LA", "I;16", "I", "P", "PA", "RGBA", "CMYK", "other")
 GREY = ("1", "L", "LA", "I;16", "I")
 
@@ -131,6 +132,8 @@ def format_of(data: bytes) -> str:
             return name
     if not data:
         return "no bytes"
+    if is_lfs_pointer(data):
+        return "a Git LFS pointer"
     return "a web page" if data[:256].lstrip()[:5].lower() in (b"<html", b"<!doc") else "unknown"
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 datasets = pytest.importorskip("datasets")
 
+from seer_scale.data.inspect import format_of  # noqa: E402
 from seer_scale.data.sources import hub, kind_of, open_source  # noqa: E402
 from seer_scale.errors import DataError  # noqa: E402
 from seer_scale.extras import how_to_install  # noqa: E402
@@ -161,6 +162,16 @@ def test_columns_that_are_empty_throughout(tmp_path):
     pq.write_table(pa.table({"image": [{"bytes": None, "path": None}] * 3}), tmp_path / "none.parquet")
     with pytest.raises(DataError, match="no column known to be of images"):
         open_source(str(tmp_path / "none.parquet"))
+
+
+def test_a_clone_without_its_large_files(tmp_path):
+    clone = Path(clone_of_the_hub(tmp_path))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for path in (clone / "data").iterdir():
+        path.write_text(pointer)
+    with pytest.raises(DataError, match="pointers of Git LFS and not the files: run git lfs pull"):
+        open_source(str(clone))
+    assert format_of(pointer.encode()) == "a Git LFS pointer"
 
 
 def test_splits(tmp_path):

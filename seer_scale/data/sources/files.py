@@ -73,6 +73,11 @@ def read_file(path: str) -> bytes:
         raise DataError(f"{shown(path)} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
 
 
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether a file is what a clone without Git LFS leaves in its place."""
+    return data.startswith(b"version https://git-lfs")
+
+
 def _at_once(path: str, flags: int) -> int:
     """A pipe that nobody writes to would be waited for."""
     return os.open(path, flags | os.O_NONBLOCK)

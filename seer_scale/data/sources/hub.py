@@ -22,7 +22,7 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from seer_scale.data.sources.base import Source, is_image
-from seer_scale.data.sources.files import read_file
+from seer_scale.data.sources.files import is_lfs_pointer, read_file
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.errors import DataError, nearest
 from seer_scale.extras import how_to_install
@@ -264,7 +264,23 @@ def _explained(path: str) -> Iterator[None]:
         is_wrapped = isinstance(error, _library().exceptions.DatasetGenerationError) and error.__cause__
         cause = error.__cause__ if is_wrapped else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+        if _holds_pointers(path.removeprefix(PREFIX)):
+            reason = "it holds pointers of Git LFS and not the files: run git lfs pull in it"
         raise DataError(f"{path} cannot be read: {reason}.") from error
+
+
+def _holds_pointers(path: str) -> bool:
+    """Whether the first of the files below a folder, or a file itself, is what a clone without Git LFS leaves."""
+    tables = (
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if name.lower().endswith(FILES)
+    )
+    first = path if os.path.isfile(path) else next(tables, None)
+    with contextlib.suppress(OSError):
+        return first is not None and is_lfs_pointer(read_file(first) if os.path.getsize(first) < 1000 else b"")
+    return False
 
 
 def _prefixed(path: str) -> str:
