@@ -123,7 +123,8 @@ def why_unlabelled(config: Config, source: Source | None = None) -> str | None:
 
 
 def named_classes(classes: Sequence[str]) -> str:
-    names = ", ".join(classes[:MAX_NAMES]) + (f" and {len(classes) - MAX_NAMES:,} more" if len(classes) > MAX_NAMES else "")
+    names = ", ".join(map(shown, classes[:MAX_NAMES]))
+    names += f" and {len(classes) - MAX_NAMES:,} more" if len(classes) > MAX_NAMES else ""
     return f"{len(classes):,} class{'es' * (len(classes) > 1)}: {names}"
 
 
@@ -140,7 +141,7 @@ def _without_classes(source: Source, path: str, splits: Sequence[str]) -> str | 
     """Why these images have no classes to classify by, as a clause; None where they have."""
     if source.has_labels and not {name.lower() for name in source.classes} <= set(SPLITS):
         return None
-    parts = [shown(os.path.basename(folder)) for folder in splits] or list(source.classes)
+    parts = [shown(os.path.basename(folder)) for folder in splits] or [shown(name) for name in source.classes]
     return f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)" if parts else f"{shown(path)} has no labels"
 
 

@@ -256,6 +256,8 @@ def test_classes_are_named_and_dates_doubted(tmp_path):
     path = folders(tmp_path / "photos", "2019", "2020-11")
     protocol, _ = told(path)
     assert protocol.startswith(f"4 images of {path} vote on 2 others of it, held out; 2 classes: 2019, 2020-11. These look like dates")
+    path = folders(tmp_path / "odd", "a\nb", "c")
+    assert "2 classes: a\\nb, c." in told(path)[0]
     path = folders(tmp_path / "more", *"abcdefg")
     assert told(path)[0] == f"16 images of {path} vote on 5 others of it, held out; 7 classes: a, b, c, d, e and 2 more."
 
