@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -50,7 +51,8 @@ RANGES = ((0, 255), (2048, 4095), (0, 65535), (0, 2**24 - 1), (0, 2**32 - 1))
 """What the grey values of a TIFF may span, whatever holds them, and the least that the largest of them must then reach:
 8 bits; 12, as cameras of science give, half used at least, or it is a dark image of 16; 16, 24 and 32."""
 
-for _name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):  # it writes to stderr by the hundred, naming no file
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # which would write to stderr, naming no file
+for _name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):  # libtiff writes by the hundred, naming no file
     with suppress(OSError, AttributeError):
         getattr(ctypes.CDLL(Image.core.__file__), _name)(None)
 
