@@ -1,7 +1,7 @@
 """What images there are is found out once for all ranks: rank 0 lists them, the others take over what it found.
 
-The arrays of a source (names, places, labels: gigabytes for some sets) go through one file in the run's folder, which the
-ranks of a node map and so share; the rest goes by the process group, so nothing that is read from a file is unpickled.
+The arrays of a source (names, places, labels: gigabytes for some sets) go through one file in the run's folder, which
+the ranks of a node map and so share; the rest goes by the process group, so nothing read from a file is unpickled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATIENCE_S = 60.0
 
 
 def share(world: World, folder: Path, make: Callable[[], T], sources: Callable[[T], Iterable[Source]]) -> T:
-    """What `make` returns on rank 0, on all ranks; it holds `sources`, which are told that they have arrived. Collective.
+    """What `make` returns on rank 0, on all ranks; its `sources` are told that they have arrived. Collective.
 
     folder: where all ranks see what rank 0 writes. Raises UserError on all ranks where any has a reason to.
     """
@@ -78,7 +78,9 @@ def _publish(folder: Path, made: object) -> tuple[bytes, Path, list[int]]:
                 ends.append(file.tell())
                 file.write(bytes(-file.tell() % ALIGNMENT))
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): free some space, or choose another run.dir.") from error
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): free some space, or choose another run.dir."
+        ) from error
     atexit.register(_remove, path, os.getpid())
     return pickled, path, ends
 
@@ -99,7 +101,7 @@ def _take(pickled: bytes, path: Path, ends: list[int], make: Callable[[], T]) ->
 
 
 def _read(path: Path, size: int) -> memoryview:
-    """The file's bytes, read-only. Raises UserError where it does not come into sight, as shared folders may take time."""
+    """The file's bytes, read-only. Shared folders may take time to show it. Raises UserError where they do not."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -111,5 +113,8 @@ def _read(path: Path, size: int) -> memoryview:
         except FileNotFoundError:
             pass
         if time.monotonic() > deadline:
-            raise UserError(f"{path}, which rank 0 has written, is not there: is {path.parent} on a file system that all nodes share?")
+            raise UserError(
+                f"{path}, which rank 0 has written, is not there: "
+                f"is {path.parent} on a file system that all nodes share?"
+            )
         time.sleep(0.1)

@@ -92,7 +92,7 @@ def test_a_node_s_own_copies_may_have_other_dates_but_no_other_sizes(tmp_path, r
         os.utime(path, ns=(n, n))
     assert contents(share(other, tmp_path, opened, lambda s: [s])) == before
     second.write_bytes(second.read_bytes() + bytes(512))
-    with pytest.raises(UserError, match="is another tar here than where it was listed"):
+    with pytest.raises(UserError, match="is another tar here than on rank 0"):
         share(other, tmp_path, opened, lambda s: [s])
     first.rename(tmp_path / "gone.tar")
     with pytest.raises(UserError, match="cannot be read"):

@@ -66,8 +66,8 @@ class Source:
         raise NotImplementedError
 
     def arrive(self) -> None:
-        """Called on a rank that took over what another has listed: looks, at hardly any cost, whether the images are here,
-        too. Raises DataError."""
+        """Called on a rank that took over what another has listed: looks, at hardly any cost, whether the images are
+        here, too. Raises DataError."""
 
     def label(self, i: int) -> int | None:
         return int(self.labels[i]) if self.labels is not None and self.labels[i] >= 0 else None
@@ -227,7 +227,8 @@ def cached_index(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """build(size of the file), or what an earlier call for the same file or URL has left; written beside a file, or in
     the user's cache folder. stamp: the file's, where it is known. only: the arrays that are needed, where not all are.
-    is_stale: whether another must be built although the file is the same. Raises DataError where the file cannot be read."""
+    is_stale: whether another must be built although the file is the same.
+    Raises DataError where the file cannot be read."""
     size, mark = stamp or stamp_of(path)
     wanted = np.array([version, size, mark], np.int64)
     is_url = remote.is_url(path)

@@ -41,8 +41,8 @@ SLICE = 32
 
 
 def looks_like_hub(path: str) -> bool:
-    """Whether a path is for this module: hf:..., a folder that save_to_disk wrote, .parquet or .arrow files, or a folder
-    of such, as a clone of a data set on the Hub is. Looks at few entries of a folder, and into few of its subfolders."""
+    """Whether a path is for this module: hf:..., a folder that save_to_disk wrote, .parquet or .arrow files, or a
+    folder of such, as a clone from the Hub is. Looks at few entries of a folder, and into few of its subfolders."""
     if path.startswith(PREFIX) or (path.lower().endswith(FILES) and not os.path.isdir(path)) or _is_saved(path):
         return True
     return os.path.isdir(path) and _holds_tables(path)

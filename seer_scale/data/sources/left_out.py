@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from seer_scale.extras import how_to_install
 
-HIDDEN, UNLISTABLE, DANGLING, EXCLUDED = "hidden", "folders that cannot be listed", "links that lead nowhere", "excluded"
+HIDDEN, UNLISTABLE, EXCLUDED = "hidden", "folders that cannot be listed", "excluded"
+DANGLING = "links that lead nowhere"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
 HEADERS, COLUMNS = "header lines", "lines with further columns"
 NO_SUFFIX, OTHER = "files without a suffix", "other files"

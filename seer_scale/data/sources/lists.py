@@ -35,14 +35,14 @@ MARK = b"\xef\xbb\xbf"
 SAMPLE, SAMPLED_URLS, PROBES = 100, 32, 8
 """Lines that are looked at before a run begins; URLs among them; and at once."""
 PATH_COLUMNS = frozenset(
-    {"path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "imagepath", "img", "img_path", "url", "image_url", "uri"}
+    "path file filename file_name filepath file_path image image_path imagepath img img_path url image_url uri".split()
 )
 """What tables call their column of images."""
 
 
 class ListFile(Source):
-    """Each line is a URL or a path, relative to the list's own folder, and on all lines or none a tab and a label, which
-    may be empty. A first line of column names is passed over, as are columns behind the label.
+    """Each line is a URL or a path, relative to the list's own folder, and on all lines or none a tab and a label,
+    which may be empty. A first line of column names is passed over, as are columns behind the label.
 
     Raises DataError when there is no line, or when of those that are looked at none can be read.
     """
@@ -61,7 +61,8 @@ class ListFile(Source):
             raise DataError(f"{path} cannot be read ({error.strerror}).") from error
         self._starts, self._num, self._is_labelled = index["starts"], int(index["count"]), bool(index["labelled"])
         self._unlabelled = int(index["unlabelled"])
-        self.left_out = {kind: int(index[name]) for kind, name in ((HEADERS, "headers"), (COLUMNS, "longer")) if index[name]}
+        left_out = {HEADERS: int(index["headers"]), COLUMNS: int(index["longer"])}
+        self.left_out = {kind: num for kind, num in left_out.items() if num}
         if not self._num:
             raise DataError(f"{path} lists no image: it needs one path a line.")
         self._look_at_some()
@@ -105,7 +106,7 @@ class ListFile(Source):
             self._file = _fetched(self._path)
         must_exist(self._file)
         if os.path.getsize(self._file) != int(self._starts[-1]):
-            raise DataError(f"{self._path} is another list here than where it was listed: bring the same to every node.")
+            raise DataError(f"{self._path} is another list here than on rank 0: bring the same to every node.")
 
     def _path_of(self, i: int) -> str:
         lines = self._lines(i // STRIDE)
@@ -193,7 +194,7 @@ def _kept(url: str, size: object, mark: int, parts: Iterable[bytes]) -> str:
 
 def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
     """Of the list `path`, read from `file`: starts int64 (where every STRIDE-th line that is not blank begins, and the end
-    of the file), count, whether labelled, and how many are lines without a label, with more columns, of column names."""
+    of the file), count, whether labelled, and how many lines have no label, have more columns, name columns."""
     starts, count, labelled, number_of_lines = array("q"), 0, None, 0
     unlabelled = longer = headers = 0
     with open(file, "rb") as lines:
@@ -240,5 +241,7 @@ def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
             starts.extend((begins[-count % STRIDE :: STRIDE] + offset).tolist())
             count, number_of_lines, offset, rest = count + len(begins), number_of_lines + len(ends), offset + whole, data[whole:]
     starts.append(size)
-    counts = {"count": count, "labelled": bool(labelled), "unlabelled": unlabelled, "longer": longer, "headers": headers}
-    return {"starts": np.array(starts, np.int64), **{name: np.array(value) for name, value in counts.items()}}
+    return {
+        "starts": np.array(starts, np.int64), "count": np.array(count), "labelled": np.array(bool(labelled)),
+        "unlabelled": np.array(unlabelled), "longer": np.array(longer), "headers": np.array(headers),
+    }  # fmt: skip

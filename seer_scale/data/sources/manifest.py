@@ -144,8 +144,12 @@ def read_manifest(path: str) -> list[Part]:
             raise DataError(f"{path}: part {n} gives {only[0]}, which only data sets of kind hub have: add kind: hub, or leave it out.")
         exclude = entry.get("exclude", ())
         if "exclude" in entry and (kind != "folder" or not _is_texts(exclude)):
-            raise DataError(f"{path}: part {n} gives exclude, which is a list of patterns for kind: folder; give both, or leave it out.")
-        more = {k: str(entry[k]) for k in ("split", "image_key") if k in entry} | ({"exclude": tuple(exclude)} if exclude else {})
+            raise DataError(
+                f"{path}: part {n} gives exclude, which is a list of patterns for kind: folder; give both, or leave it out."
+            )
+        more = {k: str(entry[k]) for k in ("split", "image_key") if k in entry}
+        if exclude:
+            more["exclude"] = tuple(exclude)
         own = f"{place}[{more['split']}]" if "split" in more else place
         parts.append(Part(place, entry.get("kind", "auto"), str(entry.get("name", own)), **more))
     names = [p.name for p in parts]

@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
@@ -36,7 +37,7 @@ STALL_S, STALL_BYTES = 15.0, 1 << 14
 MOST_UNTOLD = 1 << 28
 """Bytes that are taken of what does not tell its size."""
 MOST_FILESYSTEMS, MOST_CONNECTIONS, IDLE_S = 16, 64, 4.0
-"""What a process keeps: filesystems (one for all of http, one a bucket), and connections of http in use, and idle for how long."""
+"""What a process keeps: filesystems (one for all of http, one a bucket), connections of http, and for how long idle."""
 MOST_STUCK = 8
 """Threads of filesystems without a way to cancel that may hang, before such are not asked any more."""
 READAHEAD = 1 << 20
@@ -107,9 +108,11 @@ def read(url: str, offset: int = 0, size: int | None = None, most: int | None = 
         try:
             data = _call(url, READ_TIMEOUT_S, "cat_file", start=offset, end=offset + size)
         except _TooMuchError:
-            raise Refused(f"{url} cannot be read in parts: its server ignores ranges; use another, or fetch the file.") from None
+            raise Refused(
+                f"{url} cannot be read in parts: its server ignores ranges; use another, or fetch the file."
+            ) from None
         if len(data) > size:
-            raise Refused(f"{url} cannot be read in parts: its filesystem ignores ranges; use another, or fetch the file.")
+            raise Refused(f"{url} cannot be read in parts: its filesystem ignores ranges; fetch the file.")
         if len(data) < size:
             raise EOFError(f"{len(data)} of {size} bytes came")
         return data
@@ -215,7 +218,8 @@ def _call(url: str, timeout_s: float, name: str, **options: Any) -> Any:
     elif fs.async_impl:
         future = asyncio.run_coroutine_threadsafe(getattr(fs, f"_{name}")(path, **options), fs.loop)
     else:
-        future = _in_thread(lambda: _bounded_read(fs, path, **options) if name == "cat_file" else getattr(fs, name)(path, **options))
+        method = partial(_bounded_read, fs) if name == "cat_file" else getattr(fs, name)
+        future = _in_thread(partial(method, path, **options))
     deadline = time.monotonic() + timeout_s
     while True:
         try:

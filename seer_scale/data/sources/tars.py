@@ -154,7 +154,7 @@ class Tars(Source):
         paths = [self._paths[shard] for shard in range(len(self._paths))]
         stamps = _all_stamps(paths)
         if (other := np.flatnonzero(stamps[:, 0] != self._stamps[:, 0])).size:
-            raise DataError(f"{paths[other[0]]} is another tar here than where it was listed: bring the same to every node.")
+            raise DataError(f"{paths[other[0]]} is another tar here than on rank 0: bring the same to every node.")
         self._stamps = stamps
 
     # --- one tar
@@ -623,7 +623,8 @@ class _Found:
             for value in builder.values:
                 values.add(value)
             texts = values.build()
-            index |= {field: np.array(builder.codes, np.int32), f"{field}_values": texts.blob, f"{field}_ends": texts.ends}
+            index[field] = np.array(builder.codes, np.int32)
+            index |= {f"{field}_values": texts.blob, f"{field}_ends": texts.ends}
         built, counts = kept_names.build(), [self.left_out[kind] for kind in KINDS]
         return {**index, "names": built.blob, "name_ends": built.ends, "left_out": np.array(counts, np.int64)}
 
