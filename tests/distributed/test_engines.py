@@ -27,8 +27,8 @@ from tests.tiny import losses_of, micro_batches, tiny, world_of
 
 pytestmark = pytest.mark.timeout(1500)  # the ranks run everything before the first test
 
-UPDATES = {"lars": 10, "frozen": 10}
-"""Of a case; 6 of any other."""
+UPDATES = {"lars": 4, "frozen": 4, "queue": 4}
+"""Of a case; 3 of any other: the third sees what the first two left in weights and optimiser state."""
 CASES = {
     "lars": {},
     "sgd": {"optim.name": "sgd", "optim.lr": 0.05},
@@ -37,7 +37,7 @@ CASES = {
     "queue": {"swav.queue": 16},
     "each block recomputed": {"parallel.activation_checkpoint": "every 1"},
     "runs recomputed": {"parallel.activation_checkpoint": [[1], [1], [2], []]},
-    "frozen": {"swav.freeze_samples": 40},
+    "frozen": {"swav.freeze_samples": 16},
     "no BatchNorm in the head": {"swav.batch_norm": False},
     "no decay of vectors": {"optim.exclude_vectors": True, "optim.weight_decay": 0.1},
 }
@@ -76,9 +76,9 @@ CASES_OF = {
 }
 WITH = {
     2: [(e, c) for e, cases in CASES_OF.items() for c in cases],
-    4: [(e, "lars") for e in ENGINES if " " not in e] + [("hsdp", "adamw"), ("hsdp", "runs recomputed")],
+    4: [(e, "lars") for e in ENGINES if " " not in e and e != "zero2"] + [("hsdp", "adamw"), ("hsdp", "runs recomputed")],
 }
-SKIPPED = [(e, 0) for e in ENGINES if e not in ("hsdp", "zero3 in parts")] + [(e, 2) for e in ("ddp", "fsdp", "zero3")]
+SKIPPED = [(e, 0) for e in ENGINES if e != "hsdp" and "fsdp " not in e and "parts" not in e] + [(e, 2) for e in ("ddp", "fsdp", "zero3")]
 
 
 def run_case(world: World, case: str, engine: dict, updates: int = 0) -> dict:
@@ -92,7 +92,7 @@ def run_case(world: World, case: str, engine: dict, updates: int = 0) -> dict:
         update(grads, lr, of_whole, *rest)
 
     built.optimizer.update = watched
-    losses = losses_of(built, config, world, range(updates or UPDATES.get(case, 6)), LR.get(case, 0.02))
+    losses = losses_of(built, config, world, range(updates or UPDATES.get(case, 3)), LR.get(case, 0.02))
     weights = {n: built.whole(n).numpy().copy() for n in built.shapes}
     rows = {n: np.abs(np.linalg.norm(forward_weight(built, n), axis=1) - 1).max() for n in built.method.unit_rows}
     return {"losses": losses, "norms": norms[0].numpy(), "weights": weights, "rows": rows}
@@ -169,7 +169,7 @@ def skipped_on_all(world: World, over: dict, micro_batch: int) -> dict:
     moved = [k for k, v in _held(engine).items() if not torch.equal(v, before[k])]
     halved = engine.scaler.scale.item() == scale / 2
     counted = engine.scaler.skipped.item() - skipped == 1 and engine.scaler.skipped_in_a_row.item() >= 1
-    losses = losses_of(engine, config, world, range(2, 4), 0.01)
+    losses = losses_of(engine, config, world, range(2, 3), 0.01)
     finite = engine.is_finite() and engine.method.queue[:, :16].norm(dim=2).gt(0.5).all().item()
     went_on = any(not torch.equal(v, before[k]) for k, v in _held(engine).items() if k.startswith("model/") and v.numel())
     return {"moved": moved, "halved": halved, "counted": counted, "in_a_row": engine.scaler.skipped_in_a_row.item(),
@@ -177,8 +177,8 @@ def skipped_on_all(world: World, over: dict, micro_batch: int) -> dict:
 
 
 PRECISIONS = [("fsdp", "fp16"), ("fsdp", "bf16"), ("ddp", "fp16"), ("zero1", "fp16"), ("zero3", "fp16"), ("zero3", "bf16"), ("fairscale", "fp16")]
-LONG, SHORT = 50, 10
-"""Updates of fsdp and of the others: a CPU takes ten times as long in fp16."""
+LONG, SHORT = 20, 5
+"""Updates of fsdp in bf16, and of the others."""
 
 CALM = {"swav.epsilon": 0.5, "swav.temperature": 0.2, "swav.batch_norm": False, "optim.name": "sgd"}
 """Codes that do not magnify the rounding of a tiny network's features as SEER's epsilon would."""
@@ -189,7 +189,7 @@ def precision_run(world: World, engine: str, precision: str) -> list[float]:
     config, built = tiny(world, **CALM, **{"parallel.engine": engine, "train.precision": precision})
     built.scaler.scale.fill_(256.0 if precision == "fp16" else 1.0)  # no skips while the scale settles
     losses = []
-    for step in range(LONG if engine in ("single", "fsdp") else SHORT):
+    for step in range(LONG if engine == "single" or (engine, precision) == ("fsdp", "bf16") else SHORT):
         loss, _ = built.gradients(micro_batches(config, step % 4, world), samples_seen=config.train.global_batch * step)
         built.update(0.03)
         losses.append((world.sum_(loss.clone()) / world.size).item())
@@ -200,7 +200,7 @@ CHAIN = ("zero3", "fairscale", "fsdp in parts", "zero1 offloaded", "ddp")
 
 
 def handed_on(world: World, folder: Path) -> list[float]:
-    """Two updates by each engine of CHAIN, which goes on from what the one before has saved."""
+    """An update by each engine of CHAIN, which goes on from what the one before has saved."""
     losses, path = [], store.newest(folder, world)
     first = store.read_meta(path)["samples_seen"] // 8 if path else 0
     for i, name in enumerate(CHAIN):
@@ -208,10 +208,10 @@ def handed_on(world: World, folder: Path) -> list[float]:
         if path:
             store.load(path, engine.state(), world)
             engine.refresh()
-        begin = first + 2 * i
-        losses += losses_of(engine, config, world, range(begin, begin + 2), 0.02)
+        begin = first + i
+        losses += losses_of(engine, config, world, range(begin, begin + 1), 0.02)
         engine.average_buffers()
-        path = store.save(folder, engine.state(), {"samples_seen": 8 * (begin + 2)}, world)
+        path = store.save(folder, engine.state(), {"samples_seen": 8 * (begin + 1)}, world)
     return losses
 
 
@@ -234,7 +234,7 @@ def accumulated(world: World, engine: str, case: str) -> dict:
     """Losses and statistics with BatchNorm over micro-batches of 2 images; 2 ranks take two of them, 4 ranks one."""
     over = {"parallel.sync_bn_group": 1, "train.micro_batch": 2, **CASES.get(case, {})}
     config, built = tiny(world, **ENGINES[engine], **over)
-    losses = losses_of(built, config, world, range(6), 0.02)
+    losses = losses_of(built, config, world, range(3), 0.02)
     built.average_buffers()
     state = built.state()
     return {"losses": losses, "stats": state["model/backbone.s2.b1.conv1.bn.running_var"].numpy(),
@@ -260,7 +260,7 @@ TRAFFIC = {
 def traffic_of(world: World, over: dict, more: dict) -> dict:
     """Of one update; without SyncBN, so that what is left is the engine's, save in one variant."""
     config, engine = tiny(world, **{**over, "parallel.sync_bn_group": 1, "swav.iterations": 3, **more})
-    losses_of(engine, config, world, range(4), 0.01)  # DeepSpeed and DDP look around first
+    losses_of(engine, config, world, range(2), 0.01)  # DeepSpeed and DDP look around first
     with CollectiveCounter() as seen:
         engine.gradients(micro_batches(config, 2, world), samples_seen=16)
         engine.update(0.01)
@@ -313,14 +313,14 @@ def test_engines_that_reduce_in_the_same_order_agree_to_the_bit(ranks, one, othe
 
 def test_recomputing_changes_no_bit():
     for case in RECOMPUTED:
-        ours, measure = single(case), single("lars", 6)
+        ours, measure = single(case), single("lars", 3)
         assert ours["losses"] == measure["losses"] and all(np.array_equal(w, measure["weights"][n]) for n, w in ours["weights"].items())
 
 
 def test_a_run_may_go_on_with_any_other_engine_and_number_of_ranks(ranks):
     """Through the checkpoints of five engines on 2 ranks, then of five on 4: what one uninterrupted process does."""
     config, built = tiny(World(), **CASES["queue"])
-    measure = losses_of(built, config, World(), range(4 * len(CHAIN)), 0.02)
+    measure = losses_of(built, config, World(), range(2 * len(CHAIN)), 0.02)
     np.testing.assert_allclose(ranks[2][0]["handed on"] + ranks[4][0]["handed on"], measure, rtol=1e-4)
 
 
