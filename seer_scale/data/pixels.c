@@ -8,6 +8,9 @@
 /* Built once for each instruction set (setup.py): every operation is done as it is written, none fused or reordered, so
    that all of them give the same bytes. */
 int supported(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#endif
 #if defined(__AVX512BW__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #elif defined(__AVX2__)
