@@ -176,8 +176,9 @@ def allow_open_files(rank: int, size: int) -> None:
 
 def limit_groups(world: World) -> None:
     """Every process group there is by now, also those that libraries have made, gets the run's time limit."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name before torch 2.14
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(world.timeout, group)
+        set_timeout(world.timeout, group)
 
 
 def bound_to_one() -> bool:

@@ -97,7 +97,7 @@ def test_launcher_passes_stops_on(straight, tmp_path, photos):
 
 def test_a_rank_that_hangs_ends_all_and_they_start_again(straight, tmp_path, photos):
     """Stopped by SIGSTOP, as by a dead file system: the other one tells where it waits."""
-    given, place = recipe(tmp_path, photos, data={"workers": 1, "timeout_s": 0.4}, run={"hang_s": 4.0}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, data={"workers": 1, "timeout_s": 0.4}, run={"hang_s": 10.0}), tmp_path / "run"
     launcher = command(*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, folder=tmp_path)
     until(reaches(place, 40), lambda: launcher.text)
     os.kill(runs.ranks_of(launcher)[1], signal.SIGSTOP)
