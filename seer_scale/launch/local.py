@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ import submitit
 from seer_scale.errors import ECHO_S, EXIT_FAILED, STOP_SIGNALS, ends_at_once, stop_signals
 from seer_scale.launch.control import control_local
 from seer_scale.launch.job import Job, process_mark
-from seer_scale.launch.rank import LABEL
 
+LABEL = re.compile(r"^\[rank \d+\] ")
+"""What begins the lines of other ranks than the first (launch/rank.py)."""
 STOPPING = "Stopping after this update, with a checkpoint; once more to stop at once."
 STOPPING_AT_ONCE = "Stopping at once: what was done since the newest checkpoint is lost."
 

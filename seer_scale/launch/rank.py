@@ -7,10 +7,10 @@ import signal
 from seer_scale.errors import STOP_SIGNALS
 from seer_scale.files import to_json
 
-signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # noted from now on; StopRequest lets them in, seconds of imports later
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # noted from now on; StopRequest lets them in, seconds of imports later
 
 import os  # noqa: E402
-import re  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
@@ -20,8 +20,6 @@ from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLost, Us
 from seer_scale.files import write_whole  # noqa: E402
 from seer_scale.launch.job import ATTEMPT, Job  # noqa: E402
 from seer_scale.rank_info import detect  # noqa: E402
-
-LABEL = re.compile(r"^\[rank \d+\] ")
 
 
 def main(run_dir: str) -> int:
