@@ -138,7 +138,8 @@ def few_files(rank):
 met = [ranks(n, main, MASTER_ADDR="192.0.2.1", MASTER_PORT="9", GROUP_RANK="3") for n in (2, 4, 8)]
 found = [met, ranks(4, few_files)]
 """
-    (found, (raised, small, first, other)), _ = forks(tmp_path, body)
+    (found, (raised, small, first, other)), told = forks(tmp_path, body)
+    assert "FutureWarning" not in told
     assert raised == 4096 and other == 400
     assert small.startswith("UserError: Rank 3 of 8 may open 33 files, but needs about ") and "ulimit -Hn" in small
     assert first.startswith("UserError: Rank 0 of 512 may open 400 files, but needs about ")
