@@ -236,3 +236,16 @@ def test_a_single_evaluation_has_an_axis_that_begins_at_0():
 
 def test_numbers_are_written_one_way():
     assert [short(n) for n in (0, 0.05, 999, 1000, 1234567, 2e9, 999_900)] == ["0", "0.05", "999", "1k", "1.23M", "2B", "1M"]
+
+
+@pytest.mark.filterwarnings("error:constrained_layout")
+def test_the_commonest_class_is_in_the_picture_where_it_is_right_more_often_than_the_network(run_dir):
+    with RunLog(run_dir, 6400, 4.159, active=True) as log:
+        log.log({"samples_seen": 6464, "knn/top1": 25.0, "knn/top1_stderr": 21.7, "knn/majority": 75.0})
+    html = write_report(run_dir).read_text()
+    for picture in re.findall(r"<svg.*?</svg>", html[html.index("<h3>kNN top-1") : html.index("<h3>Learning rate")], re.DOTALL):
+        height = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', picture)[1])
+        (y,) = re.findall(r'<text[^>]*translate\([-\d.]+ ([-\d.]+)\)[^>]*>always the commonest class', picture) or re.findall(
+            r'<text[^>]* y="([-\d.]+)"[^>]*>always the commonest class', picture
+        )
+        assert 0 < float(y) < height

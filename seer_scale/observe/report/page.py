@@ -141,7 +141,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
         ranks = begun.get("ranks")
         facts["Engine"] = begun.get("engine", get("parallel.engine")) + (f" · {ranks} rank{'s' * (ranks != 1)}" if ranks else "")
     if (seconds := _wall_s(rows, events)) > 0:
-        facts["Time running"] = duration(seconds)
+        facts["From first to last line"] = duration(seconds)
     speed = [r["throughput/img_per_s"] for r in steps if is_number(r.get("throughput/img_per_s"))]
     if speed:
         facts["Throughput"] = f"{speed_text(statistics.median(speed))} images/s"
@@ -197,8 +197,9 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
         gap = 0.05 * (max(finite) - min(finite))
         limits = (min(min(finite) - gap, 0.93 * ln_k), max(max(finite) + gap, 1.02 * ln_k))
     knn = of("knn/top1", "kNN top-1", GREEN, digits=".1f", unit="%", spread="knn/top1_stderr", ends=True)
-    most = max((y + 10 for y in knn.y if math.isfinite(y)), default=None)
     majority = next((r["knn/majority"] for r in reversed(rows) if is_number(r.get("knn/majority"))), None)
+    heights = [y + s for y, s in zip(knn.y, knn.spread or []) if math.isfinite(y)]
+    most = max(heights + [majority or 0.0]) + 10 if heights else None
     wait_s = [
         r | {"wait_s": r["time/step_s"] * r["time/data_wait_frac"]}
         for r in rows
@@ -285,7 +286,8 @@ def _life(ledger: Ledger) -> str:
     recovered = f" After an end that was not the run's, the next update came after {duration(mean)} in the mean." if mean is not None else ""
     return section(
         "The life of the run",
-        f"Of the time in which it held its machines, {100 * ledger.goodput:.1f} % went into updates that count.{recovered}",
+        f"Of the time in which it held its machines, {100 * ledger.goodput:.1f} % went into updates that count; the table "
+        f"has the shares of all time.{recovered}",
         f'<figure class="plot wide">{picture}<figcaption>Images seen over the clock. Grey is the time between two starts; dotted is work '
         "that a restart had to do again.</figcaption></figure>",
         table(("what", "time", "share of all time"), spent),

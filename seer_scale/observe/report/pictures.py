@@ -44,7 +44,7 @@ class Pictures:
             shown = "".join(self._image(n, 136 if self._pixels(n) == largest else 84) for n in entry["images"])
             lines.append(f"<figure class=strip>{shown}<figcaption>image {entry['index']}</figcaption></figure>")
         text = (
-            "Each row holds the crops cut from one image at the first step: large ones, then small ones. The network "
+            "Each row holds the crops cut from one image at the first step, the largest first. The network "
             "is asked to put the crops of a row in the same place, whatever their colours, scale and sharpness."
         )
         return section(title, text, "<div class=strips>", *lines, "</div>")

@@ -199,9 +199,9 @@ def _draw(ax: Axes, curve: Curve, breaks: Sequence[float]) -> None:
 
 
     drawn = [(x, v) for x, v in zip(curve.x, y) if math.isfinite(v)]
-    for (x, v), offset in zip(drawn[:1] + drawn[1:][-1:], ((2, -18), (0, 10))) if curve.ends else ():
+    for (x, v), offset, side in zip(drawn[:1] + drawn[1:][-1:], ((4, -18), (0, 10)), ("left", "right")) if curve.ends else ():
         text = f"{v:{curve.digits}} {curve.unit}"
-        ax.annotate(text, (x, v), xytext=offset, textcoords="offset points", ha="center", weight="bold")
+        ax.annotate(text, (x, v), xytext=offset, textcoords="offset points", ha=side, weight="bold")
 
 
 def _level(ax: Axes, y: float, text: str) -> None:
