@@ -17,7 +17,7 @@ from fairscale.optim.oss import OSS
 from torch import Tensor, nn
 
 from seer_scale.parallel.engine import Engine
-from seer_scale.parallel.handed import Handed
+from seer_scale.parallel.handed import Handed, aligned
 from seer_scale.parallel.shard import Shard
 
 
@@ -31,6 +31,8 @@ class Fairscale(Engine):
         self.oss = OSS(largest_first, optim=lambda groups: Handed(groups))
         # freezing is ours, so nothing about the parameters changes that fairscale should look for
         wrapped = ShardedDataParallel(module, self.oss, broadcast_buffers=False, sync_models_at_startup=False, auto_refresh_trainable=False)
+        for owned in (params for of_ranks in self.oss._per_device_params.values() for params in of_ranks):
+            owned[:] = aligned(owned)
         wrapped.refresh_trainable()  # else the first forward does, and moves the parameters
         root.handlers[:] = handlers  # it logs by root's own functions, which give root a handler for everybody's words
         root.setLevel(logging.WARNING)

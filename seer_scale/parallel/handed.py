@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+
+
+def aligned(params: Iterable[Tensor]) -> list[Tensor]:
+    """In the order given, but those last whose sizes are no multiple of 16 bytes.
+
+    Both libraries make parameters views of one flat buffer, where a bias of two elements would move all that follow off
+    such multiples; convolutions on CPUs then sum in another order than with the engines that keep tensors.
+    """
+    return sorted(params, key=lambda p: p.numel() * p.itemsize % 16 > 0)
 
 
 class Handed(torch.optim.Optimizer):

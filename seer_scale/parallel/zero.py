@@ -28,7 +28,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from seer_scale.parallel.ds_config import deepspeed_config
 from seer_scale.parallel.engine import Engine
-from seer_scale.parallel.handed import Handed
+from seer_scale.parallel.handed import Handed, aligned
 from seer_scale.parallel.shard import Shard
 from seer_scale.parallel.thrifty import keep_parameters_only
 from seer_scale.parallel.units import sharded_units
@@ -73,7 +73,7 @@ class Zero(Engine):
         return method
 
     def _finish(self, module: nn.Module) -> nn.Module:
-        self.handed = Handed(module.parameters())
+        self.handed = Handed(aligned(module.parameters()))
         with _reduction_by_parameter():
             self.deepspeed, self.zero, *_ = deepspeed.initialize(
                 model=module, optimizer=self.handed, config=self.ds_config, dist_init_required=False

@@ -234,10 +234,12 @@ def accumulated(world: World, engine: str, case: str) -> dict:
     """Losses and statistics with BatchNorm over micro-batches of 2 images; 2 ranks take two of them, 4 ranks one."""
     over = {"parallel.sync_bn_group": 1, "train.micro_batch": 2, **CASES.get(case, {})}
     config, built = tiny(world, **ENGINES[engine], **over)
-    losses = losses_of(built, config, world, range(3), 0.001)
+    losses = losses_of(built, config, world, range(3), 0.02)
     built.average_buffers()
     state = built.state()
-    return {"losses": losses, "stats": state["model/backbone.s2.b1.conv1.bn.running_var"].numpy(),
+    begin = {n: p.data_ptr() for n, p in built.method.named_parameters() if p.numel() % 4 == 0}
+    return {"losses": losses, "off": [n for n, at in begin.items() if at % 16],
+            "stats": state["model/backbone.s2.b1.conv1.bn.running_var"].numpy(),
             "queue": state["memory/queue"].numpy() if "memory/queue" in state else None,
             "weights": {n: built.whole(n).numpy().copy() for n in built.shapes}}  # fmt: skip
 
@@ -369,15 +371,19 @@ def test_codes_do_not_depend_on_the_ranks(ranks, size):
 
 @pytest.mark.parametrize("engine,case", ACCUMULATED)
 def test_accumulating_on_fewer_ranks_is_the_same_algorithm(ranks, engine, case):
-    """2 ranks with two micro-batches each, against 4 ranks with one: codes, BatchNorm, queue and weights are the same."""
+    """2 ranks with two micro-batches each, against 4 ranks with one: codes, BatchNorm, queue and weights are the same.
+
+    BatchNorm over two images makes 1e-4 of a gradient from a forward's last bit, so forwards have to agree to the bit:
+    no engine may let weights begin where kernels sum in another order.
+    """
     ours, measure = ranks[2][0]["accumulated"][engine, case], ranks[4][0]["accumulated"]["ddp", case]
+    assert ours["off"] == measure["off"] == []
     np.testing.assert_allclose(ours["losses"], measure["losses"], rtol=1e-4)
     np.testing.assert_allclose(ours["stats"], measure["stats"], rtol=1e-4)
     if case:
         np.testing.assert_allclose(ours["queue"], measure["queue"], atol=1e-3)
     for name, weight in measure["weights"].items():
-        # with two images to a BatchNorm, the gradient of its bias is a small difference of large sums
-        assert np.abs(ours["weights"][name] - weight).max() <= 3e-4 * max(np.abs(weight).max(), 1e-2), name
+        assert np.abs(ours["weights"][name] - weight).max() <= 1e-4 * max(np.abs(weight).max(), 1e-2), name
 
 
 # ------------------------------------------------------------------------------------------------ 5. traffic
