@@ -493,9 +493,24 @@ def resolve(
     `also` brings the checks of rooms above this one (does the data exist, can the model be built). Raises ConfigError
     with every problem.
     """
+    config, problems = checked(given, overrides, world_size=world_size, also=also)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def checked(
+    given: dict[str, Any],
+    overrides: list[str] | dict[str, Any] = (),
+    *,
+    world_size: int | None = None,
+    also: Callable[[Config], list[str]] = lambda config: [],
+) -> tuple[Config, list[str]]:
+    """As `resolve`, with the problems beside the Config. Raises ConfigError, with all of them, where a value cannot be read."""
     over, problems = (overrides, []) if isinstance(overrides, dict) else parse_overrides(list(overrides))
     merged = merge(given, over)
     config = read_section(Config, merged, "", problems)
+    is_read = not problems
     if not isinstance(merged.get("train"), dict) or "samples" not in merged["train"]:
         problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
     if not config.data.path:
@@ -503,9 +518,9 @@ def resolve(
     broken = [key for key in (p.partition(" ")[0] for p in problems) if "." in key]  # their defaults stand in: what is said of those is not true
     further = cross_checks(config, world_size or config.parallel.ranks) + without_effect(config) + also(config)
     problems += [p for p in further if not any(key in p for key in broken)]
-    if problems:
+    if not is_read:
         raise ConfigError(problems)
-    return config
+    return config, problems
 
 
 def without_effect(c: Config) -> list[str]:

@@ -36,26 +36,20 @@ class UserError(Exception):
     may_pass = False
     """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded number of times."""
 
-    keep = "\n"
-    """Characters that a message may hold although they are not printable; names in it are any bytes."""
-
-    def __init__(self, message: str = ""):
-        super().__init__(shown(message, self.keep))
+    def __init__(self, *sentences: str):
+        super().__init__("\n".join(map(shown, sentences)))  # a line each, whatever the names in it
 
 
 class ConfigError(UserError):
     """All problems of one recipe (or of `what` else), each a sentence."""
 
     def __init__(self, problems: list[str], what: str = "The recipe"):
-        self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{what} has {count}:", *(f"  - {p}" for p in problems)]))
+        self.problems = [shown(problem) for problem in problems]
+        super().__init__(f"{what} has {len(problems)} problem{'s' * (len(problems) != 1)}:", *(f"  - {p}" for p in self.problems))
 
 
 class DataError(UserError):
-    """The images cannot be read as given. One line, whatever their names."""
-
-    keep = ""
+    """The images cannot be read as given."""
 
 
 class SourceEnded(DataError):

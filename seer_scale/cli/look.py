@@ -10,7 +10,7 @@ from typing import Any
 from seer_scale.cli.modules import add_module_commands
 from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError
-from seer_scale.files import to_json
+from seer_scale.files import shown, to_json
 
 BENCHES = {
     "step": "an update against a plain loop",
@@ -65,7 +65,7 @@ def report(args: argparse.Namespace) -> int:
     if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         why = "it has neither config.yaml nor metrics.jsonl" if run_dir.is_dir() else "there is none"
         raise UserError(f"{run_dir} is not a run's folder ({why}): give one, such as runs/demo.")
-    print(write_report(run_dir))
+    print(shown(write_report(run_dir)))
     return EXIT_DONE
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from seer_scale.cli.parser import add_command
 from seer_scale.config import RECIPES, all_keys, load_recipe, recipe_names
-from seer_scale.errors import EXIT_DONE
+from seer_scale.errors import EXIT_DONE, ConfigError, complain
 from seer_scale.files import to_json
 
 
@@ -33,9 +33,9 @@ def train(args: argparse.Namespace) -> int:
     from seer_scale.world import detect
 
     if args.print_config:
-        config = start.resolve_recipe(args.recipe, args.overrides, detect().size)
-        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
-        return EXIT_DONE
+        config, problems = start.look_at_recipe(args.recipe, args.overrides, detect().size)
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="", flush=True)
+        return complain(ConfigError(problems)) if problems else EXIT_DONE
     return start.run_training(args.recipe, args.overrides)
 
 
@@ -44,7 +44,7 @@ def help_of_train(recipe: str = "") -> str:
     given = load_recipe(recipe) if recipe else {}
     lines = ["usage: seer-scale train RECIPE [--print-config] [--section.key value ...]", ""]
     lines += ["Trains, or goes on where the run stopped.", "", f"RECIPE: a YAML file or one of {', '.join(recipe_names())}."]
-    lines += ["--print-config: print the resolved recipe as YAML, and train nothing.", ""]
+    lines += ["--print-config: print the resolved recipe as YAML, on stderr what keeps it from running here, and train nothing.", ""]
     lines += ["Precedence: defaults < recipe < command line. Lists are written [1, 2]. Keys, types, defaults:", ""]
     for key, kind, default, meaning in all_keys():
         section, name = key.split(".")

@@ -19,6 +19,7 @@ from torch import Tensor
 from seer_scale.config import Config, Knn
 from seer_scale.data.order import permute
 from seer_scale.data.sources import Source, open_data, open_source
+from seer_scale.data.sources.files import folders_in
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.evaluate.features import Represent, features, gather_rows
 from seer_scale.files import shown
@@ -63,8 +64,9 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
     c = config.knn
     if not c.enabled:
         return None
-    bank_path = c.bank or config.data.path
-    splits = [] if not c.bank and config.data.kind not in ("auto", "folder") else split_folders(bank_path)
+    bank_path, exclude = (c.bank, ()) if c.bank else (config.data.path, config.data.exclude)
+    splits = [] if not c.bank and config.data.kind not in ("auto", "folder") else split_folders(bank_path, exclude)
+    beside = [name for name in folders_in(bank_path, exclude) if splits and not is_split(name)]
     queries_path, queries = c.queries, open_source(c.queries) if c.queries else None
     if splits and (bank := _with_classes(splits[0], config)):
         bank_path = splits[0]
@@ -99,19 +101,27 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
     protocol = f"{len(kept):,} images of {shown(bank_path)} vote on {of}; {named_classes(bank.classes)}."
     if splits and not c.bank and queries_path:
         protocol += f" Training sees the queries too, without labels (data.path {shown(bank_path)} would not)."
+    if beside:
+        protocol += f" What lies beside them has no part in kNN: {_some_names(beside)}."
     if all(DATE.fullmatch(name) for name in bank.classes):
         protocol += " These look like dates: if they are no classes, the figures mean nothing (knn.enabled false, or knn.bank)."
     return Labelled(bank, kept, queries, asked, list(bank.classes), query_to_bank, protocol)
 
 
-def split_folders(path: str) -> list[str]:
-    """The folders of a folder all of whose own are splits, in the order of SPLITS; none where it is anything else."""
-    try:
-        entries = [e.name for e in os.scandir(path) if not e.name.startswith(".") and e.is_dir()]
-    except OSError:
-        return []
-    known = {name.lower(): name for name in entries}
-    if not known or not known.keys() <= set(SPLITS):
+def is_split(name: str) -> bool:
+    return name.lower() in SPLITS
+
+
+def are_splits(names: Sequence[str]) -> bool:
+    """Whether folders are parts of a data set, and no classes: two of them are splits, or all."""
+    return sum(map(is_split, names)) >= min(2, max(1, len(names)))
+
+
+def split_folders(path: str, exclude: Sequence[str] = ()) -> list[str]:
+    """The splits in a folder, in the order of SPLITS; none where its folders are anything else."""
+    names = folders_in(path, exclude)
+    known = {name.lower(): name for name in names}
+    if not are_splits(names):
         return []
     return [os.path.join(path, known[name]) for name in SPLITS if name in known]
 
@@ -119,13 +129,16 @@ def split_folders(path: str) -> list[str]:
 def why_unlabelled(config: Config, source: Source | None = None) -> str | None:
     """Why there can be no kNN of data.path, as a clause. source: data.path, already opened."""
     path = config.data.path
-    return _without_classes(source or open_data(config.data), path, split_folders(path))
+    return _without_classes(source or open_data(config.data), path, split_folders(path, config.data.exclude))
 
 
 def named_classes(classes: Sequence[str]) -> str:
-    names = ", ".join(map(shown, classes[:MAX_NAMES]))
-    names += f" and {len(classes) - MAX_NAMES:,} more" if len(classes) > MAX_NAMES else ""
-    return f"{len(classes):,} class{'es' * (len(classes) > 1)}: {names}"
+    return f"{len(classes):,} class{'es' * (len(classes) > 1)}: {_some_names(classes)}"
+
+
+def _some_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(map(shown, names[:MAX_NAMES])) + more
 
 
 def _with_classes(path: str, config: Config) -> Source | None:
@@ -139,7 +152,7 @@ def _with_classes(path: str, config: Config) -> Source | None:
 
 def _without_classes(source: Source, path: str, splits: Sequence[str]) -> str | None:
     """Why these images have no classes to classify by, as a clause; None where they have."""
-    if source.has_labels and not {name.lower() for name in source.classes} <= set(SPLITS):
+    if source.has_labels and not are_splits(source.classes):
         return None
     parts = [shown(os.path.basename(folder)) for folder in splits] or [shown(name) for name in source.classes]
     return f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)" if parts else f"{shown(path)} has no labels"

@@ -268,7 +268,7 @@ def cancel(jobs: Sequence[Job], *, now: bool) -> int:
         except UserError as problem:  # the others are cancelled all the same
             problems.append(str(problem))
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
     return EXIT_DONE
 
 

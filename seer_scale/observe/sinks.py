@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from seer_scale.files import plain, to_json
+from seer_scale.files import plain, shown, to_json
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
 
@@ -94,6 +94,7 @@ class RunLog:
         self._eta = eta or Eta(total_samples)
         self._latest: dict[str, Any] = {"samples_seen": 0}
         self._fd, self._tensorboard, self._silent = -1, None, False
+        self._no_tensorboard = False
         self._own_progress = progress is None
         self._progress = progress or Progress(active=active)
 
@@ -134,6 +135,7 @@ class RunLog:
         """Tell what happened, in one sentence. Kinds "start" and "resume" take the samples_seen they begin from."""
         if not self.active:
             return
+        text = shown(text)
         event = {"event": kind, "text": text, "samples_seen": self._latest["samples_seen"]} | fields
         event = plain(event | {"wall_time": time.time()})
         if kind in BEGINNINGS:
@@ -186,7 +188,7 @@ class RunLog:
             self._silent = False
         except OSError as error:
             if not self._silent:
-                print(f"Metrics cannot be written to {self.run_dir} ({error.strerror or error}): free some space; "
+                print(f"Metrics cannot be written to {shown(self.run_dir)} ({error.strerror or error}): free some space; "
                       "the run goes on, unlogged until then.", file=sys.stderr, flush=True)  # fmt: skip
             self._silent, self._tensorboard = True, None  # its thread does not survive an error: open another one
 
@@ -195,11 +197,20 @@ class RunLog:
 
         if self._tensorboard:
             self._tensorboard.close()
-        self._tensorboard = SummaryWriter(self.run_dir / "tensorboard", purge_step=purge_from, flush_secs=10)
+        if self._no_tensorboard:
+            return
+        folder = self.run_dir / "tensorboard"
+        try:
+            self._tensorboard = SummaryWriter(folder, purge_step=purge_from, flush_secs=10)
+        except UnicodeError:
+            self._tensorboard, self._no_tensorboard = None, True
+            self._progress.print(f"TensorBoard cannot write to {shown(folder)}, whose name is not UTF-8: the run goes on without it.")
 
     def _to_tensorboard(self, row: dict[str, Any]) -> None:
         if self._tensorboard is None:
             self._open_tensorboard()
+        if self._tensorboard is None:
+            return
         for name, value in row.items():
             if isinstance(value, int | float) and name not in ("samples_seen", "wall_time"):
                 self._tensorboard.add_scalar(name, value, row["samples_seen"], walltime=row["wall_time"])

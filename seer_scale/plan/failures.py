@@ -395,4 +395,4 @@ def _wrong(name: str, value: float, *, above: bool = False, whole: bool = False)
 
 def _complain(problems: list[str]) -> None:
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)

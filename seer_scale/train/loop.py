@@ -594,7 +594,7 @@ class Trainer:
                 path = write_report(self.run_dir)
                 if line := headline(read_metrics(self.run_dir)[0]):
                     print(line, flush=True)
-                print(f"Report: {path}", flush=True)
+                print(f"Report: {shown(path)}", flush=True)
 
 
 def _sources(opened: tuple[Course, Labelled | None]) -> list[Source]:

@@ -10,7 +10,17 @@ from typing import Any
 import torch
 
 from seer_scale import world as worlds
-from seer_scale.config import ZERO, Config, Data, all_keys, load_recipe, of_other_images, parse_overrides, resolve
+from seer_scale.config import (
+    ZERO,
+    Config,
+    Data,
+    all_keys,
+    checked,
+    load_recipe,
+    of_other_images,
+    parse_overrides,
+    resolve,
+)
 from seer_scale.data.sources import kind_of
 from seer_scale.errors import ConfigError, RankLost, UserError
 from seer_scale.extras import how_to_install
@@ -29,8 +39,18 @@ from seer_scale.world import World
 
 def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config:
     """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError."""
-    given, _ = of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])
-    return resolve_given(given, overrides, world_size)
+    return resolve_given(read_recipe(recipe, overrides), overrides, world_size)
+
+
+def read_recipe(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """The recipe's mapping, for the images that are named. Raises UserError."""
+    return of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[0]
+
+
+def look_at_recipe(recipe: str, overrides: list[str], world_size: int) -> tuple[Config, list[str]]:
+    """As `resolve_recipe`, with the problems beside the Config. Raises UserError where a value cannot be read."""
+    also = partial(_beyond_config, world_size=world_size)
+    return checked(read_recipe(recipe, overrides), overrides, world_size=world_size, also=also)
 
 
 def resolve_given(given: dict[str, Any], overrides: list[str] | dict[str, Any], world_size: int) -> Config:

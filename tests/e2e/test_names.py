@@ -14,13 +14,13 @@ ODD = ["caf\udce9", "\x1b[31mred\n", "gpj.\u202eexe$\\x_^{"]
 
 
 def test_names_of_any_bytes_end_nothing(tmp_path):
-    """As the folder of images, as classes, as images that cannot be read; before and after a restart."""
+    """As the run's folder, the folder of images, as classes, as images that cannot be read; before and after a restart."""
     photos = write_photos(tmp_path / "photos", classes=3, each=8).rename(tmp_path / ODD[0])
     for name, folder in zip(ODD, sorted(photos.iterdir())):
         folder = folder.rename(photos / name)
         (folder / "0.jpg").rename(folder / f"{name}.jpg")
         (folder / f"broken {name}.jpg").write_bytes(b"no image")
-    given, place = recipe(tmp_path, photos, data={"workers": 1}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, data={"workers": 1}), tmp_path / f"r{ODD[0]}" / f"{ODD[1]}{ODD[2]}"
     for samples in (40, 80):
         text = run("train", given, "--run.dir", place, "--train.samples", samples, folder=tmp_path)
         assert "Report: " in text and "Traceback" not in text
@@ -29,6 +29,8 @@ def test_names_of_any_bytes_end_nothing(tmp_path):
     for path in place.rglob("*"):
         if path.suffix in (".jsonl", ".json", ".html", ".txt", ".yaml"):
             assert not {"\x1b", "\u202e"} & set(path.read_text()), path
+    for command in (["eval", "knn"], ["report"], ["inspect"]):
+        run(*command, place, folder=tmp_path)
     told = (place / "logs" / "unreadable-0.txt").read_text().splitlines()
     assert any(r"caf\xe9/broken caf\xe9.jpg: " in line for line in told) and all(": " in line for line in told)
     sheet, listing = tmp_path / "sheet.jpg", tmp_path / "unreadable.txt"

@@ -120,6 +120,18 @@ def test_the_resolved_recipe_can_be_printed(capsys, photos):
     assert main(["train", *words, "--optim.lr", "0.5", "--print-config"]) == 2  # given twice
 
 
+def test_a_recipe_that_does_not_fit_this_machine_can_be_looked_at(capsys):
+    words = ["train", "seer_regnety_256gf", "--print-config", "--optim.lr", "0.25"]
+    assert main(words) == 2
+    told = capsys.readouterr()
+    resolved = yaml.safe_load(told.out)
+    assert resolved["optim"]["lr"] == 0.25 and resolved["parallel"]["sync_bn_group"] == 64
+    assert told.err.startswith("seer-scale: The recipe has 2 problems:\n  - data.path is empty") and "sync_bn_group is 64" in told.err
+    assert main([*words, "--train.precision", "int3"]) == 2  # has no place in a Config
+    told = capsys.readouterr()
+    assert not told.out and "train.precision is 'int3'" in told.err and "sync_bn_group is 64" in told.err
+
+
 def test_report_takes_the_newest_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for age, name in enumerate(("new", "old")):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seer_scale.errors import DataError, UserError
+from seer_scale.errors import ConfigError, DataError, UserError
 from seer_scale.files import shown
 
 names = st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass"))
@@ -37,5 +37,6 @@ def test_how_names_are_shown(name, text):
 
 
 def test_errors_show_names_and_keep_their_lines():
-    assert str(UserError("\udce9\x1b[0m\n  - two")) == "\\xe9\\x1b[0m\n  - two"
+    assert str(UserError("\udce9\x1b[0m\n", "two\n")) == "\\xe9\\x1b[0m\\n\ntwo\\n"
+    assert str(ConfigError(["a\nb", "c"])) == "The recipe has 2 problems:\n  - a\\nb\n  - c"
     assert str(DataError("a\nb")) == r"a\nb"

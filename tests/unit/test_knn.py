@@ -277,6 +277,24 @@ def test_splits_are_bank_and_queries_and_their_folders_the_classes(tmp_path):
     assert "2 classes: cat, test" in told(mixed)[0]
 
 
+def test_what_lies_beside_splits_leaves_them_splits(tmp_path):
+    path = folders(tmp_path / "photos", "train/cat", "train/dog", "test/cat", "test/dog")
+    plain = told(path)
+    assert plain[0].startswith(f"6 images of {path}/train vote on 6 of {path}/test; 2 classes")
+    for name in ("@eaDir", "lost+found", "__MACOSX", ".git"):
+        (tmp_path / "photos" / name).mkdir()
+    (tmp_path / "photos" / "loop").symlink_to("loop")
+    assert told(path) == plain
+    folders(tmp_path / "photos", "raw")
+    assert told(path) == (f"{plain[0]} What lies beside them has no part in kNN: raw.", plain[1])
+    config = Config(data=Data(path=path, exclude=("raw",)), knn=KNN)
+    assert labelled_images(config).protocol == plain[0]
+    folders(tmp_path / "photos", "val/.cache", "train/@eaDir/cat")
+    assert told(path)[0].startswith(plain[0])
+    flat = folders(tmp_path / "flat", "train", "test", "raw")
+    assert told(flat) == (None, f"{flat} has no classes (train, test: parts of a data set)")
+
+
 def test_splits_without_classes_below_are_none_themselves(tmp_path):
     path = folders(tmp_path / "photos", "train", "test")
     assert told(path) == (None, f"{path} has no classes (train, test: parts of a data set)")

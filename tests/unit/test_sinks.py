@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seer_scale.files import to_json
+from seer_scale.files import shown, to_json
 from seer_scale.observe.sinks import RunLog, read_metrics
 
 BATCH = 64
@@ -65,7 +65,7 @@ def test_every_line_is_strict_json_whatever_the_values(tmp_path, metrics, text, 
         log.event("note", text, samples_seen=samples, detail=metrics)
     first, second = strict_lines(tmp_path)
     assert first["samples_seen"] == second["samples_seen"] == samples
-    assert second["text"] == text
+    assert second["text"] == shown(text)
 
 
 def test_numbers_that_are_not_finite_become_null_and_tensors_numbers(tmp_path):

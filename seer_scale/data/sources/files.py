@@ -8,6 +8,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -110,6 +111,17 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Files:
     place = {name: n for n, name in enumerate(classes)}
     table = np.array([place[v] for v in labels.values], np.int32)
     return Files(path, names.build(), table[codes], [shown(name) for name in classes], left_out)
+
+
+def folders_in(path: str, exclude: Sequence[str] = ()) -> list[str]:
+    """Names of the folders right below a folder in which `folder` would look for images."""
+    patterns, names = _Patterns(exclude), []
+    with suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            with suppress(OSError):  # of a link to itself
+                if entry.is_dir() and not is_hidden(entry.name) and not patterns.match("", entry.name):
+                    names.append(entry.name)
+    return sorted(names)
 
 
 class _Patterns:

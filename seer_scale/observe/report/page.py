@@ -73,7 +73,7 @@ def write_report(run_dir: Path) -> Path:
     style = resources.files(__package__).joinpath("style.css").read_text()
     page = PAGE.replace("{title}", _name(run_dir)).replace("{style}", style).replace("{body}", body)
     path = run_dir / "report.html"
-    write_whole(path, page)
+    write_whole(path, page.encode(errors="backslashreplace"))  # logs of old hold names as they were
     return path
 
 
