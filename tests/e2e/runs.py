@@ -220,7 +220,7 @@ def processes(marked: str = MARK) -> dict[int, str]:
     for place in Path("/proc").glob("[0-9]*"):
         try:
             if marked.encode() in (place / "environ").read_bytes():
-                found[int(place.name)] = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(place.name)] = os.fsdecode((place / "cmdline").read_bytes().replace(b"\0", b" "))
         except OSError:
             continue
     return found

@@ -124,7 +124,7 @@ def test_whatever_nodes_there_are(lab, tmp_path, photos):
 
 def _words(process: Path) -> list[str]:
     try:
-        return (process / "cmdline").read_bytes().decode().split("\0")
+        return os.fsdecode((process / "cmdline").read_bytes()).split("\0")
     except OSError:
         return []
 
