@@ -1,27 +1,33 @@
 """The console: what anybody prints goes through one writer. A console that is lost costs lines, never the run or its status.
 
 A terminal may be closed (EIO), the other end of a pipe gone (EPIPE), a disk full (ENOSPC), a stream closed before the start
-or never there. `install` puts a `Console` in the place of sys.stdout and sys.stderr, so that print, warnings, tracebacks,
-logging, rich and whoever else writes there cannot fail. It writes to the file descriptor itself: nothing is left in a buffer
-for the interpreter's exit to fail on (status 120).
+or never there; and whoever reads may take nothing (Ctrl-S, a suspended tee, a dead connection). `install` puts a `Console`
+in the place of sys.stdout and sys.stderr, so that print, warnings, tracebacks, logging, rich and whoever else writes there
+cannot fail, nor wait for long. It writes to the file descriptor itself: nothing is left in a buffer for the interpreter's
+exit to fail on (status 120).
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
 import re
 import select
+import stat
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import Any, TextIO
 
 UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 """What would move a terminal's cursor or worse; colours, tabs and line ends are let through."""
 FULL_S = 1.0
-"""Seconds that a line may wait where somebody has made the descriptor non-blocking."""
+"""Seconds that lines wait for a reader; after that they are lost until some are taken again."""
+AGAIN_S = 0.02
+"""Seconds until the next try where a descriptor says that it takes something, but does not."""
 
 
 class Console(io.TextIOBase):
@@ -35,6 +41,9 @@ class Console(io.TextIOBase):
         self._to, self._label, self._drop, self._raw, self._line = to, label, drop, raw, ""
         self.problem: OSError | None = None
         """The first reason for which something was lost."""
+        self.wait_s: float | None = FULL_S
+        """None: waits for ever."""
+        self._num_lost, self._is_cut = 0, False
         self._fd, self._turn = -1, threading.RLock()  # a signal's handler may print in the middle of a print
         with suppress(AttributeError, OSError, ValueError):
             self._fd = to.fileno()
@@ -63,6 +72,11 @@ class Console(io.TextIOBase):
             if self._line and not self._label:
                 text, self._line = self._line, ""
                 self._send(text)
+
+    @property
+    def buffer(self) -> io.BufferedIOBase:
+        """For who writes bytes: they go the same way."""
+        return _Bytes(self)
 
     def isatty(self) -> bool:
         try:
@@ -94,22 +108,61 @@ class Console(io.TextIOBase):
                 self._to.write(data.decode(self.encoding))
                 self._to.flush()
                 return
-            while data:
-                try:
-                    data = data[os.write(self._fd, data) :]
-                except BlockingIOError:
-                    if not select.select([], [self._fd], [], FULL_S)[1]:
-                        raise
+            if self._num_lost:
+                many = "Some" if self._raw else self._num_lost  # a bar is drawn again and again
+                note = f"{chr(10) * self._is_cut}{self._label}[{many} lines were not printed: nobody read them.]\n"
+                if _put(self._fd, note.encode(self.encoding, self.errors), 0.0):
+                    self._num_lost += max(1, data.count(b"\n"))
+                    return
+                self._num_lost, self._is_cut = 0, False
+            left = _put(self._fd, data, self.wait_s)
+            if left:
+                self._num_lost = max(1, left.count(b"\n"))
+                self._is_cut = data[-len(left) - 1 : -len(left)] not in (b"", b"\n")
+                raise BlockingIOError(errno.EAGAIN, "nobody reads it")
         except (OSError, ValueError) as error:
             self.problem = self.problem or (error if isinstance(error, OSError) else OSError(errno.EBADF, str(error)))
+
+
+class _Bytes(io.BufferedIOBase):
+    """What a console is to those who write bytes."""
+
+    def __init__(self, console: Console):
+        self._console, self._decoder = console, codecs.getincrementaldecoder(console.encoding)("backslashreplace")
+
+    def write(self, data: Any) -> int:
+        self._console.write(self._decoder.decode(bytes(data)))
+        return len(memoryview(data).cast("B"))
+
+    def flush(self) -> None:
+        self._console.flush()
+
+    def fileno(self) -> int:
+        return self._console.fileno()
+
+    def isatty(self) -> bool:
+        return self._console.isatty()
+
+    def writable(self) -> bool:
+        return True
 
 
 def install(label: str = "", drop: str = "") -> None:
     """From now on nothing that is printed in this process fails. label, drop: of each line (see Console)."""
     _fill_standard_descriptors()
     for name in ("stdout", "stderr"):
-        if not isinstance(stream := getattr(sys, name), Console):
+        stream = getattr(sys, name)
+        if not isinstance(stream, Console):
             setattr(sys, name, Console(stream, label, drop=drop))
+            if getattr(sys, f"__{name}__") is stream:
+                setattr(sys, f"__{name}__", getattr(sys, name))
+
+
+def wait_for_readers() -> None:
+    """From now on printing waits for ever, as of commands whose output is their product, and may be read in a pager."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Console):
+            stream.wait_s = None
 
 
 def _fill_standard_descriptors() -> None:
@@ -126,7 +179,34 @@ def lost(stream: TextIO | None) -> OSError | None:
     return getattr(stream, "problem", None)
 
 
-def write_error(text: str) -> None:
-    """To stderr's descriptor by one call, without a lock: for who cannot wait for other threads."""
+def write_error(text: str, wait_s: float = FULL_S) -> None:
+    """To stderr's descriptor, by one call where it takes that, without a lock: for who cannot wait for other threads."""
     with suppress(OSError):
-        os.write(2, text.encode("utf-8", "backslashreplace"))
+        _put(2, text.encode("utf-8", "backslashreplace"), wait_s)
+
+
+def _put(fd: int, data: bytes, wait_s: float | None) -> bytes:
+    """Write `data`; returns what was not taken within `wait_s` seconds.
+
+    A pipe or a terminal is opened anew for that: O_NONBLOCK on `fd` itself would be set for all who share it. Where that
+    cannot be, writes are of no more than what a pipe takes at once when it takes anything.
+    """
+    mode, own = os.fstat(fd).st_mode, fd
+    if stat.S_ISFIFO(mode) or os.isatty(fd):
+        with suppress(OSError):  # a terminal may be somebody else's
+            own = os.open(f"/dev/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        most = select.PIPE_BUF if os.get_blocking(own) and not stat.S_ISREG(mode) else len(data)
+        until, ready = time.monotonic() + (wait_s or 0.0), select.poll()
+        ready.register(own, select.POLLOUT)
+        while data and ready.poll(None if wait_s is None else 1000 * max(0.0, until - time.monotonic())):
+            try:
+                data = data[os.write(own, data[:most]) :]
+            except BlockingIOError:
+                if wait_s is not None and time.monotonic() > until:
+                    break
+                time.sleep(AGAIN_S)
+        return data
+    finally:
+        if own != fd:
+            os.close(own)

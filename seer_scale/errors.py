@@ -7,6 +7,7 @@ Anything else that escapes is a defect of ours and keeps its traceback (exit sta
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 import os
 import signal
@@ -39,6 +40,9 @@ class UserError(Exception):
     def __init__(self, *sentences: str):
         super().__init__("\n".join(map(shown, sentences)))  # a line each, whatever the names in it
 
+    def __reduce__(self) -> tuple:
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # the text is made: another process takes it as it is
+
 
 class ConfigError(UserError):
     """All problems of one recipe (or of `what` else), each a sentence."""
@@ -46,7 +50,6 @@ class ConfigError(UserError):
     def __init__(self, problems: list[str], what: str = "The recipe"):
         self.problems = [shown(problem) for problem in problems]
         super().__init__(f"{what} has {len(problems)} problem{'s' * (len(problems) != 1)}:", *(f"  - {p}" for p in self.problems))
-
 
 class DataError(UserError):
     """The images cannot be read as given."""
@@ -73,9 +76,10 @@ class StartStopped(UserError):
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """STOP_SIGNALS but those that this process was started to ignore, as nohup does with SIGHUP; to be asked before any of
-    them is given a handler."""
-    return tuple(s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN)
+    """STOP_SIGNALS but those that this process was started to ignore: SIGHUP by nohup, SIGINT by a script's `&`. To be
+    asked before any of them is given a handler. The others srun's ranks ignore until they can save (launch/slurm.py)."""
+    kept = (signal.SIGHUP, signal.SIGINT)
+    return tuple(s for s in STOP_SIGNALS if s not in kept or signal.getsignal(s) != signal.SIG_IGN)
 
 
 def ends_at_once(number: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_threads] = "1"
@@ -15,6 +16,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started by a script's `&`; tests send it to what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _enlarged(values: np.ndarray, side: int) -> np.ndarray:

@@ -49,6 +49,8 @@ def run(words: Sequence[str]) -> int:
     if overrides and not args.takes_overrides:
         raise UserError(args.no_overrides if "no_overrides" in args else f"{overrides[0]} has no effect with {args.parser.prog}; leave it out.")
     args.overrides = overrides
+    if not args.is_run:
+        console.wait_for_readers()
     status = args.run(args)
     sys.stdout.flush()
     problem = console.lost(sys.stdout)

@@ -83,8 +83,9 @@ class Watchdog:
                 _pass_over_one(signal.SIGALRM)
                 self._arm()
             if time.monotonic() - self._last > self._patience_s:
+                until = time.monotonic() + self._grace_s
                 self._bark()
-                if not self._over.wait(self._grace_s):
+                if not self._over.wait(max(0.0, until - time.monotonic())):
                     os._exit(EXIT_HUNG)
 
     def _bark(self) -> None:
@@ -95,7 +96,8 @@ class Watchdog:
         for ident, frame in sys._current_frames().items():
             if ident != threading.get_ident():
                 lines += [f"thread {names.get(ident, ident)}:", *"".join(traceback.format_stack(frame)).splitlines()]
-        console.write_error("".join(f"{self._what}{line}\n" if i else f"{line}\n" for i, line in enumerate(lines)))
+        text = "".join(f"{self._what}{line}\n" if i else f"{line}\n" for i, line in enumerate(lines))
+        console.write_error(text, min(console.FULL_S, self._grace_s / 2))
 
 
 def _pass_over_one(number: int) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -154,7 +155,26 @@ def closed() -> None:
     sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = None
 
 
-lost_consoles = (lost_pipe, lost_terminal, full_disk, closed)
+def full_pipe() -> None:
+    """As a pager that is not scrolled, or a suspended tee."""
+    _fill(*os.pipe())
+
+
+def full_terminal() -> None:
+    """As an ssh connection that hangs."""
+    _fill(*os.openpty())
+
+
+lost_consoles = (lost_pipe, lost_terminal, full_disk, closed, full_pipe, full_terminal)
+
+
+def _fill(ours: int, theirs: int) -> None:
+    os.set_blocking(theirs, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(theirs, b"x" * 512)
+    os.set_blocking(theirs, True)
+    _print_to(theirs)  # ours stays open, unread
 
 
 def _print_to(fd: int) -> None:

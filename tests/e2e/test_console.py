@@ -21,12 +21,16 @@ def test_a_run_goes_on_without_its_console(tmp_path, photos):
         assert list(steps(place)) == list(range(8, 49, 8)) and events(place, "done") and (place / "report.html").is_file()
         assert r.text == ""
 
-    given, place = recipe(tmp_path, photos, train={"samples": 80_000}), tmp_path / "stopped"
-    r = start("train", given, "--run.dir", place, folder=tmp_path, console=runs.lost_terminal)
-    until(reaches(place, 24), lambda: r.text)
-    r.kill(signal.SIGINT)
-    assert r.wait() == [75]
-    assert checkpoints(place)[-1] == f"samples-{max(steps(place)):012d}"
+    given = recipe(tmp_path, photos, train={"samples": 80_000})
+    ways = (runs.lost_terminal, signal.SIGINT), (runs.full_pipe, signal.SIGTERM)
+    stopped = [(tmp_path / number.name, number, console) for console, number in ways]
+    running = [start("train", given, "--run.dir", place, folder=tmp_path, console=console) for place, _, console in stopped]
+    for r, (place, number, _) in zip(running, stopped, strict=True):
+        until(reaches(place, 24), lambda r=r: r.text)
+        r.kill(number)
+    for r, (place, _, _) in zip(running, stopped, strict=True):
+        assert r.wait() == [75]
+        assert checkpoints(place)[-1] == f"samples-{max(steps(place)):012d}"
 
 
 def test_what_is_said_of_the_length_is_what_is_done(tmp_path, photos):

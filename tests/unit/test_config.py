@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 
 import pytest
@@ -21,6 +22,14 @@ def problems(given: dict, overrides: list[str] = (), **options) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         resolve(given, overrides, **options)
     return caught.value.problems
+
+
+def test_problems_reach_another_process_whole():
+    for error in (ConfigError(["one", "t\nwo"], "The profile"), UserError("one", "two")):
+        error.is_local = True
+        there = pickle.loads(pickle.dumps(error))
+        assert type(there) is type(error) and str(there) == str(error) and vars(there) == vars(error)
+    assert str(pickle.loads(pickle.dumps(ConfigError(["one"], "It")))) == "It has 1 problem:\n  - one"
 
 
 def test_defaults_below_recipe_below_command_line():

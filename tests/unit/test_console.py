@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 
 import pytest
 
-from seer_scale.console import Console
+from seer_scale.console import Console, install
 
 PIPE, TERMINAL, FULL = errno.EPIPE, errno.EIO, errno.ENOSPC
 
@@ -31,6 +35,67 @@ def test_what_cannot_be_written_is_lost_and_no_more(problem):
         print("a line", file=stream, flush=True)
         print("part of a line", end="", file=stream, flush=True)
         assert stream.problem.errno == problem and stream.writable() and stream.fileno() == file.fileno()
+
+
+@pytest.mark.parametrize("make, opens", [(os.pipe, True), (os.pipe, False), (os.openpty, True)])
+def test_lines_that_nobody_reads_are_lost_and_counted(make, opens, monkeypatch):
+    """They wait once; who shares the descriptor finds it as it was. opens: whether it can be opened anew."""
+    ours, theirs = make()
+    if not opens:
+        monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    with open(theirs, "w") as file:
+        stream, line = Console(file), "x" * 1000
+        stream.wait_s = 0.1
+        for _ in range(200):
+            stream.write(f"{line}\n")
+        assert stream.problem.errno == errno.EAGAIN and os.get_blocking(theirs)
+        begun = time.monotonic()
+        for _ in range(10):
+            stream.write("more\n")
+        assert time.monotonic() - begun < 0.1
+        os.set_blocking(ours, False)
+        taken = read_all(ours)
+        stream.write("end\n")
+        taken = (taken + read_all(ours)).replace("\r", "")
+    whole = taken.count(f"{line}\n")
+    found = re.search(r"\n\[(\d+) lines were not printed: nobody read them\.\]\nend\n$", taken)
+    assert 0 < whole < 200 and whole + int(found[1]) in (210, 211), taken[-200:]  # its end alone may be what was cut off
+
+
+def read_all(fd: int) -> str:
+    found = b""
+    with suppress(BlockingIOError):
+        while True:
+            found += os.read(fd, 65536)
+    return found.decode()
+
+
+def test_what_is_asked_for_waits_for_its_reader():
+    """As in a pager that is scrolled now and then."""
+    ours, theirs = os.pipe()
+    with open(theirs, "w") as file, open(ours) as reader:
+        stream = Console(file)
+        stream.wait_s = None
+        thread = threading.Thread(target=lambda: (stream.write("line\n" * 40_000), file.close()), daemon=True)
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive() and reader.read() == "line\n" * 40_000
+
+
+def test_bytes_go_the_same_way(tmp_path, monkeypatch):
+    with open(broken(PIPE), "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "__stdout__", file)
+        install()
+        assert sys.stdout.buffer.write(b"a line\n") == 7
+        print("a line", file=sys.__stdout__, flush=True)
+        assert sys.stdout.problem.errno == PIPE
+    with open(tmp_path / "log", "w") as file:
+        out = Console(file, "[rank 3] ").buffer
+        out.write("f\xfc".encode()[:2])
+        out.write("\xfc\x1b[2J\n".encode()[1:])
+        out.flush()
+    assert (tmp_path / "log").read_text() == "[rank 3] f\xfc\\x1b[2J\n"
 
 
 def test_no_stream_at_all():

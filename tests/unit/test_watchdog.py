@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def test_stacks_are_written_and_the_process_ends(body):
     first, *others = done.stderr.splitlines()
     assert first.startswith("[rank 3] no progress for ") and "(run.hang_s 0.6) in process " in first
     assert any("hangs_here" in line for line in others) and all(line.startswith("[rank 3] ") for line in others)
+
+
+def test_also_where_nobody_reads():
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    os.write(theirs, b"x" * 2**20)
+    os.set_blocking(theirs, True)
+    script = SCRIPT.format(body="time.sleep(60)", limit=0.6, run="hangs_here()")
+    assert subprocess.run([sys.executable, "-c", script], stderr=theirs, timeout=60).returncode == EXIT_HUNG
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_also_where_a_thread_holds_pythons_lock():

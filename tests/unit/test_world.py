@@ -25,6 +25,7 @@ from seer_scale import world as worlds
 from seer_scale.cli import main
 from seer_scale.errors import EXIT_STOPPED, StartStopped, UserError
 from seer_scale.rank_info import RankInfo, detect, without_rank_variables
+from seer_scale.train.stop import StopRequest
 from tests.e2e.runs import recipe, until
 
 # n ranks as forks of one process that has loaded torch: main(rank) returns what can be written as JSON
@@ -251,6 +252,23 @@ def test_a_signal_ends_a_start(number, tmp_path, photos, monkeypatch, capsys):
     threading.Thread(target=send, daemon=True).start()
     assert main(["train", recipe(tmp_path, photos), "--run.dir", str(tmp_path / "run")]) == EXIT_STOPPED
     assert f"Stopped by {number.name} while ranks waited for each other, so nothing was begun." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_was_ignored_at_the_start_stays_ignored(number):
+    """As by nohup, or a script's `&`; also what came while a launcher had it blocked."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+        signal.raise_signal(number)
+        with StopRequest() as request:
+            signal.raise_signal(number)
+            assert request.asked() is None
+            signal.raise_signal(signal.SIGTERM)
+            assert request.asked() == "SIGTERM"
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_nothing_at_import_or_start_needs_linux(tmp_path, photos, monkeypatch, capsys):
