@@ -268,7 +268,7 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
     """`value` as type `tp`. Raises _Bad for a value of another kind; nested problems go to `problems`."""
     origin, args = typing.get_origin(tp), typing.get_args(tp)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
+        if type(None) in args and (value is None or value == "none"):  # as --help calls it
             return None
         kinds = [a for a in args if a is not type(None) and isinstance(value, list | tuple) == (typing.get_origin(a) is tuple)]
         return _coerce((kinds or args)[0], value, key, problems)
@@ -510,9 +510,9 @@ def checked(
     over, problems = (overrides, []) if isinstance(overrides, dict) else parse_overrides(list(overrides))
     merged = merge(given, over)
     config = read_section(Config, merged, "", problems)
-    is_read = not problems
     if not isinstance(merged.get("train"), dict) or "samples" not in merged["train"]:
         problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
+    is_read = not problems
     if not config.data.path:
         problems.append("data.path is empty: give a folder of images, a list file or tars, as in --data.path ~/Pictures.")
     broken = [key for key in (p.partition(" ")[0] for p in problems) if "." in key]  # their defaults stand in: what is said of those is not true
@@ -608,13 +608,13 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
         f"schedule.decay_samples is {c.schedule.decay_samples}, but the warm-up alone takes "
         f"{c.schedule.warmup_samples} samples; nearest: {c.schedule.warmup_samples}.",
     )
-    fail(c.schedule.warmup_samples > c.train.samples, f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.samples} samples; nearest: {c.train.samples}.")
+    fail(c.schedule.warmup_samples > c.train.samples, f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.samples} samples; nearest: {c.train.samples}, or less, as in --schedule.warmup_samples {c.train.samples // 10}.")
     fail(
         c.schedule.name == "plateau" and c.schedule.plateau_samples < batch,
         f"schedule.plateau_samples is {c.schedule.plateau_samples}, but a window needs at least one update; "
         f"nearest: {batch} (train.global_batch).",
     )
     free = c.model.free()
-    fail(c.model.name != "regnety" and bool(free), f"model.{next(iter(free), '')} is given, but model.name is {c.model.name}, whose shape is fixed; use model.name regnety.")
+    fail(c.model.name != "regnety" and bool(free), f"model.{next(iter(free), '')} is given, but model.name is {c.model.name}, whose shape is fixed; use model.name regnety, or give {' '.join(f'--model.{key} null' for key in free)}.")
     fail(bool(c.checkpoint.init_from) and c.checkpoint.resume not in ("auto", "none"), "checkpoint.init_from and checkpoint.resume both name a checkpoint: init_from starts a new run from weights, resume goes on with everything; give one.")
     return problems

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,15 @@ class Labelled:
     """Label of a query class in the bank's numbering."""
     protocol: str
     """Which images vote and which are classified, and by what names: a sentence."""
+
+    def measurement(self, c: Knn) -> str:
+        """Stands for what figures depend on beside the network, but for the folders, which may be moved: only figures of one
+        measurement compare."""
+        words = [len(self.bank), len(self.queries), *self.classes, c.k, c.temperature, c.size]
+        crc = zlib.crc32(repr(words).encode(errors="backslashreplace"))
+        for numbers in (self.bank_indices, self.query_indices, self.query_to_bank):
+            crc = zlib.crc32(np.asarray(numbers, np.int64).tobytes(), crc)
+        return f"{crc:08x}"
 
 
 @dataclass(frozen=True)

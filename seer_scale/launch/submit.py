@@ -94,6 +94,9 @@ def _prepare_all(options: Options) -> list[Prepared]:
     folders = [job.run_dir for job, _, _ in prepared]
     if percent := next((folder for folder in folders if "%" in folder and options.cluster == "slurm"), None):
         raise UserError(f"run.dir is {percent}, but SLURM replaces what follows a %: choose another.")
+    names = [*folders, *(job.folder for job, _, _ in prepared)] if options.cluster == "slurm" else []
+    if odd := next((name for name in names if "\n" in name or any("\udc80" <= c <= "\udcff" for c in name)), None):
+        raise UserError(f"{odd} cannot stand in a batch script, which is UTF-8: choose another run.dir, or start from another folder.")
     if len(set(folders)) < len(folders):
         raise UserError(
             f"--array makes {len(folders)} runs, but run.dir gives them one folder: leave it out, and each has runs/NAME "

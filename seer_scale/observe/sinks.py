@@ -74,6 +74,12 @@ def _number(row: dict[str, Any], name: str) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
+def compare(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether kNN figures of two rows are of one measurement, as far as they tell (logs of old do not)."""
+    marks = [r["knn/measurement"] for r in (row, other) if r.get("knn/measurement")]
+    return len(set(marks)) < 2
+
+
 def speed_text(rate: float) -> str:
     """A rate in images a second, as many digits as mean something."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

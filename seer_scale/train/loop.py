@@ -43,7 +43,7 @@ from seer_scale.methods.swav import SwAV
 from seer_scale.models.layout import choose_execution
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
-from seer_scale.observe.sinks import RunLog, read_metrics
+from seer_scale.observe.sinks import RunLog, compare, read_metrics
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel import build_engine
 from seer_scale.timeouts import Timeouts
@@ -525,7 +525,7 @@ class Trainer:
         self.engine.average_buffers()
         with self.progress.doing(f"measuring kNN {stage} training", asked + bank):
             scores, found = knn(self._represent, self.labelled, c, workers=self.workers, world=self.world)
-        self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **scores, "time/knn_s": time.perf_counter() - begin})
+        self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, "knn/measurement": self.labelled.measurement(c), **scores, "time/knn_s": time.perf_counter() - begin})
         if self.config.checkpoint.keep_best and self.samples_seen:
             best = max(self._top1.values(), default=-math.inf)
             self._top1[self.samples_seen] = scores["knn/top1"]
@@ -537,10 +537,12 @@ class Trainer:
                 show_neighbours(self.run_dir, stage, self.labelled, found)
 
     def _scored(self) -> dict[int, float]:
-        """kNN top-1 of the checkpoints there are, by samples_seen."""
+        """kNN top-1 of the checkpoints there are, by samples_seen; of figures that compare with those to come."""
         scored: dict[int, float] = {}
         if self.world.is_main and self.config.checkpoint.keep_best:
-            rows = {r["samples_seen"]: r["knn/top1"] for r in read_metrics(self.run_dir)[0] if "knn/top1" in r}
+            own = {"knn/measurement": self.labelled.measurement(self.config.knn)} if self.labelled else {}
+            known = [r for r in read_metrics(self.run_dir)[0] if "knn/top1" in r and compare(r, own)]
+            rows = {r["samples_seen"]: r["knn/top1"] for r in known}
             scored = {s: rows[s] for s in store.published(self.folder) if s in rows and s <= self.samples_seen}
         return self.world.broadcast_object(scored)
 

@@ -70,8 +70,8 @@ def test_text_stays_text():
         ("--parallel.engine=single", ["parallel.engine is single", "4 ranks", "use ddp or fsdp"]),
         ("--views.jitter=[0.4, 0.4]", ["views.jitter", "[0.4, 0.4]", "needs 4 values"]),
         ("--views.crops=[{size: 4}]", ["views.crops[0].size is 4", "at least 8"]),
-        ("--model.depth=9", ["model.depth is given", "use model.name regnety"]),
-        ("--schedule.warmup_samples=1000", ["schedule.warmup_samples is 1000", "640 samples", "nearest: 640"]),
+        ("--model.depth=9", ["model.depth is given", "use model.name regnety", "--model.depth null."]),
+        ("--schedule.warmup_samples=1000", ["schedule.warmup_samples is 1000", "640 samples", "nearest: 640", "--schedule.warmup_samples 64."]),
     ],
 )
 def test_a_problem_names_key_value_rule_and_fix(override, parts):
@@ -92,6 +92,11 @@ def test_all_problems_at_once():
 def test_round_trip():
     config = resolve(SMALL, ["--swav.prototypes=[20, 30]", "--model.name=regnety", "--model.depth=5"])
     assert resolve(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_none_is_a_value_as_the_help_writes_it():
+    assert resolve(SMALL, ["--model.depth", "none", "--model.w0", "null", "--data.workers", "none"]) == resolve(SMALL)
+    assert problems(SMALL, ["--train.global_batch", "none"]) == ["train.global_batch is 'none', but must be a whole number."]
 
 
 def test_recipes_that_are_none(tmp_path):

@@ -43,6 +43,17 @@ def test_what_a_start_before_has_done_is_not_done_again(tmp_path, monkeypatch):
     assert at_end(tmp_path, monkeypatch) == ["after"]
 
 
+def test_the_best_is_looked_for_among_figures_that_compare(tmp_path, monkeypatch):
+    made = object.__new__(loop.Trainer)
+    made.world, made.run_dir, made.folder, made.samples_seen = World(), tmp_path, tmp_path, 640
+    made.config = SimpleNamespace(knn=None, checkpoint=SimpleNamespace(keep_best=True))
+    made.labelled = SimpleNamespace(measurement=lambda c: "now")
+    monkeypatch.setattr(loop.store, "published", lambda folder: [64, 128, 256])
+    marks = {64: {"knn/measurement": "then"}, 128: {"knn/measurement": "now"}, 256: {}}
+    log(tmp_path, *({"samples_seen": n, "knn/top1": float(n)} | mark for n, mark in marks.items()))
+    assert made._scored() == {128: 128.0, 256: 256.0}  # a log of old says nothing
+
+
 def test_pictures_of_prototypes_are_bounded_and_can_be_left_out(tmp_path, monkeypatch):
     assert at_end(tmp_path, monkeypatch, images=20) == ["after", "looked at 20", "prototypes"]
     assert at_end(tmp_path, monkeypatch, prototype_images=0) == at_end(tmp_path, monkeypatch, stream=True) == ["after"]

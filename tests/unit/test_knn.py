@@ -252,6 +252,19 @@ def test_standard_errors_and_the_share_of_the_commonest_class(tmp_path):
     assert scores["knn/queries"] == 12 and scores["knn/classes"] == 3
 
 
+def test_what_is_measured_has_a_mark(tmp_path):
+    path = folders(tmp_path / "photos", "a", "b", num=5)
+
+    def mark(path: str, **more) -> str:
+        c = dataclasses.replace(KNN, **more)
+        return labelled_images(Config(data=Data(path=path), knn=c)).measurement(c)
+
+    others = [mark(path, k=6), mark(path, limit=3), mark(path, limit_queries=1), mark(path, queries=path), mark(path, size=17)]
+    others.append(mark(folders(tmp_path / "other", "a", "c", num=5)))
+    assert mark(path) not in others and len(set(others)) == len(others)
+    assert mark(str(Path(path).rename(tmp_path / "moved"))) == mark(folders(tmp_path / "photos", "a", "b", num=5))
+
+
 def test_classes_are_named_and_dates_doubted(tmp_path):
     path = folders(tmp_path / "photos", "2019", "2020-11")
     protocol, _ = told(path)

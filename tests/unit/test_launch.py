@@ -129,6 +129,8 @@ def test_a_grid_in_one_folder_is_refused(recipe, tmp_path):
     (tmp_path / "p.yaml").write_text("gpus_per_node: 1")
     with pytest.raises(UserError, match="--array makes 2 runs, but run.dir gives them one folder"):
         cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array", "optim.lr=0.1,0.2", "--run.dir", "D"])
+    with pytest.raises(UserError, match=r"caf\\xe9 cannot stand in a batch script, which is UTF-8: choose another run.dir"):
+        cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--run.dir", "caf\udce9"])
     with pytest.raises(UserError, match="--time is 2, but the profile's grace_s is 180 s"):
         cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--time", "2"])
 

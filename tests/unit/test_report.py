@@ -143,6 +143,9 @@ def test_the_headline_claims_no_more_than_was_measured():
         == "kNN top-1: 30.0 % after"
     )
     assert headline([{"samples_seen": 0, "knn/top1": None}]) is None
+    rows = [{"samples_seen": n, "knn/top1": 20.0 + n, "knn/measurement": mark} for n, mark in ((0, "a"), (9, "b"))]
+    assert headline(rows) == "kNN top-1: 29.0 % after (what stood before, 20.0 %, was measured with other images or keys)"
+    assert headline([rows[0] | {"knn/measurement": "b"}, rows[1]]) == "kNN top-1: 20.0 % before, 29.0 % after"
 
 
 def test_right_and_wrong_neighbours_can_be_told_apart(run_dir):

@@ -23,7 +23,7 @@ from seer_scale.observe.ledger import CAUSES, Ledger, duration, read_ledger
 from seer_scale.observe.report.parts import section, table
 from seer_scale.observe.report.pictures import Pictures
 from seer_scale.observe.report.plots import BLUE, FAINT, GREEN, INK, ORANGE, Plot, Rows, is_number, metric, short, svg
-from seer_scale.observe.sinks import BEGINNINGS, read_metrics, speed_text
+from seer_scale.observe.sinks import BEGINNINGS, compare, read_metrics, speed_text
 
 MAX_EVENTS = 40
 PAGE = """<!doctype html>
@@ -42,6 +42,8 @@ def headline(rows: Rows) -> str | None:
         return None
     before = [f"{_percent(r)} before" for r in known[:1] if r["samples_seen"] == 0]
     after = [f"{_percent(r)} after" for r in known[-1:] if r["samples_seen"] > 0]
+    if before and after and not compare(known[0], known[-1]):
+        return f"kNN top-1: {after[0]} (what stood before, {_percent(known[0])}, was measured with other images or keys)"
     return "kNN top-1: " + ", ".join(before + after)
 
 
@@ -93,8 +95,8 @@ def _head(run_dir: Path, rows: Rows, events: Rows, config: dict[str, Any], resta
     facts = "\n".join(
         f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(rows, events, config, restarts).items()
     )
-    known = [r["knn/top1"] for r in rows if is_number(r.get("knn/top1"))]
-    better = len(known) > 1 and known[-1] > known[0]
+    known = [r for r in rows if is_number(r.get("knn/top1"))]
+    better = len(known) > 1 and compare(known[0], known[-1]) and known[-1]["knn/top1"] > known[0]["knn/top1"]
     explained = (
         "The share of held-out images whose class is found by a vote of their nearest neighbours"
         f"{', with its standard error' if any('knn/top1_stderr' in r for r in rows) else ''}. "
