@@ -51,6 +51,7 @@ class ConfigError(UserError):
         self.problems = [shown(problem) for problem in problems]
         super().__init__(f"{what} has {len(problems)} problem{'s' * (len(problems) != 1)}:", *(f"  - {p}" for p in self.problems))
 
+
 class DataError(UserError):
     """The images cannot be read as given."""
 
