@@ -13,8 +13,12 @@ from seer_scale.files import to_json
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
-    kinds = commands.add_parser("eval", help="kNN accuracy of a checkpoint, or of a run's newest one").add_subparsers(metavar="EVALUATION", required=True)
-    parser = add_command(kinds, "knn", knn, "kNN accuracy of a checkpoint, or of a run's newest one", takes_overrides=True)
+    what = "kNN accuracy of a checkpoint, or of a run's newest one"
+    kinds = commands.add_parser("eval", help=what, description=f"{what}.").add_subparsers(metavar="EVALUATION", required=True)
+    parser = add_command(
+        kinds, "knn", knn, what, takes_overrides=True,
+        description=f"{what}. Keys of its recipe can be given other values, as in --knn.bank DIR --knn.queries DIR.",
+    )  # fmt: skip
     parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, such as runs/demo, or a checkpoint in it")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
 

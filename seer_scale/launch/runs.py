@@ -54,6 +54,9 @@ def _named(name: str) -> Job:
     for place in (Path(name), Path("runs") / name):
         if job := Job.read(place):
             return job
+    for place in (Path(name), Path("runs") / name):
+        if (place / "metrics.jsonl").is_file():
+            raise UserError(f"{place} was not launched, but started by train: seer-scale inspect {place} tells of it.")
     names = [called(job) for job, _ in _below(Path("runs")) if job]
     of_array = [n for n in names if n.startswith(f"{name}-")]
     hint = f"an array's runs have names of their own: {', '.join(of_array)}." if of_array else "none was launched here."
@@ -178,7 +181,7 @@ def list_runs(folder: Path) -> int:
         raise UserError(f"There is no folder {folder}: give the one that holds the runs' folders.")
     runs = _below(folder)
     if not runs:
-        print(f"No run below {folder} was launched.")
+        print(f"No run below {folder} was launched (seer-scale inspect RUN tells of a run that train started).")
     width = max((len(called(job)) for job, _ in runs if job), default=0)
     for job, problem in runs:
         print(f"{called(job):{width}}  {job.cluster:6} {job.job_id:18} {progress(job):44} {state(job)}" if job else problem)

@@ -168,6 +168,7 @@ class Trainer:
                      labelled=self.labelled is not None, threads=threads, cores=self.cores, workers=self.workers, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
+        knn_told = f" kNN: {self.labelled.protocol}" if self.labelled else f" {why_unlabelled(c, self.source)}, so there is no kNN." * c.knn.enabled
         read: dict[str, float] = {}
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
@@ -178,7 +179,7 @@ class Trainer:
             data = f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path." if self.course.refreshes else ""
             read = self._loaded | {"verify_s": self._verify_s}
             loaded = f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
-            self.log.event("resume", f"Going on from {self.resumed_from} on {where}.{changed}{data}{loaded}{copies}", **facts, **read)
+            self.log.event("resume", f"Going on from {self.resumed_from} with {len(self.source):,} images on {where}.{changed}{data}{knn_told}{loaded}{copies}", **facts, **read)
             return
         if c.checkpoint.init_from:
             path, state = resume.find_weights(c, w), self.engine.state()
@@ -191,7 +192,6 @@ class Trainer:
             whose = f"Its backbone is that of {path} and all else drawn anew" if is_part else f"Its weights are those of {path}"
             copies = f" {whose}: {in_bytes(sum(nbytes))} read in {read['load_s']:.1f} s, {in_bytes(max(nbytes))} at most a rank.{copies}"
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
-        knn_told = f" kNN: {self.labelled.protocol}" if self.labelled else f" {why_unlabelled(c, self.source)}, so there is no kNN." * c.knn.enabled
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
         compiles = " The first update compiles, which takes minutes." * c.train.compile

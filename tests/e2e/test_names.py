@@ -24,6 +24,8 @@ def test_names_of_any_bytes_end_nothing(tmp_path):
     for samples in (40, 80):
         text = run("train", given, "--run.dir", place, "--train.samples", samples, folder=tmp_path)
         assert "Report: " in text and "Traceback" not in text
+        assert "with 27 images on" in text or samples == 40
+        assert "; 3 classes: " in text, "each start names the classes"
         assert all(line.isprintable() for line in text.splitlines()), "a name has reached the terminal as it is"
     assert sum(row["data/unreadable"] for row in steps(place).values()) >= 3
     for path in place.rglob("*"):

@@ -143,6 +143,16 @@ def test_report_takes_the_newest_run(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == "runs/new/report.html"
 
 
+def test_a_run_that_was_not_launched_is_told_by_inspect(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("")
+    for words in (["status", "mine"], ["logs", "runs/mine"], ["cancel", "mine"]):
+        assert main(words) == 2
+        assert "runs/mine was not launched, but started by train: seer-scale inspect runs/mine tells of it." in capsys.readouterr().err
+    assert main(["list"]) == 0 and "seer-scale inspect RUN" in capsys.readouterr().out
+
+
 def test_recipes(capsys):
     assert main(["recipes", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
