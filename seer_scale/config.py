@@ -589,7 +589,7 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
     if batch % world_size == 0:
         normalised = batch // world_size // c.accumulation(world_size) * (p.sync_bn_group or world_size)
         fail(normalised < 2, f"train.global_batch is {batch}, which leaves BatchNorm {normalised} image to normalise over; it needs at least 2.")
-    fail(0 < c.run.hang_s < 10 * c.data.timeout_s, f"run.hang_s is {c.run.hang_s:g}, but a rank may wait {10 * c.data.timeout_s:g} s for another's loader (10 x data.timeout_s); nearest: {10 * c.data.timeout_s:g}, or 0 for none.")
+    fail(c.data.workers != 0 and 0 < c.run.hang_s < 10 * c.data.timeout_s, f"run.hang_s is {c.run.hang_s:g}, but a rank may wait {10 * c.data.timeout_s:g} s for another's loader (10 x data.timeout_s); nearest: {10 * c.data.timeout_s:g}, or 0 for none.")
     for k in s.prototypes:
         most = 4 * (batch + s.queue)
         fail(k > most, f"swav.prototypes is {k}, but an assignment of {batch + s.queue} samples (train.global_batch + swav.queue) can use at most 4 times as many; nearest: {most}.")

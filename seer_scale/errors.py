@@ -52,6 +52,12 @@ class ConfigError(UserError):
         super().__init__(f"{what} has {len(problems)} problem{'s' * (len(problems) != 1)}:", *(f"  - {p}" for p in self.problems))
 
 
+class RankError(UserError):
+    """Who this process is among the ranks is unclear, or the others do not come: whoever finds it tells it."""
+
+    is_local = True
+
+
 class DataError(UserError):
     """The images cannot be read as given."""
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from seer_scale.errors import UserError
+from seer_scale.errors import RankError
 
 LAUNCHER = "SEER_SCALE_LAUNCHER"
 """Our launchers' mark: which variables they number their ranks with. No other variable counts then."""
@@ -40,7 +40,7 @@ def without_rank_variables(env: Mapping[str, str]) -> dict[str, str]:
 def detect(env: Mapping[str, str] = os.environ) -> RankInfo:
     """This process's place among those of our launchers, torchrun, srun, or whoever sets RANK and WORLD_SIZE; else alone.
 
-    MASTER_ADDR and MASTER_PORT are not read: ranks meet in the run's folder. Raises UserError where variables contradict
+    MASTER_ADDR and MASTER_PORT are not read: ranks meet in the run's folder. Raises RankError where variables contradict
     each other or are no numbers.
     """
     given = [name for name in TORCH_NAMES[:2] if name in env]
@@ -54,7 +54,7 @@ def detect(env: Mapping[str, str] = os.environ) -> RankInfo:
         for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.size)):
             if name in env and env[name] != str(value):
                 other = SLURM_NAMES[TORCH_NAMES.index(name)]
-                raise UserError(
+                raise RankError(
                     f"{name} is {env[name]!r}, but this is task {info.rank} of the {info.size} that srun has started "
                     f"({other} is {value}): unset {' and '.join(given)} for a rank a task, or SLURM_PROCID for those that "
                     f"{' and '.join(given)} count."
@@ -62,7 +62,7 @@ def detect(env: Mapping[str, str] = os.environ) -> RankInfo:
         return info
     if len(given) == 1:
         missing = next(name for name in TORCH_NAMES[:2] if name not in env)
-        raise UserError(f"{given[0]} is {env[given[0]]!r}, but {missing} is not set: set both for one rank of several, or unset {given[0]}.")
+        raise RankError(f"{given[0]} is {env[given[0]]!r}, but {missing} is not set: set both for one rank of several, or unset {given[0]}.")
     return _read(env, TORCH_NAMES) if given else RankInfo()
 
 
@@ -77,7 +77,7 @@ def _read(env: Mapping[str, str], names: tuple[str, ...]) -> RankInfo:
     else:
         local_size = _number(env, names[3], 1)
     if not 0 <= rank < size:
-        raise UserError(f"{names[0]} is {rank}, but must be from 0 to {size - 1}, as {names[1]} is {size}.")
+        raise RankError(f"{names[0]} is {rank}, but must be from 0 to {size - 1}, as {names[1]} is {size}.")
     return RankInfo(rank, size, local_rank, local_size, names[1])
 
 
@@ -87,5 +87,5 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if not re.fullmatch(r"\d+", text := env.get(name, "").strip()):
         said = f"is {env[name]!r}, which is no whole number" if name in env else "is not set"
         pair = next(names[:2] for names in (TORCH_NAMES, SLURM_NAMES) if name in names or name.startswith(names[0][:5]))
-        raise UserError(f"{name} {said}: {' and '.join(pair)} say which rank of how many this is; set both right, or unset both for one rank alone.")
+        raise RankError(f"{name} {said}: {' and '.join(pair)} say which rank of how many this is; set both right, or unset both for one rank alone.")
     return int(text)

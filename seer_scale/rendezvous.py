@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from seer_scale.errors import StartStopped, UserError
+from seer_scale.errors import RankError, StartStopped, UserError
 from seer_scale.files import to_json, write_whole
 from seer_scale.rank_info import RankInfo
 
@@ -32,12 +32,14 @@ PROBE_S = 3.0
 
 
 def meet(
-    published: Path, info: RankInfo, *, timeout_s: float, asked_to_stop: Callable[[], str | None] = lambda: None
-) -> dist.TCPStore:
+    published: Path, info: RankInfo, *, timeout_s: float, later: timedelta,
+    asked_to_stop: Callable[[], str | None] = lambda: None,
+) -> dist.TCPStore:  # fmt: skip
     """A store that all ranks of this start have joined; returns when the last has. Collective.
 
-    asked_to_stop: the name of a signal that ends the wait. Raises StartStopped for that, and UserError where the others do
-    not come within timeout_s.
+    later: how long a question to the store may wait from then on; NCCL asks one as each communicator is made. asked_to_stop:
+    the name of a signal that ends the wait. Raises StartStopped for that, and RankError where the others do not come within
+    timeout_s.
     """
     wait = _Wait(info, timeout_s, asked_to_stop)
     while True:
@@ -61,7 +63,7 @@ def meet(
             published.unlink(missing_ok=True)  # all have read it, and a later start must not
         if info.local_size < info.size and reached:
             _choose_interface(reached, mine=info.rank == 0)
-        store.set_timeout(timedelta(seconds=timeout_s))
+        store.set_timeout(later)
         return store
 
 
@@ -77,21 +79,25 @@ class _Wait:
         if reason := self._asked_to_stop():
             raise StartStopped(f"Stopped by {reason} while ranks waited for each other, so nothing was begun. Start it again and it goes on.")
         now, i = time.monotonic(), self._info
-        if now - self._told_at > TELL_S or now - self._began > self._timeout_s:
+        over = now - self._began > self._timeout_s
+        if over or now - self._told_at > TELL_S and i.local_rank == 0:  # what is waited for may be a question to rank 0
             self._told_at = now
             told = f"Rank {i.rank} of {i.size} ({i.source} is {i.size}) has waited {now - self._began:.0f} s for the others: {what()}."
-            if now - self._began > self._timeout_s:
-                raise UserError(f"{told} Start all ranks at about the same time, or with {i.source} 1 for this one alone.")
-            if i.local_rank == 0:
-                print(told, file=sys.stderr, flush=True)
+            if over:
+                raise RankError(f"{told} Start all ranks at about the same time, or with {i.source} 1 for this one alone.")
+            print(told, file=sys.stderr, flush=True)
         time.sleep(self._pause_s * random.uniform(0.5, 1.0))  # not all of them at once
         self._pause_s = min(1.0, 1.2 * self._pause_s)
 
 
 def _missing(store: dist.TCPStore, info: RankInfo) -> str:
+    """How many are there; rank 0, which the answers cost nothing, says who is not."""
+    there = store.add("arrived", 0)
+    if info.rank:
+        return f"{there} of {info.size} are there"
     absent = [str(r) for r in range(info.size) if not store.check([f"rank/{r}"])]
     more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
-    return f"{info.size - len(absent)} of {info.size} are there, not yet {', '.join(absent[:8])}{more}"
+    return f"{there} of {info.size} are there, not yet {', '.join(absent[:8])}{more}"
 
 
 def _serve(published: Path, info: RankInfo) -> tuple[dist.TCPStore, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -140,7 +141,8 @@ def start(
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     gpus = torch.cuda.device_count() if cuda else 0
     # a rank sees all GPUs of its machine, or its own alone where SLURM binds one to each task
-    if cuda and info.local_rank >= gpus and gpus != 1 or cuda and gpus == 1 < info.local_size and not bound_to_one():
+    own = gpus == 1 < info.local_size
+    if cuda and (info.local_rank >= gpus and not own or own and not bound_to_one()):
         raise UserError(f"This machine has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a machine, or give parallel.device cpu.")
     where = torch.device("cuda", min(info.local_rank, gpus - 1)) if cuda else torch.device("cpu")
     if cuda:
@@ -151,10 +153,22 @@ def start(
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # else a group connects each rank to every other
     step = ".".join(os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
     word = re.sub(r"[^\w.-]", "_", attempt or os.environ.get(TORCHRUN) or step)
-    store = meet(rendezvous / f"rendezvous-{word}", info, timeout_s=timeouts.meet_s, asked_to_stop=asked_to_stop)
+    store = meet(rendezvous / f"rendezvous-{word}", info, timeout_s=timeouts.meet_s, later=timeouts.groups, asked_to_stop=asked_to_stop)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeouts.groups)
     control = dist.new_group(backend="gloo", timeout=timeouts.groups)
-    return World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store)
+    world = World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store)
+    if own and cuda:
+        refuse_shared_gpus(world)
+    return world
+
+
+def refuse_shared_gpus(world: World) -> None:
+    """Raises UserError on all ranks where two of them, which see one GPU each, see the same. Collective."""
+    mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(world.device).uuid}"
+    first: dict[str, int] = {}
+    for rank, gpu in enumerate(world.gather_objects(mine)):
+        if (other := first.setdefault(gpu, rank)) != rank:
+            raise UserError(f"Ranks {other} and {rank} have the same GPU ({gpu}): give each task one of its own, or parallel.device cpu.")
 
 
 def allow_open_files(rank: int, size: int) -> None:
@@ -182,8 +196,10 @@ def limit_groups(world: World) -> None:
 
 
 def bound_to_one() -> bool:
-    """Whether SLURM has given each task a GPU of its own (--gpus-per-task, --gpu-bind)."""
-    return any(k in os.environ for k in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK"))
+    """Whether each task may have been given a GPU of its own: by SLURM (--gpus-per-task, --gpu-bind, --ntasks-per-gpu), or
+    by a wrapper that sets CUDA_VISIBLE_DEVICES. Which GPU that is, `refuse_shared_gpus` looks at."""
+    by_slurm = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_GPU")
+    return any(k in os.environ for k in by_slurm) or bool(re.fullmatch(r"[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", "")))
 
 
 def stop(world: World) -> None:

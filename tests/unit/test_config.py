@@ -150,6 +150,13 @@ def test_what_would_have_no_effect_is_refused():
         assert len(problem.value.problems) == 1 and key in str(problem.value) and need in str(problem.value)
 
 
+def test_a_short_hang_s_needs_no_loader_processes():
+    given = load_recipe("photos_laptop") | {"run": {"hang_s": 60}}
+    with pytest.raises(ConfigError, match="run.hang_s is 60"):
+        resolve(given, {"data": {"path": "-", "workers": 1}})
+    assert resolve(given, {"data": {"path": "-", "workers": 0}}).run.hang_s == 60
+
+
 def test_a_run_ends_with_a_whole_batch():
     for samples, batch, seen, end in ((1000, 256, 0, 1024), (1024, 256, 0, 1024), (1000, 96, 512, 1088), (1000, 256, 1024, 1024), (5, 256, 0, 256)):
         words = ["--data.path", "-", "--train.samples", str(samples), "--train.global_batch", str(batch), "--swav.prototypes", "[20]"]

@@ -13,7 +13,9 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,7 +99,9 @@ def main(rank):
     dist.all_reduce(torch.ones(1000))
     another = dist.new_group(backend="gloo"); dist.barrier(another)
     worlds.limit_groups(world)
-    limits = {g._get_backend(torch.device("cpu")).options._timeout for g in dist.distributed_c10d._world.pg_map}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = {world.store.timeout if soft == hard else 0}  # of what NCCL asks when it makes a communicator
+    limits |= {g._get_backend(torch.device("cpu")).options._timeout for g in dist.distributed_c10d._world.pg_map}
     def fails(): raise UserError(f"{rank} cannot")
     try:
         world.from_main(fails)
@@ -136,6 +140,7 @@ def few_files(rank):
     worlds.allow_open_files(*((0, 8), (3, 8), (0, 512), (3, 512))[rank])
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 met = [ranks(n, main, MASTER_ADDR="192.0.2.1", MASTER_PORT="9", GROUP_RANK="3") for n in (2, 4, 8)]
 found = [met, ranks(4, few_files)]
 """
@@ -217,6 +222,42 @@ def test_variables_that_contradict_each_other_are_told(env, told):
     with pytest.raises(UserError) as error:
         detect(env)
     assert told in str(error.value), str(error.value)
+    assert error.value.is_local  # else no rank tells, as none knows that it is the first
+
+
+@pytest.mark.parametrize("env", [{"RANK": "3", "LOCAL_RANK": "3"}, SRUN | {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}])
+def test_a_rank_that_cannot_know_which_it_is_says_so(env, monkeypatch, capsys):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "demo"]) == 2
+    assert "RANK is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("others", ["another", "one"])
+def test_a_task_may_see_one_gpu_if_it_is_its_own(others, monkeypatch, tmp_path):
+    """CUDA_VISIBLE_DEVICES=$SLURM_LOCALID for each task. (Stand-ins, as there is no GPU here.)"""
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(worlds, "meet", lambda *_, **__: dist.HashStore())
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", lambda *_, **__: None)
+    monkeypatch.setattr(worlds.World, "gather_objects", lambda _, mine: [mine if others == "one" else "node GPU-0", mine])
+    if others == "one":
+        with pytest.raises(UserError, match="Ranks 0 and 1 have the same GPU"):
+            worlds.start(tmp_path)
+    else:
+        assert worlds.start(tmp_path).device == torch.device("cuda", 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="This machine has 1 GPUs for 2 ranks"):
+        worlds.start(tmp_path)
+
+
+LATER = timedelta(days=1)
 
 
 def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
@@ -224,19 +265,27 @@ def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
     place = tmp_path / "logs" / "rendezvous"
     with pytest.raises(UserError, match=r"Rank 0 of 3 \(SLURM_NTASKS is 3\) has waited \d+ s for the others: 1 of 3 are there, not yet 1, 2\. Start all"):
-        rendezvous.meet(place, RankInfo(0, 3, 0, 3, "SLURM_NTASKS"), timeout_s=0.4)
+        rendezvous.meet(place, RankInfo(0, 3, 0, 3, "SLURM_NTASKS"), timeout_s=0.4, later=LATER)
     assert capsys.readouterr().err.count("not yet 1, 2.") >= 2
+    asked = []
+    monkeypatch.setattr(rendezvous, "_missing", lambda *_: asked.append(1) or "")
+    wait = rendezvous._Wait(RankInfo(9, 512, 1, 8, "SLURM_NTASKS"), 60.0, lambda: None)
+    wait._told_at -= 1.0
+    wait.pause(lambda: rendezvous._missing(None, None))
+    assert not asked  # a rank that prints nothing asks rank 0 nothing
+    monkeypatch.undo()
+    monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
     told = {"1 of 2": "rank 0 does not answer at 127.0.0.1", "1 of 3": "rank 0 is one of 2 ranks"}
     place.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": 9, "size": 2, "token": "x"}))
     for size in (2, 3):
         with pytest.raises(UserError, match=told[f"1 of {size}"]):
-            rendezvous.meet(place, RankInfo(1, size, 1, size, "WORLD_SIZE"), timeout_s=0.2)
+            rendezvous.meet(place, RankInfo(1, size, 1, size, "WORLD_SIZE"), timeout_s=0.2, later=LATER)
     place.unlink()
     with pytest.raises(UserError, match=f"rank 0 has not published its address in {place}"):
-        rendezvous.meet(place, RankInfo(1, 2, 1, 2, "WORLD_SIZE"), timeout_s=0.1)
+        rendezvous.meet(place, RankInfo(1, 2, 1, 2, "WORLD_SIZE"), timeout_s=0.1, later=LATER)
     for rank in (0, 1):
         with pytest.raises(StartStopped, match="Stopped by SIGHUP while ranks waited"):
-            rendezvous.meet(place, RankInfo(rank, 2, rank, 2, "WORLD_SIZE"), timeout_s=60, asked_to_stop=lambda: "SIGHUP")
+            rendezvous.meet(place, RankInfo(rank, 2, rank, 2, "WORLD_SIZE"), timeout_s=60, later=LATER, asked_to_stop=lambda: "SIGHUP")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
