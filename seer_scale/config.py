@@ -274,9 +274,12 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
         return _coerce((kinds or args)[0], value, key, problems)
     if origin is Literal:
         if value not in args:
-            raise _Bad(f"must be one of {', '.join(map(str, args))}; {nearest(str(value), args)}")
+            hint = nearest(str(value), args)
+            raise _Bad(f"must be one of {', '.join(map(str, args))}" + f"; {hint}" * hint.endswith("?"))
         return value
     if origin is tuple:
+        if isinstance(value, str) and "," in value and args[0] is not str:
+            raise _Bad(f"must be a list, as in [{value}]")
         items = value if isinstance(value, list | tuple) else [value]
         item_types = [args[0]] * len(items) if args[1:] == (Ellipsis,) else list(args)
         if len(items) != len(item_types):

@@ -99,6 +99,13 @@ def test_none_is_a_value_as_the_help_writes_it():
     assert problems(SMALL, ["--train.global_batch", "none"]) == ["train.global_batch is 'none', but must be a whole number."]
 
 
+def test_hints_are_told_once():
+    assert problems(SMALL, ["--swav.prototypes", "12,13"]) == ["swav.prototypes is '12,13', but must be a list, as in [12,13]."]
+    (told,) = problems(SMALL, ["--parallel.engine", "qqq"])
+    assert told.count("ddp") == 1 and told.endswith(".")
+    assert problems(SMALL, ["--parallel.engine", "ddq"])[0].endswith("; did you mean ddp?")
+
+
 def test_recipes_that_are_none(tmp_path):
     with pytest.raises(UserError, match="There is no recipe 'cifar_laptob'.*did you mean cifar_laptop"):
         load_recipe("cifar_laptob")
