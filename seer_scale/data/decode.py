@@ -97,19 +97,25 @@ def _decode_jpeg(data: bytes, at_least: AtLeast | None) -> np.ndarray | None:
         if 2 * rows <= height and 2 * columns <= width:
             least = {"min_height": rows, "min_width": columns, "min_factor": 2}
     space = "CMYK" if channels == 4 else "RGB"
-    try:
-        pixels = simplejpeg.decode_jpeg(data, space, **least)
-    except ValueError as error:
-        damaged = jpeg.is_damaged(str(error), data, header)
-        if damaged:
-            raise DataError(f"it is no whole image ({error})") from error
-        if damaged is None:
-            return None
-        try:
-            pixels = simplejpeg.decode_jpeg(data, space, strict=False, **least)
-        except ValueError:  # there was worse to come
-            return None
+    pixels, complaint = _strictly(data, space, least)
+    for other in jpeg.repaired(complaint, data, header) if complaint else ():
+        pixels, what_is_left = _strictly(other, space, least)
+        if pixels is not None:
+            break
+        complaint = what_is_left if jpeg.is_damage(what_is_left) else complaint
+    if pixels is None:
+        if jpeg.is_damage(complaint):
+            raise DataError(f"it is no whole image ({complaint})")
+        return None
     return _upright(pixels if channels == 3 else _of_cmyk(pixels), header.orientation)
+
+
+def _strictly(data: bytes, space: str, least: dict[str, int]) -> tuple[np.ndarray | None, str]:
+    """Pixels, or libjpeg-turbo's first complaint."""
+    try:
+        return simplejpeg.decode_jpeg(data, space, **least), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def _check_size(width: int, height: int, bytes_a_pixel: float) -> None:

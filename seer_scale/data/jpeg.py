@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
@@ -14,7 +15,7 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """SOF markers: 3 of the others are lossless, 9 to 11 arithmetic, the rest hierarchical."""
 ALONE = frozenset((0x01, *range(0xD0, 0xD8)))
 """Markers without a segment: TEM, RST."""
-EOI, SOS, APP1 = 0xD9, 0xDA, 0xE1
+EOI, SOS, APP0, APP1, APP14 = 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
 
 XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([0-9])""")
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker")
@@ -125,15 +126,48 @@ def scans(data: bytes, header: Header, most: int) -> int:
     return found
 
 
-def is_damaged(complaint: str, data: bytes, header: Header) -> bool | None:
-    """What libjpeg-turbo's first complaint says of the pixels: True, some are not the image's; False, none; None, it does
-    not say."""
-    if HARMLESS.search(complaint):
-        return False
-    if extraneous := EXTRANEOUS.search(complaint):
-        if header.junk:
-            return False
+def repaired(complaint: str, data: bytes, header: Header) -> Iterator[bytes]:
+    """The file without the oddity that a decoder's first complaint is about, if it is one that costs no pixel: what the
+    decoder says of these bytes is what it says of the image. Nothing for any other complaint.
+
+    Where the last scan is padded, as cameras do with what they have written whole, how much of the run before the end
+    belongs to the scan is not told: up to two bytes of it are tried.
+    """
+    if extraneous := not header.junk and EXTRANEOUS.search(complaint):
         end = data.find(b"\xff\xd9", header.first_scan)
-        num = int(extraneous[1])
-        return not 0 < num <= end or len(set(data[end - num : end])) > 1  # cameras pad what they have written whole
-    return True if DAMAGED.search(complaint) else None
+        begin = len(data[:end].rstrip(data[end - 1 : end])) if end > 0 else 0
+        if 0 < int(extraneous[1]) <= end - begin:
+            yield from (data[:begin] + data[begin : begin + kept] + data[end:] for kept in range(3))
+    elif header.junk or HARMLESS.search(complaint):
+        yield _as_written_by_the_book(data, header)
+
+
+def _as_written_by_the_book(data: bytes, header: Header) -> bytes:
+    """Without bytes between its segments, of JFIF's revision 1, with a colour transform that Adobe knows (the one libjpeg
+    takes for an unknown one), and the only selection of coefficients that its first scan can have."""
+    at, out = 2, bytearray(data[:2])
+    while at < header.first_scan:
+        begin = data.find(b"\xff", at)
+        marker = data[begin + 1]
+        if marker == 0xFF or not marker or marker in ALONE:
+            at = begin + (1 if marker == 0xFF else 2)
+            continue
+        size = 2 + int.from_bytes(data[begin + 2 : begin + 4], "big")
+        piece = bytearray(data[begin : begin + size])
+        if marker == APP0 and piece[4:9] == b"JFIF\0":
+            piece[9] = 1
+        elif marker == APP14 and piece[4:9] == b"Adobe" and piece[15] > 2:
+            piece[15] = 2 if len(header.sampling) == 4 else 1
+        if marker == SOS:
+            break
+        out, at = out + piece, begin + size
+    scan = bytearray(data[header.first_scan :])
+    if header.process in (BASELINE, EXTENDED):
+        last = 5 + 2 * scan[4]
+        scan[last : last + 3] = b"\x00\x3f\x00"
+    return bytes(out + scan)
+
+
+def is_damage(complaint: str) -> bool:
+    """Whether what libjpeg-turbo complains of are pixels that are not the image's."""
+    return bool(DAMAGED.search(complaint) or EXTRANEOUS.search(complaint))

@@ -162,6 +162,24 @@ def test_harmless_oddities_are_no_damage():
         assert np.array_equal(decode(data), decode(plain))
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_an_oddity_hides_no_damage_behind_it(progressive):
+    """What libjpeg-turbo complains of first is not all there is."""
+    whole = encode(Image.fromarray(photo(200, 200)), quality=90, progressive=progressive)
+    table = whole.index(b"\xff\xdb")
+    odd = {
+        "revision": whole[:9] + b"\x02\x07" + whole[11:],
+        "junk": whole[:table] + b"junk!" + whole[table:],
+        "nothing": whole,
+    }
+    for what, data in odd.items():
+        assert np.array_equal(decode(data), decode(whole)), what
+        half = data[: len(data) // 2]
+        for tail in (b"", bytes(len(data) - len(half) - 2), bytes(20_000)):
+            with pytest.raises(DataError):
+                decode(half + tail + b"\xff\xd9")
+
+
 def test_a_jpeg_of_thousands_of_scans_is_refused_at_once():
     data = encode(Image.fromarray(photo(400, 400)), progressive=True)
     last, end = data.rindex(b"\xff\xda"), len(data) - 2
