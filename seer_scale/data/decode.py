@@ -136,6 +136,8 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.width, image.height, BYTES_A_PIXEL.get(image.format, 7))
+                if image.format == "TIFF":
+                    _check_blocks(image)
                 codec, _, _, raw = image.tile[0] if image.tile else (None,) * 4
                 if codec in SLOW and image.width * image.height > MAX_SLOW:
                     raise DataError(f"it has {image.width} x {image.height} pixels, which would take minutes to decode")
@@ -147,6 +149,19 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
             raise DataError("its bytes are of no known image format") from error
         except Exception as error:  # decoders fail on hostile bytes with every kind of exception
             raise DataError(f"it is no whole image ({type(error).__name__}: {error})") from error
+
+
+def _check_blocks(image: Image.Image) -> None:
+    """A TIFF's tile or strip is decoded as a whole beside the image, however little of it the image shows (TIFF 6.0, 8, 15)."""
+    tags = image.tag_v2
+    rows, columns = min(tags.get(278, image.height), image.height), image.width
+    if 322 in tags:
+        columns, rows = tags[322], tags.get(323, image.height)
+    bits = tags.get(258, (1,))
+    samples = 1 if tags.get(284, 1) == 2 else tags.get(277, 1)
+    block = columns * rows * samples * max(bits if isinstance(bits, tuple) else (bits,)) / 8
+    if block + 7 * image.width * image.height > MAX_BYTES:
+        raise DataError(f"it announces blocks of {columns} x {rows} pixels, {block / 1e6:.0f} MB each beside its own, more than {MAX_BYTES / 1e6:.0f} in all")
 
 
 def _rgb(image: Image.Image, is_deep: bool) -> np.ndarray:

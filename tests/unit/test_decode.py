@@ -213,6 +213,17 @@ def tiff(values: np.ndarray, order="<", **tags: int) -> bytes:
     return (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", directory) + body + struct.pack(f"{order}H", len(entries)) + rows + bytes(4) + extra
 
 
+@pytest.mark.parametrize("side", [16, 26000])
+def test_a_tiff_of_a_few_pixels_has_no_block_of_a_gigabyte(side):
+    """A tile is decoded whole, however little of it the image shows."""
+    pixels = np.full((16, 16, 3), 7, np.uint8)
+    if side == 16:
+        assert (decode(tiff(pixels, t322=side, t323=side)) == 7).all()
+    else:
+        with pytest.raises(DataError, match="it announces blocks of 26000 x 26000 pixels"):
+            decode(tiff(pixels, t322=side, t323=side))
+
+
 RAMP = np.arange(48 * 64).reshape(48, 64) * 255 // (48 * 64 - 1)
 """Grey levels 0 to 255."""
 
