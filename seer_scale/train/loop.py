@@ -221,6 +221,12 @@ class Trainer:
                 f"data.workers is {self.workers}, but a rank may use {self.cores} core{'s' * (self.cores > 1)}: "
                 "more loader processes than that help only where images come from URLs.",
             )
+        if self.world.device.type == "cpu" and train.precision != "fp32":
+            self._tell(
+                "note",
+                f"On this CPU, convolutions over maps smaller than their kernel are computed in fp32, not {train.precision}: "
+                "oneDNN leaves gradients of theirs unset in half precision.",
+            )
         if native() is None:
             self._tell_of_rank("note", MISSING)
         if self.execution.contended:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seer_scale.parallel.thrifty import compute_small_maps_in_fp32, keep_parameters_only
+from seer_scale.world import World
+from tests.tiny import micro_batches, tiny
 
 
 class Convolutions(TorchDispatchMode):
@@ -53,3 +55,17 @@ def test_small_maps_are_computed_in_fp32_and_others_are_not(half, layout, first)
         assert seen.dtypes == {torch.float32 if small else half}, (size, kernel)
         for a, b in zip(ours, exact):
             assert torch.isfinite(a).all() and (a - b).norm() <= 0.02 * b.norm(), (size, kernel)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_engine_on_the_cpu_computes_small_maps_so(precision):
+    """Maps of 16 pixels come down to 1 x 1, whose 3 x 3 convolutions are of fp32; the rest is in half precision."""
+    config, engine = tiny(World(), **{"parallel.engine": "single", "train.precision": precision})
+    small = set()
+    for module in engine.method.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.register_forward_pre_hook(lambda _, given: small.add(min(given[0].shape[-2:]) < 3))
+    with Convolutions() as seen:
+        engine.gradients(micro_batches(config, 0, World()), samples_seen=0)
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    assert True in small and seen.dtypes == {torch.float32, half}
