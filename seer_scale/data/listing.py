@@ -30,10 +30,13 @@ PATIENCE_S = 60.0
 """Seconds after which a file that rank 0 has written is to be seen on every node."""
 
 
-def share(world: World, folder: Path, make: Callable[[], T], sources: Callable[[T], Iterable[Source]]) -> T:
+def share(
+    world: World, folder: Path, make: Callable[[], T], sources: Callable[[T], Iterable[Source]], name: str = "listing"
+) -> T:
     """What `make` returns on rank 0, on all ranks; its `sources` are told that they have arrived. Collective.
 
-    folder: where all ranks see what rank 0 writes. Raises UserError on all ranks where any has a reason to.
+    folder: where all ranks see what rank 0 writes; name: of the file there, one that only this kind of command uses, for
+    what an earlier one has left is removed. Raises UserError on all ranks where any has a reason to.
     """
     if world.size == 1:
         return make()
@@ -41,7 +44,7 @@ def share(world: World, folder: Path, make: Callable[[], T], sources: Callable[[
     if world.is_main:
         try:
             made = make()
-            parcel = _publish(folder, made)
+            parcel = _publish(folder, made, name)
         except UserError as error:
             problem = str(error)
     parcel, problem = world.broadcast_object((parcel, problem))
@@ -64,13 +67,13 @@ def share(world: World, folder: Path, make: Callable[[], T], sources: Callable[[
     return made
 
 
-def _publish(folder: Path, made: object) -> tuple[bytes, Path, list[int]]:
+def _publish(folder: Path, made: object, name: str) -> tuple[bytes, Path, list[int]]:
     """(the pickle without its arrays, the file that has these one after the other, where each ends)"""
     buffers: list[pickle.PickleBuffer] = []
     pickled, ends = pickle.dumps(made, protocol=5, buffer_callback=buffers.append), [0]
-    for old in folder.glob("listing-*.bin"):  # of a start that was killed, or from before a refresh
+    for old in folder.glob(f"{name}-*.bin"):  # of a start that was killed, or from before a refresh
         old.unlink(missing_ok=True)
-    path = folder / f"listing-{time.time_ns()}.bin"  # no node has asked for this name before
+    path = folder / f"{name}-{time.time_ns()}.bin"  # no node has asked for this name before
     try:
         with written_whole(path, durable=True) as file:
             for buffer in buffers:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from seer_scale.checkpoint import store
-from seer_scale.config import load_recipe, resolve
+from seer_scale.config import Config, load_recipe, resolve
 from seer_scale.cores import rank_cores, told_threads
+from seer_scale.data.listing import share
 from seer_scale.errors import CheckpointError, DataError, UserError
-from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
+from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
 from seer_scale.methods.swav import SwAV
 from seer_scale.observe.progress import Progress
 from seer_scale.parallel import build_engine
@@ -27,6 +28,17 @@ def run_dir_of(path: Path) -> Path:
     return above[1] if (above[1] / "config.yaml").is_file() else above[0]
 
 
+def _images(config: Config, run_dir: Path, world: World) -> Labelled:
+    """The images kNN is to use, listed by rank 0; collective. Raises UserError."""
+
+    def listed() -> Labelled:
+        if images := labelled_images(config):
+            return images
+        raise DataError(f"{why_unlabelled(config)}: give labelled images, as in --knn.bank DIR --knn.queries DIR.")
+
+    return share(world, run_dir / "logs", listed, lambda images: [images.bank, images.queries], name="evaluated")
+
+
 def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
     """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises UserError."""
     is_run = (path / "config.yaml").is_file()
@@ -37,9 +49,7 @@ def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
     recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
     config = dataclasses.replace(config, knn=dataclasses.replace(config.knn, enabled=True))  # asking for it enables it
-    images = labelled_images(config)
-    if images is None:
-        raise DataError(f"{why_unlabelled(config)}: give labelled images, as in --knn.bank DIR --knn.queries DIR.")
+    images = _images(config, run_dir_of(path), world)
     found = store.newest(path / "checkpoints", world) if is_run else path
     if found is None:
         raise UserError(f"{path} has no valid checkpoint yet: train it first.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +38,12 @@ from seer_scale.train.watchdog import Watchdog
 from seer_scale.world import World
 
 
-def resolve_recipe(recipe: str, overrides: list[str], world_size: int) -> Config:
-    """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError."""
-    return resolve_given(read_recipe(recipe, overrides), overrides, world_size)
+def resolve_recipe(recipe: str, overrides: list[str], world_size: int, *, looks: bool = True) -> Config:
+    """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError.
+
+    looks: whether at what lies in data.path, too, and in kNN's folders; else `look` is for whoever does.
+    """
+    return resolve_given(read_recipe(recipe, overrides), overrides, world_size, looks=looks)
 
 
 def read_recipe(recipe: str, overrides: list[str]) -> dict[str, Any]:
@@ -49,25 +53,42 @@ def read_recipe(recipe: str, overrides: list[str]) -> dict[str, Any]:
 
 def look_at_recipe(recipe: str, overrides: list[str], world_size: int) -> tuple[Config, list[str]]:
     """As `resolve_recipe`, with the problems beside the Config. Raises UserError where a value cannot be read."""
-    also = partial(_beyond_config, world_size=world_size)
+    also = partial(_beyond_config, world_size=world_size, looks=True)
     return checked(read_recipe(recipe, overrides), overrides, world_size=world_size, also=also)
 
 
-def resolve_given(given: dict[str, Any], overrides: list[str] | dict[str, Any], world_size: int) -> Config:
+def resolve_given(
+    given: dict[str, Any], overrides: list[str] | dict[str, Any], world_size: int, *, looks: bool = True
+) -> Config:
     """As `resolve_recipe`, of a recipe that has been read."""
-    return resolve(given, overrides, world_size=world_size, also=partial(_beyond_config, world_size=world_size))
+    also = partial(_beyond_config, world_size=world_size, looks=looks)
+    return resolve(given, overrides, world_size=world_size, also=also)
 
 
-def _beyond_config(config: Config, world_size: int) -> list[str]:
+def look(config: Config) -> None:
+    """That what lies in data.path and in kNN's folders is what the recipe says. Raises ConfigError."""
+    if problems := _problems(_of_data(config)):
+        raise ConfigError(problems)
+
+
+def _beyond_config(config: Config, world_size: int, looks: bool) -> list[str]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
     c = config
-
-    checks = {"model": partial(_shape, c)}
+    checks: dict[str, Callable[[], Any]] = {"model": partial(_shape, c)}
     if c.parallel.engine in ZERO:
         checks["parallel.ds_config"] = partial(load("zero").deepspeed_config, c, world_size)
-    checks["data.path"] = partial(_data, c.data)
+    return _problems(checks | (_of_data(c) if looks else {}))
+
+
+def _of_data(c: Config) -> dict[str, Callable[[], Any]]:
+    checks: dict[str, Callable[[], Any]] = {"data.path": partial(_data, c.data)}
     if c.knn.enabled:
         checks |= {"knn.bank": partial(_kind_of, c.knn.bank), "knn.queries": partial(_kind_of, c.knn.queries)}
+    return checks
+
+
+def _problems(checks: dict[str, Callable[[], Any]]) -> list[str]:
+    """What the checks of these keys raise, as sentences that name a key."""
     problems = []
     for key, check in checks.items():
         try:
@@ -113,7 +134,7 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     attempt: a word all ranks of this start share (see world.start). Raises UserError.
     """
     info = detect()
-    config = resolve_recipe(recipe, overrides, info.size)
+    config = resolve_recipe(recipe, overrides, info.size, looks=info.size == 1)
     if problems := check_device(config):
         raise ConfigError(problems)
     if note := of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
@@ -126,6 +147,9 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
                 run_dir / "logs", attempt, device=config.parallel.device, timeouts=timeouts, asked_to_stop=stop.asked
             )
         try:
+            if world.size > 1:
+                with watchdog.patient(timeouts.start_s):
+                    world.from_main(partial(look, config))  # a folder of 100,000 tars is listed once, not once a rank
             status = train(config, world, run_dir, stop, watchdog, attempt)
         except RuntimeError as error:
             if world.size > 1 and worlds.is_lost_rank(error):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import builtins
 import os
+import pickle
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from seer_scale.config import resolve
 from seer_scale.data import listing
 from seer_scale.data.listing import share
 from seer_scale.data.sources import open_source
-from seer_scale.errors import DataError, UserError
+from seer_scale.errors import ConfigError, DataError, UserError
+from seer_scale.evaluate.run import _images
 from seer_scale.world import World
 from tests.unit.test_sources import cache, contents, numbered_tars, touch  # noqa: F401  the cache is a fixture
 
@@ -41,7 +44,14 @@ def questions(folder: Path, monkeypatch, call) -> int:
     """How often `call` asks for something in `folder`."""
     asked: Counter[str] = Counter()
     with monkeypatch.context() as patch:
-        for place, name in ((os, "stat"), (os, "lstat"), (os, "scandir"), (os, "listdir"), (os, "open"), (builtins, "open")):
+        for place, name in (
+            (os, "stat"),
+            (os, "lstat"),
+            (os, "scandir"),
+            (os, "listdir"),
+            (os, "open"),
+            (builtins, "open"),
+        ):
             real = getattr(place, name)
 
             def counted(path, *args, real=real, name=name, **kwargs):
@@ -72,7 +82,11 @@ def test_other_ranks_take_over_what_rank_0_has_listed(tmp_path, monkeypatch, ran
     opened()  # indexes are made
     made = []
     asked = [
-        questions(tmp_path / "data", monkeypatch, lambda rank=rank: made.append(share(rank, tmp_path / "logs", opened, lambda s: [s])))
+        questions(
+            tmp_path / "data",
+            monkeypatch,
+            lambda rank=rank: made.append(share(rank, tmp_path / "logs", opened, lambda s: [s])),
+        )
         for rank in ranks
     ]
     assert asked[0] < 40 * 6 and asked[1] <= 5, "one question a part, and none a tar"
@@ -121,3 +135,40 @@ def test_a_folder_that_the_nodes_do_not_share_is_told(tmp_path, ranks, monkeypat
     published.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="all nodes share"):
         share(other, tmp_path, opened, lambda s: [s])
+
+
+def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, monkeypatch, ranks):
+    for n in range(60):
+        touch(tmp_path / "data" / f"c{n % 3}" / f"{n}.jpg")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "listing-1.bin").touch()
+    config = resolve(
+        {"train": {"samples": 64}, "swav": {"prototypes": [16]}, "data": {"path": str(tmp_path / "data")}},
+        {},
+        world_size=1,
+    )
+    found = []
+    asked = [
+        questions(tmp_path / "data", monkeypatch, lambda rank=rank: found.append(_images(config, tmp_path, rank)))
+        for rank in ranks
+    ]
+    assert asked[0] > 3 and asked[1] <= 2, asked
+    assert found[0].classes == found[1].classes == ["c0", "c1", "c2"] and found[0].protocol == found[1].protocol
+    assert np.array_equal(found[0].bank_indices, found[1].bank_indices)
+    assert contents(found[0].bank) == contents(found[1].bank)
+    assert (tmp_path / "logs" / "listing-1.bin").exists()
+
+    config = resolve(
+        {"train": {"samples": 64}, "swav": {"prototypes": [16]}, "data": {"path": str(tmp_path / "data" / "c0")}},
+        {},
+        world_size=1,
+    )
+    Rank.said.clear()
+    for rank in ranks:
+        with pytest.raises(UserError, match="has no labels: give labelled images"):
+            _images(config, tmp_path, rank)
+
+
+def test_problems_of_a_recipe_reach_other_ranks_as_they_are():
+    error = pickle.loads(pickle.dumps(ConfigError(["one.", "two."], "The request")))
+    assert error.problems == ["one.", "two."] and str(error) == "The request has 2 problems:\n  - one.\n  - two."
