@@ -168,7 +168,9 @@ class Trainer:
                      labelled=self.labelled is not None, threads=threads, cores=self.cores, workers=self.workers, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
-        knn_told = f" kNN: {self.labelled.protocol}" if self.labelled else f" {why_unlabelled(c, self.source)}, so there is no kNN." * c.knn.enabled
+        knn_told = f" kNN: {self.labelled.protocol}" if self.labelled else ""
+        if w.is_main and not self.labelled and c.knn.enabled:  # it asks the file system
+            knn_told = f" {why_unlabelled(c, self.source)}, so there is no kNN."
         read: dict[str, float] = {}
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
