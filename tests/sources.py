@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from seer_scale.data.sources import Source, remote
+from seer_scale.data.sources import Source, base, files, left_out, remote, tars
 from seer_scale.errors import DataError
 
 
@@ -115,3 +115,14 @@ class Passing(Around):
                 yield i, error
         if self._ends:
             raise DataError(f"it ended after {self._ends} images.")
+
+
+def read_heif(monkeypatch: Any, yes: bool) -> None:
+    """Sources take HEIF images for images, or do not, whatever this machine has installed."""
+    heif = left_out.SUFFIXES_OF["HEIF images"]
+    suffixes = tuple(s for s in base.SUFFIXES if s not in heif) + (heif if yes else ())
+    for module in (base, files, tars):
+        monkeypatch.setattr(module, "SUFFIXES", suffixes)
+    for module in (base, tars):
+        monkeypatch.setattr(module, "HEIF", heif if yes else ())
+    monkeypatch.setattr(tars, "COLLECTION_VERSION", 2 + yes)

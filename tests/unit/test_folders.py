@@ -11,6 +11,7 @@ import pytest
 from seer_scale.data.sources import kind_of, left_out, open_source
 from seer_scale.errors import DataError
 from seer_scale.extras import how_to_install
+from tests.sources import read_heif
 from tests.unit.test_sources import touch, write_tar
 
 ODD = [b"caf\xe9", b"two\nlines", b"\x1b[31mred", "gpj.\u202eexe".encode(), b"\xff\xfe"]
@@ -79,7 +80,8 @@ def test_what_cannot_be_listed_is_left_out_unless_it_is_all(tmp_path, monkeypatc
             open_source(str(tmp_path / "root"), kind)
 
 
-def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path):
+def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypatch):
+    read_heif(monkeypatch, False)
     hidden = [".git/1.jpg", ".thumbnails/1.jpg", ".Trash-1000/1.jpg", "@eaDir/1.jpg", "a/.ipynb_checkpoints/1.jpg", "lost+found/1.jpg", "a/.1.jpg"]
     others = ["1.heic", "1.CR2", "none", "a.zip", "a.tar.gz", "x.parquet", "x.TXT", ".hidden.tar"]
     for name in ("a/1.jpg", "a/2.mpo", "b/1.pgm", *hidden, *others):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from seer_scale.data.sources import left_out, open_source, tars
+from seer_scale.data.sources import left_out, open_source
+from tests.sources import read_heif
 
 CASES = Path(__file__).parents[2].parent / "shared" / "data" / "cases"
 
@@ -62,7 +63,8 @@ def test_what_means_nothing_in_a_path_is_no_class(tmp_path):
     assert [source.name(i).rpartition("::")[2] for i in range(2)] == ["cat/1.jpg", "dog/2.jpg"]
 
 
-def test_what_is_no_file_or_not_meant_to_be_seen_is_told(tmp_path):
+def test_what_is_no_file_or_not_meant_to_be_seen_is_told(tmp_path, monkeypatch):
+    read_heif(monkeypatch, False)
     links = []
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
         info = tarfile.TarInfo(f"link{kind.decode()}.jpg")
@@ -79,11 +81,9 @@ def test_what_is_no_file_or_not_meant_to_be_seen_is_told(tmp_path):
 
 
 def test_an_index_without_heif_images_is_made_anew_where_they_can_be_read(tmp_path, monkeypatch):
+    read_heif(monkeypatch, False)
     assert len(opened(tmp_path, "1.jpg", "2.heic")) == 1
-    monkeypatch.setattr(tars, "HEIF", (".heic",))
-    monkeypatch.setattr(tars, "COLLECTION_VERSION", 3)
-    monkeypatch.setattr(tars, "SUFFIXES", (*tars.SUFFIXES, ".heic"))
-    monkeypatch.setattr(tars, "is_image", lambda name: True)
+    read_heif(monkeypatch, True)
     assert [name for name, _ in read(open_source(str(tmp_path / "x.tar")))] == ["1.jpg", "2.heic"]
 
 

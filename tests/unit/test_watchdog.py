@@ -57,7 +57,8 @@ def test_also_where_a_thread_holds_pythons_lock():
 
 def test_time_in_which_the_process_was_stopped_does_not_count():
     """For longer than the kernel waits, while no beat comes."""
-    script = SCRIPT.format(body="time.sleep(0.5)", limit=1.0, run="print('ready', flush=True)\n    hangs_here()").replace("GRACE_S = 0.3", "GRACE_S = 1.0")
+    body = "[time.sleep(0.1) for _ in range(8)]"  # long enough, after it was stopped, for the thread to have its turn
+    script = SCRIPT.format(body=body, limit=1.0, run="print('ready', flush=True)\n    hangs_here()").replace("GRACE_S = 0.3", "GRACE_S = 1.0")
     stopped = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert stopped.stdout.readline() == "ready\n"
     stopped.send_signal(signal.SIGSTOP)
