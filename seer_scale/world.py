@@ -157,13 +157,13 @@ def start(
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeouts.groups)
     control = dist.new_group(backend="gloo", timeout=timeouts.groups)
     world = World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store)
-    if own and cuda:
+    if cuda:  # also where a rank is alone on its machine and sees one GPU: the others wait for it
         refuse_shared_gpus(world)
     return world
 
 
 def refuse_shared_gpus(world: World) -> None:
-    """Raises UserError on all ranks where two of them, which see one GPU each, see the same. Collective."""
+    """Raises UserError on all ranks where two of them have the same GPU. Collective over all ranks."""
     mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(world.device).uuid}"
     first: dict[str, int] = {}
     for rank, gpu in enumerate(world.gather_objects(mine)):

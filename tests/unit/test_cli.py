@@ -181,3 +181,13 @@ def test_a_module_of_the_current_folder_stands_in_for_nothing(module, tmp_path):
         (tmp_path / f"{name}.py").write_text("raise ImportError")
     done = subprocess.run([sys.executable, "-m", module, "recipes", "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and list(json.loads(done.stdout)) == recipe_names(), done.stderr
+
+
+def test_nor_for_what_a_command_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.setattr(sys, "argv", ["seer-scale", "--version"])
+    (tmp_path / "random.py").write_text("raise SystemExit(3)")
+    child = [sys.executable, "-c", "import random"]
+    assert subprocess.run(child, cwd=tmp_path).returncode == 3
+    assert main() == 0
+    assert subprocess.run(child, cwd=tmp_path).returncode == 0

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from seer_scale import files, rendezvous
 from seer_scale import world as worlds
 from seer_scale.cli import main
-from seer_scale.errors import EXIT_STOPPED, StartStopped, UserError
+from seer_scale.errors import EXIT_STOPPED, RankError, StartStopped, UserError
 from seer_scale.rank_info import RankInfo, detect, without_rank_variables
 from seer_scale.train.stop import StopRequest
 from tests.e2e.runs import recipe, until
@@ -137,7 +137,11 @@ def metric_line(world):
 def few_files(rank):
     soft, hard = ((33, 4096), (33, 33), (33, 400), (33, 400))[rank]
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    worlds.allow_open_files(*((0, 8), (3, 8), (0, 512), (3, 512))[rank])
+    try:
+        worlds.allow_open_files(*((0, 8), (3, 8), (0, 512), (3, 512))[rank])
+    except UserError as error:
+        assert error.is_local  # else nobody tells it but the first of a machine
+        raise
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -171,6 +175,8 @@ def test_on_gpus_the_default_group_is_nccl_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(("device", device.index)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}"))
+    monkeypatch.setattr(worlds.World, "gather_objects", lambda world, mine: [mine])
     monkeypatch.setattr(worlds, "meet", lambda *_, **__: dist.HashStore())
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout, **_: called.append((backend, timeout)))
     monkeypatch.setattr(dist, "new_group", lambda ranks=None, *, backend, timeout: called.append((backend, timeout)))
@@ -246,12 +252,18 @@ def test_a_task_may_see_one_gpu_if_it_is_its_own(others, monkeypatch, tmp_path):
     monkeypatch.setattr(worlds, "meet", lambda *_, **__: dist.HashStore())
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "new_group", lambda *_, **__: None)
-    monkeypatch.setattr(worlds.World, "gather_objects", lambda _, mine: [mine if others == "one" else "node GPU-0", mine])
+    compared = []
+    monkeypatch.setattr(worlds.World, "gather_objects", lambda _, mine: compared.append(mine) or [mine if others == "one" else "node GPU-0", mine])
     if others == "one":
         with pytest.raises(UserError, match="Ranks 0 and 1 have the same GPU"):
             worlds.start(tmp_path)
     else:
         assert worlds.start(tmp_path).device == torch.device("cuda", 0)
+        with monkeypatch.context() as alone_on_its_node:  # compares with the others, who wait for it
+            alone_on_its_node.setenv("LOCAL_RANK", "0")
+            alone_on_its_node.setenv("LOCAL_WORLD_SIZE", "1")
+            worlds.start(tmp_path)
+        assert len(compared) == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(UserError, match="This machine has 1 GPUs for 2 ranks"):
         worlds.start(tmp_path)
@@ -264,7 +276,7 @@ def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
     """Rank 0 says who is missing, another what it cannot find; after the time that is given, or at a signal, they end."""
     monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
     place = tmp_path / "logs" / "rendezvous"
-    with pytest.raises(UserError, match=r"Rank 0 of 3 \(SLURM_NTASKS is 3\) has waited \d+ s for the others: 1 of 3 are there, not yet 1, 2\. Start all"):
+    with pytest.raises(RankError, match=r"Rank 0 of 3 \(SLURM_NTASKS is 3\) has waited \d+ s for the others: 1 of 3 are there, not yet 1, 2\. Start all"):
         rendezvous.meet(place, RankInfo(0, 3, 0, 3, "SLURM_NTASKS"), timeout_s=0.4, later=LATER)
     assert capsys.readouterr().err.count("not yet 1, 2.") >= 2
     asked = []
@@ -274,11 +286,13 @@ def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
     wait.pause(lambda: rendezvous._missing(None, None))
     assert not asked  # a rank that prints nothing asks rank 0 nothing
     monkeypatch.undo()
+    store = SimpleNamespace(add=lambda *_: 3)  # and one that prints asks how many, not each of them
+    assert rendezvous._missing(store, RankInfo(8, 512, 0, 8, "SLURM_NTASKS")) == "3 of 512 are there"
     monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
     told = {"1 of 2": "rank 0 does not answer at 127.0.0.1", "1 of 3": "rank 0 is one of 2 ranks"}
     place.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": 9, "size": 2, "token": "x"}))
     for size in (2, 3):
-        with pytest.raises(UserError, match=told[f"1 of {size}"]):
+        with pytest.raises(RankError, match=told[f"1 of {size}"]):
             rendezvous.meet(place, RankInfo(1, size, 1, size, "WORLD_SIZE"), timeout_s=0.2, later=LATER)
     place.unlink()
     with pytest.raises(UserError, match=f"rank 0 has not published its address in {place}"):
@@ -286,6 +300,24 @@ def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
     for rank in (0, 1):
         with pytest.raises(StartStopped, match="Stopped by SIGHUP while ranks waited"):
             rendezvous.meet(place, RankInfo(rank, 2, rank, 2, "WORLD_SIZE"), timeout_s=60, later=LATER, asked_to_stop=lambda: "SIGHUP")
+
+
+def test_a_run_gives_groups_of_libraries_its_limit_of_time(tmp_path, photos, monkeypatch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=7))
+    limits, end = [], dist.destroy_process_group
+
+    def read_and_end() -> None:
+        limits.extend(g._get_backend(torch.device("cpu")).options._timeout for g in dist.distributed_c10d._world.pg_map)
+        end()
+
+    monkeypatch.setattr(dist, "destroy_process_group", read_and_end)
+    try:
+        words = ["train", recipe(tmp_path, photos, knn={"enabled": False}), "--run.dir", str(tmp_path / "run"), "--train.samples", "8"]
+        assert main(words) == 0
+    finally:
+        if dist.is_initialized():
+            end()
+    assert limits == [worlds.World().timeout]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
