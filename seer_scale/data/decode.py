@@ -6,7 +6,7 @@ import ctypes
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -44,12 +44,14 @@ STRIP = 1 << 18
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", *HEIF)
 """What Pillow may open; its rarer decoders (EPS starts a program) have no place before uncurated files."""
 
-BITS, PHOTOMETRIC, WHITE, PLANES, SAMPLE_FORMAT = 258, 262, 281, 284, 339
+BITS, PHOTOMETRIC, WHITE, PLANES, SAMPLE_FORMAT, SIGNED_WHITE = 258, 262, 281, 284, 339, 341
 """TIFF tags."""
 WHITE_IS_ZERO = 0
 RANGES = ((0, 255), (2048, 4095), (0, 65535), (0, 2**24 - 1), (0, 2**32 - 1))
-"""What the grey values of a TIFF may span, whatever holds them, and the least that the largest of them must then reach:
-8 bits; 12, as cameras of science give, half used at least, or it is a dark image of 16; 16, 24 and 32."""
+"""What the grey values of a TIFF that does not tell may span, whatever holds them, and the least that the largest of them
+must then reach: 8 bits; 12, as cameras of science give, half used at least; 16, 24 and 32. Any other is a dark image."""
+WIDENED = (256, 257)
+"""What 8 bits are multiplied by to fill 16: such values are not of 12."""
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # which would write to stderr, naming no file
 for _name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):  # libtiff writes by the hundred, naming no file
@@ -225,13 +227,17 @@ def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
     def values(part: Image.Image) -> np.ndarray:
         return np.asarray(part).view(np.uint32) if unsigned else np.asarray(part)
 
+    def is_widened() -> bool:
+        return any(not any((values(part) % factor).any() for _, part in _strips(image)) for factor in WIDENED)
+
     if tags:
         extremes = [(int(v.min()), int(v.max())) for v in (values(part) for _, part in _strips(image))]
         if min(low for low, _ in extremes) < 0:
             raise DataError("its values are signed, and have no defined range")
         most = max(high for _, high in extremes)
-        told = max((v for v in tags.get(WHITE, ()) if isinstance(v, int)), default=0)
-        white = told if told >= max(most, 1) else next(upto for at_least, upto in RANGES if at_least <= most <= upto)
+        white = _told_white(tags, most) or next(
+            upto for at_least, upto in RANGES if at_least <= most <= upto and not (at_least and is_widened())
+        )
 
     def turn(part: Image.Image) -> np.ndarray:
         grey = values(part)
@@ -245,6 +251,15 @@ def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
     return turn
 
 
+def _told_white(tags: Mapping[int, tuple], most: int) -> int:
+    """The value of white that a TIFF tells, as a largest one or by its bits (Pillow unpacks 12 to the lower ones); 0 where
+    it tells none, or one below its largest value."""
+    told = [v for tag in (WHITE, SIGNED_WHITE) for v in tags.get(tag, ()) if isinstance(v, (int, float))]
+    if tags.get(BITS) == (12,):
+        told.append(4095)
+    return next((int(v) for v in told if most <= v < 2**32 and v >= 1), 0)
+
+
 def _of_cmyk(pixels: np.ndarray) -> np.ndarray:
     """Of a JPEG, which holds them inverted (Adobe's way, as every decoder takes it)."""
     out = np.empty((*pixels.shape[:2], 3), np.uint8)
@@ -255,7 +270,10 @@ def _of_cmyk(pixels: np.ndarray) -> np.ndarray:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(0x0112, 1)
+        value = image.getexif().get(0x0112)
+        if value is None and image.format not in ("HEIF", "AVIF"):  # which are turned by what they say themselves
+            value = jpeg.xmp_orientation(image.info.get("xmp", b""))
+        return value[0] if isinstance(value, bytes) else value or 1  # a BYTE
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return 1
 

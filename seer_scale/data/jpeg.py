@@ -17,7 +17,9 @@ ALONE = frozenset((0x01, *range(0xD0, 0xD8)))
 """Markers without a segment: TEM, RST."""
 EOI, SOS, APP0, APP1, APP14 = 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
 
-XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([0-9])""")
+XMP_PREFIX = re.compile(rb"""xmlns:([\w.-]{1,40})\s*=\s*["']http://ns\.adobe\.com/tiff/1\.0/["']""")
+XMP_ORIENTATION = rb"""\b%s:Orientation(?:\s*=\s*["']|(?:\s[^<>]{0,200})?>)\s*([0-9])"""
+"""An attribute, or an element with whatever attributes of its own."""
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker")
 DAMAGED = re.compile(r"Corrupt JPEG data|Premature end of JPEG|Bogus|Inconsistent progression")
 HARMLESS = re.compile(r"unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters")
@@ -75,8 +77,7 @@ def read_header(data: bytes) -> Header | None:
             elif marker == APP1 and data[at + 4 : at + 10] == b"Exif\0\0":
                 exif = exif or _exif_orientation(data, at + 10)
             elif marker == APP1 and data[at + 4 : at + 33] == b"http://ns.adobe.com/xap/1.0/\0":
-                found = XMP_ORIENTATION.search(data, at + 33, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
-                xmp = int(found[1]) if found else xmp
+                xmp = xmp_orientation(data[at + 33 : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]) or xmp
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
 
@@ -89,6 +90,13 @@ def _frame(data: bytes, at: int) -> tuple[int, int, int, int, tuple[tuple[int, i
     return data[at + 1], precision, height, width, tuple((f >> 4, f & 15) for f in factors)
 
 
+def xmp_orientation(packet: bytes) -> int | None:
+    """By the prefix that the packet gives TIFF's namespace; None where it says nothing."""
+    prefix = XMP_PREFIX.search(packet)
+    found = re.search(XMP_ORIENTATION % (re.escape(prefix[1]) if prefix else b"tiff"), packet)
+    return int(found[1]) if found else None
+
+
 def _exif_orientation(data: bytes, tiff: int) -> int | None:
     """Of the TIFF directory at `tiff` (Exif 2.3, 4.6.2); None where there is none, or it is damaged."""
     while data[tiff : tiff + 6] == b"Exif\0\0":  # some write the name twice
@@ -97,11 +105,10 @@ def _exif_orientation(data: bytes, tiff: int) -> int | None:
     try:
         directory = tiff + struct.unpack_from(f"{order}I", data, tiff + 4)[0]
         for n in range(struct.unpack_from(f"{order}H", data, directory)[0]):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, directory + 2 + 12 * n)
+            tag, kind = struct.unpack_from(f"{order}HH", data, directory + 2 + 12 * n)
             if tag == 0x0112:
-                if kind == 4:
-                    value = struct.unpack_from(f"{order}I", data, directory + 10 + 12 * n)[0]
-                return value if kind in (3, 4) else None
+                form = {1: "B", 3: "H", 4: "I"}.get(kind)  # it should be 3, SHORT
+                return struct.unpack_from(f"{order}{form}", data, directory + 10 + 12 * n)[0] if form else None
     except struct.error:
         pass
     return None

@@ -6,13 +6,14 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from seer_scale.data import decode as decoding
 from seer_scale.data.decode import decode
@@ -112,6 +113,63 @@ def test_orientation_is_found_where_photo_tools_write_it():
     ):  # fmt: skip
         data = plain[:2] + before + plain[2:]
         assert np.array_equal(decode(data), np.rot90(upright, turns)), before
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_of_one_byte_is_read(form, order):
+    """Exif says SHORT, some write BYTE; OpenCV takes both."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    exif = b"Exif\0\0" + mark + struct.pack(f"{order}IHHHI4sI", 8, 1, 0x0112, 1, 1, b"\x06", 0)
+    assert decode(encode(Image.fromarray(photo()), form, exif=exif)).shape == (160, 120, 3)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_in_xmp_is_found_by_its_namespace(form):
+    """Whatever its prefix, and whatever attributes its element has; one of another namespace is another thing."""
+    tiff_space, exif_space = b'="http://ns.adobe.com/tiff/1.0/"', b'="http://ns.adobe.com/exif/1.0/"'
+    for words, is_turned in (
+        (b"xmlns:tiff" + tiff_space + b'><tiff:Orientation rdf:datatype="x">6</tiff:Orientation>', True),
+        (b"xmlns:t" + tiff_space + b' t:Orientation="6">', True),
+        (b"xmlns:t" + tiff_space + b"><t:Orientation\n>\n 6 </t:Orientation>", True),
+        (b"xmlns:t" + tiff_space + b" xmlns:exif" + exif_space + b' exif:Orientation="6">', False),
+        (b"xmlns:t" + tiff_space + b' not:Orientation="6" t:OrientationOf="6">', False),
+    ):
+        xmp = b"<x:xmpmeta><rdf:Description " + words + b"</rdf:Description></x:xmpmeta>"
+        options = {"JPEG": {"xmp": xmp}, "WEBP": {"xmp": xmp}, "TIFF": {"tiffinfo": {700: xmp}}}.get(form)
+        if form == "PNG":
+            options = {"pnginfo": PngImagePlugin.PngInfo()}
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+        data = encode(Image.fromarray(photo()), form, **options)
+        assert decode(data).shape == ((160, 120, 3) if is_turned else (120, 160, 3)), words
+
+
+def grey(process: int, precision: int, channels: int) -> bytes:
+    """A JPEG of 256 x 256 pixels whose coefficients are all 0."""
+    names = range(1, channels + 1)
+    frame = struct.pack(">BHHB", precision, 256, 256, channels) + b"".join(bytes([c, 0x11, 0]) for c in names)
+    codes = b"".join(segment(0xC4, bytes([kind, 1, *[0] * 15, 0])) for kind in (0x00, 0x10))  # one of one bit each
+    scan = segment(0xDA, bytes([channels]) + b"".join(bytes([c, 0]) for c in names) + b"\0\x3f\0")
+    head = b"\xff\xd8" + segment(0xDB, b"\0" + b"\1" * 64) + segment(process, frame) + codes
+    return head + scan + bytes(32 * 32 * channels * 2 // 8) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("process,precision,channels", [
+    (0xC0, 8, 1), (0xC0, 8, 3), (0xC1, 8, 3), (0xC1, 12, 1), (0xC1, 12, 3), (0xC0, 8, 2),
+])  # fmt: skip
+def test_libjpeg_turbo_is_given_what_it_promises_to_decode(process, precision, channels, monkeypatch):
+    """Whole files, so that nothing else refuses them."""
+    given, data = [], grey(process, precision, channels)
+    takes = decoding.simplejpeg.decode_jpeg
+    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", lambda *a, **k: given.append(0) or takes(*a, **k))
+    is_promised = precision == 8 and channels != 2
+    if is_promised:
+        assert (decode(data) == 128).all() and (decode(data, lambda h, w: (64, 64)) == 128).all()
+    else:
+        for at_least in (None, lambda h, w: (64, 64)):
+            with suppress(DataError):  # it is Pillow's to say
+                decode(data, at_least)
+    assert bool(given) == is_promised
 
 
 def lossless(height: int, width: int) -> bytes:
@@ -233,10 +291,29 @@ RAMP = np.arange(48 * 64).reshape(48, 64) * 255 // (48 * 64 - 1)
     (tiff((RAMP * 16).astype(np.uint16)), "12 in 16"), (tiff((RAMP * 16).astype(np.uint16), ">"), "12 in 16, big-endian"),
     (tiff(RAMP.astype(np.uint16)), "8 in 16"), (tiff(RAMP.astype(np.uint32)), "8 in 32"), (tiff(RAMP.astype(np.int32)), "8 in 32, signed"),
     (tiff((RAMP << 24).astype(np.uint32)), "32 bits"), (tiff((RAMP << 16).astype(np.int32)), "24 in 32"),
-    (tiff((65535 - RAMP * 257).astype(np.uint16), t262=0), "white is zero"), (tiff((RAMP * 8).astype(np.uint16), t281=2040), "11 in 16"),
+    *[(tiff((RAMP * most // 255).astype(np.uint16), **{tag: most}), f"to {most}, told")
+      for most in (511, 1023, 2040, 16383) for tag in ("t281", "t341")],
+    (tiff((16383 - RAMP * 16383 // 255).astype(np.uint16), t262=0, t281=16383), "14 in 16, white is zero"),
+    (tiff((65535 - RAMP * 257).astype(np.uint16), t262=0), "white is zero"),
 ])  # fmt: skip
 def test_deep_grey_tiffs_fill_their_range(data, kind):
     assert apart(decode(data), np.repeat(RAMP[..., None], 3, 2)) <= 1, kind
+
+
+@pytest.mark.parametrize("values,tags", [
+    *[(RAMP * most // 255, {}) for most in (300, 694, 1500, 2047, 4500, 8191, 16383)],  # as Pillow, OpenCV, libvips have it
+    (RAMP // 16 * 257, {}), (RAMP // 20 * 256, {}),  # 8 bits, widened
+    (RAMP * 2500 // 255, {"t281": 65535}), (RAMP * 2500 // 255, {"t281": 100, "t341": 65535}),
+])  # fmt: skip
+def test_a_dark_tiff_of_16_bits_stays_dark(values, tags):
+    assert apart(decode(tiff(values.astype(np.uint16), **tags)), np.repeat(values[..., None] / 257, 3, 2)) <= 1
+
+
+def test_a_tiff_of_12_packed_bits_has_their_range_however_dark():
+    values = (RAMP * 1000 // 255).reshape(-1, 2)
+    packed = np.stack([values[:, 0] >> 4, (values[:, 0] & 15) << 4 | values[:, 1] >> 8, values[:, 1] & 255], 1).astype(np.uint8)
+    image = decode(tiff(packed.reshape(48, 96), t256=64, t258=12))
+    assert apart(image, np.repeat(values.reshape(48, 64, 1) * 255 / 4095, 3, 2)) <= 1
 
 
 @pytest.mark.parametrize("data", [
