@@ -14,7 +14,8 @@ from seer_scale.files import to_json
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
     what = "kNN accuracy of a checkpoint, or of a run's newest one"
-    kinds = commands.add_parser("eval", help=what, description=f"{what}.").add_subparsers(metavar="EVALUATION", required=True)
+    parser = commands.add_parser("eval", help=what, description="Measure what a checkpoint, or a run's newest one, has learned.")
+    kinds = parser.add_subparsers(metavar="EVALUATION", required=True)
     parser = add_command(
         kinds, "knn", knn, what, takes_overrides=True,
         description=f"{what}. Keys of its recipe can be given other values, as in --knn.bank DIR --knn.queries DIR.",

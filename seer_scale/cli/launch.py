@@ -13,7 +13,8 @@ from seer_scale.launch import runs
 from seer_scale.launch.options import CLUSTERS, Options
 from seer_scale.launch.profile import EXAMPLE, Profile
 
-EPILOG = """--cluster local runs the ranks on this machine and follows them: Ctrl-C saves and stops, the same command goes on.
+EPILOG = """--section.key value sets a key of the recipe, as with train; seer-scale train RECIPE --help shows all of them.
+--cluster local runs the ranks on this machine and follows them: Ctrl-C saves and stops, the same command goes on.
 --cluster slurm submits a job; the command returns when it is in the queue."""
 NAMES = "a run's folder, or its name below runs/; 'sweep-*' means those of an array"
 NO_CHANGES = (

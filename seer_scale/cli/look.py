@@ -38,7 +38,6 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from seer_scale.checkpoint import inspect as checkpoints
     from seer_scale.observe import ledger, progress
 
     if (args.path / "metrics.jsonl").is_file():
@@ -53,6 +52,8 @@ def inspect(args: argparse.Namespace) -> int:
     if any((args.path / name).exists() for name in ("launch", "config.yaml", progress.FILE)):  # a run that starts
         print(ledger.text(ledger.read_ledger(args.path)))
         return EXIT_DONE
+    from seer_scale.checkpoint import inspect as checkpoints  # and torch with it
+
     found = checkpoints.describe(args.path, verify=args.verify)
     print(to_json(found, indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))
     return EXIT_FAILED if found["flaw"] else EXIT_DONE

@@ -7,13 +7,14 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seer_scale.cli.parser import SETTINGS, add_command
+from seer_scale.cli.parser import SETTINGS, add_command, sentence
 from seer_scale.errors import EXIT_DONE
 
 
 def add_module_commands(commands: Any, room: str, what: str, modules: Mapping[str, str], words: Sequence[str]) -> Any:
     """`seer-scale ROOM MODULE`; a module, which takes seconds to load, is loaded where `words` ask for it."""
-    kinds = commands.add_parser(room, help=what).add_subparsers(metavar=room.upper(), required=True)
+    parser = commands.add_parser(room, help=what, description=sentence(what))
+    kinds = parser.add_subparsers(metavar=room.upper(), required=True)
     for name, does in modules.items():
         if list(words[:2]) != [room, name]:
             add_command(kinds, name, _run_nothing, does)

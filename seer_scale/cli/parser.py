@@ -89,9 +89,13 @@ def add_command(
     commands: Any, name: str, run: Command, help: str, *, takes_overrides: bool = False, is_run: bool = False, **how: Any  # noqa: A002
 ) -> Parser:
     """A command of the tree. takes_overrides: of `--section.key value`. is_run: what it prints is not its product."""
-    parser = commands.add_parser(name, help=help, description=how.pop("description", help[:1].upper() + help[1:] + "."), **how)
+    parser = commands.add_parser(name, help=help, description=how.pop("description", sentence(help)), **how)
     parser.set_defaults(run=run, parser=parser, takes_overrides=takes_overrides, is_run=is_run)
     return parser
+
+
+def sentence(clause: str) -> str:
+    return f"{clause[:1].upper()}{clause[1:]}."
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
+from seer_scale import __version__
 from seer_scale.cli.parser import add_command
 from seer_scale.config import RECIPES, all_keys, load_recipe, recipe_names
 from seer_scale.errors import EXIT_DONE, ConfigError, complain
-from seer_scale.files import to_json
+from seer_scale.files import shown, to_json
+from seer_scale.rank_info import detect
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
@@ -29,14 +31,22 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    from seer_scale.train import start
-    from seer_scale.world import detect
+    if not args.print_config:
+        _tell_start(args.recipe)
+    from seer_scale.train import start  # takes seconds to load
 
     if args.print_config:
         config, problems = start.look_at_recipe(args.recipe, args.overrides, detect().size)
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="", flush=True)
         return complain(ConfigError(problems)) if problems else EXIT_DONE
     return start.run_training(args.recipe, args.overrides)
+
+
+def _tell_start(recipe: str) -> None:
+    """The first line, at once, of rank 0. Raises UserError where there is no such recipe."""
+    load_recipe(recipe)
+    if detect().rank == 0:
+        print(f"seer-scale {__version__}: starting {shown(recipe)} ...", flush=True)
 
 
 def help_of_train(recipe: str = "") -> str:

@@ -242,10 +242,13 @@ except BaseException as error:
     while trace.tb_next:
         trace = trace.tb_next
     where = f"{{trace.tb_frame.f_code.co_filename}}, line {{trace.tb_lineno}}"
-    os.write({fd}, f"{{type(error).__name__}}: {{error}} ({{where}})".encode(errors="backslashreplace"))
-    raise
+    try:
+        os.write({fd}, f"{{type(error).__name__}}: {{error}} ({{where}})".encode(errors="backslashreplace"))
+    except OSError:  # nobody is there to be told
+        pass
+    os._exit(1)
 """
-"""The server's program, which says by its socket why it cannot serve."""
+"""The server's program, which says by its socket, and nowhere else, why it cannot serve."""
 
 
 class _Server:

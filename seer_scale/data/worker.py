@@ -19,6 +19,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle
 from typing import Any, Protocol
@@ -102,7 +103,10 @@ def serve(fd: int, parent: int) -> None:
     console.install()
     _deaf()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # hosts are not waited for
-    gone = os.pidfd_open(parent)
+    try:
+        gone = os.pidfd_open(parent)
+    except ProcessLookupError:  # it ended while this one was loading
+        return
     with socket.socket(fileno=fd) as asked:
         while gone not in wait([asked, gone]):
             said, sockets, _, _ = socket.recv_fds(asked, 1, 1)
@@ -152,10 +156,11 @@ def host(control: Connection, gone: int) -> None:
                     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                     if seats[seat, PID] == pid:
                         seats[seat, STATUS] = status if status < 0 else status + 1
-    except EOFError:  # the iterator was closed, or its process has gone
+    except (EOFError, ConnectionError):  # the iterator was closed, or its process has gone
         pass
     except BaseException:
-        control.send(traceback.format_exc())
+        with suppress(OSError):
+            control.send(traceback.format_exc())
     os._exit(0)  # and the workers with it
 
 

@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from seer_scale import __version__
 from seer_scale.config import recipe_names
 from seer_scale.errors import EXIT_DONE, UserError, nearest
+from seer_scale.files import shown
 from seer_scale.launch.job import Job, snapshot
 from seer_scale.launch.options import (
     CLUSTERS,
@@ -49,6 +51,7 @@ def launch(options: Options) -> int:
     for key in NEEDS_QUEUE if is_local else ():
         if getattr(options, key):
             raise UserError(f"--{key.replace('_', '-')} has no effect with --cluster local; leave it out.")
+    print(f"seer-scale {__version__}: checking {shown(options.recipe)} ...", file=sys.stderr, flush=True)
     prepared = _prepare_all(options)
     for note in dict.fromkeys(note for _, _, notes in prepared for note in notes):
         print(note)

@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -169,10 +170,47 @@ def test_interrupted(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("Stopped at once")
 
 
-def test_commands_start_in_a_moment():
+def test_commands_start_in_a_moment(tmp_path):
     """Help and mistakes need no torch, whose import takes seconds."""
-    code = "import sys; from seer_scale import cli; cli.main(['recipes']); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"event": "start", "text": "Training.", "samples_seen": 0, "wall_time": 1.0}\n')
+    asked = ["--help", "--version", "recipes", "list", "status one", "inspect runs/one", "train demo --help", "train no", "trian"]
+    asked += [f"{command} --help" for command in ("launch", "inspect", "eval knn", "bench", "data", "plan")]
+    code = (
+        "import sys; from seer_scale import cli\n"
+        "for words in sys.argv[1:]:\n"
+        "    cli.main(words.split())\n"
+        "    loaded = {'torch', 'torchvision', 'datasets', 'pyarrow', 'tensorboard', 'deepspeed', 'timm'} & sys.modules.keys()\n"
+        "    assert not loaded, (words, loaded)"
+    )
+    words = [sys.executable, "-c", code, *asked]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_start_is_told_before_torch_is_loaded(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "seer_scale.train.start", None)  # which would load it
+    monkeypatch.delattr("seer_scale.train.start", raising=False)
+    with pytest.raises(ImportError):
+        main(["train", "demo"])
+    assert capsys.readouterr().out == f"seer-scale {__version__}: starting demo ...\n"
+    for quiet in (["train", "demo", "--print-config"], ["train", "no.yaml"]):
+        with suppress(ImportError):
+            main(quiet)
+        assert not capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ImportError):
+        main(["train", "demo"])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", ["bench", "data", "eval"])
+def test_a_group_of_commands_has_a_sentence(group, capsys):
+    assert main([group, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"\n\n[A-Z][^\n]*\.\n\n", told), told
 
 
 @pytest.mark.parametrize("module", ["seer_scale", "seer_scale.cli"])

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -177,3 +179,16 @@ def test_what_lies_in_the_current_folder_stands_in_for_nothing(tmp_path, monkeyp
     for _ in range(2):
         with pytest.raises(DataError, match=f"cannot be started: ImportError: homework \\({shadow}/random.py, line 1\\)."):
             taken(stream(Numbers(tmp_path), range(4), workers=2))
+
+
+def test_a_server_whose_process_has_gone_says_nothing():
+    """As after kill -9 in the first seconds: there is nobody left whom a traceback would help."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for program in (module.SERVER, "import sys; sys.modules['seer_scale.data.worker'] = None\n" + module.SERVER):
+        ours, theirs = socket.socketpair()
+        ours.close()
+        words = [sys.executable, "-P", "-c", program.format(path=sys.path, fd=theirs.fileno(), parent=gone.pid)]
+        with theirs:
+            said = subprocess.run(words, pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=60)
+        assert not said.stdout and not said.stderr
