@@ -1,7 +1,7 @@
 """How the ranks of one start meet: rank 0 serves a store on a free port and publishes where in a file that all of them see.
 
 Whoever reads an address that is not of this start (a file left behind, a rank 0 that is gone) reads it again. While ranks
-wait for each other they say for whom, and a stop signal ends the wait.
+wait for each other they say for whom, and a stop signal ends the wait. What keeps one rank from beginning ends all.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import pickle
 import random
 import secrets
 import socket
@@ -33,12 +34,13 @@ PROBE_S = 3.0
 
 def meet(
     published: Path, info: RankInfo, *, timeout_s: float, later: timedelta,
-    asked_to_stop: Callable[[], str | None] = lambda: None,
+    asked_to_stop: Callable[[], str | None] = lambda: None, problem: UserError | None = None,
 ) -> dist.TCPStore:  # fmt: skip
     """A store that all ranks of this start have joined; returns when the last has. Collective.
 
     later: how long a question to the store may wait from then on; NCCL asks one as each communicator is made. asked_to_stop:
-    the name of a signal that ends the wait. Raises StartStopped for that, and RankError where the others do not come within
+    the name of a signal that ends the wait. problem: what keeps this rank from beginning; the first of any rank is raised on
+    all, as soon as they are there. Raises StartStopped for a signal, and RankError where the others do not come within
     timeout_s.
     """
     wait = _Wait(info, timeout_s, asked_to_stop)
@@ -50,21 +52,37 @@ def meet(
                 continue
             if reached:
                 store.set("reached", reached)
-            if store.add("arrived", 1) == info.size:
+            if problem:
+                store.compare_set("problem", "", pickle.dumps(problem))
+            if store.add("arrived", 1) == info.size or problem:
                 store.set("go", "")
             while not store.check(["go"]):
                 wait.pause(lambda: _missing(store, info))  # noqa: B023
+            first = pickle.loads(store.get("problem")) if store.check(["problem"]) else None
             if not reached and store.check(["reached"]):
                 reached = store.get("reached").decode()
         except dist.DistError:  # of an earlier start, which has ended now
             wait.pause(lambda: "rank 0 has ended")
             continue
+        if first:
+            _tell_all(store, info.size, asked_to_stop)
         if info.rank == 0:
             published.unlink(missing_ok=True)  # all have read it, and a later start must not
+        if first:
+            raise first
         if info.local_size < info.size and reached:
             _choose_interface(reached, mine=info.rank == 0)
         store.set_timeout(later)
         return store
+
+
+def _tell_all(store: dist.TCPStore, size: int, asked_to_stop: Callable[[], str | None]) -> None:
+    """Stays until every rank knows the problem, for a while: rank 0 serves it, and launchers end all ranks when one ends."""
+    end = time.monotonic() + TELL_S
+    with suppress(dist.DistError):  # rank 0 has seen that all know
+        store.add("told", 1)
+        while store.add("told", 0) < size and time.monotonic() < end and not asked_to_stop():
+            time.sleep(0.1)
 
 
 class _Wait:

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from seer_scale.errors import UserError
-from seer_scale.rank_info import TORCHRUN, detect
+from seer_scale.errors import RankError, StartStopped, UserError
+from seer_scale.rank_info import TORCHRUN, RankInfo, detect
 from seer_scale.rendezvous import meet
 from seer_scale.timeouts import Timeouts
 
@@ -127,39 +127,65 @@ def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch
 
 def start(
     rendezvous: Path, attempt: str = "", *, device: str = "auto", timeouts: Timeouts = Timeouts(),
-    asked_to_stop: Callable[[], str | None] = lambda: None,
+    asked_to_stop: Callable[[], str | None] = lambda: None, check: Callable[[], object] = lambda: None,
 ) -> World:  # fmt: skip
     """Join the run. Collective over all its ranks.
 
     rendezvous: a folder all ranks see; attempt: a word all ranks of this start share and no other start has (under
     SLURM the job, step and restart are one; torchrun has one for all its restarts, and an old address is tried in vain).
-    device: cpu, cuda, or auto. asked_to_stop: the name of a signal, which ends the wait for other ranks.
-    Raises UserError where the GPUs or open files do not suffice or the other ranks do not come, StartStopped for a signal.
+    device: cpu, cuda, or auto. asked_to_stop: the name of a signal, which ends the wait for other ranks. check: what this
+    rank looks at before any takes its GPU. Raises UserError where the GPUs or open files of a rank do not suffice or its
+    check does, on all ranks; where the other ranks do not come; StartStopped for a signal.
     """
     info = detect()
     rank, size = info.rank, info.size
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    gpus = torch.cuda.device_count() if cuda else 0
-    # a rank sees all GPUs of its machine, or its own alone where SLURM binds one to each task
-    own = gpus == 1 < info.local_size
-    if cuda and (info.local_rank >= gpus and not own or own and not bound_to_one()):
-        raise UserError(f"This machine has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a machine, or give parallel.device cpu.")
-    where = torch.device("cuda", min(info.local_rank, gpus - 1)) if cuda else torch.device("cpu")
+    where, problem = torch.device("cpu"), None
+    try:
+        check()
+        if cuda:
+            where = _gpu_of(info)
+        if size > 1:
+            allow_open_files(rank, size)
+    except UserError as error:
+        if size == 1:
+            raise
+        problem = error
+    store = None
+    if size > 1:
+        step = ".".join(os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+        word = re.sub(r"[^\w.-]", "_", attempt or os.environ.get(TORCHRUN) or step)
+        place = rendezvous / f"rendezvous-{word}"
+        try:
+            store = meet(place, info, timeout_s=timeouts.meet_s, later=timeouts.groups, asked_to_stop=asked_to_stop, problem=problem)
+        except (RankError, StartStopped):
+            if not problem:
+                raise
+            problem.is_local = True  # no other rank has heard of it
+            raise problem from None
     if cuda:
         torch.cuda.set_device(where)
-    if size == 1:
+    if store is None:
         return World(device=where, timeout=timeouts.groups)
-    allow_open_files(rank, size)
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # else a group connects each rank to every other
-    step = ".".join(os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    word = re.sub(r"[^\w.-]", "_", attempt or os.environ.get(TORCHRUN) or step)
-    store = meet(rendezvous / f"rendezvous-{word}", info, timeout_s=timeouts.meet_s, later=timeouts.groups, asked_to_stop=asked_to_stop)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeouts.groups)
     control = dist.new_group(backend="gloo", timeout=timeouts.groups)
     world = World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store)
     if cuda:  # also where a rank is alone on its machine and sees one GPU: the others wait for it
         refuse_shared_gpus(world)
     return world
+
+
+def _gpu_of(info: RankInfo) -> torch.device:
+    """This rank's: it sees all GPUs of its machine, or its own alone where SLURM binds one to each task. Raises UserError."""
+    gpus = torch.cuda.device_count()
+    own = gpus == 1 < info.local_size
+    if info.local_rank >= gpus and not own or own and not bound_to_one():
+        raise UserError(
+            f"{socket.gethostname()} has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a machine, or give "
+            "parallel.device cpu."
+        )
+    return torch.device("cuda", min(info.local_rank, gpus - 1))
 
 
 def refuse_shared_gpus(world: World) -> None:
@@ -183,9 +209,10 @@ def allow_open_files(rank: int, size: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = RESERVED_FILES + 8 * size.bit_length() + (3 * size if rank == 0 else 0)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        problem = UserError(f"Rank {rank} of {size} may open {soft} files, but needs about {needed} (a connection is one): raise the hard limit (ulimit -Hn; in a service or container LimitNOFILE or --ulimit nofile) to {needed} or more.")
-        problem.is_local = True
-        raise problem
+        raise UserError(
+            f"Rank {rank} of {size} may open {soft} files, but needs about {needed} (a connection is one): raise the hard limit "
+            f"(ulimit -Hn; in a service or container LimitNOFILE or --ulimit nofile) to {needed} or more."
+        )
 
 
 def limit_groups(world: World) -> None:

@@ -30,7 +30,7 @@ from seer_scale.models.registry import build_backbone
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.recompute import find_segments
 from seer_scale.parallel.units import sharded_units
-from seer_scale.rank_info import detect
+from seer_scale.rank_info import RankInfo, detect
 from seer_scale.timeouts import Timeouts
 from seer_scale.train.loop import train
 from seer_scale.train.stop import StopRequest
@@ -135,8 +135,6 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     """
     info = detect()
     config = resolve_recipe(recipe, overrides, info.size, looks=info.size == 1)
-    if problems := check_device(config):
-        raise ConfigError(problems)
     if note := of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
         print(note, flush=True)
     run_dir = run_dir_of(config, recipe)
@@ -144,12 +142,14 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     with StopRequest() as stop, Watchdog(timeouts.update_s, f"[rank {info.rank}] " if info.size > 1 else "") as watchdog:
         with watchdog.patient(timeouts.start_s):
             world = worlds.start(
-                run_dir / "logs", attempt, device=config.parallel.device, timeouts=timeouts, asked_to_stop=stop.asked
+                run_dir / "logs",
+                attempt,
+                device=config.parallel.device,
+                timeouts=timeouts,
+                asked_to_stop=stop.asked,
+                check=partial(_check_here, config, info),
             )
         try:
-            if world.size > 1:
-                with watchdog.patient(timeouts.start_s):
-                    world.from_main(partial(look, config))  # a folder of 100,000 tars is listed once, not once a rank
             status = train(config, world, run_dir, stop, watchdog, attempt)
         except RuntimeError as error:
             if world.size > 1 and worlds.is_lost_rank(error):
@@ -158,6 +158,14 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
             raise
     worlds.stop(world)  # not after an error, when the other ranks may wait in another collective
     return status
+
+
+def _check_here(config: Config, info: RankInfo) -> None:
+    """What one rank sees, and the others may not. Raises ConfigError."""
+    if problems := check_device(config):
+        raise ConfigError(problems)
+    if info.rank == 0 and info.size > 1:
+        look(config)  # a folder of 100,000 tars is listed once, not once a rank
 
 
 def run_dir_of(config: Config, recipe: str) -> Path:

@@ -140,7 +140,7 @@ def few_files(rank):
     try:
         worlds.allow_open_files(*((0, 8), (3, 8), (0, 512), (3, 512))[rank])
     except UserError as error:
-        assert error.is_local  # else nobody tells it but the first of a machine
+        assert not error.is_local  # all ranks end with it
         raise
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
@@ -163,6 +163,50 @@ found = [met, ranks(4, few_files)]
     assert max(b - a for a, b in zip(most, most[1:])) <= 6, most
     assert all(out[0][0] <= most[i] + n + 1 for i, (n, out) in enumerate(zip((2, 4, 8), found))), found
     assert not list(tmp_path.iterdir())
+
+
+def test_what_keeps_one_rank_from_beginning_ends_all_before_any_takes_its_gpu(tmp_path, photos):
+    """At once and with one sentence, whichever rank sees it: rank 0 the images, another its machine's GPUs, a limit of its
+    own, or the recipe's needs. One whose peers never come says what is wrong with itself. (Stand-ins for GPUs.)"""
+    recipe(tmp_path, photos)
+    body = """
+from seer_scale import rendezvous
+from seer_scale.errors import UserError
+from seer_scale.train import start
+
+def ending(rank, words, gpus=3, files=400, capability=(9, 0)):
+    taken = []
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: gpus
+    torch.cuda.get_device_capability = lambda: capability
+    torch.cuda.get_device_name = lambda: "an old GPU"
+    torch.cuda.set_device = lambda device: taken.append(str(device))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    try:
+        start.run_training(str(folder / "tiny.yaml"), ["--run.dir", str(folder / "run"), "--train.global_batch", "6", *words])
+    except UserError as error:
+        return [str(error), error.is_local, taken]
+
+def alone(rank):
+    start.Timeouts.of = lambda config: start.Timeouts(meet_s=0.2)
+    return ending(rank, [], gpus=1)
+
+found = [
+    ranks(3, lambda rank: ending(rank, ["--data.path", str(folder / "nowhere")])),
+    ranks(3, lambda rank: ending(rank, [], gpus=1 if rank == 2 else 3)),
+    ranks(3, lambda rank: ending(rank, [], files=40 if rank == 1 else 400)),
+    ranks(3, lambda rank: ending(rank, ["--train.precision", "bf16"], capability=(7, 0) if rank == 1 else (9, 0))),
+    ranks(1, alone, RANK="2", LOCAL_RANK="2", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3"),
+]
+"""
+    begin = time.monotonic()
+    found, told = forks(tmp_path, body)
+    sentences = [f"data.path: {tmp_path}/nowhere does not exist", " has 1 GPUs for 3 ranks", "Rank 1 of 3 may open 40 files", "no bf16"]
+    for sentence, ends in zip([*sentences, sentences[1]], found):
+        assert all(sentence in end[0] and end == ends[0] and not end[2] for end in ends), ends
+    assert [ends[0][1] for ends in found] == [False] * 4 + [True]  # told once a machine, or by whom alone knows it
+    assert "has waited" not in told and time.monotonic() - begin < rendezvous.TELL_S
+    assert not list(tmp_path.glob("run/logs/rendezvous-*"))
 
 
 def test_on_gpus_the_default_group_is_nccl_alone(monkeypatch, tmp_path):
@@ -265,8 +309,8 @@ def test_a_task_may_see_one_gpu_if_it_is_its_own(others, monkeypatch, tmp_path):
             worlds.start(tmp_path)
         assert len(compared) == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(UserError, match="This machine has 1 GPUs for 2 ranks"):
-        worlds.start(tmp_path)
+    with pytest.raises(UserError, match="has 1 GPUs for 2 ranks: start 1 a machine"):
+        worlds._gpu_of(detect())
 
 
 LATER = timedelta(days=1)
