@@ -171,6 +171,7 @@ class Parallel:
     shard: int = opt(0, "fsdp: ranks one copy of the model is spread over; 0 = ranks / replicate", ge=0)
     reshard_after_forward: bool = opt(True, "fsdp: free gathered weights between forward and backward")
     max_unit_gib: float = opt(2.0, "fsdp, zero3: most GiB gathered at once; larger units are split into their layers", gt=0)
+    min_unit_mib: float = opt(8.0, "fsdp: consecutive units are gathered together until they come to so many MiB, within max_unit_gib; 0 = each alone", ge=0)
     offload: bool = opt(False, "zero1, zero2, zero3: fp32 weights and optimiser state live in the host's memory, and update there")
     ds_config: str = opt("", "zero1, zero2, zero3: JSON with what DeepSpeed needs beyond the recipe; empty = ds_configs/<engine>.json")
     sync_bn_group: int = opt(0, "ranks that share BatchNorm statistics; 0 = all, 1 = none", ge=0)
@@ -540,6 +541,7 @@ def without_effect(c: Config) -> list[str]:
         "swav.queue_from_samples": (c.swav.queue > 0, "a swav.queue"),
         "parallel.reshard_after_forward": (c.parallel.engine in ("fsdp", "auto"), "parallel.engine fsdp"),
         "parallel.max_unit_gib": (c.parallel.engine in ("fsdp", "zero3", "auto"), "parallel.engine fsdp or zero3"),
+        "parallel.min_unit_mib": (c.parallel.engine in ("fsdp", "auto"), "parallel.engine fsdp"),
         "parallel.ds_config": (c.parallel.engine in ZERO, f"parallel.engine {', '.join(ZERO)}"),
         "train.min_loss_scale": (c.train.precision == "fp16", "train.precision fp16"),
         "checkpoint.keep_best": (c.knn.enabled and c.knn.every_samples > 0, "knn.every_samples"),
@@ -587,6 +589,12 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
         fail(True, f"parallel.replicate x parallel.shard is {p.replicate} x {p.shard} = {p.replicate * p.shard}, but there are {world_size} ranks; nearest: shard {world_size // p.replicate}.")
     for key, value in (("replicate", p.replicate > 1), ("shard", p.shard > 0)):
         fail(value and p.engine not in ("fsdp", "auto"), f"parallel.{key} is {getattr(p, key)}, but parallel.engine is {p.engine}, which has no mesh of replicas and shards; use engine fsdp, or leave {key} out.")
+    most = 1024 * p.max_unit_gib
+    fail(
+        p.engine in ("fsdp", "auto") and p.min_unit_mib > most,
+        f"parallel.min_unit_mib is {p.min_unit_mib:g}, but parallel.max_unit_gib {p.max_unit_gib:g} lets no more than "
+        f"{most:g} MiB be gathered together; nearest: {most:g}.",
+    )
     fail(p.engine == "single" and world_size > 1, f"parallel.engine is single, but there are {world_size} ranks; use ddp or fsdp.")
     fail(p.offload and p.engine not in ZERO, f"parallel.offload is true, but parallel.engine is {p.engine}, which offloads nothing; use {', '.join(ZERO)}, or offload false.")
     if batch % world_size == 0:

@@ -30,14 +30,21 @@ def world_of(rank: int, size: int) -> World:
 
 def tiny(world: World, **overrides) -> tuple[Config, Engine]:
     """The engine of RECIPE; overrides are "section.key": value."""
-    nested: dict = {}
-    for key, value in overrides.items():
-        section, name = key.split(".")
-        nested.setdefault(section, {})[name] = value
-    config = resolve(RECIPE, nested, world_size=world.size)
+    config = resolve(RECIPE, sections(overrides), world_size=world.size)
     with torch.device("meta"):
         method = SwAV(config, world)
     return config, build_engine(method, config, world)
+
+
+def sections(overrides: dict) -> dict[str, dict]:
+    """{"section.key": value} as a recipe has it; with fsdp each unit is gathered alone, as large ones are, unless told."""
+    if overrides.get("parallel.engine") == "fsdp":
+        overrides = {"parallel.min_unit_mib": 0.0} | overrides
+    nested: dict[str, dict] = {}
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        nested.setdefault(section, {})[name] = value
+    return nested
 
 
 def fake_views(config: Config, step: int, world: World) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from seer_scale.config import Config, resolve
 from seer_scale.parallel.engine import Engine
 from seer_scale.rng import Constant, Init, Normal, Uniform
 from seer_scale.world import World
-from tests.tiny import RECIPE
+from tests.tiny import RECIPE, sections
 
 SIZE, PATCH, WIDTH, HEADS = 8, 4, 24, 2
 NUM_TOKENS = (SIZE // PATCH) ** 2
@@ -113,11 +113,8 @@ class Toy(nn.Module):
 
 def toy(method: Callable[[], Toy], engine_class: type[Engine], world: World, **overrides) -> tuple[Config, Engine]:
     """An engine with what `method` makes; overrides are "section.key": value."""
-    nested: dict = {"views": {"crops": [{"num": 2, "size": SIZE}]}}
-    for key, value in overrides.items():
-        section, name = key.split(".")
-        nested.setdefault(section, {})[name] = value
-    config = resolve(RECIPE, nested, world_size=world.size)
+    over = sections({"views.crops": [{"num": 2, "size": SIZE}]} | overrides)
+    config = resolve(RECIPE, over, world_size=world.size)
     with torch.device("meta"):
         made = method()
     return config, engine_class(made, config, world)

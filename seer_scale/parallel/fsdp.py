@@ -1,4 +1,4 @@
-"""FSDP2 by units: weights, gradients and optimiser state are spread over the ranks, gathered a unit at a time.
+"""FSDP2 by units: weights, gradients and optimiser state are spread over the ranks, gathered a unit, or several small ones, at a time.
 
 Vectors (BatchNorm, biases: about a thousandth of the parameters) are not sharded: they stay fp32 on every rank, are
 never gathered, and their gradients are averaged by one stacked all-reduce. With `parallel.replicate` N the ranks form
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from seer_scale.parallel.engine import Engine
-from seer_scale.parallel.units import sharded_units
+from seer_scale.parallel.units import joined_units
 from seer_scale.world import World
 
 
@@ -61,13 +61,14 @@ class FSDP(Engine):
     def _wrap(self, method: nn.Module) -> nn.Module:
         self.mesh = build_mesh(self.world, self.config.parallel.replicate)
         vectors = {p for p in method.parameters() if p.ndim < 2}
-        units = sharded_units(method, self.config)
-        for name, unit in units.items():
-            dtype = torch.float32 if name in method.fp32_units else self.dtype
-            self._shard(unit, dtype, vectors)
-        # told nothing, the first unit's backward would gather what ran before it: the last unit of a look at the batch
-        next(iter(units.values())).set_modules_to_backward_prefetch([next(iter(units.values()))])
-        self._shard(method, self.dtype, vectors)
+        groups = joined_units(method, self.config)
+        for units in groups:
+            dtype = torch.float32 if method.fp32_units.issuperset(units) else self.dtype
+            self._shard(list(units.values()), dtype, vectors)
+        # told nothing, the first group's backward would gather what ran before it: the last of a look at the batch
+        first = next(iter(groups[0].values()))
+        first.set_modules_to_backward_prefetch([first])
+        self._shard([method], self.dtype, vectors)
         if overlaps(self.world):
             group = self.world.group("reduce_scatter", self.mesh.size(-1))
             for module in method.modules():
@@ -75,10 +76,10 @@ class FSDP(Engine):
                     module.set_custom_reduce_scatter(ReduceScatterOver(group))
         return method
 
-    def _shard(self, module: nn.Module, dtype: torch.dtype, vectors: set[nn.Parameter]) -> None:
+    def _shard(self, modules: list[nn.Module], dtype: torch.dtype, vectors: set[nn.Parameter]) -> None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(
-            module,
+            modules,
             mesh=self.mesh,
             reshard_after_forward=self.config.parallel.reshard_after_forward,
             mp_policy=policy,

@@ -1,4 +1,5 @@
-"""Units as an engine gathers them: those of the method, cut into parts where they are too large."""
+"""Units as an engine gathers them: those of the method, cut into parts where they are too large, and joined where they are
+so small that a gather of one alone would be waiting more than moving."""
 
 from __future__ import annotations
 
@@ -15,20 +16,49 @@ def sharded_units(method: nn.Module, config: Config) -> dict[str, nn.Module]:
 
     Raises UserError where a layer alone is larger.
     """
-    most, precision = config.parallel.max_unit_gib, config.train.precision
+    most = config.parallel.max_unit_gib
     units: dict[str, nn.Module] = {}
     needs: dict[str, tuple[float, str]] = {}
     for name, unit in method.units().items():
-        dtype = "fp32" if name in method.fp32_units else precision
-        width = 4 if dtype == "fp32" else 2
+        dtype, width = _compute_type(name, method, config)
         parts = split_units({name: unit}, int(most * 2**30 / width))
         units |= parts
         needs |= {part: (matrix_numel(module) * width / 2**30, dtype) for part, module in parts.items()}
     name, (need, dtype) = max(needs.items(), key=lambda n: n[1])
     if need > most and config.parallel.engine in ("auto", "fsdp", "zero3"):
         digits = 10.0 ** (math.floor(math.log10(need)) - 2)
-        raise UserError(f"parallel.max_unit_gib is {most:g}, but {name} cannot be split and takes {need:.3g} GiB in {dtype}; nearest: {math.ceil(need / digits) * digits:.3g}.")
+        raise UserError(
+            f"parallel.max_unit_gib is {most:g}, but {name} cannot be split and takes {need:.3g} GiB in {dtype}; "
+            f"nearest: {math.ceil(need / digits) * digits:.3g}."
+        )
     return units
+
+
+def joined_units(method: nn.Module, config: Config) -> list[dict[str, nn.Module]]:
+    """`sharded_units` as `fsdp` gathers them, in forward order: consecutive ones together, until they come to
+    parallel.min_unit_mib in the compute type, and never to more than parallel.max_unit_gib.
+
+    What is joined runs in the same forwards (the backbone without the head, both without prototypes), as FSDP2 counts the
+    modules that have run to know when a gathered group is done with.
+    """
+    least, most = config.parallel.min_unit_mib * 2**20, config.parallel.max_unit_gib * 2**30
+    groups: list[dict[str, nn.Module]] = []
+    size, last = 0, None
+    for name, unit in sharded_units(method, config).items():
+        dtype, width = _compute_type(name, method, config)
+        kind, more = (name.partition(".")[0], dtype), width * matrix_numel(unit)
+        if kind != last or size >= least or size + more > most:
+            groups.append({})
+            size, last = 0, kind
+        groups[-1][name] = unit
+        size += more
+    return groups
+
+
+def _compute_type(name: str, method: nn.Module, config: Config) -> tuple[str, int]:
+    """A unit's, or a part's, and its bytes an element."""
+    is_fp32 = name in method.fp32_units or config.train.precision == "fp32"
+    return ("fp32", 4) if is_fp32 else (config.train.precision, 2)
 
 
 def split_units(units: dict[str, nn.Module], max_numel: int) -> dict[str, nn.Module]:

@@ -20,7 +20,7 @@ from seer_scale.methods.sinkhorn import sinkhorn
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.norm import BatchNorm
 from seer_scale.parallel.engine import Engine
-from seer_scale.parallel.units import sharded_units
+from seer_scale.parallel.units import joined_units, sharded_units
 from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import losses_of, micro_batches, tiny, world_of
@@ -48,7 +48,13 @@ ENGINES = {
     "fsdp": {"parallel.engine": "fsdp"},
     "fsdp kept": {"parallel.engine": "fsdp", "parallel.reshard_after_forward": False},
     "fsdp in parts": {"parallel.engine": "fsdp", "parallel.max_unit_gib": 4608 * 4 / 2**30},
+    # stem to s3.b1 together, so that the run s3.b1, s3.b2 is recomputed across two gathers
+    "fsdp joined": {"parallel.engine": "fsdp", "parallel.min_unit_mib": 16 / 1024},
+    "fsdp joined kept": {"parallel.engine": "fsdp", "parallel.min_unit_mib": 16 / 1024, "parallel.reshard_after_forward": False},
+    "fsdp parts joined": {"parallel.engine": "fsdp", "parallel.max_unit_gib": 4608 * 4 / 2**30, "parallel.min_unit_mib": 16 / 1024},
+    "fsdp whole": {"parallel.engine": "fsdp", "parallel.min_unit_mib": 8.0},  # backbone, head, prototypes
     "hsdp": {"parallel.engine": "fsdp", "parallel.replicate": 2},
+    "hsdp joined": {"parallel.engine": "fsdp", "parallel.replicate": 2, "parallel.min_unit_mib": 16 / 1024},
     "zero1": {"parallel.engine": "zero1"},
     "zero2": {"parallel.engine": "zero2"},
     "zero3": {"parallel.engine": "zero3"},
@@ -65,6 +71,10 @@ CASES_OF = {
     "fsdp": tuple(CASES),
     "fsdp kept": ("lars",),
     "fsdp in parts": ("lars", "runs recomputed"),
+    "fsdp joined": ("lars", *RECOMPUTED, "queue"),
+    "fsdp joined kept": ("lars", "runs recomputed"),
+    "fsdp parts joined": ("runs recomputed",),
+    "fsdp whole": ("lars", "runs recomputed"),
     "zero1": OPTIMISERS,
     "zero2": OPTIMISERS,
     "zero3": (*OPTIMISERS, *RECOMPUTED, "frozen", "no decay of vectors"),
@@ -76,9 +86,9 @@ CASES_OF = {
 }
 WITH = {
     2: [(e, c) for e, cases in CASES_OF.items() for c in cases],
-    4: [(e, "lars") for e in ENGINES if " " not in e] + [("hsdp", "adamw"), ("hsdp", "runs recomputed")],
+    4: [(e, "lars") for e in ENGINES if " " not in e] + [("hsdp", "adamw"), ("hsdp", "runs recomputed"), ("hsdp joined", "runs recomputed")],
 }
-SKIPPED = [(e, 0) for e in ENGINES if e != "hsdp" and "fsdp " not in e and "parts" not in e] + [(e, 2) for e in ("ddp", "fsdp", "zero3")]
+SKIPPED = [(e, 0) for e in ENGINES if "hsdp" not in e and "fsdp " not in e and "parts" not in e] + [(e, 2) for e in ("ddp", "fsdp", "zero3")]
 
 
 def run_case(world: World, case: str, engine: dict, updates: int = 0) -> dict:
@@ -136,6 +146,7 @@ def everything(rank: int, size: int, folder: str) -> dict:
         out["skip"] = {(name, m): skipped_on_all(world, ENGINES[name], m) for name, m in SKIPPED}
         out["precision"] = {(e, p): precision_run(world, e, p) for e, p in PRECISIONS}
         out["group_stats"] = averaged_statistics(world)
+        out["evaluated"] = {e: evaluated(world, ENGINES[e]) for e in ("fsdp", "fsdp joined", "zero3")}
         out["traffic"] = {(e, v): traffic_of(world, ENGINES[e], VARIANTS[v]) for e, vs in TRAFFIC.items() for v in vs}
         out["accumulated"] = {(e, c): accumulated(world, e, c) for e, c in ACCUMULATED}
     if size == 4:
@@ -237,7 +248,21 @@ def averaged_statistics(world: World) -> tuple[float, float]:
     return (everyone[0] - everyone[1]).abs().max().item(), (saved - sum(everyone) / world.size).abs().max().item()
 
 
-ACCUMULATED = [(e, "") for e in ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2 offloaded", "fairscale")] + [("fsdp", "queue")]
+def evaluated(world: World, over: dict) -> tuple[list[float], list[float]]:
+    """Losses of updates with an evaluation, which runs no prototypes, before each; and of updates alone."""
+    runs = []
+    for evaluates in (True, False):
+        config, engine = tiny(world, **over, **CASES["runs recomputed"])
+        losses = []
+        for step in range(3):
+            if evaluates:
+                engine.represent(micro_batches(config, 9, world)[0]()[1])
+            losses += losses_of(engine, config, world, range(step, step + 1), 0.02)
+        runs.append(losses)
+    return runs[0], runs[1]
+
+
+ACCUMULATED = [(e, "") for e in ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2 offloaded", "fairscale")] + [("fsdp", "queue"), ("fsdp joined", "queue")]
 
 
 def accumulated(world: World, engine: str, case: str) -> dict:
@@ -267,6 +292,7 @@ VARIANTS = {
 }
 TRAFFIC = {
     "ddp": ["two", "accumulated"], "fsdp": list(VARIANTS), "fsdp kept": ["two"], "fsdp in parts": ["two", "recomputed"],
+    "fsdp joined": ["two", "recomputed", "accumulated", "fp16"],
     "zero1": ["two", "fp16"], "zero2": ["two"], "zero3": ["two", "one", "fp16", "recomputed", "in parts"], "fairscale": ["two"],
 }  # fmt: skip
 
@@ -280,7 +306,7 @@ def traffic_of(world: World, over: dict, more: dict) -> dict:
         engine.update(0.01)
     shapes, vectors = engine.shapes, engine.vectors
     with torch.device("meta"):
-        units = sharded_units(SwAV(config, world), config)
+        units = (joined_units if config.parallel.engine == "fsdp" else sharded_units)(SwAV(config, world), config)
     return {"calls": seen.calls, "tensors": len(shapes), "K": 12 + 7, "P": sum(s.numel() for s in shapes.values()),
             "V": sum(shapes[n].numel() for n in vectors), "units": len(units),
             "prototypes": sum(shapes[n].numel() for n in engine.method.unit_rows),
@@ -320,9 +346,13 @@ def test_prototypes_have_unit_length_in_the_master_copy_and_in_what_forward_read
         assert off < 1e-6 and np.abs(np.linalg.norm(run["weights"][name], axis=1) - 1).max() < 1e-6, name
 
 
-@pytest.mark.parametrize("one,other", [("fsdp", "fsdp kept"), ("zero1", "zero2"), ("zero1", "zero1 offloaded"), ("zero3", "zero3 offloaded")])
-def test_engines_that_reduce_in_the_same_order_agree_to_the_bit(ranks, one, other):
-    a, b = (ranks[2][0][e, "lars"] for e in (one, other))
+SAME_ORDER = [("fsdp", e) for e in ENGINES if e.startswith("fsdp ")]
+SAME_ORDER += [("zero1", "zero2"), ("zero1", "zero1 offloaded"), ("zero3", "zero3 offloaded")]
+
+
+@pytest.mark.parametrize("one,other,case", [(a, b, c) for a, b in SAME_ORDER for c in CASES_OF[b] if c in CASES_OF[a]])
+def test_engines_that_reduce_in_the_same_order_agree_to_the_bit(ranks, one, other, case):
+    a, b = (ranks[2][0][e, case] for e in (one, other))
     assert a["losses"] == b["losses"] and all(np.array_equal(w, b["weights"][n]) for n, w in a["weights"].items())
 
 
@@ -377,6 +407,11 @@ def test_codes_do_not_depend_on_the_ranks(ranks, size):
         parts = np.concatenate([r["sinkhorn"]["codes"][which] for r in ranks[size]], axis=1)
         np.testing.assert_allclose(parts, whole.numpy(), atol=1e-6)
     assert all(r["sinkhorn"]["all_reduces"] == r["sinkhorn"]["all"] == 7 for r in ranks[size])  # iterations + 1
+
+
+def test_an_evaluation_between_updates_leaves_no_trace(ranks):
+    for engine, (one, other) in ranks[2][0]["evaluated"].items():
+        assert one == other, engine
 
 
 # ------------------------------------------------------------------------------------------------ 8. accumulation

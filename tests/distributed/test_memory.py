@@ -90,17 +90,20 @@ def measured(rank: int, size: int) -> dict:
             engine.close()
             del engine
         out[name, "lars"]["forward"] = left_by_forward(world, name)
-    return out | {("transients", precision): transients(world, precision) for precision in ("fp32", "bf16")}
+    return out | {("transients", *case): transients(world, *case) for case in TRANSIENTS}
 
 
 SIDE, DEPTH = 512, 4
+TRANSIENTS = [("fp32", 1), ("bf16", 1), ("fp32", 2)]
 
 
-def transients(world: World, precision: str) -> dict[str, float]:
-    """Bytes an element of a unit that fsdp holds for a moment, in forward and in backward: all units are one matrix."""
+def transients(world: World, precision: str, together: int) -> dict[str, float]:
+    """Bytes an element of what fsdp gathers at once, `together` units that are one matrix each, held for a moment, in
+    forward and in backward."""
+    numel, width = together * SIDE**2, 4 if precision == "fp32" else 2
     with LiveBytes() as count:
-        over = {"parallel.engine": "fsdp", "train.precision": precision}
-        config, engine = toy(lambda: Toy("matrices", SIDE, DEPTH), FSDP, world, **over)
+        over = {"parallel.engine": "fsdp", "train.precision": precision, "parallel.min_unit_mib": width * numel / 2**20}
+        config, engine = toy(lambda: Toy("matrices", SIDE, together * DEPTH), FSDP, world, **over)
         for step in range(2):
             engine.gradients(micro_batches(config, step, world), samples_seen=0)
             engine.update(1e-3)
@@ -109,7 +112,7 @@ def transients(world: World, precision: str) -> dict[str, float]:
         loss, _ = engine._forward(views, samples_seen=0)
         forward, count.peak = count.peak - before, count.now
         engine._backward(loss)
-    return {"forward": forward / SIDE**2, "backward": (count.peak - count.now) / SIDE**2}
+    return {"forward": forward / numel, "backward": (count.peak - count.now) / numel}
 
 
 def left_by_forward(world: World, name: str) -> int:
@@ -159,11 +162,12 @@ def test_no_rank_ever_holds_a_sharded_model_whole(ranks, engine):
         assert 4 * (m["P"] / 4 + m["V"] + 2 * m["largest"]) < 0.8 * 4 * m["P"]  # the bound says something
 
 
-@pytest.mark.parametrize("precision,h", [("fp32", 4), ("bf16", 2)])
-def test_what_fsdp_holds_for_a_moment_follows_the_formula(ranks, precision, h):
+@pytest.mark.parametrize("precision,together", TRANSIENTS)
+def test_what_fsdp_holds_for_a_moment_follows_the_formula(ranks, precision, together):
     """In forward 3h bytes an element: gathered, and the next unit's gather as it is copied out. In backward the largest of
     3h + 4 and, with gloo, 2h + 8; it is reached before the last unit, whose gradient (4 / N) is not there yet."""
+    h = 4 if precision == "fp32" else 2
     for rank in ranks:
-        m = rank["transients", precision]
+        m = rank["transients", precision, together]
         assert abs(m["forward"] / (3 * h) - 1) < 0.2, m  # and activations
         assert abs(m["backward"] / (max(3 * h + 4, 2 * h + 8) - 4 / 4) - 1) < 0.1, m

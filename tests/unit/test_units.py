@@ -11,7 +11,7 @@ from seer_scale import parallel
 from seer_scale.config import ConfigError, load_recipe, resolve
 from seer_scale.errors import UserError
 from seer_scale.methods.swav import SwAV
-from seer_scale.parallel.units import matrix_numel, sharded_units
+from seer_scale.parallel.units import joined_units, matrix_numel, sharded_units
 from seer_scale.train.start import resolve_recipe
 from seer_scale.world import World
 from tests.tiny import RECIPE
@@ -42,6 +42,27 @@ def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
     assert "backbone.s4.b1.conv3" in sharded_units(method, config)
 
 
+@pytest.mark.parametrize("least", [0, 1, 8, 64, 1024])
+@pytest.mark.parametrize("recipe", ["seer_regnety_8gf", "seer_regnety_256gf", "seer_regnety_10b"])
+def test_small_units_are_gathered_together(recipe, least):
+    """In order, each once, never over the size, of one part of the model and one type; as large as asked for wherever the
+    next one was of the same kind and would have fitted; and a unit that is alone where `least` is 0."""
+    method, config = method_of(recipe, "--parallel.engine", "fsdp", "--parallel.min_unit_mib", str(least), "--parallel.sync_bn_group", "0")
+    groups = joined_units(method, config)
+    assert {n: u for g in groups for n, u in g.items()} == sharded_units(method, config)
+    assert [n for g in groups for n in g] == list(sharded_units(method, config))
+    kinds = [{(n.split(".")[0], n in method.fp32_units) for n in g} for g in groups]
+    assert all(len(kind) == 1 for kind in kinds)
+    width = [4 if next(iter(g)) in method.fp32_units else 2 for g in groups]
+    sizes = [w * sum(map(matrix_numel, g.values())) for w, g in zip(width, groups)]
+    assert max(sizes) <= config.parallel.max_unit_gib * 2**30
+    for i in range(len(groups) - 1):
+        fits = sizes[i] + width[i] * matrix_numel(next(iter(groups[i + 1].values()))) <= config.parallel.max_unit_gib * 2**30
+        assert sizes[i] >= least * 2**20 or kinds[i] != kinds[i + 1] or not fits
+        *before, last = groups[i].values()
+        assert not before or width[i] * sum(map(matrix_numel, before)) < least * 2**20
+
+
 @pytest.mark.parametrize(
     "words,sentence",
     [
@@ -53,7 +74,9 @@ def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
         (["--parallel.activation_checkpoint", "every 0"], 'nearest: every 1'),
         (["--parallel.activation_checkpoint", "[[1], [1]]"], "must have one for each of the 4 stages"),
         (["--parallel.activation_checkpoint", "[[9], [], [], []]"], "nearest: [1]"),
-        (["--parallel.max_unit_gib", "0.000001"], "parallel.max_unit_gib is 1e-06, but"),
+        (["--parallel.max_unit_gib", "0.000001", "--parallel.min_unit_mib", "0"], "parallel.max_unit_gib is 1e-06, but"),
+        (["--parallel.max_unit_gib", "0.5", "--parallel.min_unit_mib", "600"], "parallel.min_unit_mib is 600, but parallel.max_unit_gib 0.5 lets no more than 512 MiB be gathered together; nearest: 512."),
+        (["--parallel.engine", "zero3", "--parallel.min_unit_mib", "4"], "parallel.min_unit_mib is 4.0, but has no effect without parallel.engine fsdp"),
         (["--train.min_loss_scale", "2"], "train.min_loss_scale is 2.0, but has no effect without train.precision fp16"),
         (["--parallel.engine", "ddp", "--parallel.ds_config", "x.json"], "parallel.ds_config is x.json, but has no effect without parallel.engine zero1"),
         (["--parallel.engine", "zero3", "--parallel.ds_config", "nowhere.json"], "nowhere.json cannot be read"),
@@ -157,7 +180,7 @@ def test_auto_takes_ddp_while_it_fits_and_shards_beyond(monkeypatch):
 
 
 def test_prototypes_count_in_fp32_whatever_the_precision():
-    over = {"train": {"precision": "fp16"}, "swav": {"dim": 256, "prototypes": [32]}, "parallel": {"engine": "fsdp", "max_unit_gib": 20_000 / 2**30}}
+    over = {"train": {"precision": "fp16"}, "swav": {"dim": 256, "prototypes": [32]}, "parallel": {"engine": "zero3", "max_unit_gib": 20_000 / 2**30}}
     config = resolve(RECIPE, over, world_size=2)
     with torch.device("meta"):
         method = SwAV(config, World())
