@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from seer_scale.data.sources import kind_of, left_out, open_source
+from seer_scale.data.sources.files import folder
 from seer_scale.errors import DataError
 from seer_scale.extras import how_to_install
 from tests.sources import read_heif
@@ -99,6 +102,36 @@ def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypat
         touch(tmp_path / "zips" / name)
     with pytest.raises(DataError, match=r"holds no image.*It holds 2 archives \(unpack them\), 1 HEIF images"):
         open_source(str(tmp_path / "zips"))
+
+
+def test_what_only_is_called_like_an_image_is_none(tmp_path, monkeypatch):
+    """Links that lead nowhere, pipes and sockets; and to tell costs no question for a regular file."""
+    place = tmp_path / "d"
+    for name in ("1.jpg", "2.jpg", "a/3.jpg"):
+        touch(place / name)
+    for name, target in (("gone.jpg", "nowhere.jpg"), ("gone", "nowhere"), ("4.jpg", "1.jpg"), ("to-pipe.jpg", "pipe.jpg")):
+        (place / name).symlink_to(target)
+    os.mkfifo(place / "pipe.jpg")
+    os.mkfifo(place / "pipe")
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(os.path.relpath(place / "socket.jpg"))
+    asked, stat = Counter(), os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **more: asked.update([os.path.basename(path)]) or stat(path, **more))
+    source = folder(str(place))
+    assert [os.path.basename(source.name(i)) for i in range(len(source))] == ["1.jpg", "2.jpg", "4.jpg", "3.jpg"]
+    assert source.left_out == {left_out.DANGLING: 2, left_out.SPECIAL: 4}
+    assert not asked.keys() & {"1.jpg", "2.jpg", "3.jpg"}
+    assert "2 links that lead nowhere" in left_out.warning(source.left_out)
+
+
+def test_folders_deeper_than_a_path_may_be_are_told_as_that(deep, tmp_path, monkeypatch):
+    touch(tmp_path / "d" / "1.jpg")
+    monkeypatch.chdir(tmp_path / "d")
+    for _ in range(20):
+        os.mkdir("n" * 250)
+        os.chdir("n" * 250)
+    source = open_source(str(tmp_path / "d"))
+    assert len(source) == 1 and source.left_out == {left_out.TOO_DEEP: 1}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import re
@@ -23,7 +24,17 @@ from seer_scale.data.sources.base import (
     is_image,
     must_exist,
 )
-from seer_scale.data.sources.left_out import DANGLING, EXCLUDED, HIDDEN, UNLISTABLE, described, is_hidden, kind_of
+from seer_scale.data.sources.left_out import (
+    DANGLING,
+    EXCLUDED,
+    HIDDEN,
+    SPECIAL,
+    TOO_DEEP,
+    UNLISTABLE,
+    described,
+    is_hidden,
+    kind_of,
+)
 from seer_scale.errors import DataError
 from seer_scale.files import shown
 
@@ -118,9 +129,8 @@ def folders_in(path: str, exclude: Sequence[str] = ()) -> list[str]:
     patterns, names = _Patterns(exclude), []
     with suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
-            with suppress(OSError):  # of a link to itself
-                if entry.is_dir() and not is_hidden(entry.name) and not patterns.match("", entry.name):
-                    names.append(entry.name)
+            if is_folder(entry) and not is_hidden(entry.name) and not patterns.match("", entry.name):
+                names.append(entry.name)
     return sorted(names)
 
 
@@ -140,46 +150,56 @@ class _Patterns:
 
 def _walk(root: str, exclude: _Patterns, left_out: Counter[str]) -> Iterator[str]:
     """Relative paths of the images under root, sorted; links are followed, but no folder is entered twice. What is not
-    an image is counted in `left_out`. Raises DataError where the root itself cannot be listed."""
+    an image is counted in `left_out`. A regular file costs no question to the file system where its folder tells its
+    type. Raises DataError where the root itself cannot be listed."""
     seen: set[tuple[int, int]] = set()
-    stack = [_listed(root, "", seen)]  # of folders however deep
-    if stack[0] is None:
-        raise DataError(f"{root} cannot be listed: make it readable, or give another folder.")
+    try:
+        stack = [_listed(root, "", seen)]  # of folders however deep
+    except OSError as error:
+        raise DataError(f"{root} cannot be listed: make it readable, or give another folder.") from error
     while stack:
         entry = next(stack[-1][1], None)
         if entry is None:
             stack.pop()
             continue
         below, name = stack[-1][0], entry.name
-        try:
-            is_folder = entry.is_dir()
-        except OSError:  # a link to itself
-            left_out[DANGLING] += 1
-            continue
         if exclude.match(below, name):
             left_out[EXCLUDED] += 1
         elif is_hidden(name):
             left_out[HIDDEN] += 1
-        elif is_folder:
-            if found := _listed(root, f"{below}{name}/", seen):
-                stack.append(found)
-            else:
-                left_out[UNLISTABLE] += 1
+        elif is_folder(entry):
+            try:
+                stack.append(_listed(root, f"{below}{name}/", seen))
+            except OSError as error:
+                left_out[TOO_DEEP if error.errno == errno.ENAMETOOLONG else UNLISTABLE] += 1
+        elif not _is_file(entry):
+            left_out[SPECIAL if os.path.exists(entry.path) else DANGLING] += 1
         elif is_image(name):
             yield below + name
         else:
             left_out[kind_of(name)] += 1
 
 
-def _listed(root: str, below: str, seen: set[tuple[int, int]]) -> tuple[str, Iterator[os.DirEntry]] | None:
-    """(below, what lies in root/below, sorted; nothing if it was listed before), or None where it cannot be listed."""
-    here = os.path.join(root, below)
+def is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        found = os.stat(here)
-        if (found.st_dev, found.st_ino) in seen:
-            return below, iter(())
-        seen.add((found.st_dev, found.st_ino))
-        with os.scandir(here) as entries:
-            return below, iter(sorted(entries, key=lambda e: e.name))
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
     except OSError:
-        return None
+        return False
+
+
+def _listed(root: str, below: str, seen: set[tuple[int, int]]) -> tuple[str, Iterator[os.DirEntry[str]]]:
+    """(below, what lies in root/below, sorted; nothing if it was listed before). Raises OSError."""
+    here = os.path.join(root, below)
+    found = os.stat(here)
+    if (found.st_dev, found.st_ino) in seen:
+        return below, iter(())
+    seen.add((found.st_dev, found.st_ino))
+    with os.scandir(here) as entries:
+        return below, iter(sorted(entries, key=lambda e: e.name))

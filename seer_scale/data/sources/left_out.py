@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from seer_scale.extras import how_to_install
 
 HIDDEN, UNLISTABLE, EXCLUDED = "hidden", "folders that cannot be listed", "excluded"
-DANGLING = "links that lead nowhere"
+TOO_DEEP = "folders whose paths are too long for the system"
+DANGLING, SPECIAL = "links that lead nowhere", "pipes, sockets or devices"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
 HEADERS, COLUMNS = "header lines", "lines with further columns"
 NO_SUFFIX, OTHER = "files without a suffix", "other files"
@@ -23,7 +24,9 @@ SUFFIXES_OF = {
 ADVICE = {
     HIDDEN: "data.kind list reads what a list names",
     UNLISTABLE: "make them readable",
+    TOO_DEEP: "move what is in them further up",
     DANGLING: "",
+    SPECIAL: "no regular files",
     EXCLUDED: "by data.exclude",
     LINKS: "they are never followed; store the images themselves",
     SPARSE: "pack them as whole files (tar without --sparse)",
