@@ -18,24 +18,35 @@ from torch import Tensor, nn
 def keep_parameters_only(method: nn.Module) -> None:
     """Make each convolution and linear layer of `method` thrifty; its values stay what they were."""
     for module in method.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(getattr(module, "padding", 0), str):
+        if isinstance(module, nn.Linear) or _pads_by_number(module):
             module.forward = partial(_forward, module)
 
 
 def compute_small_maps_in_fp32(method: nn.Module) -> None:
-    """For half precision on CPUs: convolutions of maps that are smaller than the kernel are computed in fp32.
+    """For half precision on CPUs: convolutions of maps so small that a tap sees padding alone are computed in fp32.
 
-    oneDNN leaves the gradient of taps that see padding alone as it found the memory (seen with torch 2.11 and 2.14 on
+    oneDNN leaves the gradient of such taps as it found the memory (seen with torch 2.11 and 2.14 on
     CPUs with AMX: 3 x 3, stride 2, 8 groups, bf16, over 1 x 1 maps; with AVX-512 alone where they are channels-last).
     """
     for module in method.modules():
-        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and not isinstance(module.padding, str):
+        if _pads_by_number(module) and max(module.kernel_size) > 1:
             module.forward = partial(_small_in_fp32, module, module.forward)
+
+
+def has_idle_tap(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether, along one side of a map, a tap of the kernel sees padding alone."""
+    starts = range(-padding, size + padding - dilation * (kernel - 1), stride)  # of the first tap, for each output
+    return not all(any(0 <= first + tap * dilation < size for first in starts) for tap in range(kernel))
+
+
+def _pads_by_number(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 def _small_in_fp32(module: nn.Conv2d, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     device = x.device.type
-    if all(size > d * (k - 1) for size, k, d in zip(x.shape[-2:], module.kernel_size, module.dilation)):
+    sides = zip(x.shape[-2:], module.kernel_size, module.stride, module.padding, module.dilation)
+    if not any(has_idle_tap(*side) for side in sides):
         return plain(x)
     with torch.autocast(device, enabled=False):
         y = _Product.apply(x.float(), module.weight, module.bias, _settings(module))

@@ -226,8 +226,8 @@ class Trainer:
         if self.world.device.type == "cpu" and train.precision != "fp32":
             self._tell(
                 "note",
-                f"On this CPU, convolutions over maps smaller than their kernel are computed in fp32, not {train.precision}: "
-                "oneDNN leaves gradients of theirs unset in half precision.",
+                f"On this CPU, convolutions over maps of which part of their kernel sees padding alone are computed in fp32, not "
+                f"{train.precision}: oneDNN leaves gradients of that part unset in half precision.",
             )
         if native() is None:
             self._tell_of_rank("note", MISSING)
