@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from seer_scale.data.sources import left_out, open_source
+from seer_scale.data.sources import kind_of, left_out, open_source
+from seer_scale.data.sources.hub import looks_like_hub
+from seer_scale.errors import DataError
 from tests.sources import read_heif
 
 CASES = Path(__file__).parents[2].parent / "shared" / "data" / "cases"
@@ -78,6 +80,38 @@ def test_what_is_no_file_or_not_meant_to_be_seen_is_told(tmp_path, monkeypatch):
     assert source.left_out == {
         left_out.LINKS: 2, left_out.HIDDEN: 4, "HEIF images": 1, left_out.NO_SUFFIX: 1, "archives": 1, left_out.OTHER: 1,
     }  # fmt: skip
+
+
+def test_what_is_no_regular_file_is_told_by_its_type(tmp_path):
+    members, fifo, device, folder = [], tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE
+    for name, kind in (("pipe.jpg", fifo), ("tty", device), ("odd.jpg", b"Z"), ("label", b"V"), ("a", folder)):
+        members.append(tarfile.TarInfo(name))
+        members[-1].type = kind
+    source = opened(tmp_path, *members, "1.jpg")
+    assert read(source) == [("1.jpg", None)] and source.left_out == {left_out.SPECIAL: 2, left_out.FOREIGN: 1}
+
+
+@pytest.mark.parametrize("zeros", [0, 3 << 20])
+def test_a_tar_behind_another_is_not_lost(tmp_path, zeros):
+    """However much the first one was padded (tar -b 4096), and wherever it ends in what is read at once."""
+    opened(tmp_path, "1.jpg")
+    one = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(one + bytes(zeros))
+    assert len(open_source(str(tmp_path / "x.tar"))) == 1
+    (tmp_path / "x.tar").write_bytes(one + bytes(zeros) + one)
+    with pytest.raises(DataError, match="holds more after its end mark .* joined from several tars"):
+        open_source(str(tmp_path / "x.tar"))
+
+
+def test_tars_may_be_called_in_capitals(tmp_path):
+    opened(tmp_path, "1.jpg")
+    (tmp_path / "x.tar").rename(tmp_path / "A.TAR")
+    assert not looks_like_hub(str(tmp_path)) and kind_of(str(tmp_path)) == "tar"
+    for path in (tmp_path, tmp_path / "A.TAR", f"file://{tmp_path}/"):
+        assert len(open_source(str(path))) == 1
+    (tmp_path / "2.jpg").touch()
+    with pytest.raises(DataError, match=r"holds tars and also 2\.jpg; say what is meant"):
+        open_source(str(tmp_path))
 
 
 def test_an_index_without_heif_images_is_made_anew_where_they_can_be_read(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from seer_scale.config import Data
 from seer_scale.data.sources import hub, remote
-from seer_scale.data.sources.base import Source, is_image, must_exist, subset
+from seer_scale.data.sources.base import Source, is_image, is_tar, must_exist, subset
 from seer_scale.data.sources.files import folder, is_folder
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.data.sources.lists import ListFile
@@ -74,7 +74,7 @@ def kind_of(path: str) -> str:
         must_exist(path)
     if not os.path.isdir(path):
         name = path.partition("?")[0].lower() if is_url else path.lower()
-        if name.endswith(".tar") or is_url and name.endswith("/"):
+        if is_tar(name) or is_url and name.endswith("/"):
             return "tar"
         if name.endswith(COMPRESSED):
             raise DataError(
@@ -95,7 +95,7 @@ def kind_of(path: str) -> str:
             entries = [e for e in found if not is_hidden(e.name)]
     except OSError as error:
         raise DataError(f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder.") from error
-    if not any(e.name.endswith(".tar") for e in entries):
+    if not any(is_tar(e.name) for e in entries):
         return "folder"
     other = next((e.name for e in entries if is_image(e.name) or is_folder(e)), None)
     if other:

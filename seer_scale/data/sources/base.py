@@ -174,6 +174,10 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not is_hidden(name.rpartition("/")[2])
 
 
+def is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
 def few(paths: list[str]) -> str:
     return paths[0] if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from fsspec.core import url_to_fs
 
-from seer_scale.data.sources.base import Source, is_image
+from seer_scale.data.sources.base import Source, is_image, is_tar
 from seer_scale.data.sources.files import is_lfs_pointer, read_file
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.errors import DataError, nearest
@@ -58,7 +58,7 @@ def _holds_tables(folder: str) -> bool:
                 left -= 1
                 if entry.is_dir():
                     folders.append((entry.path, depth + 1)) if depth < DEPTH else None
-                elif is_image(entry.name) or entry.name.endswith(".tar"):
+                elif is_image(entry.name) or is_tar(entry.name):
                     return False
                 else:
                     found = found or entry.name.lower().endswith(FILES)

@@ -8,6 +8,7 @@ from seer_scale.extras import how_to_install
 
 HIDDEN, UNLISTABLE, EXCLUDED = "hidden", "folders that cannot be listed", "excluded"
 TOO_DEEP = "folders whose paths are too long for the system"
+FOREIGN = "tar members of a type that is not known"
 DANGLING, SPECIAL = "links that lead nowhere", "pipes, sockets or devices"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
 HEADERS, COLUMNS = "header lines", "lines with further columns"
@@ -29,6 +30,7 @@ ADVICE = {
     SPECIAL: "no regular files",
     EXCLUDED: "by data.exclude",
     LINKS: "they are never followed; store the images themselves",
+    FOREIGN: "store them as regular files",
     SPARSE: "pack them as whole files (tar without --sparse)",
     SECOND: "of each key one image is read, as WebDataset does",
     NO_END: "they may have been cut between two members",

@@ -151,7 +151,7 @@ def find_tars(url: str) -> list[str]:
         return [_filesystem(url)[0].unstrip_protocol(name) for name in found]
 
     found = _retried(url, attempt, LIST_TIMEOUT_S)
-    return sorted({name for name in found if name.partition("?")[0].endswith(".tar")})
+    return sorted({name for name in found if name.partition("?")[0].lower().endswith(".tar")})
 
 
 def open_buffered(url: str, size: int) -> io.BufferedReader:

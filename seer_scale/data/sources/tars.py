@@ -39,6 +39,7 @@ from seer_scale.data.sources.base import (
     few,
     first_folder,
     is_image,
+    is_tar,
     load_arrays,
     must_exist,
     number,
@@ -47,12 +48,14 @@ from seer_scale.data.sources.base import (
 )
 from seer_scale.data.sources.files import MOST_BYTES, read_file
 from seer_scale.data.sources.left_out import (
+    FOREIGN,
     HIDDEN,
     KINDS,
     LINKS,
     NO_END,
     SECOND,
     SPARSE,
+    SPECIAL,
     described,
     is_hidden,
     kind_of,
@@ -65,13 +68,15 @@ if TYPE_CHECKING:
 
 OUTSIDE_BRACES = r",(?![^{}]*\})"
 """Commas that part one path from the next."""
-INDEX_VERSION = 102
+INDEX_VERSION = 103
 """To be raised with left_out.KINDS."""
 COLLECTION_VERSION = 2 + bool(HEIF)
 SUMS = 4 + len(KINDS)
 LONGEST_LABEL = 256
 INDEXING_TIMEOUT_S = 3600.0
 """Seconds after which a tar that is still being walked is given to another process; tars may have a terabyte."""
+HEADERS_OF_GNU_TAR = (b"V", b"D")
+"""Types of members that hold nothing: the name of a volume, what a folder held when a copy of what changed was made."""
 OPEN_TARS = 64
 KEPT_IMAGES = 1 << 21
 """Images whose places a process keeps, about: some 100 MB."""
@@ -311,8 +316,8 @@ def is_several(path: str) -> bool:
 
 def _found(path: str) -> list[str]:
     if remote.is_url(path):
-        is_tar = path.partition("?")[0].endswith(".tar") and not remote.has_magic(path)
-        return [path] if is_tar else remote.find_tars(path)
+        is_one = is_tar(path.partition("?")[0]) and not remote.has_magic(path)
+        return [path] if is_one else remote.find_tars(path)
     try:
         is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -320,7 +325,12 @@ def _found(path: str) -> list[str]:
             return sorted(_matches(path))
         must_exist(path)
         raise
-    return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar"))) if is_folder else [path]
+    if not is_folder:
+        return [path]
+    try:
+        return [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_tar(name) and not is_hidden(name)]
+    except OSError as error:
+        raise DataError(f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder.") from error
 
 
 def _matches(pattern: str) -> list[str]:
@@ -538,8 +548,10 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
                     found.left_out[HIDDEN] += not member.isdir()
                 elif member.issym() or member.islnk():
                     found.left_out[LINKS] += is_image(name)
+                elif member.type not in tarfile.SUPPORTED_TYPES:
+                    found.left_out[FOREIGN] += member.type not in HEADERS_OF_GNU_TAR
                 elif not member.isreg():
-                    continue
+                    found.left_out[SPECIAL] += not member.isdir()
                 elif is_sparse:
                     found.left_out[SPARSE] += is_image(name)
                 elif name.lower().endswith(".cls"):
@@ -550,7 +562,8 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
                 else:
                     found.left_out[kind_of(name)] += 1
             file.seek(archive.offset)
-            tail = file.read(1 << 20)
+            tail = file.read(512)
+            is_joined = any(chunk.strip(b"\0") for chunk in iter(partial(file.read, 1 << 20), b""))
     except tarfile.ReadError as error:
         if not len(found.offsets) and "end of data" not in str(error):
             raise DataError(f"{tar} is not a plain tar ({error}); unpack a compressed one first.") from error
@@ -559,9 +572,9 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
         raise DataError(f"{tar} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     if not tail:  # it ends after a member, as some writers leave it and all readers take it
         found.left_out[NO_END] += 1
-    elif len(tail) < 512 or any(tail[:512]):  # whole tars end in blocks of zeros; tarfile takes any end for the end
+    elif len(tail) < 512 or any(tail):  # whole tars end in blocks of zeros; tarfile takes any end for the end
         raise DataError(f"{tar} is cut short ({last}); fetch it again or remove it.")
-    if any(tail):
+    if is_joined:
         raise DataError(f"{tar} holds more after its end mark ({last}): it was joined from several tars; use those.")
     return found.index()
 
