@@ -6,6 +6,7 @@ import ctypes
 import io
 import logging
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
@@ -34,6 +35,8 @@ SLOW, MAX_SLOW = ("ppm", "ppm_plain", "bmp_rle"), 1 << 22
 """Pillow's decoders in Python, some microseconds a pixel, and how many pixels they may have."""
 MAX_SCANS = 100
 """Of a JPEG; each is a pass over the whole image. Encoders make ten, and could make use of forty."""
+MAX_TRIES = 150
+"""How often a JPEG is decoded of which libjpeg-turbo complains, to find out whether pixels are missing; fewer if it is large."""
 
 SWAPPED = (5, 6, 7, 8)
 """EXIF orientations that lay the image on its side."""
@@ -100,15 +103,12 @@ def _decode_jpeg(data: bytes, at_least: AtLeast | None) -> np.ndarray | None:
             least = {"min_height": rows, "min_width": columns, "min_factor": 2}
     space = "CMYK" if channels == 4 else "RGB"
     pixels, complaint = _strictly(data, space, least)
-    for other in jpeg.repaired(complaint, data, header) if complaint else ():
-        pixels, what_is_left = _strictly(other, space, least)
-        if pixels is not None:
-            break
-        complaint = what_is_left if jpeg.is_damage(what_is_left) else complaint
     if pixels is None:
-        if jpeg.is_damage(complaint):
-            raise DataError(f"it is no whole image ({complaint})")
-        return None
+        if not jpeg.is_warning(complaint):
+            return None
+        tries = min(MAX_TRIES, 16 + MAX_PIXELS // (height * width))
+        whole = jpeg.without_oddities(data, header, complaint, lambda other: _checksum(other, space), tries)
+        pixels, _ = _strictly(whole, space, least)
     return _upright(pixels if channels == 3 else _of_cmyk(pixels), header.orientation)
 
 
@@ -118,6 +118,12 @@ def _strictly(data: bytes, space: str, least: dict[str, int]) -> tuple[np.ndarra
         return simplejpeg.decode_jpeg(data, space, **least), ""
     except ValueError as error:
         return None, str(error)
+
+
+def _checksum(data: bytes, space: str) -> tuple[int | None, str]:
+    """Of the pixels, or libjpeg-turbo's first complaint."""
+    pixels, complaint = _strictly(data, space, {})
+    return (None if pixels is None else zlib.crc32(pixels)), complaint
 
 
 def _check_size(width: int, height: int, bytes_a_pixel: float) -> None:

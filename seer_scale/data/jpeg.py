@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, NoReturn
+
+from seer_scale.errors import DataError
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """SOF markers: 3 of the others are lossless, 9 to 11 arithmetic, the rest hierarchical."""
-ALONE = frozenset((0x01, *range(0xD0, 0xD8)))
-"""Markers without a segment: TEM, RST."""
-EOI, SOS, APP0, APP1, APP14 = 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
+ALONE = frozenset((0x01, *range(0xD0, 0xDA)))
+"""Markers without a segment: TEM, RST, SOI, EOI."""
+SOI, EOI, SOS, APP0, APP1, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
+RESTARTS = range(0xD0, 0xD8)
+TABLES = (0xC4, 0xDB, 0xDD)
+"""DHT, DQT, DRI."""
 
 XMP_PREFIX = re.compile(rb"""xmlns:([\w.-]{1,40})\s*=\s*["']http://ns\.adobe\.com/tiff/1\.0/["']""")
 XMP_ORIENTATION = rb"""\b%s:Orientation(?:\s*=\s*["']|(?:\s[^<>]{0,200})?>)\s*([0-9])"""
 """An attribute, or an element with whatever attributes of its own."""
-EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker")
-DAMAGED = re.compile(r"Corrupt JPEG data|Premature end of JPEG|Bogus|Inconsistent progression")
-HARMLESS = re.compile(r"unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters")
+EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x(\w+)")
+WARNING = re.compile(
+    "Corrupt JPEG data|Premature end of JPEG|Bogus|Inconsistent progression"
+    "|unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters"
+)
+HOLE = re.compile(rb"(.)\1{31}", re.DOTALL)
+
+Checksum = Callable[[bytes], tuple[int | None, str]]
 
 
 class Header(NamedTuple):
@@ -37,8 +47,6 @@ class Header(NamedTuple):
     """Exif's, else XMP's; 1 where neither tells."""
     first_scan: int
     """Where the segment of its first scan begins."""
-    junk: int
-    """Bytes between its segments that belong to none."""
 
     @property
     def can_be_reduced(self) -> bool:
@@ -53,32 +61,33 @@ class Header(NamedTuple):
         return sum(h * v for h, v in self.sampling) / (max(across) * max(down))
 
 
+def _markers(data: bytes, at: int = 2) -> Iterator[tuple[int, int, int]]:
+    """Each marker, where it begins and where its segment ends, as libjpeg finds them: whatever lies between two segments is
+    passed over, and a length below its own two bytes is taken for two."""
+    while (begin := data.find(b"\xff", at)) >= 0 and begin + 2 <= len(data):
+        marker, at = data[begin + 1], begin + 2
+        if marker == 0xFF:  # fill
+            at = begin + 1
+        elif marker:
+            if marker not in ALONE:
+                at += max(2, int.from_bytes(data[at : at + 2], "big"))
+            yield marker, begin, at
+
+
 def read_header(data: bytes) -> Header | None:
     """None where no frame comes before a first scan."""
-    at, junk, frame, exif, xmp = 2, 0, None, None, None
-    while (begin := data.find(b"\xff", at)) >= 0 and begin + 4 <= len(data):
-        junk, at, marker = junk + begin - at, begin, data[begin + 1]
-        if marker == 0xFF:  # fill
-            at += 1
-        elif marker in ALONE:
-            at += 2
-        elif not marker:
-            at, junk = at + 2, junk + 2
-        elif marker == SOS:
-            if frame is None:
-                return None
-            orientation = exif or xmp or 1
-            return Header(*frame, orientation, at, junk)
-        elif marker == EOI:
+    frame, exif, xmp = None, None, None
+    for marker, at, end in _markers(data):
+        if marker == SOS:
+            return Header(*frame, exif or xmp or 1, at) if frame else None
+        if marker == EOI:
             return None
-        else:
-            if marker in FRAMES and frame is None:
-                frame = _frame(data, at)
-            elif marker == APP1 and data[at + 4 : at + 10] == b"Exif\0\0":
-                exif = exif or _exif_orientation(data, at + 10)
-            elif marker == APP1 and data[at + 4 : at + 33] == b"http://ns.adobe.com/xap/1.0/\0":
-                xmp = xmp_orientation(data[at + 33 : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]) or xmp
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in FRAMES and frame is None:
+            frame = _frame(data, at)
+        elif marker == APP1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            exif = exif or _exif_orientation(data, at + 10)
+        elif marker == APP1 and data[at + 4 : at + 33] == b"http://ns.adobe.com/xap/1.0/\0":
+            xmp = xmp_orientation(data[at + 33 : end]) or xmp
     return None
 
 
@@ -118,63 +127,137 @@ def scans(data: bytes, header: Header, most: int) -> int:
     """How many scans it has, counted no further than one beyond `most`."""
     if data.count(b"\xff\xda", header.first_scan) <= most:
         return most  # not more, whatever of them are scans: not worth a walk
-    at, found = header.first_scan, 0
-    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data) and found <= most:
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif not marker or marker in ALONE:
-            at += 2
-        elif marker == EOI:
+    found = 0
+    for marker, _, _ in _markers(data, header.first_scan):
+        found += marker == SOS
+        if marker == EOI or found > most:
             break
-        else:
-            found += marker == SOS
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return found
 
 
-def repaired(complaint: str, data: bytes, header: Header) -> Iterator[bytes]:
-    """The file without the oddity that a decoder's first complaint is about, if it is one that costs no pixel: what the
-    decoder says of these bytes is what it says of the image. Nothing for any other complaint.
+class Scan(NamedTuple):
+    head: bytes
+    """The segments before it that pixels need, and its own."""
+    codes: bytes
 
-    Where the last scan is padded, as cameras do with what they have written whole, how much of the run before the end
-    belongs to the scan is not told: up to two bytes of it are tried.
+
+def tidied(data: bytes, header: Header) -> list[Scan]:
+    """Its scans, of which `joined` makes a file: without other segments, bytes between them, anything behind the end; of
+    JFIF's revision 1, with a colour transform that Adobe knows (the one libjpeg takes for an unknown one), with the only
+    selection of coefficients that a sequential scan can have, restarts numbered in order.
+
+    What a decoder says of that is what it says of the image. Where the end mark is missing, a single scan is taken for
+    whole; several are not given, for how many are missing is not known.
     """
-    if extraneous := not header.junk and EXTRANEOUS.search(complaint):
-        end = data.find(b"\xff\xd9", header.first_scan)
-        begin = len(data[:end].rstrip(data[end - 1 : end])) if end > 0 else 0
-        if 0 < int(extraneous[1]) <= end - begin:
-            yield from (data[:begin] + data[begin : begin + kept] + data[end:] for kept in range(3))
-    elif header.junk or HARMLESS.search(complaint):
-        yield _as_written_by_the_book(data, header)
-
-
-def _as_written_by_the_book(data: bytes, header: Header) -> bytes:
-    """Without bytes between its segments, of JFIF's revision 1, with a colour transform that Adobe knows (the one libjpeg
-    takes for an unknown one), and the only selection of coefficients that its first scan can have."""
-    at, out = 2, bytearray(data[:2])
-    while at < header.first_scan:
-        begin = data.find(b"\xff", at)
-        marker = data[begin + 1]
-        if marker == 0xFF or not marker or marker in ALONE:
-            at = begin + (1 if marker == 0xFF else 2)
-            continue
-        size = 2 + int.from_bytes(data[begin + 2 : begin + 4], "big")
-        piece = bytearray(data[begin : begin + size])
-        if marker == APP0 and piece[4:9] == b"JFIF\0":
-            piece[9] = 1
-        elif marker == APP14 and piece[4:9] == b"Adobe" and piece[15] > 2:
-            piece[15] = 2 if len(header.sampling) == 4 else 1
+    scans, head, codes, at, restarts = [], bytearray(), bytearray(), 0, 0
+    for marker, begin, end in _markers(data):
+        if at:  # in a scan
+            codes += data[at:begin].rstrip(b"\xff")
+            if marker in RESTARTS:
+                codes += bytes((0xFF, RESTARTS[restarts % 8]))
+                at, restarts = end, restarts + 1
+                continue
+            scans.append(Scan(bytes(head), bytes(codes)))
+            head, codes, at, restarts = bytearray(), bytearray(), 0, 0
+        if marker in (SOI, EOI):
+            return scans
+        segment = bytearray(data[begin:end])
         if marker == SOS:
+            at = end
+            if header.process != PROGRESSIVE:
+                segment[-3:] = b"\x00\x3f\x00"
+        elif marker == APP0 and segment[4:9] == b"JFIF\0" and len(segment) >= 16:
+            segment[9] = 1
+        elif marker == APP14 and segment[4:9] == b"Adobe" and len(segment) >= 16:
+            segment[15] = segment[15] if segment[15] <= 2 else 2 if len(header.sampling) == 4 else 1
+        elif marker not in TABLES and marker not in FRAMES:
+            continue
+        head += segment
+    if header.coefficients(data) or not at:
+        return []
+    return [Scan(bytes(head), bytes(codes + data[at:].rstrip(b"\xff")))]
+
+
+def joined(scans: list[Scan]) -> bytes:
+    """Behind each scan stands an empty segment, by whose marker a decoder names the scan in its complaint."""
+    names = (bytes((0xFF, _name(n), 0, 2)) for n in range(len(scans)))
+    return b"\xff\xd8" + b"".join(scan.head + scan.codes + name for scan, name in zip(scans, names)) + b"\xff\xd9"
+
+
+def _name(scan: int) -> int:
+    return 0xE1 + scan % 13  # APP1 to APP13
+
+
+def _excess(complaint: str, scans: list[Scan]) -> tuple[int, int]:
+    """(scan, bytes) that libjpeg-turbo found behind the last code of one of `scans`, without up to eight that it had read
+    ahead; (-1, 0) for any other complaint."""
+    if found := EXTRANEOUS.search(complaint):
+        for n, scan in enumerate(scans):
+            if _name(n) == int(found[2], 16) and 0 < int(found[1]) < len(scan.codes):
+                return n, int(found[1])
+    return -1, 0
+
+
+def is_warning(complaint: str) -> bool:
+    """Whether libjpeg-turbo would have gone on, with pixels that may not be the image's; else it could not."""
+    return bool(WARNING.search(complaint))
+
+
+def without_oddities(data: bytes, header: Header, complaint: str, checksum: Checksum, tries: int) -> bytes:
+    """A JPEG of the same pixels of which the decoder does not complain, found by at most `tries` checksums. Raises DataError
+    where a part is missing; `complaint` is the decoder's first.
+
+    checksum: of a file's pixels, or None and the decoder's first complaint.
+    Bytes behind a scan's last code are cut off where they are padding, that is, all alike, or where the scan is seen to end
+    as encoders end it. Else they are what was left of its codes when the decoder had lost its way.
+    """
+    scans, doubtful, left = tidied(data, header), set(), iter(range(tries))
+
+    def refuse() -> NoReturn:
+        raise DataError(f"it is no whole image ({complaint})")
+
+    def attempt(n: int, codes: bytes) -> tuple[int | None, str]:
+        if next(left, None) is None:
+            refuse()
+        return checksum(joined([*scans[:n], Scan(scans[n].head, codes), *scans[n + 1 :]]))
+
+    def cut(n: int, num: int) -> bytes:
+        """Without its padding, of which up to two bytes may be codes; else without the `num` bytes that are known not to be."""
+        codes = scans[n].codes
+        bare = len(codes.rstrip(codes[-1:]))
+        for end in range(bare, min(bare + 3, len(codes) - num + 1)):
+            known, what_is_left = attempt(n, codes[:end])
+            if known is not None or _excess(what_is_left, scans)[0] not in (n, -1):
+                return codes[:end]
+        if HOLE.search(codes, max(0, bare - 1)):  # codes, too, were taken from it
+            refuse()
+        doubtful.add(n)
+        return codes[:-num]
+
+    def ends_well(n: int) -> bool:
+        """Whether scan n has no hole, and only ones behind its last code in its last byte (ITU T.81, F.1.2.3), as seldom
+        where the decoder had lost its way."""
+        codes = scans[n].codes
+        if HOLE.search(codes):
+            return False
+        is_refining = header.process == PROGRESSIVE and scans[n].head[-3] > 0
+        if is_refining and n < len(scans) - 1:  # its last code may be of bits without effect; others followed it whole
+            return True
+        known, _ = attempt(n, codes)
+        while codes and attempt(n, codes[:-1])[0] is not None:  # the decoder had read ahead
+            codes = codes[:-1]
+        if not codes or codes.endswith(b"\xff\0"):
+            return True
+        last = codes[-1] | (codes[-1] + 1)  # its lowest zero is one
+        return attempt(n, codes[:-1] + (b"\xff\0" if last == 0xFF else bytes([last])))[0] != known
+
+    while scans:
+        known, what_is_left = attempt(0, scans[0].codes)
+        if known is not None and all(map(ends_well, doubtful)):
+            return joined(scans)
+        n, num = _excess(what_is_left, scans)
+        if not num:
+            complaint = what_is_left or complaint
             break
-        out, at = out + piece, begin + size
-    scan = bytearray(data[header.first_scan :])
-    if header.process in (BASELINE, EXTENDED):
-        last = 5 + 2 * scan[4]
-        scan[last : last + 3] = b"\x00\x3f\x00"
-    return bytes(out + scan)
-
-
-def is_damage(complaint: str) -> bool:
-    """Whether what libjpeg-turbo complains of are pixels that are not the image's."""
-    return bool(DAMAGED.search(complaint) or EXTRANEOUS.search(complaint))
+        scans[n] = Scan(scans[n].head, cut(n, num))
+    refuse()

@@ -207,17 +207,54 @@ def test_a_jpeg_with_a_part_missing_is_refused_though_it_ends_well(at_least, pro
         decode(data[:middle] + data[middle + 9 :] if progressive else data[:middle] + b"\xff\xd0" + data[middle:], at_least)
 
 
-def test_harmless_oddities_are_no_damage():
-    plain = encode(Image.fromarray(photo()), quality=90)
-    end, table = len(plain) - 2, plain.index(b"\xff\xdb")
+def with_junk(data: bytes, junk: dict[int, bytes]) -> bytes:
+    """The file with bytes before each marker that `junk` names."""
+    at, out, is_codes = 2, data[:2], False
+    while at < len(data):
+        begin = data.index(b"\xff", at)
+        marker = data[begin + 1]
+        if is_codes and (not marker or marker in range(0xD0, 0xD8)):
+            out, at = out + data[at : begin + 2], begin + 2
+            continue
+        end = begin + 2 + (0 if marker == 0xD9 else int.from_bytes(data[begin + 2 : begin + 4], "big"))
+        out += data[at:begin] + junk.get(marker, b"") + data[begin:end]
+        at, is_codes = end, marker == 0xDA
+    return out
+
+
+ICC = b"ICC_PROFILE\0%b" + bytes(90)
+ODD_SEGMENTS = {
+    "ICC's number": segment(0xE2, ICC % b"\3\1"), "ICC's number 0": segment(0xE2, ICC % b"\0\0"), "ICC twice": segment(0xE2, ICC % b"\1\1") * 2,
+    "a part of ICC": segment(0xE2, ICC % b"\1\2"), "JFIF's revision": segment(0xE0, b"JFIF\0\7\1\0\0\1\0\1\0\0"),
+    "Adobe's transform": segment(0xEE, b"Adobe\0\x64\0\0\0\0\x4d"), "a comment of length 0": b"\xff\xfe\0\0", "junk": b"junk!",
+    "all": segment(0xE2, ICC % b"\3\1") + b"junk" + segment(0xE0, b"JFIF\0\7\1\0\0\1\0\1\0\0") + b"\xff\0", "nothing": b"",
+}  # fmt: skip
+ENDS = {"zeros": bytes(300), "a line's end": b"\r\n", "text": b"\r\n--- 0123456789 ---\r\n", "nothing": b""}
+
+
+@pytest.mark.parametrize("odd", ODD_SEGMENTS)
+@pytest.mark.parametrize("process", ["baseline", "progressive", "restarts"])
+def test_harmless_oddities_are_no_damage(odd, process):
+    """Alone or together, wherever they are; Pillow, OpenCV and libvips read them."""
+    options = {"baseline": {}, "progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 7}}[process]
+    plain = encode(Image.fromarray(photo(200, 200)), quality=90, **options)
+    tables = [0xDB, 0xC4] if odd == "junk" else [0xDB]
+    for name, end in ENDS.items():
+        data = with_junk(plain, dict.fromkeys(tables, ODD_SEGMENTS[odd]) | {0xD9: end})
+        assert np.array_equal(decode(data), decode(plain)), name
+        assert np.array_equal(decode(data, lambda h, w: (h // 2, w // 2)), decode(plain, lambda h, w: (h // 2, w // 2))), name
+
+
+def test_what_else_is_no_damage():
+    """A film behind the image; an end that is missing; a sequential scan that selects coefficients; restarts misnumbered."""
+    plain = encode(Image.fromarray(photo(200, 200)), quality=90)
     movie = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8).tobytes() + b"\xff\xda\0\x02" * 200
-    for data in (
-        plain[:end] + bytes(300) + plain[end:],  # padded, as cameras do
-        plain[:table] + b"junk!" + plain[table:],
-        plain + movie,  # a motion photo
-        plain[:9] + b"\x01\x07" + plain[11:],
-    ):  # fmt: skip
+    for data in (plain + movie, plain[:-2], plain[:-1], plain[:-2] + bytes(500), plain.replace(b"\0\x3f\0", b"\0\x3e\0")):
         assert np.array_equal(decode(data), decode(plain))
+    restarting = encode(Image.fromarray(photo(200, 200)), quality=90, restart_marker_blocks=7)
+    assert b"\xff\xd7" in restarting
+    for new in (b"\xff\xd3", b"\xff\xd6"):
+        assert np.array_equal(decode(restarting.replace(b"\xff\xd7", new)), decode(plain))
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -236,6 +273,46 @@ def test_an_oddity_hides_no_damage_behind_it(progressive):
         for tail in (b"", bytes(len(data) - len(half) - 2), bytes(20_000)):
             with pytest.raises(DataError):
                 decode(half + tail + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_a_hole_is_no_oddity(end):
+    """Zeros in the middle of a scan, whose codes end early and leave some over; restarts that are missing, or too many; an
+    end that is missing where nobody knows how many scans are."""
+    image = Image.fromarray(photo(200, 200))
+    data = with_junk(encode(image, quality=90), {0xDB: b"junk!", 0xD9: end})
+    middle, holes = len(data) // 2, 0
+    for size in (200, 600, 2000):
+        with suppress(DataError):
+            decode(data[:middle] + bytes(size) + data[middle + 9 :])
+            holes += 1
+    assert not holes
+    restarting = with_junk(encode(image, quality=90, restart_marker_blocks=7), {0xD9: end})
+    third = restarting.index(b"\xff\xd2")
+    for broken in (restarting[:third] + restarting[third + 2 :], restarting[:third] + b"\xff\xd2" + restarting[third:]):
+        with pytest.raises(DataError):
+            decode(broken)
+    with pytest.raises(DataError, match="Premature end"):
+        decode(encode(image, progressive=True)[:-2] + end)
+
+
+def test_a_complaint_costs_few_decodes(monkeypatch):
+    """However many scans have something behind them; fewest where the image is large."""
+    calls, strictly = [], decoding.simplejpeg.decode_jpeg
+    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", lambda *a, **k: calls.append(0) or strictly(*a, **k))
+    data = encode(Image.fromarray(photo(200, 200)), quality=90, progressive=True)
+    last, end = data.rindex(b"\xff\xda"), len(data) - 2
+    padded = data[:end] + (data[last:end] + b"0123456789") * 60 + data[end:]
+    for limit in (4_000_000, 40_000 * 4):
+        calls.clear()
+        monkeypatch.setattr(decoding, "MAX_PIXELS", limit)
+        with suppress(DataError):
+            decode(padded)
+        assert 1 < len(calls) <= 2 + 16 + limit // 40_000
+    padding = with_junk(encode(Image.fromarray(photo(200, 200)), quality=90), {0xD9: bytes(1000)})
+    calls.clear()
+    decode(padding)
+    assert len(calls) <= 6
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_at_once():
