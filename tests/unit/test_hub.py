@@ -86,6 +86,13 @@ def clone_of_the_hub(tmp_path) -> str:
     return str(tmp_path / "clone")
 
 
+def in_capitals(tmp_path) -> str:
+    folder = Path(parquet(tmp_path))
+    for name in ("0", "2"):
+        (folder / f"{name}.parquet").rename(folder / f"{name}.PARQUET")
+    return str(folder)
+
+
 def zipped_folder(tmp_path) -> str:
     image_folder(tmp_path)
     (tmp_path / "zipped").mkdir()
@@ -108,6 +115,7 @@ WAYS = {
     "arrow file": arrow_file,
     "image folder": image_folder,
     "clone": clone_of_the_hub,
+    "in capitals": in_capitals,
 }
 IN_PASSING = {name: way for name, way in WAYS.items() if name != "saved"} | {"zipped folder": zipped_folder}
 
@@ -132,7 +140,7 @@ def test_every_image_and_label_is_what_was_written(tmp_path, way):
 
 
 def test_what_does_not_look_like_it(tmp_path):
-    for name in ("photos/1.jpg", "mixed/1.parquet", "mixed/1.jpg", "tars/1.tar", "nested.parquet/a/1.jpg"):
+    for name in ("photos/1.jpg", "mixed/1.parquet", "mixed/1.tar", "tars/1.tar", "nested.parquet/a/1.jpg"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -144,6 +152,31 @@ def test_what_does_not_look_like_it(tmp_path):
     (tmp_path / "photos" / "a").mkdir()
     (tmp_path / "photos" / "metadata.parquet").touch()  # beside images
     assert kind_of(str(tmp_path / "photos")) == "folder"
+
+
+@pytest.mark.parametrize("table", ["data/0.parquet", "X.PARQUET"])
+def test_tables_beside_a_few_images_are_asked_about(tmp_path, table):
+    """A clone's logo is not its data; of many images, and a table beside them, there is no doubt."""
+    place = tmp_path / "clone"
+    for name in (table, "assets/logo.png"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+    made().to_parquet(place / table)
+    (place / "assets" / "logo.png").write_bytes(JPEGS[0])
+    (place / "self").symlink_to("self")
+    with pytest.raises(DataError, match=rf"Parquet .*\({table}\) and also assets/logo\.png; say what is meant by data"):
+        open_source(str(place))
+    assert len(open_source(str(place), "hub")) == N and len(open_source(str(place), "folder")) == 1
+    for n in range(hub.FEW_IMAGES):
+        (place / "assets" / f"{n}.jpg").touch()
+    assert kind_of(str(place)) == "folder"
+
+
+def test_folders_of_many_classes_are_no_tables(tmp_path):
+    for n in range(hub.LOOKED_AT):
+        (tmp_path / f"{n}").mkdir()
+        (tmp_path / f"{n}" / "1.jpg").touch()
+    (tmp_path / "index.parquet").touch()
+    assert kind_of(str(tmp_path)) == "folder"
 
 
 def test_columns_that_are_empty_throughout(tmp_path):

@@ -14,6 +14,7 @@ import os
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from seer_scale.data.sources.base import Source, is_image, is_tar
-from seer_scale.data.sources.files import is_lfs_pointer, read_file
+from seer_scale.data.sources.files import is_folder, is_lfs_pointer, read_file
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.errors import DataError, nearest
 from seer_scale.extras import how_to_install
@@ -34,34 +35,55 @@ PREFIX = "hf:"
 FILES = (".parquet", ".arrow")
 IMAGE_NAMES = ("image", "img", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "fine_label")
-LOOKED_AT, DEPTH = 1000, 2
-"""Entries of a folder, and levels below it, by which its kind is told."""
+LOOKED_AT, FOLDERS_LOOKED_INTO, DEPTH = 1000, 100, 2
+"""Entries of one folder, folders, and levels below the first one by which a folder's kind is told."""
+FEW_IMAGES = 50
+"""As many beside tables may be illustrations."""
 SLICE = 32
 """Images that a stream takes from the library at once."""
 
 
 def looks_like_hub(path: str) -> bool:
     """Whether a path is for this module: hf:..., a folder that save_to_disk wrote, .parquet or .arrow files, or a
-    folder of such, as a clone from the Hub is. Looks at few entries of a folder, and into few of its subfolders."""
+    folder of such, as a clone from the Hub is. Looks at some entries of a folder, and into some of its subfolders.
+    Raises DataError for a folder of tables and a few images, which may be its illustrations as well as its data."""
     if path.startswith(PREFIX) or (path.lower().endswith(FILES) and not os.path.isdir(path)) or _is_saved(path):
         return True
-    return os.path.isdir(path) and _holds_tables(path)
+    found = _look_into(path)
+    if found.images and found.tables and not found.has_tars and len(found.images) <= FEW_IMAGES:
+        kinds = "hub (which reads the tables) or data.kind folder (which reads the images)"
+        raise DataError(
+            f"{path} holds Parquet or Arrow files ({shown(os.path.relpath(found.tables[0], path))}) and also "
+            f"{shown(os.path.relpath(found.images[0], path))}; say what is meant by data.kind {kinds}."
+        )
+    return bool(found.tables) and not found.images and not found.has_tars
 
 
-def _holds_tables(folder: str) -> bool:
-    """Whether there are .parquet or .arrow files below a folder and, as far as is looked, neither images nor tars."""
-    found, folders, left = False, deque([(folder, 0)]), LOOKED_AT
-    while folders and left:
-        here, depth = folders.popleft()
+@dataclass
+class _Found:
+    """Paths of what was seen below a folder."""
+
+    tables: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    has_tars: bool = False
+
+
+def _look_into(folder: str) -> _Found:
+    """What lies in a folder and below it, the upper levels first, as far as is looked: until there are more than a few
+    images. metadata.parquet, which the library lays beside images, is no table."""
+    found, folders, left = _Found(), deque([(folder, 0)]), FOLDERS_LOOKED_INTO
+    while folders and left and len(found.images) <= FEW_IMAGES:
+        (here, depth), left = folders.popleft(), left - 1
         with contextlib.suppress(OSError), os.scandir(here) as entries:  # whoever opens it says what is wrong
-            for entry in itertools.islice((e for e in entries if not is_hidden(e.name)), left):
-                left -= 1
-                if entry.is_dir():
+            for entry in itertools.islice((e for e in entries if not is_hidden(e.name)), LOOKED_AT):
+                name = entry.name.lower()
+                if is_folder(entry):
                     folders.append((entry.path, depth + 1)) if depth < DEPTH else None
-                elif is_image(entry.name) or is_tar(entry.name):
-                    return False
-                else:
-                    found = found or entry.name.lower().endswith(FILES)
+                elif is_image(name):
+                    found.images.append(entry.path)
+                elif name.endswith(FILES) and name != "metadata.parquet":
+                    found.tables.append(entry.path)
+                found.has_tars |= is_tar(name)
     return found
 
 
@@ -222,6 +244,10 @@ def _load(path: str, split: str, **options: bool) -> Any:
         if place.lower().endswith(FILES) and not os.path.isdir(place):
             kind = os.path.splitext(place)[1][1:].lower()
             return datasets.load_dataset(kind, data_files=place, split=split, **options)
+        if any(not table.endswith(FILES) for table in _look_into(place).tables):  # which the library passes over
+            files = sorted(_tables_below(place))
+            kind = os.path.splitext(files[0])[1][1:].lower()
+            return datasets.load_dataset(kind, data_files=files, split=split, **options)
         name, _, config = (place, "", "") if os.path.exists(place) else place.partition("@")
         return datasets.load_dataset(name, config or None, split=split, **options)
 
@@ -271,16 +297,15 @@ def _explained(path: str) -> Iterator[None]:
 
 def _holds_pointers(path: str) -> bool:
     """Whether the first of the files below a folder, or a file itself, is what a clone without Git LFS leaves."""
-    tables = (
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(path)
-        for name in names
-        if name.lower().endswith(FILES)
-    )
-    first = path if os.path.isfile(path) else next(tables, None)
+    first = path if os.path.isfile(path) else next(_tables_below(path), None)
     with contextlib.suppress(OSError):
         return first is not None and is_lfs_pointer(read_file(first) if os.path.getsize(first) < 1000 else b"")
     return False
+
+
+def _tables_below(folder: str) -> Iterator[str]:
+    for here, _, names in os.walk(folder):
+        yield from (os.path.join(here, name) for name in names if name.lower().endswith(FILES))
 
 
 def _prefixed(path: str) -> str:
