@@ -89,7 +89,7 @@ def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypat
     others = ["1.heic", "1.CR2", "none", "a.zip", "a.tar.gz", "x.parquet", "x.TXT", ".hidden.tar"]
     for name in ("a/1.jpg", "a/2.mpo", "b/1.pgm", *hidden, *others):
         touch(tmp_path / "d" / name)
-    source = open_source(str(tmp_path / "d"))
+    source = open_source(str(tmp_path / "d"), "folder")
     assert len(source) == 3 and source.classes == ["a", "b"]
     counts = dict(source.left_out)
     assert counts.pop(left_out.HIDDEN) == len(hidden) + 1 and counts == {
@@ -97,6 +97,7 @@ def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypat
     }  # fmt: skip
     said = left_out.warning(source.left_out)
     assert said.startswith("Left out: 8 hidden") and f"1 HEIF images ({how_to_install('pillow_heif')} reads them" in said and "other files" not in said
+    (tmp_path / "d" / "x.parquet").unlink()
     assert kind_of(str(tmp_path / "d")) == "folder"
     for name in ("1.zip", "2.zip", "3.heic"):
         touch(tmp_path / "zips" / name)
