@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seer_scale.data.sources import lists, open_source
+from seer_scale.data.sources import left_out, lists, open_source
 from seer_scale.errors import DataError
 
-NAMES = st.text(st.sampled_from("ab /é.\t"), max_size=6)
+NAMES = st.text(st.sampled_from("ab /é.\t#"), max_size=6)
 
 
 @settings(deadline=None, max_examples=200)
@@ -24,14 +24,17 @@ NAMES = st.text(st.sampled_from("ab /é.\t"), max_size=6)
 )  # fmt: skip
 def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, mark, labelled, stride, chunk):
     lines = [line.replace("\t", "") for line in lines]
+    lines = [line.strip() if line.strip().startswith("#") else line for line in lines]
     lines = [f"{line}\t{len(line) % 3}" if labelled and line.strip() else line for line in lines]
     path = tmp_path_factory.mktemp("list") / "list.txt"
     path.write_bytes((lists.MARK if mark else b"") + (end.join(lines) + end * last).encode())
-    expected = [line.partition("\t") for line in lines if line.partition("\t")[0].strip()]
+    there = [line for line in lines if not line.startswith("#")]  # of lines that begin so, none names a file
+    expected = [line.partition("\t") for line in there if line.partition("\t")[0].strip()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lists, "STRIDE", stride)
         patch.setattr(lists, "CHUNK", chunk)
-        patch.setattr(os.path, "exists", lambda _: True)
+        for question in ("exists", "isfile"):
+            patch.setattr(os.path, question, lambda name: not name.startswith(f"{path.parent}/#"))
         if not expected:
             with pytest.raises(DataError, match="lists no image"):
                 lists.ListFile(str(path))
@@ -39,32 +42,44 @@ def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, 
         source = pickle.loads(pickle.dumps(lists.ListFile(str(path))))
         assert [source.name(i) for i in range(len(source))] == [os.path.join(path.parent, name) for name, *_ in expected]
         assert source.has_labels == labelled
+        assert source.left_out.get(left_out.COMMENTS, 0) == len(lines) - len(there)
         if labelled:
             assert [source.classes[n] for n in source.labels] == [label for *_, label in expected]
 
 
 @pytest.mark.parametrize(
-    "text, names, labels, left_out",
+    "text, names, labels, told",
     [
         ("a.jpg\tcat\tsome words\nb.jpg\tdog\t\n", "ab", ["cat", "dog"], {"lines with further columns": 2}),
         ("a.jpg\tcat\nb.jpg\t\na.jpg\t  \r\n", "aba", ["cat", None, None], {}),
         ("a.jpg\t\nb.jpg\t\n", "ab", [None, None], {}),
         ("\nfile_name\tclass\na.jpg\tcat\n", "a", ["cat"], {"header lines": 1}),
         ("Path\na.jpg\nb.jpg\n", "ab", [None, None], {"header lines": 1}),
+        ("File Name\tClass\na.jpg\tcat\n", "a", ["cat"], {left_out.HEADERS: 1}),
+        ("#path\tlabel\na.jpg\tcat\n", "a", ["cat"], {left_out.HEADERS: 1}),
+        ("picture of it\nb.jpg\ngone.jpg\n#1.jpg\n", "b?#", [None] * 3, {left_out.HEADERS: 1}),
+        ("gone.jpg\na.jpg\n", "?a", [None, None], {}),  # an image that is gone, and no name of a column
+        ("# my list\n\n#a.jpg\tcat\nImage-File\tclass\na.jpg\tcat\n#1.jpg\tdog\n# b.jpg\n", "a#", ["cat", "dog"],
+         {left_out.HEADERS: 1, left_out.COMMENTS: 3}),
+        ('"filename"\t"class"\n"a.jpg"\t"a ""cat"""\n"q"\tdog\nb.jpg\t""\n', "aqb", ['a "cat"', "dog", None],
+         {left_out.HEADERS: 1}),
+        ("images\na.jpg\n", "a", [None], {left_out.HEADERS: 1}),  # there is a folder of this name
         ("image\na.jpg\n", "ia", [None, None], {}),  # there is a file of this name
         ("a.jpg  \nb.jpg \tdog \n".replace("a.jpg  ", " a.jpg  \tcat"), "ab", ["cat", "dog"], {}),
     ],
 )
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_lines_are_read_as_readers_of_tables_do(tmp_path, monkeypatch, text, names, labels, left_out, chunk):
+def test_lines_are_read_as_readers_of_tables_do(tmp_path, monkeypatch, text, names, labels, told, chunk):
     monkeypatch.setattr(lists, "CHUNK", chunk)
-    for name in ("a.jpg", "b.jpg", "image"):
-        (tmp_path / name).write_text(name[0])
+    (tmp_path / "images").mkdir()
+    for name in ("a.jpg", "b.jpg", "image", "#1.jpg", '"q"'):
+        (tmp_path / name).write_text(name.strip('"')[0])
     (tmp_path / "list.txt").write_bytes(text.encode())
     source = open_source(str(tmp_path / "list.txt"))
-    assert "".join(source.read(i).decode() for i in range(len(source))) == names
+    found = (source.read_run(i, 1)[0] for i in range(len(source)))
+    assert "".join("?" if isinstance(data, DataError) else data.decode() for data in found) == names
     assert [None if (n := source.label(i)) is None else source.classes[n] for i in range(len(source))] == labels
-    assert source.has_labels == (None not in labels) and source.left_out == left_out
+    assert source.has_labels == (None not in labels) and source.left_out == told
 
 
 def test_a_list_of_lines_that_cannot_be_read_says_how_many_were_looked_at(tmp_path):
@@ -75,6 +90,10 @@ def test_a_list_of_lines_that_cannot_be_read_says_how_many_were_looked_at(tmp_pa
     (tmp_path / "list.csv").write_text("a.jpg,cat\n" * 3)
     with pytest.raises(DataError, match="parted by tabs, not commas"):
         open_source(str(tmp_path / "list.csv"))
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "list.tsv").write_text("label\tpath\n" + "cat\tgone.jpg\ncat\ta.jpg\n" * 3)
+    with pytest.raises(DataError, match="its columns must be a path and then a label, in this order"):
+        open_source(str(tmp_path / "list.tsv"))
     (tmp_path / "list.txt").write_text("gone.jpg\n" * 500 + "a.jpg\n" * 500)
     assert len(open_source(str(tmp_path / "list.txt"))) == 1000
 

@@ -11,7 +11,7 @@ TOO_DEEP = "folders whose paths are too long for the system"
 FOREIGN = "tar members of a type that is not known"
 DANGLING, SPECIAL = "links that lead nowhere", "pipes, sockets or devices"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
-HEADERS, COLUMNS = "header lines", "lines with further columns"
+HEADERS, COMMENTS, COLUMNS = "header lines", "lines that begin with #", "lines with further columns"
 NO_SUFFIX, OTHER = "files without a suffix", "other files"
 SUFFIXES_OF = {
     "HEIF images": (".heic", ".heif", ".hif"),
@@ -34,7 +34,8 @@ ADVICE = {
     SPARSE: "pack them as whole files (tar without --sparse)",
     SECOND: "of each key one image is read, as WebDataset does",
     NO_END: "they may have been cut between two members",
-    HEADERS: "",
+    HEADERS: "a first line of column names, and no file",
+    COMMENTS: "they name no file",
     COLUMNS: "a path and a label are read",
     "HEIF images": f"{how_to_install('pillow_heif')} reads them",
     "camera raw images": "develop them to JPEG or TIFF",

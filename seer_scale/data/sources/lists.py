@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property, partial
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,16 +19,17 @@ from seer_scale.data.sources.base import (
     Source,
     cache_place,
     cached_index,
+    is_image,
     must_exist,
     number,
     stamp_of,
 )
 from seer_scale.data.sources.files import read_file
-from seer_scale.data.sources.left_out import COLUMNS, HEADERS
+from seer_scale.data.sources.left_out import COLUMNS, COMMENTS, HEADERS
 from seer_scale.errors import DataError
 from seer_scale.files import shown, written_whole
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 STRIDE = 64
 CHUNK = 1 << 26
 CACHED_FROM = 1 << 26
@@ -34,15 +37,19 @@ CACHED_FROM = 1 << 26
 MARK = b"\xef\xbb\xbf"
 SAMPLE, SAMPLED_URLS, PROBES = 100, 32, 8
 """Lines that are looked at before a run begins; URLs among them; and at once."""
+HEAD, LINES_AFTER_HEADER = 1 << 16, 8
+"""Bytes in which a line of column names is looked for; lines after it that are looked at."""
 PATH_COLUMNS = frozenset(
-    "path file filename file_name filepath file_path image image_path imagepath img img_path url image_url uri".split()
+    "path file filename filepath fileurl image imagename imagefile imagefilename imagepath imageurl img imgname imgfile "
+    "imgpath imgurl url uri".split()
 )
-"""What tables call their column of images."""
+"""What tables call their column of images, in small letters and without what parts words."""
 
 
 class ListFile(Source):
     """Each line is a URL or a path, relative to the list's own folder, and on all lines or none a tab and a label,
-    which may be empty. A first line of column names is passed over, as are columns behind the label.
+    which may be empty; either may stand in double quotes, as csv writers put them. Passed over are a first line of
+    column names, columns behind the label, and lines that begin with # and name no file.
 
     Raises DataError when there is no line, or when of those that are looked at none can be read.
     """
@@ -61,7 +68,9 @@ class ListFile(Source):
             raise DataError(f"{path} cannot be read ({error.strerror}).") from error
         self._starts, self._num, self._is_labelled = index["starts"], int(index["count"]), bool(index["labelled"])
         self._unlabelled = int(index["unlabelled"])
-        left_out = {HEADERS: int(index["headers"]), COLUMNS: int(index["longer"])}
+        self._passed_over, num_headers = index["passed_over"], int(index["headers"])
+        comments = len(self._passed_over) - num_headers
+        left_out = {HEADERS: num_headers, COMMENTS: comments, COLUMNS: int(index["longer"])}
         self.left_out = {kind: num for kind, num in left_out.items() if num}
         if not self._num:
             raise DataError(f"{path} lists no image: it needs one path a line.")
@@ -72,7 +81,7 @@ class ListFile(Source):
         looked_at = [self._path_of(i) for i in _spread(self._num, SAMPLE)]
         urls = [name for name in looked_at if remote.is_url(name)]
         urls = [urls[i] for i in _spread(len(urls), SAMPLED_URLS)]
-        if any(os.path.exists(name) for name in looked_at if not remote.is_url(name)):
+        if any(os.path.isfile(name) for name in looked_at if not remote.is_url(name)):
             return
         if urls:
             if (reason := remote.problem_of(urls[0])) is None:
@@ -84,13 +93,20 @@ class ListFile(Source):
             if is_there:
                 return
         first = looked_at[0]
-        reason = reason if remote.is_url(first) else "it does not exist"
+        if not remote.is_url(first):
+            reason = "it is no file" if os.path.exists(first) else "it does not exist"
         num = len(urls) + sum(not remote.is_url(name) for name in looked_at)
         hint = "relative paths are taken from the list's own folder"
-        if not remote.is_url(first) and os.path.exists(first.partition(",")[0]):
+        if any(os.path.isfile(name.partition(",")[0]) for name in looked_at):
             hint = "its columns must be parted by tabs, not commas"
+        elif self._is_labelled and self._has_paths_for_labels():
+            hint = "its columns must be a path and then a label, in this order"
         several = f"; of {num} lines looked at, spread over its {self._num:,}, none can be read" if num > 1 else ""
         raise DataError(f"{self._path} lists {shown(first)!r} ({reason}){several}: {hint}.")
+
+    def _has_paths_for_labels(self) -> bool:
+        labels = [os.fsdecode(_label(self._line(i))) for i in _spread(self._num, SAMPLE)]
+        return any(label and (remote.is_url(label) or os.path.isfile(self._below(label))) for label in labels)
 
     def __len__(self) -> int:
         return self._num
@@ -108,15 +124,23 @@ class ListFile(Source):
         if os.path.getsize(self._file) != int(self._starts[-1]):
             raise DataError(f"{self._path} is another list here than on rank 0: bring the same to every node.")
 
-    def _path_of(self, i: int) -> str:
+    def _line(self, i: int) -> bytes:
         lines = self._lines(i // STRIDE)
         if i % STRIDE >= len(lines):
             raise DataError(f"{self._path} has changed since it was indexed: start again.")
-        name = os.fsdecode(lines[i % STRIDE].partition(b"\t")[0])
-        path = name if remote.is_url(name.lstrip()) else os.path.join(self._root, name)
-        if name == (bare := name.strip()) or not remote.is_url(bare) and os.path.exists(path):
+        return lines[i % STRIDE]
+
+    def _path_of(self, i: int) -> str:
+        """As the line has it, where that is a file, else without the quotes and spaces around it."""
+        field = self._line(i).partition(b"\t")[0]
+        name, bare = os.fsdecode(field), os.fsdecode(_unquoted(field))
+        path = name if remote.is_url(name.lstrip()) else self._below(name)
+        if name == bare or not remote.is_url(bare) and os.path.exists(path):
             return path
-        return bare if remote.is_url(bare) else os.path.join(self._root, bare)
+        return bare if remote.is_url(bare) else self._below(bare)
+
+    def _below(self, name: str) -> str:
+        return os.path.join(self._root, name)
 
     @property
     def has_labels(self) -> bool:
@@ -147,6 +171,9 @@ class ListFile(Source):
                 text = os.pread(file.fileno(), end - begin, begin)
         except OSError as error:
             raise DataError(f"{self._path} cannot be read ({error.strerror}).") from error
+        for at in self._passed_over[slice(*np.searchsorted(self._passed_over, (begin, end)))].tolist():
+            line = text[at - begin :].partition(b"\n")[0]
+            text = text[: at - begin] + b" " * len(line) + text[at - begin + len(line) :]
         return [line.removesuffix(b"\r") for line in text.split(b"\n") if not _is_blank(line)]
 
 
@@ -155,13 +182,50 @@ def _is_blank(line: bytes) -> bool:
 
 
 def _label(line: bytes) -> bytes:
-    return line.split(b"\t", 2)[1].strip()
+    return _unquoted(line.split(b"\t", 2)[1])
 
 
-def _is_header(line: bytes, root: str) -> bool:
-    """Whether a first line names columns, as tables have it, and no file."""
-    name = os.fsdecode(line.partition(b"\t")[0].strip())
-    return name.lower() in PATH_COLUMNS and (remote.is_url(root) or not os.path.exists(os.path.join(root, name)))
+def _unquoted(field: bytes) -> bytes:
+    """A field as csv readers take it, and without spaces around."""
+    field = field.strip()
+    is_quoted = len(field) > 1 and field[:1] == field[-1:] == b'"'
+    return field[1:-1].replace(b'""', b'"').strip() if is_quoted else field
+
+
+def _path_in(line: bytes) -> str:
+    return os.fsdecode(_unquoted(line.partition(b"\t")[0]))
+
+
+def _is_comment(line: bytes, root: str) -> bool:
+    """Whether a line begins with # and names no file; behind a URL a path cannot begin so."""
+    return line.startswith(b"#") and (remote.is_url(root) or not os.path.exists(os.path.join(root, _path_in(line))))
+
+
+def _header(lines: BinaryIO, root: str) -> int:
+    """Where a first line begins that names columns, as tables have it, and no file; -1 for none. It is told by its words,
+    or because it is not there and could be no image, while one of the lines after it is there."""
+    head, at, first = lines.read(HEAD), 0, -1
+    num_after = 0
+    for line in head.splitlines(keepends=True):
+        begin, at = at, at + len(line)
+        if _is_blank(line):
+            continue
+        name = _path_in(line)
+        is_there = remote.is_url(name) or not remote.is_url(root) and os.path.isfile(os.path.join(root, name))
+        if first >= 0:
+            num_after += 1
+            if is_there or num_after >= LINES_AFTER_HEADER:
+                return first if is_there else -1
+            continue
+        if is_there:
+            return -1
+        if re.sub(r"[\W_]", "", name).lower() in PATH_COLUMNS:
+            return begin
+        if not _is_comment(line, root):
+            if is_image(name):
+                return -1
+            first = begin
+    return -1
 
 
 def _spread(total: int, num: int) -> list[int]:
@@ -194,11 +258,15 @@ def _kept(url: str, size: object, mark: int, parts: Iterable[bytes]) -> str:
 
 def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
     """Of the list `path`, read from `file`: starts int64 (where every STRIDE-th line that is not blank begins, and the end
-    of the file), count, whether labelled, and how many lines have no label, have more columns, name columns."""
-    starts, count, labelled, number_of_lines = array("q"), 0, None, 0
+    of the file), count, whether labelled, passed_over int64 (where lines begin that are passed over), and how many lines
+    have no label, have more columns, name columns."""
+    starts, passed_over, count, labelled, number_of_lines = array("q"), array("q"), 0, None, 0
     unlabelled = longer = headers = 0
     with open(file, "rb") as lines:
         offset = len(MARK) if lines.read(len(MARK)) == MARK else 0
+        lines.seek(offset)
+        header = _header(lines, root)
+        header += offset if header >= 0 else 0
         lines.seek(offset)
         rest, at_end = b"", False
         while not at_end:
@@ -216,15 +284,16 @@ def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
             kept = text[begins] > 32
             for i in np.flatnonzero(~kept).tolist():
                 kept[i] = not _is_blank(data[begins[i] : ends[i]])
-            if not count + headers and (seen := np.flatnonzero(kept)).size:
-                first = seen[0]
-                if _is_header(data[begins[first] : ends[first]], root):
-                    headers, kept[first] = 1, False
+            for i in np.flatnonzero(kept & ((text[begins] == ord("#")) | (begins + offset == header))).tolist():
+                is_header = begins[i] + offset == header
+                if is_header or _is_comment(data[begins[i] : ends[i]], root):
+                    headers, kept[i] = headers + is_header, False
+                    passed_over.append(int(begins[i]) + offset)
             tabs = np.flatnonzero(text == 9)
             lines_of_tabs = np.searchsorted(ends, tabs)
             num_tabs = np.bincount(lines_of_tabs, minlength=len(ends))
-            # a label that is not empty mostly begins with a printing character right after the first tab
-            doubtful = lines_of_tabs[text[tabs + 1] <= 32]
+            # a label that is not empty mostly begins with a character other than a quote right after the first tab
+            doubtful = lines_of_tabs[text[tabs + 1] <= ord('"')]
             for i in dict.fromkeys(doubtful[kept[doubtful]].tolist()):
                 unlabelled += not _label(data[begins[i] : ends[i]])
             longer += int((num_tabs[kept] > 1).sum())
@@ -244,4 +313,5 @@ def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
     return {
         "starts": np.array(starts, np.int64), "count": np.array(count), "labelled": np.array(bool(labelled)),
         "unlabelled": np.array(unlabelled), "longer": np.array(longer), "headers": np.array(headers),
+        "passed_over": np.array(passed_over, np.int64),
     }  # fmt: skip
