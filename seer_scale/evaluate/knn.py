@@ -86,6 +86,8 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
                 break
     else:
         bank = open_source(c.bank) if c.bank else source or open_data(config.data)
+        if bank.has_labels and not are_splits(bank.classes):
+            splits, beside = [], []
     if problem := _without_classes(bank, bank_path, splits):
         if c.bank or c.queries:
             raise DataError(
@@ -113,6 +115,11 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
         protocol += f" Training sees the queries too, without labels (data.path {shown(bank_path)} would not)."
     if beside:
         protocol += f" What lies beside them has no part in kNN: {_some_names(beside)}."
+    if not splits and len(called_so := [name for name in bank.classes if is_split(name)]) > 1:
+        protocol += (
+            f" {_some_names(called_so)} are taken for classes, as {len(bank.classes) - len(called_so)} others lie "
+            "beside them; if they are parts of the data set, give knn.bank and knn.queries."
+        )
     if all(DATE.fullmatch(name) for name in bank.classes):
         protocol += " These look like dates: if they are no classes, the figures mean nothing (knn.enabled false, or knn.bank)."
     return Labelled(bank, kept, queries, asked, list(bank.classes), query_to_bank, protocol)
@@ -123,17 +130,24 @@ def is_split(name: str) -> bool:
 
 
 def are_splits(names: Sequence[str]) -> bool:
-    """Whether folders are parts of a data set, and no classes: two of them are splits, or all."""
-    return sum(map(is_split, names)) >= min(2, max(1, len(names)))
+    """Whether folders, by their names alone, are parts of a data set, and no classes: two of them are splits, or all,
+    and not more lie beside these."""
+    num = sum(map(is_split, names))
+    return num >= min(2, max(1, len(names))) and num >= len(names) - num
 
 
 def split_folders(path: str, exclude: Sequence[str] = ()) -> list[str]:
-    """The splits in a folder, in the order of SPLITS; none where its folders are anything else."""
+    """The splits in a folder, in the order of SPLITS; none where its folders are anything else. Folders called so that
+    hold two folders of the same names, as classes are, are splits whatever lies beside them."""
     names = folders_in(path, exclude)
     known = {name.lower(): name for name in names}
-    if not are_splits(names):
-        return []
-    return [os.path.join(path, known[name]) for name in SPLITS if name in known]
+    splits = [os.path.join(path, known[name]) for name in SPLITS if name in known]
+    return splits if are_splits(names) or len(splits) > 1 and _share_classes(splits, exclude) else []
+
+
+def _share_classes(splits: Sequence[str], exclude: Sequence[str]) -> bool:
+    first, *others = (set(folders_in(split, exclude)) for split in splits)
+    return any(len(first & other) > 1 for other in others)
 
 
 def why_unlabelled(config: Config, source: Source | None = None) -> str | None:

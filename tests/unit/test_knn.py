@@ -308,6 +308,20 @@ def test_what_lies_beside_splits_leaves_them_splits(tmp_path):
     assert told(flat) == (None, f"{flat} has no classes (train, test: parts of a data set)")
 
 
+def test_classes_called_train_and_test_are_told_by_what_lies_beside_them(tmp_path):
+    classes = ("bike", "bus", "car", "test", "train")
+    path = folders(tmp_path / "vehicles", *classes)
+    protocol, _ = told(path)
+    assert "5 classes: bike, bus, car, test, train. test, train are taken for classes, as 3 others lie" in protocol
+    (tmp_path / "list.txt").write_text("".join(f"{path}/{name}/0.jpg\t{name}\n" for name in classes))
+    assert "test, train are taken for classes, as 3 others" in told(str(tmp_path / "list.txt"))[0]
+    path = folders(tmp_path / "vehicles", "train/old", "train/new", "test/old", "test/new")  # beside images in train
+    assert "test, train are taken for classes" in told(path)[0]
+    path = folders(tmp_path / "sorted", *classes[:3], "train/old", "train/new", "test/old", "test/new")
+    protocol, _ = told(path)
+    assert f" {path}/train vote on 6 of {path}/test" in protocol and "part in kNN: bike, bus, car." in protocol
+
+
 def test_splits_without_classes_below_are_none_themselves(tmp_path):
     path = folders(tmp_path / "photos", "train", "test")
     assert told(path) == (None, f"{path} has no classes (train, test: parts of a data set)")

@@ -40,8 +40,8 @@ SAMPLE, SAMPLED_URLS, PROBES = 100, 32, 8
 HEAD, LINES_AFTER_HEADER = 1 << 16, 8
 """Bytes in which a line of column names is looked for; lines after it that are looked at."""
 PATH_COLUMNS = frozenset(
-    "path file filename filepath fileurl image imagename imagefile imagefilename imagepath imageurl img imgname imgfile "
-    "imgpath imgurl url uri".split()
+    "path file filename filepath fileurl image imagename imagefile imagefilename imagepath imageurl img imgname "
+    "imgfile imgpath imgurl url uri".split()
 )
 """What tables call their column of images, in small letters and without what parts words."""
 
@@ -202,8 +202,8 @@ def _is_comment(line: bytes, root: str) -> bool:
 
 
 def _header(lines: BinaryIO, root: str) -> int:
-    """Where a first line begins that names columns, as tables have it, and no file; -1 for none. It is told by its words,
-    or because it is not there and could be no image, while one of the lines after it is there."""
+    """Where a first line begins that names columns, as tables have it, and no file; -1 for none. It is told by its
+    words, or because it is not there and could be no image, while one of the lines after it is there."""
     head, at, first = lines.read(HEAD), 0, -1
     num_after = 0
     for line in head.splitlines(keepends=True):
@@ -258,8 +258,8 @@ def _kept(url: str, size: object, mark: int, parts: Iterable[bytes]) -> str:
 
 def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
     """Of the list `path`, read from `file`: starts int64 (where every STRIDE-th line that is not blank begins, and the end
-    of the file), count, whether labelled, passed_over int64 (where lines begin that are passed over), and how many lines
-    have no label, have more columns, name columns."""
+    of the file), count, whether labelled, passed_over int64 (where lines begin that are passed over), and how many
+    lines have no label, have more columns, name columns."""
     starts, passed_over, count, labelled, number_of_lines = array("q"), array("q"), 0, None, 0
     unlabelled = longer = headers = 0
     with open(file, "rb") as lines:
