@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import threading
+import tracemalloc
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +28,7 @@ from seer_scale.errors import DataError
 from tests.sources import Impatient
 from tests.unit.test_sources import contents, write_tar
 
+LONG = 24 << 20
 VIEWS = Views(crops=(Crop(num=1, size=16),))
 
 
@@ -48,7 +50,11 @@ class Handler(BaseHTTPRequestHandler):
         fault = next((faults.pop(0) for end, faults in server.faults.items() if self.path.endswith(end) and faults), None)
         if fault == "hang":
             server.over.wait(60)
-        if fault in ("endless", "drip", "chunked", "gzip"):
+        if fault == "huge":
+            return self.send(200, b"", announced=1 << 40)
+        if fault == "zipped":
+            return self.send(200, gzip.compress(path.read_bytes()), {"Content-Encoding": "gzip"})
+        if fault in ("endless", "drip", "chunked", "gzip", "long"):
             return self.stream(fault, path)
         if isinstance(fault, int) or not path.exists():
             return self.send(fault or 404, b"")
@@ -72,27 +78,28 @@ class Handler(BaseHTTPRequestHandler):
         if how == "gzip":
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
-        data = {"endless": bytes(1 << 16), "drip": b"x"}.get(how) or path.read_bytes()
+        data = {"endless": bytes(1 << 16), "long": bytes(1 << 16), "drip": b"x"}.get(how) or path.read_bytes()
         data = gzip.compress(data) if how == "gzip" else data
         try:
             while not self.server.over.wait(0.02 if how == "drip" else 0):
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
                 self.server.written += len(data)
-                if how in ("chunked", "gzip"):
+                if how in ("chunked", "gzip") or how == "long" and self.server.written >= LONG:
                     self.wfile.write(b"0\r\n\r\n")
                     return
         except OSError:
             self.server.left.set()
         self.close_connection = True
 
-    def send(self, status, data, headers=(), cut=False, short=False):
+    def send(self, status, data, headers=(), cut=False, short=False, announced=0):
         data = data[: len(data) // 2] if short else data
         self.send_response(status)
-        for name, value in {**dict(headers), "Content-Length": len(data)}.items():
+        for name, value in {**dict(headers), "Content-Length": announced or len(data)}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(data[: len(data) // 2] if cut else data)
+            self.server.over.wait(60 if announced else 0)
         self.close_connection |= cut
 
     def log_message(self, *_):
@@ -295,9 +302,26 @@ def test_what_never_ends_is_cut_off_at_the_limit(server, monkeypatch):
     monkeypatch.setattr(remote, "MOST_UNTOLD", 500_000)
     with pytest.raises(DataError, match="has more than the 500,000 bytes"):
         remote.read(f"{server.url}/a.jpg", most=1_000_000_000)
-    (server.root / "b.jpg").write_bytes(bytes(2000))  # of what tells its length, no byte is read
+    monkeypatch.setattr(remote, "READ_TIMEOUT_S", 5)
+    server.faults["a.jpg"] = ["huge"] * 9  # of what tells its length, no byte is waited for
     with pytest.raises(DataError, match="has more than the 1,000 bytes"):
-        remote.read(f"{server.url}/b.jpg", most=1000)
+        remote.read(f"{server.url}/a.jpg", most=1000)
+    (server.root / "a.jpg").write_bytes(bytes(2_000_000))
+    server.faults["a.jpg"] = ["zipped"] * 9  # a length that is not the image's own is none
+    with pytest.raises(DataError, match="has more than the 500,000 bytes"):
+        remote.read(f"{server.url}/a.jpg", most=1_000_000_000)
+
+
+def test_an_image_is_held_once_while_it_comes(server):
+    (server.root / "a.jpg").touch()
+    server.faults["a.jpg"] = ["long"]
+    tracemalloc.start()
+    try:
+        assert len(remote.read(f"{server.url}/a.jpg", most=1 << 30)) == LONG
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.4 * LONG
 
 
 def test_what_comes_byte_by_byte_is_given_up(server, monkeypatch):
