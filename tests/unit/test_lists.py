@@ -63,6 +63,7 @@ def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, 
          {left_out.HEADERS: 1, left_out.COMMENTS: 3}),
         ('"filename"\t"class"\n"a.jpg"\t"a ""cat"""\n"q"\tdog\nb.jpg\t""\n', "aqb", ['a "cat"', "dog", None],
          {left_out.HEADERS: 1}),
+        ("a.jpg\tcat\nb.jpg\tdog\n#gone\tcow", "ab", ["cat", "dog"], {left_out.COMMENTS: 1}),
         ("images\na.jpg\n", "a", [None], {left_out.HEADERS: 1}),  # there is a folder of this name
         ("image\na.jpg\n", "ia", [None, None], {}),  # there is a file of this name
         ("a.jpg  \nb.jpg \tdog \n".replace("a.jpg  ", " a.jpg  \tcat"), "ab", ["cat", "dog"], {}),
@@ -90,6 +91,9 @@ def test_a_list_of_lines_that_cannot_be_read_says_how_many_were_looked_at(tmp_pa
     (tmp_path / "list.csv").write_text("a.jpg,cat\n" * 3)
     with pytest.raises(DataError, match="parted by tabs, not commas"):
         open_source(str(tmp_path / "list.csv"))
+    (tmp_path / "list.txt").write_text("# a\n# b")
+    with pytest.raises(DataError, match=r"lists no image.* It holds 2 lines that begin with # \(they name no file\)"):
+        open_source(str(tmp_path / "list.txt"))
     (tmp_path / "cat").mkdir()
     (tmp_path / "list.tsv").write_text("label\tpath\n" + "cat\tgone.jpg\ncat\ta.jpg\n" * 3)
     with pytest.raises(DataError, match="its columns must be a path and then a label, in this order"):

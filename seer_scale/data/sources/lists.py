@@ -25,7 +25,7 @@ from seer_scale.data.sources.base import (
     stamp_of,
 )
 from seer_scale.data.sources.files import read_file
-from seer_scale.data.sources.left_out import COLUMNS, COMMENTS, HEADERS
+from seer_scale.data.sources.left_out import COLUMNS, COMMENTS, HEADERS, described
 from seer_scale.errors import DataError
 from seer_scale.files import shown, written_whole
 
@@ -73,7 +73,8 @@ class ListFile(Source):
         left_out = {HEADERS: num_headers, COMMENTS: comments, COLUMNS: int(index["longer"])}
         self.left_out = {kind: num for kind, num in left_out.items() if num}
         if not self._num:
-            raise DataError(f"{path} lists no image: it needs one path a line.")
+            more = f" It holds {words}." if (words := described(self.left_out)) else ""
+            raise DataError(f"{path} lists no image: it needs one path a line.{more}")
         self._look_at_some()
 
     def _look_at_some(self) -> None:
@@ -168,13 +169,15 @@ class ListFile(Source):
         begin, end = self._starts[block : block + 2].tolist()
         try:
             with open(self._file, "rb", buffering=0) as file:
-                text = os.pread(file.fileno(), end - begin, begin)
+                text = bytearray(os.pread(file.fileno(), end - begin, begin))
         except OSError as error:
             raise DataError(f"{self._path} cannot be read ({error.strerror}).") from error
         for at in self._passed_over[slice(*np.searchsorted(self._passed_over, (begin, end)))].tolist():
-            line = text[at - begin :].partition(b"\n")[0]
-            text = text[: at - begin] + b" " * len(line) + text[at - begin + len(line) :]
-        return [line.removesuffix(b"\r") for line in text.split(b"\n") if not _is_blank(line)]
+            first = at - begin
+            last = text.find(b"\n", first)
+            last = len(text) if last < 0 else last
+            text[first:last] = b" " * (last - first)
+        return [line.removesuffix(b"\r") for line in bytes(text).split(b"\n") if not _is_blank(line)]
 
 
 def _is_blank(line: bytes) -> bool:

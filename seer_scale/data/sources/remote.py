@@ -250,7 +250,7 @@ async def _get(fs: Any, url: str, start: int | None, end: int | None, is_probe: 
         if is_probe and answer.status == 416:  # an empty file
             return b""
         fs._raise_not_found_for_status(answer, url)
-        is_plain = answer.headers.get("Content-Encoding", "identity").lower() == "identity"
+        is_plain = answer.headers.get("Content-Encoding", "identity").lower() in ("identity", "")
         told = answer.content_length if is_plain else None  # which, though none was asked for, is that of fewer bytes
         if told is None:
             most = min(MOST_UNTOLD, most or MOST_UNTOLD)
