@@ -4,7 +4,7 @@ A terminal may be closed (EIO), the other end of a pipe gone (EPIPE), a disk ful
 or never there; and whoever reads may take nothing (Ctrl-S, a suspended tee, a dead connection). `install` puts a `Console`
 in the place of sys.stdout and sys.stderr, so that print, warnings, tracebacks, logging, rich and whoever else writes there
 cannot fail, nor wait for long. It writes to the file descriptor itself: nothing is left in a buffer for the interpreter's
-exit to fail on (status 120).
+exit to fail on (status 120). What was said can be kept in a file, too, for those whose console is lost (`record`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,56 @@ import stat
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 UNSAFE = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 """What would move a terminal's cursor or worse; colours, tabs and line ends are let through."""
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 FULL_S = 1.0
 """Seconds that lines wait for a reader; after that they are lost until some are taken again."""
 AGAIN_S = 0.02
 """Seconds until the next try where a descriptor says that it takes something, but does not."""
+
+
+EARLY_LINES = 200
+"""What was said last before there was a file to keep it in."""
+
+
+class Record:
+    """What this process has said, by the clock. Whoever adds to it waits for nothing and gets no error: a full disk costs
+    lines. Until a file is named, the last EARLY_LINES of it are held."""
+
+    def __init__(self) -> None:
+        self._early: deque[str] = deque(maxlen=EARLY_LINES)
+        self._path, self._fd = None, -1
+
+    def keep(self, path: Path) -> None:
+        """In the file `path` from now on, which appears with the first line."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._path, self._fd = path, -1
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._write("".join(self._early))
+
+    def add(self, text: str) -> None:
+        """Of whole lines."""
+        now = time.strftime("%F %T")
+        text = "".join(f"{now} {line}\n" for line in _safe(COLOUR.sub("", text)).removesuffix("\n").split("\n"))
+        if self._path is None:
+            self._early.append(text)
+        else:
+            self._write(text)
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):
+            if self._fd < 0 and text:
+                self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            if text:
+                os.write(self._fd, text.encode("utf-8", "backslashreplace"))
 
 
 class Console(io.TextIOBase):
@@ -38,7 +79,7 @@ class Console(io.TextIOBase):
     """
 
     def __init__(self, to: TextIO | None, label: str = "", *, drop: str = "", raw: bool = False):
-        self._to, self._label, self._drop, self._raw, self._line = to, label, drop, raw, ""
+        self._to, self._label, self._drop, self._raw, self._line, self._begun = to, label, drop, raw, "", ""
         self.problem: OSError | None = None
         """The first reason for which something was lost."""
         self.wait_s: float | None = FULL_S
@@ -65,12 +106,16 @@ class Console(io.TextIOBase):
             whole, end, self._line = self._line.rpartition("\n")
             if end:
                 self._send("".join(f"{self._label}{line.removeprefix(self._drop)}\n" for line in whole.split("\n")))
+                if not self._raw:
+                    record.add(self._begun + whole)
+                self._begun = ""
         return len(text)
 
     def flush(self) -> None:
         with self._turn:
             if self._line and not self._label:
                 text, self._line = self._line, ""
+                self._begun += text
                 self._send(text)
 
     @property
@@ -101,7 +146,7 @@ class Console(io.TextIOBase):
         if self._to is None:
             return
         if not self._raw:
-            text = UNSAFE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+            text = _safe(text)
         try:
             data = text.encode(self.encoding, self.errors)
             if self._fd < 0:
@@ -147,9 +192,24 @@ class _Bytes(io.BufferedIOBase):
         return True
 
 
+def _safe(text: str) -> str:
+    return UNSAFE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+record = Record()
+"""Of this process."""
+
+
+def file_of(run_dir: Path, rank: int) -> Path:
+    """Where a rank that no launcher of ours has started keeps what it says."""
+    return run_dir / "logs" / f"console-{rank}.txt"
+
+
 def install(label: str = "", drop: str = "") -> None:
     """From now on nothing that is printed in this process fails. label, drop: of each line (see Console)."""
+    global record
     _fill_standard_descriptors()
+    record = Record()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Console):
@@ -181,6 +241,7 @@ def lost(stream: TextIO | None) -> OSError | None:
 
 def write_error(text: str, wait_s: float = FULL_S) -> None:
     """To stderr's descriptor, by one call where it takes that, without a lock: for who cannot wait for other threads."""
+    record.add(text)
     with suppress(OSError):
         _put(2, text.encode("utf-8", "backslashreplace"), wait_s)
 

@@ -56,7 +56,10 @@ def _named(name: str) -> Job:
             return job
     for place in (Path(name), Path("runs") / name):
         if (place / "metrics.jsonl").is_file():
-            raise UserError(f"{place} was not launched, but started by train: seer-scale inspect {place} tells of it.")
+            raise UserError(
+                f"{place} was not launched, but started by train: seer-scale inspect {place} tells of it, "
+                f"and {console.file_of(place, 0)} holds what it said."
+            )
     names = [called(job) for job, _ in _below(Path("runs")) if job]
     of_array = [n for n in names if n.startswith(f"{name}-")]
     hint = f"an array's runs have names of their own: {', '.join(of_array)}." if of_array else "none was launched here."

@@ -17,6 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from seer_scale import console as consoles
 from seer_scale.files import to_json, write_whole
@@ -44,6 +45,16 @@ class Task:
         return f"{self.what[:1].upper()}{self.what[1:]}{of}, for {_span(now - self.since)}{idle}"
 
 
+class _Recorded(Console):
+    """What is printed above the bar, by anyone, is kept as what is printed without one."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        for said in objects:
+            if isinstance(said, str | Text):
+                consoles.record.add(str(said))
+        super().print(*objects, **how)
+
+
 class Progress:
     """Says what goes on; a context. With `active` False, which all ranks but one have, it does nothing.
 
@@ -69,7 +80,7 @@ class Progress:
         if not self._active:
             return self
         stream = sys.stderr if self._to_stderr else sys.stdout
-        console = Console(highlight=False, file=consoles.Console(stream, raw=True))
+        console = _Recorded(highlight=False, file=consoles.Console(stream, raw=True))
         if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=self._to_stderr)
             self._live.start()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from seer_scale import __version__
+from seer_scale import __version__, console
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.inspect import in_bytes
 from seer_scale.checkpoint.lock import RunLock
@@ -67,6 +67,8 @@ def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchd
     timeouts = Timeouts.of(config)
     with watchdog.patient(timeouts.lock_s):
         lock = RunLock(run_dir, world, patience_s=timeouts.lock_s if attempt else 0.0)
+    if not attempt:  # else the launcher keeps what ranks say
+        console.record.keep(console.file_of(run_dir, world.rank))
     if lock.note:
         complain(lock.note)
     with lock, Progress(run_dir, active=world.is_main, every_s=config.run.heartbeat_s) as progress:
@@ -87,13 +89,15 @@ class Trainer:
         begin = time.perf_counter()
         with progress.doing("looking for a checkpoint and verifying it"):
             found = resume.find(config, run_dir, world)  # before anything is built
+            weights = resume.find_weights(config, world) if config.checkpoint.init_from and not found else None
         self._verify_s = time.perf_counter() - begin
+        with torch.device("meta"):
+            method = SwAV(config, world)
+        part = resume.check_weights(config, weights, resume.state_of(method), world) if weights else ""
         saved = store.read_meta(found, world)["data"] if found else None
         with progress.doing(f"listing the images of {shown(config.data.path)}"):
             self.course, self.labelled = share(world, run_dir / "logs", partial(self._open, saved), _sources)
         self._refused_refresh, self._stall_s = 0, 0.0
-        with torch.device("meta"):
-            method = SwAV(config, world)
         self.cores = rank_cores(world)
         self.workers = config.data.num_workers(self.cores)
         with progress.doing("measuring how the network runs fastest"):
@@ -106,6 +110,9 @@ class Trainer:
         self._starved = 0
         self._skips = SkipMonitor(list(self.engine.shapes), config.train.precision, world, partial(self._tell_of_rank, "skipped"))
         self.resumed_from = self._load(found) if found else None
+        self._initialised_from = (weights, part) if weights else None
+        if weights:
+            self._loaded = self._read(weights, only=part)
         self.end = config.end(self.samples_seen)
         eta = Eta(self.end, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
         self.log = RunLog(run_dir, self.end, self.ln_k, active=world.is_main, progress=progress, eta=eta)
@@ -139,26 +146,26 @@ class Trainer:
     def _load(self, path: Path) -> Path:
         meta = resume.must_go_on(path, self.config, self.world)
         then = meta["config"]
-        state, begin = self.engine.state(), time.perf_counter()
-        with self.progress.doing(f"loading {shown(path)}"):
-            nbytes = store.load(path, state, self.world, only=("model/", "optim/", "scaler/"))
-        self.engine.refresh()
+        is_same_queue = then["swav"]["queue"] == self.config.swav.queue
+        memory = ("memory/",) if is_same_queue and self.config.swav.queue else ()
+        self._loaded = self._read(path, only=("model/", "optim/", "scaler/", *memory))
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
         self._warned_of_collapse = meta["warned_of_collapse"]
         if then["train"]["precision"] != self.config.train.precision:
             self.engine.scaler.restart()
-        if then["swav"]["queue"] == self.config.swav.queue:
-            self.engine.method.queue_since = meta["queue_since"]
-            if self.config.swav.queue:
-                nbytes += store.load(path, state, self.world, only=("memory/",))
-        else:
-            self.engine.method.queue_since = self.samples_seen
+        self.engine.method.queue_since = meta["queue_since"] if is_same_queue else self.samples_seen
         self._changed = resume.changes(then, self.config)
         self._rate_change = resume.rate_change(meta, self.config)
-        read = self.world.gather_objects(nbytes)
-        self._loaded = {"load_s": time.perf_counter() - begin, "load_bytes": sum(read), "load_bytes_most": max(read)}
         return path
+
+    def _read(self, path: Path, only: str | tuple[str, ...]) -> dict[str, float]:
+        """Take over what of a checkpoint has names that begin so; what that took. Collective."""
+        begin = time.perf_counter()
+        with self.progress.doing(f"loading {shown(path)}"):
+            nbytes = self.world.gather_objects(store.load(path, self.engine.state(), self.world, only=only))
+        self.engine.refresh()
+        return {"load_s": time.perf_counter() - begin, "load_bytes": sum(nbytes), "load_bytes_most": max(nbytes)}
 
     def _begin(self) -> None:
         c, w = self.config, self.world
@@ -183,16 +190,12 @@ class Trainer:
             loaded = f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
             self.log.event("resume", f"Going on from {self.resumed_from} with {len(self.source):,} images on {where}.{changed}{data}{knn_told}{loaded}{copies}", **facts, **read)
             return
-        if c.checkpoint.init_from:
-            path, state = resume.find_weights(c, w), self.engine.state()
-            part = resume.check_weights(c, path, state, w)
-            begin = time.perf_counter()
-            nbytes = w.gather_objects(store.load(path, state, w, only=part))
-            self.engine.refresh()
-            read = {"load_s": time.perf_counter() - begin, "load_bytes": sum(nbytes), "load_bytes_most": max(nbytes)}
+        if self._initialised_from:
+            (path, part), read = self._initialised_from, self._loaded
             is_part = part == resume.BACKBONE
             whose = f"Its backbone is that of {path} and all else drawn anew" if is_part else f"Its weights are those of {path}"
-            copies = f" {whose}: {in_bytes(sum(nbytes))} read in {read['load_s']:.1f} s, {in_bytes(max(nbytes))} at most a rank.{copies}"
+            took = f"{in_bytes(read['load_bytes'])} read in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank"
+            copies = f" {whose}: {took}.{copies}"
         started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
@@ -533,7 +536,7 @@ class Trainer:
         self.engine.average_buffers()
         with self.progress.doing(f"measuring kNN {stage} training", asked + bank):
             scores, found = knn(self._represent, self.labelled, c, workers=self.workers, world=self.world)
-        self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, "knn/measurement": self.labelled.measurement(c), **scores, "time/knn_s": time.perf_counter() - begin})
+        self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **self._measurement, **scores, "time/knn_s": time.perf_counter() - begin})
         if self.config.checkpoint.keep_best and self.samples_seen:
             best = max(self._top1.values(), default=-math.inf)
             self._top1[self.samples_seen] = scores["knn/top1"]
@@ -544,12 +547,16 @@ class Trainer:
             with _disk_may_fill():
                 show_neighbours(self.run_dir, stage, self.labelled, found)
 
+    @property
+    def _measurement(self) -> dict[str, str]:
+        """What a row of kNN figures says of how they were measured, for those of this start."""
+        return {"knn/measurement": self.labelled.measurement(self.config.knn)} if self.labelled else {}
+
     def _scored(self) -> dict[int, float]:
         """kNN top-1 of the checkpoints there are, by samples_seen; of figures that compare with those to come."""
         scored: dict[int, float] = {}
         if self.world.is_main and self.config.checkpoint.keep_best:
-            own = {"knn/measurement": self.labelled.measurement(self.config.knn)} if self.labelled else {}
-            known = [r for r in read_metrics(self.run_dir)[0] if "knn/top1" in r and compare(r, own)]
+            known = [r for r in read_metrics(self.run_dir)[0] if "knn/top1" in r and compare(r, self._measurement)]
             rows = {r["samples_seen"]: r["knn/top1"] for r in known}
             scored = {s: rows[s] for s in store.published(self.folder) if s in rows and s <= self.samples_seen}
         return self.world.broadcast_object(scored)
@@ -589,7 +596,7 @@ class Trainer:
         """What was not done by a start before."""
         rows, events = read_metrics(self.run_dir) if self.world.is_main else ([], [])
         here = [r for r in [*rows, *events] if r["samples_seen"] >= self.samples_seen]
-        done = {r.get("knn/stage") for r in here} | {r.get("event") for r in here}
+        done = {r.get("knn/stage") for r in here if compare(r, self._measurement)} | {r.get("event") for r in here}
         done = self.world.broadcast_object(done)
         if "after" not in done:
             self._evaluate("after")

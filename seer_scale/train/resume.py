@@ -116,10 +116,7 @@ def foresee(config: Config, run_dir: Path) -> str:
     if not path and not config.checkpoint.init_from:
         return ""
     with torch.device("meta"):
-        method = SwAV(config, World())
-    own = dict(method.named_buffers(recurse=False))
-    state = {**dict(method.named_parameters()), **{n: b for n, b in method.named_buffers() if n not in own}}
-    state = {f"model/{n}": t for n, t in state.items()}
+        state = state_of(SwAV(config, World()))
     if not path:
         check_weights(config, find_weights(config, World(), contents=False, warn=lambda _: None), state)
         return ""
@@ -127,6 +124,13 @@ def foresee(config: Config, run_dir: Path) -> str:
     store.must_fit(path, state, only="model/")
     changed, rate = changes(meta["config"], config), rate_change(meta, config)
     return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}.{' ' * bool(rate)}{rate}" if changed else ""
+
+
+def state_of(method: SwAV) -> store.State:
+    """The names and shapes that a checkpoint has of a network, from the network itself (on meta, say)."""
+    own = dict(method.named_buffers(recurse=False))
+    state = {**dict(method.named_parameters()), **{n: b for n, b in method.named_buffers() if n not in own}}
+    return {f"model/{n}": t for n, t in state.items()}
 
 
 def changes(then: dict[str, Any], config: Config) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from seer_scale import world as worlds
+from seer_scale.checkpoint.lock import RunLock
 from seer_scale.config import (
     ZERO,
     Config,
@@ -27,6 +30,7 @@ from seer_scale.errors import ConfigError, RankLost, UserError
 from seer_scale.extras import how_to_install
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.registry import build_backbone
+from seer_scale.observe.sinks import read_records
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.recompute import find_segments
 from seer_scale.parallel.units import sharded_units
@@ -139,7 +143,7 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
         print(note, flush=True)
     run_dir = run_dir_of(config, recipe)
     timeouts = Timeouts.of(config)
-    with StopRequest() as stop, Watchdog(timeouts.update_s, f"[rank {info.rank}] " if info.size > 1 else "") as watchdog:
+    with _no_empty_run(run_dir, info), StopRequest() as stop, Watchdog(timeouts.update_s, f"[rank {info.rank}] " if info.size > 1 else "") as watchdog:
         with watchdog.patient(timeouts.start_s):
             world = worlds.start(
                 run_dir / "logs",
@@ -166,6 +170,24 @@ def _check_here(config: Config, info: RankInfo) -> None:
         raise ConfigError(problems)
     if info.rank == 0 and info.size > 1:
         look(config)  # a folder of 100,000 tars is listed once, not once a rank
+
+
+@contextmanager
+def _no_empty_run(run_dir: Path, info: RankInfo) -> Iterator[None]:
+    """A start that is refused before the run has begun, which the first line of its log tells, leaves no folder that was
+    not there before. What crashes leaves what it said."""
+    made = [place for place in (run_dir, *run_dir.parents) if not place.exists()] if info.rank == 0 else []
+    try:
+        yield
+    except (UserError, KeyboardInterrupt) as error:
+        if made and run_dir.exists() and not isinstance(error, RankLost):
+            with suppress(UserError), RunLock(run_dir) as lock:  # of a start that is refused because of another it is not
+                if not lock.note and not read_records(run_dir):
+                    shutil.rmtree(run_dir, ignore_errors=True)
+            with suppress(OSError):
+                for place in made[1:]:
+                    place.rmdir()
+        raise
 
 
 def run_dir_of(config: Config, recipe: str) -> Path:

@@ -20,6 +20,7 @@ def test_a_run_goes_on_without_its_console(tmp_path, photos):
         assert r.wait() == [0], (place, r.text)
         assert list(steps(place)) == list(range(8, 49, 8)) and events(place, "done") and (place / "report.html").is_file()
         assert r.text == ""
+        assert "Done: 48 samples" in (place / "logs" / "console-0.txt").read_text()
 
     given = recipe(tmp_path, photos, train={"samples": 80_000})
     ways = (runs.lost_terminal, signal.SIGINT), (runs.full_pipe, signal.SIGTERM)
@@ -30,6 +31,7 @@ def test_a_run_goes_on_without_its_console(tmp_path, photos):
         r.kill(number)
     for r, (place, _, _) in zip(running, stopped, strict=True):
         assert r.wait() == [75]
+        assert re.search(r"Stopped by SIG\w+ after [\d,]+ samples; saved as", (place / "logs" / "console-0.txt").read_text())
         assert checkpoints(place)[-1] == f"samples-{max(steps(place)):012d}"
 
 

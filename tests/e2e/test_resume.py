@@ -209,8 +209,9 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
 
     # of a run's newest, into another projection head: refused as a whole, taken without it
     words = ("train", given, "--run.dir", tmp_path / "part", "--checkpoint.init_from", place, "--swav.dim", 8)
-    text = run(*words, folder=tmp_path, status=2)
+    text = run(*words, ranks=2, folder=tmp_path, status=2)
     assert "in this run; give checkpoint.init_part backbone, which draws all else anew" in text
+    assert not (tmp_path / "part").exists()
     run(*words, "--checkpoint.init_part", "backbone", "--train.samples", 8, folder=tmp_path)
     (begun,) = events(tmp_path / "part", "start")
     assert f"Its backbone is that of {place}/checkpoints/samples-000000000056 and all else drawn anew" in begun["text"]

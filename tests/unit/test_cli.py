@@ -150,7 +150,7 @@ def test_a_run_that_was_not_launched_is_told_by_inspect(tmp_path, monkeypatch, c
     (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("")
     for words in (["status", "mine"], ["logs", "runs/mine"], ["cancel", "mine"]):
         assert main(words) == 2
-        assert "runs/mine was not launched, but started by train: seer-scale inspect runs/mine tells of it." in capsys.readouterr().err
+        assert "runs/mine was not launched, but started by train: seer-scale inspect runs/mine tells of it, " in capsys.readouterr().err
     assert main(["list"]) == 0 and "seer-scale inspect RUN" in capsys.readouterr().out
 
 

@@ -6,15 +6,18 @@ import errno
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from seer_scale.console import Console, install
+from seer_scale import console
+from seer_scale.console import Console, Record, install
 
 PIPE, TERMINAL, FULL = errno.EPIPE, errno.EIO, errno.ENOSPC
 
@@ -169,3 +172,24 @@ def test_what_is_asked_for_and_cannot_be_printed_is_told():
     command = '"$0" -m seer_scale recipes >/dev/full; a=$?; "$0" -m seer_scale recipes | head -c 1; exit $((a * 10 + ${PIPESTATUS[0]}))'
     done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True, timeout=60)
     assert done.returncode == 10 and done.stderr == "What this command prints could not be written (No space left on device).\n"
+
+
+def test_what_is_said_is_kept(tmp_path, monkeypatch):
+    """In whole lines, without colours, whoever says it, from before the file was named; whatever becomes of the disk."""
+    monkeypatch.setattr(console, "record", Record())
+    out, bar = Console(io.StringIO()), Console(io.StringIO(), raw=True)
+    print("early", file=out)
+    print("a bar", file=bar)
+    place = tmp_path / "logs" / "console-0.txt"
+    console.record.keep(place)
+    print("in ", end="", file=out, flush=True)
+    print("\x1b[1mtwo\x1b[0m\x07\nlines \udce9", file=out)
+    console.write_error("stacks\n")
+    kept = place.read_text().splitlines()
+    assert [line[20:] for line in kept] == ["early", "in two\\x07", "lines \\udce9", "stacks"]
+    assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in kept)
+    for lost in (Path("/dev/full"), tmp_path / "no" / "folder"):
+        console.record.keep(lost)
+        (tmp_path / "no").exists() and shutil.rmtree(tmp_path / "no")
+        print("lost", file=out)
+    assert out._to.getvalue().endswith("lost\nlost\n") and not (tmp_path / "no").exists()

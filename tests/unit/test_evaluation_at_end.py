@@ -22,6 +22,7 @@ def at_end(run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 3
     made.course = SimpleNamespace(source=source)
     made.engine = SimpleNamespace(whole=lambda name: name, method=SimpleNamespace(unit_rows=["prototypes"]))
     made._evaluate = told.append
+    made.labelled = SimpleNamespace(measurement=lambda c: "now")
     monkeypatch.setattr(loop, "show_prototypes", lambda *_, num, **__: told.append(f"looked at {num}"))
     made._tell = lambda kind, text, **_: told.append(kind)
     made._evaluate_at_end()
@@ -39,6 +40,10 @@ def test_what_a_start_before_has_done_is_not_done_again(tmp_path, monkeypatch):
     assert at_end(tmp_path, monkeypatch) == ["after", *pictures]
     log(tmp_path, {"knn/stage": "after"})
     assert at_end(tmp_path, monkeypatch) == pictures
+    log(tmp_path, {"knn/stage": "after", "knn/measurement": "now"})
+    assert at_end(tmp_path, monkeypatch) == pictures
+    log(tmp_path, {"knn/stage": "after", "knn/measurement": "then"})  # with other keys or images
+    assert at_end(tmp_path, monkeypatch) == ["after", *pictures]
     log(tmp_path, {"event": "prototypes"})  # as with knn.enabled false
     assert at_end(tmp_path, monkeypatch) == ["after"]
 

@@ -109,18 +109,21 @@ def test_others_read_what_a_run_is_at_while_it_runs(tmp_path):
     assert not any(tmp_path.rglob("*.json"))
 
 
-def test_a_bar_on_a_terminal_and_lines_on_none():
+def test_a_bar_on_a_terminal_and_lines_on_none(tmp_path):
     program = """
 from seer_scale import console
 from seer_scale.observe.progress import Progress
+import pathlib, sys
 console.install()
+console.record.keep(pathlib.Path(sys.argv[1]))
 with Progress(every_s=60) as progress, progress.doing("listing the images of photos", 200):
     progress.advance(50)
     progress.print("A line.")
+    print("Another [b]line[/b].")
 """
     ours, theirs = os.openpty()
     env = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stdin=theirs, env=env)
+    process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "drawn"], stdout=theirs, stdin=theirs, env=env)
     os.close(theirs)
     seen = b""
     try:
@@ -134,5 +137,7 @@ with Progress(every_s=60) as progress, progress.doing("listing the images of pho
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
     for words in ("A line.", "━━━", "Listing the images of photos: 0 of 200 images"):
         assert words in text, words
-    plain = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path.cwd())
-    assert plain.stdout == "A line.\n"
+    plain = subprocess.run([sys.executable, "-c", program, tmp_path / "plain"], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert plain.stdout == "A line.\nAnother [b]line[/b].\n"
+    for kept in ("drawn", "plain"):  # the bar is no line
+        assert [line[20:] for line in (tmp_path / kept).read_text().splitlines()] == plain.stdout.splitlines()

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from seer_scale.observe.gallery import Gallery, read_gallery
 from seer_scale.observe.report import headline, page, write_report
@@ -249,3 +250,28 @@ def test_the_commonest_class_is_in_the_picture_where_it_is_right_more_often_than
     write_report(run_dir)
     (knn,) = (p for p in plots if [c.name for c in p.curves] == ["kNN top-1"])
     assert knn.level[0] == 75.0 and knn.limits[1] > max(75.0, 60.0 + 21.7)
+
+
+def test_points_of_different_measurements_are_not_joined(run_dir, monkeypatch):
+    rows = [{"samples_seen": n, "a": 1.0, "knn/measurement": mark} for n, mark in enumerate((None, "x", None, "x", "y", "y"))]
+    assert metric(rows, "a", "a", COLOURS["green"], apart="knn/measurement").gaps == [4]  # a log of old says nothing
+    assert "no line joins" not in write_report(run_dir).read_text()
+    with RunLog(run_dir, 6400, 4.159, active=True) as log:
+        for samples, mark in ((6464, "x"), (6528, "y")):
+            log.log({"samples_seen": samples, "knn/top1": 60.0, "knn/measurement": mark})
+    assert "Points that no line joins were measured with other images or keys" in write_report(run_dir).read_text()
+
+
+def test_values_at_the_ends_stand_clear_of_the_level_and_of_error_bars(monkeypatch):
+    written = []
+    monkeypatch.setattr(Axes, "annotate", lambda self, text, at, **how: written.append((text, at[1], how["va"])) if "va" in how else None)
+    rows = [{"samples_seen": n, "a": y, "e": 2.0} for n, y in ((0, 19.0), (9, 23.0))]
+    curve = metric(rows, "a", "a", COLOURS["green"], digits=".0f", unit="%", spread="e", ends=True)
+    for level, expected in (
+        (None, [("19 %", 17.0, "top"), ("23 %", 25.0, "bottom")]),
+        (18.0, [("19 %", 21.0, "bottom"), ("23 %", 25.0, "bottom")]),
+        (20.0, [("19 %", 17.0, "top"), ("23 %", 25.0, "bottom")]),
+    ):
+        written.clear()
+        svg(Plot([curve], level=(level, "level") if level else None, until=9))
+        assert written == 2 * expected

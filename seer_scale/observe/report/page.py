@@ -198,7 +198,8 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
     if ln_k and finite:  # a loss that hugs ln K must look like it, not fill the plot with its noise
         gap = 0.05 * (max(finite) - min(finite))
         limits = (min(min(finite) - gap, 0.93 * ln_k), max(max(finite) + gap, 1.02 * ln_k))
-    knn = of("knn/top1", "kNN top-1", GREEN, digits=".1f", unit="%", spread="knn/top1_stderr", ends=True)
+    knn = of("knn/top1", "kNN top-1", GREEN, digits=".1f", unit="%", spread="knn/top1_stderr", ends=True, apart="knn/measurement")
+    apart = " Points that no line joins were measured with other images or keys, and do not compare." if knn.gaps else ""
     majority = next((r["knn/majority"] for r in reversed(rows) if is_number(r.get("knn/majority"))), None)
     heights = [y + s for y, s in zip(knn.y, knn.spread or []) if math.isfinite(y)]
     most = max(heights + [majority or 0.0]) + 10 if heights else None
@@ -219,7 +220,7 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
         ),
         plot(
             "kNN top-1", "Held-out images classified by the vote of their nearest neighbours, with the standard error. The "
-            "first point is before training; rising means that features group what belongs together.",
+            f"first point is before training; rising means that features group what belongs together.{apart}",
             knn, unit="%", limits=(0, most), level=(majority, "always the commonest class") if majority else None,
         ),
         plot("Learning rate", "The schedule as it was applied: warm-up, then decay.", of("lr", "learning rate", INK), limits=(0, None)),
@@ -288,8 +289,7 @@ def _life(ledger: Ledger) -> str:
     recovered = f" After an end that was not the run's, the next update came after {duration(mean)} in the mean." if mean is not None else ""
     return section(
         "The life of the run",
-        f"Of the time in which it held its machines, {100 * ledger.goodput:.1f} % went into updates that count; the table "
-        f"has the shares of all time.{recovered}",
+        f"Shares are of all time from its first start.{recovered}",
         f'<figure class="plot wide">{picture}<figcaption>Images seen over the clock. Grey is the time between two starts; dotted is work '
         "that a restart had to do again.</figcaption></figure>",
         table(("what", "time", "share of all time"), spent),

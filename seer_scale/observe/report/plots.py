@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -80,6 +81,8 @@ class Curve:
     spread: Sequence[float] | None = None
     ends: bool = False
     """Whether its first and last value are written beside it."""
+    gaps: Sequence[int] = ()
+    """Numbers of points that nothing joins with the point before."""
 
     @property
     def is_drawn(self) -> bool:
@@ -109,15 +112,18 @@ class Plot:
 
 def metric(
     rows: Rows, key: str, name: str, colour: str, *, scale: float = 1.0, digits: str = ".3g", unit: str = "",
-    smooth: bool = False, spread: str = "", ends: bool = False,
+    smooth: bool = False, spread: str = "", ends: bool = False, apart: str = "",
 ) -> Curve:  # fmt: skip
-    """A metric of the log as a curve, thinned to MAX_POINTS; its last value stays."""
+    """A metric of the log as a curve, thinned to MAX_POINTS; its last value stays. apart: a field of the rows; where its
+    value changes, the curve has a gap."""
     some = [r for r in rows if key in r and (is_number(r[key]) or r[key] is None)]
     stride = -(-len(some) // MAX_POINTS) or 1
     some = some[::stride] + (some[-1:] if (len(some) - 1) % stride else [])
     y = [math.nan if r[key] is None else scale * r[key] for r in some]
     around = [scale * r[spread] if is_number(r.get(spread)) else 0.0 for r in some] if spread else None
-    return Curve(name, colour, [r["samples_seen"] for r in some], y, digits, unit, smooth, around, ends)
+    marks = list(accumulate((r.get(apart) for r in some), lambda before, now: now or before))
+    gaps = [i for i in range(1, len(marks)) if marks[i - 1] and marks[i - 1] != marks[i]]
+    return Curve(name, colour, [r["samples_seen"] for r in some], y, digits, unit, smooth, around, ends, gaps)
 
 
 def smoothed(x: Sequence[float], y: Sequence[float], breaks: Sequence[float], share: float = 0.02) -> list[float]:
@@ -152,6 +158,8 @@ def _one(plot: Plot, size: str) -> str:
                 ax.fill_between(curve.x, curve.y, step="mid", color=curve.colour, alpha=0.75, linewidth=0)
             else:
                 _draw(ax, curve, plot.breaks)
+                if curve.ends:
+                    _write_ends(ax, curve, plot.level[0] if plot.level else None)
         if plot.draw:
             plot.draw(ax)
         ax.margins(y=0.08)
@@ -190,18 +198,29 @@ def _draw(ax: Axes, curve: Curve, breaks: Sequence[float]) -> None:
     if curve.smooth and len(y) > 20:
         ax.plot(curve.x, y, color=curve.colour, alpha=0.3, linewidth=0.9)
         y = smoothed(curve.x, y, breaks)
-    ax.plot(curve.x, y, color=curve.colour, marker="o" if len(y) < 20 else None, markersize=4.5, label=curve.name)
+    edges = [0, *curve.gaps, len(y)]
+    for begin, end in zip(edges, edges[1:]):
+        x, values = curve.x[begin:end], y[begin:end]
+        name = {"label": curve.name} if begin == 0 else {}
+        ax.plot(x, values, color=curve.colour, marker="o" if len(y) < 20 else None, markersize=4.5, **name)
+        if curve.spread and len(values) > 1:
+            low, high = ([v + sign * s for v, s in zip(values, curve.spread[begin:end])] for sign in (-1, 1))
+            ax.fill_between(x, low, high, color=curve.colour, alpha=0.18, linewidth=0)
     if curve.spread:
-        low, high = ([v + sign * s for v, s in zip(y, curve.spread)] for sign in (-1, 1))
-        if len(y) > 1:
-            ax.fill_between(curve.x, low, high, color=curve.colour, alpha=0.18, linewidth=0)
         ax.errorbar(curve.x, y, curve.spread, fmt="none", color=curve.colour, elinewidth=1.2, capsize=3)
 
 
-    drawn = [(x, v) for x, v in zip(curve.x, y) if math.isfinite(v)]
-    for (x, v), offset, side in zip(drawn[:1] + drawn[1:][-1:], ((4, -18), (0, 10)), ("left", "right")) if curve.ends else ():
-        text = f"{v:{curve.digits}} {curve.unit}"
-        ax.annotate(text, (x, v), xytext=offset, textcoords="offset points", ha=side, weight="bold")
+def _write_ends(ax: Axes, curve: Curve, level: float | None) -> None:
+    """The first value and the last, beyond their error bars: below and above the curve, or where the level is not."""
+    spread = curve.spread or [0.0] * len(curve.y)
+    drawn = [p for p in zip(curve.x, curve.y, spread) if math.isfinite(p[1])]
+    for (x, y, around), side, rises in zip(drawn[:1] + drawn[1:][-1:], ("left", "right"), (False, True)):
+        is_above = rises if level is None else y >= level
+        sign = 1 if is_above else -1
+        ax.annotate(
+            f"{y:{curve.digits}} {curve.unit}", (x, y + sign * around), xytext=(4 if side == "left" else 0, 5 * sign),
+            textcoords="offset points", ha=side, va="bottom" if is_above else "top", weight="bold",
+        )  # fmt: skip
 
 
 def _level(ax: Axes, y: float, text: str) -> None:

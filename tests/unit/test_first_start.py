@@ -1,0 +1,115 @@
+"""A first start that is refused leaves nothing behind; one that begins keeps what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seer_scale import console
+from seer_scale.checkpoint.lock import RunLock
+from seer_scale.errors import UserError
+from seer_scale.files import to_json
+from seer_scale.train import loop
+from seer_scale.train.start import run_training
+from tests.e2e.runs import RECIPE, events
+
+SMALL = RECIPE | {"parallel": {"engine": "single"}, "train": RECIPE["train"] | {"samples": 8}, "knn": {"enabled": False}}
+
+
+@pytest.fixture
+def given(tmp_path, photos) -> tuple[str, list[str]]:
+    """A recipe, and the folder of a run that is not there yet, nor is the one it lies in."""
+    path = tmp_path / "small.yaml"
+    path.write_text(to_json(SMALL | {"data": RECIPE["data"] | {"path": str(photos)}}))
+    return str(path), ["--run.dir", str(tmp_path / "runs" / "new")]
+
+
+def refused(given: tuple[str, list[str]], *words: str) -> str:
+    with pytest.raises(UserError) as error:
+        run_training(given[0], [*given[1], *words])
+    return str(error.value)
+
+
+def test_a_first_start_that_is_refused_leaves_no_folder(given, tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    (tmp_path / "none").mkdir()
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "flat" / "0.png")
+    (tmp_path / "list.txt").write_text("no/such.jpg\n")
+    for words in (
+        ["--data.path", str(tmp_path / "none")],
+        ["--data.path", str(tmp_path / "list.txt")],
+        ["--knn.enabled", "true", "--knn.bank", str(tmp_path / "flat")],
+        ["--checkpoint.init_from", str(tmp_path / "flat")],
+        ["--checkpoint.resume", str(tmp_path / "flat")],
+    ):
+        refused(given, *words)
+        assert not runs.exists(), words
+
+    def full(path: Path, content: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_whole", full)
+        assert "cannot be written (No space left on device)" in refused(given)
+    assert not runs.exists()
+
+    runs.mkdir()  # what was there before stays
+    (runs / "new").mkdir()
+    refused(given, "--data.path", str(tmp_path / "none"))
+    assert (runs / "new").is_dir()
+
+
+def test_what_is_anothers_is_left_alone(given, tmp_path, monkeypatch):
+    """Another command makes the folder first, and has begun, or is about to."""
+    place = tmp_path / "runs" / "new"
+    others: list[RunLock] = []
+
+    class Second(RunLock):
+        def __init__(self, run_dir: Path, *args, **how):
+            if not others:
+                others.append(RunLock(run_dir))
+            super().__init__(run_dir, *args, **how)
+
+    monkeypatch.setattr(loop, "RunLock", Second)
+    assert "is in use by" in refused(given)
+    assert (place / ".lock").exists()
+    others[0].release()
+
+
+def test_weights_that_do_not_fit_are_refused_before_images_are_listed(given, tmp_path, monkeypatch):
+    assert run_training(given[0], given[1]) == 0
+    listed = []
+    monkeypatch.setattr(loop.Trainer, "_open", lambda self, saved: listed.append(saved))
+    words = ["--checkpoint.init_from", given[1][1], "--swav.prototypes", "[11]"]
+    told = refused((given[0], ["--run.dir", str(tmp_path / "other")]), *words)
+    assert "give checkpoint.init_part backbone" in told and not listed and not (tmp_path / "other").exists()
+
+
+def test_a_run_keeps_what_it_says_where_no_launcher_does(given, monkeypatch, tmp_path, capsys):
+    console.install()
+    print("before the run's folder is there")
+    assert run_training(given[0], given[1]) == 0
+    place = tmp_path / "runs" / "new"
+    kept = (place / "logs" / "console-0.txt").read_text()
+    said = capsys.readouterr().out
+    assert [line[20:] for line in kept.splitlines()] == said.splitlines()
+    assert said.splitlines()[0].startswith("before") and "Done: " in said and events(place, "start")[0]["text"] in kept
+
+    console.install()
+    assert run_training(given[0], ["--run.dir", str(tmp_path / "launched")], attempt="1") == 0
+    assert not (tmp_path / "launched" / "logs" / "console-0.txt").exists()
+
+
+def test_a_crash_leaves_what_it_said(given, tmp_path, monkeypatch):
+    def broken(*args, **how):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop, "build_engine", broken)
+    with pytest.raises(RuntimeError):
+        run_training(*given)
+    assert (tmp_path / "runs" / "new" / "logs").is_dir()
+
+
