@@ -43,7 +43,10 @@ from seer_scale.parallel import ENGINES
 from seer_scale.parallel.engine import Engine
 from seer_scale.world import World
 
-FEATURES = ("activation_checkpoint", "reshard_after_forward", "replicate", "precision", "sync_bn_group", "micro_batch", "offload")
+FEATURES = (
+    "activation_checkpoint", "reshard_after_forward", "min_unit_mib", "replicate", "precision", "sync_bn_group",
+    "micro_batch", "offload",
+)  # fmt: skip
 SHARDED = [name for name in ENGINES if name not in ("single", "ddp")]
 WARM_UP = 2
 """DDP makes its final buckets in the second update."""
@@ -116,6 +119,7 @@ def list_cases(args: argparse.Namespace, ranks: int) -> tuple[list[Case], list[s
     half = args.batch // ranks // 2
     feature("activation_checkpoint", "activation_checkpoint every 1", {"parallel": {"activation_checkpoint": "every 1"}})
     feature("reshard_after_forward", "reshard_after_forward false", {"parallel": {"reshard_after_forward": False}})
+    feature("min_unit_mib", "min_unit_mib 0 (each unit alone)", {"parallel": {"min_unit_mib": 0.0}})
     if ranks >= 4:
         feature("replicate", "replicate 2", {"parallel": {"replicate": 2}})
     elif "replicate" in chosen:

@@ -88,7 +88,7 @@ def test_cases_of_engines():
     cases, left_out = engines.list_cases(options(engines, "--engines", "zero1,fairscale", "--batch", "16", "--compile"), 4)
     assert not left_out and [c.name for c in cases] == [
         "ddp", "zero1", "fairscale", "fsdp", "fsdp, activation_checkpoint every 1", "fsdp, reshard_after_forward false",
-        "fsdp, replicate 2", "fsdp, precision bf16", "fsdp, precision fp16", "ddp, sync_bn_group 1",
+        "fsdp, min_unit_mib 0 (each unit alone)", "fsdp, replicate 2", "fsdp, precision bf16", "fsdp, precision fp16", "ddp, sync_bn_group 1",
         "fsdp, sync_bn_group 1", "fsdp, micro_batch 2 (2 micro-batches)", "zero1, offload", "fsdp, compile",
     ]  # fmt: skip
     for words in (["--engines", "zero4"], ["--features", "offlod"]):
