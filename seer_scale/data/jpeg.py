@@ -63,14 +63,14 @@ class Header(NamedTuple):
 
 def _markers(data: bytes, at: int = 2) -> Iterator[tuple[int, int, int]]:
     """Each marker, where it begins and where its segment ends, as libjpeg finds them: whatever lies between two segments is
-    passed over, and a length below its own two bytes is taken for two."""
+    passed over."""
     while (begin := data.find(b"\xff", at)) >= 0 and begin + 2 <= len(data):
         marker, at = data[begin + 1], begin + 2
         if marker == 0xFF:  # fill
             at = begin + 1
         elif marker:
             if marker not in ALONE:
-                at += max(2, int.from_bytes(data[at : at + 2], "big"))
+                at += int.from_bytes(data[at : at + 2], "big")
             yield marker, begin, at
 
 

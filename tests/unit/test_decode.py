@@ -246,10 +246,12 @@ def test_harmless_oddities_are_no_damage(odd, process):
 
 
 def test_what_else_is_no_damage():
-    """A film behind the image; an end that is missing; a sequential scan that selects coefficients; restarts misnumbered."""
+    """A film behind the image; an end that is missing; a sequential scan that selects coefficients; padding like its last
+    code; Adobe's mark in JFIF's place, of a transform that nobody knows; restarts misnumbered."""
     plain = encode(Image.fromarray(photo(200, 200)), quality=90)
     movie = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8).tobytes() + b"\xff\xda\0\x02" * 200
-    for data in (plain + movie, plain[:-2], plain[:-1], plain[:-2] + bytes(500), plain.replace(b"\0\x3f\0", b"\0\x3e\0")):
+    for data in (plain + movie, plain[:-2], plain[:-1], plain[:-2] + bytes(500), plain.replace(b"\0\x3f\0", b"\0\x3e\0"),
+                 plain[:-2] + plain[-3:-2] * 300 + plain[-2:], plain[:2] + ODD_SEGMENTS["Adobe's transform"] + plain[20:]):  # fmt: skip
         assert np.array_equal(decode(data), decode(plain))
     restarting = encode(Image.fromarray(photo(200, 200)), quality=90, restart_marker_blocks=7)
     assert b"\xff\xd7" in restarting
@@ -294,6 +296,19 @@ def test_a_hole_is_no_oddity(end):
             decode(broken)
     with pytest.raises(DataError, match="Premature end"):
         decode(encode(image, progressive=True)[:-2] + end)
+
+
+def test_most_codes_that_are_left_over_are_told_from_junk():
+    """By the bits behind the last of them, ones by chance in a quarter of the cases."""
+    data = encode(Image.fromarray(photo(200, 200)), quality=90)
+    begin, refused = data.index(b"\xff\xda") + 14, 0
+    places = range(begin, len(data) - 400, (len(data) - 400 - begin) // 24)
+    for at in places:
+        try:
+            decode(data[: at + 300] + data[at:])
+        except DataError:
+            refused += 1
+    assert refused > len(places) / 2
 
 
 def test_a_complaint_costs_few_decodes(monkeypatch):
