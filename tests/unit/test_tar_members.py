@@ -109,6 +109,8 @@ def test_tars_may_be_called_in_capitals(tmp_path):
     assert not looks_like_hub(str(tmp_path)) and kind_of(str(tmp_path)) == "tar"
     for path in (tmp_path, tmp_path / "A.TAR", f"file://{tmp_path}/"):
         assert len(open_source(str(path))) == 1
+    (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")  # which is no image
+    assert kind_of(str(tmp_path)) == "tar"
     (tmp_path / "2.jpg").touch()
     with pytest.raises(DataError, match=r"holds tars and also 2\.jpg; say what is meant"):
         open_source(str(tmp_path))

@@ -172,7 +172,7 @@ def _walk(root: str, exclude: _Patterns, left_out: Counter[str]) -> Iterator[str
                 stack.append(_listed(root, f"{below}{name}/", seen))
             except OSError as error:
                 left_out[TOO_DEEP if error.errno == errno.ENAMETOOLONG else UNLISTABLE] += 1
-        elif not _is_file(entry):
+        elif not is_file(entry):
             left_out[SPECIAL if os.path.exists(entry.path) else DANGLING] += 1
         elif is_image(name):
             yield below + name
@@ -187,7 +187,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
+def is_file(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file()
     except OSError:

@@ -23,7 +23,7 @@ import numpy as np
 from fsspec.core import url_to_fs
 
 from seer_scale.data.sources.base import Source, is_image, is_tar
-from seer_scale.data.sources.files import is_folder, is_lfs_pointer, read_file
+from seer_scale.data.sources.files import is_file, is_folder, is_lfs_pointer, read_file
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.errors import DataError, nearest
 from seer_scale.extras import how_to_install
@@ -79,7 +79,7 @@ def _look_into(folder: str) -> _Found:
                 name = entry.name.lower()
                 if is_folder(entry):
                     folders.append((entry.path, depth + 1)) if depth < DEPTH else None
-                elif is_image(name):
+                elif is_image(name) and is_file(entry):
                     found.images.append(entry.path)
                 elif name.endswith(FILES) and name != "metadata.parquet":
                     found.tables.append(entry.path)
