@@ -223,7 +223,7 @@ def precision_run(world: World, engine: str, precision: str) -> list[float]:
     return losses
 
 
-CHAIN = ("zero3", "fairscale", "fsdp in parts", "zero1 offloaded", "ddp")
+CHAIN = ("zero3", "fairscale", "fsdp in parts", "fsdp joined", "zero1 offloaded", "ddp")
 
 
 def handed_on(world: World, folder: Path) -> list[float]:
@@ -366,7 +366,7 @@ def test_recomputing_changes_no_bit():
 
 
 def test_a_run_may_go_on_with_any_other_engine_and_number_of_ranks(ranks):
-    """Through the checkpoints of five engines on 2 ranks, then of five on 4: what one uninterrupted process does."""
+    """Through the checkpoints of six engines on 2 ranks, then of six on 4: what one uninterrupted process does."""
     config, built = tiny(World(), **CASES["queue"])
     measure = losses_of(built, config, World(), range(2 * len(CHAIN)), 0.02)
     np.testing.assert_allclose(ranks[2][0]["handed on"] + ranks[4][0]["handed on"], measure, rtol=1e-4)
