@@ -36,7 +36,10 @@ SLOW, MAX_SLOW = ("ppm", "ppm_plain", "bmp_rle"), 1 << 22
 MAX_SCANS = 100
 """Of a JPEG; each is a pass over the whole image. Encoders make ten, and could make use of forty."""
 MAX_TRIES = 150
-"""How often a JPEG is decoded of which libjpeg-turbo complains, to find out whether pixels are missing; fewer if it is large."""
+"""How often a JPEG is decoded of which libjpeg-turbo complains, to find out whether pixels are missing.
+
+Fewer times if it is large.
+"""
 
 SWAPPED = (5, 6, 7, 8)
 """EXIF orientations that lay the image on its side."""

@@ -62,8 +62,7 @@ class Header(NamedTuple):
 
 
 def _markers(data: bytes, at: int = 2) -> Iterator[tuple[int, int, int]]:
-    """Each marker, where it begins and where its segment ends, as libjpeg finds them: whatever lies between two segments is
-    passed over."""
+    """Each marker, where it begins and where its segment ends, as libjpeg finds them, whatever lies between them."""
     while (begin := data.find(b"\xff", at)) >= 0 and begin + 2 <= len(data):
         marker, at = data[begin + 1], begin + 2
         if marker == 0xFF:  # fill
@@ -142,9 +141,9 @@ class Scan(NamedTuple):
 
 
 def tidied(data: bytes, header: Header) -> list[Scan]:
-    """Its scans, of which `joined` makes a file: without other segments, bytes between them, anything behind the end; of
-    JFIF's revision 1, with a colour transform that Adobe knows (the one libjpeg takes for an unknown one), with the only
-    selection of coefficients that a sequential scan can have, restarts numbered in order.
+    """Its scans, of which `joined` makes a file: without other segments, bytes between them, anything behind the end;
+    of JFIF's revision 1, with a colour transform that Adobe knows (the one libjpeg takes for an unknown one), with the
+    only selection of coefficients that a sequential scan can have, restarts numbered in order.
 
     What a decoder says of that is what it says of the image. Where the end mark is missing, a single scan is taken for
     whole; several are not given, for how many are missing is not known.
@@ -189,8 +188,8 @@ def _name(scan: int) -> int:
 
 
 def _excess(complaint: str, scans: list[Scan]) -> tuple[int, int]:
-    """(scan, bytes) that libjpeg-turbo found behind the last code of one of `scans`, without up to eight that it had read
-    ahead; (-1, 0) for any other complaint."""
+    """(scan, bytes) that libjpeg-turbo found behind the last code of one of `scans`, without up to eight that it had
+    read ahead; (-1, 0) for any other complaint."""
     if found := EXTRANEOUS.search(complaint):
         for n, scan in enumerate(scans):
             if _name(n) == int(found[2], 16) and 0 < int(found[1]) < len(scan.codes):
@@ -204,12 +203,13 @@ def is_warning(complaint: str) -> bool:
 
 
 def without_oddities(data: bytes, header: Header, complaint: str, checksum: Checksum, tries: int) -> bytes:
-    """A JPEG of the same pixels of which the decoder does not complain, found by at most `tries` checksums. Raises DataError
-    where a part is missing; `complaint` is the decoder's first.
+    """A JPEG of the same pixels of which the decoder does not complain, found by at most `tries` checksums.
+
+    Raises DataError where a part is missing; `complaint` is the decoder's first.
 
     checksum: of a file's pixels, or None and the decoder's first complaint.
-    Bytes behind a scan's last code are cut off where they are padding, that is, all alike, or where the scan is seen to end
-    as encoders end it. Else they are what was left of its codes when the decoder had lost its way.
+    Bytes behind a scan's last code are cut off where they are padding, that is, all alike, or where the scan is seen to
+    end as encoders end it. Else they are what was left of its codes when the decoder had lost its way.
     """
     scans, doubtful, left = tidied(data, header), set(), iter(range(tries))
 
@@ -222,7 +222,7 @@ def without_oddities(data: bytes, header: Header, complaint: str, checksum: Chec
         return checksum(joined([*scans[:n], Scan(scans[n].head, codes), *scans[n + 1 :]]))
 
     def cut(n: int, num: int) -> bytes:
-        """Without its padding, of which up to two bytes may be codes; else without the `num` bytes that are known not to be."""
+        """Without its padding, of which up to two bytes may be codes; else without the `num` bytes that are none."""
         codes = scans[n].codes
         bare = len(codes.rstrip(codes[-1:]))
         for end in range(bare, min(bare + 3, len(codes) - num + 1)):
@@ -235,8 +235,8 @@ def without_oddities(data: bytes, header: Header, complaint: str, checksum: Chec
         return codes[:-num]
 
     def ends_well(n: int) -> bool:
-        """Whether scan n has no hole, and only ones behind its last code in its last byte (ITU T.81, F.1.2.3), as seldom
-        where the decoder had lost its way."""
+        """Whether scan n has no hole, and only ones behind its last code in its last byte (ITU T.81, F.1.2.3), as
+        seldom where the decoder had lost its way."""
         codes = scans[n].codes
         if HOLE.search(codes):
             return False
