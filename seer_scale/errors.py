@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable
 
 from seer_scale.files import shown
+from seer_scale.formatting import counted
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_HUNG = 0, 1, 2, 75, 76
 """Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and ended by
@@ -49,7 +50,7 @@ class ConfigError(UserError):
 
     def __init__(self, problems: list[str], what: str = "The recipe"):
         self.problems = [shown(problem) for problem in problems]
-        super().__init__(f"{what} has {len(problems)} problem{'s' * (len(problems) != 1)}:", *(f"  - {p}" for p in self.problems))
+        super().__init__(f"{what} has {counted(len(problems), 'problem')}:", *(f"  - {p}" for p in self.problems))
 
 
 class RankError(UserError):

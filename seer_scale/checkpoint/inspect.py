@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale.checkpoint import store
+from seer_scale.formatting import counted
 from seer_scale.world import World
 
 
@@ -37,11 +38,14 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
     config = found["config"]
     how = {"contents": "all contents agree with their checksums", "sizes": "all sizes are right; contents were not read (--verify reads them)"}[found["verified"]]
     written = time.strftime("%F %T", time.localtime(found["time"])) if "time" in found else "at an unknown time"
+    train, seen = config.get("train", {}), found["samples_seen"]
+    asked, batch = train.get("samples", 0), train.get("global_batch", 1)
+    end = max(seen, -(-asked // batch) * batch)  # whole updates, as the run tells it
     rows = [
-        ("samples seen", f"{found['samples_seen']:,} of {config.get('train', {}).get('samples', 0):,}, in {found.get('step', 0):,} updates"),
+        ("samples seen", f"{seen:,} of {end:,}, in {counted(found.get('step', 0), 'update')}"),
         ("model", config.get("model", {}).get("name", "unknown")),
-        ("written", f"{written} by {found.get('engine', 'unknown')} on {found.get('world_size', 1)} ranks, seer_scale {found.get('seer_scale')}, torch {found.get('torch')}"),
-        ("size", f"{in_bytes(found['bytes'])} in {found['files']} files"),
+        ("written", f"{written} by {found.get('engine', 'unknown')} on {counted(found.get('world_size', 1), 'rank')}, seer_scale {found.get('seer_scale')}, torch {found.get('torch')}"),
+        ("size", f"{in_bytes(found['bytes'])} in {counted(found['files'], 'file')}"),
         ("whole", f"no: {found['flaw']}" if found["flaw"] else f"yes: {how}"),
     ]  # fmt: skip
     lines = [found["path"], *(f"  {name:14}{value}" for name, value in rows), "", f"  {'part':14}{'tensors':>8}{'elements':>16}{'size':>12}"]

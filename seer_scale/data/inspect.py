@@ -36,6 +36,7 @@ from seer_scale.data.sources.left_out import described
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
 from seer_scale.files import shown, to_json, written_whole
+from seer_scale.formatting import counted
 
 SAMPLE = 2000
 KEPT = 1 << 22
@@ -399,11 +400,11 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
     def sides(pair: Sequence[int] | None) -> str:
         return f"{pair[0]} x {pair[1]}" if pair else "none"
 
-    about, labels, sizes, pixels = [f"{facts['path']}: {facts['kind']}, {facts['images']:,} images"], facts["labels"], facts["bytes"], facts["pixels"]
+    about, labels, sizes, pixels = [f"{facts['path']}: {facts['kind']}, {counted(facts['images'], 'image')}"], facts["labels"], facts["bytes"], facts["pixels"]
     if labels:
         unlabelled = facts["images"] - labels["labelled"]
         (few, least), (many, most) = labels["smallest"], labels["largest"]
-        about.append(f"{labels['classes']:,} classes " + (f"from {few} ({least:,}) to {many} ({most:,})" if least < most else f"of {most:,} each"))
+        about.append(f"{counted(labels['classes'], 'class')} " + (f"from {few} ({least:,}) to {many} ({most:,})" if least < most else f"of {most:,} each"))
         about += [f"{unlabelled:,} without a label"] if unlabelled else []
     else:
         about.append("no labels")
@@ -422,7 +423,7 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
         ("colour", ", ".join([f"greyscale {share(facts['greyscale'])}", *(f"{mode} {share(n)}" for mode, n in other.items())])),
         ("EXIF-rotated", share(facts["rotated"])),
         ("duplicates", f"{share(facts['duplicates'])} have the bytes of another{', by estimate' if sample > KEPT else ''}"),
-        ("speed", f"{facts['images_per_s']:,.0f} images/s read and decoded, {facts['workers']} workers"),
+        ("speed", f"{facts['images_per_s']:,.0f} images/s read and decoded, {counted(facts['workers'], 'worker')}"),
     ]
     written = [f"The contact sheet is {args.sheet}."] if args.sheet else []
     written += [f"All that cannot be read are listed in {args.unreadable}."] if args.unreadable else []

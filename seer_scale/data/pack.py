@@ -52,6 +52,7 @@ from seer_scale.data.sources.remote import is_url
 from seer_scale.data.worker import Guard
 from seer_scale.errors import DataError
 from seer_scale.files import UNFINISHED, to_json, written_whole
+from seer_scale.formatting import counted
 
 VERSION = 1
 MEASURED = 500
@@ -418,7 +419,7 @@ def _summary(dst: Path, images: int) -> str:
     except DataError as error:
         raise DataError(f"{dst} holds no image: of {images:,}, those that cannot be read are {listed}.") from error
     left_out = f"; {images - packed:,} that cannot be read left out, {listed}" if packed < images else ""
-    return f"{len(sizes):,} tar{'s' * (len(sizes) != 1)}, {packed:,} images, {amount(sum(sizes))}{left_out}.\nTrain on them with --data.path {dst}"
+    return f"{counted(len(sizes), 'tar')}, {counted(packed, 'image')}, {amount(sum(sizes))}{left_out}.\nTrain on them with --data.path {dst}"
 
 
 def _size(word: str) -> int:

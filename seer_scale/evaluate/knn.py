@@ -24,6 +24,7 @@ from seer_scale.data.sources.files import folders_in
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.evaluate.features import Represent, features, gather_rows
 from seer_scale.files import shown
+from seer_scale.formatting import counted
 from seer_scale.world import World
 
 
@@ -157,7 +158,7 @@ def why_unlabelled(config: Config, source: Source | None = None) -> str | None:
 
 
 def named_classes(classes: Sequence[str]) -> str:
-    return f"{len(classes):,} class{'es' * (len(classes) > 1)}: {_some_names(classes)}"
+    return f"{counted(len(classes), 'class')}: {_some_names(classes)}"
 
 
 def _some_names(names: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from seer_scale import console
 from seer_scale.errors import EXIT_DONE, UserError, nearest
 from seer_scale.files import to_json
+from seer_scale.formatting import counted
 from seer_scale.launch.job import Job
 from seer_scale.launch.job import is_alive as process_is_alive
 
@@ -172,7 +173,7 @@ def ago(then: float) -> str:
     seconds = max(0, time.time() - then)
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:
-            return f"{seconds / size:.0f} {unit}{'s' * (round(seconds / size) > 1)}"
+            return counted(round(seconds / size), unit)
     return f"{seconds:.0f} s"
 
 
@@ -219,7 +220,7 @@ def _print_status(job: Job) -> None:
     for line in job.attempts()[-8:]:
         at = time.strftime("%F %T", time.localtime(line["time"]))
         if line["event"] == "begin":
-            print(f"  {at}  {line['attempt']} began on {line['ranks']} rank{'s' * (line['ranks'] > 1)} ({', '.join(line['nodes'])})")
+            print(f"  {at}  {line['attempt']} began on {counted(line['ranks'], 'rank')} ({', '.join(line['nodes'])})")
         else:
             print(f"  {at}  {line['attempt']} {line['cause']}")
 

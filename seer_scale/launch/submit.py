@@ -18,6 +18,7 @@ from seer_scale import __version__
 from seer_scale.config import recipe_names
 from seer_scale.errors import EXIT_DONE, UserError, nearest
 from seer_scale.files import shown
+from seer_scale.formatting import counted
 from seer_scale.launch.job import Job, snapshot
 from seer_scale.launch.options import (
     CLUSTERS,
@@ -145,7 +146,7 @@ def _submit(prepared: list[Prepared]) -> int:
             for alike in _group_by_nodes(prepared):
                 for job in slurm.submit([stow(job, recipe) for job, recipe, _ in alike]):
                     nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
-                    where = f"{nodes} node{'s' * (nodes != '1')} of {job.ranks_per_node} ranks"
+                    where = f"{nodes} node{'s' * (nodes != '1')} of {counted(job.ranks_per_node, 'rank')}"
                     print(f"Submitted {job.name} as job {job.job_id} on {where}: {command_here()} status {called(job)}")
         finally:
             for job in mine:

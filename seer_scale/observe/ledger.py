@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seer_scale.formatting import counted
 from seer_scale.observe.progress import read_progress
 from seer_scale.observe.sinks import BEGINNINGS, read_records
 
@@ -203,7 +204,7 @@ def _account(
 
 def _on(first: dict) -> str:
     ranks = first.get("ranks")
-    return f"{ranks} rank{'s' * (ranks != 1)}, {first.get('engine', 'unknown')}" if ranks else ""
+    return f"{counted(ranks, 'rank')}, {first.get('engine', 'unknown')}" if ranks else ""
 
 
 def _resume(ledger: Ledger, kept: list[_Stretch], life: Life, silent: list[tuple[float, float]]) -> None:

@@ -16,6 +16,7 @@ from seer_scale.data.sampler import ElasticSampler, Era, needed
 from seer_scale.data.sources import Source, open_data, open_source
 from seer_scale.data.sources.manifest import Part, absolute, read_manifest
 from seer_scale.errors import DataError, UserError
+from seer_scale.formatting import counted
 
 FOLDER = "manifests"
 
@@ -135,5 +136,5 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
     new = [num for name, num in joined.parts if name not in known]
     gone = sorted(set(known) - {name for name, _ in joined.parts})
     compared = f" ({len(new)} new with {sum(new):,}; {len(gone)} gone)" if saved else ""
-    said = f"{len(joined.parts)} parts with {len(joined):,} images{compared}"
+    said = f"{counted(len(joined.parts), 'part')} with {counted(len(joined), 'image')}{compared}"
     return f"{run_dir} will read {manifest}, {said}, from its next metric line on, or from its next start."

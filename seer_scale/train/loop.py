@@ -39,6 +39,7 @@ from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, DataError, TrainingFailed
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.files import shown, write_whole
+from seer_scale.formatting import counted
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.layout import choose_execution
 from seer_scale.observe.eta import Eta
@@ -170,7 +171,7 @@ class Trainer:
     def _begin(self) -> None:
         c, w = self.config, self.world
         threads, each = self.execution.threads, " each" * (w.size > 1)
-        where = f"{w.size} rank{'s' * (w.size > 1)} ({self.engine.name}, {w.device.type}), {threads} thread{'s' * (threads > 1)}{each}"
+        where = f"{counted(w.size, 'rank')} ({self.engine.name}, {w.device.type}), {counted(threads, 'thread')}{each}"
         facts = dict(began=_process_began(), versions=_versions(w), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen, end=self.end,
                      labelled=self.labelled is not None, threads=threads, cores=self.cores, workers=self.workers, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
                      parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
@@ -188,7 +189,7 @@ class Trainer:
             data = f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path." if self.course.refreshes else ""
             read = self._loaded | {"verify_s": self._verify_s}
             loaded = f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
-            self.log.event("resume", f"Going on from {self.resumed_from} with {len(self.source):,} images on {where}.{changed}{data}{knn_told}{loaded}{copies}", **facts, **read)
+            self.log.event("resume", f"Going on from {self.resumed_from} with {counted(len(self.source), 'image')} on {where}.{changed}{data}{knn_told}{loaded}{copies}", **facts, **read)
             return
         if self._initialised_from:
             (path, part), read = self._initialised_from, self._loaded
@@ -196,7 +197,7 @@ class Trainer:
             whose = f"Its backbone is that of {path} and all else drawn anew" if is_part else f"Its weights are those of {path}"
             took = f"{in_bytes(read['load_bytes'])} read in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank"
             copies = f" {whose}: {took}.{copies}"
-        started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {len(self.source):,} images, {where}."
+        started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {counted(len(self.source), 'image')}, {where}."
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
         compiles = " The first update compiles, which takes minutes." * c.train.compile
@@ -223,7 +224,7 @@ class Trainer:
         if self.workers > self.cores:
             self._tell(
                 "note",
-                f"data.workers is {self.workers}, but a rank may use {self.cores} core{'s' * (self.cores > 1)}: "
+                f"data.workers is {self.workers}, but a rank may use {counted(self.cores, 'core')}: "
                 "more loader processes than that help only where images come from URLs.",
             )
         if self.world.device.type == "cpu" and train.precision != "fp32":
@@ -266,7 +267,7 @@ class Trainer:
                 return EXIT_STOPPED
             finally:
                 self.saver.close()
-            self._tell("done", f"Done: {self.samples_seen:,} samples in {self.step:,} updates.")
+            self._tell("done", f"Done: {self.samples_seen:,} samples in {counted(self.step, 'update')}.")
             self._report()
         return EXIT_DONE
 
@@ -385,8 +386,8 @@ class Trainer:
         gone = sum(num for name, num in before.items() if name not in now)
         self._tell(
             "refresh",
-            f"The data are those of {path} now: {len(self.source):,} images in {len(now)} part{'s' if len(now) > 1 else ''}, {added:,} of them new, {gone:,} gone. "
-            f"Epoch {epoch} goes on with {self.course.sampler.left(self.samples_seen):,} images.",
+            f"The data are those of {path} now: {counted(len(self.source), 'image')} in {counted(len(now), 'part')}, {added:,} of them new, {gone:,} gone. "
+            f"Epoch {epoch} goes on with {counted(self.course.sampler.left(self.samples_seen), 'image')}.",
             images=len(self.source), new=added, gone=gone,
         )  # fmt: skip
         return True

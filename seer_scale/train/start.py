@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from seer_scale.config import (
     ZERO,
     Config,
     Data,
+    Model,
     all_keys,
     checked,
     load_recipe,
@@ -107,6 +109,8 @@ def _problems(checks: dict[str, Callable[[], Any]]) -> list[str]:
 
 def _shape(config: Config) -> None:
     """The model can be built, cut into units and recomputed as the recipe says. Raises UserError."""
+    if config.model.name != "regnety":  # that a fixed one takes no other keys is the recipe's own rule
+        config = dataclasses.replace(config, model=Model(name=config.model.name))
     with torch.device("meta"):
         build_backbone(config.model.name, **config.model.free())
         method = SwAV(config, World())

@@ -229,3 +229,9 @@ def test_nor_for_what_a_command_starts(tmp_path, monkeypatch):
     assert subprocess.run(child, cwd=tmp_path).returncode == 3
     assert main() == 0
     assert subprocess.run(child, cwd=tmp_path).returncode == 0
+
+
+def test_a_fixed_backbone_with_keys_of_a_free_one_is_one_problem(capsys, photos):
+    assert main(["train", "photos_laptop", "--data.path", str(photos), "--model.name", "regnety_200mf"]) == 2
+    told = capsys.readouterr().err
+    assert "The recipe has 1 problem:" in told and "--model.depth null" in told and told.count("model.name") == 2

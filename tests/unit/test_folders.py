@@ -96,12 +96,12 @@ def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypat
         "HEIF images": 1, "camera raw images": 1, left_out.NO_SUFFIX: 1, "archives": 2, "Parquet or Arrow files": 1, left_out.OTHER: 1,
     }  # fmt: skip
     said = left_out.warning(source.left_out)
-    assert said.startswith("Left out: 8 hidden") and f"1 HEIF images ({how_to_install('pillow_heif')} reads them" in said and "other files" not in said
+    assert said.startswith("Left out: 8 hidden") and f"1 HEIF image ({how_to_install('pillow_heif')} reads them" in said and "other files" not in said
     (tmp_path / "d" / "x.parquet").unlink()
     assert kind_of(str(tmp_path / "d")) == "folder"
     for name in ("1.zip", "2.zip", "3.heic"):
         touch(tmp_path / "zips" / name)
-    with pytest.raises(DataError, match=r"holds no image.*It holds 2 archives \(unpack them\), 1 HEIF images"):
+    with pytest.raises(DataError, match=r"holds no image.*It holds 2 archives \(unpack them\), 1 HEIF image"):
         open_source(str(tmp_path / "zips"))
 
 

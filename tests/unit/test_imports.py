@@ -14,7 +14,7 @@ ROOMS = [
     "cli", "bench", "launch", "train", "evaluate", "plan", "checkpoint", "parallel", "methods", "models", "data", "optim",
     "observe", "core",
 ]  # fmt: skip
-CORE = {"config", "console", "cores", "errors", "extras", "files", "world", "rng", "rank_info", "rendezvous", "timeouts"}
+CORE = {"config", "console", "cores", "errors", "extras", "files", "formatting", "world", "rng", "rank_info", "rendezvous", "timeouts"}
 ONLY = {"submitit": {"launch"}, "deepspeed": {"parallel"}, "fairscale": {"parallel"}, "torch.distributed.fsdp": {"parallel"}}
 MODULES = sorted(HOUSE.rglob("*.py"))
 

@@ -129,7 +129,7 @@ def test_tar_labels_from_cls_members_and_classes_file(tmp_path):
     assert [source.label(i) for i in range(3)] == [1, 0, None] and source.classes == ["ant", "bee"]
     assert not source.has_labels  # the third has none
     (tmp_path / "classes.txt").write_text("ant\n")
-    with pytest.raises(DataError, match="has label 1, but classes.txt beside it names only 1 classes"):
+    with pytest.raises(DataError, match="has label 1, but classes.txt beside it names only 1 class;"):
         open_source(str(path)).labels  # noqa: B018
 
 

@@ -17,6 +17,7 @@ from seer_scale.data.sources import remote
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.errors import DataError, nearest
 from seer_scale.files import cache_folder, shown, written_whole
+from seer_scale.formatting import counted
 from seer_scale.rng import key as hash_key
 
 HEIF = (".heic", ".heif", ".hif") if find_spec("pillow_heif") else ()
@@ -149,7 +150,7 @@ def number(
         numbers = [int(v) for v in values]
         if classes and max(numbers) >= len(classes):
             raise DataError(
-                f"{where} has label {max(numbers)}, but classes.txt beside it names only {len(classes)} classes; "
+                f"{where} has label {max(numbers)}, but classes.txt beside it names only {counted(len(classes), 'class')}; "
                 "complete or remove classes.txt."
             )
         names = list(classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from seer_scale.extras import how_to_install
@@ -13,6 +14,11 @@ DANGLING, SPECIAL = "links that lead nowhere", "pipes, sockets or devices"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
 HEADERS, COMMENTS, COLUMNS = "header lines", "lines that begin with #", "lines with further columns"
 NO_SUFFIX, OTHER = "files without a suffix", "other files"
+ONE = {
+    TOO_DEEP: "folder whose path is too long for the system", DANGLING: "link that leads nowhere",
+    SPECIAL: "pipe, socket or device", COMMENTS: "line that begins with #",
+}  # fmt: skip
+"""What one of a kind is called, where that is more than its noun without an s."""
 SUFFIXES_OF = {
     "HEIF images": (".heic", ".heif", ".hif"),
     "camera raw images": (".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
@@ -68,7 +74,13 @@ def kind_of(name: str) -> str:
 def described(left_out: Mapping[str, int], kinds: Iterable[str] = KINDS) -> str:
     """In words, the most first: "12 HEIF images (pip install ... reads them), 3 hidden"; empty where there is none."""
     counts = sorted(((left_out.get(kind, 0), kind) for kind in kinds), key=lambda c: -c[0])
-    return ", ".join(f"{n:,} {kind}{f' ({ADVICE[kind]})' if ADVICE.get(kind) else ''}" for n, kind in counts if n)
+    return ", ".join(f"{_named(n, kind)}{f' ({ADVICE[kind]})' if ADVICE.get(kind) else ''}" for n, kind in counts if n)
+
+
+def _named(num: int, kind: str) -> str:
+    if num == 1:
+        kind = ONE.get(kind) or re.sub(r"\b(image|file|folder|link|member|tar|archive|line)s\b", r"\1", kind, count=1)
+    return f"{num:,} {kind}"
 
 
 def warning(left_out: Mapping[str, int]) -> str:

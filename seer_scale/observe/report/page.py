@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from seer_scale import __version__
 from seer_scale.config import load_recipe
 from seer_scale.files import shown, write_whole
+from seer_scale.formatting import counted
 from seer_scale.observe.ledger import CAUSES, Ledger, duration, read_ledger
 from seer_scale.observe.report.parts import section, table
 from seer_scale.observe.report.pictures import Pictures
@@ -141,7 +142,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
         facts["Batch"] = f"{get('train.global_batch'):,} images · {get('train.precision') or 'fp32'}"
     if get("parallel.engine"):
         ranks = begun.get("ranks")
-        facts["Engine"] = begun.get("engine", get("parallel.engine")) + (f" · {ranks} rank{'s' * (ranks != 1)}" if ranks else "")
+        facts["Engine"] = begun.get("engine", get("parallel.engine")) + (f" · {counted(ranks, 'rank')}" if ranks else "")
     if (seconds := _wall_s(rows, events)) > 0:
         facts["From first to last line"] = duration(seconds)
     speed = [r["throughput/img_per_s"] for r in steps if is_number(r.get("throughput/img_per_s"))]
