@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from seer_scale.config import Config, resolve
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.registry import build_method
 from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import Engine
 from seer_scale.world import World
@@ -31,9 +31,7 @@ def world_of(rank: int, size: int) -> World:
 def tiny(world: World, **overrides) -> tuple[Config, Engine]:
     """The engine of RECIPE; overrides are "section.key": value."""
     config = resolve(RECIPE, sections(overrides), world_size=world.size)
-    with torch.device("meta"):
-        method = SwAV(config, world)
-    return config, build_engine(method, config, world)
+    return config, build_engine(build_method(config, world), config, world)
 
 
 def sections(overrides: dict) -> dict[str, dict]:
@@ -71,6 +69,6 @@ def losses_of(engine: Engine, config: Config, world: World, steps: range, lr: fl
     for step in steps:
         seen = step * config.train.global_batch
         loss, _ = engine.gradients(micro_batches(config, step, world), samples_seen=seen)
-        engine.update(lr, engine.method.frozen(seen))
+        engine.update(lr, seen)
         out.append((world.sum_(loss.clone()) / world.size).item())
     return out

@@ -4,13 +4,14 @@ of unit length, layers over tokens, parameters of three dimensions outside every
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seer_scale.config import Config, resolve
+from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.parallel.engine import Engine
 from seer_scale.rng import Constant, Init, Normal, Uniform
 from seer_scale.world import World
@@ -70,11 +71,10 @@ class Backbone(nn.Module):
         return self.chain(list(self.units()), xs)
 
 
-class Toy(nn.Module):
+class Toy(Method[None, None]):
     """Patches to tokens, blocks, and a head that tells the mean colour of each image. kind: vit (of WIDTH), matrices."""
 
-    fp32_units: frozenset[str] = frozenset()
-    unit_rows: tuple[str, ...] = ()
+    name = "toy"
 
     def __init__(self, kind: str, width: int = WIDTH, depth: int = 2):
         super().__init__()
@@ -86,11 +86,8 @@ class Toy(nn.Module):
         if is_vit:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # no float
 
-    def units(self) -> dict[str, nn.Module]:
+    def shard_units(self) -> dict[str, nn.Module]:
         return {"embed": self.embed} | {f"backbone.{n}": u for n, u in self.backbone.units().items()} | {"head": self.head}
-
-    def frozen(self, samples_seen: int) -> frozenset[str]:
-        return frozenset()
 
     def initialisers(self) -> dict[str, Init]:
         out: dict[str, Init] = {}
@@ -99,16 +96,29 @@ class Toy(nn.Module):
             out[name] = Constant(1.0) if is_norm else Constant(0.5) if "layer_scale" in name else Normal(0.02) if p.ndim != 2 else Uniform(1 / math.sqrt(p.shape[1]))
         return out
 
-    def forward(self, views: list[Tensor], *, samples_seen: int, watch: bool = False, look=None, targets=None):
+    def _tokens(self, views: list[Tensor]) -> list[Tensor]:
         tokens = [F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2) for x in views]
-        xs = self.backbone([self.embed(t) + self.position for t in tokens])
-        if look:
-            return None
-        wrong = [(self.head(x.mean(1)).float() - v.mean((2, 3))).square().mean() for x, v in zip(xs, views)]
-        return torch.stack(wrong).mean(), {}
+        return self.backbone([self.embed(t) + self.position for t in tokens])
 
-    def targets(self, looks: list, samples_seen: int) -> list[None]:
-        return [None] * len(looks)
+    def loss(
+        self, views: list[Tensor], *, samples_seen: int, targets: None = None, with_metrics: bool = False
+    ) -> LossOutput:
+        wrong = [(self.head(x.mean(1)).float() - v.mean((2, 3))).square().mean() for x, v in zip(self._tokens(views), views)]
+        return LossOutput(torch.stack(wrong).mean(), {})
+
+    def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> None:
+        self._tokens(views)
+
+    def targets(self, inputs: Sequence[None], samples_seen: int) -> list[None]:
+        return [None] * len(inputs)
+
+    def encode(self, images: Tensor) -> Features:
+        features = self._tokens([images])[0].mean(1).float()
+        return Features(features, F.normalize(features, dim=1))
+
+    @property
+    def baseline(self) -> Baseline:
+        return Baseline("grey", 1.0)
 
 
 def toy(method: Callable[[], Toy], engine_class: type[Engine], world: World, **overrides) -> tuple[Config, Engine]:

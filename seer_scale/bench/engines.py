@@ -276,7 +276,7 @@ def prepare(engine_class: type[Engine], config: Config, world: World, args: argp
 
         def update() -> None:
             engine.gradients(makers, samples_seen=0)
-            engine.update(config.peak_lr)
+            engine.update(config.peak_lr, 0)
 
         for _ in range(WARM_UP):
             update()
@@ -288,7 +288,7 @@ def prepare(engine_class: type[Engine], config: Config, world: World, args: argp
         count.reset()
         engine.gradients(makers, samples_seen=0)
         row.held = count.now - images
-        engine.update(config.peak_lr)
+        engine.update(config.peak_lr, 0)
         wait(world.device)
         row.peak = count.peak
     return update, collectives

@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> str:
 
     def ours() -> Tensor:
         loss, _ = engine.gradients([lambda: views], samples_seen=0)
-        engine.update(config.peak_lr)
+        engine.update(config.peak_lr, 0)
         return loss
 
     loops = {"ours": ours} | ({"reference": lambda: reference.update(views)} if reference else {})

@@ -14,7 +14,7 @@ from seer_scale.cores import rank_cores, told_threads
 from seer_scale.data.listing import share
 from seer_scale.errors import CheckpointError, DataError, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.registry import build_method
 from seer_scale.observe.progress import Progress
 from seer_scale.parallel import build_engine
 from seer_scale.world import World
@@ -55,9 +55,7 @@ def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
         raise UserError(f"{path} has no valid checkpoint yet: train it first.")
     if not is_run and (problem := store.flaw(path, world)):
         raise CheckpointError(f"{path} cannot be used as a checkpoint: {problem}.")
-    with torch.device("meta"):
-        method = SwAV(config, world)
-    engine = build_engine(method, config, world, loaded=("",))
+    engine = build_engine(build_method(config, world), config, world, loaded=("",))
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
     store.load(found, state, world, only="model/")
     engine.refresh()
@@ -67,7 +65,7 @@ def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
 
         def represent(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             progress.advance(len(batch) * world.size)
-            return engine.represent(batch)
+            return engine.encode(batch)
 
         scores, _ = knn(represent, images, config.knn, workers=config.data.num_workers(cores), world=world)
     scores |= {"protocol": images.protocol}

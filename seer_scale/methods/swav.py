@@ -1,29 +1,29 @@
-"""SwAV: swapped prediction of online cluster assignments (arXiv 2006.09882; as used by SEER, arXiv 2103.01988).
-
-What an engine may ask of a method (the face all methods share): `forward`, `targets`, `units`, `initialisers`,
-`fp32_units`, `unit_rows`, `frozen`, `summarise`, `backbone`. A method sees tensors and the world's collectives, never
-the sharding.
-"""
+"""SwAV: swapped prediction of online cluster assignments (arXiv 2006.09882; as used by SEER, arXiv 2103.01988)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seer_scale.config import Config
+from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.sinkhorn import sinkhorn
 from seer_scale.models.heads import ProjectionHead
 from seer_scale.models.registry import build_backbone
+from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.rng import Init, UnitRows
 from seer_scale.world import World, all_gather
 
+UNDECIDED, NEAR_BASELINE = 0.95, 0.02
+"""Codes of so high an entropy beside a loss so near ln K, as shares of ln K, say that nothing is being learned."""
 
-@dataclass(frozen=True)
-class Look:
+
+class AssignmentInputs(NamedTuple):
     """What SwAV's codes are made of: embeddings [C, B, dim] of a micro-batch's assigned crops, their scores [C, B, K]
     and those of a share of the queue [C, Q, K], a prototype set each; fp32, detached."""
 
@@ -32,8 +32,10 @@ class Look:
     queued: list[Tensor]
 
 
-class SwAV(nn.Module):
-    """Backbone, projection head and prototype sets; build it on the meta device and let an engine materialise it."""
+class SwAV(Method[AssignmentInputs, list[Tensor]]):
+    """Backbone, projection head and prototype sets."""
+
+    name = "swav"
 
     def __init__(self, config: Config, world: World):
         super().__init__()
@@ -49,36 +51,35 @@ class SwAV(nn.Module):
         if s.queue:
             self.register_buffer("queue", torch.zeros(self.num_assigned, s.queue, s.dim))
 
-    # --- what an engine asks
+    # --- what it declares
 
-    def units(self) -> dict[str, nn.Module]:
-        """Name -> module of what is gathered together, in forward order."""
+    def shard_units(self) -> dict[str, nn.Module]:
         units = {f"backbone.{name}": unit for name, unit in self.backbone.units().items()}
         return units | {"head": self.head} | {f"prototypes.{i}": p for i, p in enumerate(self.prototypes)}
 
     @property
-    def fp32_units(self) -> set[str]:
-        """Units whose weights take part in fp32 whatever the precision of the rest."""
-        return {f"prototypes.{i}" for i in range(len(self.prototypes))}
+    def fp32_units(self) -> frozenset[str]:
+        return frozenset(f"prototypes.{i}" for i in range(len(self.prototypes)))
 
-    @property
-    def unit_rows(self) -> tuple[str, ...]:
-        """Parameters whose rows are brought back to unit length after every update."""
-        return tuple(f"prototypes.{i}.weight" for i in range(len(self.prototypes)))
-
-    def frozen(self, samples_seen: int) -> frozenset[str]:
-        """Parameters that the update after `samples_seen` samples leaves alone."""
-        return frozenset(self.unit_rows if samples_seen < self.config.freeze_samples else ())
+    def parameter_groups(self) -> dict[str, ParameterGroup]:
+        """Prototypes are unit vectors, and fixed for the first `freeze_samples`."""
+        until = self.config.freeze_samples
+        prototypes = ParameterGroup(normalized_rows=True, frozen=((0, until),) if until else ())
+        return super().parameter_groups() | {f"{unit}.weight": prototypes for unit in self.fp32_units}
 
     def initialisers(self) -> dict[str, Init]:
         out: dict[str, Init] = {f"backbone.{k}": v for k, v in self.backbone.initialisers().items()}
         out |= {f"head.{k}": v for k, v in self.head.initialisers().items()}
-        return out | {name: UnitRows(1 / math.sqrt(self.config.dim)) for name in self.unit_rows}
+        return out | {f"{unit}.weight": UnitRows(1 / math.sqrt(self.config.dim)) for unit in self.fp32_units}
 
-    @property
-    def ln_k(self) -> float:
-        """The loss of a model that has learned nothing: a uniform prediction, averaged over the prototype sets."""
-        return sum(math.log(k) for k in self.config.prototypes) / len(self.config.prototypes)
+    def state(self) -> dict[str, int]:
+        return {"queue_since": self.queue_since}
+
+    def load_state(self, saved: Mapping[str, Any], then: Mapping[str, Any], samples_seen: int) -> bool:
+        """A queue of another length is filled anew."""
+        is_same = then["swav"]["queue"] == self.config.queue
+        self.queue_since = saved["queue_since"] if is_same else samples_seen
+        return is_same and bool(self.config.queue)
 
     # --- the step
 
@@ -88,37 +89,33 @@ class SwAV(nn.Module):
         z = F.normalize(self.head(torch.cat(features)).float(), dim=1)
         return z.view(self.num_crops, -1, z.shape[1])
 
-    def forward(
-        self,
-        views: list[Tensor],
-        *,
-        samples_seen: int | None = None,
-        look: tuple[int, int] | None = None,
-        targets: list[Tensor] | None = None,
-        watch: bool = False,
-    ):
-        """The loss over this rank's images, and, with `watch`, tensors whose mean over ranks `summarise` reads.
-
-        A sharded module has one entrance, so two other questions come through it. Without `samples_seen`, what
-        evaluation looks at: the backbone's features [N, D] of the one resolution in `views` and the unit-length
-        embeddings [N, dim]. With `look` (i, n), a `Look` at the i-th of this rank's n micro-batches, from which
-        `targets` makes the codes that a second forward takes.
-        Collectives: the backbone's; where it makes the codes itself, those of `targets`.
-        """
-        if samples_seen is None:
-            features = self.backbone(views)[0]
-            return features.float(), F.normalize(self.head(features).float(), dim=1)
+    def loss(
+        self, views: list[Tensor], *, samples_seen: int, targets: list[Tensor] | None = None, with_metrics: bool = False
+    ) -> LossOutput:
+        """Collectives: the backbone's; where it makes the codes itself, those of `targets`."""
         z = self.embed(views)
         with torch.autocast(z.device.type, enabled=False):
-            scores, queued = self._score(z, samples_seen if targets is None else None, look or (0, 1))
-            seen = Look(z[: self.num_assigned].detach(), [s[: self.num_assigned].detach() for s in scores], queued)
-            if look:
-                return seen
-            codes = self.targets([seen], samples_seen)[0] if targets is None else targets
-            loss = torch.stack([self._swapped(s, q) for s, q in zip(scores, codes)]).mean()
-        return loss, self._watch(scores, codes) if watch else {}
+            scores, queued = self._score(z, samples_seen if targets is None else None)
+            codes = self.targets([self._inputs(z, scores, queued)], samples_seen)[0] if targets is None else targets
+            loss = torch.stack([self._swapped(s, q) for s, q in zip(scores, codes, strict=True)]).mean()
+        return LossOutput(loss, self._batch_metrics(scores, codes) if with_metrics else {})
 
-    def _score(self, z: Tensor, samples_seen: int | None, part: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+    def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> AssignmentInputs:
+        z = self.embed(views)
+        with torch.autocast(z.device.type, enabled=False):
+            return self._inputs(z, *self._score(z, samples_seen, part))
+
+    def encode(self, images: Tensor) -> Features:
+        features = self.backbone([images])[0]
+        return Features(features.float(), F.normalize(self.head(features).float(), dim=1))
+
+    def _inputs(self, z: Tensor, scores: list[Tensor], queued: list[Tensor]) -> AssignmentInputs:
+        num = self.num_assigned
+        return AssignmentInputs(z[:num].detach(), [s[:num].detach() for s in scores], queued)
+
+    def _score(
+        self, z: Tensor, samples_seen: int | None, part: tuple[int, int] = (0, 1)
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Scores of the crops, [V, B, K] a set, and of this part's share of the queue, [C, Q_part, K] a set.
 
         One call a prototype set, so that a sharded set is gathered once.
@@ -132,18 +129,18 @@ class SwAV(nn.Module):
         return [s.unflatten(0, z.shape[:2]) for s, _ in both], [q.detach().unflatten(0, share.shape[:2]) for _, q in both]
 
     @torch.no_grad()
-    def targets(self, looks: list[Look], samples_seen: int) -> list[list[Tensor]]:
+    def targets(self, inputs: Sequence[AssignmentInputs], samples_seen: int) -> list[list[Tensor]]:
         """Codes [C, B, K] a prototype set for each micro-batch, assigned over the whole global batch and the queue,
         which the batch then enters. Collectives: Sinkhorn's (iterations + 1 all-reduces); with a queue one all-gather.
         """
-        sizes = [look.embeddings.shape[1] for look in looks]
+        sizes = [part.embeddings.shape[1] for part in inputs]
         sets = range(len(self.prototypes))
-        scores = [torch.cat([look.scores[i] for look in looks] + [look.queued[i] for look in looks], dim=1) for i in sets]
+        scores = [torch.cat([part.scores[i] for part in inputs] + [part.queued[i] for part in inputs], dim=1) for i in sets]
         codes = sinkhorn(scores, self.config.epsilon, self.config.iterations, self.world)
         if self.config.queue and self.training:
-            self._enqueue(torch.cat([look.embeddings for look in looks], dim=1))
+            self._enqueue(torch.cat([part.embeddings for part in inputs], dim=1))
         by_set = [q[:, : sum(sizes)].split(sizes, dim=1) for q in codes]
-        return [list(of_look) for of_look in zip(*by_set)]
+        return [list(of_part) for of_part in zip(*by_set, strict=True)]
 
     def _swapped(self, scores: Tensor, codes: Tensor) -> Tensor:
         """Cross-entropy of each code with the prediction of every other crop. scores [V, B, K], codes [C, B, K]."""
@@ -163,26 +160,55 @@ class SwAV(nn.Module):
             z = all_gather(z).transpose(0, 1).flatten(1, 2)
         self.queue.copy_(torch.cat([z, self.queue[:, : self.queue.shape[1] - z.shape[1]]], dim=1))
 
-    # --- watching itself
+    # --- what it says of itself
 
     @torch.no_grad()
-    def _watch(self, scores: list[Tensor], codes: list[Tensor]) -> dict[str, Tensor]:
+    def _batch_metrics(self, scores: list[Tensor], codes: list[Tensor]) -> dict[str, Tensor]:
         """Means over this rank's samples; a mean over ranks makes them global."""
         out = {}
-        for i, (s, q) in enumerate(zip(scores, codes)):
+        for i, (s, q) in enumerate(zip(scores, codes, strict=True)):
             out[f"prediction.{i}"] = (s / self.config.temperature).softmax(2).mean((0, 1))
             out[f"code_entropy.{i}"] = -torch.special.xlogy(q, q).sum(2).mean()
         return out
 
-    def summarise(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """Figures for the log, averaged over the prototype sets.
+    @property
+    def baseline(self) -> Baseline:
+        """A uniform prediction, averaged over the prototype sets."""
+        return Baseline("ln K", sum(math.log(k) for k in self.config.prototypes) / len(self.config.prototypes))
+
+    @property
+    def anchors(self) -> str:
+        return "prototypes.0.weight"
+
+    def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:
+        """Averaged over the prototype sets.
 
         swav/prototype_use: exp(entropy of the mean prediction) / K, the share of the prototypes in effective use;
-        swav/assignment_entropy: mean entropy of a code / ln K, 1 where the codes say nothing.
+        swav/assignment_entropy: mean entropy of a code / ln K, 1 where the codes say nothing; swav/below_ln_k: by how much
+        the loss is below that of a network that has learned nothing.
         """
+        below = {"swav/below_ln_k": self.baseline.loss - loss}
+        if not means:
+            return below
         use, entropy = [], []
         for i, k in enumerate(self.config.prototypes):
             p = means[f"prediction.{i}"].double()
             use.append(math.exp(-torch.special.xlogy(p, p).sum().item()) / k)
             entropy.append(means[f"code_entropy.{i}"].item() / math.log(k))
-        return {"swav/prototype_use": sum(use) / len(use), "swav/assignment_entropy": sum(entropy) / len(entropy)}
+        return {"swav/prototype_use": sum(use) / len(use), "swav/assignment_entropy": sum(entropy) / len(entropy)} | below
+
+    def health(self, row: Mapping[str, Any], config: Config) -> str:
+        """A loss at ln K with codes that say nothing, past the warm-up, has learned nothing.
+
+        A healthy loss passes ln K on its way down, but its codes are decided (an entropy of at most some 0.9 ln K).
+        """
+        c, ln_k, loss = config, self.baseline.loss, row["loss"]
+        past = max(c.schedule.warmup_samples, self.config.freeze_samples) + c.train.collapse_after * c.train.samples
+        undecided = row.get("swav/assignment_entropy", 0.0) >= UNDECIDED
+        if row["samples_seen"] < past or not undecided or not abs(loss / ln_k - 1) <= NEAR_BASELINE:
+            return ""
+        return (
+            f"The loss is {loss:.3f}, and ln K is {ln_k:.3f}: predictions are uniform, nothing is being learned. Try a smaller "
+            "swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger "
+            "train.global_batch or swav.queue."
+        )

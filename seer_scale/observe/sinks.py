@@ -88,15 +88,16 @@ def speed_text(rate: float) -> str:
 class RunLog:
     """The log of a run, held open by rank 0; with `active` False every call does nothing.
 
-    `total_samples` is the length of the run in images, `ln_k` the loss of a uniform assignment in nats.
+    `total_samples` is the length of the run in images, `baseline` a name and the loss of a network that has learned nothing.
     A disk that is full stops the logging, with one sentence, and never the run. progress, eta: those of the run, where it
     has its own; they come and go with the log otherwise.
     """
 
     def __init__(
-        self, run_dir: Path, total_samples: int, ln_k: float, *, active: bool, progress: Progress | None = None, eta: Eta | None = None
-    ):
-        self.run_dir, self.total_samples, self.ln_k, self.active = Path(run_dir), total_samples, ln_k, active
+        self, run_dir: Path, total_samples: int, baseline: tuple[str, float], *, active: bool,
+        progress: Progress | None = None, eta: Eta | None = None,
+    ):  # fmt: skip
+        self.run_dir, self.total_samples, self.baseline, self.active = Path(run_dir), total_samples, baseline, active
         self._eta = eta or Eta(total_samples)
         self._latest: dict[str, Any] = {"samples_seen": 0}
         self._fd, self._tensorboard, self._silent = -1, None, False
@@ -228,7 +229,8 @@ class RunLog:
         words = []
         if "loss" in row:
             loss = _number(row, "loss")
-            words.append(f"loss {'not finite' if loss is None else f'{loss:.3f}'} (ln K {self.ln_k:.3f})")
+            name, of_nothing = self.baseline
+            words.append(f"loss {'not finite' if loss is None else f'{loss:.3f}'} ({name} {of_nothing:.3f})")
         if (lr := _number(row, "lr")) is not None:
             words.append(f"lr {lr:.3g}")
         if (scale := _number(row, "loss_scale")) is not None and scale != 1:

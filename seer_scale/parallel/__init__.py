@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from seer_scale.config import Config
 from seer_scale.errors import UserError
 from seer_scale.extras import how_to_install
+from seer_scale.methods.base import Method
 from seer_scale.parallel.engine import COMPUTE, Engine
 from seer_scale.world import World
 
@@ -30,7 +32,7 @@ SHARE = 0.4
 which no engine shards, need the rest."""
 
 
-def build_engine(method: nn.Module, config: Config, world: World, loaded: tuple[str, ...] = ()) -> Engine:
+def build_engine(method: Method[Any, Any], config: Config, world: World, loaded: tuple[str, ...] = ()) -> Engine:
     """Collective over all ranks: builds groups, materialises and initialises the parameters. Raises UserError.
 
     loaded: beginnings of the names of parameters that a checkpoint will bring, so that they need not be drawn; ("",): all.

@@ -1,15 +1,16 @@
 """The engine: what holds a method's parameters, gradients and optimiser state, and makes an update of a batch.
 
 `Engine` is the unsharded engine of one rank and the frame of all others, which override how the method is wrapped,
-how gradients are averaged and over which ranks a tensor is spread. An engine knows no method: it asks one for its
-units, targets, initial values, unit-length rows and frozen names. What a rank updates of a parameter is a `Shard`, a
-run of its elements in fp32; state leaves and enters in that form, so a run may change engine and size on a resume.
+how gradients are averaged and over which ranks a tensor is spread. An engine knows no method, but what one declares
+(methods/base.py). What a rank updates of a parameter is a `Shard`, a run of its elements in fp32; state leaves and
+enters in that form, so a run may change engine and size on a resume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from seer_scale.config import Config
+from seer_scale.methods.base import Features, LossOutput, Method
 from seer_scale.models.norm import BatchNorm, running_statistics_kept
 from seer_scale.optim.optimizers import build_optimizer
+from seer_scale.optim.parameter_groups import frozen_parameters, normalized_parameters
 from seer_scale.parallel.recompute import find_segments, recompute
 from seer_scale.parallel.scaling import LossScaler
 from seer_scale.parallel.shard import Shard
@@ -37,10 +40,11 @@ class Engine:
 
     name = "single"
 
-    def __init__(self, method: nn.Module, config: Config, world: World, loaded: tuple[str, ...] = ()):
+    def __init__(self, method: Method[Any, Any], config: Config, world: World, loaded: tuple[str, ...] = ()):
         """loaded: beginnings of the names of parameters that a checkpoint will bring; "" is all of them."""
         self.method, self.config, self.world, self._loaded = method, config, world, loaded
-        self._initialisers = method.initialisers()
+        self._initialisers, self.groups = method.initialisers(), method.parameter_groups()
+        self._normalized = normalized_parameters(self.groups)
         self.dtype = COMPUTE[config.train.precision]
         keep_fp32_products()
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
@@ -64,7 +68,7 @@ class Engine:
         spread = [self._is_spread(n) for n in self.shards]
         self._spread = torch.tensor(spread, dtype=torch.float32, device=world.device)
         self.optimizer = build_optimizer({n: s.local for n, s in self.shards.items()}, self.vectors, config.optim)
-        self._restore_unit_rows(torch.zeros((), device=world.device))
+        self._normalize_rows(self._normalized, torch.zeros((), device=world.device))
         self.refresh()
 
     # --- what the engines differ in
@@ -125,54 +129,55 @@ class Engine:
 
     # --- the step
 
-    def gradients(self, batches: Sequence[Batch], *, samples_seen: int, watch: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, batches: Sequence[Batch], *, samples_seen: int, with_metrics: bool = False) -> LossOutput:
         """Forward and backward of this rank's share of the global batch, in micro-batches of equal size.
 
-        Returns the method's loss over it, and what the method watches. With several micro-batches a forward without
-        gradients comes first, so that the method's targets (SwAV's codes) are those of the whole global batch; running
-        statistics then move once, by the mean over micro-batches, as they would over groups of ranks.
+        Returns the method's loss over it, detached. With several micro-batches a forward without gradients comes first,
+        so that the method's targets (SwAV's codes) are those of the whole global batch; running statistics then move once,
+        by the mean over micro-batches, as they would over groups of ranks.
         """
         self.buffers.keep()
         if len(batches) == 1:
-            loss, watched = self._forward(batches[0](), samples_seen=samples_seen, watch=watch)
-            self._backward(loss * self.scaler.scale)
-            return loss.detach(), watched
-        num = len(batches)
+            out = self._run("loss", batches[0](), samples_seen=samples_seen, with_metrics=with_metrics)
+            self._backward(out.loss * self.scaler.scale)
+            return LossOutput(out.loss.detach(), out.metrics)
+        num, outs = len(batches), []
         with torch.no_grad(), running_statistics_kept():
-            seen = [self._forward(b(), samples_seen=samples_seen, look=(i, num)) for i, b in enumerate(batches)]
-            targets = self.method.targets(seen, samples_seen)
-        outs = []
-        for i, batch in enumerate(batches):
+            inputs = [
+                self._run("prepare_targets", batch(), samples_seen=samples_seen, part=(i, num))
+                for i, batch in enumerate(batches)
+            ]
+            targets = self.method.targets(inputs, samples_seen)
+        for i, (batch, own) in enumerate(zip(batches, targets, strict=True)):
             with self._accumulating(i == num - 1), self.buffers.micro_batch(i, num):
-                loss, watched = self._forward(batch(), samples_seen=samples_seen, targets=targets[i], watch=watch)
-                self._backward(loss * self.scaler.scale / num)
-            outs.append({"": loss.detach()} | watched)
-        means = {k: torch.stack([o[k] for o in outs]).mean(0) for k in outs[0]}
-        return means.pop(""), means
+                out = self._run("loss", batch(), samples_seen=samples_seen, targets=own, with_metrics=with_metrics)
+                self._backward(out.loss * self.scaler.scale / num)
+            outs.append(LossOutput(out.loss.detach(), out.metrics))
+        metrics = {k: torch.stack([out.metrics[k] for out in outs]).mean(0) for k in outs[0].metrics}
+        return LossOutput(torch.stack([out.loss for out in outs]).mean(0), metrics)
 
-    def _forward(self, views: list[Tensor], **how):
+    def _run(self, entrance: str, *args: Any, **kwargs: Any) -> Any:
+        """One of the method's entrances that run the network, through what the method is wrapped in."""
         with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.module(views, **how)
+            return self.module(entrance, *args, **kwargs)
 
     @torch.no_grad()
-    def represent(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, D] and unit-length embeddings [N, dim] of normalised images, fp32, with running statistics.
-
-        Every rank must call it as often as the others.
-        """
+    def encode(self, images: Tensor) -> Features:
+        """What the method makes of normalised images. Every rank must call it as often as the others."""
         self.module.eval()
-        out = self._forward([images])
+        out = self._run("encode", images)
         self.module.train()
         return out
 
     @torch.no_grad()
-    def update(self, lr: float, frozen: frozenset[str] = frozenset()) -> dict[str, Tensor]:
-        """Average, unscale, agree whether all gradients are finite, update or skip, restore unit rows, drop gradients.
+    def update(self, lr: float, samples_seen: int) -> dict[str, Tensor]:
+        """Average, unscale, agree whether all gradients are finite, update or skip, normalise rows, drop gradients.
 
         Collectives: one stacked all-reduce of norms and finiteness over the shard group, and what the engine needs
         (docs/engines.md). No host synchronisation. Returns device scalars for the log, and `grad_norms` [P].
         """
         stats: dict[str, Tensor] = {}
+        frozen = frozen_parameters(self.groups, samples_seen)
         self._around(lambda: stats.update(self._apply(lr, frozen)))
         self._drop_gradients()
         return stats
@@ -185,7 +190,7 @@ class Engine:
         self.scaler.update(found_inf)
         # a forward that was not finite must not stay in the running statistics; a method's own buffers are its affair
         self.buffers.restore_where(found_inf > 0)
-        self._restore_unit_rows(found_inf, frozen)
+        self._normalize_rows([n for n in self._normalized if n not in frozen], found_inf)
         return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf, "grad_norms": norms[1]}
 
     def _norms(self, grads: list[Tensor], found_inf: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,9 +209,9 @@ class Engine:
         return together[:-1].view_as(norms).sqrt(), together[-1].clamp(max=1.0)
 
     @torch.no_grad()
-    def _restore_unit_rows(self, skipped: Tensor, frozen: frozenset[str] = frozenset()) -> None:
-        """Rows are whole on one rank here, so this needs no collective. What is frozen keeps its last bit."""
-        for name in set(self.method.unit_rows) - frozen:
+    def _normalize_rows(self, names: Sequence[str], skipped: Tensor) -> None:
+        """Rows are whole on one rank here, so this needs no collective. (What is frozen keeps its last bit.)"""
+        for name in names:
             rows = self.shards[name].local
             unit = torch.nn.functional.normalize(rows.view(-1, self.shapes[name][1]), dim=1).view_as(rows)
             rows.copy_(torch.where(skipped.to(rows.device) > 0, rows, unit))
@@ -294,7 +299,7 @@ def compile_units(method: nn.Module) -> None:
             module.forward = torch.compiler.disable(module.forward)
     # units share their code: every width, stride and mode is one more version of it, and past a limit it would run eager
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
-    for unit in method.units().values():
+    for unit in method.shard_units().values():
         unit.forward = _compiled_in_training(unit)
 
 

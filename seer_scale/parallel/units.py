@@ -19,7 +19,7 @@ def sharded_units(method: nn.Module, config: Config) -> dict[str, nn.Module]:
     most = config.parallel.max_unit_gib
     units: dict[str, nn.Module] = {}
     needs: dict[str, tuple[float, str]] = {}
-    for name, unit in method.units().items():
+    for name, unit in method.shard_units().items():
         dtype, width = _compute_type(name, method, config)
         parts = split_units({name: unit}, int(most * 2**30 / width))
         units |= parts

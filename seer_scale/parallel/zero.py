@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,9 +116,9 @@ class Zero(Engine):
         yield
         self.deepspeed.set_gradient_accumulation_boundary(True)
 
-    def _forward(self, views: list[Tensor], **how):
+    def _run(self, entrance: str, *args: Any, **kwargs: Any) -> Any:
         self.zero.clear_backward_seen_flag()
-        return super()._forward(views, **how)
+        return super()._run(entrance, *args, **kwargs)
 
     def _backward(self, loss: Tensor) -> None:
         self.deepspeed._backward_prologue()
@@ -134,11 +135,8 @@ class Zero(Engine):
         self.zero.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _restore_unit_rows(self, skipped: Tensor, frozen: frozenset[str] = frozenset()) -> None:
+    def _normalize_rows(self, names: Sequence[str], skipped: Tensor) -> None:
         """A row may lie on two ranks: one all-reduce of the rows' partial squares."""
-        if not self.method.unit_rows:
-            return
-        names = [name for name in self.method.unit_rows if name not in frozen]
         if not names:
             return
         rows, squares = {}, []

@@ -40,7 +40,8 @@ from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabell
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.files import shown, write_whole
 from seer_scale.formatting import counted
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.base import Features
+from seer_scale.methods.registry import build_method
 from seer_scale.models.layout import choose_execution
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
@@ -92,8 +93,7 @@ class Trainer:
             found = resume.find(config, run_dir, world)  # before anything is built
             weights = resume.find_weights(config, world) if config.checkpoint.init_from and not found else None
         self._verify_s = time.perf_counter() - begin
-        with torch.device("meta"):
-            method = SwAV(config, world)
+        method = build_method(config, world)
         part = resume.check_weights(config, weights, resume.state_of(method), world) if weights else ""
         saved = store.read_meta(found, world)["data"] if found else None
         with progress.doing(f"listing the images of {shown(config.data.path)}"):
@@ -103,10 +103,9 @@ class Trainer:
         self.workers = config.data.num_workers(self.cores)
         with progress.doing("measuring how the network runs fastest"):
             self.execution = choose_execution(method.backbone, config, world, self.cores)
-        self.ln_k = method.ln_k
         with progress.doing("building the network"):
             self.engine = build_engine(method, config, world, loaded=resume.brought(config, found))
-        self._warned_of_collapse = False
+        self._told_of_health = False
         self._told_unreadable: set[str] = set()
         self._starved = 0
         self._skips = SkipMonitor(list(self.engine.shapes), config.train.precision, world, partial(self._tell_of_rank, "skipped"))
@@ -116,7 +115,7 @@ class Trainer:
             self._loaded = self._read(weights, only=part)
         self.end = config.end(self.samples_seen)
         eta = Eta(self.end, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
-        self.log = RunLog(run_dir, self.end, self.ln_k, active=world.is_main, progress=progress, eta=eta)
+        self.log = RunLog(run_dir, self.end, method.baseline, active=world.is_main, progress=progress, eta=eta)
         self.saver = Saver(self.folder, self.engine.state(), world, keep_last=config.checkpoint.keep_last, keep_every_samples=config.checkpoint.keep_every_samples)
         limit_groups(world)
         self._write_config()
@@ -147,15 +146,14 @@ class Trainer:
     def _load(self, path: Path) -> Path:
         meta = resume.must_go_on(path, self.config, self.world)
         then = meta["config"]
-        is_same_queue = then["swav"]["queue"] == self.config.swav.queue
-        memory = ("memory/",) if is_same_queue and self.config.swav.queue else ()
+        goes_on = self.engine.method.load_state(meta["method"]["state"], then, meta["samples_seen"])
+        memory = ("memory/",) if goes_on else ()
         self._loaded = self._read(path, only=("model/", "optim/", "scaler/", *memory))
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
-        self._warned_of_collapse = meta["warned_of_collapse"]
+        self._told_of_health = meta["told_of_health"]
         if then["train"]["precision"] != self.config.train.precision:
             self.engine.scaler.restart()
-        self.engine.method.queue_since = meta["queue_since"] if is_same_queue else self.samples_seen
         self._changed = resume.changes(then, self.config)
         self._rate_change = resume.rate_change(meta, self.config)
         return path
@@ -299,8 +297,8 @@ class Trainer:
             due = self._is_due(seen)
             lr = self.schedule(seen)
             with self.watchdog.patient(self.timeouts.compile_s if c.train.compile and self.step == begun else 0.0):
-                loss, watched = engine.gradients(self._micro_batches(batch), samples_seen=seen, watch=due)
-            stats = engine.update(lr, engine.method.frozen(seen))
+                loss, metrics = engine.gradients(self._micro_batches(batch), samples_seen=seen, with_metrics=due)
+            stats = engine.update(lr, seen)
             self.watchdog.beat()
             self.progress.advance(c.train.global_batch)
             self._trained = True
@@ -310,7 +308,7 @@ class Trainer:
             self._settle(self.saver.ended())
             refreshed = False
             if due:
-                self._log(window, lr, stats, watched)
+                self._log(window, lr, stats, metrics)
                 refreshed = not self._is_last(seen) and self._refresh(window.newest_manifest)
             with window.paused():
                 if refreshed:
@@ -409,10 +407,10 @@ class Trainer:
 
     # --- what is due now and then
 
-    def _log(self, window: Window, lr: float, stats: dict[str, torch.Tensor], watched: dict[str, torch.Tensor]) -> None:
-        """One metric line: one reduction of device values, one of host counts. `watched` may be empty."""
+    def _log(self, window: Window, lr: float, stats: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor]) -> None:
+        """One metric line: one reduction of device values, one of host counts. `metrics` may be empty."""
         scaler = self.engine.scaler
-        means, counts = window.reduce(watched)
+        means, counts = window.reduce(metrics)
         own = torch.stack([stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.longest_streak])
         grad_norm, param_norm, scale, skipped, streak = own.tolist()
         self._skips.read()
@@ -422,7 +420,7 @@ class Trainer:
             "step": self.step, "samples_seen": self.samples_seen, "epoch": self.course.sampler.progress(self.samples_seen),
             "loss": loss, "lr": lr, "loss_scale": scale, "grad_norm": grad_norm, "param_norm": param_norm,
             "skipped": int(skipped), **window.timing(self.config.train.global_batch), "mem/peak_gib": _peak_gib(self.world),
-            **(self.engine.method.summarise(means) if watched else {}), "swav/below_ln_k": self.ln_k - loss,
+            **self.engine.method.metrics(means, loss),
             "data/unreadable": counts[1], "data/fingerprint": counts[0],
         }  # fmt: skip
         self.log.log(row)
@@ -434,7 +432,9 @@ class Trainer:
             raise TrainingFailed(f"{int(streak)} updates in a row were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
         if scale < self.config.train.min_loss_scale and self.engine.scaler.dynamic:
             raise TrainingFailed(f"The loss scale has fallen to {scale:g}, below train.min_loss_scale {self.config.train.min_loss_scale:g}, because gradients overflow fp16 again and again: lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
-        self._watch_for_collapse(loss, row.get("swav/assignment_entropy", 0.0))
+        if not self._told_of_health and (problem := self.engine.method.health(row, self.config)):
+            self._told_of_health = True
+            self._tell("collapse", problem)
         self._watch_for_starvation(row["time/data_wait_frac"])
 
     def _tell_of_rank(self, kind: str, sentence: str) -> None:
@@ -457,18 +457,6 @@ class Trainer:
                 logs.mkdir(exist_ok=True)
                 with (logs / f"unreadable-{self.world.rank}.txt").open("a") as file:
                     file.writelines(s + "\n" for s in sentences)
-
-    def _watch_for_collapse(self, loss: float, entropy: float) -> None:
-        """A loss at ln K with codes that say nothing, past the warm-up, has learned nothing: say so once.
-
-        A healthy loss passes ln K on its way down, but its codes are decided (an entropy of at most some 0.9 ln K).
-        """
-        c = self.config
-        past = max(c.schedule.warmup_samples, c.swav.freeze_samples) + c.train.collapse_after * c.train.samples
-        if self._warned_of_collapse or self.samples_seen < past or entropy < 0.95 or not abs(loss / self.ln_k - 1) <= 0.02:
-            return
-        self._warned_of_collapse = True
-        self._tell("collapse", f"The loss is {loss:.3f}, and ln K is {self.ln_k:.3f}: predictions are uniform, nothing is being learned. Try a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger train.global_batch or swav.queue.")
 
     def _watch_for_starvation(self, share: float) -> None:
         """Three metric lines in a row that waited for data over STARVED of their time: say so once, and what to change."""
@@ -495,8 +483,8 @@ class Trainer:
             self.engine.average_buffers()
             meta = {
                 "samples_seen": self.samples_seen, "step": self.step, "data": self.course.state(),
-                "schedule": self.schedule.state, "queue_since": self.engine.method.queue_since,
-                "warned_of_collapse": self._warned_of_collapse, "config": self.config.to_dict(), "world_size": self.world.size,
+                "schedule": self.schedule.state, "method": {"name": self.engine.method.name, "state": self.engine.method.state()},
+                "told_of_health": self._told_of_health, "config": self.config.to_dict(), "world_size": self.world.size,
                 "engine": self.engine.name, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
             }  # fmt: skip
             self.saver.begin(self.engine.state(), meta)
@@ -569,19 +557,19 @@ class Trainer:
                     top1 = self._top1[store.samples_of(name)]
                     self._tell("best", f"The best kNN top-1 so far, {top1:.1f} %, is that of {name}, kept as checkpoints/best.")
 
-    def _represent(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _represent(self, images: torch.Tensor) -> Features:
         """The engine's, with a stop between any two batches: an evaluation may outlast the grace of a preemption."""
         self._stop_if_agreed()
         self.watchdog.beat()
         self.progress.advance(len(images) * self.world.size)
-        return self.engine.represent(images)
+        return self.engine.encode(images)
 
     def _show_prototypes(self) -> None:
         """Pictures of what prototypes collect, from a sample: all images would take as long as an epoch without training."""
-        c, num = self.config, min(self.config.run.prototype_images, len(self.source))
-        if self.source.is_stream or not num:
+        c, num, anchors = self.config, min(self.config.run.prototype_images, len(self.source)), self.engine.method.anchors
+        if self.source.is_stream or not num or not anchors:
             return
-        begin, prototypes = time.perf_counter(), self.engine.whole(self.engine.method.unit_rows[0])
+        begin, prototypes = time.perf_counter(), self.engine.whole(anchors)
         with _disk_may_fill(), self.progress.doing("looking for the images nearest to the prototypes", num):
             show_prototypes(  # rank 0 writes after the last collective
                 self.run_dir, self._represent, prototypes, self.source,

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_section
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.base import Method
+from seer_scale.methods.registry import build_method
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.world import World
 
@@ -115,8 +114,7 @@ def foresee(config: Config, run_dir: Path) -> str:
     path = find(config, run_dir, World(), contents=False, warn=lambda _: None)
     if not path and not config.checkpoint.init_from:
         return ""
-    with torch.device("meta"):
-        state = state_of(SwAV(config, World()))
+    state = state_of(build_method(config, World()))
     if not path:
         check_weights(config, find_weights(config, World(), contents=False, warn=lambda _: None), state)
         return ""
@@ -126,7 +124,7 @@ def foresee(config: Config, run_dir: Path) -> str:
     return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}.{' ' * bool(rate)}{rate}" if changed else ""
 
 
-def state_of(method: SwAV) -> store.State:
+def state_of(method: Method[Any, Any]) -> store.State:
     """The names and shapes that a checkpoint has of a network, from the network itself (on meta, say)."""
     own = dict(method.named_buffers(recurse=False))
     state = {**dict(method.named_parameters()), **{n: b for n, b in method.named_buffers() if n not in own}}

@@ -30,7 +30,7 @@ from seer_scale.config import (
 from seer_scale.data.sources import kind_of
 from seer_scale.errors import ConfigError, RankLost, UserError
 from seer_scale.extras import how_to_install
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import build_backbone
 from seer_scale.observe.sinks import read_records
 from seer_scale.parallel import check_device, load
@@ -113,7 +113,7 @@ def _shape(config: Config) -> None:
         config = dataclasses.replace(config, model=Model(name=config.model.name))
     with torch.device("meta"):
         build_backbone(config.model.name, **config.model.free())
-        method = SwAV(config, World())
+    method = build_method(config, World())
     find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units())
     sharded_units(method, config)
 

@@ -21,6 +21,7 @@ from seer_scale.methods.sinkhorn import sinkhorn
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.norm import BatchNorm
 from seer_scale.parallel import load
+from seer_scale.optim.parameter_groups import normalized_parameters
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import joined_units, sharded_units
 from seer_scale.world import World
@@ -110,7 +111,7 @@ def run_case(world: World, case: str, engine: dict, updates: int = 0) -> dict:
     start = {n: built.whole(n).numpy().copy() for n in built.shapes} if world.size == 1 else {}
     losses = losses_of(built, config, world, range(updates or UPDATES.get(case, 3)), LR.get(case, 0.02))
     weights = {n: built.whole(n).numpy().copy() for n in built.shapes}
-    rows = {n: np.abs(np.linalg.norm(forward_weight(built, n), axis=1) - 1).max() for n in built.method.unit_rows}
+    rows = {n: np.abs(np.linalg.norm(forward_weight(built, n), axis=1) - 1).max() for n in normalized_parameters(built.groups)}
     return {"losses": losses, "norms": norms[0].numpy(), "start": start, "weights": weights, "rows": rows}
 
 
@@ -177,7 +178,7 @@ def sinkhorn_of_ranks(world: World) -> dict:
 def _held(engine: Engine) -> dict[str, torch.Tensor]:
     """This rank's state apart from counters, with what forward reads."""
     state = {k: getattr(v, "local", v).clone() for k, v in engine.state().items()}
-    state |= {f"forward/{n}": torch.from_numpy(forward_weight(engine, n)) for n in engine.method.unit_rows}
+    state |= {f"forward/{n}": torch.from_numpy(forward_weight(engine, n)) for n in normalized_parameters(engine.groups)}
     return {k: v for k, v in state.items() if not any(c in k for c in ("num_batches_tracked", "scaler/", "memory/"))}
 
 
@@ -192,7 +193,7 @@ def skipped_on_all(world: World, over: dict, micro_batch: int) -> dict:
     if world.rank == 1:
         views[0][0][0] = torch.inf
     engine.gradients([lambda v=v: v for v in views], samples_seen=8)
-    engine.update(0.3)
+    engine.update(0.3, 8)
     moved = [k for k, v in _held(engine).items() if not torch.equal(v, before[k])]
     halved = engine.scaler.scale.item() == scale / 2
     counted = engine.scaler.skipped.item() - skipped == 1 and engine.scaler.skipped_in_a_row.item() >= 1
@@ -218,7 +219,7 @@ def precision_run(world: World, engine: str, precision: str) -> list[float]:
     losses = []
     for step in range(LONG if engine == "single" or (engine, precision) == ("fsdp", "bf16") else SHORT):
         loss, _ = built.gradients(micro_batches(config, step % 4, world), samples_seen=config.train.global_batch * step)
-        built.update(0.03)
+        built.update(0.03, config.train.global_batch * step)
         losses.append((world.sum_(loss.clone()) / world.size).item())
     return losses
 
@@ -306,13 +307,13 @@ def traffic_of(world: World, over: dict, more: dict) -> dict:
     losses_of(engine, config, world, range(2), 0.01)  # DeepSpeed and DDP look around first
     with CollectiveCounter() as seen:
         engine.gradients(micro_batches(config, 2, world), samples_seen=16)
-        engine.update(0.01)
+        engine.update(0.01, 16)
     shapes, vectors = engine.shapes, engine.vectors
     with torch.device("meta"):
         units = (joined_units if config.parallel.engine == "fsdp" else sharded_units)(SwAV(config, world), config)
     return {"calls": seen.calls, "tensors": len(shapes), "K": 12 + 7, "P": sum(s.numel() for s in shapes.values()),
             "V": sum(shapes[n].numel() for n in vectors), "units": len(units),
-            "prototypes": sum(shapes[n].numel() for n in engine.method.unit_rows),
+            "prototypes": sum(shapes[n].numel() for n in normalized_parameters(engine.groups)),
             "layers": sum(isinstance(m, BatchNorm) for m in engine.method.modules())}  # fmt: skip
 
 

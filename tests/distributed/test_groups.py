@@ -30,7 +30,7 @@ def groups_of_collectives(rank: int, size: int) -> dict:
         losses_of(engine, config, world, range(2))  # DDP makes its buckets
         with CollectiveCounter() as seen:
             engine.gradients(micro_batches(config, 2, world), samples_seen=0)
-            engine.update(0.01)
+            engine.update(0.01, 0)
         out[name] = Counter((call.kind, call.group) for call in seen.calls)
     near, apart = world.group("near", 2), world.group("apart", 2, stride=2)
     out["ranks"] = [dist.get_process_group_ranks(group) for group in (near, apart)]

@@ -82,7 +82,7 @@ def measured(rank: int, size: int) -> dict:
             frame.draw = draw
             engine.gradients(micro_batches(config, 0, world), samples_seen=0)
             before_update = held() - start
-            engine.update(1e-3)
+            engine.update(1e-3, 0)
             numels = {n: s.numel() for n, s in engine.shapes.items()}
             out[name, optimizer] = {"before": before_update, "building": max(building), "largest": max(numels.values()),
                                     "P": sum(numels.values()), "V": sum(numels[n] for n in engine.vectors),
@@ -106,10 +106,10 @@ def transients(world: World, precision: str, together: int) -> dict[str, float]:
         config, engine = toy(lambda: Toy("matrices", SIDE, together * DEPTH), FSDP, world, **over)
         for step in range(2):
             engine.gradients(micro_batches(config, step, world), samples_seen=0)
-            engine.update(1e-3)
+            engine.update(1e-3, 0)
         views, before = micro_batches(config, 2, world)[0](), count.now
         count.peak = before
-        loss, _ = engine._forward(views, samples_seen=0)
+        loss = engine._run("loss", views, samples_seen=0).loss
         forward, count.peak = count.peak - before, count.now
         engine._backward(loss)
     return {"forward": forward / numel, "backward": (count.peak - count.now) / numel}
@@ -121,12 +121,12 @@ def left_by_forward(world: World, name: str) -> int:
         config, engine = build(world, name, "lars", "bf16")
         for step in range(2):  # libraries make their buckets, DDP in its second forward the ones it keeps
             engine.gradients(micro_batches(config, step, world), samples_seen=0)
-            engine.update(1e-3)
+            engine.update(1e-3, 0)
         views, before = micro_batches(config, 2, world)[0](), count.now
-        loss, _ = engine._forward(views, samples_seen=0)
+        loss = engine._run("loss", views, samples_seen=0).loss
         left = count.now - before
     engine._backward(loss)
-    engine.update(1e-3)
+    engine.update(1e-3, 0)
     engine.close()
     return left
 

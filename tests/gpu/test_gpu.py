@@ -46,7 +46,7 @@ def losses(engine: Engine, config, world: World, updates: int = UPDATES, lr: flo
     for step in range(updates):
         seen = step * config.train.global_batch
         loss, _ = engine.gradients(on_device(config, step, world), samples_seen=seen)
-        engine.update(lr, engine.method.frozen(seen))
+        engine.update(lr, seen)
         out.append(loss.detach())
     return [(world.sum_(loss.clone()) / world.size).item() for loss in out]
 
@@ -99,8 +99,8 @@ def test_an_update_never_waits_for_the_host(variant):
     losses(engine, config, gpu(), 3)
     batches = on_device(config, 3, gpu())
     with no_host_synchronisation():
-        engine.gradients(batches, samples_seen=24, watch=True)
-        engine.update(0.02, engine.method.frozen(24))
+        engine.gradients(batches, samples_seen=24, with_metrics=True)
+        engine.update(0.02, 24)
 
 
 def test_scores_and_sinkhorn_stay_fp32_in_half_precision_runs():
@@ -120,7 +120,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     batches[0]()[0][0] = torch.inf
     with no_host_synchronisation():
         engine.gradients(batches, samples_seen=16)
-        stats = engine.update(0.02)
+        stats = engine.update(0.02, 16)
     assert stats["skipped"].item() == 1 and engine.scaler.scale.item() == 128.0
     after = {n: s.local for n, s in engine.shards.items()} | {"statistics": engine.buffers.statistics}
     assert [n for n in before if not torch.equal(before[n], after[n])] == []
@@ -133,7 +133,7 @@ def test_memory_layouts_agree():
         config, engine = tiny(gpu(), **CALM)
         views = [[v.to("cuda").contiguous(memory_format=layout) for v in make()] for make in micro_batches(config, 0, gpu())]
         loss, _ = engine.gradients([lambda v=v: v for v in views], samples_seen=0)
-        results.append((loss.item(), engine.update(0.02)["grad_norm"].item()))
+        results.append((loss.item(), engine.update(0.02, 0)["grad_norm"].item()))
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
 
 

@@ -20,7 +20,7 @@ def at_end(run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 3
     made.world, made.run_dir, made.samples_seen, made.progress = World(), run_dir, 640, Progress(active=False)
     source = type("Images", (), {"__len__": lambda _: images, "is_stream": stream})()
     made.course = SimpleNamespace(source=source)
-    made.engine = SimpleNamespace(whole=lambda name: name, method=SimpleNamespace(unit_rows=["prototypes"]))
+    made.engine = SimpleNamespace(whole=lambda name: name, method=SimpleNamespace(anchors="prototypes"))
     made._evaluate = told.append
     made.labelled = SimpleNamespace(measurement=lambda c: "now")
     monkeypatch.setattr(loop, "show_prototypes", lambda *_, num, **__: told.append(f"looked at {num}"))

@@ -79,6 +79,6 @@ def test_the_format_changes_no_loss():
         for step in range(4):
             views = [v.contiguous(memory_format=form) for v in fake_views(config, step, WORLD)]
             out.append(engine.gradients([lambda views=views: views], samples_seen=8 * step)[0].item())
-            engine.update(0.02)
+            engine.update(0.02, 8 * step)
         losses.append(out)
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)

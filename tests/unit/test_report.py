@@ -53,11 +53,11 @@ def run_dir(tmp_path, monkeypatch):
                 "swav/prototype_use": 0.8, "swav/assignment_entropy": 0.5,
             })  # fmt: skip
 
-    with RunLog(run, 6400, 4.159, active=True) as log:
+    with RunLog(run, 6400, ("ln K", 4.159), active=True) as log:
         log.event("start", "A new run.", samples_seen=0, ranks=2, parameters=3_947_000)
         log.log({"samples_seen": 0, "knn/top1": 31.25, "knn/top1_stderr": 1.5})
         stretch(log, range(1, 51))
-    with RunLog(run, 6400, 4.159, active=True) as log:
+    with RunLog(run, 6400, ("ln K", 4.159), active=True) as log:
         log.event("resume", "Going on from 2,560 images.", samples_seen=2560, ranks=4, parameters=3_947_000,
                   versions={"torch": "9.9"})  # fmt: skip
         stretch(log, range(41, 101))
@@ -243,7 +243,7 @@ def test_numbers_are_written_one_way():
 
 
 def test_the_commonest_class_is_in_the_picture_where_it_is_right_more_often_than_the_network(run_dir, monkeypatch):
-    with RunLog(run_dir, 6400, 4.159, active=True) as log:
+    with RunLog(run_dir, 6400, ("ln K", 4.159), active=True) as log:
         log.log({"samples_seen": 6464, "knn/top1": 60.0, "knn/top1_stderr": 21.7, "knn/majority": 75.0})
     plots = []
     monkeypatch.setattr(page, "svg", lambda plot: plots.append(plot) or "")

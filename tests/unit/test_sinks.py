@@ -29,7 +29,7 @@ def no_tensorboard(request, monkeypatch):
 
 
 def open_log(run_dir, total=6400) -> RunLog:
-    return RunLog(run_dir, total, 4.159, active=True)
+    return RunLog(run_dir, total, ("ln K", 4.159), active=True)
 
 
 def row(step: int, **more) -> dict:
@@ -143,7 +143,7 @@ def test_one_line_is_enough_for_a_first_eta(tmp_path):
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
-    with RunLog(tmp_path, 400_000, 5.7038, active=True) as log:
+    with RunLog(tmp_path, 400_000, ("ln K", 5.7038), active=True) as log:
         log.event("start", "A new run [of 400,000 images].", samples_seen=0)
         log.log(
             {
@@ -173,7 +173,7 @@ def test_on_a_terminal_the_progress_is_live(tmp_path):
 from pathlib import Path
 from seer_scale.observe.sinks import RunLog
 RunLog._open_tensorboard = RunLog._to_tensorboard = lambda self, *_, **__: None
-with RunLog(Path({str(tmp_path)!r}), 6400, 4.159, active=True) as log:
+with RunLog(Path({str(tmp_path)!r}), 6400, ("ln K", 4.159), active=True) as log:
     log.event("start", "A new run.", samples_seen=0)
     log.log({row(50, loss=3.5, lr=0.3, **{"knn/top1": 41.0})})
 """
@@ -195,7 +195,7 @@ with RunLog(Path({str(tmp_path)!r}), 6400, 4.159, active=True) as log:
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
-    with RunLog(tmp_path / "run", 100, 1.0, active=False) as log:
+    with RunLog(tmp_path / "run", 100, ("ln K", 1.0), active=False) as log:
         log.log(row(1))
         log.event("start", "A new run.", samples_seen=0)
     assert not (tmp_path / "run").exists()

@@ -42,7 +42,7 @@ def test_no_value_is_read_between_metrics(optimizer, over):
         batch = Batch([], [], torch.arange(8), 8 * step, [])
         with _Reads() as reads:
             loss, _ = engine.gradients(parts, samples_seen=8 * step)
-            engine.update(0.01, engine.method.frozen(8 * step))
+            engine.update(0.01, 8 * step)
             window.add(batch, loss)
         assert reads.found == []
 

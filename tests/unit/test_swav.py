@@ -20,12 +20,12 @@ def test_loss_equals_the_textbook():
     config, engine = tiny(WORLD, **{"parallel.engine": "single", "swav.prototypes": [12]})
     method = engine.method
     views = fake_views(config, 0, WORLD)
-    loss, _ = method(views, samples_seen=0)
+    loss = method.loss(views, samples_seen=0).loss
     with torch.no_grad():
         method.eval()  # the same running statistics for both
         z = method.embed(views)
         scores = method.prototypes[0](z)
-        ours = method(views, samples_seen=0)[0]
+        ours = method.loss(views, samples_seen=0).loss
     assert torch.isfinite(loss)
     assert torch.allclose(ours, textbook_loss(scores.flatten(0, 1), config), atol=1e-5)
 
@@ -35,7 +35,7 @@ def test_prototype_sets_average():
     method = engine.method.eval()
     views = fake_views(config, 0, WORLD)
     with torch.no_grad():
-        both = method(views, samples_seen=0)[0]
+        both = method.loss(views, samples_seen=0).loss
         scores = [p(method.embed(views)) for p in method.prototypes]
     alone = [textbook_loss(s.flatten(0, 1), config) for s in scores]
     assert torch.allclose(both, sum(alone) / 2, atol=1e-5)
@@ -48,7 +48,7 @@ def test_uniform_prediction_costs_ln_k():
     for k, expected in ((3000, 8.0064), (16000, 9.6803)):
         codes = torch.softmax(torch.randn(2, 8, k), 2)
         assert math.isclose(method._swapped(torch.zeros(4, 8, k), codes).item(), expected, abs_tol=1e-4)
-    assert math.isclose(method.ln_k, (math.log(12) + math.log(7)) / 2)
+    assert math.isclose(method.baseline.loss, (math.log(12) + math.log(7)) / 2)
 
 
 def test_queue_joins_the_assignment_when_full():
@@ -62,14 +62,14 @@ def test_queue_joins_the_assignment_when_full():
         with torch.no_grad():
             embedded.append(method.embed(fake_views(config, step, WORLD))[:2])
             method.training = True
-            method(fake_views(config, step, WORLD), samples_seen=8 * step)
+            method.loss(fake_views(config, step, WORLD), samples_seen=8 * step)
     assert torch.allclose(method.queue, torch.cat([embedded[1], embedded[0]], dim=1))
     method.eval()
     views = fake_views(config, 2, WORLD)
     with torch.no_grad():
         z, w = method.embed(views), method.prototypes[0].weight
         for seen, others in ((8, []), (16, [method.queue])):
-            loss = method(views, samples_seen=seen)[0]
+            loss = method.loss(views, samples_seen=seen).loss
             codes = torch.stack([
                 textbook_sinkhorn(torch.cat([z[c], *(q[c] for q in others)]) @ w.T, config.swav.epsilon, config.swav.iterations)[:8]
                 for c in range(2)
@@ -90,12 +90,12 @@ def test_frozen_prototypes_do_not_move_and_rows_keep_unit_length():
 
 def test_it_watches_itself():
     config, engine = tiny(WORLD, **{"parallel.engine": "single"})
-    _, watched = engine.gradients(micro_batches(config, 0, WORLD), samples_seen=0, watch=True)
-    figures = engine.method.summarise(watched)
+    out = engine.gradients(micro_batches(config, 0, WORLD), samples_seen=0, with_metrics=True)
+    figures = engine.method.metrics(out.metrics, 1.0)
     assert 0 < figures["swav/prototype_use"] <= 1 and 0 < figures["swav/assignment_entropy"] <= 1
     collapsed = {f"prediction.{i}": F.one_hot(torch.tensor(0), k).float() for i, k in enumerate((12, 7))}
     collapsed |= {f"code_entropy.{i}": torch.tensor(math.log(k)) for i, k in enumerate((12, 7))}
-    figures = engine.method.summarise(collapsed)
+    figures = engine.method.metrics(collapsed, 1.0)
     assert math.isclose(figures["swav/prototype_use"], (1 / 12 + 1 / 7) / 2) and math.isclose(figures["swav/assignment_entropy"], 1, rel_tol=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_scores_codes_and_loss_are_fp32_whatever_the_precision(monkeypatch, prec
     monkeypatch.setattr(swav, "sinkhorn", watched)
     embeddings = []
     monkeypatch.setattr(type(engine.method), "embed", lambda self, views, embed=SwAV.embed: embeddings.append(embed(self, views)) or embeddings[0])
-    loss, _ = engine._forward(fake_views(config, 0, WORLD), samples_seen=0)
+    loss = engine._run("loss", fake_views(config, 0, WORLD), samples_seen=0).loss
     assert loss.dtype == embeddings[0].dtype == torch.float32
     for scores, prototypes in zip(seen, engine.method.prototypes):
         exact = embeddings[0][:2].detach().double() @ prototypes.weight.detach().double().T

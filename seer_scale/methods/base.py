@@ -1,0 +1,147 @@
+"""The protocol in which methods and engines meet: a method knows no sharding, an engine knows no method.
+
+A method is a module of a backbone and what it trains beside it, built on the meta device. It sees tensors and the world's
+collectives. What it needs of an engine it declares as data; `methods.registry.build_method` alone knows methods by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from seer_scale.config import Config
+from seer_scale.optim.parameter_groups import ParameterGroup
+from seer_scale.rng import Init
+
+InputsT = TypeVar("InputsT")
+TargetsT = TypeVar("TargetsT")
+
+
+class LossOutput(NamedTuple):
+    """loss: fp32, 0-dim, the mean over this rank's images. metrics: what `Method.metrics` reads once it is averaged over
+    micro-batches and ranks; empty where none was asked for."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Features(NamedTuple):
+    """features: the backbone's, [N, D]. embeddings: what the method compares images by, of unit length, [N, dim]. fp32."""
+
+    features: Tensor
+    embeddings: Tensor
+
+
+class Baseline(NamedTuple):
+    """The loss of a network that has learned nothing, and what it is called."""
+
+    name: str
+    loss: float
+
+
+class Backbone(Protocol):
+    """What `Method.backbone` offers; a module."""
+
+    num_features: int
+
+    def units(self) -> dict[str, nn.Module]:
+        """Name -> module of what is sharded and recomputed by, in forward order; each takes and gives a list of tensors."""
+
+    def stage_units(self) -> list[list[str]]:
+        """Names of the units of each stage; what is recomputed together lies within one."""
+
+    def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
+        """xs through the units `names`, one after the other."""
+
+
+class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
+    """One class a method. `views`: for each resolution [num * B, 3, S, S], crop-major, float, normalised.
+
+    Four entrances: `loss`, `prepare_targets` and `encode` run the network and are called through `forward`; `targets` runs
+    none. Each rank calls each as often as the others, for the collectives within.
+    """
+
+    name: str
+    backbone: nn.Module
+
+    def forward(self, entrance: str, *args: Any, **kwargs: Any) -> Any:
+        """What wrappers of modules know as the only entrance; engines alone call it."""
+        return getattr(self, entrance)(*args, **kwargs)
+
+    # --- the step
+
+    @abstractmethod
+    def loss(
+        self, views: list[Tensor], *, samples_seen: int, targets: TargetsT | None = None, with_metrics: bool = False
+    ) -> LossOutput:
+        """The loss over this rank's images. targets: of these images, where they were made before; else made here."""
+
+    @abstractmethod
+    def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> InputsT:
+        """What `targets` needs of micro-batch i of this rank's n, part (i, n); without gradients."""
+
+    @abstractmethod
+    def targets(self, inputs: Sequence[InputsT], samples_seen: int) -> list[TargetsT]:
+        """The targets of each micro-batch, made over the whole global batch."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Features:
+        """Of normalised images [N, 3, S, S], with running statistics; for evaluation."""
+
+    # --- what it declares
+
+    @abstractmethod
+    def shard_units(self) -> dict[str, nn.Module]:
+        """Name -> module of what is gathered together, in forward order."""
+
+    @property
+    def fp32_units(self) -> Collection[str]:
+        """Units whose weights take part in fp32 whatever the precision of the rest."""
+        return ()
+
+    @abstractmethod
+    def initialisers(self) -> dict[str, Init]:
+        """How each parameter starts."""
+
+    def parameter_groups(self) -> dict[str, ParameterGroup]:
+        """How updates treat each parameter, by its name."""
+        return {name: ParameterGroup() for name, _ in self.named_parameters()}
+
+    def average_momentum(self, samples_seen: int) -> float:
+        """Of the moving averages among the parameters, in the update after `samples_seen` samples."""
+        raise NotImplementedError(f"{type(self).__name__} declares moving averages, but no momentum.")
+
+    # --- what it keeps beside parameters and buffers
+
+    def state(self) -> dict[str, Any]:
+        """A few numbers for a checkpoint, as JSON has them."""
+        return {}
+
+    def load_state(self, saved: Mapping[str, Any], then: Mapping[str, Any], samples_seen: int) -> bool:
+        """Go on from a checkpoint's `state()`, made with the recipe `then` after `samples_seen` samples; whether what
+        the method remembers of past samples (its own buffers) is to be loaded, too, rather than filled anew."""
+        return True
+
+    # --- what it says of itself
+
+    @property
+    @abstractmethod
+    def baseline(self) -> Baseline:
+        """What a network that has learned nothing would have as its loss."""
+
+    def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:
+        """Figures for a metric line, from the means of what `loss` gave as metrics (none where a line has none)."""
+        return {}
+
+    def health(self, row: Mapping[str, Any], config: Config) -> str:
+        """A sentence where a metric line shows that nothing is being learned, and what to change; told once a run."""
+        return ""
+
+    @property
+    def anchors(self) -> str:
+        """A parameter whose rows lie among the embeddings, as prototypes do: the report shows the images nearest to
+        some. Empty: none."""
+        return ""
