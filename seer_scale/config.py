@@ -131,6 +131,7 @@ class Optim:
     trust: float = opt(0.001, "LARS trust coefficient", gt=0)
     exclude_vectors: bool = opt(False, "no LARS scaling and no weight decay for biases and normalisation parameters")
     betas: tuple[float, float] = opt((0.9, 0.999), "AdamW", ge=0, lt=1)
+    clip_norm: float = opt(0.0, "gradients longer than this are shortened to it; 0 = never", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)

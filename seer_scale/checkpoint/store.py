@@ -34,7 +34,7 @@ from seer_scale.errors import CheckpointError
 from seer_scale.files import sync_folder
 from seer_scale.world import World
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, TENSORS, BEST = "manifest.json", "tensors.json", "best"
 _NAME = re.compile(r"samples-(\d{12,})(?:-(\d+))?")
 

@@ -2,35 +2,62 @@
 
 An optimiser never knows the sharding: it works on what this rank holds, and the norms LARS needs are those of whole
 tensors, which the engine brings (one stacked collective for all of them). Whether an update happens at all is a device
-scalar, `found_inf`: where it is 1 the fused kernels leave parameters and state as they were.
+scalar, `found_inf`: where it is 1 the fused kernels leave parameters and state as they were. What is updated with another
+rate or decay than the rest (`ParameterGroup`) is updated by a kernel of its own.
 State is created at once, so that a checkpoint can load into it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from seer_scale.config import Optim
+from seer_scale.optim.parameter_groups import ParameterGroup
 
 LARS_EPS = 1e-8
 
 
-def build_optimizer(pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim) -> Optimizer:
-    return (AdamW if config.name == "adamw" else SGD)(pieces, vectors, config)
+def build_optimizer(
+    pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim, groups: Mapping[str, ParameterGroup] | None = None
+) -> Optimizer:
+    return (AdamW if config.name == "adamw" else SGD)(pieces, vectors, config, groups or {})
+
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+ItemT = TypeVar("ItemT")
+
+
+def alike(
+    names: Sequence[str], of: Callable[[str], KeyT]
+) -> list[tuple[KeyT, Callable[[Sequence[ItemT]], list[ItemT]]]]:
+    """For each value of `of`, what picks the places of the names that have it out of a list like `names`."""
+    places: dict[KeyT, list[int]] = defaultdict(list)
+    for i, name in enumerate(names):
+        places[of(name)].append(i)
+    return [(key, lambda items, some=some: [items[i] for i in some]) for key, some in places.items()]
 
 
 class Optimizer:
     """`pieces`: name -> what this rank updates of a parameter (fp32; may be empty). `vectors`: names of parameters with
-    fewer than two dimensions. `state`: "name/slot" -> tensor like the piece."""
+    fewer than two dimensions. `groups`: of those with multipliers. `state`: "name/slot" -> tensor like the piece."""
 
     slots: tuple[str, ...]
 
-    def __init__(self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim):
+    def __init__(
+        self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim, groups: Mapping[str, ParameterGroup]
+    ):
         self.pieces, self.config = dict(pieces), config
         self.excluded = frozenset(vectors if config.exclude_vectors else ())
+        each = {name: groups.get(name, ParameterGroup()) for name in self.pieces}
+        self.rates = {name: group.lr for name, group in each.items()}
+        self.decays = {
+            name: 0.0 if name in self.excluded else config.weight_decay * group.weight_decay for name, group in each.items()
+        }
         self.state = {f"{n}/{slot}": torch.zeros_like(p) for n, p in self.pieces.items() for slot in self.slots}
 
     @torch.no_grad()
@@ -61,12 +88,14 @@ class SGD(Optimizer):
 
     slots = ("momentum",)
 
-    def __init__(self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim):
-        super().__init__(pieces, vectors, config)
-        excluded = [n in self.excluded for n in self.pieces]
+    def __init__(
+        self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim, groups: Mapping[str, ParameterGroup]
+    ):
+        super().__init__(pieces, vectors, config, groups)
         device = next(iter(self.pieces.values())).device
-        self._decay = torch.tensor([0.0 if e else config.weight_decay for e in excluded], device=device)
-        self._unscaled = torch.tensor([e or config.name != "lars" for e in excluded], device=device)
+        self._decay = torch.tensor([self.decays[n] for n in self.pieces], device=device)
+        unscaled = [n in self.excluded or config.name != "lars" for n in self.pieces]
+        self._unscaled = torch.tensor(unscaled, device=device)
 
     def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
         c, params = self.config, [self.pieces[n] for n in names]
@@ -78,10 +107,11 @@ class SGD(Optimizer):
         for i, q, grad in zip(chosen, params, grads):
             grad.mul_(ratio[i]).addcmul_(q, shrink[i])
         velocity = self._slot(names, "momentum")
-        torch._fused_sgd_(
-            params, grads, velocity if c.momentum else [], weight_decay=0.0, momentum=c.momentum, lr=lr, dampening=0.0,
-            nesterov=False, maximize=False, is_first_step=False, found_inf=found_inf,
-        )  # fmt: skip
+        for rate, pick in alike(names, self.rates.__getitem__):
+            torch._fused_sgd_(
+                pick(params), pick(grads), pick(velocity) if c.momentum else [], weight_decay=0.0, momentum=c.momentum,
+                lr=lr * rate, dampening=0.0, nesterov=False, maximize=False, is_first_step=False, found_inf=found_inf,
+            )  # fmt: skip
         if not c.momentum:  # the kernel takes no velocity then, which is the gradient, for a resume that has momentum
             for v, grad in zip(velocity, grads):
                 v.copy_(torch.where(found_inf > 0, v, grad))
@@ -92,22 +122,20 @@ class AdamW(Optimizer):
 
     slots = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim):
-        super().__init__(pieces, vectors, config)
+    def __init__(
+        self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim, groups: Mapping[str, ParameterGroup]
+    ):
+        super().__init__(pieces, vectors, config, groups)
         self.state |= {f"{n}/step": torch.zeros((), device=p.device) for n, p in self.pieces.items()}
 
     def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
         c, params = self.config, [self.pieces[n] for n in names]
-        for excluded in (False, True):
-            some = [i for i, n in enumerate(names) if (n in self.excluded) == excluded]
-            if not some:
-                continue
-            pick = lambda seq, some=some: [seq[i] for i in some]  # noqa: E731
+        for (rate, decay), pick in alike(names, lambda n: (self.rates[n], self.decays[n])):
             steps = self._slot(pick(names), "step")
             torch._foreach_add_(steps, 1.0)
             torch._fused_adamw_(
                 pick(params), pick(grads), self._slot(pick(names), "exp_avg"), self._slot(pick(names), "exp_avg_sq"), [],
-                steps, lr=lr, beta1=c.betas[0], beta2=c.betas[1], weight_decay=0.0 if excluded else c.weight_decay,
-                eps=1e-8, amsgrad=False, maximize=False, found_inf=found_inf,
+                steps, lr=lr * rate, beta1=c.betas[0], beta2=c.betas[1], weight_decay=decay, eps=1e-8,
+                amsgrad=False, maximize=False, found_inf=found_inf,
             )  # fmt: skip
             torch._foreach_sub_(steps, [found_inf] * len(steps))

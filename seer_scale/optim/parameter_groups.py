@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -22,6 +22,18 @@ class ParameterGroup:
 
     def is_frozen(self, samples_seen: int) -> bool:
         return any(first <= samples_seen < end for first, end in self.frozen)
+
+
+def check_groups(groups: Mapping[str, ParameterGroup], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError where a method declares what cannot be: a defect of the method."""
+    if groups.keys() != shapes.keys():
+        raise ValueError(f"Parameter groups and parameters differ in {sorted(groups.keys() ^ shapes.keys())}.")
+    for name, group in groups.items():
+        source = group.average_of
+        if source and (source not in groups or groups[source].average_of or shapes[source] != shapes[name]):
+            raise ValueError(f"{name} cannot be a moving average of {source}: that must be a trained parameter of its shape.")
+        if group.normalized_rows and (source or len(shapes[name]) != 2):
+            raise ValueError(f"{name} cannot have normalized rows: it must be a trained matrix.")
 
 
 def frozen_parameters(groups: Mapping[str, ParameterGroup], samples_seen: int) -> frozenset[str]:

@@ -65,7 +65,8 @@ def choose_engine(method: nn.Module, config: Config, world: World) -> str:
     if p.replicate > 1 or p.shard:
         return "fsdp"
     slots = 2 if config.optim.name == "adamw" else 1
-    held = 4 * (2 + slots) * sum(q.numel() for q in method.parameters())
+    groups = method.parameter_groups()
+    held = sum((4 if groups[n].average_of else 4 * (2 + slots)) * p.numel() for n, p in method.named_parameters())
     return "ddp" if held <= SHARE * min(world.gather_objects(_memory(world))) else "fsdp"
 
 

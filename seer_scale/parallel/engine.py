@@ -21,7 +21,7 @@ from seer_scale.config import Config
 from seer_scale.methods.base import Features, LossOutput, Method
 from seer_scale.models.norm import BatchNorm, running_statistics_kept
 from seer_scale.optim.optimizers import build_optimizer
-from seer_scale.optim.parameter_groups import frozen_parameters, normalized_parameters
+from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, normalized_parameters
 from seer_scale.parallel.recompute import find_segments, recompute
 from seer_scale.parallel.scaling import LossScaler
 from seer_scale.parallel.shard import Shard
@@ -45,10 +45,14 @@ class Engine:
         self.method, self.config, self.world, self._loaded = method, config, world, loaded
         self._initialisers, self.groups = method.initialisers(), method.parameter_groups()
         self._normalized = normalized_parameters(self.groups)
+        self.averages = {n: group.average_of for n, group in self.groups.items() if group.average_of}
+        for name in self.averages:
+            method.get_parameter(name).requires_grad_(False)
         self.dtype = COMPUTE[config.train.precision]
         keep_fp32_products()
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
         self.shapes = {n: p.shape for n, p in method.named_parameters()}
+        check_groups(self.groups, self.shapes)
         self.vectors = {n for n, shape in self.shapes.items() if len(shape) < 2}
         group = world.group("batch_norm", config.parallel.sync_bn_group or world.size)
         for module in method.modules():
@@ -65,9 +69,13 @@ class Engine:
         self.buffers = Buffers(method, world.device)
         self.module = self._finish(self.module)
         self.shards: dict[str, Shard] = self._shards()
-        spread = [self._is_spread(n) for n in self.shards]
+        trained = {n: s.local for n, s in self.shards.items() if n not in self.averages}
+        spread = [self._is_spread(n) for n in trained]
         self._spread = torch.tensor(spread, dtype=torch.float32, device=world.device)
-        self.optimizer = build_optimizer({n: s.local for n, s in self.shards.items()}, self.vectors, config.optim)
+        self.optimizer = build_optimizer(trained, self.vectors, config.optim, self.groups)
+        clips = list(dict.fromkeys(self.groups[n].clip for n in trained))
+        self._num_clips = len(clips)
+        self._clips = torch.tensor([clips.index(self.groups[n].clip) for n in trained], device=world.device)
         self._normalize_rows(self._normalized, torch.zeros((), device=world.device))
         self.refresh()
 
@@ -104,10 +112,14 @@ class Engine:
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters but moving averages, by name."""
+        return ((n, p) for n, p in self.method.named_parameters() if n not in self.averages)
+
     def _gradients(self) -> list[Tensor]:
-        """Of this rank's shards, averaged over all ranks but still scaled."""
+        """Of this rank's shards, averaged over all ranks but still scaled; none of moving averages."""
         out = []
-        for p in self.method.parameters():
+        for _, p in self._trained():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             out.append(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad)
@@ -120,6 +132,18 @@ class Engine:
     def _drop_gradients(self) -> None:
         for p in self.method.parameters():
             p.grad = None
+
+    def _sources(self) -> list[Tensor]:
+        """Of each moving average that this rank holds a run of, the same run of what it is an average of."""
+        return [self.shards[source].local for source in self.averages.values()]
+
+    def _average(self, skipped: Tensor, momentum: float) -> None:
+        """Moving averages follow, on what this rank holds: average <- momentum average + (1 - momentum) source."""
+        averages = [self.shards[name].local for name in self.averages]
+        steps = [s.to(a.device) for s, a in zip(self._sources(), averages, strict=True)]
+        steps = torch._foreach_sub(steps, averages)
+        torch._foreach_mul_(steps, (1 - momentum) * (1 - skipped.to(averages[0].device)))
+        torch._foreach_add_(averages, steps)
 
     def refresh(self) -> None:
         """Bring what was written into the shards outside an update to where forward reads. Collective."""
@@ -171,7 +195,8 @@ class Engine:
 
     @torch.no_grad()
     def update(self, lr: float, samples_seen: int) -> dict[str, Tensor]:
-        """Average, unscale, agree whether all gradients are finite, update or skip, normalise rows, drop gradients.
+        """Average, unscale, agree whether all gradients are finite, clip, update or skip, normalise rows, let moving
+        averages follow, drop gradients.
 
         Collectives: one stacked all-reduce of norms and finiteness over the shard group, and what the engine needs
         (docs/engines.md). No host synchronisation. Returns device scalars for the log, and `grad_norms` [P].
@@ -179,6 +204,8 @@ class Engine:
         stats: dict[str, Tensor] = {}
         frozen = frozen_parameters(self.groups, samples_seen)
         self._around(lambda: stats.update(self._apply(lr, frozen)))
+        if self.averages:
+            self._average(stats["skipped"], self.method.average_momentum(samples_seen))
         self._drop_gradients()
         return stats
 
@@ -186,16 +213,27 @@ class Engine:
         grads = self._gradients()
         norms, found_inf = self._norms(grads, self.scaler.unscale_(grads))
         where = grads[0].device
-        self.optimizer.update(grads, lr, norms.to(where), found_inf.to(where), frozen)
+        self.optimizer.update(grads, lr, self._clip(grads, norms).to(where), found_inf.to(where), frozen)
         self.scaler.update(found_inf)
         # a forward that was not finite must not stay in the running statistics; a method's own buffers are its affair
         self.buffers.restore_where(found_inf > 0)
         self._normalize_rows([n for n in self._normalized if n not in frozen], found_inf)
         return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf, "grad_norms": norms[1]}
 
+    def _clip(self, grads: list[Tensor], norms: Tensor) -> Tensor:
+        """Shorten the gradients of each clipping group to optim.clip_norm together (torch.nn.utils.clip_grad_norm_); the
+        norms of what they are now."""
+        most = self.config.optim.clip_norm
+        if not most:
+            return norms
+        squares = norms[1].new_zeros(self._num_clips).index_add_(0, self._clips, norms[1].square())
+        share = (most / (squares.sqrt() + 1e-6)).clamp(max=1.0)[self._clips]
+        torch._foreach_mul_(grads, list(share.to(grads[0].device).unbind()))
+        return torch.stack([norms[0], norms[1] * share])
+
     def _norms(self, grads: list[Tensor], found_inf: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms [2, P] of the whole parameters and gradients, and found_inf agreed by all ranks."""
-        params = [s.local for s in self.shards.values()]
+        """Norms [2, P] of the whole trained parameters and their gradients, and found_inf agreed by all ranks."""
+        params = list(self.optimizer.pieces.values())
         norms = torch.stack([torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))])
         norms = norms.to(self.world.device)
         group, place = self._shard_group()
@@ -239,8 +277,9 @@ class Engine:
         if name.startswith(self._loaded):
             local.fill_(torch.nan)
         else:
-            init, seed = self._initialisers[name], self.config.run.seed
-            local.copy_(draw(init, self.shapes[name], seed, name, start, start + local.numel()).view_as(local))
+            source = self.averages.get(name, name)  # a moving average begins as what it follows
+            init, seed = self._initialisers[source], self.config.run.seed
+            local.copy_(draw(init, self.shapes[name], seed, source, start, start + local.numel()).view_as(local))
 
     def _reset_buffers(self) -> None:
         for module in self.method.modules():

@@ -25,7 +25,8 @@ class Fairscale(Engine):
     name = "fairscale"
 
     def _finish(self, module: nn.Module) -> nn.Module:
-        largest_first = sorted(module.parameters(), key=lambda p: p.numel(), reverse=True)
+        trained = (p for p in module.parameters() if p.requires_grad)
+        largest_first = sorted(trained, key=lambda p: p.numel(), reverse=True)
         root = logging.getLogger()
         handlers = root.handlers[:]
         self.oss = OSS(largest_first, optim=lambda groups: Handed(groups))
@@ -39,7 +40,7 @@ class Fairscale(Engine):
         return wrapped
 
     def _owns(self, p: Tensor) -> bool:
-        return self.oss._param_to_rank[p] == self.world.rank
+        return not p.requires_grad or self.oss._param_to_rank[p] == self.world.rank  # each has all moving averages
 
     def _shards(self) -> dict[str, Shard]:
         named = self.method.named_parameters()
@@ -49,14 +50,17 @@ class Fairscale(Engine):
         return dist.group.WORLD, self.world.rank
 
     def _is_spread(self, name: str) -> bool:
-        return True
+        return name not in self.averages
+
+    def _sources(self) -> list[Tensor]:
+        return [self.method.get_parameter(source).detach() for source in self.averages.values()]
 
     def _accumulating(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.module.no_sync()
 
     def _gradients(self) -> list[Tensor]:
         nothing = torch.empty(0, device=self.world.device)
-        return [self._gradient(p) if self._owns(p) else nothing for p in self.method.parameters()]
+        return [self._gradient(p) if self._owns(p) else nothing for _, p in self._trained()]
 
     def _gradient(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p) if p.grad is None else p.grad

@@ -74,7 +74,7 @@ class Zero(Engine):
         return method
 
     def _finish(self, module: nn.Module) -> nn.Module:
-        self.handed = Handed(aligned(module.parameters()))
+        self.handed = Handed(aligned(p for p in module.parameters() if p.requires_grad))
         with _reduction_by_parameter():
             self.deepspeed, self.zero, *_ = deepspeed.initialize(
                 model=module, optimizer=self.handed, config=self.ds_config, dist_init_required=False
@@ -101,14 +101,24 @@ class Zero(Engine):
         return (0, 0, 0) if m is None else (m.lp_fragment_address.start, m.hp_fragment_address.start, m.hp_fragment_address.numel)
 
     def _shards(self) -> dict[str, Shard]:
-        self.places = {n: self._place(p) for n, p in self.method.named_parameters()}
-        return {n: Shard(self.flat.detach()[at : at + k], first, self.shapes[n]) for n, (first, at, k) in self.places.items()}
+        self.places = {n: self._place(p) for n, p in self._trained()}
+        flat = self.flat.detach()
+        runs = {n: Shard(flat[at : at + k], first, self.shapes[n]) for n, (first, at, k) in self.places.items()}
+        runs |= {n: self._average_shard(n) for n in self.averages}
+        return {n: runs[n] for n in self.shapes}
+
+    def _average_shard(self, name: str) -> Shard:
+        """Weights are whole here, so moving averages are, too."""
+        return Shard.of(self.method.get_parameter(name).detach())
+
+    def _sources(self) -> list[Tensor]:
+        return [self.method.get_parameter(source).detach() for source in self.averages.values()]
 
     def _shard_group(self) -> tuple[dist.ProcessGroup | None, int]:
         return dist.group.WORLD, self.world.rank
 
     def _is_spread(self, name: str) -> bool:
-        return True
+        return name not in self.averages
 
     @contextmanager
     def _accumulating(self, last: bool) -> Iterator[None]:
@@ -184,7 +194,7 @@ class Zero3(Zero):
         init = deepspeed.zero.Init(config_dict_or_path=self.ds_config, dtype=torch.float32)
         for prefix, module in self.method.named_modules():
             for name, p in list(module.named_parameters(recurse=False)):
-                p = nn.Parameter(torch.empty_like(p, device=self.world.device))
+                p = nn.Parameter(torch.empty_like(p, device=self.world.device), requires_grad=p.requires_grad)
                 setattr(module, name, p)
                 init._convert_to_deepspeed_param(p)
                 p.partition()  # without a broadcast: every rank fills its own run
@@ -231,7 +241,23 @@ class Zero3(Zero):
 
     def _around(self, apply: Callable[[], None]) -> None:
         super()._around(apply)
+        if not self.averages:
+            self._gather_vectors()
+
+    def _average(self, skipped: Tensor, momentum: float) -> None:
+        super()._average(skipped, momentum)
         self._gather_vectors()
+
+    def _is_spread(self, name: str) -> bool:
+        return True
+
+    def _average_shard(self, name: str) -> Shard:
+        p = self.method.get_parameter(name)
+        first = min(p.ds_tensor.ds_numel * self.world.rank, p.ds_numel)
+        return Shard(p.ds_tensor.data[: p.ds_numel - first], first, self.shapes[name])
+
+    def _sources(self) -> list[Tensor]:
+        return Engine._sources(self)
 
     def _gather_vectors(self) -> None:
         """In one all-gather; DeepSpeed would take one each."""

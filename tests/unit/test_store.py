@@ -185,7 +185,7 @@ DAMAGE = {
     "empty folder": (lambda p: [f.unlink() for f in p.iterdir()], "has no manifest.json"),
     "a file": (lambda p: ([f.unlink() for f in p.iterdir()], p.rmdir(), p.write_text("")), "has no manifest.json"),
     "newer format": (_another_format(99), "format 99"),
-    "older format": (_another_format(1, best=math.inf), "format 1, but this version reads format 2"),
+    "older format": (_another_format(1, best=math.inf), "format 1, but this version reads format 3"),
 }
 
 
