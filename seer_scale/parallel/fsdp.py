@@ -92,13 +92,6 @@ class FSDP(Engine):
     def _is_spread(self, name: str) -> bool:
         return name not in self.vectors
 
-    def _average(self, skipped: Tensor, momentum: float) -> None:
-        """What a forward without gradients gathered must not outlive the change of its shards."""
-        for module in self.method.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        super()._average(skipped, momentum)
-
     def _around(self, apply: Callable[[], None]) -> None:
         vectors = [p.grad for n, p in self.method.named_parameters() if n in self.vectors and p.grad is not None]
         if vectors:

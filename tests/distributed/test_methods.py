@@ -1,35 +1,43 @@
-"""Engines hold any method: a ViT-like one and one of matrices alone, without BatchNorm, float buffers and unit rows, make
-the updates of the unsharded run, are gathered whole, and go through the neutral state."""
+"""Engines hold any method: a ViT-like one, one of matrices alone, a classifier, a student with a moving-average teacher, an
+autoencoder make the updates of the unsharded run, are gathered whole, and go through the neutral state."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from seer_scale.checkpoint import store
 from seer_scale.parallel import ENGINES, load
 from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import losses_of, world_of
-from tests.toy import Toy, toy
+from tests.toy import make, toy
 
 CASES = {
     "ddp": {}, "fsdp": {}, "hsdp": {"parallel.replicate": 2}, "zero1": {}, "zero2": {}, "zero3": {}, "fairscale": {},
     "zero2 offloaded": {"parallel.offload": True}, "zero3 offloaded": {"parallel.offload": True},
     "zero3 recomputed": {"parallel.activation_checkpoint": "every 1"}, "fsdp accumulated": {"train.micro_batch": 2},
+    "fsdp kept": {"parallel.reshard_after_forward": False},
 }  # fmt: skip
-RUNS = [("vit", case) for case in CASES] + [("matrices", case) for case in ("ddp", "fsdp", "zero1", "zero3", "fairscale")]
+ENGINE_OF_EACH_KIND = ("ddp", "fsdp", "zero1", "zero3", "fairscale")
+RUNS = [(kind, case) for kind in ("vit", "teacher") for case in CASES]
+RUNS += [(kind, case) for kind in ("matrices", "classifier", "autoencoder") for case in ENGINE_OF_EACH_KIND]
+HALF = [("vit", "fsdp"), ("vit", "zero3"), ("teacher", "fsdp"), ("teacher", "zero1"), ("classifier", "zero3"), ("autoencoder", "fsdp")]
+CHAIN = ("fsdp", "zero3", "fairscale", "zero1", "ddp")
+"""Engines that go on from each other's checkpoints, an update each."""
 UPDATES = 3
 
 
-def trained(kind: str, case: str, world: World, precision: str = "fp32") -> dict:
+def trained(kind: str, case: str, world: World, precision: str = "fp32", updates: int = UPDATES) -> dict:
     name = {"hsdp": "fsdp"}.get(case, case.split()[0])
     module, cls = ENGINES[name]
-    over = {"parallel.engine": name, "optim.name": "adamw", "train.precision": precision} | CASES.get(case, {})
-    config, engine = toy(lambda: Toy(kind), getattr(load(module), cls), world, **over)
-    losses = losses_of(engine, config, world, range(UPDATES), 1e-3)
+    over = {"parallel.engine": name, "optim.name": "adamw", "train.precision": precision, "optim.clip_norm": 0.05} | CASES.get(case, {})
+    config, engine = toy(lambda: make(kind, world), getattr(load(module), cls), world, **over)
+    losses = losses_of(engine, config, world, range(updates), 1e-3)
     engine.average_buffers()
     assert engine.is_finite()
     out = {"losses": losses, "weights": {n: engine.whole(n).numpy().copy() for n in engine.shapes}}
@@ -38,20 +46,38 @@ def trained(kind: str, case: str, world: World, precision: str = "fp32") -> dict
 
 
 @functools.cache
-def single(kind: str, precision: str = "fp32") -> dict:
+def single(kind: str, precision: str = "fp32", updates: int = UPDATES) -> dict:
     torch.set_num_threads(1)
-    return trained(kind, "single", World(), precision)
+    return trained(kind, "single", World(), precision, updates)
 
 
-def everything(rank: int, size: int) -> dict:
+def resumed(kind: str, world: World, folder: Path) -> list[float]:
+    """Losses of a run whose every update is made by another engine, from the checkpoint of the one before."""
+    losses, path = [], None
+    for step, name in enumerate(CHAIN):
+        module, cls = ENGINES[name]
+        over = {"parallel.engine": name, "optim.name": "adamw", "optim.clip_norm": 0.05, "run.seed": step}  # a seed leaves no trace
+        config, engine = toy(lambda: make(kind, world), getattr(load(module), cls), world, **over)
+        if path:
+            store.load(path, engine.state(), world)
+            engine.refresh()
+        losses += losses_of(engine, config, world, range(step, step + 1), 1e-3)
+        engine.average_buffers()
+        path = store.save(folder / kind, engine.state(), {"samples_seen": 8 * (step + 1)}, world)
+        engine.close()
+    return losses
+
+
+def everything(rank: int, size: int, folder: Path) -> dict:
     world = world_of(rank, size)
     out = {(kind, case, "fp32"): trained(kind, case, world) for kind, case in RUNS}
-    return out | {("vit", case, "bf16"): trained("vit", case, world, "bf16") for case in ("fsdp", "zero3")}
+    out |= {(kind, case, "bf16"): trained(kind, case, world, "bf16") for kind, case in HALF}
+    return out | {(kind, "resumed"): resumed(kind, world, folder) for kind in ("teacher", "classifier", "autoencoder")}
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    return run_ranks(2, everything)
+def ranks(tmp_path_factory):
+    return run_ranks(2, functools.partial(everything, folder=tmp_path_factory.mktemp("checkpoints")))
 
 
 @pytest.mark.parametrize("kind,case", RUNS)
@@ -66,6 +92,12 @@ def test_any_method_trains_as_unsharded(ranks, kind, case):
             np.testing.assert_allclose(ours["weights"][name], weight, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["fsdp", "zero3"])
-def test_layers_over_tokens_in_half_precision(ranks, case):
-    np.testing.assert_allclose(ranks[0]["vit", case, "bf16"]["losses"], single("vit", "bf16")["losses"], rtol=0.02)
+@pytest.mark.parametrize("kind,case", HALF)
+def test_any_method_trains_in_half_precision(ranks, kind, case):
+    np.testing.assert_allclose(ranks[0][kind, case, "bf16"]["losses"], single(kind, "bf16")["losses"], rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "classifier", "autoencoder"])
+def test_any_method_goes_on_with_any_engine(ranks, kind):
+    expected = single(kind, updates=len(CHAIN))["losses"]
+    np.testing.assert_allclose(ranks[0][kind, "resumed"], expected, rtol=1e-5)

@@ -1,0 +1,83 @@
+"""Multipliers, frozen spans, clipping groups and moving averages against torch's own optimiser and clipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seer_scale.optim.parameter_groups import ParameterGroup, check_groups
+from seer_scale.parallel.engine import Engine
+from seer_scale.world import World
+from tests.tiny import fake_views, losses_of
+from tests.toy import Taught, toy
+
+LR, UPDATES, CLIP = 1e-3, 4, 0.02
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_update_is_torchs(optimizer):
+    world = World()
+    over = {"optim.name": optimizer, "optim.weight_decay": 0.1, "optim.clip_norm": CLIP}
+    config, engine = toy(lambda: Taught(world), Engine, world, **over)
+    model, start = Taught(world), Taught(world)  # without what an engine put into its own
+    for plain in (model, start):
+        plain.load_state_dict(engine.method.state_dict())
+    losses = losses_of(engine, config, world, range(UPDATES), LR)
+
+    student = model.student
+    embed = {n: p for n, p in student.named_parameters() if "embed" in n}
+    rest = {n: p for n, p in student.named_parameters() if "embed" not in n}
+    groups = [
+        {"params": list(embed.values()), "lr": 0.2 * LR, "weight_decay": 0.0},
+        {"params": list(rest.values()), "lr": LR, "weight_decay": 0.1},
+    ]
+    theirs = torch.optim.AdamW(groups) if optimizer == "adamw" else torch.optim.SGD(groups, momentum=0.9)
+    expected = []
+    for step in range(UPDATES):
+        seen = step * config.train.global_batch
+        loss = model.loss(fake_views(config, step, world), samples_seen=seen).loss
+        expected.append(loss.item())
+        loss.backward()
+        norms = [torch.nn.utils.clip_grad_norm_(group["params"], CLIP) for group in groups]
+        assert norms[1] > CLIP  # else nothing is compared
+        if seen == 8:  # the embedding is frozen
+            for p in embed.values():
+                p.grad = None
+        theirs.step()
+        theirs.zero_grad()
+        momentum = model.average_momentum(seen)
+        with torch.no_grad():
+            for average, source in zip(model.teacher.parameters(), student.parameters(), strict=True):
+                average.mul_(momentum).add_(source, alpha=1 - momentum)
+
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    for (name, ours), there, before in zip(
+        engine.method.named_parameters(), model.parameters(), start.parameters(), strict=True
+    ):
+        moved = (there - before).abs().max()
+        assert moved > 0 and (ours - there).abs().max() < 1e-3 * moved + 1e-7, name
+
+
+def test_a_moving_average_begins_as_its_source_and_stays_where_an_update_is_skipped():
+    world = World()
+    config, engine = toy(lambda: Taught(world), Engine, world, **{"train.precision": "fp16"})
+    for average, source in zip(engine.method.teacher.parameters(), engine.method.student.parameters(), strict=True):
+        assert torch.equal(average, source) and not average.requires_grad
+    before = [p.clone() for p in engine.method.parameters()]
+    engine.gradients([lambda: [v * torch.inf for v in fake_views(config, 0, world)]], samples_seen=0)
+    assert engine.update(LR, 0)["skipped"].item() == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.method.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ({"a": ParameterGroup()}, "differ in"),
+        ({"a": ParameterGroup(average_of="c"), "b": ParameterGroup()}, "a cannot be a moving average of c"),
+        ({"a": ParameterGroup(average_of="b"), "b": ParameterGroup()}, "of its shape"),
+        ({"a": ParameterGroup(), "b": ParameterGroup(normalized_rows=True)}, "b cannot have normalized rows"),
+    ],
+)
+def test_what_cannot_be_declared_is_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        check_groups(wrong, {"a": torch.Size([2, 3]), "b": torch.Size([3])})
