@@ -254,6 +254,9 @@ class Autoencoder(Simple):
         self.position, self.mask = (nn.Parameter(torch.empty(1, n, WIDTH)) for n in (NUM_TOKENS, 1))
         self.backbone, self.decoder = Backbone(Block() for _ in range(2)), Backbone([Block()])
 
+    def recomputable(self) -> list[nn.Module]:
+        return [self.backbone, self.decoder]
+
     def shard_units(self) -> dict[str, nn.Module]:
         ours = {f"backbone.{n}": u for n, u in self.backbone.units().items()}
         ours |= {f"decoder.{n}": u for n, u in self.decoder.units().items()}

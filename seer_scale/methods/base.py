@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from enum import Enum
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -42,10 +43,18 @@ class Baseline(NamedTuple):
     loss: float
 
 
-class Backbone(Protocol):
-    """What `Method.backbone` offers; a module."""
+class BufferKind(Enum):
+    """STATISTICS: running means that a forward moves: averaged over ranks, moved once an update, as they were where it is
+    skipped. MEMORY: what a method remembers of past samples and can fill anew. CONSTANT: made at every start by the
+    `reset_buffers` of its module, and never saved."""
 
-    num_features: int
+    STATISTICS = "statistics"
+    MEMORY = "memory"
+    CONSTANT = "constant"
+
+
+class Chain(Protocol):
+    """A module of units that follow one another, such as a backbone."""
 
     def units(self) -> dict[str, nn.Module]:
         """Name -> module of what is sharded and recomputed by, in forward order; each takes and gives a list of tensors."""
@@ -66,6 +75,7 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
 
     name: str
     backbone: nn.Module
+    """A `Chain` that turns a list of images into a list of features [N_r, num_features]."""
 
     def forward(self, entrance: str, *args: Any, **kwargs: Any) -> Any:
         """What wrappers of modules know as the only entrance; engines alone call it."""
@@ -101,6 +111,14 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     def fp32_units(self) -> Collection[str]:
         """Units whose weights take part in fp32 whatever the precision of the rest."""
         return ()
+
+    def recomputable(self) -> Sequence[Chain]:
+        """What parallel.activation_checkpoint is about."""
+        return [cast(Chain, self.backbone)]
+
+    def buffer_kind(self, name: str) -> BufferKind:
+        """Of the buffer of this name: by default the method's own are memory, those of modules within statistics."""
+        return BufferKind.STATISTICS if "." in name else BufferKind.MEMORY
 
     @abstractmethod
     def initialisers(self) -> dict[str, Init]:

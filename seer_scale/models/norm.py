@@ -35,6 +35,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     process_group: dist.ProcessGroup | None = None
 
+    def reset_buffers(self) -> None:
+        self.reset_running_stats()
+
     def forward(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
         """[N_r, C, H_r, W_r] or [N_r, C] each -> the same shapes and dtypes; a single tensor gives a tensor.
 
@@ -63,6 +66,20 @@ class BatchNorm(nn.BatchNorm2d):
             if tape is not None:
                 tape.stats.append(stats)
         return list(_Normalise.apply(self.process_group, self.eps, stats, weight, bias, *xs))
+
+
+def share_statistics(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Every BatchNorm in `module` normalises over the batches of this group of ranks; None: of this rank."""
+    for layer in module.modules():
+        if isinstance(layer, BatchNorm):
+            layer.process_group = group
+
+
+def keep_eager(module: nn.Module) -> None:
+    """torch.compile leaves every BatchNorm in `module` as it is: it counts, exchanges, and plays its tape when recomputed."""
+    for layer in module.modules():
+        if isinstance(layer, BatchNorm):
+            layer.forward = torch.compiler.disable(layer.forward)
 
 
 _thread = threading.local()

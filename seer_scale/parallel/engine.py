@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from seer_scale.config import Config
-from seer_scale.methods.base import Features, LossOutput, Method
-from seer_scale.models.norm import BatchNorm, running_statistics_kept
+from seer_scale.methods.base import BufferKind, Features, LossOutput, Method
+from seer_scale.models.norm import keep_eager, running_statistics_kept, share_statistics
 from seer_scale.optim.optimizers import build_optimizer
 from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, normalized_parameters
 from seer_scale.parallel.recompute import find_segments, recompute
@@ -54,20 +54,7 @@ class Engine:
         self.shapes = {n: p.shape for n, p in method.named_parameters()}
         check_groups(self.groups, self.shapes)
         self.vectors = {n for n, shape in self.shapes.items() if len(shape) < 2}
-        group = world.group("batch_norm", config.parallel.sync_bn_group or world.size)
-        for module in method.modules():
-            if isinstance(module, BatchNorm):
-                module.process_group = group
-        if config.train.compile:
-            compile_units(method)
-        segments = find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units())
-        recompute(method.backbone, segments, self._recomputing)
-        self.module = self._wrap(method)
-        if world.device.type == "cpu" and self.dtype != torch.float32:
-            compute_small_maps_in_fp32(method)
-        self._materialise()
-        self.buffers = Buffers(method, world.device)
-        self.module = self._finish(self.module)
+        self.module = self._parallelize()
         self.shards: dict[str, Shard] = self._shards()
         trained = {n: s.local for n, s in self.shards.items() if n not in self.averages}
         spread = [self._is_spread(n) for n in trained]
@@ -78,6 +65,25 @@ class Engine:
         self._clips = torch.tensor([clips.index(self.groups[n].clip) for n in trained], device=world.device)
         self._normalize_rows(self._normalized, torch.zeros((), device=world.device))
         self.refresh()
+
+    def _parallelize(self) -> nn.Module:
+        """From the method on the meta device to what is called in its place, in the one order that works.
+
+        Compiled units are recomputed as a whole, and sharded modules are gathered around both; only what this rank holds is
+        materialised; DDP and its like take materialised tensors alone.
+        """
+        method, parallel = self.method, self.config.parallel
+        share_statistics(method, self.world.group("batch_norm", parallel.sync_bn_group or self.world.size))
+        if self.config.train.compile:
+            compile_units(method)
+        for chain in method.recomputable():
+            recompute(chain, find_segments(parallel.activation_checkpoint, chain.stage_units()), self._recomputing)
+        module = self._wrap(method)
+        if self.world.device.type == "cpu" and self.dtype != torch.float32:
+            compute_small_maps_in_fp32(method)
+        self._materialise()
+        self.buffers = Buffers(method, self.world.device)
+        return self._finish(module)
 
     # --- what the engines differ in
 
@@ -282,15 +288,15 @@ class Engine:
             local.copy_(draw(init, self.shapes[name], seed, source, start, start + local.numel()).view_as(local))
 
     def _reset_buffers(self) -> None:
-        for module in self.method.modules():
-            if isinstance(module, BatchNorm):
-                module.reset_running_stats()
-        for _, buffer in self.method.named_buffers(recurse=False):
+        for _, buffer in self.method.named_buffers():
             buffer.zero_()
+        for module in self.method.modules():
+            if reset := getattr(module, "reset_buffers", None):
+                reset()
 
     @torch.no_grad()
     def average_buffers(self) -> None:
-        """BatchNorm's running statistics become their mean over all ranks; one all-reduce, none where all share."""
+        """Running statistics become their mean over all ranks; one all-reduce, none where all share them."""
         if (self.config.parallel.sync_bn_group or self.world.size) != self.world.size and self.buffers.statistics.numel():
             dist.all_reduce(self.buffers.statistics)
             self.buffers.statistics /= self.world.size
@@ -310,12 +316,14 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """The neutral state, by reference. Call `average_buffers` before saving it, and `refresh` after loading into it.
 
-        model/ holds weights (`Shard`s) and BatchNorm statistics, optim/ and scaler/ what updates need, and memory/ what
-        a method remembers of past samples and can fill anew (SwAV's queue).
+        model/ holds weights (`Shard`s) and running statistics, optim/ and scaler/ what updates need, and memory/ what a
+        method remembers of past samples and can fill anew (SwAV's queue).
         """
         out: dict[str, Tensor] = {f"model/{n}": s for n, s in self.shards.items()}
-        own = dict(self.method.named_buffers(recurse=False))
-        out |= {f"memory/{n}" if n in own else f"model/{n}": b for n, b in self.method.named_buffers()}
+        places = {BufferKind.STATISTICS: "model", BufferKind.MEMORY: "memory"}
+        for name, buffer in self.method.named_buffers():
+            if place := places.get(self.method.buffer_kind(name)):
+                out[f"{place}/{name}"] = buffer
         for slot, t in self.optimizer.state.items():
             shard = self.shards[slot.rpartition("/")[0]]
             out[f"optim/{slot}"] = shard.like(t) if t.shape == shard.local.shape else t
@@ -332,10 +340,8 @@ def keep_fp32_products() -> None:
 
 
 def compile_units(method: nn.Module) -> None:
-    """torch.compile of each unit. BatchNorm stays eager: it counts, exchanges, and plays its tape when recomputed."""
-    for module in method.modules():
-        if isinstance(module, BatchNorm):
-            module.forward = torch.compiler.disable(module.forward)
+    """torch.compile of each unit."""
+    keep_eager(method)
     # units share their code: every width, stride and mode is one more version of it, and past a limit it would run eager
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
     for unit in method.shard_units().values():
@@ -351,18 +357,20 @@ def _compiled_in_training(unit: nn.Module) -> Callable:
 class Buffers:
     """A method's float buffers as views of one tensor, so that keeping and restoring them is one copy each.
 
-    `all`: first the method's own (SwAV's queue), then BatchNorm's running statistics, which `statistics` is a view of.
+    `all`: first what is no running statistics (SwAV's queue), then those, which `statistics` is a view of.
     """
 
-    def __init__(self, method: nn.Module, device: torch.device):
-        owners = [(m, n, b) for m in method.modules() for n, b in m.named_buffers(recurse=False) if b.is_floating_point()]
-        self.all = torch.cat([torch.empty(0, device=device), *(b.flatten() for _, _, b in owners)])
+    def __init__(self, method: Method[Any, Any], device: torch.device):
+        floats = {n: b for n, b in method.named_buffers() if b.is_floating_point()}
+        statistics = {n: b for n, b in floats.items() if method.buffer_kind(n) == BufferKind.STATISTICS}
+        ordered = {n: b for n, b in floats.items() if n not in statistics} | statistics
+        self.all = torch.cat([torch.empty(0, device=device), *(b.flatten() for b in ordered.values())])
         first = 0
-        for module, name, b in owners:  # .data: views proper share a version, and autograd would see all change with one
-            setattr(module, name, self.all.data[first : first + b.numel()].view_as(b))
+        for name, b in ordered.items():  # .data: views proper share a version, and autograd would see all change with one
+            module, _, own = name.rpartition(".")
+            setattr(method.get_submodule(module), own, self.all.data[first : first + b.numel()].view_as(b))
             first += b.numel()
-        own = sum(b.numel() for module, _, b in owners if module is method)
-        self.statistics = self.all.data[own:]
+        self.statistics = self.all.data[first - sum(b.numel() for b in statistics.values()) :]
         self._before = self.statistics.clone()
         self._sum = torch.zeros_like(self.statistics)
 

@@ -114,7 +114,8 @@ def _shape(config: Config) -> None:
     with torch.device("meta"):
         build_backbone(config.model.name, **config.model.free())
     method = build_method(config, World())
-    find_segments(config.parallel.activation_checkpoint, method.backbone.stage_units())
+    for chain in method.recomputable():
+        find_segments(config.parallel.activation_checkpoint, chain.stage_units())
     sharded_units(method, config)
 
 

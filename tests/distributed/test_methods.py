@@ -20,11 +20,13 @@ from tests.toy import make, toy
 CASES = {
     "ddp": {}, "fsdp": {}, "hsdp": {"parallel.replicate": 2}, "zero1": {}, "zero2": {}, "zero3": {}, "fairscale": {},
     "zero2 offloaded": {"parallel.offload": True}, "zero3 offloaded": {"parallel.offload": True},
-    "zero3 recomputed": {"parallel.activation_checkpoint": "every 1"}, "fsdp accumulated": {"train.micro_batch": 2},
+    "zero3 recomputed": {"parallel.activation_checkpoint": "every 1"},
+    "fsdp recomputed": {"parallel.activation_checkpoint": "every 1"}, "fsdp accumulated": {"train.micro_batch": 2},
     "fsdp kept": {"parallel.reshard_after_forward": False},
 }  # fmt: skip
 ENGINE_OF_EACH_KIND = ("ddp", "fsdp", "zero1", "zero3", "fairscale")
 RUNS = [(kind, case) for kind in ("vit", "teacher") for case in CASES]
+RUNS += [("autoencoder", "fsdp recomputed"), ("classifier", "fsdp recomputed"), ("classifier", "fsdp accumulated")]
 RUNS += [(kind, case) for kind in ("matrices", "classifier", "autoencoder") for case in ENGINE_OF_EACH_KIND]
 HALF = [("vit", "fsdp"), ("vit", "zero3"), ("teacher", "fsdp"), ("teacher", "zero1"), ("classifier", "zero3"), ("autoencoder", "fsdp")]
 CHAIN = ("fsdp", "zero3", "fairscale", "zero1", "ddp")
