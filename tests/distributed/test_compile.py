@@ -23,8 +23,8 @@ RECOMPUTED = {"parallel.activation_checkpoint": [[1], [1], [2], []]}
 
 
 def of_few(*names: str):
-    """SwAV.units, of which the others are no units: each that is compiled takes seconds."""
-    return lambda self, units=SwAV.units: {n: u for n, u in units(self).items() if n in names}
+    """SwAV.shard_units, of which the others are no units: each that is compiled takes seconds."""
+    return lambda self, units=SwAV.shard_units: {n: u for n, u in units(self).items() if n in names}
 
 
 def both(world: World, over: dict, steps: int) -> dict[bool, list[float]]:
@@ -39,7 +39,7 @@ def both(world: World, over: dict, steps: int) -> dict[bool, list[float]]:
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU wants a C++ compiler")
 def test_compiled_units_give_the_same_losses(monkeypatch):
     """With the compiler that users get; of one unit, for all of them take minutes on a CPU."""
-    monkeypatch.setattr(SwAV, "units", of_few("backbone.s3.b1"))
+    monkeypatch.setattr(SwAV, "shard_units", of_few("backbone.s3.b1"))
     runs = both(World(), {"parallel.engine": "single", **RECOMPUTED}, 4)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs >= 4, "nothing was compiled"
@@ -49,7 +49,7 @@ def test_compiled_units_give_the_same_losses(monkeypatch):
 def traced(rank: int, size: int) -> dict:
     """With all of torch.compile but the making of kernels, which takes minutes."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    SwAV.units = of_few("backbone.s3.b1", "backbone.s3.b2")
+    SwAV.shard_units = of_few("backbone.s3.b1", "backbone.s3.b2")
     return {name: both(world_of(rank, size), {"parallel.engine": name.split()[0], **RECOMPUTED, **more}, 3) for name, more in CASES.items()}
 
 
