@@ -7,7 +7,7 @@ collectives. What it needs of an engine it declares as data; `methods.registry.b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
@@ -105,12 +105,13 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
 
     @abstractmethod
     def shard_units(self) -> dict[str, nn.Module]:
-        """Name -> module of what is gathered together, in forward order."""
+        """Name -> module of what is gathered together, in forward order. Units whose names begin with one word run in the
+        same forwards, so that small ones may be gathered together."""
 
     @property
-    def fp32_units(self) -> Collection[str]:
+    def fp32_units(self) -> frozenset[str]:
         """Units whose weights take part in fp32 whatever the precision of the rest."""
-        return ()
+        return frozenset()
 
     def recomputable(self) -> Sequence[Chain]:
         """What parallel.activation_checkpoint is about."""
