@@ -20,8 +20,8 @@ from seer_scale.checkpoint import store
 from seer_scale.methods.sinkhorn import sinkhorn
 from seer_scale.methods.swav import SwAV
 from seer_scale.models.norm import BatchNorm
-from seer_scale.parallel import load
 from seer_scale.optim.parameter_groups import normalized_parameters
+from seer_scale.parallel import load
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import joined_units, sharded_units
 from seer_scale.world import World
@@ -263,7 +263,7 @@ def evaluated(world: World, over: dict) -> list[float]:
     config, engine = tiny(world, **over, **CASES["runs recomputed"])
     losses = []
     for step in range(3):
-        engine.represent(micro_batches(config, 9, world)[0]()[1])
+        engine.encode(micro_batches(config, 9, world)[0]()[1])
         losses += losses_of(engine, config, world, range(step, step + 1), 0.02)
     return losses
 
