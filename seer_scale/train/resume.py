@@ -13,7 +13,7 @@ from typing import Any
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_section
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.methods.base import Method
+from seer_scale.methods.base import BufferKind, Method
 from seer_scale.methods.registry import build_method
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.world import World
@@ -126,9 +126,8 @@ def foresee(config: Config, run_dir: Path) -> str:
 
 def state_of(method: Method[Any, Any]) -> store.State:
     """The names and shapes that a checkpoint has of a network, from the network itself (on meta, say)."""
-    own = dict(method.named_buffers(recurse=False))
-    state = {**dict(method.named_parameters()), **{n: b for n, b in method.named_buffers() if n not in own}}
-    return {f"model/{n}": t for n, t in state.items()}
+    statistics = {n: b for n, b in method.named_buffers() if method.buffer_kind(n) == BufferKind.STATISTICS}
+    return {f"model/{n}": t for n, t in (dict(method.named_parameters()) | statistics).items()}
 
 
 def changes(then: dict[str, Any], config: Config) -> list[str]:
