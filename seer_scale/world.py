@@ -64,9 +64,8 @@ class World:
         first = self.rank // (size * stride) * size * stride + self.rank % stride
         ranks = tuple(range(first, first + size * stride, stride))
         if (use, ranks) not in self._groups:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
             self._groups[use, ranks] = dist.new_group(
-                list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=True, group_desc=use
+                list(ranks), timeout=self.timeout, backend=dist.get_backend(), use_local_synchronization=True, group_desc=use
             )
         return self._groups[use, ranks]
 
