@@ -83,7 +83,7 @@ def _repeat(func: Callable, args: tuple, kwargs: dict) -> Callable[[], None]:
     def again() -> None:
         tensors = tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), (args, kwargs))
         for work in tree_leaves(func(*tensors[0], **tensors[1])):
-            if isinstance(work, torch.ScriptObject):
-                dist.Work.unbox(work).wait()
+            if isinstance(work, torch.ScriptObject) and (waits := dist.Work.unbox(work)):  # NCCL's is none, before 2.14
+                waits.wait()
 
     return again
