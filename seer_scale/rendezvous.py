@@ -39,8 +39,8 @@ def meet(
     """A store that all ranks of this start have joined; returns when the last has. Collective.
 
     later: how long a question to the store may wait from then on; NCCL asks one as each communicator is made. asked_to_stop:
-    the name of a signal that ends the wait. problem: what keeps this rank from beginning; the first of any rank is raised on
-    all, as soon as they are there. Raises StartStopped for a signal, and RankError where the others do not come within
+    the name of a signal that ends the wait. problem: what keeps this rank from beginning; the first of any rank (on rank 0
+    its own) is raised on all, as soon as they are there. Raises StartStopped for a signal, and RankError where the others do not come within
     timeout_s.
     """
     wait = _Wait(info, timeout_s, asked_to_stop)
@@ -69,7 +69,7 @@ def meet(
         if info.rank == 0:
             published.unlink(missing_ok=True)  # all have read it, and a later start must not
         if first:
-            raise first
+            raise problem if problem and info.rank == 0 else first
         if info.local_size < info.size and reached:
             _choose_interface(reached, mine=info.rank == 0)
         store.set_timeout(later)

@@ -150,6 +150,7 @@ def start(
         if size == 1:
             raise
         problem = error
+        problem.may_pass = rank > 0  # rank 0 sees what the recipe has wrong; this may be one machine's trouble
     store = None
     if size > 1:
         step = ".".join(os.environ.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))

@@ -391,7 +391,8 @@ def mark_best(folder: Path, scores: dict[int, float]) -> str | None:
     best = max(scored, key=lambda name: scores[_samples(Path(name))], default=None)
     if best is None or best == best_of(folder):
         return None
-    aside = folder / f".tmp-best-{secrets.token_hex(4)}"
+    aside = folder / f".{BEST}.new"  # no .tmp-, which a save that begins meanwhile removes
+    aside.unlink(missing_ok=True)
     os.symlink(best, aside)
     os.replace(aside, folder / BEST)
     return best

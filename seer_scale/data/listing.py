@@ -28,6 +28,8 @@ MAPPED_FROM = 1 << 26
 """Bytes of a listing that are mapped; fewer are read, and the file is removed at once."""
 PATIENCE_S = 60.0
 """Seconds after which a file that rank 0 has written is to be seen on every node."""
+_mine: set[Path] = set()
+"""Files that this process has written and other ranks may have mapped: where one is removed, NFS takes it from other nodes."""
 
 
 def share(
@@ -71,8 +73,9 @@ def _publish(folder: Path, made: object, name: str) -> tuple[bytes, Path, list[i
     """(the pickle without its arrays, the file that has these one after the other, where each ends)"""
     buffers: list[pickle.PickleBuffer] = []
     pickled, ends = pickle.dumps(made, protocol=5, buffer_callback=buffers.append), [0]
-    for old in folder.glob(f"{name}-*.bin"):  # of a start that was killed, or from before a refresh
-        old.unlink(missing_ok=True)
+    for old in folder.glob(f"{name}-*.bin"):
+        if old not in _mine:  # of a start that was killed
+            old.unlink(missing_ok=True)
     path = folder / f"{name}-{time.time_ns()}.bin"  # no node has asked for this name before
     try:
         with written_whole(path, durable=True) as file:
@@ -84,6 +87,7 @@ def _publish(folder: Path, made: object, name: str) -> tuple[bytes, Path, list[i
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): free some space, or choose another run.dir."
         ) from error
+    _mine.add(path)
     atexit.register(_remove, path, os.getpid())
     return pickled, path, ends
 

@@ -529,7 +529,7 @@ class Trainer:
         if self.config.checkpoint.keep_best and self.samples_seen:
             best = max(self._top1.values(), default=-math.inf)
             self._top1[self.samples_seen] = scores["knn/top1"]
-            if scores["knn/top1"] > best:
+            if self.world.broadcast_object(scores["knn/top1"] > best):  # sums on GPUs differ in their last digits
                 self._save(in_background=self.config.checkpoint.background)
             self._mark_best()
         if stage in ("before", "after") and self.world.is_main:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import pytest
+
 from seer_scale.observe.progress import Progress
 from seer_scale.train import loop
 from seer_scale.world import World
@@ -57,6 +59,28 @@ def test_the_best_is_looked_for_among_figures_that_compare(tmp_path, monkeypatch
     marks = {64: {"knn/measurement": "then"}, 128: {"knn/measurement": "now"}, 256: {}}
     log(tmp_path, *({"samples_seen": n, "knn/top1": float(n)} | mark for n, mark in marks.items()))
     assert made._scored() == {128: 128.0, 256: 256.0}  # a log of old says nothing
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_whether_the_best_is_saved_is_rank_0_s_to_say(monkeypatch, says):
+    """Ranks whose sums differ in the last digit, or that have heard of a failed save at another moment, still save together."""
+    saved: list[bool] = []
+
+    class Rank(World):
+        def broadcast_object(self, value):
+            return says
+
+    for top1 in (9.0, 11.0):
+        made = object.__new__(loop.Trainer)
+        made.world, made.samples_seen, made.workers, made.progress = Rank(rank=1, size=2), 640, 0, Progress(active=False)
+        made.config = SimpleNamespace(knn=None, checkpoint=SimpleNamespace(keep_best=True, background=True))
+        made.labelled = SimpleNamespace(measurement=lambda c: "", query_indices=[1], bank_indices=[2])
+        made.engine, made.log = SimpleNamespace(average_buffers=lambda: None), SimpleNamespace(log=lambda row: None)
+        made._top1, made._tell = {320: 10.0}, lambda *_, **__: None
+        made._save = lambda in_background: saved.append(in_background)
+        monkeypatch.setattr(loop, "knn", lambda *_, **__: ({"knn/top1": top1}, None))  # noqa: B023
+        made._evaluate("during")
+    assert saved == [True] * 2 * says
 
 
 def test_pictures_of_prototypes_are_bounded_and_can_be_left_out(tmp_path, monkeypatch):

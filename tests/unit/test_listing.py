@@ -94,6 +94,17 @@ def test_other_ranks_take_over_what_rank_0_has_listed(tmp_path, monkeypatch, ran
     assert np.array_equal(made[1].labels, made[0].labels) and len(made[1]) == 180
 
 
+@pytest.mark.parametrize("mapped_from", [1, 1 << 30])
+def test_a_refresh_takes_no_file_from_ranks_that_may_have_mapped_it(tmp_path, monkeypatch, mapped_from):
+    monkeypatch.setattr(listing, "MAPPED_FROM", mapped_from)
+    monkeypatch.setattr(Rank, "broadcast_object", lambda world, value: value)
+    (tmp_path / "listing-1.bin").touch()  # of a start that was killed
+    made = [share(Rank(rank=0, size=2), tmp_path, lambda n=n: np.arange(n), lambda _: []) for n in (10, 20)]
+    assert [len(numbers) for numbers in made] == [10, 20]
+    left = sorted(path.stat().st_size for path in tmp_path.glob("*.bin"))
+    assert left == ([128, 192] if mapped_from == 1 else []), "what is read whole is removed at once"
+
+
 def test_a_node_s_own_copies_may_have_other_dates_but_no_other_sizes(tmp_path, ranks):
     first, second = numbered_tars(tmp_path / "data", 2)
     main, other = ranks

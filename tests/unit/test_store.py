@@ -524,3 +524,17 @@ def test_a_directory_that_cannot_hold_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another run.dir"):
         RunLock(tmp_path / "file")
+
+
+def test_a_save_that_begins_meanwhile_leaves_the_mark_of_the_best(tmp_path, monkeypatch):
+    """Nor does one that a kill has left half done."""
+    best, replace = save(tmp_path, 8), os.replace
+    (tmp_path / ".best.new").symlink_to("samples-000000000004")
+
+    def beside_a_save(a, b) -> None:
+        save(tmp_path, 16)
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", beside_a_save)
+    assert store.mark_best(tmp_path, {8: 50.0}) == store.best_of(tmp_path) == best.name
+    assert find(tmp_path) == ("samples-000000000016", [])
