@@ -12,11 +12,11 @@ from seer_scale.checkpoint import store
 from seer_scale.config import Config, load_recipe, resolve
 from seer_scale.cores import rank_cores, told_threads
 from seer_scale.data.listing import share
-from seer_scale.errors import CheckpointError, DataError, UserError
+from seer_scale.errors import CheckpointError, ConfigError, DataError, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
 from seer_scale.methods.registry import build_method
 from seer_scale.observe.progress import Progress
-from seer_scale.parallel import build_engine
+from seer_scale.parallel import build_engine, check_device
 from seer_scale.world import World
 
 
@@ -39,16 +39,24 @@ def _images(config: Config, run_dir: Path, world: World) -> Labelled:
     return share(world, run_dir / "logs", listed, lambda images: [images.bank, images.queries], name="evaluated")
 
 
-def knn_of(path: Path, overrides: list[str], world: World) -> dict[str, Any]:
-    """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises UserError."""
+def evaluated_config(path: Path, overrides: list[str]) -> Config:
+    """The recipe of the run or checkpoint `path` as an evaluation takes it. Raises UserError, also for what this machine's
+    devices cannot do."""
     is_run = (path / "config.yaml").is_file()
     if not is_run and not (path / store.MANIFEST).is_file():
         raise UserError(f"{path} is not a run's folder (it has no config.yaml), nor a checkpoint: give one, such as runs/demo.")
-    recipe = load_recipe(str(path / "config.yaml")) if is_run else store.read_meta(path, world)["config"]
+    recipe = load_recipe(str(path / "config.yaml")) if is_run else store.read_meta(path)["config"]
     recipe["parallel"] = {"device": (recipe.get("parallel") or {}).get("device", "auto")}  # how it was trained does not bind its evaluation
     recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
-    config = dataclasses.replace(config, knn=dataclasses.replace(config.knn, enabled=True))  # asking for it enables it
+    if problems := check_device(config):
+        raise ConfigError(problems)
+    return dataclasses.replace(config, knn=dataclasses.replace(config.knn, enabled=True))  # asking for it enables it
+
+
+def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
+    """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises UserError."""
+    is_run = (path / "config.yaml").is_file()
     images = _images(config, run_dir_of(path), world)
     found = store.newest(path / "checkpoints", world) if is_run else path
     if found is None:

@@ -7,6 +7,7 @@ import socket
 import sys
 
 import pytest
+import torch
 
 from seer_scale.cli import main
 from seer_scale.launch.prepare import Request, prepare
@@ -34,6 +35,12 @@ def test_eval_gives_the_score_of_the_run(straight, photos, capsys):
     assert f"kNN top-1 {found['knn/top1']:.1f} % ± {found['knn/top1_stderr']:.1f}" in text and found["protocol"] in text
     assert main(["eval", "knn", str(straight), "--knn.bank", "/no/where"]) == 2
     assert "/no/where does not exist" in capsys.readouterr().err
+
+
+def test_eval_takes_the_device_it_is_given(straight, monkeypatch, capsys):
+    """On a machine with a GPU, as far as torch says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert scores(capsys, straight, "--parallel.device", "cpu")["samples_seen"] == 160
 
 
 def test_report(straight, capsys):

@@ -19,7 +19,7 @@ from seer_scale.data.sources import Source
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.evaluate.look import show_neighbours, show_prototypes
-from seer_scale.evaluate.run import knn_of
+from seer_scale.evaluate.run import evaluated_config, knn_of
 from seer_scale.observe.gallery import read_gallery
 from seer_scale.world import World
 from tests.ranks import run_ranks
@@ -207,7 +207,7 @@ def test_eval_of_a_run_that_evaluated_nothing(tmp_path):
     recipe |= {"swav": {"prototypes": [8]}, "parallel": {"ranks": 1}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match="has no valid checkpoint yet"):
-        knn_of(tmp_path, ["--knn.enabled", "false"], World())
+        knn_of(tmp_path, evaluated_config(tmp_path, ["--knn.enabled", "false"]), World())
 
 
 def test_prototypes_shown_are_apart_from_each_other():
