@@ -33,7 +33,8 @@ test-gpu: install
 	$(RUN) $(BIN)/python -m pytest -q -rs --durations=10 tests/gpu tests/distributed/test_norm.py tests/unit/test_batched.py $(PYTEST_ARGS)
 
 lint: install
-	$(BIN)/ruff check seer_scale tests tools
+	$(BIN)/ruff check seer_scale tests tools setup.py
+	$(BIN)/ruff format --check seer_scale tests tools setup.py
 
 clean:
 	rm -rf $(VENV) runs/demo runs/demo-corpus

@@ -37,9 +37,21 @@ def opt(default: Any, help: str, *, ge=None, gt=None, le=None, lt=None):  # noqa
 class Run:
     dir: str = opt("", "folder of the run: config, metrics, logs, checkpoints, report; empty = runs/<recipe name>")
     seed: int = opt(0, "seed of weights, image order and crops", ge=0)
-    hang_s: float = opt(1200.0, "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = wait for ever", ge=0)
+    hang_s: float = opt(
+        1200.0,
+        (
+            "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = "
+            "wait for ever"
+        ),
+        ge=0,
+    )
     heartbeat_s: float = opt(
-        60.0, "seconds at most between two signs of life: a line where there is no terminal, and what inspect reads; 0 = none", ge=0
+        60.0,
+        (
+            "seconds at most between two signs of life: a line where there is no terminal, and what inspect reads; "
+            "0 = none"
+        ),
+        ge=0,
     )
     prototype_images: int = opt(
         512, "images looked at, after training, for the report's pictures of prototypes; 0 = no such pictures", ge=0
@@ -48,20 +60,48 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    path: str = opt("", "images: a folder tree, a list file (one path or URL a line, optional tab and label), tars, a manifest, hf:NAME")
-    kind: Literal["auto", "folder", "list", "tar", "manifest", "hub", "stream"] = opt("auto", "how to read data.path; auto looks at it (stream is never chosen by itself)")
-    exclude: tuple[str, ...] = opt((), "folder: patterns of files and folders to leave out, as in ['*_mask.png', 'raw/*']")
+    path: str = opt(
+        "",
+        (
+            "images: a folder tree, a list file (one path or URL a line, optional tab and label), tars, a "
+            "manifest, hf:NAME"
+        ),
+    )
+    kind: Literal["auto", "folder", "list", "tar", "manifest", "hub", "stream"] = opt(
+        "auto", "how to read data.path; auto looks at it (stream is never chosen by itself)"
+    )
+    exclude: tuple[str, ...] = opt(
+        (), "folder: patterns of files and folders to leave out, as in ['*_mask.png', 'raw/*']"
+    )
     split: str = opt("train", "hub, stream: which split of the dataset")
     image_key: str = opt("", "hub, stream: the column of images; none = the only one there is")
     length: int = opt(0, "stream: images an epoch; 0 = as many as the dataset says it has", ge=0)
     buffer: int = opt(10_000, "stream: images that are shuffled among each other", ge=1)
-    block: int = opt(0, "neighbours that are read together and come one after the other in every lane; 1 = none, 0 = what suits the source", ge=0)
-    photometric: Literal["auto", "cpu", "device"] = opt("auto", "where flip, colours and blur are done; auto: on the device if it is a GPU")
+    block: int = opt(
+        0,
+        (
+            "neighbours that are read together and come one after the other in every lane; 1 = none, 0 = what "
+            "suits the source"
+        ),
+        ge=0,
+    )
+    photometric: Literal["auto", "cpu", "device"] = opt(
+        "auto", "where flip, colours and blur are done; auto: on the device if it is a GPU"
+    )
     workers: int | None = opt(
-        None, "loader processes a rank; 0 loads in the training process; none = one for each core a rank may use, 4 at most", ge=0
+        None,
+        "loader processes a rank; 0 loads in the training process; none = one for each core a rank may use, 4 at most",
+        ge=0,
     )
     prefetch: int = opt(4, "batches kept ready", ge=1)
-    timeout_s: float = opt(120.0, "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for ten times that", gt=0)
+    timeout_s: float = opt(
+        120.0,
+        (
+            "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for ten "
+            "times that"
+        ),
+        gt=0,
+    )
 
     def num_workers(self, cores: int) -> int:
         """Loader processes of a rank that may use so many cores."""
@@ -76,7 +116,9 @@ class Data:
 class Crop:
     num: int = opt(2, "crops of this kind an image", ge=1)
     size: int = opt(224, "height and width in pixels", ge=8)
-    scale: tuple[float, float] = opt((0.14, 1.0), "share of the image's area a crop covers, from and to", gt=0.0, le=1.0)
+    scale: tuple[float, float] = opt(
+        (0.14, 1.0), "share of the image's area a crop covers, from and to", gt=0.0, le=1.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +167,9 @@ class SwAV:
 class Optim:
     name: Literal["lars", "sgd", "adamw"] = opt("lars", "optimiser; lars is LARC with clip off, as in VISSL")
     lr: float = opt(0.3, "peak learning rate for a global batch of optim.lr_batch", gt=0)
-    lr_batch: int = opt(256, "batch optim.lr was chosen for; the rate scales linearly with train.global_batch; 0 = no scaling", ge=0)
+    lr_batch: int = opt(
+        256, "batch optim.lr was chosen for; the rate scales linearly with train.global_batch; 0 = no scaling", ge=0
+    )
     momentum: float = opt(0.9, "SGD and LARS momentum", ge=0, lt=1)
     weight_decay: float = opt(1e-5, "weight decay", ge=0)
     trust: float = opt(0.001, "LARS trust coefficient", gt=0)
@@ -136,13 +180,19 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    name: Literal["cosine", "plateau"] = opt("cosine", "after warm-up: cosine to the end, or constant, cut when the loss stops falling")
+    name: Literal["cosine", "plateau"] = opt(
+        "cosine", "after warm-up: cosine to the end, or constant, cut when the loss stops falling"
+    )
     warmup_samples: int = opt(0, "samples of linear warm-up", ge=0)
     warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
     final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
-    decay_samples: int = opt(0, "cosine: samples after which the rate is at its end, and stays there; 0 = train.samples", ge=0)
+    decay_samples: int = opt(
+        0, "cosine: samples after which the rate is at its end, and stays there; 0 = train.samples", ge=0
+    )
     plateau_factor: float = opt(0.5, "plateau: multiply the rate by this", gt=0, lt=1)
-    plateau_samples: int = opt(0, "plateau: compare the mean loss of windows of so many samples, counted from the end of the warm-up", ge=0)
+    plateau_samples: int = opt(
+        0, "plateau: compare the mean loss of windows of so many samples, counted from the end of the warm-up", ge=0
+    )
     plateau_threshold: float = opt(0.001, "plateau: a window must lower the best mean loss by this share", ge=0)
 
 
@@ -150,13 +200,31 @@ class Schedule:
 class Train:
     samples: int = opt(0, "length of the run: images seen (an image seen in two epochs counts twice)", ge=1)
     global_batch: int = opt(256, "images an update, over all ranks", ge=1)
-    micro_batch: int = opt(0, "most images a rank takes through the network at once; a larger share of the batch is accumulated, with the same codes (one forward more); 0 = all at once", ge=0)
+    micro_batch: int = opt(
+        0,
+        (
+            "most images a rank takes through the network at once; a larger share of the batch is accumulated, "
+            "with the same codes (one forward more); 0 = all at once"
+        ),
+        ge=0,
+    )
     precision: Literal["fp32", "fp16", "bf16"] = opt("fp32", "compute type of convolutions and matrix products")
     max_skips: int = opt(50, "updates skipped in a row, for gradients that are not finite, that end the run", ge=1)
-    collapse_after: float = opt(0.1, "share of the run, after warm-up and freezing, at which a loss still at ln K is reported", ge=0, le=1)
+    collapse_after: float = opt(
+        0.1, "share of the run, after warm-up and freezing, at which a loss still at ln K is reported", ge=0, le=1
+    )
     log_every: int = opt(10, "updates between two metric lines", ge=1)
-    threads: int = opt(0, "CPU threads a rank; 0 = OMP_NUM_THREADS, or else measured at the start: of the cores a rank may use, as many as run faster", ge=0)
-    memory_format: Literal["auto", "contiguous", "channels_last"] = opt("auto", "layout of images and feature maps; auto measures both at the start and takes the faster")
+    threads: int = opt(
+        0,
+        (
+            "CPU threads a rank; 0 = OMP_NUM_THREADS, or else measured at the start: of the cores a rank may use, "
+            "as many as run faster"
+        ),
+        ge=0,
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = opt(
+        "auto", "layout of images and feature maps; auto measures both at the start and takes the faster"
+    )
     compile: bool = opt(False, "compile each unit with torch.compile")
     min_loss_scale: float = opt(1.0, "fp16: a loss scale that has fallen below this ends the run", gt=0)
 
@@ -171,14 +239,28 @@ class Parallel:
     replicate: int = opt(1, "fsdp: copies of the sharded model (HSDP: replicate x shard ranks)", ge=1)
     shard: int = opt(0, "fsdp: ranks one copy of the model is spread over; 0 = ranks / replicate", ge=0)
     reshard_after_forward: bool = opt(True, "fsdp: free gathered weights between forward and backward")
-    max_unit_gib: float = opt(2.0, "fsdp, zero3: most GiB gathered at once; larger units are split into their layers", gt=0)
-    min_unit_mib: float = opt(8.0, "fsdp: consecutive units are gathered together until they come to so many MiB, within max_unit_gib; 0 = each alone", ge=0)
-    offload: bool = opt(False, "zero1, zero2, zero3: fp32 weights and optimiser state live in the host's memory, and update there")
-    ds_config: str = opt("", "zero1, zero2, zero3: JSON with what DeepSpeed needs beyond the recipe; empty = ds_configs/<engine>.json")
+    max_unit_gib: float = opt(
+        2.0, "fsdp, zero3: most GiB gathered at once; larger units are split into their layers", gt=0
+    )
+    min_unit_mib: float = opt(
+        8.0,
+        (
+            "fsdp: consecutive units are gathered together until they come to so many MiB, within max_unit_gib; 0 "
+            "= each alone"
+        ),
+        ge=0,
+    )
+    offload: bool = opt(
+        False, "zero1, zero2, zero3: fp32 weights and optimiser state live in the host's memory, and update there"
+    )
+    ds_config: str = opt(
+        "", "zero1, zero2, zero3: JSON with what DeepSpeed needs beyond the recipe; empty = ds_configs/<engine>.json"
+    )
     sync_bn_group: int = opt(0, "ranks that share BatchNorm statistics; 0 = all, 1 = none", ge=0)
     activation_checkpoint: str | tuple[tuple[int, ...], ...] = opt(
         "none",
-        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or for each of the 4 "
+        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or for "
+        "each of the 4 "
         "stages the blocks that end a recomputed run, as in [[2], [7], [9, 17], []]",
     )
 
@@ -186,13 +268,19 @@ class Parallel:
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every_samples: int = opt(0, "samples between checkpoints; 0 = only at the end and on a stop", ge=0)
-    background: bool = opt(True, "write checkpoints while training goes on, from a copy in memory; false: updates wait for the disk")
+    background: bool = opt(
+        True, "write checkpoints while training goes on, from a copy in memory; false: updates wait for the disk"
+    )
     keep_last: int = opt(2, "newest checkpoints kept", ge=1)
     keep_every_samples: int = opt(0, "also keep those at multiples of so many samples; 0 = none", ge=0)
     keep_best: bool = opt(
-        False, "also keep the checkpoint of the highest kNN top-1, saved at that evaluation and linked as checkpoints/best"
+        False,
+        "also keep the checkpoint of the highest kNN top-1, saved at that evaluation and linked as checkpoints/best",
     )
-    resume: str = opt("auto", "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path")
+    resume: str = opt(
+        "auto",
+        "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path",
+    )
     init_from: str = opt("", "start a new run from the weights of this checkpoint, or of the newest one of this run")
     init_part: Literal["all", "backbone"] = opt(
         "all", "what checkpoint.init_from gives; backbone: projection head and prototypes are drawn anew"
@@ -234,7 +322,8 @@ class Config:
         return o.lr * self.train.global_batch / o.lr_batch if o.lr_batch else o.lr
 
     def end(self, samples_seen: int = 0) -> int:
-        """Samples seen at the end of a run that has seen so many: whole batches are trained, until train.samples are seen."""
+        """Samples seen at the end of a run that has seen so many: whole batches are trained, until train.samples are
+        seen."""
         left, batch = max(0, self.train.samples - samples_seen), self.train.global_batch
         return samples_seen + -(-left // batch) * batch
 
@@ -272,7 +361,11 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
     if origin in (types.UnionType, typing.Union):
         if type(None) in args and (value is None or value == "none"):  # as --help calls it
             return None
-        kinds = [a for a in args if a is not type(None) and isinstance(value, list | tuple) == (typing.get_origin(a) is tuple)]
+        kinds = [
+            a
+            for a in args
+            if a is not type(None) and isinstance(value, list | tuple) == (typing.get_origin(a) is tuple)
+        ]
         return _coerce((kinds or args)[0], value, key, problems)
     if origin is Literal:
         if value not in args:
@@ -338,7 +431,10 @@ def read_section(cls: type, given: Any, prefix: str, problems: list[str]) -> Any
             near = nearest(key, known)
             section = near.removeprefix("did you mean ").rstrip("?")
             if cls is Config and section in fields:
-                near = f"did you mean the section {section}, with its keys {', '.join(f.name for f in dataclasses.fields(hints[section]))}?"
+                near = (
+                    f"did you mean the section {section}, with its keys "
+                    f"{', '.join(f.name for f in dataclasses.fields(hints[section]))}?"
+                )
             hint = f"did you mean {everywhere[name]}?" if name in everywhere else near
             problems.append(f"{key} is not a key; {hint}")
             continue
@@ -385,7 +481,8 @@ def recipe_names() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its traps: of a key given twice it would take the last and say nothing, and 12:00:00 would be 43,200."""
+    """YAML without its traps: of a key given twice it would take the last and say nothing, and 12:00:00 would be
+    43,200."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [k.value for k, _ in node.value]
@@ -421,15 +518,21 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
         path = RECIPES / f"{name_or_path}.yaml"
     elif not path.is_file() and (path.suffix in (".yaml", ".yml") or "/" in name_or_path):
         beside = sorted(str(p) for p in path.parent.glob("*.y*ml"))
-        raise UserError(f"There is no file {name_or_path}; {nearest(name_or_path, beside) if beside else 'nor any recipe beside it.'}")
+        raise UserError(
+            f"There is no file {name_or_path}; "
+            f"{nearest(name_or_path, beside) if beside else 'nor any recipe beside it.'}"
+        )
     elif not path.is_file():
-        raise UserError(f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; {nearest(name_or_path, recipe_names())}")
+        raise UserError(
+            f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; "
+            f"{nearest(name_or_path, recipe_names())}"
+        )
     return read_yaml(path, "sections of keys, such as 'train:'")
 
 
 def of_other_images(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A shipped recipe's mapping for the images that the command line names, and what to say of it: the labelled images that
-    the recipe names beside its own go with those."""
+    """A shipped recipe's mapping for the images that the command line names, and what to say of it: the labelled images
+    that the recipe names beside its own go with those."""
     knn, changes = given.get("knn", {}), over.get("data")
     gone = [k for k in ("bank", "queries") if knn.get(k) and k not in (over.get("knn") or {})]
     if name not in recipe_names() or not isinstance(changes, dict) or "path" not in changes or not gone:
@@ -511,7 +614,8 @@ def checked(
     world_size: int | None = None,
     also: Callable[[Config], list[str]] = lambda config: [],
 ) -> tuple[Config, list[str]]:
-    """As `resolve`, with the problems beside the Config. Raises ConfigError, with all of them, where a value cannot be read."""
+    """As `resolve`, with the problems beside the Config. Raises ConfigError, with all of them, where a value cannot be
+    read."""
     over, problems = (overrides, []) if isinstance(overrides, dict) else parse_overrides(list(overrides))
     merged = merge(given, over)
     config = read_section(Config, merged, "", problems)
@@ -519,8 +623,12 @@ def checked(
         problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
     is_read = not problems
     if not config.data.path:
-        problems.append("data.path is empty: give a folder of images, a list file or tars, as in --data.path ~/Pictures.")
-    broken = [key for key in (p.partition(" ")[0] for p in problems) if "." in key]  # their defaults stand in: what is said of those is not true
+        problems.append(
+            "data.path is empty: give a folder of images, a list file or tars, as in --data.path ~/Pictures."
+        )
+    broken = [
+        key for key in (p.partition(" ")[0] for p in problems) if "." in key
+    ]  # their defaults stand in: what is said of those is not true
     further = cross_checks(config, world_size or config.parallel.ranks) + without_effect(config) + also(config)
     problems += [p for p in further if not any(key in p for key in broken)]
     if not is_read:
@@ -574,59 +682,155 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
         if condition:
             problems.append(sentence)
 
-    fail(bool(c.data.workers) and not loads_in_processes(), f"data.workers is {c.data.workers}, but loader processes need Linux; nearest: 0.")
+    fail(
+        bool(c.data.workers) and not loads_in_processes(),
+        f"data.workers is {c.data.workers}, but loader processes need Linux; nearest: 0.",
+    )
     if batch % world_size:
         below, above = batch // world_size * world_size, -(-batch // world_size) * world_size
         near = " or ".join(str(n) for n in (below, above) if n)
-        fail(True, f"train.global_batch is {batch}, but must divide evenly among the ranks ({world_size}); nearest: {near}.")
+        fail(
+            True,
+            f"train.global_batch is {batch}, but must divide evenly among the ranks ({world_size}); nearest: {near}.",
+        )
     if p.sync_bn_group and world_size % p.sync_bn_group:
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         near = min(divisors, key=lambda d: abs(d - p.sync_bn_group))
-        fail(True, f"parallel.sync_bn_group is {p.sync_bn_group}, but must divide the number of ranks ({world_size}); nearest: {near}.")
+        fail(
+            True,
+            (
+                f"parallel.sync_bn_group is {p.sync_bn_group}, but must divide the number of ranks ({world_size}); "
+                f"nearest: {near}."
+            ),
+        )
     if world_size % p.replicate:
         near = max(d for d in range(1, p.replicate + 1) if world_size % d == 0)
-        fail(True, f"parallel.replicate is {p.replicate}, but must divide the number of ranks ({world_size}); nearest: {near}.")
+        fail(
+            True,
+            (
+                f"parallel.replicate is {p.replicate}, but must divide the number of ranks ({world_size}); "
+                f"nearest: {near}."
+            ),
+        )
     elif p.shard and p.replicate * p.shard != world_size:
-        fail(True, f"parallel.replicate x parallel.shard is {p.replicate} x {p.shard} = {p.replicate * p.shard}, but there are {world_size} ranks; nearest: shard {world_size // p.replicate}.")
+        fail(
+            True,
+            (
+                f"parallel.replicate x parallel.shard is {p.replicate} x {p.shard} = {p.replicate * p.shard}, but "
+                f"there are {world_size} ranks; nearest: shard {world_size // p.replicate}."
+            ),
+        )
     for key, value in (("replicate", p.replicate > 1), ("shard", p.shard > 0)):
-        fail(value and p.engine not in ("fsdp", "auto"), f"parallel.{key} is {getattr(p, key)}, but parallel.engine is {p.engine}, which has no mesh of replicas and shards; use engine fsdp, or leave {key} out.")
+        fail(
+            value and p.engine not in ("fsdp", "auto"),
+            (
+                f"parallel.{key} is {getattr(p, key)}, but parallel.engine is {p.engine}, which has no mesh of "
+                f"replicas and shards; use engine fsdp, or leave {key} out."
+            ),
+        )
     most = 1024 * p.max_unit_gib
     fail(
         p.engine in ("fsdp", "auto") and p.min_unit_mib > most,
         f"parallel.min_unit_mib is {p.min_unit_mib:g}, but parallel.max_unit_gib {p.max_unit_gib:g} lets no more than "
         f"{most:g} MiB be gathered together; nearest: {most:g}.",
     )
-    fail(p.engine == "single" and world_size > 1, f"parallel.engine is single, but there are {world_size} ranks; use ddp or fsdp.")
-    fail(p.offload and p.engine not in ZERO, f"parallel.offload is true, but parallel.engine is {p.engine}, which offloads nothing; use {', '.join(ZERO)}, or offload false.")
+    fail(
+        p.engine == "single" and world_size > 1,
+        f"parallel.engine is single, but there are {world_size} ranks; use ddp or fsdp.",
+    )
+    fail(
+        p.offload and p.engine not in ZERO,
+        (
+            f"parallel.offload is true, but parallel.engine is {p.engine}, which offloads nothing; use "
+            f"{', '.join(ZERO)}, or offload false."
+        ),
+    )
     if batch % world_size == 0:
         normalised = batch // world_size // c.accumulation(world_size) * (p.sync_bn_group or world_size)
-        fail(normalised < 2, f"train.global_batch is {batch}, which leaves BatchNorm {normalised} image to normalise over; it needs at least 2.")
-    fail(c.data.workers != 0 and 0 < c.run.hang_s < 10 * c.data.timeout_s, f"run.hang_s is {c.run.hang_s:g}, but a rank may wait {10 * c.data.timeout_s:g} s for another's loader (10 x data.timeout_s); nearest: {10 * c.data.timeout_s:g}, or 0 for none.")
+        fail(
+            normalised < 2,
+            (
+                f"train.global_batch is {batch}, which leaves BatchNorm {normalised} image to normalise over; it "
+                "needs at least 2."
+            ),
+        )
+    fail(
+        c.data.workers != 0 and 0 < c.run.hang_s < 10 * c.data.timeout_s,
+        (
+            f"run.hang_s is {c.run.hang_s:g}, but a rank may wait {10 * c.data.timeout_s:g} s for another's loader "
+            f"(10 x data.timeout_s); nearest: {10 * c.data.timeout_s:g}, or 0 for none."
+        ),
+    )
     for k in s.prototypes:
         most = 4 * (batch + s.queue)
-        fail(k > most, f"swav.prototypes is {k}, but an assignment of {batch + s.queue} samples (train.global_batch + swav.queue) can use at most 4 times as many; nearest: {most}.")
+        fail(
+            k > most,
+            (
+                f"swav.prototypes is {k}, but an assignment of {batch + s.queue} samples (train.global_batch + "
+                f"swav.queue) can use at most 4 times as many; nearest: {most}."
+            ),
+        )
     fail(not s.prototypes, "swav.prototypes is empty, but must name at least one set; nearest: [3000].")
     fail(not c.views.crops, "views.crops is empty, but must name at least one kind of crop; nearest: [{num: 2}].")
-    fail(bool(c.views.crops) and c.num_crops < 2, "views.crops makes 1 crop an image, but SwAV compares at least 2; nearest: num: 2.")
+    fail(
+        bool(c.views.crops) and c.num_crops < 2,
+        "views.crops makes 1 crop an image, but SwAV compares at least 2; nearest: num: 2.",
+    )
     for i, crop in enumerate(c.views.crops):
-        fail(crop.scale[0] > crop.scale[1], f"views.crops[{i}].scale is {list(crop.scale)}, but must go from small to large.")
+        fail(
+            crop.scale[0] > crop.scale[1],
+            f"views.crops[{i}].scale is {list(crop.scale)}, but must go from small to large.",
+        )
     sizes = [crop.size for crop in c.views.crops]
-    fail(len(set(sizes)) < len(sizes), f"views.crops has the sizes {sizes}, but each kind needs its own; give kinds of one size one entry.")
-    fail(c.views.blur_sigma[0] > c.views.blur_sigma[1], f"views.blur_sigma is {list(c.views.blur_sigma)}, but must go from small to large.")
-    fail(c.views.jitter[3] > 0.5, f"views.jitter has hue {c.views.jitter[3]}, but a hue shift is at most 0.5; nearest: 0.5.")
-    fail(s.queue % batch != 0, f"swav.queue is {s.queue}, but must be a multiple of train.global_batch ({batch}); nearest: {max(1, round(s.queue / batch)) * batch}.")
+    fail(
+        len(set(sizes)) < len(sizes),
+        f"views.crops has the sizes {sizes}, but each kind needs its own; give kinds of one size one entry.",
+    )
+    fail(
+        c.views.blur_sigma[0] > c.views.blur_sigma[1],
+        f"views.blur_sigma is {list(c.views.blur_sigma)}, but must go from small to large.",
+    )
+    fail(
+        c.views.jitter[3] > 0.5,
+        f"views.jitter has hue {c.views.jitter[3]}, but a hue shift is at most 0.5; nearest: 0.5.",
+    )
+    fail(
+        s.queue % batch != 0,
+        (
+            f"swav.queue is {s.queue}, but must be a multiple of train.global_batch ({batch}); nearest: "
+            f"{max(1, round(s.queue / batch)) * batch}."
+        ),
+    )
     fail(
         0 < c.schedule.decay_samples < c.schedule.warmup_samples,
         f"schedule.decay_samples is {c.schedule.decay_samples}, but the warm-up alone takes "
         f"{c.schedule.warmup_samples} samples; nearest: {c.schedule.warmup_samples}.",
     )
-    fail(c.schedule.warmup_samples > c.train.samples, f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.samples} samples; nearest: {c.train.samples}, or less, as in --schedule.warmup_samples {c.train.samples // 10}.")
+    fail(
+        c.schedule.warmup_samples > c.train.samples,
+        (
+            f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.samples} samples; "
+            f"nearest: {c.train.samples}, or less, as in --schedule.warmup_samples {c.train.samples // 10}."
+        ),
+    )
     fail(
         c.schedule.name == "plateau" and c.schedule.plateau_samples < batch,
         f"schedule.plateau_samples is {c.schedule.plateau_samples}, but a window needs at least one update; "
         f"nearest: {batch} (train.global_batch).",
     )
     free = c.model.free()
-    fail(c.model.name != "regnety" and bool(free), f"model.{next(iter(free), '')} is given, but model.name is {c.model.name}, whose shape is fixed; use model.name regnety, or give {' '.join(f'--model.{key} null' for key in free)}.")
-    fail(bool(c.checkpoint.init_from) and c.checkpoint.resume not in ("auto", "none"), "checkpoint.init_from and checkpoint.resume both name a checkpoint: init_from starts a new run from weights, resume goes on with everything; give one.")
+    fail(
+        c.model.name != "regnety" and bool(free),
+        (
+            f"model.{next(iter(free), '')} is given, but model.name is {c.model.name}, whose shape is fixed; use "
+            f"model.name regnety, or give {' '.join(f'--model.{key} null' for key in free)}."
+        ),
+    )
+    fail(
+        bool(c.checkpoint.init_from) and c.checkpoint.resume not in ("auto", "none"),
+        (
+            "checkpoint.init_from and checkpoint.resume both name a checkpoint: init_from starts a new run from "
+            "weights, resume goes on with everything; give one."
+        ),
+    )
     return problems

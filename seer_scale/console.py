@@ -1,11 +1,12 @@
-"""The console: what anybody prints goes through one writer. A console that is lost costs lines, never the run or its status.
+"""The console: what anybody prints goes through one writer. A console that is lost costs lines, never the run or its
+status.
 
-A terminal may be closed (EIO), the other end of a pipe gone (EPIPE), a disk full (ENOSPC), a stream closed before the start
-or never there; and whoever reads may take nothing (Ctrl-S, a suspended tee, a dead connection). `install` puts a `Console`
-in the place of sys.stdout and sys.stderr, so that print, warnings, tracebacks, logging, rich and whoever else writes there
-cannot fail, nor wait for long. It writes to the file descriptor itself: nothing is left in a buffer for the interpreter's
-exit to fail on (status 120). What was said can be kept in a file, too, for those whose console is lost (`record`).
-"""
+A terminal may be closed (EIO), the other end of a pipe gone (EPIPE), a disk full (ENOSPC), a stream closed before the
+start or never there; and whoever reads may take nothing (Ctrl-S, a suspended tee, a dead connection). `install` puts a
+`Console` in the place of sys.stdout and sys.stderr, so that print, warnings, tracebacks, logging, rich and whoever else
+writes there cannot fail, nor wait for long. It writes to the file descriptor itself: nothing is left in a buffer for
+the interpreter's exit to fail on (status 120). What was said can be kept in a file, too, for those whose console is
+lost (`record`)."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ EARLY_LINES = 200
 
 
 class Record:
-    """What this process has said, by the clock. Whoever adds to it waits for nothing and gets no error: a full disk costs
-    lines. Until a file is named, the last EARLY_LINES of it are held."""
+    """What this process has said, by the clock. Whoever adds to it waits for nothing and gets no error: a full disk
+    costs lines. Until a file is named, the last EARLY_LINES of it are held."""
 
     def __init__(self) -> None:
         self._early: deque[str] = deque(maxlen=EARLY_LINES)
@@ -75,8 +76,8 @@ class Console(io.TextIOBase):
     """A text stream that never raises for its destination's sake. Whole lines are written by one call.
 
     to: what it stands in for; None: a stream that was closed when the process began. label: what each line begins with;
-    then what has no line end waits for it. drop: a beginning of lines that goes. raw: for who draws on a terminal itself.
-    """
+    then what has no line end waits for it. drop: a beginning of lines that goes. raw: for who draws on a terminal
+    itself."""
 
     def __init__(self, to: TextIO | None, label: str = "", *, drop: str = "", raw: bool = False):
         self._to, self._label, self._drop, self._raw, self._line, self._begun = to, label, drop, raw, "", ""
@@ -240,7 +241,8 @@ def lost(stream: TextIO | None) -> OSError | None:
 
 
 def write_error(text: str, wait_s: float = FULL_S) -> None:
-    """To stderr's descriptor, by one call where it takes that, without a lock: for who cannot wait for other threads."""
+    """To stderr's descriptor, by one call where it takes that, without a lock: for who cannot wait for other
+    threads."""
     record.add(text)
     with suppress(OSError):
         _put(2, text.encode("utf-8", "backslashreplace"), wait_s)
@@ -249,8 +251,8 @@ def write_error(text: str, wait_s: float = FULL_S) -> None:
 def _put(fd: int, data: bytes, wait_s: float | None) -> bytes:
     """Write `data`; returns what was not taken within `wait_s` seconds.
 
-    A pipe or a terminal is opened anew for that: O_NONBLOCK on `fd` itself would be set for all who share it. Where that
-    cannot be, writes are of no more than what a pipe takes at once when it takes anything.
+    A pipe or a terminal is opened anew for that: O_NONBLOCK on `fd` itself would be set for all who share it. Where
+    that cannot be, writes are of no more than what a pipe takes at once when it takes anything.
     """
     mode, own = os.fstat(fd).st_mode, fd
     if stat.S_ISFIFO(mode) or os.isatty(fd):

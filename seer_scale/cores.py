@@ -26,8 +26,8 @@ def available_cores(env: Mapping[str, str] | None = None) -> int:
 
 
 def rank_cores(world: World) -> int:
-    """Cores of one rank: of those it may use, its share where other ranks of its machine use the same ones. The fewest of
-    any rank, so the same on all. Collective."""
+    """Cores of one rank: of those it may use, its share where other ranks of its machine use the same ones. The fewest
+    of any rank, so the same on all. Collective."""
     own, shared = available_cores(), "SLURM_CPUS_PER_TASK" not in os.environ
     mask = sum(1 << core for core in _affinity())
     ranks = world.gather_objects((socket.gethostname(), hex(mask), own, shared))
@@ -71,7 +71,9 @@ def _machine_times() -> tuple[float, float] | None:
     """Seconds that all cores together were busy, and were taken by the host of a virtual machine, since it began."""
     with suppress(OSError, ValueError, AttributeError):
         # proc(5): user nice system idle iowait irq softirq steal, in ticks
-        ticks = [int(x) / os.sysconf("SC_CLK_TCK") for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        ticks = [
+            int(x) / os.sysconf("SC_CLK_TCK") for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ]
         return sum(ticks[:3]) + sum(ticks[5:7]), ticks[7]
     return None
 
@@ -88,7 +90,11 @@ def cgroup_quota(root: Path = ROOT) -> float:
             _, controllers, below = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
-            mounts = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"] if controllers else ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+            mounts = (
+                [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
+                if controllers
+                else ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+            )
             for mount in mounts:
                 group = Path(below.lstrip("/"))
                 for folder in (group, *group.parents):
@@ -118,5 +124,6 @@ def _positive(word: str) -> int:
 
 
 def loads_in_processes() -> bool:
-    """Whether loader processes work on this system: they need Linux, and elsewhere the process that asks loads by itself."""
+    """Whether loader processes work on this system: they need Linux, and elsewhere the process that asks loads by
+    itself."""
     return hasattr(os, "pidfd_open") and hasattr(os, "memfd_create")

@@ -19,15 +19,16 @@ from seer_scale.files import shown
 from seer_scale.formatting import counted
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_HUNG = 0, 1, 2, 75, 76
-"""Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and ended by
-its own watchdog."""
+"""Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and
+ended by its own watchdog."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to save and stop: the last two as clusters send them before a time limit or a preemption, SIGHUP where a
-terminal is closed or an ssh connection drops."""
+"""What asks a run to save and stop: the last two as clusters send them before a time limit or a preemption, SIGHUP
+where a terminal is closed or an ssh connection drops."""
 QUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Those by which a queue takes a job back that it will start again."""
 ECHO_S = 1.0
-"""A signal to a process group comes twice, from the group and from the launcher: within so many seconds it is one request."""
+"""A signal to a process group comes twice, from the group and from the launcher: within so many seconds it is one
+request."""
 
 
 class UserError(Exception):
@@ -36,13 +37,18 @@ class UserError(Exception):
     is_local = False
     """Raised on this rank alone, which therefore has to tell it."""
     may_pass = False
-    """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded number of times."""
+    """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded
+    number of times."""
 
     def __init__(self, *sentences: str):
         super().__init__("\n".join(map(shown, sentences)))  # a line each, whatever the names in it
 
     def __reduce__(self) -> tuple:
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # the text is made: another process takes it as it is
+        return (
+            copyreg.__newobj__,
+            (type(self), *self.args),
+            self.__dict__,
+        )  # the text is made: another process takes it as it is
 
 
 class ConfigError(UserError):
@@ -85,14 +91,15 @@ class StartStopped(UserError):
 
 def stop_signals() -> tuple[signal.Signals, ...]:
     """STOP_SIGNALS but those that this process was started to ignore: SIGHUP by nohup, SIGINT by a script's `&`. To be
-    asked before any of them is given a handler. The others srun's ranks ignore until they can save (launch/slurm.py)."""
+    asked before any of them is given a handler. The others srun's ranks ignore until they can save
+    (launch/slurm.py)."""
     kept = (signal.SIGHUP, signal.SIGINT)
     return tuple(s for s in STOP_SIGNALS if s not in kept or signal.getsignal(s) != signal.SIG_IGN)
 
 
 def ends_at_once(number: int) -> bool:
-    """Whether a launcher that is sent this stop signal a second time ends the ranks at once: a terminal that goes may send
-    its own more than once, and so may a queue."""
+    """Whether a launcher that is sent this stop signal a second time ends the ranks at once: a terminal that goes may
+    send its own more than once, and so may a queue."""
     return number in (signal.SIGINT, signal.SIGTERM)
 
 

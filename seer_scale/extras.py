@@ -1,4 +1,5 @@
-"""What this package needs and may use beside it, as its metadata pins it: the one place that tells how to install something."""
+"""What this package needs and may use beside it, as its metadata pins it: the one place that tells how to install
+something."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ def how_to_install(package: str) -> str:
 
 
 def requirements() -> dict[str, str]:
-    """Name to requirement, such as 'deepspeed' to 'deepspeed<0.20,>=0.19', with those of all extras; none where this package
-    is not installed but only found on the path."""
+    """Name to requirement, such as 'deepspeed' to 'deepspeed<0.20,>=0.19', with those of all extras; none where this
+    package is not installed but only found on the path."""
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

@@ -19,9 +19,9 @@ UNFINISHED = ".unfinished"
 def shown(name: str | bytes | os.PathLike, keep: str = "") -> str:
     """A name, or a text with names in it, as it may be printed, logged or stored: one line of valid, printable text.
 
-    A name is any bytes. What is not printable (bytes that are not UTF-8, line ends, terminal escapes, marks that turn the
-    direction of writing) is shown as Python escapes it; `keep`: characters that stay as they are. Shown twice is shown
-    once.
+    A name is any bytes. What is not printable (bytes that are not UTF-8, line ends, terminal escapes, marks that turn
+    the direction of writing) is shown as Python escapes it; `keep`: characters that stay as they are. Shown twice is
+    shown once.
     """
     text = os.fsdecode(name)
     if text.isprintable():
@@ -89,8 +89,8 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def cache_folder() -> Path:
-    """Where this user's files of ours may be kept from run to run; a user without home and account has the machine's folder
-    for temporary files."""
+    """Where this user's files of ours may be kept from run to run; a user without home and account has the machine's
+    folder for temporary files."""
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache) / "seer_scale"
     try:

@@ -38,10 +38,11 @@ def without_rank_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def detect(env: Mapping[str, str] = os.environ) -> RankInfo:
-    """This process's place among those of our launchers, torchrun, srun, or whoever sets RANK and WORLD_SIZE; else alone.
+    """This process's place among those of our launchers, torchrun, srun, or whoever sets RANK and WORLD_SIZE; else
+    alone.
 
-    MASTER_ADDR and MASTER_PORT are not read: ranks meet in the run's folder. Raises RankError where variables contradict
-    each other or are no numbers.
+    MASTER_ADDR and MASTER_PORT are not read: ranks meet in the run's folder. Raises RankError where variables
+    contradict each other or are no numbers.
     """
     given = [name for name in TORCH_NAMES[:2] if name in env]
     mark = env.get(LAUNCHER)
@@ -56,13 +57,17 @@ def detect(env: Mapping[str, str] = os.environ) -> RankInfo:
                 other = SLURM_NAMES[TORCH_NAMES.index(name)]
                 raise RankError(
                     f"{name} is {env[name]!r}, but this is task {info.rank} of the {info.size} that srun has started "
-                    f"({other} is {value}): unset {' and '.join(given)} for a rank a task, or SLURM_PROCID for those that "
+                    f"({other} is {value}): unset {' and '.join(given)} for a rank a task, or SLURM_PROCID for "
+                    "those that "
                     f"{' and '.join(given)} count."
                 )
         return info
     if len(given) == 1:
         missing = next(name for name in TORCH_NAMES[:2] if name not in env)
-        raise RankError(f"{given[0]} is {env[given[0]]!r}, but {missing} is not set: set both for one rank of several, or unset {given[0]}.")
+        raise RankError(
+            f"{given[0]} is {env[given[0]]!r}, but {missing} is not set: set both for one rank of several, or "
+            f"unset {given[0]}."
+        )
     return _read(env, TORCH_NAMES) if given else RankInfo()
 
 
@@ -87,5 +92,8 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if not re.fullmatch(r"\d+", text := env.get(name, "").strip()):
         said = f"is {env[name]!r}, which is no whole number" if name in env else "is not set"
         pair = next(names[:2] for names in (TORCH_NAMES, SLURM_NAMES) if name in names or name.startswith(names[0][:5]))
-        raise RankError(f"{name} {said}: {' and '.join(pair)} say which rank of how many this is; set both right, or unset both for one rank alone.")
+        raise RankError(
+            f"{name} {said}: {' and '.join(pair)} say which rank of how many this is; set both right, or unset "
+            "both for one rank alone."
+        )
     return int(text)

@@ -1,8 +1,9 @@
-"""How the ranks of one start meet: rank 0 serves a store on a free port and publishes where in a file that all of them see.
+"""How the ranks of one start meet: rank 0 serves a store on a free port and publishes where in a file that all of them
+see.
 
-Whoever reads an address that is not of this start (a file left behind, a rank 0 that is gone) reads it again. While ranks
-wait for each other they say for whom, and a stop signal ends the wait. What keeps one rank from beginning ends all.
-"""
+Whoever reads an address that is not of this start (a file left behind, a rank 0 that is gone) reads it again. While
+ranks wait for each other they say for whom, and a stop signal ends the wait. What keeps one rank from beginning ends
+all."""
 
 from __future__ import annotations
 
@@ -38,10 +39,10 @@ def meet(
 ) -> dist.TCPStore:  # fmt: skip
     """A store that all ranks of this start have joined; returns when the last has. Collective.
 
-    later: how long a question to the store may wait from then on; NCCL asks one as each communicator is made. asked_to_stop:
-    the name of a signal that ends the wait. problem: what keeps this rank from beginning; the first of any rank (on rank 0
-    its own) is raised on all, as soon as they are there. Raises StartStopped for a signal, and RankError where the others do not come within
-    timeout_s.
+    later: how long a question to the store may wait from then on; NCCL asks one as each communicator is made.
+    asked_to_stop: the name of a signal that ends the wait. problem: what keeps this rank from beginning; the first of
+    any rank (on rank 0 its own) is raised on all, as soon as they are there. Raises StartStopped for a signal, and
+    RankError where the others do not come within timeout_s.
     """
     wait = _Wait(info, timeout_s, asked_to_stop)
     while True:
@@ -77,7 +78,8 @@ def meet(
 
 
 def _tell_all(store: dist.TCPStore, size: int, asked_to_stop: Callable[[], str | None]) -> None:
-    """Stays until every rank knows the problem, for a while: rank 0 serves it, and launchers end all ranks when one ends."""
+    """Stays until every rank knows the problem, for a while: rank 0 serves it, and launchers end all ranks when one
+    ends."""
     end = time.monotonic() + TELL_S
     with suppress(dist.DistError):  # rank 0 has seen that all know
         store.add("told", 1)
@@ -86,7 +88,8 @@ def _tell_all(store: dist.TCPStore, size: int, asked_to_stop: Callable[[], str |
 
 
 class _Wait:
-    """Pauses, ever longer, that end where a stop is asked for or the time is over; what is waited for is told now and then."""
+    """Pauses, ever longer, that end where a stop is asked for or the time is over; what is waited for is told now and
+    then."""
 
     def __init__(self, info: RankInfo, timeout_s: float, asked_to_stop: Callable[[], str | None]):
         self._info, self._timeout_s, self._asked_to_stop = info, timeout_s, asked_to_stop
@@ -95,14 +98,22 @@ class _Wait:
 
     def pause(self, what: Callable[[], str]) -> None:
         if reason := self._asked_to_stop():
-            raise StartStopped(f"Stopped by {reason} while ranks waited for each other, so nothing was begun. Start it again and it goes on.")
+            raise StartStopped(
+                f"Stopped by {reason} while ranks waited for each other, so nothing was begun. Start it again "
+                "and it goes on."
+            )
         now, i = time.monotonic(), self._info
         over = now - self._began > self._timeout_s
         if over or now - self._told_at > TELL_S and i.local_rank == 0:  # what is waited for may be a question to rank 0
             self._told_at = now
-            told = f"Rank {i.rank} of {i.size} ({i.source} is {i.size}) has waited {now - self._began:.0f} s for the others: {what()}."
+            told = (
+                f"Rank {i.rank} of {i.size} ({i.source} is {i.size}) has waited {now - self._began:.0f} s for the "
+                f"others: {what()}."
+            )
             if over:
-                raise RankError(f"{told} Start all ranks at about the same time, or with {i.source} 1 for this one alone.")
+                raise RankError(
+                    f"{told} Start all ranks at about the same time, or with {i.source} 1 for this one alone."
+                )
             print(told, file=sys.stderr, flush=True)
         time.sleep(self._pause_s * random.uniform(0.5, 1.0))  # not all of them at once
         self._pause_s = min(1.0, 1.2 * self._pause_s)
@@ -137,7 +148,12 @@ def _join(published: Path, info: RankInfo, wait: _Wait) -> tuple[dist.TCPStore, 
             where = json.loads(published.read_text())
             size, hosts, port, token = where["size"], where["hosts"], where["port"], where["token"]
         except (OSError, ValueError, LookupError, TypeError):  # not there yet, or of an earlier start
-            wait.pause(lambda: f"rank 0 has not published its address in {published} (is {published.parent} on a file system that all nodes share?)")
+            wait.pause(
+                lambda: (
+                    f"rank 0 has not published its address in {published} (is {published.parent} on a file "
+                    "system that all nodes share?)"
+                )
+            )
             continue
         if size != info.size:
             wait.pause(lambda: f"rank 0 is one of {size} ranks")  # noqa: B023
@@ -146,7 +162,9 @@ def _join(published: Path, info: RankInfo, wait: _Wait) -> tuple[dist.TCPStore, 
             with suppress(OSError, UnicodeError, dist.DistError):
                 with socket.create_connection((host, port), PROBE_S) as probe:
                     reached = probe.getpeername()[0]
-                store = dist.TCPStore(host, port, size, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PROBE_S))
+                store = dist.TCPStore(
+                    host, port, size, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PROBE_S)
+                )
                 if store.check([f"start/{token}"]):
                     return store, reached
         wait.pause(lambda: f"rank 0 does not answer at {', '.join(hosts)}, port {port}")  # noqa: B023
@@ -159,7 +177,10 @@ def _own_addresses(info: RankInfo) -> list[str]:
         found.append(socket.gethostname())
         with suppress(OSError):
             found += [a[4][0] for a in socket.getaddrinfo(found[0], None, type=socket.SOCK_STREAM)]
-        for family, anywhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # documentation's: no packet is sent
+        for family, anywhere in (
+            (socket.AF_INET, "192.0.2.1"),
+            (socket.AF_INET6, "2001:db8::1"),
+        ):  # documentation's: no packet is sent
             with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect((anywhere, 9))
                 found.append(probe.getsockname()[0])

@@ -1,8 +1,8 @@
 """Randomness as pure functions of keys, so that nothing random needs to be saved.
 
 Every draw is named by (seed, words...): the same key gives the same numbers on any rank, worker or restart
-(DESIGN rule 2). An initial weight is a function of (seed, parameter name, index): equal for every engine, rank count and
-device, and a rank draws its own run of them alone.
+(DESIGN rule 2). An initial weight is a function of (seed, parameter name, index): equal for every engine, rank count
+and device, and a rank draws its own run of them alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How long anything may take: one table, from a recipe's two keys, that the watchdog and every process group are made with."""
+"""How long anything may take: one table, from a recipe's two keys, that the watchdog and every process group are made
+with."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from seer_scale.config import Config
 class Timeouts:
     """Seconds. The watchdog judges all but the first; 0 there is no limit.
 
-    meet: until all ranks are there. update: between two updates (run.hang_s, which is at least ten times data.timeout_s, the
-    time a loader may be stuck). lock: for what ran in this folder before to end. start: listing, verifying, building,
-    loading. compile: a first update that compiles. save: a disk, for a checkpoint.
+    meet: until all ranks are there. update: between two updates (run.hang_s, which is at least ten times
+    data.timeout_s, the time a loader may be stuck). lock: for what ran in this folder before to end. start: listing,
+    verifying, building, loading. compile: a first update that compiles. save: a disk, for a checkpoint.
     """
 
     meet_s: float = 600.0
@@ -30,6 +31,6 @@ class Timeouts:
 
     @property
     def groups(self) -> timedelta:
-        """Of process groups: none in effect. A rank that waits for a lost one is ended by its own watchdog, in the time that
-        what it does may take, and one that was stopped by SIGSTOP for an hour goes on."""
+        """Of process groups: none in effect. A rank that waits for a lost one is ended by its own watchdog, in the time
+        that what it does may take, and one that was stopped by SIGSTOP for an hour goes on."""
         return timedelta(days=365)

@@ -1,8 +1,8 @@
 """Who takes part in a run: ranks, devices, process groups, and the few collectives the rest of the house uses.
 
 `start()` recognises our launcher, torchrun and srun, or stays a world of one; all of them meet in the run's folder
-(`rendezvous`). What is decided on the host goes over gloo, connected as it is needed: a rank has some log2(ranks) connections,
-rank 0 one more to each.
+(`rendezvous`). What is decided on the host goes over gloo, connected as it is needed: a rank has some log2(ranks)
+connections, rank 0 one more to each.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ RESERVED_FILES = 64
 class World:
     """The ranks of a run as seen by one of them.
 
-    control: a gloo group for decisions made on the host. timeout: of every process group. store: what all ranks can write
-    to, at rank 0; None where there is one rank (and in tests).
+    control: a gloo group for decisions made on the host. timeout: of every process group. store: what all ranks can
+    write to, at rank 0; None where there is one rank (and in tests).
     """
 
     rank: int = 0
@@ -47,14 +47,17 @@ class World:
     control: dist.ProcessGroup | None = None
     timeout: timedelta = Timeouts().groups
     store: dist.Store | None = None
-    _groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+    _groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def group(self, use: str, size: int, stride: int = 1) -> dist.ProcessGroup | None:
-        """The group of this rank and its neighbours, `size` ranks `stride` apart, for one `use`; None for groups of one.
+        """The group of this rank and its neighbours, `size` ranks `stride` apart, for one `use`; None for groups of
+        one.
 
         A communicator runs one collective at a time, in the order they are issued: what shall overlap needs a group of
         its own, also where its ranks are all there are. Collective over the group on first use.
@@ -65,7 +68,11 @@ class World:
         ranks = tuple(range(first, first + size * stride, stride))
         if (use, ranks) not in self._groups:
             self._groups[use, ranks] = dist.new_group(
-                list(ranks), timeout=self.timeout, backend=dist.get_backend(), use_local_synchronization=True, group_desc=use
+                list(ranks),
+                timeout=self.timeout,
+                backend=dist.get_backend(),
+                use_local_synchronization=True,
+                group_desc=use,
             )
         return self._groups[use, ranks]
 
@@ -131,10 +138,10 @@ def start(
     """Join the run. Collective over all its ranks.
 
     rendezvous: a folder all ranks see; attempt: a word all ranks of this start share and no other start has (under
-    SLURM the job, step and restart are one; torchrun has one for all its restarts, and an old address is tried in vain).
-    device: cpu, cuda, or auto. asked_to_stop: the name of a signal, which ends the wait for other ranks. check: what this
-    rank looks at before any takes its GPU. Raises UserError where the GPUs or open files of a rank do not suffice or its
-    check does, on all ranks; where the other ranks do not come; StartStopped for a signal.
+    SLURM the job, step and restart are one; torchrun has one for all its restarts, and an old address is tried in
+    vain). device: cpu, cuda, or auto. asked_to_stop: the name of a signal, which ends the wait for other ranks. check:
+    what this rank looks at before any takes its GPU. Raises UserError where the GPUs or open files of a rank do not
+    suffice or its check does, on all ranks; where the other ranks do not come; StartStopped for a signal.
     """
     info = detect()
     rank, size = info.rank, info.size
@@ -157,7 +164,14 @@ def start(
         word = re.sub(r"[^\w.-]", "_", attempt or os.environ.get(TORCHRUN) or step)
         place = rendezvous / f"rendezvous-{word}"
         try:
-            store = meet(place, info, timeout_s=timeouts.meet_s, later=timeouts.groups, asked_to_stop=asked_to_stop, problem=problem)
+            store = meet(
+                place,
+                info,
+                timeout_s=timeouts.meet_s,
+                later=timeouts.groups,
+                asked_to_stop=asked_to_stop,
+                problem=problem,
+            )
         except (RankError, StartStopped):
             if not problem:
                 raise
@@ -168,7 +182,9 @@ def start(
     if store is None:
         return World(device=where, timeout=timeouts.groups)
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # else a group connects each rank to every other
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeouts.groups)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeouts.groups
+    )
     control = dist.new_group(backend="gloo", timeout=timeouts.groups)
     world = World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store)
     if cuda:  # also where a rank is alone on its machine and sees one GPU: the others wait for it
@@ -177,12 +193,14 @@ def start(
 
 
 def _gpu_of(info: RankInfo) -> torch.device:
-    """This rank's: it sees all GPUs of its machine, or its own alone where SLURM binds one to each task. Raises UserError."""
+    """This rank's: it sees all GPUs of its machine, or its own alone where SLURM binds one to each task. Raises
+    UserError."""
     gpus = torch.cuda.device_count()
     own = gpus == 1 < info.local_size
     if info.local_rank >= gpus and not own or own and not bound_to_one():
         raise UserError(
-            f"{socket.gethostname()} has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a machine, or give "
+            f"{socket.gethostname()} has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a "
+            "machine, or give "
             "parallel.device cpu."
         )
     return torch.device("cuda", min(info.local_rank, gpus - 1))
@@ -194,14 +212,18 @@ def refuse_shared_gpus(world: World) -> None:
     first: dict[str, int] = {}
     for rank, gpu in enumerate(world.gather_objects(mine)):
         if (other := first.setdefault(gpu, rank)) != rank:
-            raise UserError(f"Ranks {other} and {rank} have the same GPU ({gpu}): give each task one of its own, or parallel.device cpu.")
+            raise UserError(
+                f"Ranks {other} and {rank} have the same GPU ({gpu}): give each task one of its own, or "
+                "parallel.device cpu."
+            )
 
 
 def allow_open_files(rank: int, size: int) -> None:
-    """Raise this process's limit of open files as far as it may go. Raises UserError where rank `rank` of `size` needs more.
+    """Raise this process's limit of open files as far as it may go. Raises UserError where rank `rank` of `size` needs
+    more.
 
-    Rank 0 has a connection to each rank for the store, and two more while checkpoints are planned; the others have some to
-    neighbours.
+    Rank 0 has a connection to each rank for the store, and two more while checkpoints are planned; the others have some
+    to neighbours.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS says "unlimited" and means less
@@ -210,23 +232,28 @@ def allow_open_files(rank: int, size: int) -> None:
     needed = RESERVED_FILES + 8 * size.bit_length() + (3 * size if rank == 0 else 0)
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise UserError(
-            f"Rank {rank} of {size} may open {soft} files, but needs about {needed} (a connection is one): raise the hard limit "
+            f"Rank {rank} of {size} may open {soft} files, but needs about {needed} (a connection is one): "
+            "raise the hard limit "
             f"(ulimit -Hn; in a service or container LimitNOFILE or --ulimit nofile) to {needed} or more."
         )
 
 
 def limit_groups(world: World) -> None:
     """Every process group there is by now, also those that libraries have made, gets the run's time limit."""
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name before torch 2.14
+    set_timeout = (
+        getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    )  # its name before torch 2.14
     for group in list(dist.distributed_c10d._world.pg_map):
         set_timeout(world.timeout, group)
 
 
 def bound_to_one() -> bool:
-    """Whether each task may have been given a GPU of its own: by SLURM (--gpus-per-task, --gpu-bind, --ntasks-per-gpu), or
-    by a wrapper that sets CUDA_VISIBLE_DEVICES. Which GPU that is, `refuse_shared_gpus` looks at."""
+    """Whether each task may have been given a GPU of its own: by SLURM (--gpus-per-task, --gpu-bind, --ntasks-per-gpu),
+    or by a wrapper that sets CUDA_VISIBLE_DEVICES. Which GPU that is, `refuse_shared_gpus` looks at."""
     by_slurm = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_GPU")
-    return any(k in os.environ for k in by_slurm) or bool(re.fullmatch(r"[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", "")))
+    return any(k in os.environ for k in by_slurm) or bool(
+        re.fullmatch(r"[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    )
 
 
 def stop(world: World) -> None:
@@ -241,5 +268,11 @@ def is_lost_rank(error: RuntimeError) -> bool:
     text = str(error)
     return isinstance(error, dist.DistError) or any(
         sign in text
-        for sign in ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "imed out")
+        for sign in (
+            "Connection closed by peer",
+            "Connection reset by peer",
+            "Connection refused",
+            "Broken pipe",
+            "imed out",
+        )
     )

@@ -13,7 +13,8 @@ ROWS = 7
 
 
 class Numbers:
-    """Row r of batch k holds 100 k + r; `trouble` maps an item to what its worker does there, the first `times` times."""
+    """Row r of batch k holds 100 k + r; `trouble` maps an item to what its worker does there, the first `times`
+    times."""
 
     def __init__(self, folder: Path, trouble=None, times=1, rows=ROWS):
         self.folder, self.trouble, self.times, self.num_rows = folder, trouble or {}, times, rows

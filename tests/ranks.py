@@ -1,8 +1,8 @@
 """Start gloo ranks for a test: `run_ranks(n, fn, *args)` runs fn(rank, world_size, *args) in n fresh processes.
 
 Results come back in rank order; an exception on any rank fails the call with that rank's traceback. Each rank has
-one torch thread, and a FutureWarning of torch.distributed is an error. Group many checks in one call: starting processes costs
-more than the checks.
+one torch thread, and a FutureWarning of torch.distributed is an error. Group many checks in one call: starting
+processes costs more than the checks.
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ class Passing(Around):
     def name(self, i: int) -> str:
         return "passing"
 
-    def iterate(self, seed: int, epoch: int, first: int, tick: Callable[[], None]) -> Iterator[tuple[int, bytes | DataError]]:
+    def iterate(
+        self, seed: int, epoch: int, first: int, tick: Callable[[], None]
+    ) -> Iterator[tuple[int, bytes | DataError]]:
         for i in range(self._ends or len(self)):
             tick()
             if i < first:

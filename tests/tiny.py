@@ -35,7 +35,8 @@ def tiny(world: World, **overrides) -> tuple[Config, Engine]:
 
 
 def sections(overrides: dict) -> dict[str, dict]:
-    """{"section.key": value} as a recipe has it; with fsdp each unit is gathered alone, as large ones are, unless told."""
+    """{"section.key": value} as a recipe has it; with fsdp each unit is gathered alone, as large ones are, unless
+    told."""
     if overrides.get("parallel.engine") == "fsdp":
         overrides = {"parallel.min_unit_mib": 0.0} | overrides
     nested: dict[str, dict] = {}
@@ -59,7 +60,10 @@ def fake_views(config: Config, step: int, world: World) -> list[torch.Tensor]:
 def micro_batches(config: Config, step: int, world: World) -> list[Callable[[], list[torch.Tensor]]]:
     """What makes each micro-batch of this rank's slice."""
     num = config.accumulation(world.size)
-    views = [v.unflatten(0, (c.num, -1)).chunk(num, dim=1) for v, c in zip(fake_views(config, step, world), config.views.crops)]
+    views = [
+        v.unflatten(0, (c.num, -1)).chunk(num, dim=1)
+        for v, c in zip(fake_views(config, step, world), config.views.crops)
+    ]
     return [lambda i=i: [v[i].flatten(0, 1) for v in views] for i in range(num)]
 
 

@@ -1,9 +1,9 @@
 """Small methods unlike SwAV on a RegNetY, with what an engine asks of any method.
 
 vit, matrices: layers over tokens, parameters of three dimensions outside every unit; no BatchNorm, no float buffers, no
-rows of unit length; the second no vector either. classifier: a RegNetY with labels. teacher: a student that sees a part of
-the tokens follows a moving average of itself that sees all, centred over the whole batch. autoencoder: a decoder behind
-the backbone, of other units.
+rows of unit length; the second no vector either. classifier: a RegNetY with labels. teacher: a student that sees a part
+of the tokens follows a moving average of itself that sees all, centred over the whole batch. autoencoder: a decoder
+behind the backbone, of other units.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def patches(x: Tensor) -> Tensor:
 
 
 def visible(tokens: Tensor, samples_seen: int, keep: int = NUM_TOKENS // 2) -> Tensor:
-    """Indices [B, keep] of the tokens a student sees: of image i of the global batch a function of (samples_seen, i), but
-    for the ranks, which these small tests leave out."""
+    """Indices [B, keep] of the tokens a student sees: of image i of the global batch a function of (samples_seen, i),
+    but for the ranks, which these small tests leave out."""
     order = numpy_generator(samples_seen, "mask").permutation(tokens.shape[1])[:keep]
     return torch.from_numpy(order).to(tokens.device).expand(len(tokens), keep)
 
@@ -119,7 +119,8 @@ class Simple(Method[None, None]):
 
 
 class Toy(Simple):
-    """Patches to tokens, blocks, and a head that tells the mean colour of each image. kind: vit (of WIDTH), matrices."""
+    """Patches to tokens, blocks, and a head that tells the mean colour of each image. kind: vit (of WIDTH),
+    matrices."""
 
     def __init__(self, kind: str, width: int = WIDTH, depth: int = 2):
         super().__init__()
@@ -132,7 +133,9 @@ class Toy(Simple):
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # no float
 
     def shard_units(self) -> dict[str, nn.Module]:
-        return {"embed": self.embed} | {f"backbone.{n}": u for n, u in self.backbone.units().items()} | {"head": self.head}
+        return (
+            {"embed": self.embed} | {f"backbone.{n}": u for n, u in self.backbone.units().items()} | {"head": self.head}
+        )
 
     def _tokens(self, views: list[Tensor]) -> list[Tensor]:
         return self.backbone([self.embed(patches(x)) + self.position for x in views])
@@ -140,7 +143,9 @@ class Toy(Simple):
     def loss(
         self, views: list[Tensor], *, samples_seen: int, targets: None = None, with_metrics: bool = False
     ) -> LossOutput:
-        wrong = [(self.head(x.mean(1)).float() - v.mean((2, 3))).square().mean() for x, v in zip(self._tokens(views), views)]
+        wrong = [
+            (self.head(x.mean(1)).float() - v.mean((2, 3))).square().mean() for x, v in zip(self._tokens(views), views)
+        ]
         return LossOutput(torch.stack(wrong).mean(), {})
 
     def encode(self, images: Tensor) -> Features:

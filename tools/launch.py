@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Start a recipe on several processes, here or on SLURM: the same door as `seer-scale launch`, and as `seer-scale list`,
-status, logs, cancel and resubmit."""
+"""Start a recipe on several processes, here or on SLURM: the same door as `seer-scale launch`, and as `seer-scale
+list`, status, logs, cancel and resubmit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ try:
     from seer_scale.cli import main
 except ModuleNotFoundError as error:
     print(
-        f"{sys.executable} has no {error.name}: give this command with the Python of the environment that seer_scale is installed in, "
+        f"{sys.executable} has no {error.name}: give this command with the Python of the environment that "
+        "seer_scale is installed in, "
         "such as .venv/bin/python.",
         file=sys.stderr,
     )

@@ -24,9 +24,20 @@ from seer_scale.world import World
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the state (default: %(default)s)")
-    parser.add_argument("--tensors", type=int, default=400, help="number of tensors it has, half of them large (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often both are measured, in turn; medians are told (default: %(default)s)")
-    parser.add_argument("--folder", default="", help="where to write, such as a file system of the cluster (default: the temporary folder)")
+    parser.add_argument(
+        "--tensors", type=int, default=400, help="number of tensors it has, half of them large (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="how often both are measured, in turn; medians are told (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--folder",
+        default="",
+        help="where to write, such as a file system of the cluster (default: the temporary folder)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
@@ -64,7 +75,9 @@ def measure(folder: Path, state: store.State, rounds: int) -> dict[str, list[flo
         if saved.path is None:
             raise UserError(saved.problem)
         if i:
-            for key, value in zip(out, (blocking, stall, saved.seconds, statistics.median(alone), statistics.median(beside or alone))):
+            for key, value in zip(
+                out, (blocking, stall, saved.seconds, statistics.median(alone), statistics.median(beside or alone))
+            ):
                 out[key].append(value)
     return out
 
@@ -82,10 +95,18 @@ def run(args: argparse.Namespace) -> str:
     slower = statistics.median(b / a for a, b in zip(found["step"], found["step_beside"]))
     gib = sum(t.nbytes for t in state.values()) / 2**30
     if args.json:
-        return to_json({"gib": gib, "seconds": middle, "stall_of_blocking": share, "step_beside_of_alone": slower}, indent=1)
+        return to_json(
+            {"gib": gib, "seconds": middle, "stall_of_blocking": share, "step_beside_of_alone": slower}, indent=1
+        )
     return "\n".join([
-        f"{gib:.2f} GiB in {len(state)} tensors, written to {args.folder or tempfile.gettempdir()}; medians of {args.rounds} rounds",
+        (
+            f"{gib:.2f} GiB in {len(state)} tensors, written to {args.folder or tempfile.gettempdir()}; medians of "
+            f"{args.rounds} rounds"
+        ),
         f"blocking save        {middle['blocking']:8.3f} s",
         f"stall of ours        {middle['stall']:8.3f} s   {share:.3f} of the blocking save",
-        f"written meanwhile in {middle['background']:8.3f} s   with {gib:.2f} GiB of copies; a step takes {slower:.2f} times as long beside it",
+        (
+            f"written meanwhile in {middle['background']:8.3f} s   with {gib:.2f} GiB of copies; a step takes "
+            f"{slower:.2f} times as long beside it"
+        ),
     ])  # fmt: skip

@@ -35,10 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="images, as data.path takes them")
     parser.add_argument("--images", type=int, default=200, help="how many of them, spread over all")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--recipe", default="", help="whose crops and distortions to use (default: SEER's, 2 x 224 + 4 x 96)")
+    parser.add_argument(
+        "--recipe", default="", help="whose crops and distortions to use (default: SEER's, 2 x 224 + 4 x 96)"
+    )
     parser.add_argument("--workers", default="", help="also loaders of so many workers, such as 1,2,4")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long a round measures each number of workers")
-    parser.add_argument("--need", type=float, default=0.0, help="images/s that one GPU trains on: says how many cores feed it")
+    parser.add_argument(
+        "--need", type=float, default=0.0, help="images/s that one GPU trains on: says how many cores feed it"
+    )
     parser.add_argument("--no-reference", action="store_true", help="leave the slow reference out")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
@@ -60,7 +64,11 @@ def reference(views: Views, seed: int) -> Callable[[bytes], list[torch.Tensor]]:
     draw = random.Random(seed)
 
     def blur(image):
-        return image.filter(ImageFilter.GaussianBlur(draw.uniform(*views.blur_sigma))) if draw.random() < views.blur_p else image
+        return (
+            image.filter(ImageFilter.GaussianBlur(draw.uniform(*views.blur_sigma)))
+            if draw.random() < views.blur_p
+            else image
+        )
 
     def pipeline(crop):
         return T.Compose([
@@ -131,7 +139,8 @@ def rate_of_workers(source: Source, views: Views, workers: int, batch: int, batc
 
 
 def rate_of_processes(images: list[bytes], views: Views, num: int, each: int) -> float:
-    """Images/s of so many processes that make views of `each` images and hand them to nobody: what the machine can do."""
+    """Images/s of so many processes that make views of `each` images and hand them to nobody: what the machine can
+    do."""
     context = multiprocessing.get_context("fork")
     begun, made = context.Barrier(num + 1), context.Barrier(num + 1)
 
@@ -175,7 +184,11 @@ def run(args: argparse.Namespace) -> str:
         thing(images[0])
     taken = time_each(things, images, args.rounds)
     rates = {name: 1 / statistics.median(t) for name, t in taken.items()}
-    ratios = {n: statistics.median(r / t for r, t in zip(taken["reference"], own)) for n, own in taken.items() if not args.no_reference}
+    ratios = {
+        n: statistics.median(r / t for r, t in zip(taken["reference"], own))
+        for n, own in taken.items()
+        if not args.no_reference
+    }
     # batches so small that even one worker fills several in a few seconds; all numbers of workers in turn
     rounds, each = [], math.ceil(args.seconds * rates["ours"])
     for _ in range(args.rounds if workers else 0):
@@ -186,7 +199,10 @@ def run(args: argparse.Namespace) -> str:
     by_workers = {w: _compare(column, [r[0] for r in rounds]) for w, column in zip(workers, zip(*rounds))}
     pixels = statistics.median(math.prod(decode(d).shape[:2]) for d in images[:50])
     crops = " + ".join(f"{c.num} x {c.size}" for c in views.crops)
-    title = f"{len(images)} images of {args.path}, median {pixels / 1e6:.2f} megapixels and {statistics.median(map(len, images)) / 1e3:.0f} kB; {crops}; one thread"
+    title = (
+        f"{len(images)} images of {args.path}, median {pixels / 1e6:.2f} megapixels and "
+        f"{statistics.median(map(len, images)) / 1e3:.0f} kB; {crops}; one thread"
+    )
     if args.json:
         return to_json({"what": title, "images_per_s": rates, "to_reference": ratios, "workers": by_workers}, indent=1)
     lines = [title]
@@ -194,20 +210,35 @@ def run(args: argparse.Namespace) -> str:
         ratio = f"{ratios[name]:8.2f} times the reference" if name != "reference" and ratios else ""
         lines.append(f"{name:20} {rate:8.1f} images/s {ratio}".rstrip())
     for w, found in by_workers.items():
-        beside = f", {found['to_first']:.2f} times {workers[0]} (processes without a loader: {found['processes_to_first']:.2f} times)" if w != workers[0] else ""
-        lines.append(f"{f'{w} workers' if w > 1 else '1 worker':20} {found['images_per_s']:8.1f} images/s: {found['of_processes']:.2f} of what as many processes make without a loader{beside}")
+        beside = (
+            (
+                f", {found['to_first']:.2f} times {workers[0]} (processes without a loader: "
+                f"{found['processes_to_first']:.2f} times)"
+            )
+            if w != workers[0]
+            else ""
+        )
+        lines.append(
+            f"{f'{w} workers' if w > 1 else '1 worker':20} {found['images_per_s']:8.1f} images/s: "
+            f"{found['of_processes']:.2f} of what as many processes make without a loader{beside}"
+        )
     if args.need:
         cores = args.need / rates["ours"]
-        lines.append(f"{args.need:g} images/s need {cores:.1f} such cores: data.workers {math.ceil(cores)} a GPU; this machine has {available_cores()} cores.")
+        lines.append(
+            f"{args.need:g} images/s need {cores:.1f} such cores: data.workers {math.ceil(cores)} a GPU; this "
+            f"machine has {available_cores()} cores."
+        )
     return "\n".join(lines)
 
 
 def _compare(own: Sequence[tuple[float, float]], first: Sequence[tuple[float, float]]) -> dict[str, float]:
     """Medians over rounds of (workers' rate, processes' rate) and of their ratios."""
     return {
-        "images_per_s": statistics.median(w for w, _ in own), "of_processes": statistics.median(w / p for w, p in own),
-        "to_first": statistics.median(a[0] / b[0] for a, b in zip(own, first)), "processes_to_first": statistics.median(a[1] / b[1] for a, b in zip(own, first)),
-    }  # fmt: skip
+        "images_per_s": statistics.median(w for w, _ in own),
+        "of_processes": statistics.median(w / p for w, p in own),
+        "to_first": statistics.median(a[0] / b[0] for a, b in zip(own, first)),
+        "processes_to_first": statistics.median(a[1] / b[1] for a, b in zip(own, first)),
+    }
 
 
 def _views(recipe: str) -> Views:

@@ -3,8 +3,8 @@
 The ranks are processes of this machine: on the CPU all cases are built in the same ranks and take turns, in another
 order each round; ratios are medians over rounds. On GPUs they are built and measured one after another.
 
-An engine costs by the parameter, computing by the pixel: SEER's 256GF does 7,800 multiply-adds a parameter and update on
-a rank (16 images of 2 x 224 + 4 x 96), the default here 630, so an engine looks worse here than there.
+An engine costs by the parameter, computing by the pixel: SEER's 256GF does 7,800 multiply-adds a parameter and update
+on a rank (16 images of 2 x 224 + 4 x 96), the default here 630, so an engine looks worse here than there.
 
 Memory is counted from before an engine is built. `peak` is the most of an update after two that warm up, images
 included; `held` is what is there between backward and update, without the images: weights, gradients, optimiser state,
@@ -12,8 +12,8 @@ running statistics and what libraries keep, such as buckets. On GPUs both are th
 nobody counts, they are the bytes of all storages that torch operations have made and that still live: exact for
 tensors, blind to what a kernel uses inside. Host memory is all there is there, so offloading saves none of it.
 
-`calls` are the collectives of an update. `alone` is the time they take by themselves, one after the other on tensors of the
-same sizes, as a share of the update: what a backend that overlaps nothing, such as gloo, costs whatever we do.
+`calls` are the collectives of an update. `alone` is the time they take by themselves, one after the other on tensors of
+the same sizes, as a share of the update: what a backend that overlaps nothing, such as gloo, costs whatever we do.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, help="global batch")
     parser.add_argument("--crops", default="2x96,4x48", help="number x size of each kind of crop")
     parser.add_argument("--prototypes", type=int, default=32)
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16"], help="of all cases but the feature's")
+    parser.add_argument(
+        "--precision", default="fp32", choices=["fp32", "fp16", "bf16"], help="of all cases but the feature's"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--ranks", type=int, default=0, help="0 = 2 on the CPU, every GPU on cuda")
     parser.add_argument("--rounds", type=int, default=7)
@@ -117,7 +119,9 @@ def list_cases(args: argparse.Namespace, ranks: int) -> tuple[list[Case], list[s
         cases.append(Case(f"{on}, {what}", over | {"parallel": parallel}, on))
 
     half = args.batch // ranks // 2
-    feature("activation_checkpoint", "activation_checkpoint every 1", {"parallel": {"activation_checkpoint": "every 1"}})
+    feature(
+        "activation_checkpoint", "activation_checkpoint every 1", {"parallel": {"activation_checkpoint": "every 1"}}
+    )
     feature("reshard_after_forward", "reshard_after_forward false", {"parallel": {"reshard_after_forward": False}})
     feature("min_unit_mib", "min_unit_mib 0 (each unit alone)", {"parallel": {"min_unit_mib": 0.0}})
     if ranks >= 4:
@@ -259,18 +263,25 @@ def time_rounds(updates: dict[str, Update], rows: dict[str, Measured], world: Wo
     for _ in range(args.rounds):
         for name in order.sample(list(updates), len(updates)):
             update, collectives = updates[name]
-            rows[name].seconds.append(seconds(lambda update=update: [update() for _ in range(args.updates)], world) / args.updates)
+            rows[name].seconds.append(
+                seconds(lambda update=update: [update() for _ in range(args.updates)], world) / args.updates
+            )
             rows[name].alone.append(seconds(collectives.repeat, world))
 
 
-def prepare(engine_class: type[Engine], config: Config, world: World, args: argparse.Namespace, row: Measured) -> Update:
+def prepare(
+    engine_class: type[Engine], config: Config, world: World, args: argparse.Namespace, row: Measured
+) -> Update:
     """Build the engine, warm it up, find what it holds and moves; returns what makes an update, and its collectives."""
     with CudaBytes() if world.device.type == "cuda" else LiveBytes() as count:
         with torch.device("meta"):
             method = SwAV(config, world)
         engine = engine_class(method, config, world)
         share, num = config.train.global_batch // world.size, config.accumulation(world.size)
-        batches = [fake_views(config.views.crops, share // num, world.device, args.channels_last, seed=world.rank * num + i) for i in range(num)]
+        batches = [
+            fake_views(config.views.crops, share // num, world.device, args.channels_last, seed=world.rank * num + i)
+            for i in range(num)
+        ]
         images = sum(v.numel() * v.itemsize for views in batches for v in views)
         makers = [lambda views=views: views for views in batches]
 
@@ -314,12 +325,30 @@ def run(args: argparse.Namespace) -> str:
     rows, missing = run_ranks(measure, {"cases": given, "args": args}, ranks=ranks, device=args.device)
     left_out += missing
     table = [table_row(case, rows, args) for case in cases if case.name in rows]
-    device = where(torch.device(args.device)) if args.device == "cuda" else f"CPU, 1 thread a rank, torch {torch.__version__}"
+    device = (
+        where(torch.device(args.device))
+        if args.device == "cuda"
+        else f"CPU, 1 thread a rank, torch {torch.__version__}"
+    )
     title = f"{args.model}, crops {args.crops}, global batch {args.batch}, {args.precision}, {ranks} ranks, {device}"
     if args.json:
         return to_json({"what": title, "rows": table, "left_out": left_out}, indent=1)
-    turns = f"{args.rounds} interleaved rounds" if args.device == "cpu" else f"{args.rounds} rounds of each, one after another"
-    return "\n".join([title, f"each ratio is to the row named under 'to'; speed: median of {turns}; collectives, bytes and memory are a rank's", *aligned(table), *left_out])
+    turns = (
+        f"{args.rounds} interleaved rounds"
+        if args.device == "cpu"
+        else f"{args.rounds} rounds of each, one after another"
+    )
+    return "\n".join(
+        [
+            title,
+            (
+                f"each ratio is to the row named under 'to'; speed: median of {turns}; collectives, bytes and "
+                "memory are a rank's"
+            ),
+            *aligned(table),
+            *left_out,
+        ]
+    )
 
 
 def table_row(case: Case, rows: dict[str, Measured], args: argparse.Namespace) -> dict:

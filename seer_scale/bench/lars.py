@@ -124,7 +124,13 @@ def measure(world: World, given: dict) -> dict:
     worst = torch.stack([torch.stack(apart).max(), torch.stack(moved).max()])
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     elements = sum(p.numel() for p in start.values())
-    return {"times": times, "apart": worst[0].item(), "moved": worst[1].item(), "elements": elements, "where": where(world.device)}
+    return {
+        "times": times,
+        "apart": worst[0].item(),
+        "moved": worst[1].item(),
+        "elements": elements,
+        "where": where(world.device),
+    }
 
 
 def run(args: argparse.Namespace) -> str:
@@ -139,12 +145,30 @@ def run(args: argparse.Namespace) -> str:
     ours, loop = (statistics.median(got["times"][n]) for n in ("ours", "loop"))
     ratio = statistics.median(b / a for a, b in zip(*got["times"].values()))
     if not got["apart"] <= 1e-4 * got["moved"]:
-        raise UserError(f"The two updates differ by {got['apart']:.1e} where parameters moved by {got['moved']:.1e}: one of them is wrong.")
+        raise UserError(
+            f"The two updates differ by {got['apart']:.1e} where parameters moved by {got['moved']:.1e}: one "
+            "of them is wrong."
+        )
     return "\n".join([
-        f"{args.recipe}: {total / 1e6:,.0f}M parameters in {len(shapes)} tensors ({matrices} matrices), {args.ranks} ranks, {got['where']}",
-        f"each rank holds {got['elements'] / 1e6:.2f}M elements, as if one of {args.as_if} (matrices by rows, vectors whole)",
-        f"one stacked norm exchange  {1e3 * ours:9.2f} ms   1 all-reduce of {2 * len(shapes) + 1:,} numbers, 0 host synchronisations",
-        f"a per-tensor loop          {1e3 * loop:9.2f} ms   {2 * matrices:,} all-reduces of one number, {2 * len(shapes):,} host synchronisations",
+        (
+            f"{args.recipe}: {total / 1e6:,.0f}M parameters in {len(shapes)} tensors ({matrices} matrices), "
+            f"{args.ranks} ranks, {got['where']}"
+        ),
+        (
+            f"each rank holds {got['elements'] / 1e6:.2f}M elements, as if one of {args.as_if} (matrices by rows, "
+            "vectors whole)"
+        ),
+        (
+            f"one stacked norm exchange  {1e3 * ours:9.2f} ms   1 all-reduce of {2 * len(shapes) + 1:,} numbers, 0 "
+            "host synchronisations"
+        ),
+        (
+            f"a per-tensor loop          {1e3 * loop:9.2f} ms   {2 * matrices:,} all-reduces of one number, "
+            f"{2 * len(shapes):,} host synchronisations"
+        ),
         f"ours: {ratio:.2f} times the speed (median of {args.rounds} interleaved rounds)",
-        f"same parameters after {args.rounds + 1} updates: they moved by up to {got['moved']:.2e} and differ by at most {got['apart']:.1e}",
+        (
+            f"same parameters after {args.rounds + 1} updates: they moved by up to {got['moved']:.2e} and differ "
+            f"by at most {got['apart']:.1e}"
+        ),
     ])  # fmt: skip

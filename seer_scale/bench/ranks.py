@@ -26,7 +26,9 @@ def run_ranks(measure: Callable[[World, Any], Any], given: Any, *, ranks: int, d
     if ranks < 1:
         raise UserError(f"--ranks is {ranks}, but must be at least 1; nearest: 1.")
     if device == "cuda" and ranks > torch.cuda.device_count():
-        raise UserError(f"--ranks is {ranks}, but there are {torch.cuda.device_count()} GPUs here; nearest: that, or --device cpu.")
+        raise UserError(
+            f"--ranks is {ranks}, but there are {torch.cuda.device_count()} GPUs here; nearest: that, or --device cpu."
+        )
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (folder, ranks, device, measure, given), nprocs=ranks)
         told, value = pickle.loads((Path(folder) / "result").read_bytes())
@@ -74,5 +76,7 @@ def wait(device: torch.device) -> None:
 
 def where(device: torch.device) -> str:
     """The device in words, with torch's version."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a process"
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads a process"
+    )
     return f"{name}, torch {torch.__version__}"

@@ -65,7 +65,9 @@ def measure(world: World, given: argparse.Namespace) -> dict:
         "read": lambda: scores.sum(),
         "copy": lambda: other.copy_(scores),
         "exchange": exchange,
-        "textbook": lambda: out.update(textbook=[textbook_sinkhorn(s, given.epsilon, given.iterations, world) for s in scores]),
+        "textbook": lambda: out.update(
+            textbook=[textbook_sinkhorn(s, given.epsilon, given.iterations, world) for s in scores]
+        ),
     }
     times: dict[str, list[float]] = {n: [] for n in works}
     for turn in range(given.rounds + 1):  # the first warms up
@@ -80,23 +82,41 @@ def measure(world: World, given: argparse.Namespace) -> dict:
 def run(args: argparse.Namespace) -> str:
     """Measure; returns the lines to print. Raises UserError."""
     if args.ranks < 1 or args.batch % args.ranks:
-        raise UserError(f"--batch is {args.batch}, but must divide evenly among {args.ranks} ranks; nearest: {max(1, args.batch // max(1, args.ranks)) * max(1, args.ranks)}.")
+        raise UserError(
+            f"--batch is {args.batch}, but must divide evenly among {args.ranks} ranks; nearest: "
+            f"{max(1, args.batch // max(1, args.ranks)) * max(1, args.ranks)}."
+        )
     got = run_ranks(measure, args, ranks=args.ranks, device=args.device)
     times, mib = got["times"], got["bytes"] / 2**20
     reads, copies = passes(args.iterations)
     moves = [reads * r + copies * c for r, c in zip(times["read"], times["copy"])]
     bounds = [m + e for m, e in zip(moves, times["exchange"])]
-    mid = {n: statistics.median(t) for n, t in times.items()} | {"bound": statistics.median(bounds), "moves": statistics.median(moves)}
+    mid = {n: statistics.median(t) for n, t in times.items()} | {
+        "bound": statistics.median(bounds),
+        "moves": statistics.median(moves),
+    }
     against_bound = statistics.median(o / b for o, b in zip(times["ours"], bounds))
     against_textbook = statistics.median(t / o for o, t in zip(times["ours"], times["textbook"]))
     gb = args.ranks * got["bytes"] / 1e9
     return "\n".join([
-        f"B = {args.batch:,}, K = {args.prototypes:,}, {args.iterations} iterations, {args.crops} crops, {args.ranks} ranks, {got['where']}",
+        (
+            f"B = {args.batch:,}, K = {args.prototypes:,}, {args.iterations} iterations, {args.crops} crops, "
+            f"{args.ranks} ranks, {got['where']}"
+        ),
         f"its bytes: {reads} passes that read the scores ({mib:.1f} MiB a rank) and {copies} that read and write them: "
         f"{(reads + 2 * copies) * gb:.1f} GB on all ranks",
-        f"memory speed of all ranks at once: {gb / mid['read']:.1f} GB/s reading (sum), {2 * gb / mid['copy']:.1f} GB/s reading and writing (copy_)",
+        (
+            f"memory speed of all ranks at once: {gb / mid['read']:.1f} GB/s reading (sum), "
+            f"{2 * gb / mid['copy']:.1f} GB/s reading and writing (copy_)"
+        ),
         f"ours      {mid['ours']:8.3f} s",
-        f"bound     {mid['bound']:8.3f} s   {mid['moves']:.3f} s to move its bytes, {mid['exchange']:.3f} s for {args.iterations + 1} all-reduces of {args.crops * args.prototypes:,} floats",
+        (
+            f"bound     {mid['bound']:8.3f} s   {mid['moves']:.3f} s to move its bytes, {mid['exchange']:.3f} s "
+            f"for {args.iterations + 1} all-reduces of {args.crops * args.prototypes:,} floats"
+        ),
         f"textbook  {mid['textbook']:8.3f} s   codes differ by at most {got['apart']:.1e}",
-        f"ours / bound: {against_bound:.2f}; textbook / ours: {against_textbook:.2f} (medians of {args.rounds} interleaved rounds)",
+        (
+            f"ours / bound: {against_bound:.2f}; textbook / ours: {against_textbook:.2f} (medians of {args.rounds} "
+            "interleaved rounds)"
+        ),
     ])  # fmt: skip

@@ -27,8 +27,23 @@ from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import COMPUTE, Engine
 from seer_scale.world import World
 
-TIMM = {"200mf": "002", "400mf": "004", "600mf": "006", "800mf": "008", "1_6gf": "016", "3_2gf": "032", "4gf": "040",
-        "6_4gf": "064", "8gf": "080", "12gf": "120", "16gf": "160", "32gf": "320", "64gf": "640", "128gf": "1280", "256gf": "2560"}  # fmt: skip
+TIMM = {
+    "200mf": "002",
+    "400mf": "004",
+    "600mf": "006",
+    "800mf": "008",
+    "1_6gf": "016",
+    "3_2gf": "032",
+    "4gf": "040",
+    "6_4gf": "064",
+    "8gf": "080",
+    "12gf": "120",
+    "16gf": "160",
+    "32gf": "320",
+    "64gf": "640",
+    "128gf": "1280",
+    "256gf": "2560",
+}
 
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "V100": 125}
@@ -45,15 +60,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="", help="a shipped recipe or a YAML file")
     parser.add_argument("--model", default="", help="a backbone timm has too; regnety_200mf where there is no recipe")
     parser.add_argument("--batch", type=int, default=8, help="images an update")
-    parser.add_argument("--crops", default="", help="number x size of each kind of crop; 2x96,4x64 where there is no recipe")
+    parser.add_argument(
+        "--crops", default="", help="number x size of each kind of crop; 2x96,4x64 where there is no recipe"
+    )
     parser.add_argument("--prototypes", type=int, default=0, help="32 where there is no recipe")
     parser.add_argument("--precision", default="", choices=["", *COMPUTE], help="fp32 where there is no recipe")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5, help="rounds of updates, ours and the reference's in turn")
     parser.add_argument("--updates", type=int, default=4, help="updates a round")
     parser.add_argument("--channels-last", action="store_true", help="both keep feature maps channels-last")
-    parser.add_argument("--alone", action="store_true", help="ours only, for models of which two do not fit; with the recipe's optimiser")
-    parser.add_argument("--recompute", default="", help='parallel.activation_checkpoint of ours, as in "every 1" or "[[2], [7], [9, 17], []]"')
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="ours only, for models of which two do not fit; with the recipe's optimiser",
+    )
+    parser.add_argument(
+        "--recompute",
+        default="",
+        help='parallel.activation_checkpoint of ours, as in "every 1" or "[[2], [7], [9, 17], []]"',
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's default")
 
 
@@ -82,7 +107,10 @@ def configure(args: argparse.Namespace) -> Config:
     over: dict = {"parallel": {"engine": "single"}}
     if args.recipe:
         given = load_recipe(args.recipe)
-        over = {"data": {"path": "-"}, "parallel": {"engine": "single", "ranks": 1, "replicate": 1, "shard": 0, "sync_bn_group": 0}}
+        over = {
+            "data": {"path": "-"},
+            "parallel": {"engine": "single", "ranks": 1, "replicate": 1, "shard": 0, "sync_bn_group": 0},
+        }
         over |= {"model": {"name": args.model}} if args.model else {}
         over |= {"views": {"crops": read_crops(args.crops)}} if args.crops else {}
         over |= {"swav": {"prototypes": [args.prototypes]}} if args.prototypes else {}
@@ -97,7 +125,9 @@ def configure(args: argparse.Namespace) -> Config:
     return replace(config, train=replace(config.train, global_batch=args.batch, micro_batch=0))
 
 
-def fake_views(crops: Sequence[Crop], batch: int, device: torch.device, channels_last: bool, seed: int = 0) -> list[Tensor]:
+def fake_views(
+    crops: Sequence[Crop], batch: int, device: torch.device, channels_last: bool, seed: int = 0
+) -> list[Tensor]:
     """Random images, for each resolution [num * batch, 3, S, S]."""
     generator = torch.Generator().manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -164,7 +194,10 @@ def textbook_loss(scores: Tensor, config: Config) -> Tensor:
     for crop in range(assigned):
         codes = textbook_sinkhorn(scores[batch * crop : batch * (crop + 1)].detach(), s.epsilon, s.iterations)
         others = [v for v in range(config.num_crops) if v != crop]
-        terms = [(codes * F.log_softmax(scores[batch * v : batch * (v + 1)] / s.temperature, dim=1)).sum(1).mean() for v in others]
+        terms = [
+            (codes * F.log_softmax(scores[batch * v : batch * (v + 1)] / s.temperature, dim=1)).sum(1).mean()
+            for v in others
+        ]
         loss = loss - sum(terms) / len(others)
     return loss / assigned
 
@@ -174,7 +207,9 @@ class ReferenceLoop:
         self.config, self.device, self.dtype = config, device, COMPUTE[config.train.precision]
         self.model = Reference(engine.method, config.model.name).to(device)
         o = config.optim
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=config.peak_lr, momentum=o.momentum, weight_decay=o.weight_decay)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=config.peak_lr, momentum=o.momentum, weight_decay=o.weight_decay
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def update(self, views: list[Tensor]) -> Tensor:
@@ -238,18 +273,35 @@ def run(args: argparse.Namespace) -> str:
     recomputed = config.parallel.activation_checkpoint
     if args.recipe or recomputed != "none":
         s, widths = config.swav, " x ".join(map(str, [*config.swav.hidden, config.swav.dim]))
-        norm, told = " with BatchNorm" if s.batch_norm else "", recomputed if isinstance(recomputed, str) else [list(r) for r in recomputed]
+        norm, told = (
+            " with BatchNorm" if s.batch_norm else "",
+            recomputed if isinstance(recomputed, str) else [list(r) for r in recomputed],
+        )
         lines.append(f"head {widths}{norm}, prototypes {list(s.prototypes)}, {config.optim.name}, recomputed: {told}")
     for loop, seconds in times.items():
-        line = f"{loop:9}  {batch * args.updates / statistics.median(seconds):9.2f} images/s   loss after {total} updates {losses[loop]:.6f}"
+        line = (
+            f"{loop:9}  {batch * args.updates / statistics.median(seconds):9.2f} images/s   loss after {total} "
+            f"updates {losses[loop]:.6f}"
+        )
         lines.append(line + (f"   peak {peaks[loop]:.1f} GiB" if peaks else ""))
     if reference:
         ratio = statistics.median(r / o for o, r in zip(times["ours"], times["reference"]))
-        lines.append(f"ours / reference: {ratio:.3f} times the images/s (median of {args.rounds} interleaved rounds{'; peaks hold both models' if peaks else ''})")
+        lines.append(
+            f"ours / reference: {ratio:.3f} times the images/s (median of {args.rounds} interleaved "
+            f"rounds{'; peaks hold both models' if peaks else ''})"
+        )
     macs, rate = macs_an_image(method, kinds), batch * args.updates / statistics.median(times["ours"])
     peak = next((p for n, p in PEAK_TFLOPS.items() if n in place), None)
-    share = f", {6e-12 * macs * rate / peak:.1%} of {peak} (model FLOP utilisation)" if peak and precision != "fp32" else ""
-    lines.append(f"ours: {macs / 1e9:.1f} GMAC an image forward, {6e-12 * macs * rate:.2f} TFLOP/s without recomputation{share}")
+    share = (
+        f", {6e-12 * macs * rate / peak:.1%} of {peak} (model FLOP utilisation)" if peak and precision != "fp32" else ""
+    )
+    lines.append(
+        f"ours: {macs / 1e9:.1f} GMAC an image forward, {6e-12 * macs * rate:.2f} TFLOP/s without recomputation{share}"
+    )
     if (name, crops) == SEER_V100[:2]:
-        lines.append(f"the paper: {SEER_V100[2]} images/s on each of 512 V100 in fp16, {6e-12 * macs * SEER_V100[2]:.1f} TFLOP/s by the same count; ours here: {rate / SEER_V100[2]:.2f} times that")
+        lines.append(
+            f"the paper: {SEER_V100[2]} images/s on each of 512 V100 in fp16, "
+            f"{6e-12 * macs * SEER_V100[2]:.1f} TFLOP/s by the same count; ours here: "
+            f"{rate / SEER_V100[2]:.2f} times that"
+        )
     return "\n".join(lines)

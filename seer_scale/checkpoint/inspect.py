@@ -26,17 +26,29 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
         part["bytes"] += nbytes
     files = [f for f in path.iterdir() if f.is_file()]
     return {
-        "path": str(path), **{k: v for k, v in meta.items() if k not in ("config", "data")},
-        "config": meta.get("config", {}), "data": meta.get("data", {}), "files": len(files), "bytes": sum(f.stat().st_size for f in files),
-        "parts": parts, "tensors": {name: {"dtype": dtype, "shape": list(shape), "bytes": nbytes} for name, (dtype, shape, nbytes) in tensors.items()},
-        "verified": "contents" if verify else "sizes", "flaw": store.flaw(path, World(), contents=verify),
-    }  # fmt: skip
+        "path": str(path),
+        **{k: v for k, v in meta.items() if k not in ("config", "data")},
+        "config": meta.get("config", {}),
+        "data": meta.get("data", {}),
+        "files": len(files),
+        "bytes": sum(f.stat().st_size for f in files),
+        "parts": parts,
+        "tensors": {
+            name: {"dtype": dtype, "shape": list(shape), "bytes": nbytes}
+            for name, (dtype, shape, nbytes) in tensors.items()
+        },
+        "verified": "contents" if verify else "sizes",
+        "flaw": store.flaw(path, World(), contents=verify),
+    }
 
 
 def text(found: dict[str, Any], *, tensors: int = 0) -> str:
     """`found` for people, with so many of the largest tensors."""
     config = found["config"]
-    how = {"contents": "all contents agree with their checksums", "sizes": "all sizes are right; contents were not read (--verify reads them)"}[found["verified"]]
+    how = {
+        "contents": "all contents agree with their checksums",
+        "sizes": "all sizes are right; contents were not read (--verify reads them)",
+    }[found["verified"]]
     written = time.strftime("%F %T", time.localtime(found["time"])) if "time" in found else "at an unknown time"
     train, seen = config.get("train", {}), found["samples_seen"]
     asked, batch = train.get("samples", 0), train.get("global_batch", 1)
@@ -44,17 +56,34 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
     rows = [
         ("samples seen", f"{seen:,} of {end:,}, in {counted(found.get('step', 0), 'update')}"),
         ("model", config.get("model", {}).get("name", "unknown")),
-        ("written", f"{written} by {found.get('engine', 'unknown')} on {counted(found.get('world_size', 1), 'rank')}, seer_scale {found.get('seer_scale')}, torch {found.get('torch')}"),
+        ("written", (
+            f"{written} by {found.get('engine', 'unknown')} on {counted(found.get('world_size', 1), 'rank')}, "
+            f"seer_scale {found.get('seer_scale')}, torch {found.get('torch')}"
+        )),
         ("size", f"{in_bytes(found['bytes'])} in {counted(found['files'], 'file')}"),
         ("whole", f"no: {found['flaw']}" if found["flaw"] else f"yes: {how}"),
     ]  # fmt: skip
-    lines = [found["path"], *(f"  {name:14}{value}" for name, value in rows), "", f"  {'part':14}{'tensors':>8}{'elements':>16}{'size':>12}"]
-    lines += [f"  {name:14}{p['tensors']:>8,}{p['elements']:>16,}{in_bytes(p['bytes']):>12}" for name, p in found["parts"].items()]
+    lines = [
+        found["path"],
+        *(f"  {name:14}{value}" for name, value in rows),
+        "",
+        f"  {'part':14}{'tensors':>8}{'elements':>16}{'size':>12}",
+    ]
+    lines += [
+        f"  {name:14}{p['tensors']:>8,}{p['elements']:>16,}{in_bytes(p['bytes']):>12}"
+        for name, p in found["parts"].items()
+    ]
     if tensors:
         largest = sorted(found["tensors"].items(), key=lambda item: -item[1]["bytes"])[:tensors]
-        lines += ["", *(f"  {t['dtype']:9}{str(t['shape']):22}{in_bytes(t['bytes']):>12}  {name}" for name, t in largest)]
+        lines += [
+            "",
+            *(f"  {t['dtype']:9}{str(t['shape']):22}{in_bytes(t['bytes']):>12}  {name}" for name, t in largest),
+        ]
     sections = {section: values for section, values in config.items() if isinstance(values, dict)}
-    lines += [""] * bool(sections) + [f"  {section:14}" + " ".join(f"{k}={_short(v)}" for k, v in values.items()) for section, values in sections.items()]
+    lines += [""] * bool(sections) + [
+        f"  {section:14}" + " ".join(f"{k}={_short(v)}" for k, v in values.items())
+        for section, values in sections.items()
+    ]
     return "\n".join(lines)
 
 

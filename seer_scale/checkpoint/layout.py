@@ -21,7 +21,8 @@ from seer_scale.parallel.shard import Shard
 from seer_scale.world import World
 
 SHARE = 64 << 20
-"""Bytes that one rank writes of what several hold alike before the next one joins in: each more is one more file to open."""
+"""Bytes that one rank writes of what several hold alike before the next one joins in: each more is one more file to
+open."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,7 +33,8 @@ _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 class Part(NamedTuple):
-    """Elements [start, stop) of a tensor, in row-major order, `offset` bytes into the data of the file of rank `file`."""
+    """Elements [start, stop) of a tensor, in row-major order, `offset` bytes into the data of the file of rank
+    `file`."""
 
     start: int
     stop: int
@@ -83,7 +85,9 @@ class Layout:
         for (name, tensor), pieces in zip(state.items(), parts):
             pieces.sort()
             edges = [0, *(stop for _, stop, _ in pieces)]
-            assert edges[-1] == tensor.numel() and all(p[0] == e for p, e in zip(pieces, edges)), f"{name} is not covered once"
+            assert edges[-1] == tensor.numel() and all(p[0] == e for p, e in zip(pieces, edges)), (
+                f"{name} is not covered once"
+            )
             stored = Stored(tensor.dtype, tensor.shape, [])
             for start, stop, file in pieces:
                 offset = ends.get(file, 0)
@@ -123,9 +127,13 @@ class Layout:
     def to_json(self) -> bytes:
         if self._json is None:
             rows = {
-                name: {"dtype": _WORDS[s.dtype], "shape": list(s.shape), "parts": [[p.start, p.file, p.offset] for p in s.parts]}
+                name: {
+                    "dtype": _WORDS[s.dtype],
+                    "shape": list(s.shape),
+                    "parts": [[p.start, p.file, p.offset] for p in s.parts],
+                }
                 for name, s in self.tensors.items()
-            }  # fmt: skip
+            }
             self._json = json.dumps(rows, separators=(",", ":"), allow_nan=False).encode()
         return self._json
 
@@ -155,7 +163,9 @@ def local_of(tensor: Tensor) -> Tensor:
 
 def _share_out(runs: np.ndarray, itemsizes: list[int]) -> list[list[tuple[int, int, int]]]:
     """For each tensor (start, stop, rank that writes them), of runs [ranks, tensors, 2]."""
-    alike: dict[bytes, list[tuple[int, int, int]]] = {}  # ranks -> (tensor, start, stop) of what these and no others hold
+    alike: dict[
+        bytes, list[tuple[int, int, int]]
+    ] = {}  # ranks -> (tensor, start, stop) of what these and no others hold
     for i in range(runs.shape[1]):
         holders = np.flatnonzero(runs[:, i, 0] < runs[:, i, 1])
         held = runs[holders, i]
@@ -171,7 +181,9 @@ def _share_out(runs: np.ndarray, itemsizes: list[int]) -> list[list[tuple[int, i
         for i, start, stop in items:
             while start < stop:
                 writer = done // share
-                num = min(stop - start, -(-((writer + 1) * share - done) // itemsizes[i]))  # rounded up: one part a rank
+                num = min(
+                    stop - start, -(-((writer + 1) * share - done) // itemsizes[i])
+                )  # rounded up: one part a rank
                 parts[i].append((start, start + num, ranks[writer]))
                 start, done = start + num, done + num * itemsizes[i]
     return parts

@@ -22,9 +22,9 @@ class RunLock:
     """Keeps a second run out of `run_dir` for as long as rank 0 of this one lives, or until `release`.
 
     Collective where a world is given. Raises UserError, on all ranks, with the owner's pid, host, job and start. The
-    lock is the kernel's, so it ends with the process however that dies; the text in `.lock` is only for people. patience_s:
-    how long to wait for another's: a file server may keep the lock of a node that lost its power for a while. note: what
-    the user should know of it, on rank 0: where a file system has no locks the run goes on without.
+    lock is the kernel's, so it ends with the process however that dies; the text in `.lock` is only for people.
+    patience_s: how long to wait for another's: a file server may keep the lock of a node that lost its power for a
+    while. note: what the user should know of it, on rank 0: where a file system has no locks the run goes on without.
     """
 
     note = ""
@@ -56,7 +56,8 @@ class RunLock:
                     return f"{run_dir} is in use by {owner}: stop it or choose another run.dir."
                 return f"{run_dir} cannot be locked ({e.strerror}): choose another run.dir."
             self.note = (
-                f"The file system of {run_dir} has no locks ({e.strerror}; Lustre has them with the mount option flock), so "
+                f"The file system of {run_dir} has no locks ({e.strerror}; Lustre has them with the mount "
+                "option flock), so "
                 f"nothing keeps a second run out: start none while this one lives. The last to begin here was {owner}."
             )
         self._fd = fd

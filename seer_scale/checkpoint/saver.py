@@ -37,11 +37,13 @@ class Saved:
 class Saver:
     """Saves a run's state, at most one checkpoint at a time, by a thread that has a process group of its own.
 
-    state: as at every `begin`; its copies and the layout of its files are made here, once (Staging). Collective, as are `begin` and `wait`, which all
-    ranks call alike; `ended` looks only at this rank's thread.
+    state: as at every `begin`; its copies and the layout of its files are made here, once (Staging). Collective, as are
+    `begin` and `wait`, which all ranks call alike; `ended` looks only at this rank's thread.
     """
 
-    def __init__(self, folder: Path, state: dict[str, Tensor], world: World, *, keep_last: int, keep_every_samples: int):
+    def __init__(
+        self, folder: Path, state: dict[str, Tensor], world: World, *, keep_last: int, keep_every_samples: int
+    ):
         self._folder, self._keep = folder, (keep_last, keep_every_samples)
         self._staging = Staging(state, world)
         self._staging.layout.prepare(world)
@@ -63,7 +65,8 @@ class Saver:
         self._thread.start()
 
     def ended(self) -> Saved | None:
-        """How the save in flight ended, once, or None while it goes on or there is none. Raises what broke the thread."""
+        """How the save in flight ended, once, or None while it goes on or there is none. Raises what broke the
+        thread."""
         if self._thread is None or self._thread.is_alive():
             return None
         return self.wait()

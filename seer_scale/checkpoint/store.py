@@ -1,15 +1,16 @@
 """Checkpoints on disk: written aside, checked, published by one rename; found again whole or passed over.
 
-The state is one flat dict, name -> full-precision Tensor, whole on every rank, or Shard ("model/backbone.stem.conv.weight",
-"optim/backbone.stem.conv.weight/momentum"), plus `meta`, a JSON-able dict that holds at least samples_seen. A rank writes
-state-RANK.safetensors; tensors.json says where each element lies (`Layout`), so that a state saved by any number of ranks
-loads on any other. A folder is a checkpoint if its name is samples-NNNNNNNNNNNN (a state saved again at the same count gets
--2, -3, ...) and its manifest.json, written last, agrees with every file in size and crc32. Names that begin with .tmp- are
-work in progress or waste; as one run owns the folder (`RunLock`), the next save removes those it finds. Nothing in it is a
-program: no pickle is written or read.
+The state is one flat dict, name -> full-precision Tensor, whole on every rank, or Shard
+("model/backbone.stem.conv.weight", "optim/backbone.stem.conv.weight/momentum"), plus `meta`, a JSON-able dict that
+holds at least samples_seen. A rank writes state-RANK.safetensors; tensors.json says where each element lies (`Layout`),
+so that a state saved by any number of ranks loads on any other. A folder is a checkpoint if its name is
+samples-NNNNNNNNNNNN (a state saved again at the same count gets
+-2, -3, ...) and its manifest.json, written last, agrees with every file in size and crc32. Names that begin with .tmp-
+are work in progress or waste; as one run owns the folder (`RunLock`), the next save removes those it finds. Nothing in
+it is a program: no pickle is written or read.
 
-All coordination goes through the `World` given: a background save needs no more than a world with its own control group.
-"""
+All coordination goes through the `World` given: a background save needs no more than a world with its own control
+group."""
 
 from __future__ import annotations
 
@@ -48,8 +49,9 @@ T = TypeVar("T")
 def save(folder: Path, state: State, meta: dict[str, Any], world: World, layout: Layout | None = None) -> Path:
     """Publish `state` and rank 0's `meta` as a new checkpoint in `folder`; its path.
 
-    layout: made once for states whose ranks hold the same runs; `state` then needs no more than what this rank writes. What
-    was published before stays untouched until the new one is safe on disk; then one of the same samples_seen is replaced.
+    layout: made once for states whose ranks hold the same runs; `state` then needs no more than what this rank writes.
+    What was published before stays untouched until the new one is safe on disk; then one of the same samples_seen is
+    replaced.
     Collective. Raises CheckpointError on all ranks, with nothing left behind, if any rank cannot write.
     """
     layout = layout or Layout.plan(state, world)
@@ -78,7 +80,9 @@ def save(folder: Path, state: State, meta: dict[str, Any], world: World, layout:
             _remove(aside)
         sentence = (
             f"The checkpoint at {meta['samples_seen']} samples could not be written to {folder} ({problem}); "
-            f"{_space(folder, layout)}; {'earlier checkpoints are untouched' if _published(folder) else 'there is no earlier checkpoint'} and training can go on."
+            f"{_space(folder, layout)}; "
+            f"{'earlier checkpoints are untouched' if _published(folder) else 'there is no earlier checkpoint'} "
+            "and training can go on."
         )
         raise CheckpointError(world.broadcast_object(sentence)) from problem
     return folder / world.broadcast_object(name)
@@ -245,8 +249,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_layout(path: Path, world: World = World()) -> Layout:
-    """Names, shapes and dtypes of a checkpoint, and where they lie; reads no tensor. Rank 0 reads it for all of `world`, if
-    one is given: collective. Raises CheckpointError."""
+    """Names, shapes and dtypes of a checkpoint, and where they lie; reads no tensor. Rank 0 reads it for all of
+    `world`, if one is given: collective. Raises CheckpointError."""
     text = world.from_main(lambda: _read_tensors_json(path))
     try:
         return Layout.from_json(text)
@@ -276,10 +280,10 @@ def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] 
 
     Returns the bytes this rank has read.
 
-    Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read. Rank 0 reads the
-    layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `newest` has, `flaw`
-    does. Collective. Raises CheckpointError on all ranks; after one that says "could not be read" the tensors are not to be
-    used.
+    Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read. Rank 0 reads
+    the layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `newest` has,
+    `flaw` does. Collective. Raises CheckpointError on all ranks; after one that says "could not be read" the tensors
+    are not to be used.
     """
     wanted = {k: v for k, v in state.items() if k.startswith(only)}
     layout = read_layout(path, world)
@@ -298,8 +302,9 @@ OTHERWISE = "choose the recipe that wrote it, or another checkpoint"
 
 
 def must_fit(path: Path, state: State, world: World = World(), *, only: str = "", otherwise: str = OTHERWISE) -> None:
-    """That the tensors under `only` in the checkpoint `path` have the names, shapes and dtypes of `state` (which may be on
-    the meta device). otherwise: what to do if not. Collective, if a world is given; reads no tensor. Raises CheckpointError."""
+    """That the tensors under `only` in the checkpoint `path` have the names, shapes and dtypes of `state` (which may be
+    on the meta device). otherwise: what to do if not. Collective, if a world is given; reads no tensor. Raises
+    CheckpointError."""
     _compare(path, {k: v for k, v in state.items() if k.startswith(only)}, read_layout(path, world), only, otherwise)
 
 
@@ -385,8 +390,8 @@ def retain(folder: Path, keep_last: int, keep_every_samples: int, world: World) 
 
 
 def mark_best(folder: Path, scores: dict[int, float]) -> str | None:
-    """Let the link `best` name the checkpoint in `folder` whose samples_seen has the highest score; its name, if that is
-    another than before. Local. Raises OSError."""
+    """Let the link `best` name the checkpoint in `folder` whose samples_seen has the highest score; its name, if that
+    is another than before. Local. Raises OSError."""
     scored = [p.name for p in reversed(_published(folder)) if _samples(p) in scores]
     best = max(scored, key=lambda name: scores[_samples(Path(name))], default=None)
     if best is None or best == best_of(folder):

@@ -47,7 +47,11 @@ def run(words: Sequence[str]) -> int:
     if more:
         args.parser.unexpected(more, args.takes_overrides)
     if overrides and not args.takes_overrides:
-        raise UserError(args.no_overrides if "no_overrides" in args else f"{overrides[0]} has no effect with {args.parser.prog}; leave it out.")
+        raise UserError(
+            args.no_overrides
+            if "no_overrides" in args
+            else f"{overrides[0]} has no effect with {args.parser.prog}; leave it out."
+        )
     args.overrides = overrides
     if not args.is_run:
         console.wait_for_readers()

@@ -16,16 +16,18 @@ MODULES = {
     "inspect": "counts, sizes, formats, what cannot be read, a contact sheet",
     "pack": "balanced tars with an index, from any images",
 }
-REFRESH = """Gives a run other images: those of the manifest FILE (docs/data.md explains it), which is copied into the run's folder. A run
-that is under way takes it up at its next metric line, any other at its next start; the epoch goes on with what is left of the
-parts that stay and with the new ones in proportion, and no image comes twice in it."""
-DEMO = """Writes the demo's corpus into the folder DIR: 5,000 small JPEGs of ten textures, a folder a texture, the same wherever it is
-written."""
+REFRESH = """Gives a run other images: those of the manifest FILE (docs/data.md explains it), which is copied into the
+run's folder. A run that is under way takes it up at its next metric line, any other at its next start; the epoch goes
+on with what is left of the parts that stay and with the new ones in proportion, and no image comes twice in it."""
+DEMO = """Writes the demo's corpus into the folder DIR: 5,000 small JPEGs of ten textures, a folder a texture, the same
+wherever it is written."""
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
     kinds = add_module_commands(commands, "data", "look at images, pack them, give a run others", MODULES, words)
-    parser = add_command(kinds, "refresh", refresh, "other images for a run, from its next metric line on", description=REFRESH)
+    parser = add_command(
+        kinds, "refresh", refresh, "other images for a run, from its next metric line on", description=REFRESH
+    )
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run's folder, such as runs/demo")
     parser.add_argument("--manifest", metavar="FILE", required=True, help="the images it goes on with")
     parser = add_command(kinds, "demo", demo, "write the demo's corpus of textures", description=DEMO)
@@ -39,7 +41,9 @@ def refresh(args: argparse.Namespace) -> int:
 
     if not (args.run_dir / "config.yaml").is_file():
         raise UserError(f"{args.run_dir} is not a run's folder (it has no config.yaml): give one, such as runs/demo.")
-    found = store.newest(args.run_dir / "checkpoints", worlds.World(), warn=lambda sentence: print(sentence, file=sys.stderr))
+    found = store.newest(
+        args.run_dir / "checkpoints", worlds.World(), warn=lambda sentence: print(sentence, file=sys.stderr)
+    )
     print(ask_refresh(args.run_dir, args.manifest, store.read_meta(found)["data"] if found else None))
     return EXIT_DONE
 

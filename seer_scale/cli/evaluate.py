@@ -14,13 +14,17 @@ from seer_scale.files import to_json
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
     what = "kNN accuracy of a checkpoint, or of a run's newest one"
-    parser = commands.add_parser("eval", help=what, description="Measure what a checkpoint, or a run's newest one, has learned.")
+    parser = commands.add_parser(
+        "eval", help=what, description="Measure what a checkpoint, or a run's newest one, has learned."
+    )
     kinds = parser.add_subparsers(metavar="EVALUATION", required=True)
     parser = add_command(
         kinds, "knn", knn, what, takes_overrides=True,
         description=f"{what}. Keys of its recipe can be given other values, as in --knn.bank DIR --knn.queries DIR.",
     )  # fmt: skip
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, such as runs/demo, or a checkpoint in it")
+    parser.add_argument(
+        "path", metavar="RUN", type=Path, help="a run's folder, such as runs/demo, or a checkpoint in it"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
 
 
@@ -40,6 +44,7 @@ def knn(args: argparse.Namespace) -> int:
 def in_words(scores: dict[str, Any]) -> str:
     top1, top5 = (f"{scores[name]:.1f} % ± {scores[f'{name}_stderr']:.1f}" for name in ("knn/top1", "knn/top5"))
     return (
-        f"kNN top-1 {top1}, top-5 {top5} after {scores['samples_seen']:,} samples ({scores['checkpoint']}); always naming the "
+        f"kNN top-1 {top1}, top-5 {top5} after {scores['samples_seen']:,} samples ({scores['checkpoint']}); "
+        "always naming the "
         f"commonest class: {scores['knn/majority']:.1f} %. {scores['protocol']}"
     )

@@ -13,7 +13,8 @@ from seer_scale.launch import runs
 from seer_scale.launch.options import CLUSTERS, Options
 from seer_scale.launch.profile import EXAMPLE, Profile
 
-EPILOG = """--section.key value sets a key of the recipe, as with train; seer-scale train RECIPE --help shows all of them.
+EPILOG = """--section.key value sets a key of the recipe, as with train; seer-scale train RECIPE --help shows all of
+them.
 --cluster local runs the ranks on this machine and follows them: Ctrl-C saves and stops, the same command goes on.
 --cluster slurm submits a job; the command returns when it is in the queue."""
 NAMES = "a run's folder, or its name below runs/; 'sweep-*' means those of an array"
@@ -24,26 +25,56 @@ NO_CHANGES = (
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
-    parser = add_command(commands, "launch", launch, "start a recipe on several processes, here or on SLURM", takes_overrides=True, is_run=True, epilog=EPILOG)
-    parser.hints = {f"--{key.replace('_', '-')}": f"{key} is a key of the profile." for key in Profile.__dataclass_fields__}
+    parser = add_command(
+        commands,
+        "launch",
+        launch,
+        "start a recipe on several processes, here or on SLURM",
+        takes_overrides=True,
+        is_run=True,
+        epilog=EPILOG,
+    )
+    parser.hints = {
+        f"--{key.replace('_', '-')}": f"{key} is a key of the profile." for key in Profile.__dataclass_fields__
+    }
     _add_launch_arguments(parser)
 
-    parser = add_command(commands, "list", lambda a: runs.list_runs(a.folder), "launched runs below a folder, with their states")
+    parser = add_command(
+        commands, "list", lambda a: runs.list_runs(a.folder), "launched runs below a folder, with their states"
+    )
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="(default: runs)")
 
-    parser = add_command(commands, "status", lambda a: runs.print_status(runs.matching(a.names), as_json=a.json), "of launched runs: the job, how far it is, how it was started")
+    parser = add_command(
+        commands,
+        "status",
+        lambda a: runs.print_status(runs.matching(a.names), as_json=a.json),
+        "of launched runs: the job, how far it is, how it was started",
+    )
     parser.add_argument("names", metavar="NAME", nargs="+", help=NAMES)
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
 
-    parser = add_command(commands, "logs", lambda a: runs.print_logs(runs.find(a.name), follow=a.follow), "what a launched run's ranks said")
+    parser = add_command(
+        commands,
+        "logs",
+        lambda a: runs.print_logs(runs.find(a.name), follow=a.follow),
+        "what a launched run's ranks said",
+    )
     parser.add_argument("name", metavar="NAME", help=NAMES)
     parser.add_argument("--follow", action="store_true", help="go on until it ends")
 
-    parser = add_command(commands, "cancel", lambda a: runs.cancel(runs.matching(a.names), now=a.now), "save and stop launched runs", is_run=True)
+    parser = add_command(
+        commands,
+        "cancel",
+        lambda a: runs.cancel(runs.matching(a.names), now=a.now),
+        "save and stop launched runs",
+        is_run=True,
+    )
     parser.add_argument("names", metavar="NAME", nargs="+", help=NAMES)
     parser.add_argument("--now", action="store_true", help="as scancel does, which leaves seconds to save")
 
-    parser = add_command(commands, "resubmit", resubmit, "start a launched run again: it goes on from its newest checkpoint", is_run=True)
+    parser = add_command(
+        commands, "resubmit", resubmit, "start a launched run again: it goes on from its newest checkpoint", is_run=True
+    )
     parser.set_defaults(no_overrides=NO_CHANGES)
     parser.add_argument("name", metavar="NAME", help=NAMES)
     parser.add_argument("--nodes", default="", metavar="N|MIN-MAX", help="other nodes than the run had")
@@ -56,13 +87,34 @@ def _add_launch_arguments(parser: Parser) -> None:
     add("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     add("--cluster", default="", metavar="|".join(CLUSTERS), help="where to start")
     add("--profile", default="", metavar="FILE", help="what the cluster wants to be told")
-    add("--print-profile", action=Print, text=lambda: EXAMPLE.read_text(encoding="utf-8").rstrip(), help="print a profile to fill in, every key explained, and end")
-    add("--nodes", default="", metavar="N|MIN-MAX", help="nodes; of a range, whatever is free (default: what parallel.ranks fill)")
+    add(
+        "--print-profile",
+        action=Print,
+        text=lambda: EXAMPLE.read_text(encoding="utf-8").rstrip(),
+        help="print a profile to fill in, every key explained, and end",
+    )
+    add(
+        "--nodes",
+        default="",
+        metavar="N|MIN-MAX",
+        help="nodes; of a range, whatever is free (default: what parallel.ranks fill)",
+    )
     add("--ranks", default="", metavar="N", help="processes a node (default: local: parallel.ranks; slurm: one a GPU)")
     add("--time", default="", metavar="T", help="time limit of a job, instead of the profile's")
     add("--name", default="", metavar="NAME", help="the run's name, and its folder runs/NAME (default: the recipe's)")
-    add("--array", default=[], action="append", metavar="KEY=A,B,C", help="one run for each value; KEY is `recipe` or a key of the recipe; several make a grid")
-    add("--restarts", default="", metavar="N", help="starts of the ranks in a row without a new checkpoint, before the job goes back to the queue or ends")
+    add(
+        "--array",
+        default=[],
+        action="append",
+        metavar="KEY=A,B,C",
+        help="one run for each value; KEY is `recipe` or a key of the recipe; several make a grid",
+    )
+    add(
+        "--restarts",
+        default="",
+        metavar="N",
+        help="starts of the ranks in a row without a new checkpoint, before the job goes back to the queue or ends",
+    )
     add("--dry-run", action="store_true", help="print the batch script, and submit nothing")
 
 

@@ -20,18 +20,34 @@ BENCHES = {
     "lars": "LARS on sharded parameters",
     "sinkhorn": "Sinkhorn against the least its traffic could take",
 }
-INSPECT = "Of a checkpoint: what is in it, who wrote it, whether it is whole; no tensor is read for that. Of a run: where its time went."
+INSPECT = (
+    "Of a checkpoint: what is in it, who wrote it, whether it is whole; no tensor is read for that. Of a run: "
+    "where its time went."
+)
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
-    parser = add_command(commands, "inspect", inspect, "what is in a checkpoint; where a run's time went", description=INSPECT)
-    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, such as runs/demo/checkpoints/samples-000000012800, or a run's folder")
-    parser.add_argument("--verify", action="store_true", help="of a checkpoint: read all its files, and compare their checksums")
-    parser.add_argument("--tensors", type=int, default=0, metavar="N", help="of a checkpoint: also list the N largest tensors")
+    parser = add_command(
+        commands, "inspect", inspect, "what is in a checkpoint; where a run's time went", description=INSPECT
+    )
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a checkpoint, such as runs/demo/checkpoints/samples-000000012800, or a run's folder",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="of a checkpoint: read all its files, and compare their checksums"
+    )
+    parser.add_argument(
+        "--tensors", type=int, default=0, metavar="N", help="of a checkpoint: also list the N largest tensors"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
     parser = add_command(commands, "report", report, "write a run's report.html anew")
-    parser.add_argument("run_dir", metavar="RUN", nargs="?", type=Path, help="a run's folder (default: the newest below runs/)")
+    parser.add_argument(
+        "run_dir", metavar="RUN", nargs="?", type=Path, help="a run's folder (default: the newest below runs/)"
+    )
 
     add_plan(commands, words)
     add_module_commands(commands, "bench", "speed and memory, each against a reference in the same run", BENCHES, words)
@@ -42,12 +58,19 @@ def inspect(args: argparse.Namespace) -> int:
 
     if (args.path / "metrics.jsonl").is_file():
         if args.verify or args.tensors:
-            raise UserError(f"{args.path} is a run, and --verify and --tensors are for checkpoints, such as those in {args.path / 'checkpoints'}.")
+            raise UserError(
+                f"{args.path} is a run, and --verify and --tensors are for checkpoints, such as those in "
+                f"{args.path / 'checkpoints'}."
+            )
         found = ledger.read_ledger(args.path)
         print(to_json(found.to_dict(), indent=1) if args.json else ledger.text(found))
         return EXIT_DONE
     if not args.path.exists():
-        below = f"did you mean {Path('runs') / args.path}?" if (Path("runs") / args.path).is_dir() else "give a run's folder or one of its checkpoints."
+        below = (
+            f"did you mean {Path('runs') / args.path}?"
+            if (Path("runs") / args.path).is_dir()
+            else "give a run's folder or one of its checkpoints."
+        )
         raise UserError(f"There is no {args.path}: {below}")
     if any((args.path / name).exists() for name in ("launch", "config.yaml", progress.FILE)):  # a run that starts
         print(ledger.text(ledger.read_ledger(args.path)))
@@ -83,7 +106,9 @@ def add_plan(commands: Any, words: Sequence[str]) -> None:
     if words[:1] == ["plan"]:
         from seer_scale.plan import failures
 
-        parser = add_command(commands, "plan", lambda args: _print(failures.run(args)), what, description=failures.__doc__)
+        parser = add_command(
+            commands, "plan", lambda args: _print(failures.run(args)), what, description=failures.__doc__
+        )
         parser.add_argument("--failures", action="store_true", required=True, help=what)
         failures.add_arguments(parser)
     else:

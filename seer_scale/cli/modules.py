@@ -1,4 +1,5 @@
-"""Commands that are modules of a room: `add_arguments(parser)`, `run(args) -> text`, and a description that is their help."""
+"""Commands that are modules of a room: `add_arguments(parser)`, `run(args) -> text`, and a description that is their
+help."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def add_module_commands(commands: Any, room: str, what: str, modules: Mapping[st
             add_command(kinds, name, _run_nothing, does)
             continue
         module = importlib.import_module(f"seer_scale.{room}.{name}")
-        parser = add_command(kinds, name, lambda args, module=module: _run(module, args), does, description=module.__doc__)
+        parser = add_command(
+            kinds, name, lambda args, module=module: _run(module, args), does, description=module.__doc__
+        )
         module.add_arguments(parser)
     return kinds
 

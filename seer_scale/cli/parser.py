@@ -1,4 +1,5 @@
-"""argparse with this house's manners: options in full and once, a mistake as one sentence, keys of a recipe set apart."""
+"""argparse with this house's manners: options in full and once, a mistake as one sentence, keys of a recipe set
+apart."""
 
 from __future__ import annotations
 
@@ -37,7 +38,11 @@ class Parser(argparse.ArgumentParser):
         """argparse's own names all choices; ours names the nearest."""
         if action.choices is not None and value not in action.choices:
             what = "no command of" if isinstance(action, argparse._SubParsersAction) else "no value for"
-            of = self.prog if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings) or action.metavar
+            of = (
+                self.prog
+                if isinstance(action, argparse._SubParsersAction)
+                else "/".join(action.option_strings) or action.metavar
+            )
             raise UserError(f"{value!r} is {what} {of}; {nearest(str(value), map(str, action.choices))}")
 
     def unexpected(self, words: Sequence[str], takes_overrides: bool) -> NoReturn:
@@ -46,7 +51,11 @@ class Parser(argparse.ArgumentParser):
         name = word.partition("=")[0]
         if not word.startswith("-"):
             quote = " A pattern goes in quotes, as in --data.path 'DIR/*.tar'." if Path(word).exists() else ""
-            how = f"overrides are written --section.key value.{quote}" if takes_overrides else f"{self.prog} --help says what is."
+            how = (
+                f"overrides are written --section.key value.{quote}"
+                if takes_overrides
+                else f"{self.prog} --help says what is."
+            )
             raise UserError(f"{word!r} is not expected here: {how}")
         options = [o for o in self._option_string_actions if o.startswith("--")]
         if not takes_overrides or name in self.hints:
@@ -56,13 +65,17 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{name} is a section of the recipe, not a key; its keys are {', '.join(of_section)}.")
         same = [key for key in keys if key.rpartition(".")[2] == name.lstrip("-").replace("-", "_")]
         hint = f"did you mean {same[0]}?" if same else nearest(name, (*options, *keys))
-        raise UserError(f"{name} is no option of {self.prog}, and keys of a recipe have a dot, as in --train.samples; {hint}")
+        raise UserError(
+            f"{name} is no option of {self.prog}, and keys of a recipe have a dot, as in --train.samples; {hint}"
+        )
 
 
 class _Once(argparse.Action):
     """Stores a value; of an option given twice it would be a guess which is meant."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
         if option_string and self.dest in parser.given:
             raise UserError(f"{option_string} is given twice; give it once.")
         parser.given.add(self.dest)
@@ -86,7 +99,14 @@ SETTINGS = ("run", "parser", "takes_overrides", "is_run")
 
 
 def add_command(
-    commands: Any, name: str, run: Command, help: str, *, takes_overrides: bool = False, is_run: bool = False, **how: Any  # noqa: A002
+    commands: Any,
+    name: str,
+    run: Command,
+    help: str,
+    *,
+    takes_overrides: bool = False,
+    is_run: bool = False,
+    **how: Any,  # noqa: A002
 ) -> Parser:
     """A command of the tree. takes_overrides: of `--section.key value`. is_run: what it prints is not its product."""
     parser = commands.add_parser(name, help=help, description=how.pop("description", sentence(help)), **how)

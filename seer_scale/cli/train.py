@@ -19,10 +19,17 @@ from seer_scale.rank_info import detect
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
     parser = add_command(
-        commands, "train", train, "train, or go on where the run stopped (RECIPE --help: every key)", takes_overrides=True, is_run=True
+        commands,
+        "train",
+        train,
+        "train, or go on where the run stopped (RECIPE --help: every key)",
+        takes_overrides=True,
+        is_run=True,
     )
     parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file or one of {', '.join(recipe_names())}")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML, and train nothing")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved recipe as YAML, and train nothing"
+    )
     if words[:1] == ["train"]:
         recipe = next((w for w in words[1:] if not w.startswith("-")), "")
         parser.format_help = lambda: help_of_train(recipe)  # type: ignore[method-assign]
@@ -53,8 +60,18 @@ def help_of_train(recipe: str = "") -> str:
     """Every key with its type, meaning and default, and with the value a recipe gives it. Raises UserError."""
     given = load_recipe(recipe) if recipe else {}
     lines = ["usage: seer-scale train RECIPE [--print-config] [--section.key value ...]", ""]
-    lines += ["Trains, or goes on where the run stopped.", "", f"RECIPE: a YAML file or one of {', '.join(recipe_names())}."]
-    lines += ["--print-config: print the resolved recipe as YAML, on stderr what keeps it from running here, and train nothing.", ""]
+    lines += [
+        "Trains, or goes on where the run stopped.",
+        "",
+        f"RECIPE: a YAML file or one of {', '.join(recipe_names())}.",
+    ]
+    lines += [
+        (
+            "--print-config: print the resolved recipe as YAML, on stderr what keeps it from running here, and "
+            "train nothing."
+        ),
+        "",
+    ]
     lines += ["Precedence: defaults < recipe < command line. Lists are written [1, 2]. Keys, types, defaults:", ""]
     for key, kind, default, meaning in all_keys():
         section, name = key.split(".")

@@ -1,9 +1,9 @@
 """What is done to a batch on its device: it is normalised, and before that `photometric.distort`ed, all crops at once.
 
-What each crop needs is known to the host, so no step waits for the device: numbers and indices go there in one small copy
-a chunk. Flip, hue and blur are done to the crops that have them. Every other operation blends a crop with black, with
-the mean of its grey image or with that image, which differ in coefficients alone: each step is one formula for all.
-"""
+What each crop needs is known to the host, so no step waits for the device: numbers and indices go there in one small
+copy a chunk. Flip, hue and blur are done to the crops that have them. Every other operation blends a crop with black,
+with the mean of its grey image or with that image, which differ in coefficients alone: each step is one formula for
+all."""
 
 from __future__ import annotations
 
@@ -96,8 +96,9 @@ def _thirds(turn: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, thirds: Tensor) -> Tensor:
-    """The hue of [n, 3, S, S] turned, in place. From its own colour on, a channel is highest for 1 of 6, falls for 1, is
-    lowest for 2, rises for 1 and is highest for 1; what is highest and lowest stays, so HSV and back is that and no more."""
+    """The hue of [n, 3, S, S] turned, in place. From its own colour on, a channel is highest for 1 of 6, falls for 1,
+    is lowest for 2, rises for 1 and is highest for 1; what is highest and lowest stays, so HSV and back is that and no
+    more."""
     red, green, blue = x.unbind(1)
     low, high = x.amin(1), x.amax(1)
     spread = high - low

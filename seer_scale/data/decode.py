@@ -54,8 +54,9 @@ BITS, PHOTOMETRIC, WHITE, PLANES, SAMPLE_FORMAT, SIGNED_WHITE = 258, 262, 281, 2
 """TIFF tags."""
 WHITE_IS_ZERO = 0
 RANGES = ((0, 255), (2048, 4095), (0, 65535), (0, 2**24 - 1), (0, 2**32 - 1))
-"""What the grey values of a TIFF that does not tell may span, whatever holds them, and the least that the largest of them
-must then reach: 8 bits; 12, as cameras of science give, half used at least; 16, 24 and 32. Any other is a dark image."""
+"""What the grey values of a TIFF that does not tell may span, whatever holds them, and the least that the largest of
+them must then reach: 8 bits; 12, as cameras of science give, half used at least; 16, 24 and 32. Any other is a dark
+image."""
 WIDENED = (256, 257)
 """What 8 bits are multiplied by to fill 16: such values are not of 12."""
 
@@ -163,7 +164,8 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
 
 
 def _check_blocks(image: Image.Image) -> None:
-    """A TIFF's tile or strip is decoded as a whole beside the image, however little of it the image shows (TIFF 6.0, 8, 15)."""
+    """A TIFF's tile or strip is decoded as a whole beside the image, however little of it the image shows (TIFF 6.0, 8,
+    15)."""
     tags = image.tag_v2
     rows, columns = min(tags.get(278, image.height), image.height), image.width
     if 322 in tags:
@@ -172,7 +174,10 @@ def _check_blocks(image: Image.Image) -> None:
     samples = 1 if tags.get(284, 1) == 2 else tags.get(277, 1)
     block = columns * rows * samples * max(bits if isinstance(bits, tuple) else (bits,)) / 8
     if block + 7 * image.width * image.height > MAX_BYTES:
-        raise DataError(f"it announces blocks of {columns} x {rows} pixels, {block / 1e6:.0f} MB each beside its own, more than {MAX_BYTES / 1e6:.0f} in all")
+        raise DataError(
+            f"it announces blocks of {columns} x {rows} pixels, {block / 1e6:.0f} MB each beside its own, more "
+            f"than {MAX_BYTES / 1e6:.0f} in all"
+        )
 
 
 def _rgb(image: Image.Image, is_deep: bool) -> np.ndarray:
@@ -227,8 +232,8 @@ def _check_tiff(image: Image.Image, is_deep: bool) -> None:
 
 
 def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
-    """What makes 8 bits of an image's grey values of more. They fill their 16 bits, but in TIFF, where they may be wider,
-    or narrower than what holds them: there the tag for it tells, or the largest of them."""
+    """What makes 8 bits of an image's grey values of more. They fill their 16 bits, but in TIFF, where they may be
+    wider, or narrower than what holds them: there the tag for it tells, or the largest of them."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
     unsigned = tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
     white, clear = 65535, image.info.get("transparency")
@@ -261,8 +266,8 @@ def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
 
 
 def _told_white(tags: Mapping[int, tuple], most: int) -> int:
-    """The value of white that a TIFF tells, as a largest one or by its bits (Pillow unpacks 12 to the lower ones); 0 where
-    it tells none, or one below its largest value."""
+    """The value of white that a TIFF tells, as a largest one or by its bits (Pillow unpacks 12 to the lower ones); 0
+    where it tells none, or one below its largest value."""
     told = [v for tag in (WHITE, SIGNED_WHITE) for v in tags.get(tag, ()) if isinstance(v, (int, float))]
     if tags.get(BITS) == (12,):
         told.append(4095)

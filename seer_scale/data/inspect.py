@@ -48,7 +48,11 @@ TELL_EVERY_S = 5.0
 COLUMNS, ROWS, SIDE = 12, 8, 112
 """The contact sheet: crops across, crops down, pixels of one."""
 OPTIONS: dict[str, tuple[Callable[[str], Any], tuple[str, ...], str]] = {
-    "exclude": (lambda text: text.split(","), ("folder",), "patterns of what to leave out, as data.exclude takes them, parted by commas"),
+    "exclude": (
+        lambda text: text.split(","),
+        ("folder",),
+        "patterns of what to leave out, as data.exclude takes them, parted by commas",
+    ),
     "split": (str, ("hub", "stream"), "as data.split takes it"),
     "image_key": (str, ("hub", "stream"), "as data.image_key takes it"),
     "length": (int, ("stream",), "images of a stream, as data.length takes it"),
@@ -63,8 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", type=int, help="images to look at, spread over all (default: 2000)")
     parser.add_argument("--all", action="store_true", help="look at every image")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one a core)")
-    parser.add_argument("--sheet", metavar="FILE.jpg", help=f"also write up to {COLUMNS * ROWS} of the images, small, into one picture")
-    parser.add_argument("--unreadable", metavar="FILE", help="also list every image that cannot be read, one 'name: reason' a line")
+    parser.add_argument(
+        "--sheet", metavar="FILE.jpg", help=f"also write up to {COLUMNS * ROWS} of the images, small, into one picture"
+    )
+    parser.add_argument(
+        "--unreadable", metavar="FILE", help="also list every image that cannot be read, one 'name: reason' a line"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
@@ -80,7 +88,10 @@ def opened(path: str, args: argparse.Namespace) -> tuple[str, Source, dict[str, 
     kind = kind_of(path) if args.kind == "auto" else args.kind
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if idle := next((name for name in options if kind not in OPTIONS[name][1]), None):
-        raise DataError(f"--{idle.replace('_', '-')} is given, but {path} is of kind {kind}: it serves {' and '.join(OPTIONS[idle][1])} only, so leave it out.")
+        raise DataError(
+            f"--{idle.replace('_', '-')} is given, but {path} is of kind {kind}: it serves "
+            f"{' and '.join(OPTIONS[idle][1])} only, so leave it out."
+        )
     return kind, open_source(path, kind, **options), options
 
 
@@ -101,7 +112,10 @@ def run(args: argparse.Namespace) -> str:
     (kind, source, _), images = opened(args.path, args), None
     if hasattr(source, "iterate"):
         if args.all:
-            raise DataError(f"{args.path} is a stream, of which the first images are looked at: leave out --all, or give a larger --sample.")
+            raise DataError(
+                f"{args.path} is a stream, of which the first images are looked at: leave out --all, or give a "
+                "larger --sample."
+            )
         images, source = len(source), Held(source, sample)
     with _listing(args.unreadable) as listing:
         tally, rate = look(source, len(source) if args.all else sample, args.workers, listing)
@@ -117,10 +131,19 @@ def run(args: argparse.Namespace) -> str:
 
 
 MAGIC = (
-    ("JPEG", 0, b"\xff\xd8\xff"), ("PNG", 0, b"\x89PNG\r\n\x1a\n"), ("WebP", 8, b"WEBP"), ("GIF", 0, b"GIF8"), ("BMP", 0, b"BM"),
-    ("TIFF", 0, b"II*\0"), ("TIFF", 0, b"MM\0*"), ("JPEG 2000", 4, b"jP  \r\n"), ("JPEG 2000", 0, b"\xff\x4f\xff\x51"),
-    ("AVIF", 4, b"ftypavif"), ("AVIF", 4, b"ftypavis"), *(("PPM", 0, b"P%d" % n) for n in range(1, 7)),
-)  # fmt: skip
+    ("JPEG", 0, b"\xff\xd8\xff"),
+    ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
+    ("WebP", 8, b"WEBP"),
+    ("GIF", 0, b"GIF8"),
+    ("BMP", 0, b"BM"),
+    ("TIFF", 0, b"II*\0"),
+    ("TIFF", 0, b"MM\0*"),
+    ("JPEG 2000", 4, b"jP  \r\n"),
+    ("JPEG 2000", 0, b"\xff\x4f\xff\x51"),
+    ("AVIF", 4, b"ftypavif"),
+    ("AVIF", 4, b"ftypavis"),
+    *(("PPM", 0, b"P%d" % n) for n in range(1, 7)),
+)
 FORMATS = (*dict.fromkeys(name for name, _, _ in MAGIC), "a web page", "a Git LFS pointer", "no bytes", "unknown")
 MODES = ("RGB", "1", "L", "LA", "I;16", "I", "P", "PA", "RGBA", "CMYK", "other")
 GREY = ("1", "L", "LA", "I;16", "I")
@@ -286,7 +309,11 @@ class Tally:
             "bytes": {"total": round(self._bytes / self.num * images), "median": median, "p1": low, "p99": high},
             "formats": {name: int(n) for name, n in zip(FORMATS, self._formats) if n},
             "slow_decoder": self._slow,
-            "pixels": {"median": np.median(sides, axis=0).astype(int).tolist() if len(sides) else None, "smallest": smallest, "largest": largest},
+            "pixels": {
+                "median": np.median(sides, axis=0).astype(int).tolist() if len(sides) else None,
+                "smallest": smallest,
+                "largest": largest,
+            },
             "modes": modes,
             "greyscale": sum(modes.get(m, 0) for m in GREY),
             "rotated": self._rotated,
@@ -348,7 +375,11 @@ class Progress:
             return
         self._told, taken = now, now - self._begin
         left = f"{duration(taken * (self._total / done - 1))} left" if done else "no telling how long"
-        print(f"{self._what}: {done:,} of {self._total:,}, {images / taken:,.0f} images/s, {left}.", file=sys.stderr, flush=True)
+        print(
+            f"{self._what}: {done:,} of {self._total:,}, {images / taken:,.0f} images/s, {left}.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def write_sheet(path: Path, source: Source, indices: np.ndarray, workers: int) -> None:
@@ -376,7 +407,9 @@ def _listing(path: str | None) -> Iterator[BinaryIO | None]:
         with written_whole(Path(path)) as file:
             yield file
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}): give --unreadable another place.") from error
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error}): give --unreadable another place."
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ what is printed
@@ -400,15 +433,27 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
     def sides(pair: Sequence[int] | None) -> str:
         return f"{pair[0]} x {pair[1]}" if pair else "none"
 
-    about, labels, sizes, pixels = [f"{facts['path']}: {facts['kind']}, {counted(facts['images'], 'image')}"], facts["labels"], facts["bytes"], facts["pixels"]
+    about, labels, sizes, pixels = (
+        [f"{facts['path']}: {facts['kind']}, {counted(facts['images'], 'image')}"],
+        facts["labels"],
+        facts["bytes"],
+        facts["pixels"],
+    )
     if labels:
         unlabelled = facts["images"] - labels["labelled"]
         (few, least), (many, most) = labels["smallest"], labels["largest"]
-        about.append(f"{counted(labels['classes'], 'class')} " + (f"from {few} ({least:,}) to {many} ({most:,})" if least < most else f"of {most:,} each"))
+        about.append(
+            f"{counted(labels['classes'], 'class')} "
+            + (f"from {few} ({least:,}) to {many} ({most:,})" if least < most else f"of {most:,} each")
+        )
         about += [f"{unlabelled:,} without a label"] if unlabelled else []
     else:
         about.append("no labels")
-    spread = "All of them:" if sample == facts["images"] else f"Of {sample:,} of them, {'the first' if facts['kind'] == 'stream' else 'spread evenly'}:"
+    spread = (
+        "All of them:"
+        if sample == facts["images"]
+        else f"Of {sample:,} of them, {'the first' if facts['kind'] == 'stream' else 'spread evenly'}:"
+    )
     other = {mode: n for mode, n in facts["modes"].items() if mode != "RGB" and mode not in GREY}
     more = facts["unreadable"]["count"] - len(facts["unreadable"]["first"])
     left_out = described(facts["left_out"])
@@ -416,18 +461,48 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
         ("unreadable", share(facts["unreadable"]["count"])),
         *(("", line) for line in facts["unreadable"]["first"]),
         *[("", f"and {more:,} more (--unreadable FILE lists all)")] * (more > 0),
-        ("bytes", f"{amount(sizes['total'])} {'together' if sample == facts['images'] else 'estimated for all'}; an image {amount(sizes['median'])} (median), {amount(sizes['p1'])} (1 %), {amount(sizes['p99'])} (99 %)"),
-        ("formats", ", ".join(f"{name} {share(n)}" for name, n in sorted(facts["formats"].items(), key=lambda f: -f[1]))),
+        (
+            "bytes",
+            (
+                f"{amount(sizes['total'])} {'together' if sample == facts['images'] else 'estimated for all'}; an "
+                f"image {amount(sizes['median'])} (median), {amount(sizes['p1'])} (1 %), {amount(sizes['p99'])} "
+                "(99 %)"
+            ),
+        ),
+        (
+            "formats",
+            ", ".join(f"{name} {share(n)}" for name, n in sorted(facts["formats"].items(), key=lambda f: -f[1])),
+        ),
         ("slow decoder", f"{share(facts['slow_decoder'])} need Pillow: all but JPEGs"),
-        ("height x width", f"median {sides(pixels['median'])}, smallest {sides(pixels['smallest'])}, largest {sides(pixels['largest'])}"),
-        ("colour", ", ".join([f"greyscale {share(facts['greyscale'])}", *(f"{mode} {share(n)}" for mode, n in other.items())])),
+        (
+            "height x width",
+            (
+                f"median {sides(pixels['median'])}, smallest {sides(pixels['smallest'])}, largest "
+                f"{sides(pixels['largest'])}"
+            ),
+        ),
+        (
+            "colour",
+            ", ".join([f"greyscale {share(facts['greyscale'])}", *(f"{mode} {share(n)}" for mode, n in other.items())]),
+        ),
         ("EXIF-rotated", share(facts["rotated"])),
-        ("duplicates", f"{share(facts['duplicates'])} have the bytes of another{', by estimate' if sample > KEPT else ''}"),
+        (
+            "duplicates",
+            f"{share(facts['duplicates'])} have the bytes of another{', by estimate' if sample > KEPT else ''}",
+        ),
         ("speed", f"{facts['images_per_s']:,.0f} images/s read and decoded, {counted(facts['workers'], 'worker')}"),
     ]
     written = [f"The contact sheet is {args.sheet}."] if args.sheet else []
     written += [f"All that cannot be read are listed in {args.unreadable}."] if args.unreadable else []
-    return "\n".join(["; ".join(about) + ".", *([f"Left out: {left_out}."] if left_out else []), spread, *(f"  {name:16}{text}" for name, text in lines), *written])
+    return "\n".join(
+        [
+            "; ".join(about) + ".",
+            *([f"Left out: {left_out}."] if left_out else []),
+            spread,
+            *(f"  {name:16}{text}" for name, text in lines),
+            *written,
+        ]
+    )
 
 
 def amount(num: float) -> str:

@@ -54,8 +54,11 @@ class Header(NamedTuple):
         return self.process in (BASELINE, EXTENDED, PROGRESSIVE) and self.precision == 8
 
     def coefficients(self, data: bytes) -> float:
-        """Coefficients a pixel that its decoder keeps: those of the whole image where a scan brings only some of them."""
-        if self.process in (BASELINE, EXTENDED) and data[self.first_scan + 4 : self.first_scan + 5] == bytes([len(self.sampling)]):
+        """Coefficients a pixel that its decoder keeps: those of the whole image where a scan brings only some of
+        them."""
+        if self.process in (BASELINE, EXTENDED) and data[self.first_scan + 4 : self.first_scan + 5] == bytes(
+            [len(self.sampling)]
+        ):
             return 0.0
         across, down = zip(*self.sampling)
         return sum(h * v for h, v in self.sampling) / (max(across) * max(down))

@@ -29,7 +29,8 @@ MAPPED_FROM = 1 << 26
 PATIENCE_S = 60.0
 """Seconds after which a file that rank 0 has written is to be seen on every node."""
 _mine: set[Path] = set()
-"""Files that this process has written and other ranks may have mapped: where one is removed, NFS takes it from other nodes."""
+"""Files that this process has written and other ranks may have mapped: where one is removed, NFS takes it from other
+nodes."""
 
 
 def share(
@@ -37,8 +38,8 @@ def share(
 ) -> T:
     """What `make` returns on rank 0, on all ranks; its `sources` are told that they have arrived. Collective.
 
-    folder: where all ranks see what rank 0 writes; name: of the file there, one that only this kind of command uses, for
-    what an earlier one has left is removed. Raises UserError on all ranks where any has a reason to.
+    folder: where all ranks see what rank 0 writes; name: of the file there, one that only this kind of command uses,
+    for what an earlier one has left is removed. Raises UserError on all ranks where any has a reason to.
     """
     if world.size == 1:
         return make()

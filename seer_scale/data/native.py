@@ -1,4 +1,5 @@
-"""The kernels of pixels.c, built at installation for several instruction sets, of which the best that runs here is taken.
+"""The kernels of pixels.c, built at installation for several instruction sets, of which the best that runs here is
+taken.
 
 All give the same bytes; where none was built, what is done in torch instead is the same to one level of 255.
 """
@@ -14,7 +15,8 @@ import numpy as np
 
 SETS = ("avx512", "avx2", "sse4", "plain")
 MISSING = (
-    "The image kernels in C were not built when seer_scale was installed: views are made in torch, the same to one level of "
+    "The image kernels in C were not built when seer_scale was installed: views are made in torch, the same to "
+    "one level of "
     "255 but ten times slower. Install a C compiler (gcc or clang), and then seer_scale again."
 )
 

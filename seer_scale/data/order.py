@@ -72,7 +72,9 @@ class Order:
 
     def __init__(self, n: int, seed: int, block: int = 1, lanes: int = 1):
         if n < 1 or block < 0 or lanes < 1:
-            raise ValueError(f"an order needs at least one image and lane, not {n} and {lanes}, and no block of {block}")
+            raise ValueError(
+                f"an order needs at least one image and lane, not {n} and {lanes}, and no block of {block}"
+            )
         self.n, self.seed, self.block, self.lanes = n, seed, min(block, n), lanes
 
     def __len__(self) -> int:
@@ -95,12 +97,15 @@ class Order:
                 block = place[here]
                 if in_block == self.block:
                     block = permute(block, whole, self.seed, epoch)
-                images[here] = block * self.block + permute(depth[here], in_block, self.seed, epoch, tweak=block.astype(np.uint64))
+                images[here] = block * self.block + permute(
+                    depth[here], in_block, self.seed, epoch, tweak=block.astype(np.uint64)
+                )
         return (images + self._first(epoch)) % self.n
 
     def run_of(self, epoch: int, offset: int, image: int) -> tuple[int, int, int] | None:
         """(first image number, how many, how many of them come before) of the block that `image`, at `offset`, is read
-        with; the numbers go on at 0 after n - 1. None where its lanes are not those of the rest of the epoch, so that no reader needs all of it."""
+        with; the numbers go on at 0 after n - 1. None where its lanes are not those of the rest of the epoch, so that
+        no reader needs all of it."""
         if self.block < 2:
             return None
         rows = self.n // self.block // self.lanes

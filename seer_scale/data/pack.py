@@ -2,8 +2,8 @@
 
 Which image goes where is decided before anything is written, so processes write the tars side by side, the result
 depends on the source and the arguments alone, and the same command goes on after a stop: a tar exists whole or not at
-all. Labels and classes are kept; files that cannot be read (with --check: decoded) are left out and listed in DST/unreadable.txt. Of a stream,
-one process writes tar after tar.
+all. Labels and classes are kept; files that cannot be read (with --check: decoded) are left out and listed in
+DST/unreadable.txt. Of a stream, one process writes tar after tar.
 """
 
 from __future__ import annotations
@@ -63,9 +63,17 @@ QUALITY = 95
 EXTENSIONS = dict(zip(FORMATS, (".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".jp2", ".avif", ".ppm")))
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 WORDS = {
-    "version": "layout", "source": "source", "kind": "kind", "options": "way to read it", "images": "number of images", "content": "names or labels of the images",
-    "shuffle": "shuffle seed", "size": "size of a tar", "max_side": "max side", "check": "check",
-}  # fmt: skip
+    "version": "layout",
+    "source": "source",
+    "kind": "kind",
+    "options": "way to read it",
+    "images": "number of images",
+    "content": "names or labels of the images",
+    "shuffle": "shuffle seed",
+    "size": "size of a tar",
+    "max_side": "max side",
+    "check": "check",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,10 +81,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", help="a new folder for the tars, or one whose packing was stopped")
     add_source_arguments(parser)
     parser.add_argument("--size", default="1GiB", help="of a tar, about (default: 1GiB)")
-    parser.add_argument("--shuffle", metavar="SEED|no", default="0", help="mix the images by this seed, or keep their order (default: 0)")
-    parser.add_argument("--max-side", type=int, metavar="N", help=f"shrink images whose shorter side is longer to N pixels (JPEG, quality {QUALITY}); the others are copied as they are")
+    parser.add_argument(
+        "--shuffle",
+        metavar="SEED|no",
+        default="0",
+        help="mix the images by this seed, or keep their order (default: 0)",
+    )
+    parser.add_argument(
+        "--max-side",
+        type=int,
+        metavar="N",
+        help=(
+            f"shrink images whose shorter side is longer to N pixels (JPEG, quality {QUALITY}); the others are "
+            "copied as they are"
+        ),
+    )
     parser.add_argument("--check", action="store_true", help="leave out what cannot be decoded, too")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one a core; from URLs, more are faster)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=available_cores(),
+        help="processes (default: one a core; from URLs, more are faster)",
+    )
 
 
 def run(args: argparse.Namespace) -> str:
@@ -89,7 +115,16 @@ def run(args: argparse.Namespace) -> str:
     kind, source, options = opened(args.src, args)
     how = _How(args.max_side, args.check)
     where = os.path.abspath(args.src) if os.path.exists(args.src) else args.src
-    plan = {"version": VERSION, "source": where, "kind": kind, "options": options, "images": len(source), "size": size, "max_side": how.max_side, "check": how.check}
+    plan = {
+        "version": VERSION,
+        "source": where,
+        "kind": kind,
+        "options": options,
+        "images": len(source),
+        "size": size,
+        "max_side": how.max_side,
+        "check": how.check,
+    }
     with _alone_in(dst):
         if hasattr(source, "iterate"):
             print("A stream is packed in its own order: --shuffle and --workers have no effect.", file=sys.stderr)
@@ -102,7 +137,9 @@ def run(args: argparse.Namespace) -> str:
                 print(left_out, file=sys.stderr)
             labels = source.labels  # read here once: a source may make them anew for every process
             plan |= {"shuffle": seed, "content": _content(source, labels)}
-            num = _tars_planned(dst, plan) or min(len(source), math.ceil(_measure(source, how, labels, args.workers) / size))
+            num = _tars_planned(dst, plan) or min(
+                len(source), math.ceil(_measure(source, how, labels, args.workers) / size)
+            )
             _write_plan(dst, plan | {"tars": num})
             if labels is not None:
                 names = (" ".join(name.splitlines()).strip() or "?" for name in source.classes)
@@ -132,7 +169,10 @@ def _tars_planned(dst: Path, plan: dict[str, Any]) -> int | None:
     if differences:
         key = differences[0]
         values = "are others now" if key == "content" else f"is {_said(old[key])} there, not {_said(plan[key])}"
-        raise DataError(f"{dst} holds a pack of another plan: the {WORDS[key]} {values}; give a new folder, or the same arguments to go on with that one.")
+        raise DataError(
+            f"{dst} holds a pack of another plan: the {WORDS[key]} {values}; give a new folder, or the same "
+            "arguments to go on with that one."
+        )
     return old.get("tars")
 
 
@@ -143,7 +183,10 @@ def _said(value: Any) -> str:
 def _content(source: Source, labels: np.ndarray | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     num = min(NAMED, len(source))
-    for word in (*(source.name(p * len(source) // num) for p in range(num)), *(() if labels is None else source.classes)):
+    for word in (
+        *(source.name(p * len(source) // num) for p in range(num)),
+        *(() if labels is None else source.classes),
+    ):
         digest.update(os.fsencode(word) + b"\0")
     if labels is not None:
         digest.update(np.ascontiguousarray(labels, np.int32))
@@ -175,7 +218,9 @@ def _alone_in(dst: Path) -> Iterator[None]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"{dst} is being packed by another process: wait for it, or give another folder.") from error
+            raise DataError(
+                f"{dst} is being packed by another process: wait for it, or give another folder."
+            ) from error
         for unfinished in dst.rglob(f".*{UNFINISHED}"):
             unfinished.unlink(missing_ok=True)
         yield
@@ -261,7 +306,12 @@ class _Tars:
 
     def pack(self, workers: int) -> None:
         self.todo = [t for t in range(self.num) if not _tar(self.dst, t).exists()]
-        keys, progress, done, images = range(0, len(self.todo), self.group), Progress("Tars written", len(self.todo)), 0, 0
+        keys, progress, done, images = (
+            range(0, len(self.todo), self.group),
+            Progress("Tars written", len(self.todo)),
+            0,
+            0,
+        )
         for _, told in stream(self, keys, workers=workers, prefetch=8):
             done, images = done + len(told), images + sum(told)
             progress.tell(done, images)
@@ -388,12 +438,16 @@ def _index(tar: Path) -> None:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears at `path` once all of it is on the disk. Raises DataError where it cannot be written."""
+    """A file to write that appears at `path` once all of it is on the disk. Raises DataError where it cannot be
+    written."""
     try:
         with written_whole(path, durable=True) as file:
             yield file
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}): the tars that are whole stay; mend that and give the same command again.") from error
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error}): the tars that are whole stay; mend that "
+            "and give the same command again."
+        ) from error
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -419,7 +473,10 @@ def _summary(dst: Path, images: int) -> str:
     except DataError as error:
         raise DataError(f"{dst} holds no image: of {images:,}, those that cannot be read are {listed}.") from error
     left_out = f"; {images - packed:,} that cannot be read left out, {listed}" if packed < images else ""
-    return f"{counted(len(sizes), 'tar')}, {counted(packed, 'image')}, {amount(sum(sizes))}{left_out}.\nTrain on them with --data.path {dst}"
+    return (
+        f"{counted(len(sizes), 'tar')}, {counted(packed, 'image')}, {amount(sum(sizes))}{left_out}.\nTrain on them "
+        f"with --data.path {dst}"
+    )
 
 
 def _size(word: str) -> int:

@@ -1,9 +1,9 @@
 """What is done to the colours of a crop: flip, colour jitter, grey, Gaussian blur (SwAV's order and distributions).
 
-`draw` says what is to be done, as numbers; `distort` does it to one crop on the CPU: in one or two passes in C (pixels.c),
-or as batched.py does it where that was not built, the same to a level of 255. The operations are torchvision's, without
-its rounding in between. `pack` makes numbers of a distortion, for batched.py to do a whole batch's on the accelerator.
-"""
+`draw` says what is to be done, as numbers; `distort` does it to one crop on the CPU: in one or two passes in C
+(pixels.c), or as batched.py does it where that was not built, the same to a level of 255. The operations are
+torchvision's, without its rounding in between. `pack` makes numbers of a distortion, for batched.py to do a whole
+batch's on the accelerator."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ PACKED = 2 + 2 * MOST_OPS
 
 
 def pack(how: Distortion) -> np.ndarray:
-    """float32 [PACKED]: flip, (operation, factor) for each of MOST_OPS in order, (-1, 0) where there are fewer, sigma."""
+    """float32 [PACKED]: flip, (operation, factor) for each of MOST_OPS in order, (-1, 0) where there are fewer,
+    sigma."""
     none = [(-1, 0.0)] * (MOST_OPS - len(how.ops))
     return np.array([how.flip, *sum((*how.ops, *none), ()), how.sigma], np.float32)
 
@@ -76,7 +77,13 @@ def distort(crop: np.ndarray, how: Distortion, planes: np.ndarray) -> None:
     kernel.photometric(crop.ctypes.data, size, how.flip, num, ops, factors, planes.ctypes.data)
     if how.sigma:
         weights = gaussian(how.sigma)
-        kernel.blur(planes.ctypes.data, size, len(weights) // 2, weights.ctypes.data, scratch(size * size + size + len(weights)).ctypes.data)
+        kernel.blur(
+            planes.ctypes.data,
+            size,
+            len(weights) // 2,
+            weights.ctypes.data,
+            scratch(size * size + size + len(weights)).ctypes.data,
+        )
 
 
 def gaussian(sigma: float) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Batches filled by processes in shared memory. A process that dies or hangs is replaced; no row is lost, none made twice.
+"""Batches filled by processes in shared memory. A process that dies or hangs is replaced; no row is lost, none made
+twice.
 
 Every worker makes the same rows of every batch, so that what it keeps open (a tar, a block of images read ahead) serves
 the next batch too. A batch is a pure function of its key, so a worker's replacement begins with the first batch the
@@ -44,14 +45,20 @@ def complain(sentence: str) -> None:
 
 
 def stream(
-    job: Job, keys: Sequence[Any], *, workers: int, prefetch: int = 2, timeout_s: float = 120.0,
+    job: Job,
+    keys: Sequence[Any],
+    *,
+    workers: int,
+    prefetch: int = 2,
+    timeout_s: float = 120.0,
     tell: Callable[[str], None] = complain,
 ) -> Generator[tuple[list[np.ndarray], list[Any]], None, None]:
     """For each key in turn the batch's arrays (of the largest size) and what `fill` returned by row.
 
-    The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here, and so does any number without Linux. prefetch: batches that
-    may be ready or in the making, besides the one given out. timeout_s: a worker that takes longer over one item while
-    somebody waits for it is replaced, and `tell` gets a sentence. Processes live as long as the iterator. Raises
+    The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here, and so does any
+    number without Linux. prefetch: batches that may be ready or in the making, besides the one given out. timeout_s: a
+    worker that takes longer over one item while somebody waits for it is replaced, and `tell` gets a sentence.
+    Processes live as long as the iterator. Raises
     DataError as `fill` does, or when a worker cannot be kept alive.
     """
     workers = min(workers, max((job.rows(k) for k in (keys[0], keys[-1])), default=0) if keys else 0)
@@ -83,7 +90,9 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, job: Job, keys: Sequence[Any], workers: int, depth: int, timeout_s: float, tell: Callable[[str], None]):
+    def __init__(
+        self, job: Job, keys: Sequence[Any], workers: int, depth: int, timeout_s: float, tell: Callable[[str], None]
+    ):
         self.job, self.keys, self.depth, self.timeout_s, self._tell = job, keys, min(depth, len(keys)), timeout_s, tell
         specs = job.buffers()
         self._memory = os.memfd_create("batches")  # unlike /dev/shm, limited by memory alone
@@ -146,7 +155,9 @@ class _Pool:
         ours, theirs = Pipe()
         _server.ask(theirs)
         with theirs, suppress(OSError):
-            ours.send((sys.path, dict(os.environ), cloudpickle.dumps(self.job), self.keys, self.depth, len(self._seats)))
+            ours.send(
+                (sys.path, dict(os.environ), cloudpickle.dumps(self.job), self.keys, self.depth, len(self._seats))
+            )
             send_handle(ours, self._memory, None)
         return ours
 
@@ -177,7 +188,9 @@ class _Pool:
 
     def _how_it_ended(self, seat: int) -> str:
         deadline = time.monotonic() + 5
-        while not (status := int(self._seats[seat, STATUS])) and time.monotonic() < deadline and not self._control.poll():
+        while (
+            not (status := int(self._seats[seat, STATUS])) and time.monotonic() < deadline and not self._control.poll()
+        ):
             time.sleep(0.001)
         if not status:
             return "ended with its host"
@@ -188,7 +201,9 @@ class _Pool:
         if progress != worker.progress:
             worker.progress, worker.since = progress, self._waited_s
         again = max(self.timeout_s / 4, min(self.timeout_s, 10.0))  # several in one batch: other ranks are waiting
-        limit = (again if worker.suspects else self.timeout_s) if self._seats[seat, PID] else max(START_S, self.timeout_s)
+        limit = (
+            (again if worker.suspects else self.timeout_s) if self._seats[seat, PID] else max(START_S, self.timeout_s)
+        )
         return self._waited_s - worker.since > limit
 
     def _kill(self, seat: int) -> None:
@@ -218,7 +233,9 @@ class _Pool:
             pass
         _server.must_live()
         self._count(-1, "The host of the loader processes was ended")
-        self._tell("The host of the loader processes was ended; another takes its place, and no image is lost or repeated.")
+        self._tell(
+            "The host of the loader processes was ended; another takes its place, and no image is lost or repeated."
+        )
         for w in self._workers:
             w.connection.close()
         self._control.close()
@@ -228,7 +245,10 @@ class _Pool:
     def _count(self, seat: int, what: str) -> None:
         self._fruitless[seat] += 1
         if self._fruitless[seat] > GIVE_UP_AFTER:
-            raise DataError(f"{what}, and so did {GIVE_UP_AFTER} before it without making a batch: if memory is short (signal SIGKILL), lower data.workers or data.prefetch; if reads hang, raise data.timeout_s.")
+            raise DataError(
+                f"{what}, and so did {GIVE_UP_AFTER} before it without making a batch: if memory is short "
+                "(signal SIGKILL), lower data.workers or data.prefetch; if reads hang, raise data.timeout_s."
+            )
 
 
 SERVER = """
@@ -284,7 +304,9 @@ class _Server:
         path = [p for p in sys.path if p not in here] + [p for p in sys.path if p in here]
         words = [sys.executable, "-P", "-c", SERVER.format(path=path, fd=theirs.fileno(), parent=os.getpid())]
         with theirs:
-            self._process = subprocess.Popen(words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+            self._process = subprocess.Popen(
+                words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+            )
         self._socket, self._owner = ours, os.getpid()
 
 

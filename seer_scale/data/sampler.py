@@ -1,9 +1,9 @@
 """Which image every global sample is, from the number of samples seen alone: for any ranks, and as the data change.
 
-Global samples are positions in epochs. While the data stay as they are, sample p is the image at position p % n of epoch
-p // n. When they change (a refresh), the epoch in progress goes on with what it still had to show of the parts that
-stay and with all of the new parts, in proportion; whole epochs of the new data follow. So each epoch shows an image
-exactly once, if it was there from the beginning and stays, or joined meanwhile.
+Global samples are positions in epochs. While the data stay as they are, sample p is the image at position p % n of
+epoch p // n. When they change (a refresh), the epoch in progress goes on with what it still had to show of the parts
+that stay and with all of the new parts, in proportion; whole epochs of the new data follow. So each epoch shows an
+image exactly once, if it was there from the beginning and stays, or joined meanwhile.
 """
 
 from __future__ import annotations
@@ -73,15 +73,16 @@ class ElasticSampler:
         return self.era.rest if self.era.rest and epoch == self.era.epoch else self.n
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, offsets) of global samples (int64). Offsets count from the epoch's beginning, or from this era's where
-        that is later."""
+        """(epochs, offsets) of global samples (int64). Offsets count from the epoch's beginning, or from this era's
+        where that is later."""
         inside, era = samples - self.era.since, self.era
         epochs, offsets = np.divmod(inside - era.rest, self.n)
         first = inside < era.rest
         return np.where(first, era.epoch, era.epoch + (era.rest > 0) + epochs), np.where(first, inside, offsets)
 
     def progress(self, samples_seen: int) -> float:
-        """Epochs done, with the share of the one in progress: of what was left when its images changed, where they did."""
+        """Epochs done, with the share of the one in progress: of what was left when its images changed, where they
+        did."""
         (epoch,), (offset,) = self.locate(np.array([samples_seen]))
         done = self.era.done if self.era.rest and epoch == self.era.epoch else 0.0
         return float(epoch + done + (1 - done) * offset / self.size(int(epoch)))

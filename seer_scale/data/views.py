@@ -60,7 +60,9 @@ def _draws(views: Views, seed: int, epoch: int, index: int) -> list[list[float]]
     return numpy_generator(seed, "views", epoch, index).random((sum(c.num for c in views.crops), DRAWS)).tolist()
 
 
-def _boxes(views: Views, draws: list[list[float]], height: int, width: int) -> Iterator[tuple[Crop, Iterator[float], Box]]:
+def _boxes(
+    views: Views, draws: list[list[float]], height: int, width: int
+) -> Iterator[tuple[Crop, Iterator[float], Box]]:
     """For each crop its kind, what is left of its draws, and its box in an image of this size."""
     kinds = (kind for kind in views.crops for _ in range(kind.num))
     for kind, u in zip(kinds, map(iter, draws)):
@@ -136,7 +138,8 @@ def _resized(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _triangle(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where `size` outputs of `n` inputs look, and how much they weigh: first, num [size], weights float32 [size, taps]."""
+    """Where `size` outputs of `n` inputs look, and how much they weigh: first, num [size], weights float32 [size,
+    taps]."""
     scale = n / size
     reach = max(scale, 1.0)
     centre = (np.arange(size) + 0.5) * scale

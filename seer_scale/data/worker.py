@@ -32,8 +32,8 @@ from seer_scale.data.sources import remote
 from seer_scale.errors import STOP_SIGNALS, DataError
 
 PROGRESS, ITEM, PID, STATUS = range(4)
-"""Columns of the seats: items entered so far; the one a worker is busy with, or -1; its process number; and how it ended, 0
-while it lives, else one more than its exit status, or minus its signal."""
+"""Columns of the seats: items entered so far; the one a worker is busy with, or -1; its process number; and how it
+ended, 0 while it lives, else one more than its exit status, or minus its signal."""
 
 Spec = tuple[tuple[int, ...], type]
 """Shape and numpy type of an array."""
@@ -168,7 +168,8 @@ def _work(
     job: Job, keys: Sequence[Any], first: int, upto: int, seat: int, ring: list[list[np.ndarray]],
     connection: Connection, guard: Guard, seats: np.ndarray, parent: int,
 ) -> None:  # fmt: skip
-    """A worker's life: its rows of the batches from `first` on, never beyond `upto`, which each message raises by one."""
+    """A worker's life: its rows of the batches from `first` on, never beyond `upto`, which each message raises by
+    one."""
     seats[seat, PID] = os.getpid()
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

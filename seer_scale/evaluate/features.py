@@ -40,7 +40,8 @@ def features(
 
 
 def gather_rows(x: Tensor, world: World) -> Tensor:
-    """The rows of all ranks, in rank order, on every rank; ranks may have different numbers of rows. Two all-gathers."""
+    """The rows of all ranks, in rank order, on every rank; ranks may have different numbers of rows. Two
+    all-gathers."""
     if world.size == 1:
         return x
     counts = all_gather(torch.tensor(len(x), device=x.device)).tolist()

@@ -43,8 +43,8 @@ class Labelled:
     """Which images vote and which are classified, and by what names: a sentence."""
 
     def measurement(self, c: Knn) -> str:
-        """Stands for what figures depend on beside the network, but for the folders, which may be moved: only figures of one
-        measurement compare."""
+        """Stands for what figures depend on beside the network, but for the folders, which may be moved: only figures
+        of one measurement compare."""
         words = [len(self.bank), len(self.queries), *self.classes, c.k, c.temperature, c.size]
         crc = zlib.crc32(repr(words).encode(errors="backslashreplace"))
         for numbers in (self.bank_indices, self.query_indices, self.query_to_bank):
@@ -62,7 +62,8 @@ class Neighbours:
 
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-"""Names of folders that are parts of a data set, and no classes: the first there holds the bank, the next the queries."""
+"""Names of folders that are parts of a data set, and no classes: the first there holds the bank, the next the
+queries."""
 DATE = re.compile(r"(19|20)\d\d([-_. ]?[01]?\d([-_. ]?[0-3]?\d)?)?")
 MAX_NAMES = 5
 
@@ -108,7 +109,10 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
     kept = _drawn(bank, held, c.limit)
     unknown = sorted(set(queries.classes) - set(bank.classes))
     if unknown:
-        raise DataError(f"The queries have the class {shown(unknown[0])!r}, which the bank has not: use one set of classes for knn.bank and knn.queries.")
+        raise DataError(
+            f"The queries have the class {shown(unknown[0])!r}, which the bank has not: use one set of classes "
+            "for knn.bank and knn.queries."
+        )
     query_to_bank = np.array([bank.classes.index(name) for name in queries.classes])
     of = f"{len(asked):,} of {shown(queries_path)}" if queries_path else f"{len(asked):,} others of it, held out"
     protocol = f"{len(kept):,} images of {shown(bank_path)} vote on {of}; {named_classes(bank.classes)}."
@@ -122,7 +126,9 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
             "beside them; if they are parts of the data set, give knn.bank and knn.queries."
         )
     if all(DATE.fullmatch(name) for name in bank.classes):
-        protocol += " These look like dates: if they are no classes, the figures mean nothing (knn.enabled false, or knn.bank)."
+        protocol += (
+            " These look like dates: if they are no classes, the figures mean nothing (knn.enabled false, or knn.bank)."
+        )
     return Labelled(bank, kept, queries, asked, list(bank.classes), query_to_bank, protocol)
 
 
@@ -180,7 +186,11 @@ def _without_classes(source: Source, path: str, splits: Sequence[str]) -> str | 
     if source.has_labels and not are_splits(source.classes):
         return None
     parts = [shown(os.path.basename(folder)) for folder in splits] or [shown(name) for name in source.classes]
-    return f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)" if parts else f"{shown(path)} has no labels"
+    return (
+        f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)"
+        if parts
+        else f"{shown(path)} has no labels"
+    )
 
 
 def _drawn(source: Source, first: int, most: int) -> np.ndarray:
@@ -190,14 +200,20 @@ def _drawn(source: Source, first: int, most: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: World) -> tuple[dict[str, float], Neighbours]:
+def knn(
+    represent: Represent, images: Labelled, c: Knn, *, workers: int, world: World
+) -> tuple[dict[str, float], Neighbours]:
     """Top-1 and top-5 in percent with their standard errors, the share of the commonest class (what is right without a
-    network, too), how many queries and classes there were; and the neighbours. Collective; the same result on each rank."""
+    network, too), how many queries and classes there were; and the neighbours. Collective; the same result on each
+    rank."""
     options = dict(size=c.size, batch=c.batch, workers=workers, world=world)
     parts = [(f, y, i) for f, _, y, i in features(represent, images.queries, images.query_indices, **options)]
     f, y, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
     if not len(ids):
-        raise DataError(f"None of the {len(images.query_indices)} images that kNN is to classify can be read: check them, or set knn.enabled false.")
+        raise DataError(
+            f"None of the {len(images.query_indices)} images that kNN is to classify can be read: check them, "
+            "or set knn.enabled false."
+        )
     _check_finite(f)
     order = ids.argsort()
     f, y, ids = torch.nn.functional.normalize(f[order], dim=1), y[order], ids[order]
@@ -217,7 +233,10 @@ def knn(represent: Represent, images: Labelled, c: Knn, *, workers: int, world: 
         columns = (gather_rows(x.T.contiguous(), world).T for x in (nearest, found, labels))
         nearest, found, labels = _best(c.k, *columns)
     if not labels.shape[1]:
-        raise DataError(f"None of the {len(images.bank_indices)} images of kNN's bank can be read: check them, or set knn.enabled false.")
+        raise DataError(
+            f"None of the {len(images.bank_indices)} images of kNN's bank can be read: check them, or set "
+            "knn.enabled false."
+        )
     _check_finite(nearest)  # topk takes what is no number for the largest
     votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / c.temperature).exp())
     ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices == y[:, None]

@@ -60,8 +60,9 @@ def show_prototypes(
     run_dir: Path, represent: Represent, prototypes: torch.Tensor, source: Source, *,
     num: int, size: int, batch: int, workers: int, world: World,
 ) -> None:  # fmt: skip
-    """How the images are shared out among the prototypes, and those nearest to a few prototypes that hold theirs close and
-    are far from each other. Collective; rank 0 writes. prototypes [K, dim]; num: images looked at, spread over all."""
+    """How the images are shared out among the prototypes, and those nearest to a few prototypes that hold theirs close
+    and are far from each other. Collective; rank 0 writes. prototypes [K, dim]; num: images looked at, spread over
+    all."""
     indices = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(np.int64)
     stream = features(represent, source, indices, size=size, batch=batch, workers=workers, world=world)
     parts = [(z, i) for _, z, _, i in stream]
@@ -80,10 +81,11 @@ def show_prototypes(
 
 
 def _apart(prototypes: torch.Tensor, closeness: torch.Tensor, num: int) -> list[int]:
-    """`num` prototypes or fewer, the closest first and then each the farthest from those before it, among the closest 8 num.
+    """`num` prototypes or fewer, the closest first and then each the farthest from those before it, among the closest 8
+    num.
 
-    Several prototypes often share one group of images, and would show the same ones. prototypes [K, dim], closeness [K].
-    """
+    Several prototypes often share one group of images, and would show the same ones. prototypes [K, dim], closeness
+    [K]."""
     among = closeness.topk(min(8 * num, int((closeness > -1).sum()))).indices
     vectors = torch.nn.functional.normalize(prototypes[among].float(), dim=1)
     nearest = torch.full((len(among),), -2.0, device=vectors.device)

@@ -40,13 +40,17 @@ def _images(config: Config, run_dir: Path, world: World) -> Labelled:
 
 
 def evaluated_config(path: Path, overrides: list[str]) -> Config:
-    """The recipe of the run or checkpoint `path` as an evaluation takes it. Raises UserError, also for what this machine's
-    devices cannot do."""
+    """The recipe of the run or checkpoint `path` as an evaluation takes it. Raises UserError, also for what this
+    machine's devices cannot do."""
     is_run = (path / "config.yaml").is_file()
     if not is_run and not (path / store.MANIFEST).is_file():
-        raise UserError(f"{path} is not a run's folder (it has no config.yaml), nor a checkpoint: give one, such as runs/demo.")
+        raise UserError(
+            f"{path} is not a run's folder (it has no config.yaml), nor a checkpoint: give one, such as runs/demo."
+        )
     recipe = load_recipe(str(path / "config.yaml")) if is_run else store.read_meta(path)["config"]
-    recipe["parallel"] = {"device": (recipe.get("parallel") or {}).get("device", "auto")}  # how it was trained does not bind its evaluation
+    recipe["parallel"] = {
+        "device": (recipe.get("parallel") or {}).get("device", "auto")
+    }  # how it was trained does not bind its evaluation
     recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
     if problems := check_device(config):
@@ -55,7 +59,8 @@ def evaluated_config(path: Path, overrides: list[str]) -> Config:
 
 
 def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
-    """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises UserError."""
+    """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises
+    UserError."""
     is_run = (path / "config.yaml").is_file()
     images = _images(config, run_dir_of(path), world)
     found = store.newest(path / "checkpoints", world) if is_run else path

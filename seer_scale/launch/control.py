@@ -52,7 +52,8 @@ class Ranks(Protocol):
     code: int
 
     def poll(self) -> str | None:
-        """None while they run; then why they ended, as a sentence, or "" if all of them ended well. None is left then."""
+        """None while they run; then why they ended, as a sentence, or "" if all of them ended well. None is left
+        then."""
 
     def signal(self, number: int) -> None:
         """Send it to those that did not get it yet; SIGKILL to all."""
@@ -78,7 +79,12 @@ class LocalRanks:
     """Ranks on this machine."""
 
     def __init__(self, job: Job, attempt: str, num: int):
-        env = without_rank_variables(os.environ) | {ATTEMPT: attempt, LAUNCHER: LOCAL, "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num)}
+        env = without_rank_variables(os.environ) | {
+            ATTEMPT: attempt,
+            LAUNCHER: LOCAL,
+            "WORLD_SIZE": str(num),
+            "LOCAL_WORLD_SIZE": str(num),
+        }
         words = [sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
         self._processes = [
             subprocess.Popen(words, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(num)
@@ -127,7 +133,14 @@ class Control:
         self, job: Job, start: Callable[[str], Ranks], *, ident: str, ranks: int, nodes: list[str],
         requeue: Callable[[], bool] | None = None, limits: Limits = Limits(),
     ):  # fmt: skip
-        self.job, self._start, self._ident, self._num, self._nodes, self._requeue = job, start, ident, ranks, nodes, requeue
+        self.job, self._start, self._ident, self._num, self._nodes, self._requeue = (
+            job,
+            start,
+            ident,
+            ranks,
+            nodes,
+            requeue,
+        )
         self._limits, self._told_at, self._is_back = limits, float("-inf"), False
         self._asked, self._asked_at, self._number = 0, 0.0, signal.SIGTERM
 
@@ -142,7 +155,10 @@ class Control:
     def _run(self) -> int:
         job, in_vain = self.job, 0
         if self._requeue and (returns := len(self._starts_in_vain())) > job.requeues:
-            say(f"{returns} starts of this job brought no new checkpoint, so the run ends here (requeues {job.requeues}).")
+            say(
+                f"{returns} starts of this job brought no new checkpoint, so the run ends here (requeues "
+                f"{job.requeues})."
+            )
             return EXIT_FAILED
         for number in range(1, sys.maxsize):
             if self._limits.is_cancelled():
@@ -168,7 +184,10 @@ class Control:
                 if self._goes_on():
                     return EXIT_DONE
                 tries = f"{in_vain} starts in a row" if in_vain > 1 else "the last start"
-                say(f"{problem}. As {tries} brought no new checkpoint, the run ends here{'' if now < 0 else '; the newest checkpoint stands'}.")
+                say(
+                    f"{problem}. As {tries} brought no new checkpoint, the run ends "
+                    f"here{'' if now < 0 else '; the newest checkpoint stands'}."
+                )
                 return EXIT_FAILED
             where = f"from the checkpoint at {now:,} samples" if now >= 0 else "from the beginning"
             bound = f" (start {in_vain} of {job.restarts} without a new checkpoint)" if in_vain else ""
@@ -192,8 +211,13 @@ class Control:
                 ranks.signal(signal.SIGUSR2)
             if not given_up and self._limits.is_over():
                 given_up = True
-                say("The time limit has nearly come and the ranks have not saved: what was done since the newest checkpoint is lost.")
-                self.job.tell(event="end", attempt=attempt, status=None, cause=OUT_OF_TIME, samples=self.job.newest_checkpoint())
+                say(
+                    "The time limit has nearly come and the ranks have not saved: what was done since the "
+                    "newest checkpoint is lost."
+                )
+                self.job.tell(
+                    event="end", attempt=attempt, status=None, cause=OUT_OF_TIME, samples=self.job.newest_checkpoint()
+                )
                 self._is_back = self._goes_on()
                 ranks.signal(signal.SIGKILL)
             time.sleep(POLL_S)
@@ -206,7 +230,10 @@ class Control:
         if not self._requeue or self._limits.is_cancelled():
             return False
         if (starts := len(self._starts_in_vain())) > self.job.requeues:
-            say(f"{starts} starts of this job brought no new checkpoint: it does not go back to the queue (requeues {self.job.requeues}).")
+            say(
+                f"{starts} starts of this job brought no new checkpoint: it does not go back to the queue "
+                f"(requeues {self.job.requeues})."
+            )
             return False
         return self._requeue()
 
@@ -223,7 +250,8 @@ class Control:
         return starts | {f"{name}.{n}" for n in range(told + 1, int(number))} if self._requeue and name else starts
 
     def _outcome(self, attempt: str, code: int) -> int | None:
-        """What the ranks said of their end; None if they could not. Where a full disk kept them from writing it, by status."""
+        """What the ranks said of their end; None if they could not. Where a full disk kept them from writing it, by
+        status."""
         try:
             said = json.loads((self.job.place / "outcome.json").read_text())
         except (OSError, ValueError):
@@ -258,5 +286,10 @@ def control_local(run_dir: str, visible: str | None) -> int:
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (job.code, os.environ.get("PYTHONPATH"))))
-    num, ident = job.ranks_per_node, f"{os.environ['SUBMITIT_LOCAL_JOB_ID']}.{time.time():.0f}"  # process numbers come again
-    return Control(job, lambda attempt: LocalRanks(job, attempt, num), ident=ident, ranks=num, nodes=[os.uname().nodename]).run()
+    num, ident = (
+        job.ranks_per_node,
+        f"{os.environ['SUBMITIT_LOCAL_JOB_ID']}.{time.time():.0f}",
+    )  # process numbers come again
+    return Control(
+        job, lambda attempt: LocalRanks(job, attempt, num), ident=ident, ranks=num, nodes=[os.uname().nodename]
+    ).run()

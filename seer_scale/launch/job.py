@@ -32,9 +32,9 @@ ATTEMPT = "SEER_SCALE_ATTEMPT"
 class Job:
     """fits: numbers of nodes the recipe can take, rising; a job that gets another number uses the next lower of these.
 
-    log_dir: where the job's own output goes (an array has one). launcher: what `process_mark` says of a local run's launcher.
-    restarts, requeues: how often in a row the ranks are started again in the same job, and the job goes back to the
-    queue, without a new checkpoint.
+    log_dir: where the job's own output goes (an array has one). launcher: what `process_mark` says of a local run's
+    launcher. restarts, requeues: how often in a row the ranks are started again in the same job, and the job goes back
+    to the queue, without a new checkpoint.
     """
 
     name: str
@@ -76,7 +76,8 @@ class Job:
 
     @classmethod
     def read(cls, run_dir: str | Path) -> Job | None:
-        """The newest launch of the run in this folder, which may have been moved here since; None where none is recorded.
+        """The newest launch of the run in this folder, which may have been moved here since; None where none is
+        recorded.
         Raises UserError where what is there is no record."""
         record = Path(run_dir) / FOLDER / RECORD
         try:
@@ -85,11 +86,18 @@ class Job:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise UserError(f"{record} cannot be read ({error.strerror}), so it is not known what was launched there.") from error
-        except (ValueError, TypeError) as error:
-            what = "is torn or was written by something else" if not _is_record(record) else "was written by another version of seer_scale"
             raise UserError(
-                f"{record} {what}, so it is not known what was launched there: if no job of that run is on its way, remove that file; "
+                f"{record} cannot be read ({error.strerror}), so it is not known what was launched there."
+            ) from error
+        except (ValueError, TypeError) as error:
+            what = (
+                "is torn or was written by something else"
+                if not _is_record(record)
+                else "was written by another version of seer_scale"
+            )
+            raise UserError(
+                f"{record} {what}, so it is not known what was launched there: if no job of that run is on its "
+                "way, remove that file; "
                 "the run goes on from its checkpoints when its first command is given again."
             ) from error
         here = os.path.abspath(run_dir)
@@ -158,7 +166,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def snapshot(place: Path, *, write: bool = True) -> str:
-    """A copy of this package below `place`, named after its contents, so that edits reach no run on its way; its path."""
+    """A copy of this package below `place`, named after its contents, so that edits reach no run on its way; its
+    path."""
     package = Path(__file__).parents[1]
     files = sorted(p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     digest = hashlib.sha256()

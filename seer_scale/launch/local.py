@@ -117,5 +117,12 @@ class _Watch:
             outcome, value = pickle.loads(self.job.paths.result_pickle.read_bytes())
             return value if outcome == "success" else EXIT_FAILED
         except OSError:
-            print("The process that starts the ranks was ended from outside (by kill, or for want of memory): the newest checkpoint stands, start the run again.", file=sys.stderr, flush=True)
+            print(
+                (
+                    "The process that starts the ranks was ended from outside (by kill, or for want of memory): "
+                    "the newest checkpoint stands, start the run again."
+                ),
+                file=sys.stderr,
+                flush=True,
+            )
             return EXIT_FAILED

@@ -37,12 +37,15 @@ class Options:
 
     def words(self, recipe: str, name: str, overrides: Sequence[str]) -> list[str]:
         """The words after `seer-scale launch` that start one run of this, alone."""
-        given = {k: getattr(self, k) for k in ("cluster", "profile", "nodes", "ranks", "time", "restarts")} | {"name": name}
+        given = {k: getattr(self, k) for k in ("cluster", "profile", "nodes", "ranks", "time", "restarts")} | {
+            "name": name
+        }
         return [recipe, *(word for key, value in given.items() if value for word in (f"--{key}", value)), *overrides]
 
 
 def read(text: str, reader: Callable[[str], T], otherwise: T, problems: list[str]) -> T:
-    """What `reader` makes of an option; `otherwise` where it was not given, or (then a problem) where it cannot be read."""
+    """What `reader` makes of an option; `otherwise` where it was not given, or (then a problem) where it cannot be
+    read."""
     try:
         return reader(text) if text else otherwise
     except UserError as problem:
@@ -68,7 +71,8 @@ def with_time(profile: Profile, time: str) -> Profile:
     """The profile with another time limit. Raises UserError."""
     if minutes(time) * 60 <= profile.grace_s:
         raise UserError(
-            f"--time is {time}, but the profile's grace_s is {profile.grace_s} s, in which the run saves before the limit: "
+            f"--time is {time}, but the profile's grace_s is {profile.grace_s} s, in which the run saves "
+            "before the limit: "
             "give more time, or lower grace_s."
         )
     return dataclasses.replace(profile, time=time)
@@ -81,7 +85,9 @@ def grid(recipe: str, name: str, array: Sequence[str]) -> list[tuple[str, str, l
         key, is_given, values = one.partition("=")
         listed = split_list(values) if is_given else []
         if len(listed) < 2 or not all(listed):
-            raise UserError(f"--array is {one!r}, but must name a key and at least two values, such as optim.lr=0.1,0.2.")
+            raise UserError(
+                f"--array is {one!r}, but must name a key and at least two values, such as optim.lr=0.1,0.2."
+            )
         axes.append([(key, value) for value in listed])
     if not axes:
         return [(recipe, name, [])]

@@ -23,8 +23,8 @@ from seer_scale.train.start import resolve_given, run_dir_of
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user asks for. nodes: (fewest, most), or None: what the recipe's parallel.ranks need. ranks: those of one node;
-    0 = the profile's, or all of the recipe's on one node."""
+    """What a user asks for. nodes: (fewest, most), or None: what the recipe's parallel.ranks need. ranks: those of one
+    node; 0 = the profile's, or all of the recipe's on one node."""
 
     recipe: str
     overrides: Sequence[str] = ()
@@ -47,7 +47,10 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
     ranks = _ranks(given)
     each = ask.ranks or ask.profile.ranks_a_node or ranks
     if ask.nodes is None and ranks % each and ask.cluster != "local":
-        problem = f"parallel.ranks is {ranks}, which fill no whole nodes of {each}: give --nodes, such as {-(-ranks // each)}."
+        problem = (
+            f"parallel.ranks is {ranks}, which fill no whole nodes of {each}: give --nodes, such as "
+            f"{-(-ranks // each)}."
+        )
         try:
             resolve_given(given, {}, ranks)
         except ConfigError as others:
@@ -57,10 +60,19 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
     run_dir = run_dir_of(config, ask.recipe)
     notes += filter(None, [note, resume.foresee(config, run_dir)])
     job = Job(
-        name=ask.name or run_dir.name, run_dir=os.path.abspath(run_dir), cluster=ask.cluster, command=list(command),
-        folder=os.getcwd(), code="", ranks_per_node=each, fits=fits, restarts=ask.profile.restarts, requeues=ask.profile.requeues,
-        profile=dataclasses.asdict(ask.profile), submitted=time.time(),
-    )  # fmt: skip
+        name=ask.name or run_dir.name,
+        run_dir=os.path.abspath(run_dir),
+        cluster=ask.cluster,
+        command=list(command),
+        folder=os.getcwd(),
+        code="",
+        ranks_per_node=each,
+        fits=fits,
+        restarts=ask.profile.restarts,
+        requeues=ask.profile.requeues,
+        profile=dataclasses.asdict(ask.profile),
+        submitted=time.time(),
+    )
     return job, merge(given, {"run": {"dir": str(run_dir)}}), notes
 
 
@@ -82,7 +94,9 @@ def _ranks(given: dict[str, Any]) -> int:
     return ranks if isinstance(ranks, int) and ranks > 0 else 1
 
 
-def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int, has_nodes: bool) -> tuple[Config, list[int], list[str]]:
+def _fits(
+    given: dict[str, Any], nodes: tuple[int, int], each: int, has_nodes: bool
+) -> tuple[Config, list[int], list[str]]:
     """(Config for the fewest nodes, the numbers of nodes that can take the recipe, notes). Raises ConfigError."""
     problems: dict[int, list[str]] = {}
     config = None
@@ -98,14 +112,35 @@ def _fits(given: dict[str, Any], nodes: tuple[int, int], each: int, has_nodes: b
         num = next((n for n in nodes if batch % (n * each)), 0)
         below, above = range(min(num - 1, batch // each), 0, -1), range(num + 1, batch // each + 1)
         here = _problems(given, num * each) if num else set()
-        near = [n for side in (below, above) if (n := next((n for n in side if batch % (n * each) == 0 and _problems(given, n * each) < here), 0))]
+        near = [
+            n
+            for side in (below, above)
+            if (n := next((n for n in side if batch % (n * each) == 0 and _problems(given, n * each) < here), 0))
+        ]
         if num and near and has_nodes:
-            several.append(f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, but {num} of {each} ranks each cannot share the batch evenly; nearest numbers that the recipe can take: {', '.join(map(str, near))}.")
+            several.append(
+                f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, but {num} of {each} ranks each cannot "
+                "share the batch evenly; nearest numbers that the recipe can take: "
+                f"{', '.join(map(str, near))}."
+            )
         raise ConfigError(several)
     batch = config.train.global_batch
-    fits = [n for n in range(nodes[0], nodes[1] + 1) if n in nodes or batch % (n * each) == 0 and not _problems(given, n * each)]
+    fits = [
+        n
+        for n in range(nodes[0], nodes[1] + 1)
+        if n in nodes or batch % (n * each) == 0 and not _problems(given, n * each)
+    ]
     left = sorted(set(range(nodes[0], nodes[1] + 1)) - set(fits))
-    notes = [f"The recipe can be shared among {', '.join(str(n * each) for n in fits)} ranks: of {nodes[0]} to {nodes[1]} nodes it uses {', '.join(map(str, fits))}, the next lower of these."] if left else []
+    notes = (
+        [
+            (
+                f"The recipe can be shared among {', '.join(str(n * each) for n in fits)} ranks: of {nodes[0]} to "
+                f"{nodes[1]} nodes it uses {', '.join(map(str, fits))}, the next lower of these."
+            )
+        ]
+        if left
+        else []
+    )
     return config, fits, notes
 
 

@@ -24,7 +24,9 @@ class Profile:
     constraint: str = opt("", "features that nodes must have")
     exclude: str = opt("", "nodes never to be used")
     reservation: str = opt("", "reservation to run in")
-    time: str = opt("24:00:00", "time limit of a job, as [DAYS-]HOURS:MINUTES:SECONDS or minutes; the run goes on in the next job")
+    time: str = opt(
+        "24:00:00", "time limit of a job, as [DAYS-]HOURS:MINUTES:SECONDS or minutes; the run goes on in the next job"
+    )
     gpus_per_node: int = opt(8, "GPUs a node; 0 = train on CPUs", ge=0)
     ranks_per_node: int = opt(0, "processes a node; 0 = one a GPU", ge=0)
     cpus_per_rank: int = opt(0, "CPUs for a rank and its loader processes; 0 = as the cluster gives them", ge=0)
@@ -33,8 +35,13 @@ class Profile:
     restarts: int = opt(2, "starts of the ranks in a row, within a job, without a new checkpoint", ge=0)
     requeues: int = opt(3, "returns to the queue in a row without a new checkpoint", ge=0)
     environment: dict[str, str] = field(default_factory=dict, metadata={"help": "variables for all ranks"})
-    before: list[str] = field(default_factory=list, metadata={"help": "lines of shell before the run, such as module load cuda"})
-    sbatch: dict[str, str | bool] = field(default_factory=dict, metadata={"help": "any further option of sbatch, without its dashes; true for one without a value"})
+    before: list[str] = field(
+        default_factory=list, metadata={"help": "lines of shell before the run, such as module load cuda"}
+    )
+    sbatch: dict[str, str | bool] = field(
+        default_factory=dict,
+        metadata={"help": "any further option of sbatch, without its dashes; true for one without a value"},
+    )
 
     @property
     def ranks_a_node(self) -> int:
@@ -45,7 +52,43 @@ class Profile:
         return minutes(self.time)
 
 
-OURS = {"nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "gres", "job-name", "output", "error", "signal", "requeue", "no-requeue", "array", "open-mode", "time", "partition", "account", "qos", "constraint", "exclude", "reservation", "mem", "cpus-per-task", "cpus-per-gpu", "mincpus", "parsable", "test-only", "wait", "wrap", "export", "export-file", "chdir", "quiet", "help", "usage", "version"}
+OURS = {
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "gres",
+    "job-name",
+    "output",
+    "error",
+    "signal",
+    "requeue",
+    "no-requeue",
+    "array",
+    "open-mode",
+    "time",
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "exclude",
+    "reservation",
+    "mem",
+    "cpus-per-task",
+    "cpus-per-gpu",
+    "mincpus",
+    "parsable",
+    "test-only",
+    "wait",
+    "wrap",
+    "export",
+    "export-file",
+    "chdir",
+    "quiet",
+    "help",
+    "usage",
+    "version",
+}
 """Options of sbatch that have a key of their own here, or that the launcher decides."""
 LONGEST_GRACE_S = 65535
 """sbatch --signal knows no more."""
@@ -56,7 +99,10 @@ def load_profile(path: str) -> Profile:
     place = Path(path)
     if not place.is_file():
         there = sorted(p.as_posix() for p in FOLDER.glob("*.yaml"))
-        raise UserError(f"--profile {path} is no file; {nearest(path, there) if there else 'seer-scale launch --print-profile prints one to fill in.'}")
+        raise UserError(
+            f"--profile {path} is no file; "
+            f"{nearest(path, there) if there else 'seer-scale launch --print-profile prints one to fill in.'}"
+        )
     given = read_yaml(place, "keys, such as 'partition: gpu'")
     profile, problems = read_profile(given)
     if problems:
@@ -71,31 +117,68 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
     taken = {k: given[k] for k in given if k in free}
     known = [f.name for f in fields(Profile)]
     unknown = [k for k in given if k not in known]
-    problems += [f"{k} is not a key; {nearest(str(k), known)}{' The keys are ' + ', '.join(known) + '.' if k == unknown[-1] else ''}" for k in unknown]
+    problems += [
+        (
+            f"{k} is not a key; "
+            f"{nearest(str(k), known)}{' The keys are ' + ', '.join(known) + '.' if k == unknown[-1] else ''}"
+        )
+        for k in unknown
+    ]
     plain = read_section(Profile, {k: v for k, v in given.items() if k in known and k not in free}, "", problems)
     values = {f.name: getattr(plain, f.name) for f in fields(Profile)}
     for key, value in taken.items():
         if not isinstance(value, free[key]):
-            problems.append(f"{key} is {value!r}, but must be {'a list of lines' if free[key] is list else 'a mapping of names to values'}.")
+            problems.append(
+                f"{key} is {value!r}, but must be "
+                f"{'a list of lines' if free[key] is list else 'a mapping of names to values'}."
+            )
         else:
             plain = str if key != "sbatch" else lambda v: v if v is True else str(v)
             values[key] = [str(v) for v in value] if free[key] is list else {str(k): plain(v) for k, v in value.items()}
             if free[key] is list:
-                problems += [f"{key} holds {v!r}, but must hold lines of shell; quote the line." for v in value if not isinstance(v, str)]
+                problems += [
+                    f"{key} holds {v!r}, but must hold lines of shell; quote the line."
+                    for v in value
+                    if not isinstance(v, str)
+                ]
             else:
-                problems += [f"{key}.{k} is {'empty' if v is None else str(v).lower()}; give a value{', or true for an option without one' * (key == 'sbatch')}, or leave it out." for k, v in value.items() if v is None or v is False and key == "sbatch"]
-    problems += [f"environment.{k} is no name of a variable; use letters, digits and _." for k in values["environment"] if not re.fullmatch(r"[A-Za-z_]\w*", k)]
-    problems += [f"sbatch.{k} is short for an option; write the long one, as in nodelist for w." for k in values["sbatch"] if len(k.lstrip("-")) == 1]
+                problems += [
+                    (
+                        f"{key}.{k} is {'empty' if v is None else str(v).lower()}; give a "
+                        f"value{', or true for an option without one' * (key == 'sbatch')}, or leave it out."
+                    )
+                    for k, v in value.items()
+                    if v is None or v is False and key == "sbatch"
+                ]
+    problems += [
+        f"environment.{k} is no name of a variable; use letters, digits and _."
+        for k in values["environment"]
+        if not re.fullmatch(r"[A-Za-z_]\w*", k)
+    ]
+    problems += [
+        f"sbatch.{k} is short for an option; write the long one, as in nodelist for w."
+        for k in values["sbatch"]
+        if len(k.lstrip("-")) == 1
+    ]
     for option in values["sbatch"]:
         if (name := option.lstrip("-").replace("_", "-")) in OURS:
             key = name.replace("-", "_")
-            problems.append(f"sbatch.{option} is {'the key ' + key + ' of the profile' if key in known else 'for the launcher to decide'}; remove it.")
+            problems.append(
+                f"sbatch.{option} is "
+                f"{'the key ' + key + ' of the profile' if key in known else 'for the launcher to decide'}; "
+                "remove it."
+            )
     try:
         limit = minutes(values["time"])
         if values["grace_s"] > LONGEST_GRACE_S:
-            problems.append(f"grace_s is {values['grace_s']}, but SLURM takes at most {LONGEST_GRACE_S}; nearest: {LONGEST_GRACE_S}.")
+            problems.append(
+                f"grace_s is {values['grace_s']}, but SLURM takes at most {LONGEST_GRACE_S}; nearest: "
+                f"{LONGEST_GRACE_S}."
+            )
         if limit * 60 <= values["grace_s"]:
-            problems.append(f"grace_s is {values['grace_s']}, but a job has only {limit * 60} s (time); nearest: {limit * 20}.")
+            problems.append(
+                f"grace_s is {values['grace_s']}, but a job has only {limit * 60} s (time); nearest: {limit * 20}."
+            )
     except UserError as error:
         problems.append(str(error))
     if not (values["ranks_per_node"] or values["gpus_per_node"]):
@@ -107,14 +190,23 @@ def minutes(time: str) -> int:
     """SLURM's ways to write a time limit (man sbatch, --time), in minutes, rounded up. Raises UserError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not match:
-        raise UserError(f"time is {time!r}, but must be written as DAYS-HOURS:MINUTES:SECONDS, HOURS:MINUTES:SECONDS or minutes, such as 2-00:00:00.")
+        raise UserError(
+            f"time is {time!r}, but must be written as DAYS-HOURS:MINUTES:SECONDS, HOURS:MINUTES:SECONDS or "
+            "minutes, such as 2-00:00:00."
+        )
     days, *rest = match.groups()
     parts = [int(p) for p in rest if p is not None]
     if days is not None:
         hours, mins, secs = (parts + [0, 0])[:3]
         total = (int(days) * 24 + hours) * 3600 + mins * 60 + secs
     else:
-        total = parts[0] * 60 if len(parts) == 1 else parts[0] * 60 + parts[1] if len(parts) == 2 else parts[0] * 3600 + parts[1] * 60 + parts[2]
+        total = (
+            parts[0] * 60
+            if len(parts) == 1
+            else parts[0] * 60 + parts[1]
+            if len(parts) == 2
+            else parts[0] * 3600 + parts[1] * 60 + parts[2]
+        )
     if total < 60:
         raise UserError(f"time is {time!r}, but SLURM counts in whole minutes; nearest: 1.")
     return -(-total // 60)

@@ -8,7 +8,9 @@ from seer_scale.errors import STOP_SIGNALS
 from seer_scale.files import to_json
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # noted from now on; StopRequest lets them in, seconds of imports later
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, STOP_SIGNALS
+    )  # noted from now on; StopRequest lets them in, seconds of imports later
 
 import os  # noqa: E402
 import sys  # noqa: E402
@@ -23,8 +25,8 @@ from seer_scale.rank_info import detect  # noqa: E402
 
 
 def main(run_dir: str) -> int:
-    """Train; returns 0 also for a stop that was asked for, as srun would end the other ranks on any other status, unless a
-    full disk keeps the outcome from being written."""
+    """Train; returns 0 also for a stop that was asked for, as srun would end the other ranks on any other status,
+    unless a full disk keeps the outcome from being written."""
     try:
         job, attempt, rank = Job.of(run_dir), os.environ[ATTEMPT], detect().rank
     except UserError as error:

@@ -47,7 +47,9 @@ def _matching(name: str) -> list[Job]:
     places = {p for q in patterns for p in (Path("/").glob(q[1:]) if q[0] == "/" else Path().glob(q))}
     jobs = [job for place in sorted(places) if (job := Job.read(place))]
     if not jobs:
-        raise UserError(f"No launched run is called {name}, here or below runs/: {command_here()} list shows those there are.")
+        raise UserError(
+            f"No launched run is called {name}, here or below runs/: {command_here()} list shows those there are."
+        )
     return jobs
 
 
@@ -131,7 +133,13 @@ def state(job: Job) -> str:
     elif is_running(job):
         return "running"
     if not attempts or attempts[-1]["event"] == "begin":
-        return "unknown, as there is no SLURM on the path" if not there else "ended from outside" if attempts else "never started"
+        return (
+            "unknown, as there is no SLURM on the path"
+            if not there
+            else "ended from outside"
+            if attempts
+            else "never started"
+        )
     cause = attempts[-1]["cause"]
     return "cancelled" if cause not in ("done", "stopped") and job.is_cancelled() else cause
 
@@ -139,9 +147,13 @@ def state(job: Job) -> str:
 def progress(job: Job) -> str:
     seen, rate = _newest_line(job)
     config = _text(Path(job.run_dir) / "config.yaml")
-    total, batch = (re.search(rf"^train:.*?^  {key}: (\d+)", config, re.M | re.S) for key in ("samples", "global_batch"))
+    total, batch = (
+        re.search(rf"^train:.*?^  {key}: (\d+)", config, re.M | re.S) for key in ("samples", "global_batch")
+    )
     of = f" of {-(-int(total[1]) // int(batch[1])) * int(batch[1]):,}" if total and batch else ""
-    return f"{seen:,}{of} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (f", {rate:.0f} images/s" if rate else "")
+    return f"{seen:,}{of} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (
+        f", {rate:.0f} images/s" if rate else ""
+    )
 
 
 def _newest_line(job: Job) -> tuple[int, float]:
@@ -188,7 +200,11 @@ def list_runs(folder: Path) -> int:
         print(f"No run below {folder} was launched (seer-scale inspect RUN tells of a run that train started).")
     width = max((len(called(job)) for job, _ in runs if job), default=0)
     for job, problem in runs:
-        print(f"{called(job):{width}}  {job.cluster:6} {job.job_id:18} {progress(job):44} {state(job)}" if job else problem)
+        print(
+            f"{called(job):{width}}  {job.cluster:6} {job.job_id:18} {progress(job):44} {state(job)}"
+            if job
+            else problem
+        )
     return EXIT_DONE
 
 
@@ -239,7 +255,9 @@ def print_logs(job: Job, *, follow: bool) -> int:
     read: dict[Path, int] = {}
 
     def show() -> None:
-        for path in (p for kind in ("out", "err") for p in sorted(Path(job.log_dir or job.logs).glob(f"{job.job_id}_*.{kind}"))):
+        for path in (
+            p for kind in ("out", "err") for p in sorted(Path(job.log_dir or job.logs).glob(f"{job.job_id}_*.{kind}"))
+        ):
             with path.open("rb") as file:
                 file.seek(read.get(path, 0))
                 new = file.read()
@@ -307,7 +325,8 @@ def words_again(job: Job, *, nodes: str, time: str) -> list[str]:
             words = [*_without(words, option), option, value]
     if not Path(job.folder).is_dir():
         raise UserError(
-            f"{job.name} was launched from {job.folder}, which is no more: give its command from where its recipe and images "
+            f"{job.name} was launched from {job.folder}, which is no more: give its command from where its "
+            "recipe and images "
             f"are now: {shlex.join([command_here(), 'launch', *words])}"
         )
     return words

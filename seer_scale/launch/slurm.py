@@ -24,7 +24,21 @@ from seer_scale.launch.job import ATTEMPT, Job
 from seer_scale.launch.profile import Profile
 from seer_scale.rank_info import LAUNCHER, SLURM, without_rank_variables
 
-ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "SIGNALING", "STAGE_OUT")
+ALIVE = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "STOPPED",
+    "RESIZING",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "SIGNALING",
+    "STAGE_OUT",
+)
 PLAIN = ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
 LAST = 0.2
 """The part of the grace time in which a job that has not saved goes back to the queue without."""
@@ -32,10 +46,11 @@ ASK_S, ANSWER_S = 5.0, 600.0
 """Seconds between two questions to SLURM, and how long it may leave the question of going on without an answer."""
 BEGIN_S, END_S = 900.0, 120.0
 """Seconds in which srun starts the ranks, and in which those that are to end have ended."""
-AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then scontrol requeue $SLURM_JOB_ID; fi' EXIT
+AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then
+scontrol requeue $SLURM_JOB_ID; fi' EXIT
 trap : USR1 USR2"""
-"""Of the batch script: where the process that looks after the ranks was killed, and the job has not been ended, it goes back;
-and USR1 and USR2, which are for the ranks, do not end the script (scancel --full sends them there, too)."""
+"""Of the batch script: where the process that looks after the ranks was killed, and the job has not been ended, it goes
+back; and USR1 and USR2, which are for the ranks, do not end the script (scancel --full sends them there, too)."""
 KILLED_S = 120.0
 """Seconds in which SLURM ends a job that it has put back into the queue."""
 
@@ -60,12 +75,23 @@ def _executor(job: Job) -> _Executor:
     more |= {k.lstrip("-").replace("_", "-"): v for k, v in profile.sbatch.items()}
     variables = profile.environment | {"PYTHONSAFEPATH": "1"}
     setup = [*profile.before, *(f"export {k}={shlex.quote(v)}" for k, v in variables.items())]
-    setup += [AGAIN, f'export PYTHONPATH={shlex.quote(job.code)}"${{PYTHONPATH:+:$PYTHONPATH}}"', f"cd {shlex.quote(job.folder)}"]
+    setup += [
+        AGAIN,
+        f'export PYTHONPATH={shlex.quote(job.code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f"cd {shlex.quote(job.folder)}",
+    ]
     executor = _Executor(folder=job.logs)
     executor.update_parameters(
-        job_name=f"seer-{job.name}", time=profile.minutes, gpus_per_node=profile.gpus_per_node or None,
-        signal_delay_s=profile.grace_s, use_srun=False, stderr_to_stdout=True, wckey=None, setup=setup, additional_parameters=more,
-    )  # fmt: skip
+        job_name=f"seer-{job.name}",
+        time=profile.minutes,
+        gpus_per_node=profile.gpus_per_node or None,
+        signal_delay_s=profile.grace_s,
+        use_srun=False,
+        stderr_to_stdout=True,
+        wckey=None,
+        setup=setup,
+        additional_parameters=more,
+    )
     return executor
 
 
@@ -84,7 +110,10 @@ def is_there() -> bool:
 def must_be_there() -> None:
     """Raises UserError without SLURM's commands."""
     if missing := [c for c in ("sbatch", "srun", "scontrol", "squeue") if not shutil.which(c)]:
-        raise UserError(f"There is no {missing[0]} on the path: give this command on a login node of the cluster (or start with --cluster local).")
+        raise UserError(
+            f"There is no {missing[0]} on the path: give this command on a login node of the cluster (or start "
+            "with --cluster local)."
+        )
 
 
 def submit(jobs: Sequence[Job]) -> list[Job]:
@@ -95,7 +124,12 @@ def submit(jobs: Sequence[Job]) -> list[Job]:
             submitted = [executor.submit(control_slurm, jobs[0].run_dir)]
         else:
             submitted = executor.map_array(control_slurm, [job.run_dir for job in jobs])
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, subprocess.CalledProcessError, OSError) as error:
+    except (
+        submitit.core.utils.FailedJobError,
+        submitit.core.utils.FailedSubmissionError,
+        subprocess.CalledProcessError,
+        OSError,
+    ) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         told = [line for line in lines if "error:" in line] or lines[-1:] or ["it does not say why"]
         raise UserError(f"SLURM does not take the job: {' '.join(told)}") from error
@@ -109,7 +143,8 @@ def submit(jobs: Sequence[Job]) -> list[Job]:
 
 
 def control_slurm(run_dir: str) -> None:
-    """What the batch job runs, on its first node: the ranks of all nodes. Ends the process with the run's exit status."""
+    """What the batch job runs, on its first node: the ranks of all nodes. Ends the process with the run's exit
+    status."""
     console.install()
     got = int(os.environ["SLURM_JOB_NUM_NODES"])
     try:
@@ -162,10 +197,28 @@ class SrunRanks:
 
     def __init__(self, job: Job, attempt: str, nodes: int, each: int):
         profile = Profile(**job.profile)
-        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}", "--kill-on-bad-exit=1", "--export=ALL"]
+        words = [
+            "srun",
+            f"--nodes={nodes}",
+            f"--ntasks={nodes * each}",
+            f"--ntasks-per-node={each}",
+            "--kill-on-bad-exit=1",
+            "--export=ALL",
+        ]
         words += [f"--cpus-per-task={profile.cpus_per_rank}"] if profile.cpus_per_rank else ["--cpu-bind=none"]
         # until Python can note them, signals are passed over
-        words += ["sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh", sys.executable, "-u", "-P", "-m", "seer_scale.launch.rank", job.run_dir]
+        words += [
+            "sh",
+            "-c",
+            'trap "" TERM USR1 USR2; exec "$@"',
+            "sh",
+            sys.executable,
+            "-u",
+            "-P",
+            "-m",
+            "seer_scale.launch.rank",
+            job.run_dir,
+        ]
         env = {k: v for k, v in without_rank_variables(os.environ).items() if k != "SLURM_CPUS_PER_TASK"}
         self._step = subprocess.Popen(words, env=env | {ATTEMPT: attempt, LAUNCHER: SLURM}, start_new_session=True)
         self.code, self._problem, self._began = 0, "", time.monotonic()
@@ -274,7 +327,8 @@ def _answer(*words: str) -> str | None:
 
 
 def details(job_id: str) -> dict[str, str]:
-    """What SLURM still knows of a job, by scontrol's names; of one it has forgotten, the state from its accounting. Raises
+    """What SLURM still knows of a job, by scontrol's names; of one it has forgotten, the state from its accounting.
+    Raises
     NoAnswer."""
     if not is_there():
         return {}
@@ -307,12 +361,17 @@ def cancel(job: Job, *, now: bool) -> str:
     """Save and stop, or at once; a sentence that says what was done. Raises UserError."""
     must_be_there()
     if (was := state(job.job_id)) not in ALIVE:
-        raise UserError(f"{job.name} is not on its way: job {job.job_id} is {was.lower() or 'not known to SLURM any more'}.")
+        raise UserError(
+            f"{job.name} is not on its way: job {job.job_id} is {was.lower() or 'not known to SLURM any more'}."
+        )
     try:
         job.cancel()
     except OSError as error:  # without the mark it would come back, but for scancel
         _run("scancel", job.job_id)
-        return f"Job {job.job_id} of {job.name} is cancelled by scancel, as its folder cannot be written ({error.strerror})."
+        return (
+            f"Job {job.job_id} of {job.name} is cancelled by scancel, as its folder cannot be written "
+            f"({error.strerror})."
+        )
     if now or was != "RUNNING":
         _run("scancel", job.job_id)
         return f"Job {job.job_id} of {job.name} is cancelled."

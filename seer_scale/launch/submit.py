@@ -39,15 +39,20 @@ Prepared = tuple[Job, dict[str, Any], list[str]]
 
 
 def launch(options: Options) -> int:
-    """Start what was asked for: a job, the jobs of a grid, or ranks on this machine, which are followed to their end; returns
-    the exit status. Raises UserError."""
+    """Start what was asked for: a job, the jobs of a grid, or ranks on this machine, which are followed to their end;
+    returns the exit status. Raises UserError."""
     if not Path(options.recipe).is_file() and options.recipe not in recipe_names():
-        raise UserError(f"{options.recipe!r} is neither a file nor a shipped recipe; {nearest(options.recipe, recipe_names())}")
+        raise UserError(
+            f"{options.recipe!r} is neither a file nor a shipped recipe; {nearest(options.recipe, recipe_names())}"
+        )
     if not options.cluster:
         raise UserError("--cluster is missing: say where to start, as in --cluster local or --cluster slurm.")
     if options.cluster not in CLUSTERS:
         near = nearest(options.cluster, CLUSTERS)
-        raise UserError(f"--cluster is {options.cluster!r}, but must be local or slurm{'; ' + near if near.startswith('did') else '.'}")
+        raise UserError(
+            f"--cluster is {options.cluster!r}, but must be local or "
+            f"slurm{'; ' + near if near.startswith('did') else '.'}"
+        )
     is_local = options.cluster == "local"
     for key in NEEDS_QUEUE if is_local else ():
         if getattr(options, key):
@@ -100,10 +105,14 @@ def _prepare_all(options: Options) -> list[Prepared]:
         raise UserError(f"run.dir is {percent}, but SLURM replaces what follows a %: choose another.")
     names = [*folders, *(job.folder for job, _, _ in prepared)] if options.cluster == "slurm" else []
     if odd := next((name for name in names if "\n" in name or any("\udc80" <= c <= "\udcff" for c in name)), None):
-        raise UserError(f"{odd} cannot stand in a batch script, which is UTF-8: choose another run.dir, or start from another folder.")
+        raise UserError(
+            f"{odd} cannot stand in a batch script, which is UTF-8: choose another run.dir, or start from "
+            "another folder."
+        )
     if len(set(folders)) < len(folders):
         raise UserError(
-            f"--array makes {len(folders)} runs, but run.dir gives them one folder: leave it out, and each has runs/NAME "
+            f"--array makes {len(folders)} runs, but run.dir gives them one folder: leave it out, and each has "
+            "runs/NAME "
             "(--name says how they are called)."
         )
     return prepared
@@ -180,7 +189,13 @@ def claimed(job: Job) -> Iterator[None]:
                 f"The run {job.name} is being started by another command: wait for that one, or give another --name."
             ) from None
         except OSError as error:  # as on Lustre mounted without flock
-            print(f"{job.run_dir} is on a file system without locks ({error.strerror}): do not start this run twice at once.", file=sys.stderr)
+            print(
+                (
+                    f"{job.run_dir} is on a file system without locks ({error.strerror}): do not start this run "
+                    "twice at once."
+                ),
+                file=sys.stderr,
+            )
         _must_be_free(job)
         yield
     finally:

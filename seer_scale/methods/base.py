@@ -1,8 +1,8 @@
 """The protocol in which methods and engines meet: a method knows no sharding, an engine knows no method.
 
-A method is a module of a backbone and what it trains beside it, built on the meta device. It sees tensors and the world's
-collectives. What it needs of an engine it declares as data; `methods.registry.build_method` alone knows methods by name.
-"""
+A method is a module of a backbone and what it trains beside it, built on the meta device. It sees tensors and the
+world's collectives. What it needs of an engine it declares as data; `methods.registry.build_method` alone knows methods
+by name."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ TargetsT = TypeVar("TargetsT")
 
 
 class LossOutput(NamedTuple):
-    """loss: fp32, 0-dim, the mean over this rank's images. metrics: what `Method.metrics` reads once it is averaged over
-    micro-batches and ranks; empty where none was asked for."""
+    """loss: fp32, 0-dim, the mean over this rank's images. metrics: what `Method.metrics` reads once it is averaged
+    over micro-batches and ranks; empty where none was asked for."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
 class Features(NamedTuple):
-    """features: the backbone's, [N, D]. embeddings: what the method compares images by, of unit length, [N, dim]. fp32."""
+    """features: the backbone's, [N, D]. embeddings: what the method compares images by, of unit length, [N, dim].
+    fp32."""
 
     features: Tensor
     embeddings: Tensor
@@ -44,8 +45,8 @@ class Baseline(NamedTuple):
 
 
 class BufferKind(Enum):
-    """STATISTICS: running means that a forward moves: averaged over ranks, moved once an update, as they were where it is
-    skipped. MEMORY: what a method remembers of past samples and can fill anew. CONSTANT: made at every start by the
+    """STATISTICS: running means that a forward moves: averaged over ranks, moved once an update, as they were where it
+    is skipped. MEMORY: what a method remembers of past samples and can fill anew. CONSTANT: made at every start by the
     `reset_buffers` of its module, and never saved."""
 
     STATISTICS = "statistics"
@@ -57,7 +58,8 @@ class Chain(Protocol):
     """A module of units that follow one another, such as a backbone."""
 
     def units(self) -> dict[str, nn.Module]:
-        """Name -> module of what is sharded and recomputed by, in forward order; each takes and gives a list of tensors."""
+        """Name -> module of what is sharded and recomputed by, in forward order; each takes and gives a list of
+        tensors."""
 
     def stage_units(self) -> list[list[str]]:
         """Names of the units of each stage; what is recomputed together lies within one."""
@@ -69,8 +71,8 @@ class Chain(Protocol):
 class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     """One class a method. `views`: for each resolution [num * B, 3, S, S], crop-major, float, normalised.
 
-    Four entrances: `loss`, `prepare_targets` and `encode` run the network and are called through `forward`; `targets` runs
-    none. Each rank calls each as often as the others, for the collectives within.
+    Four entrances: `loss`, `prepare_targets` and `encode` run the network and are called through `forward`; `targets`
+    runs none. Each rank calls each as often as the others, for the collectives within.
     """
 
     name: str
@@ -105,8 +107,8 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
 
     @abstractmethod
     def shard_units(self) -> dict[str, nn.Module]:
-        """Name -> module of what is gathered together, in forward order. Units whose names begin with one word run in the
-        same forwards, so that small ones may be gathered together."""
+        """Name -> module of what is gathered together, in forward order. Units whose names begin with one word run in
+        the same forwards, so that small ones may be gathered together."""
 
     @property
     def fp32_units(self) -> frozenset[str]:

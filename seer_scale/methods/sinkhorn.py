@@ -50,7 +50,8 @@ def sinkhorn(scores: list[Tensor], epsilon: float, iterations: int, world: World
 
 
 def _absorb(S: list[Tensor], epsilon: float, g: list[Tensor], P: list[Tensor]) -> list[Tensor]:
-    """P: prototypes scaled by exp(g), then samples normalised: that is a softmax, right for any score. Returns u = 1."""
+    """P: prototypes scaled by exp(g), then samples normalised: that is a softmax, right for any score. Returns u =
+    1."""
     for s, gk, p in zip(S, g, P):
         torch.softmax(_shifted(s, epsilon, gk, p), 2, out=p)
     return _ones(P)

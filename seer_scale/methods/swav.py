@@ -122,11 +122,17 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
         """
         c, (index, num) = self.config, part
         share = z.new_empty(self.num_assigned, 0, z.shape[2])
-        if c.queue and samples_seen is not None and samples_seen >= max(c.queue_from_samples, self.queue_since + c.queue):
+        if (
+            c.queue
+            and samples_seen is not None
+            and samples_seen >= max(c.queue_from_samples, self.queue_since + c.queue)
+        ):
             share = self.queue.tensor_split(self.world.size * num, dim=1)[self.world.rank * num + index]
         rows = torch.cat([z.flatten(0, 1), share.flatten(0, 1)])
         both = [p(rows).split([z.shape[0] * z.shape[1], share.shape[0] * share.shape[1]]) for p in self.prototypes]
-        return [s.unflatten(0, z.shape[:2]) for s, _ in both], [q.detach().unflatten(0, share.shape[:2]) for _, q in both]
+        return [s.unflatten(0, z.shape[:2]) for s, _ in both], [
+            q.detach().unflatten(0, share.shape[:2]) for _, q in both
+        ]
 
     @torch.no_grad()
     def targets(self, inputs: Sequence[AssignmentInputs], samples_seen: int) -> list[list[Tensor]]:
@@ -135,7 +141,9 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
         """
         sizes = [part.embeddings.shape[1] for part in inputs]
         sets = range(len(self.prototypes))
-        scores = [torch.cat([part.scores[i] for part in inputs] + [part.queued[i] for part in inputs], dim=1) for i in sets]
+        scores = [
+            torch.cat([part.scores[i] for part in inputs] + [part.queued[i] for part in inputs], dim=1) for i in sets
+        ]
         codes = sinkhorn(scores, self.config.epsilon, self.config.iterations, self.world)
         if self.config.queue and self.training:
             self._enqueue(torch.cat([part.embeddings for part in inputs], dim=1))
@@ -184,8 +192,8 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
         """Averaged over the prototype sets.
 
         swav/prototype_use: exp(entropy of the mean prediction) / K, the share of the prototypes in effective use;
-        swav/assignment_entropy: mean entropy of a code / ln K, 1 where the codes say nothing; swav/below_ln_k: by how much
-        the loss is below that of a network that has learned nothing.
+        swav/assignment_entropy: mean entropy of a code / ln K, 1 where the codes say nothing; swav/below_ln_k: by how
+        much the loss is below that of a network that has learned nothing.
         """
         below = {"swav/below_ln_k": self.baseline.loss - loss}
         if not means:
@@ -195,7 +203,10 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
             p = means[f"prediction.{i}"].double()
             use.append(math.exp(-torch.special.xlogy(p, p).sum().item()) / k)
             entropy.append(means[f"code_entropy.{i}"].item() / math.log(k))
-        return {"swav/prototype_use": sum(use) / len(use), "swav/assignment_entropy": sum(entropy) / len(entropy)} | below
+        return {
+            "swav/prototype_use": sum(use) / len(use),
+            "swav/assignment_entropy": sum(entropy) / len(entropy),
+        } | below
 
     def health(self, row: Mapping[str, Any], config: Config) -> str:
         """A loss at ln K with codes that say nothing, past the warm-up, has learned nothing.
@@ -208,7 +219,8 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
         if row["samples_seen"] < past or not undecided or not abs(loss / ln_k - 1) <= NEAR_BASELINE:
             return ""
         return (
-            f"The loss is {loss:.3f}, and ln K is {ln_k:.3f}: predictions are uniform, nothing is being learned. Try a smaller "
+            f"The loss is {loss:.3f}, and ln K is {ln_k:.3f}: predictions are uniform, nothing is being "
+            "learned. Try a smaller "
             "swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger "
             "train.global_batch or swav.queue."
         )

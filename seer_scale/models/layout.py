@@ -1,5 +1,5 @@
-"""How many threads, and which memory format, a backbone's blocks run faster with: measured, because no rule holds on all
-devices, and none on a machine that others use."""
+"""How many threads, and which memory format, a backbone's blocks run faster with: measured, because no rule holds on
+all devices, and none on a machine that others use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Execution:
-    """threads: CPU threads of each rank. contended: what else was busy on the cores while they were measured, if much was."""
+    """threads: CPU threads of each rank. contended: what else was busy on the cores while they were measured, if much
+    was."""
 
     threads: int
     memory_format: torch.memory_format
@@ -34,8 +35,8 @@ def choose_execution(backbone: nn.Module, config: Config, world: World, cores: i
     """What train.threads or OMP_NUM_THREADS, and train.memory_format, name; else what the ranks together run faster.
     Sets the threads. Collective where it measures.
 
-    cores: of each rank. Only a gain of more than MARGIN takes fewer threads, or channels_last: a run started twice shall
-    not differ by the noise of a clock. On an accelerator, threads are not measured.
+    cores: of each rank. Only a gain of more than MARGIN takes fewer threads, or channels_last: a run started twice
+    shall not differ by the noise of a clock. On an accelerator, threads are not measured.
     """
     watch = Contention(cores * world.local_size, world.local_size)
     threads = config.train.threads or told_threads()
@@ -70,12 +71,16 @@ def _halves(number: int) -> Iterator[int]:
 
 
 def measure(
-    backbone: nn.Module, config: Config, world: World, layout: torch.memory_format = torch.contiguous_format, rounds: int = 3
+    backbone: nn.Module,
+    config: Config,
+    world: World,
+    layout: torch.memory_format = torch.contiguous_format,
+    rounds: int = 3,
 ) -> float:
     """Seconds of forward and backward over the backbone (on the meta device) for a micro-batch, of all ranks together.
 
-    Timed is the last block of each stage, alone and with random weights, times the blocks of its stage. Medians. A block
-    that no rank may hold whole (parallel.max_unit_gib) is left out. Collective.
+    Timed is the last block of each stage, alone and with random weights, times the blocks of its stage. Medians. A
+    block that no rank may hold whole (parallel.max_unit_gib) is left out. Collective.
     """
     batch = config.train.global_batch // world.size // config.accumulation(world.size)
     total = 0.0
@@ -96,7 +101,9 @@ def measure(
     return world.sum_(torch.tensor(total, device=world.device)).item()
 
 
-def _time(block: nn.Module, shapes: list[tuple[int, ...]], layout: torch.memory_format, config: Config, device: torch.device) -> float:
+def _time(
+    block: nn.Module, shapes: list[tuple[int, ...]], layout: torch.memory_format, config: Config, device: torch.device
+) -> float:
     dtype = DTYPES[config.train.precision]
     xs = [torch.randn(s, device=device).to(dtype, memory_format=layout).requires_grad_() for s in shapes]
     _wait(device)

@@ -76,7 +76,8 @@ def share_statistics(module: nn.Module, group: dist.ProcessGroup | None) -> None
 
 
 def keep_eager(module: nn.Module) -> None:
-    """torch.compile leaves every BatchNorm in `module` as it is: it counts, exchanges, and plays its tape when recomputed."""
+    """torch.compile leaves every BatchNorm in `module` as it is: it counts, exchanges, and plays its tape when
+    recomputed."""
     for layer in module.modules():
         if isinstance(layer, BatchNorm):
             layer.forward = torch.compiler.disable(layer.forward)

@@ -19,7 +19,8 @@ from seer_scale.rng import Constant, Init, Normal
 
 @dataclass(frozen=True)
 class RegNetSpec:
-    """The generator of a RegNetY: block j of `depth` has width w0 + wa * j, quantised to w0 * wm^k, in multiples of 8."""
+    """The generator of a RegNetY: block j of `depth` has width w0 + wa * j, quantised to w0 * wm^k, in multiples of
+    8."""
 
     depth: int
     w0: int
@@ -179,7 +180,8 @@ class RegNetY(nn.Module):
         return [x.mean((2, 3)) for x in xs]
 
     def forward_stages(self, xs: list[Tensor] | Tensor) -> list[list[Tensor]] | list[Tensor]:
-        """The feature maps after each stage, finest first: [N_r, width, H_r / 2^(s+1), W_r / 2^(s+1)] for s = 1 ... 4."""
+        """The feature maps after each stage, finest first: [N_r, width, H_r / 2^(s+1), W_r / 2^(s+1)] for s = 1 ...
+        4."""
         if isinstance(xs, Tensor):
             return [maps[0] for maps in self.forward_stages([xs])]
         xs, stages = self.stem(xs), []
@@ -195,7 +197,8 @@ class RegNetY(nn.Module):
         return xs
 
     def units(self) -> dict[str, nn.Module]:
-        """What an engine shards and recomputes by, in order of use: "stem", "s1.b1", ...; each takes and gives a list."""
+        """What an engine shards and recomputes by, in order of use: "stem", "s1.b1", ...; each takes and gives a
+        list."""
         blocks = {name: self.get_submodule(name) for stage in self.stage_units() for name in stage}
         return {"stem": self.stem, **blocks}
 

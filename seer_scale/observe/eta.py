@@ -45,7 +45,9 @@ class Eta:
         if not self._updates or not (left := max(0, self._total - self._seen)):
             return 0.0 if self._updates else None
         num, spent_s = map(sum, zip(*self._updates))
-        pauses_s = self._evaluation_s * (self._left(self._evaluate_every) + 1) + self._stall_s * self._left(self._checkpoint_every)
+        pauses_s = self._evaluation_s * (self._left(self._evaluate_every) + 1) + self._stall_s * self._left(
+            self._checkpoint_every
+        )
         updates_s = left * spent_s / num
         return updates_s + pauses_s if updates_s < 1e9 else None
 

@@ -1,7 +1,8 @@
-"""Where a run's time went: useful updates, waiting for data, stalls of checkpoints, starts, work that was lost; and goodput.
+"""Where a run's time went: useful updates, waiting for data, stalls of checkpoints, starts, work that was lost; and
+goodput.
 
-All of it from what the run leaves: metrics.jsonl, with the lines that a restart abandoned, and launch/attempts.jsonl, where
-a launcher has started it. A *life* is one process's part of the log, from its "start" or "resume" event on.
+All of it from what the run leaves: metrics.jsonl, with the lines that a restart abandoned, and launch/attempts.jsonl,
+where a launcher has started it. A *life* is one process's part of the log, from its "start" or "resume" event on.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from seer_scale.observe.progress import read_progress
 from seer_scale.observe.sinks import BEGINNINGS, read_records
 
 CAUSES = {
-    "useful": "updates that count", "data_wait": "waiting for images", "stall": "waiting for checkpoints", "evaluation": "evaluation",
-    "start": "starting and loading", "lost": "updates that were lost", "other": "the rest", "down": "not running (queue, restart)",
-}  # fmt: skip
+    "useful": "updates that count",
+    "data_wait": "waiting for images",
+    "stall": "waiting for checkpoints",
+    "evaluation": "evaluation",
+    "start": "starting and loading",
+    "lost": "updates that were lost",
+    "other": "the rest",
+    "down": "not running (queue, restart)",
+}
 """Everything a run's time is spent on, as people say it."""
 
 
@@ -31,8 +38,8 @@ RUNS = "running"
 
 @dataclass
 class Life:
-    """began, ready, ended: unix seconds. seen: samples when it began, and when it ended. cause: how it ended. on: what it
-    ran on. updated: when its first update was done, as far as a metric line tells."""
+    """began, ready, ended: unix seconds. seen: samples when it began, and when it ended. cause: how it ended. on: what
+    it ran on. updated: when its first update was done, as far as a metric line tells."""
 
     began: float
     ready: float
@@ -71,9 +78,13 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "seconds": self.seconds, "total_s": self.total_s, "goodput": self.goodput, "mean_time_to_recover_s": self.mean_time_to_recover_s,
-            "lives": [vars(life) for life in self.lives], "now": self.now,
-        }  # fmt: skip
+            "seconds": self.seconds,
+            "total_s": self.total_s,
+            "goodput": self.goodput,
+            "mean_time_to_recover_s": self.mean_time_to_recover_s,
+            "lives": [vars(life) for life in self.lives],
+            "now": self.now,
+        }
 
 
 @dataclass
@@ -98,7 +109,12 @@ def read_ledger(run_dir: Path) -> Ledger:
             _resume(ledger, kept, life, silent)
         ledger.lives.append(life)
         kept += stretches
-        saved = max([saved if number else life.seen[0], *(r.get("saved") or 0 for r in records if r.get("event") == "checkpoint")])
+        saved = max(
+            [
+                saved if number else life.seen[0],
+                *(r.get("saved") or 0 for r in records if r.get("event") == "checkpoint"),
+            ]
+        )
     if ledger.lives and ledger.lives[-1].cause not in ("done", "stopped", RUNS):
         _lose(ledger, kept, ledger.lives[-1], saved)  # what a next start will have to do again
     for stretch in kept:
@@ -163,7 +179,15 @@ def _account(
         end = max(end, told["time"])
     is_over = following is not None or told is not None or is_gone
     seconds["start"] += ready - began
-    stretches, at, step, seen, evaluated, waited, updated = [], ready, first.get("step", 0), first["samples_seen"], 0.0, 0.0, None
+    stretches, at, step, seen, evaluated, waited, updated = (
+        [],
+        ready,
+        first.get("step", 0),
+        first["samples_seen"],
+        0.0,
+        0.0,
+        None,
+    )
     evaluating = None  # since when
     for row in records[1:]:
         if row.get("event") == "evaluation":
@@ -186,7 +210,17 @@ def _account(
         updated = updated or row["wall_time"] - max(0, row["step"] - step - 1) * (row.get("time/step_s") or 0.0)
         at, step, seen, evaluated, waited = row["wall_time"], row["step"], row["samples_seen"], 0.0, 0.0
     tail = max(0.0, end - at)
-    life = Life(began, ready, end, (first["samples_seen"], seen), {"done": "done", "stop": "stopped"}.get(cause) or (told or {}).get("cause") or ("ended from outside" if is_over else RUNS), _on(first), updated)
+    life = Life(
+        began,
+        ready,
+        end,
+        (first["samples_seen"], seen),
+        {"done": "done", "stop": "stopped"}.get(cause)
+        or (told or {}).get("cause")
+        or ("ended from outside" if is_over else RUNS),
+        _on(first),
+        updated,
+    )
     if evaluating:
         evaluated = max(evaluated, end - evaluating)
     stall_s = min(tail, waited) if cause or not is_over else 0.0
@@ -230,7 +264,11 @@ def _lose(ledger: Ledger, kept: list[_Stretch], life: Life, since: int) -> None:
         lost = share * (stretch.useful_s + stretch.wait_s)
         ledger.seconds["lost"] += lost
         life.lost_s += lost
-        stretch.useful_s, stretch.wait_s, stretch.seen = (1 - share) * stretch.useful_s, (1 - share) * stretch.wait_s, (begin, max(begin, since))
+        stretch.useful_s, stretch.wait_s, stretch.seen = (
+            (1 - share) * stretch.useful_s,
+            (1 - share) * stretch.wait_s,
+            (begin, max(begin, since)),
+        )
         if share == 1:
             kept.remove(stretch)
 
@@ -263,17 +301,41 @@ def _attempts(run_dir: Path) -> list[dict]:
 
 def text(ledger: Ledger) -> str:
     """The ledger for people."""
-    now = f"{ledger.now['text']}; the last sign of life was {duration(ledger.now['silent_s'])} ago." if ledger.now else ""
+    now = (
+        f"{ledger.now['text']}; the last sign of life was {duration(ledger.now['silent_s'])} ago." if ledger.now else ""
+    )
     if not ledger.lives:
         return " ".join(["Nothing was logged yet.", *([now] if now else [])])
     total = ledger.total_s or 1.0
-    lines = [f"{duration(ledger.total_s)} from the first start, {len(ledger.lives)} {'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} % of the {duration(ledger.total_s - ledger.seconds['down'])} it had machines"]
+    lines = [
+        (
+            f"{duration(ledger.total_s)} from the first start, {len(ledger.lives)} "
+            f"{'lives' if len(ledger.lives) > 1 else 'life'}; goodput {100 * ledger.goodput:.1f} % of the "
+            f"{duration(ledger.total_s - ledger.seconds['down'])} it had machines"
+        )
+    ]
     lines += [f"  {'':28}{'':12}{'of it all':>10}"]
-    lines += [f"  {words:28}{duration(ledger.seconds[cause]):>12}{100 * ledger.seconds[cause] / total:>8.1f} %" for cause, words in CAUSES.items() if ledger.seconds[cause] > 0]
+    lines += [
+        f"  {words:28}{duration(ledger.seconds[cause]):>12}{100 * ledger.seconds[cause] / total:>8.1f} %"
+        for cause, words in CAUSES.items()
+        if ledger.seconds[cause] > 0
+    ]
     if (mean := ledger.mean_time_to_recover_s) is not None:
         lines.append(f"  mean time to recover        {duration(mean):>12}")
-    lines += ["", f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  {'on':{ON}}  {'0 to ' + duration(ledger.total_s):<{WIDTH}}  ended by"]
-    lines += [f"  {life.seen[0]:>11,} {life.seen[1]:>11,}  {duration(life.ended - life.began):>10}  {duration(life.lost_s):>9}  {life.on:{ON}}  {_bar(life, ledger)}  {life.cause}" for life in ledger.lives]
+    lines += [
+        "",
+        (
+            f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  {'on':{ON}}  "
+            f"{'0 to ' + duration(ledger.total_s):<{WIDTH}}  ended by"
+        ),
+    ]
+    lines += [
+        (
+            f"  {life.seen[0]:>11,} {life.seen[1]:>11,}  {duration(life.ended - life.began):>10}  "
+            f"{duration(life.lost_s):>9}  {life.on:{ON}}  {_bar(life, ledger)}  {life.cause}"
+        )
+        for life in ledger.lives
+    ]
     if now:
         lines.insert(1, now)
     return "\n".join([*lines, "", f"  {START} starting, {RUNNING} running, {LOST} lost at its end, blank not running"])

@@ -62,7 +62,9 @@ class Progress:
     written). run_dir: where to write FILE. to_stderr: for commands whose output is a result.
     """
 
-    def __init__(self, run_dir: Path | None = None, *, active: bool = True, every_s: float = 60.0, to_stderr: bool = False):
+    def __init__(
+        self, run_dir: Path | None = None, *, active: bool = True, every_s: float = 60.0, to_stderr: bool = False
+    ):
         self._file = run_dir / FILE if run_dir else None
         self._active, self._every_s, self._to_stderr = active, every_s, to_stderr
         self.display: Callable[[], RenderableType] | None = None
@@ -82,7 +84,9 @@ class Progress:
         stream = sys.stderr if self._to_stderr else sys.stdout
         console = _Recorded(highlight=False, file=consoles.Console(stream, raw=True))
         if console.is_terminal and not console.is_dumb_terminal:
-            self._live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=self._to_stderr)
+            self._live = Live(
+                get_renderable=self._render, console=console, refresh_per_second=2, transient=self._to_stderr
+            )
             self._live.start()
         if self._every_s:
             self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
@@ -171,8 +175,8 @@ class Progress:
 
 
 def read_progress(run_dir: Path, now: float | None = None) -> dict[str, Any] | None:
-    """What the process of a run was last at, as it wrote it: a Task's fields, `time` when it did, `text` for people. None
-    where nothing is said."""
+    """What the process of a run was last at, as it wrote it: a Task's fields, `time` when it did, `text` for people.
+    None where nothing is said."""
     try:
         found = json.loads((Path(run_dir) / FILE).read_text())
         task = Task(**{k: v for k, v in found.items() if k != "time"})

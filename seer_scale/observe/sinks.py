@@ -88,9 +88,10 @@ def speed_text(rate: float) -> str:
 class RunLog:
     """The log of a run, held open by rank 0; with `active` False every call does nothing.
 
-    `total_samples` is the length of the run in images, `baseline` a name and the loss of a network that has learned nothing.
-    A disk that is full stops the logging, with one sentence, and never the run. progress, eta: those of the run, where it
-    has its own; they come and go with the log otherwise.
+    `total_samples` is the length of the run in images, `baseline` a name and the loss of a network that has learned
+    nothing.
+    A disk that is full stops the logging, with one sentence, and never the run. progress, eta: those of the run, where
+    it has its own; they come and go with the log otherwise.
     """
 
     def __init__(
@@ -195,7 +196,8 @@ class RunLog:
             self._silent = False
         except OSError as error:
             if not self._silent:
-                print(f"Metrics cannot be written to {shown(self.run_dir)} ({error.strerror or error}): free some space; "
+                print(f"Metrics cannot be written to {shown(self.run_dir)} ({error.strerror or error}): free some "
+                "space; "
                       "the run goes on, unlogged until then.", file=sys.stderr, flush=True)  # fmt: skip
             self._silent, self._tensorboard = True, None  # its thread does not survive an error: open another one
 
@@ -211,7 +213,9 @@ class RunLog:
             self._tensorboard = SummaryWriter(folder, purge_step=purge_from, flush_secs=10)
         except UnicodeError:
             self._tensorboard, self._no_tensorboard = None, True
-            self._progress.print(f"TensorBoard cannot write to {shown(folder)}, whose name is not UTF-8: the run goes on without it.")
+            self._progress.print(
+                f"TensorBoard cannot write to {shown(folder)}, whose name is not UTF-8: the run goes on without it."
+            )
 
     def _to_tensorboard(self, row: dict[str, Any]) -> None:
         if self._tensorboard is None:
@@ -240,7 +244,9 @@ class RunLog:
         if (top1 := _number(row, "knn/top1")) is not None:
             error, most = _number(row, "knn/top1_stderr"), _number(row, "knn/majority")
             spread = f" ± {error:.1f}" if error is not None else ""
-            words.append(f"kNN top-1 {top1:.1f} %{spread}" + (f" (commonest class {most:.1f} %)" if most is not None else ""))
+            words.append(
+                f"kNN top-1 {top1:.1f} %{spread}" + (f" (commonest class {most:.1f} %)" if most is not None else "")
+            )
         return words
 
     def _speed(self, row: dict[str, Any], idle_s: float = 0) -> list[str]:

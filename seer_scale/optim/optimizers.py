@@ -2,8 +2,8 @@
 
 An optimiser never knows the sharding: it works on what this rank holds, and the norms LARS needs are those of whole
 tensors, which the engine brings (one stacked collective for all of them). Whether an update happens at all is a device
-scalar, `found_inf`: where it is 1 the fused kernels leave parameters and state as they were. What is updated with another
-rate or decay than the rest (`ParameterGroup`) is updated by a kernel of its own.
+scalar, `found_inf`: where it is 1 the fused kernels leave parameters and state as they were. What is updated with
+another rate or decay than the rest (`ParameterGroup`) is updated by a kernel of its own.
 State is created at once, so that a checkpoint can load into it.
 """
 
@@ -23,7 +23,10 @@ LARS_EPS = 1e-8
 
 
 def build_optimizer(
-    pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim, groups: Mapping[str, ParameterGroup] | None = None
+    pieces: Mapping[str, Tensor],
+    vectors: Collection[str],
+    config: Optim,
+    groups: Mapping[str, ParameterGroup] | None = None,
 ) -> Optimizer:
     return (AdamW if config.name == "adamw" else SGD)(pieces, vectors, config, groups or {})
 
@@ -49,19 +52,26 @@ class Optimizer:
     slots: tuple[str, ...]
 
     def __init__(
-        self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim, groups: Mapping[str, ParameterGroup]
+        self,
+        pieces: Mapping[str, Tensor],
+        vectors: Collection[str],
+        config: Optim,
+        groups: Mapping[str, ParameterGroup],
     ):
         self.pieces, self.config = dict(pieces), config
         self.excluded = frozenset(vectors if config.exclude_vectors else ())
         each = {name: groups.get(name, ParameterGroup()) for name in self.pieces}
         self.rates = {name: group.lr for name, group in each.items()}
         self.decays = {
-            name: 0.0 if name in self.excluded else config.weight_decay * group.weight_decay for name, group in each.items()
+            name: 0.0 if name in self.excluded else config.weight_decay * group.weight_decay
+            for name, group in each.items()
         }
         self.state = {f"{n}/{slot}": torch.zeros_like(p) for n, p in self.pieces.items() for slot in self.slots}
 
     @torch.no_grad()
-    def update(self, grads: Sequence[Tensor], lr: float, norms: Tensor, found_inf: Tensor, frozen: Collection[str] = ()) -> None:
+    def update(
+        self, grads: Sequence[Tensor], lr: float, norms: Tensor, found_inf: Tensor, frozen: Collection[str] = ()
+    ) -> None:
         """One update from the pieces' gradients (unscaled; overwritten), in the order of `pieces`.
 
         norms: [2, P] Euclidean norms of the whole parameters and of their gradients, in that order.
@@ -89,7 +99,11 @@ class SGD(Optimizer):
     slots = ("momentum",)
 
     def __init__(
-        self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim, groups: Mapping[str, ParameterGroup]
+        self,
+        pieces: Mapping[str, Tensor],
+        vectors: Collection[str],
+        config: Optim,
+        groups: Mapping[str, ParameterGroup],
     ):
         super().__init__(pieces, vectors, config, groups)
         device = next(iter(self.pieces.values())).device
@@ -118,12 +132,17 @@ class SGD(Optimizer):
 
 
 class AdamW(Optimizer):
-    """AdamW (arXiv 1711.05101), as torch.optim.AdamW; the number of updates a parameter had is a tensor of its state."""
+    """AdamW (arXiv 1711.05101), as torch.optim.AdamW; the number of updates a parameter had is a tensor of its
+    state."""
 
     slots = ("exp_avg", "exp_avg_sq")
 
     def __init__(
-        self, pieces: Mapping[str, Tensor], vectors: Collection[str], config: Optim, groups: Mapping[str, ParameterGroup]
+        self,
+        pieces: Mapping[str, Tensor],
+        vectors: Collection[str],
+        config: Optim,
+        groups: Mapping[str, ParameterGroup],
     ):
         super().__init__(pieces, vectors, config, groups)
         self.state |= {f"{n}/step": torch.zeros((), device=p.device) for n, p in self.pieces.items()}
@@ -134,8 +153,19 @@ class AdamW(Optimizer):
             steps = self._slot(pick(names), "step")
             torch._foreach_add_(steps, 1.0)
             torch._fused_adamw_(
-                pick(params), pick(grads), self._slot(pick(names), "exp_avg"), self._slot(pick(names), "exp_avg_sq"), [],
-                steps, lr=lr * rate, beta1=c.betas[0], beta2=c.betas[1], weight_decay=decay, eps=1e-8,
-                amsgrad=False, maximize=False, found_inf=found_inf,
-            )  # fmt: skip
+                pick(params),
+                pick(grads),
+                self._slot(pick(names), "exp_avg"),
+                self._slot(pick(names), "exp_avg_sq"),
+                [],
+                steps,
+                lr=lr * rate,
+                beta1=c.betas[0],
+                beta2=c.betas[1],
+                weight_decay=decay,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                found_inf=found_inf,
+            )
             torch._foreach_sub_(steps, [found_inf] * len(steps))

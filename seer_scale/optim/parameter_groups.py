@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """lr, weight_decay: multipliers of the recipe's. frozen: spans [first, end) of samples_seen in which updates leave it
-    alone. normalized_rows: its rows, which are matrix rows, are brought back to unit length after every update.
-    average_of: the name of the parameter it is a moving average of: it has no gradient and no optimiser state, and is held
-    as its source is. clip: parameters of one name are clipped together (optim.clip_norm)."""
+    """lr, weight_decay: multipliers of the recipe's. frozen: spans [first, end) of samples_seen in which updates leave
+    it alone. normalized_rows: its rows, which are matrix rows, are brought back to unit length after every update.
+    average_of: the name of the parameter it is a moving average of: it has no gradient and no optimiser state, and is
+    held as its source is. clip: parameters of one name are clipped together (optim.clip_norm)."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -31,7 +31,9 @@ def check_groups(groups: Mapping[str, ParameterGroup], shapes: Mapping[str, Sequ
     for name, group in groups.items():
         source = group.average_of
         if source and (source not in groups or groups[source].average_of or shapes[source] != shapes[name]):
-            raise ValueError(f"{name} cannot be a moving average of {source}: that must be a trained parameter of its shape.")
+            raise ValueError(
+                f"{name} cannot be a moving average of {source}: that must be a trained parameter of its shape."
+            )
         if group.normalized_rows and (source or len(shapes[name]) != 2):
             raise ValueError(f"{name} cannot have normalized rows: it must be a trained matrix.")
 

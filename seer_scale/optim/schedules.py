@@ -1,9 +1,9 @@
 """Learning rates as functions of `samples_seen`.
 
-Cosine is a pure function. Plateau (SEER's other schedule: constant, halved whenever the loss stops falling) also depends on
-the losses seen, which are the same on all ranks. It weighs every update alike, in windows on a fixed grid of samples, and what
-it remembers, the window under way too, is a few numbers in the checkpoint: so neither metric lines nor stops move a cut.
-"""
+Cosine is a pure function. Plateau (SEER's other schedule: constant, halved whenever the loss stops falling) also
+depends on the losses seen, which are the same on all ranks. It weighs every update alike, in windows on a fixed grid of
+samples, and what it remembers, the window under way too, is a few numbers in the checkpoint: so neither metric lines
+nor stops move a cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from seer_scale.config import Config
 
 
 class LearningRate:
-    """`lr(samples_seen)` for the next update; `observe` feeds the global mean losses of the updates since it was called."""
+    """`lr(samples_seen)` for the next update; `observe` feeds the global mean losses of the updates since it was
+    called."""
 
     def __init__(self, config: Config):
         self.config, self.peak = config.schedule, config.peak_lr
@@ -30,12 +31,13 @@ class LearningRate:
         return self.peak * (c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def ends_window(self, samples_seen: int) -> bool:
-        """Whether the update that begins at `samples_seen` is the last of a window, so that `observe` is due after it."""
+        """Whether the update that begins at `samples_seen` is the last of a window, so that `observe` is due after
+        it."""
         return self._window(samples_seen) != self._window(samples_seen + self._batch)
 
     def observe(self, samples_seen: int, total: float, count: float) -> bool:
-        """Account `count` losses that sum to `total`, of updates of one window up to `samples_seen`; whether they made the
-        rate fall."""
+        """Account `count` losses that sum to `total`, of updates of one window up to `samples_seen`; whether they made
+        the rate fall."""
         c, s, window = self.config, self.state, self._window(samples_seen - self._batch)
         if window < 0:
             return False
@@ -44,10 +46,19 @@ class LearningRate:
             return False
         mean, best = s["sum"] / s["count"], s["best"]
         fell = best is None or mean < best * (1 - c.plateau_threshold)
-        s |= {"best": mean if best is None else min(mean, best), "sum": 0.0, "count": 0.0, "cuts": s["cuts"] + (not fell)}
+        s |= {
+            "best": mean if best is None else min(mean, best),
+            "sum": 0.0,
+            "count": 0.0,
+            "cuts": s["cuts"] + (not fell),
+        }
         return not fell
 
     def _window(self, samples_seen: int) -> int:
         """Which window an update falls into that begins there: they are counted from the end of the warm-up."""
         c = self.config
-        return (samples_seen - c.warmup_samples) // c.plateau_samples if c.name == "plateau" and samples_seen >= c.warmup_samples else -1
+        return (
+            (samples_seen - c.warmup_samples) // c.plateau_samples
+            if c.name == "plateau" and samples_seen >= c.warmup_samples
+            else -1
+        )

@@ -35,7 +35,8 @@ which no engine shards, need the rest."""
 def build_engine(method: Method[Any, Any], config: Config, world: World, loaded: tuple[str, ...] = ()) -> Engine:
     """Collective over all ranks: builds groups, materialises and initialises the parameters. Raises UserError.
 
-    loaded: beginnings of the names of parameters that a checkpoint will bring, so that they need not be drawn; ("",): all.
+    loaded: beginnings of the names of parameters that a checkpoint will bring, so that they need not be drawn; ("",):
+    all.
 
     On one rank there is nothing to share out, and every engine is `single`, but for ZeRO with offload.
     """
@@ -48,7 +49,10 @@ def load(module: str):
     try:
         return importlib.import_module(f"seer_scale.parallel.{module}")
     except ModuleNotFoundError as missing:
-        raise UserError(f"parallel.engine needs {missing.name}, which is not installed: {how_to_install(missing.name)}, or use engine fsdp.") from missing
+        raise UserError(
+            f"parallel.engine needs {missing.name}, which is not installed: {how_to_install(missing.name)}, or "
+            "use engine fsdp."
+        ) from missing
 
 
 def choose_engine(method: nn.Module, config: Config, world: World) -> str:
@@ -89,12 +93,20 @@ def check_device(config: Config) -> list[str]:
     for name, needed, fix in (("fp16", (5, 3), "fp32"), ("bf16", (8, 0), "fp16")):
         have = torch.cuda.get_device_capability()
         if precision == name and have < needed:
-            return [f"train.precision is {name}, but {torch.cuda.get_device_name()} (compute capability {have[0]}.{have[1]}) has no {name}; use {fix}."]
+            return [
+                (
+                    f"train.precision is {name}, but {torch.cuda.get_device_name()} (compute capability "
+                    f"{have[0]}.{have[1]}) has no {name}; use {fix}."
+                )
+            ]
     return []
 
 
 def _refusal_of_cpu(dtype: torch.dtype) -> str | None:
-    x, weight = torch.ones(1, 2, 3, 3, dtype=dtype, requires_grad=True), torch.ones(2, 1, 3, 3, dtype=dtype, requires_grad=True)
+    x, weight = (
+        torch.ones(1, 2, 3, 3, dtype=dtype, requires_grad=True),
+        torch.ones(2, 1, 3, 3, dtype=dtype, requires_grad=True),
+    )
     try:
         torch.nn.functional.conv2d(x, weight, groups=2).sum().backward()
     except RuntimeError as error:

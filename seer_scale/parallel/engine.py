@@ -69,8 +69,8 @@ class Engine:
     def _parallelize(self) -> nn.Module:
         """From the method on the meta device to what is called in its place, in the one order that works.
 
-        Compiled units are recomputed as a whole, and sharded modules are gathered around both; only what this rank holds is
-        materialised; DDP and its like take materialised tensors alone.
+        Compiled units are recomputed as a whole, and sharded modules are gathered around both; only what this rank
+        holds is materialised; DDP and its like take materialised tensors alone.
         """
         method, parallel = self.method, self.config.parallel
         share_statistics(method, self.world.group("batch_norm", parallel.sync_bn_group or self.world.size))
@@ -163,8 +163,8 @@ class Engine:
         """Forward and backward of this rank's share of the global batch, in micro-batches of equal size.
 
         Returns the method's loss over it, detached. With several micro-batches a forward without gradients comes first,
-        so that the method's targets (SwAV's codes) are those of the whole global batch; running statistics then move once,
-        by the mean over micro-batches, as they would over groups of ranks.
+        so that the method's targets (SwAV's codes) are those of the whole global batch; running statistics then move
+        once, by the mean over micro-batches, as they would over groups of ranks.
         """
         self.buffers.keep()
         if len(batches) == 1:
@@ -224,11 +224,16 @@ class Engine:
         # a forward that was not finite must not stay in the running statistics; a method's own buffers are its affair
         self.buffers.restore_where(found_inf > 0)
         self._normalize_rows([n for n in self._normalized if n not in frozen], found_inf)
-        return {"grad_norm": norms[1].norm(), "param_norm": norms[0].norm(), "skipped": found_inf, "grad_norms": norms[1]}
+        return {
+            "grad_norm": norms[1].norm(),
+            "param_norm": norms[0].norm(),
+            "skipped": found_inf,
+            "grad_norms": norms[1],
+        }
 
     def _clip(self, grads: list[Tensor], norms: Tensor) -> Tensor:
-        """Shorten the gradients of each clipping group to optim.clip_norm together (torch.nn.utils.clip_grad_norm_); the
-        norms of what they are now."""
+        """Shorten the gradients of each clipping group to optim.clip_norm together (torch.nn.utils.clip_grad_norm_);
+        the norms of what they are now."""
         most = self.config.optim.clip_norm
         if not most:
             return norms
@@ -297,7 +302,9 @@ class Engine:
     @torch.no_grad()
     def average_buffers(self) -> None:
         """Running statistics become their mean over all ranks; one all-reduce, none where all share them."""
-        if (self.config.parallel.sync_bn_group or self.world.size) != self.world.size and self.buffers.statistics.numel():
+        if (
+            self.config.parallel.sync_bn_group or self.world.size
+        ) != self.world.size and self.buffers.statistics.numel():
             dist.all_reduce(self.buffers.statistics)
             self.buffers.statistics /= self.world.size
 
@@ -314,7 +321,8 @@ class Engine:
         return whole
 
     def state(self) -> dict[str, Tensor]:
-        """The neutral state, by reference. Call `average_buffers` before saving it, and `refresh` after loading into it.
+        """The neutral state, by reference. Call `average_buffers` before saving it, and `refresh` after loading into
+        it.
 
         model/ holds weights (`Shard`s) and running statistics, optim/ and scaler/ what updates need, and memory/ what a
         method remembers of past samples and can fill anew (SwAV's queue).
@@ -331,8 +339,8 @@ class Engine:
 
 
 def keep_fp32_products() -> None:
-    """fp32 means fp32, also beside half precision, where autocast chooses what is not: without this GPUs would round the
-    inputs of scores, Sinkhorn, kNN and fp32 convolutions to TF32, and CPUs to bf16 where the process is told so."""
+    """fp32 means fp32, also beside half precision, where autocast chooses what is not: without this GPUs would round
+    the inputs of scores, Sinkhorn, kNN and fp32 convolutions to TF32, and CPUs to bf16 where the process is told so."""
     b = torch.backends
     b.cudnn.allow_tf32 = b.cuda.matmul.allow_tf32 = False  # what libraries ask, which raises where the two disagree
     for backend in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn):
@@ -342,7 +350,8 @@ def keep_fp32_products() -> None:
 def compile_units(method: nn.Module) -> None:
     """torch.compile of each unit."""
     keep_eager(method)
-    # units share their code: every width, stride and mode is one more version of it, and past a limit it would run eager
+    # units share their code: every width, stride and mode is one more version of it, and past a limit it would run
+    # eager
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
     for unit in method.shard_units().values():
         unit.forward = _compiled_in_training(unit)
@@ -366,7 +375,10 @@ class Buffers:
         ordered = {n: b for n, b in floats.items() if n not in statistics} | statistics
         self.all = torch.cat([torch.empty(0, device=device), *(b.flatten() for b in ordered.values())])
         first = 0
-        for name, b in ordered.items():  # .data: views proper share a version, and autograd would see all change with one
+        for (
+            name,
+            b,
+        ) in ordered.items():  # .data: views proper share a version, and autograd would see all change with one
             module, _, own = name.rpartition(".")
             setattr(method.get_submodule(module), own, self.all.data[first : first + b.numel()].view_as(b))
             first += b.numel()

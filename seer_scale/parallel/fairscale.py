@@ -31,7 +31,9 @@ class Fairscale(Engine):
         handlers = root.handlers[:]
         self.oss = OSS(largest_first, optim=lambda groups: Handed(groups))
         # freezing is ours, so nothing about the parameters changes that fairscale should look for
-        wrapped = ShardedDataParallel(module, self.oss, broadcast_buffers=False, sync_models_at_startup=False, auto_refresh_trainable=False)
+        wrapped = ShardedDataParallel(
+            module, self.oss, broadcast_buffers=False, sync_models_at_startup=False, auto_refresh_trainable=False
+        )
         for owned in (params for of_ranks in self.oss._per_device_params.values() for params in of_ranks):
             owned[:] = aligned(owned)
         wrapped.refresh_trainable()  # else the first forward does, and moves the parameters

@@ -1,4 +1,5 @@
-"""FSDP2 by units: weights, gradients and optimiser state are spread over the ranks, gathered a unit, or several small ones, at a time.
+"""FSDP2 by units: weights, gradients and optimiser state are spread over the ranks, gathered a unit, or several small
+ones, at a time.
 
 Vectors (BatchNorm, biases: about a thousandth of the parameters) are not sharded: they stay fp32 on every rank, are
 never gathered, and their gradients are averaged by one stacked all-reduce. With `parallel.replicate` N the ranks form
@@ -98,5 +99,7 @@ class FSDP(Engine):
             flat = torch.cat([g.flatten() for g in vectors])
             dist.all_reduce(flat)
             flat /= self.world.size
-            torch._foreach_copy_(vectors, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in vectors]), vectors)])
+            torch._foreach_copy_(
+                vectors, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in vectors]), vectors)]
+            )
         apply()

@@ -64,7 +64,10 @@ def recompute(backbone: nn.Module, segments: list[list[str]], during: During = l
             unit = units[names[0]]
             unit.forward = _recomputing(backbone, unit.forward, partial(during, [unit]))
     longer = [names for names in segments if len(names) > 1]
-    runs = {names[0]: _recomputing(backbone, partial(plain, names), partial(during, [units[n] for n in names])) for names in longer}
+    runs = {
+        names[0]: _recomputing(backbone, partial(plain, names), partial(during, [units[n] for n in names]))
+        for names in longer
+    }
     lengths = {names[0]: len(names) for names in longer}
 
     def chain(names: list[str], xs: list[Tensor]) -> list[Tensor]:

@@ -10,8 +10,8 @@ INIT_SCALE, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
 
 class LossScaler:
-    """`scale` multiplies the loss; fp32 and bf16 keep it at 1. Counts updates skipped in all, in a row, and in the longest
-    row of this start."""
+    """`scale` multiplies the loss; fp32 and bf16 keep it at 1. Counts updates skipped in all, in a row, and in the
+    longest row of this start."""
 
     def __init__(self, device: torch.device, *, dynamic: bool):
         self.dynamic = dynamic

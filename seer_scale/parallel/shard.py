@@ -24,7 +24,11 @@ class Shard(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, start: int, shape: torch.Size) -> Shard:
-        assert local.is_contiguous() and 0 <= start <= start + local.numel() <= shape.numel(), (local.shape, start, shape)
+        assert local.is_contiguous() and 0 <= start <= start + local.numel() <= shape.numel(), (
+            local.shape,
+            start,
+            shape,
+        )
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         self.local, self.start = local, start
         return self

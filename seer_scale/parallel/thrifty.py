@@ -65,7 +65,8 @@ def _forward(module: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x [N, C, H, W] or [..., C], weight and bias of a layer -> its output, in x's type; conv: None for a linear layer."""
+    """x [N, C, H, W] or [..., C], weight and bias of a layer -> its output, in x's type; conv: None for a linear
+    layer."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, conv):

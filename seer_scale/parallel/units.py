@@ -1,5 +1,5 @@
-"""Units as an engine gathers them: those of the method, cut into parts where they are too large, and joined where they are
-so small that a gather of one alone would be waiting more than moving."""
+"""Units as an engine gathers them: those of the method, cut into parts where they are too large, and joined where they
+are so small that a gather of one alone would be waiting more than moving."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def joined_units(method: nn.Module, config: Config) -> list[dict[str, nn.Module]
     """`sharded_units` as `fsdp` gathers them, in forward order: consecutive ones together, until they come to
     parallel.min_unit_mib in the compute type, and never to more than parallel.max_unit_gib.
 
-    What is joined runs in the same forwards (the backbone without the head, both without prototypes), as FSDP2 counts the
-    modules that have run to know when a gathered group is done with.
+    What is joined runs in the same forwards (the backbone without the head, both without prototypes), as FSDP2 counts
+    the modules that have run to know when a gathered group is done with.
     """
     least, most = config.parallel.min_unit_mib * 2**20, config.parallel.max_unit_gib * 2**30
     groups: list[dict[str, nn.Module]] = []

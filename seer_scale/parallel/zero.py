@@ -98,7 +98,11 @@ class Zero(Engine):
     def _place(self, p: nn.Parameter) -> tuple[int, int, int]:
         """Where this rank's run of `p` begins in it, where in the flat vector, and how long it is."""
         m = p._hp_mapping
-        return (0, 0, 0) if m is None else (m.lp_fragment_address.start, m.hp_fragment_address.start, m.hp_fragment_address.numel)
+        return (
+            (0, 0, 0)
+            if m is None
+            else (m.lp_fragment_address.start, m.hp_fragment_address.start, m.hp_fragment_address.numel)
+        )
 
     def _shards(self) -> dict[str, Shard]:
         self.places = {n: self._place(p) for n, p in self._trained()}
@@ -273,7 +277,8 @@ class Zero3(Zero):
             self.zero._constant_buffered_norm2 = lambda *_, **__: None
 
     def _flat(self) -> Tensor:
-        """On the device, the partition itself is the master copy: both are fp32, and DeepSpeed's clone is given back."""
+        """On the device, the partition itself is the master copy: both are fp32, and DeepSpeed's clone is given
+        back."""
         (flat,), (stored,) = self.zero.fp32_partitioned_groups_flat, self.zero.fp16_partitioned_groups_flat
         if not self.config.parallel.offload:
             flat.data = stored.data

@@ -54,27 +54,49 @@ def open_course(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> 
     source = open_source(str(manifest_of(run_dir, number))) if number else open_data(config.data)
     what = f"manifest {number} of {run_dir}" if number else "data.path"
     if len(source) != now.n:
-        raise UserError(f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their order depends on the number, so bring the same images, add others by seer-scale data refresh, or start another run.dir with checkpoint.init_from.")
+        raise UserError(
+            f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their "
+            "order depends on the number, so bring the same images, add others by seer-scale data refresh, or "
+            "start another run.dir with checkpoint.init_from."
+        )
     if config.data.block and _reading(source, config)[1] != now.block:
-        raise UserError(f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from.")
+        raise UserError(
+            f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which "
+            f"their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from."
+        )
     if bool(source.buffer) != bool(saved.get("buffer", source.buffer)):
         one, other = ("by number", "as a stream") if source.buffer else ("as a stream", "by number")
-        raise UserError(f"This run has read its images {one}, but data.path is now read {other}: give --data.kind as before, or start another run.dir with checkpoint.init_from.")
+        raise UserError(
+            f"This run has read its images {one}, but data.path is now read {other}: give --data.kind as "
+            "before, or start another run.dir with checkpoint.init_from."
+        )
     if source.buffer != (before := saved.get("buffer", source.buffer)):  # older checkpoints do not say
-        raise UserError(f"data.buffer is {source.buffer}, but this run mixes its stream through {before} images, which their order follows; use that, or start another run.dir with checkpoint.init_from.")
+        raise UserError(
+            f"data.buffer is {source.buffer}, but this run mixes its stream through {before} images, which "
+            "their order follows; use that, or start another run.dir with checkpoint.init_from."
+        )
     parts = _parts(source, config)
     if len(parts) == len(now.parts) == 1:  # the same images may have moved
         eras[-1] = replace(now, parts=parts)
     elif parts != now.parts:
-        (was, num), (name, there) = next((a, b) for a, b in zip((*now.parts, ("nothing", 0)), (*parts, ("nothing", 0))) if a != b)
-        raise UserError(f"{what} has {name} ({there:,} images) where this run's checkpoint was trained on {was} ({num:,} images), and the order follows the parts, their sizes and their order: bring them as they were, change them by seer-scale data refresh, or start another run.dir with checkpoint.init_from.")
+        (was, num), (name, there) = next(
+            (a, b) for a, b in zip((*now.parts, ("nothing", 0)), (*parts, ("nothing", 0))) if a != b
+        )
+        raise UserError(
+            f"{what} has {name} ({there:,} images) where this run's checkpoint was trained on {was} ({num:,} "
+            "images), and the order follows the parts, their sizes and their order: bring them as they were, "
+            "change them by seer-scale data refresh, or start another run.dir with checkpoint.init_from."
+        )
     return Course(source, eras, number, config)
 
 
 def _check_sizes(known: dict[str, int], parts: Sequence[tuple[str, int]]) -> None:
     for name, num in parts:
         if known.get(name, num) != num:
-            raise DataError(f"The part {name} has {num:,} images, and had {known[name]:,}: its images cannot be told apart, so list the new ones as a part of their own, or give it another name.")
+            raise DataError(
+                f"The part {name} has {num:,} images, and had {known[name]:,}: its images cannot be told "
+                "apart, so list the new ones as a part of their own, or give it another name."
+            )
 
 
 def _reading(source: Source, config: Config) -> tuple[tuple[tuple[str, int], ...], int, int]:
@@ -122,7 +144,9 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
     _check_sizes(known, joined.parts)
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
-    text = yaml.safe_dump({"parts": [{k: v for k, v in vars(p).items() if v != getattr(Part, k, None)} for p in parts]}, sort_keys=False)
+    text = yaml.safe_dump(
+        {"parts": [{k: v for k, v in vars(p).items() if v != getattr(Part, k, None)} for p in parts]}, sort_keys=False
+    )
     number = newest_manifest(run_dir) + 1
     aside = folder / f".{os.getpid()}.tmp"
     aside.write_text(text)

@@ -64,8 +64,8 @@ MOST_TOLD = 1000
 
 
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str = "") -> int:
-    """Run or go on until the samples are seen or a stop is agreed; returns the exit status. attempt: which start this is,
-    where a launcher counts them. Collective."""
+    """Run or go on until the samples are seen or a stop is agreed; returns the exit status. attempt: which start this
+    is, where a launcher counts them. Collective."""
     timeouts = Timeouts.of(config)
     with watchdog.patient(timeouts.lock_s):
         lock = RunLock(run_dir, world, patience_s=timeouts.lock_s if attempt else 0.0)
@@ -81,9 +81,23 @@ def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchd
 
 class Trainer:
     def __init__(
-        self, config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, progress: Progress, attempt: str
+        self,
+        config: Config,
+        world: World,
+        run_dir: Path,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        progress: Progress,
+        attempt: str,
     ):
-        self.config, self.world, self.run_dir, self.stop, self.watchdog, self.attempt = config, world, run_dir, stop, watchdog, attempt
+        self.config, self.world, self.run_dir, self.stop, self.watchdog, self.attempt = (
+            config,
+            world,
+            run_dir,
+            stop,
+            watchdog,
+            attempt,
+        )
         self.progress = progress
         self.folder, self.timeouts = run_dir / "checkpoints", Timeouts.of(config)
         self.samples_seen = self.step = 0
@@ -108,7 +122,9 @@ class Trainer:
         self._told_of_health = False
         self._told_unreadable: set[str] = set()
         self._starved = 0
-        self._skips = SkipMonitor(list(self.engine.shapes), config.train.precision, world, partial(self._tell_of_rank, "skipped"))
+        self._skips = SkipMonitor(
+            list(self.engine.shapes), config.train.precision, world, partial(self._tell_of_rank, "skipped")
+        )
         self.resumed_from = self._load(found) if found else None
         self._initialised_from = (weights, part) if weights else None
         if weights:
@@ -116,7 +132,13 @@ class Trainer:
         self.end = config.end(self.samples_seen)
         eta = Eta(self.end, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
         self.log = RunLog(run_dir, self.end, method.baseline, active=world.is_main, progress=progress, eta=eta)
-        self.saver = Saver(self.folder, self.engine.state(), world, keep_last=config.checkpoint.keep_last, keep_every_samples=config.checkpoint.keep_every_samples)
+        self.saver = Saver(
+            self.folder,
+            self.engine.state(),
+            world,
+            keep_last=config.checkpoint.keep_last,
+            keep_every_samples=config.checkpoint.keep_every_samples,
+        )
         limit_groups(world)
         self._write_config()
         ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
@@ -137,7 +159,9 @@ class Trainer:
             try:
                 write_whole(path, text)
             except OSError as error:
-                problem = f"{self.run_dir} cannot be written ({error.strerror}): free some space, or choose another run.dir."
+                problem = (
+                    f"{self.run_dir} cannot be written ({error.strerror}): free some space, or choose another run.dir."
+                )
         if problem := self.world.broadcast_object(problem):
             raise UserError(problem)
 
@@ -170,9 +194,25 @@ class Trainer:
         c, w = self.config, self.world
         threads, each = self.execution.threads, " each" * (w.size > 1)
         where = f"{counted(w.size, 'rank')} ({self.engine.name}, {w.device.type}), {counted(threads, 'thread')}{each}"
-        facts = dict(began=_process_began(), versions=_versions(w), attempt=self.attempt, step=self.step, ranks=w.size, engine=self.engine.name, device=w.device.type, samples_seen=self.samples_seen, end=self.end,
-                     labelled=self.labelled is not None, threads=threads, cores=self.cores, workers=self.workers, memory_format=str(self.execution.memory_format).removeprefix("torch."), accumulation=c.accumulation(w.size),
-                     parameters=sum(shape.numel() for shape in self.engine.shapes.values()), staging_bytes=max(w.gather_objects(self.saver.nbytes)))  # fmt: skip
+        facts = dict(
+            began=_process_began(),
+            versions=_versions(w),
+            attempt=self.attempt,
+            step=self.step,
+            ranks=w.size,
+            engine=self.engine.name,
+            device=w.device.type,
+            samples_seen=self.samples_seen,
+            end=self.end,
+            labelled=self.labelled is not None,
+            threads=threads,
+            cores=self.cores,
+            workers=self.workers,
+            memory_format=str(self.execution.memory_format).removeprefix("torch."),
+            accumulation=c.accumulation(w.size),
+            parameters=sum(shape.numel() for shape in self.engine.shapes.values()),
+            staging_bytes=max(w.gather_objects(self.saver.nbytes)),
+        )
         copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
         knn_told = f" kNN: {self.labelled.protocol}" if self.labelled else ""
         if w.is_main and not self.labelled and c.knn.enabled:  # it asks the file system
@@ -180,22 +220,54 @@ class Trainer:
         read: dict[str, float] = {}
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
-                self.log.event("resume", f"{self.resumed_from} is complete: all {self.samples_seen:,} samples were seen, so there is nothing to train. More train.samples would go on.", **facts)
+                self.log.event(
+                    "resume",
+                    (
+                        f"{self.resumed_from} is complete: all {self.samples_seen:,} samples were seen, so there "
+                        "is nothing to train. More train.samples would go on."
+                    ),
+                    **facts,
+                )
                 return
             changed = f" Changed since: {', '.join(self._changed)}." if self._changed else ""
             changed += f" {self._rate_change}" if self._rate_change else ""
-            data = f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path." if self.course.refreshes else ""
+            data = (
+                f" Its images are those of {manifest_of(self.run_dir, self.course.refreshes)}, not of data.path."
+                if self.course.refreshes
+                else ""
+            )
             read = self._loaded | {"verify_s": self._verify_s}
-            loaded = f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
-            self.log.event("resume", f"Going on from {self.resumed_from} with {counted(len(self.source), 'image')} on {where}.{changed}{data}{knn_told}{loaded}{copies}", **facts, **read)
+            loaded = (
+                f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in "
+                f"{read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
+            )
+            self.log.event(
+                "resume",
+                (
+                    f"Going on from {self.resumed_from} with {counted(len(self.source), 'image')} on "
+                    f"{where}.{changed}{data}{knn_told}{loaded}{copies}"
+                ),
+                **facts,
+                **read,
+            )
             return
         if self._initialised_from:
             (path, part), read = self._initialised_from, self._loaded
             is_part = part == resume.BACKBONE
-            whose = f"Its backbone is that of {path} and all else drawn anew" if is_part else f"Its weights are those of {path}"
-            took = f"{in_bytes(read['load_bytes'])} read in {read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank"
+            whose = (
+                f"Its backbone is that of {path} and all else drawn anew"
+                if is_part
+                else f"Its weights are those of {path}"
+            )
+            took = (
+                f"{in_bytes(read['load_bytes'])} read in {read['load_s']:.1f} s, "
+                f"{in_bytes(read['load_bytes_most'])} at most a rank"
+            )
             copies = f" {whose}: {took}.{copies}"
-        started = f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on {counted(len(self.source), 'image')}, {where}."
+        started = (
+            f"Training {c.model.name} ({facts['parameters'] / 1e6:,.1f}M parameters) on "
+            f"{counted(len(self.source), 'image')}, {where}."
+        )
         if w.is_main and read_metrics(self.run_dir)[0]:
             started = f"An earlier start left no checkpoint in {self.folder}, so training begins anew. {started}"
         compiles = " The first update compiles, which takes minutes." * c.train.compile
@@ -209,12 +281,19 @@ class Trainer:
                 self._tell("note", sentence)
         train = self.config.train
         if self.end != train.samples and self.samples_seen < self.end:
-            self._tell("note", f"train.samples is {train.samples:,}, and updates take {train.global_batch:,} images each: the run ends at {self.end:,}.")
+            self._tell(
+                "note",
+                (
+                    f"train.samples is {train.samples:,}, and updates take {train.global_batch:,} images each: the "
+                    f"run ends at {self.end:,}."
+                ),
+            )
         if not self.source.is_stream and len(self.source) < train.global_batch:
             times = train.global_batch / len(self.source)
             self._tell(
                 "few_images",
-                f"There are {len(self.source):,} images, fewer than train.global_batch ({train.global_batch:,}): each update sees "
+                f"There are {len(self.source):,} images, fewer than train.global_batch "
+                f"({train.global_batch:,}): each update sees "
                 f"an image {times:.1f} times, which teaches little; lower train.global_batch, or give more images.",
             )
         if left_out := warning(self.source.left_out):
@@ -228,7 +307,8 @@ class Trainer:
         if self.world.device.type == "cpu" and train.precision != "fp32":
             self._tell(
                 "note",
-                f"On this CPU, convolutions over maps of which part of their kernel sees padding alone are computed in fp32, not "
+                "On this CPU, convolutions over maps of which part of their kernel sees padding alone are "
+                "computed in fp32, not "
                 f"{train.precision}: oneDNN leaves gradients of that part unset in half precision.",
             )
         if native() is None:
@@ -253,14 +333,27 @@ class Trainer:
                 with self.progress.doing("training", self.end, done=self.samples_seen):
                     self._train()
                 if not self._save():
-                    goes_on = f"it goes on from {self._saved[1].name}" if self._saved else "there is no checkpoint of this start, and without an older one it begins anew"
-                    raise TrainingFailed(f"The run is complete, but its last checkpoint could not be written: free some space and start it again; {goes_on}.")
+                    goes_on = (
+                        f"it goes on from {self._saved[1].name}"
+                        if self._saved
+                        else "there is no checkpoint of this start, and without an older one it begins anew"
+                    )
+                    raise TrainingFailed(
+                        "The run is complete, but its last checkpoint could not be written: free some space "
+                        f"and start it again; {goes_on}."
+                    )
                 self._evaluate_at_end()
                 if self.config.checkpoint.keep_best:
                     self.saver.retain()
             except _Stop as stop:
-                left = "Start it again and it goes on." if self.samples_seen < self.end else "All samples were seen: start it again for the last evaluation."
-                self._tell("stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}")
+                left = (
+                    "Start it again and it goes on."
+                    if self.samples_seen < self.end
+                    else "All samples were seen: start it again for the last evaluation."
+                )
+                self._tell(
+                    "stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}"
+                )
                 self._report()
                 return EXIT_STOPPED
             finally:
@@ -278,7 +371,11 @@ class Trainer:
         if not self.samples_seen:
             return "there is nothing to save yet"
         saved = self._save()
-        return f"saved as {saved.name}" if saved else "its state could not be saved, so it goes on from the checkpoint before"
+        return (
+            f"saved as {saved.name}"
+            if saved
+            else "its state could not be saved, so it goes on from the checkpoint before"
+        )
 
     def _tell(self, kind: str, text: str, **fields: Any) -> None:
         self.log.event(kind, text, samples_seen=self.samples_seen, **fields)
@@ -329,10 +426,18 @@ class Trainer:
     def _batches(self, window: Window) -> Generator[Batch, None, None]:
         c, w = self.config, self.world
         batches = loader(
-            self.source, dataclasses.replace(c.data, workers=self.workers), c.views, self.course.sampler, rank=w.rank, world_size=w.size, start=self.samples_seen,
-            stop=c.train.samples, pin=w.device.type == "cuda", on_device=c.data.on_device(w.device.type),
+            self.source,
+            dataclasses.replace(c.data, workers=self.workers),
+            c.views,
+            self.course.sampler,
+            rank=w.rank,
+            world_size=w.size,
+            start=self.samples_seen,
+            stop=c.train.samples,
+            pin=w.device.type == "cuda",
+            on_device=c.data.on_device(w.device.type),
             tell=partial(self._tell_of_rank, "loader"),
-        )  # fmt: skip
+        )
         with closing(batches):  # and its processes with it
             while True:
                 begin = time.perf_counter()
@@ -351,7 +456,10 @@ class Trainer:
         num, crops = self.config.accumulation(self.world.size), self.config.views.crops
         views = [v.to(self.world.device, non_blocking=True) for v in batch.views]
         parts = [[p.flatten(0, 1) for p in v.unflatten(0, (c.num, -1)).chunk(num, dim=1)] for v, c in zip(views, crops)]
-        how = [[p.flatten(0, 1) for p in d.unflatten(0, (c.num, -1)).chunk(num, dim=1)] for d, c in zip(batch.distortions, crops)]
+        how = [
+            [p.flatten(0, 1) for p in d.unflatten(0, (c.num, -1)).chunk(num, dim=1)]
+            for d, c in zip(batch.distortions, crops)
+        ]
 
         def micro_batch(i: int) -> list[torch.Tensor]:
             pixels = [p[i] for p in parts]
@@ -375,7 +483,9 @@ class Trainer:
                 self.course = share(self.world, self.run_dir / "logs", follow, lambda course: [course.source])
         except UserError as problem:
             self._refused_refresh = number
-            self._tell("refresh_failed", f"{path} cannot be used, so training goes on with the data as they are: {problem}")
+            self._tell(
+                "refresh_failed", f"{path} cannot be used, so training goes on with the data as they are: {problem}"
+            )
             return False
         self._saved = None
         before, now = dict(then.eras[-1].parts), dict(self.course.eras[-1].parts)
@@ -384,7 +494,8 @@ class Trainer:
         gone = sum(num for name, num in before.items() if name not in now)
         self._tell(
             "refresh",
-            f"The data are those of {path} now: {counted(len(self.source), 'image')} in {counted(len(now), 'part')}, {added:,} of them new, {gone:,} gone. "
+            f"The data are those of {path} now: {counted(len(self.source), 'image')} in "
+            f"{counted(len(now), 'part')}, {added:,} of them new, {gone:,} gone. "
             f"Epoch {epoch} goes on with {counted(self.course.sampler.left(self.samples_seen), 'image')}.",
             images=len(self.source), new=added, gone=gone,
         )  # fmt: skip
@@ -394,8 +505,8 @@ class Trainer:
         return seen + self.config.train.global_batch >= self.end
 
     def _is_due(self, seen: int) -> bool:
-        """Whether the update that begins at `seen` ends with a metric line: every log_every, at each checkpoint and evaluation,
-        and where the schedule judges the loss."""
+        """Whether the update that begins at `seen` ends with a metric line: every log_every, at each checkpoint and
+        evaluation, and where the schedule judges the loss."""
         c, after = self.config, seen + self.config.train.global_batch
         passes = any(n and after // n != seen // n for n in (c.checkpoint.every_samples, c.knn.every_samples))
         every = self.step == 0 or (self.step + 1) % c.train.log_every == 0
@@ -403,7 +514,9 @@ class Trainer:
 
     def _crosses(self, every: int) -> bool:
         """Whether the last update reached or passed a multiple of `every` samples."""
-        return bool(every) and self.samples_seen // every != (self.samples_seen - self.config.train.global_batch) // every
+        return (
+            bool(every) and self.samples_seen // every != (self.samples_seen - self.config.train.global_batch) // every
+        )
 
     # --- what is due now and then
 
@@ -411,27 +524,50 @@ class Trainer:
         """One metric line: one reduction of device values, one of host counts. `metrics` may be empty."""
         scaler = self.engine.scaler
         means, counts = window.reduce(metrics)
-        own = torch.stack([stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.longest_streak])
+        own = torch.stack(
+            [stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.longest_streak]
+        )
         grad_norm, param_norm, scale, skipped, streak = own.tolist()
         self._skips.read()
         total, count = means.pop("loss_sum").item(), means.pop("loss_count").item()
         loss = total / count if count else math.nan
         row = {
-            "step": self.step, "samples_seen": self.samples_seen, "epoch": self.course.sampler.progress(self.samples_seen),
-            "loss": loss, "lr": lr, "loss_scale": scale, "grad_norm": grad_norm, "param_norm": param_norm,
-            "skipped": int(skipped), **window.timing(self.config.train.global_batch), "mem/peak_gib": _peak_gib(self.world),
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "epoch": self.course.sampler.progress(self.samples_seen),
+            "loss": loss,
+            "lr": lr,
+            "loss_scale": scale,
+            "grad_norm": grad_norm,
+            "param_norm": param_norm,
+            "skipped": int(skipped),
+            **window.timing(self.config.train.global_batch),
+            "mem/peak_gib": _peak_gib(self.world),
             **self.engine.method.metrics(means, loss),
-            "data/unreadable": counts[1], "data/fingerprint": counts[0],
-        }  # fmt: skip
+            "data/unreadable": counts[1],
+            "data/fingerprint": counts[0],
+        }
         self.log.log(row)
         self._tell_of_unreadable(window.unreadable)
         window.reset()
         if self.schedule.observe(self.samples_seen, total, count):
-            self._tell("plateau", f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.")
+            self._tell(
+                "plateau",
+                f"The loss has stopped falling: the learning rate is now {self.schedule(self.samples_seen):.4g}.",
+            )
         if streak >= self.config.train.max_skips:
-            raise TrainingFailed(f"{int(streak)} updates in a row were skipped because gradients were not finite (train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
+            raise TrainingFailed(
+                f"{int(streak)} updates in a row were skipped because gradients were not finite "
+                f"(train.max_skips {self.config.train.max_skips}, loss scale {scale:g}): lower optim.lr, "
+                "lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands."
+            )
         if scale < self.config.train.min_loss_scale and self.engine.scaler.dynamic:
-            raise TrainingFailed(f"The loss scale has fallen to {scale:g}, below train.min_loss_scale {self.config.train.min_loss_scale:g}, because gradients overflow fp16 again and again: lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest checkpoint stands.")
+            raise TrainingFailed(
+                f"The loss scale has fallen to {scale:g}, below train.min_loss_scale "
+                f"{self.config.train.min_loss_scale:g}, because gradients overflow fp16 again and again: lower "
+                "optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16; the newest "
+                "checkpoint stands."
+            )
         if not self._told_of_health and (problem := self.engine.method.health(row, self.config)):
             self._told_of_health = True
             self._tell("collapse", problem)
@@ -459,14 +595,27 @@ class Trainer:
                     file.writelines(s + "\n" for s in sentences)
 
     def _watch_for_starvation(self, share: float) -> None:
-        """Three metric lines in a row that waited for data over STARVED of their time: say so once, and what to change."""
+        """Three metric lines in a row that waited for data over STARVED of their time: say so once, and what to
+        change."""
         workers, cores = self.workers, self.cores
-        if self._starved >= STARVED_LINES or not workers and cores < 2:  # without a core to spare, the rank loads by itself
+        if (
+            self._starved >= STARVED_LINES or not workers and cores < 2
+        ):  # without a core to spare, the rank loads by itself
             return
         self._starved = self._starved + 1 if share > STARVED else 0
         if self._starved == STARVED_LINES:
-            more = f"raise data.workers from {workers} to {cores}" if workers < cores else "give each rank more cores, or store the images smaller"
-            self._tell("starved", f"Updates wait for images {100 * share:.0f} % of their time: {more} (seer-scale bench data {self.config.data.path} says how many a core makes).")
+            more = (
+                f"raise data.workers from {workers} to {cores}"
+                if workers < cores
+                else "give each rank more cores, or store the images smaller"
+            )
+            self._tell(
+                "starved",
+                (
+                    f"Updates wait for images {100 * share:.0f} % of their time: {more} (seer-scale bench data "
+                    f"{self.config.data.path} says how many a core makes)."
+                ),
+            )
 
     def _save(self, *, in_background: bool = False) -> Path | None:
         """A checkpoint of this moment, after the one before is safe; its path, or None where none is there (yet).
@@ -479,14 +628,26 @@ class Trainer:
             self._settle(self.saver.wait())
         if not self._is_saved():
             if not self.engine.is_finite():
-                raise TrainingFailed("Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint.")
+                raise TrainingFailed(
+                    "Weights or running statistics are not finite any more, so they are not saved: lower "
+                    "optim.lr or lengthen schedule.warmup_samples, and start again; it goes on from the newest "
+                    "checkpoint."
+                )
             self.engine.average_buffers()
             meta = {
-                "samples_seen": self.samples_seen, "step": self.step, "data": self.course.state(),
-                "schedule": self.schedule.state, "method": {"name": self.engine.method.name, "state": self.engine.method.state()},
-                "told_of_health": self._told_of_health, "config": self.config.to_dict(), "world_size": self.world.size,
-                "engine": self.engine.name, "seer_scale": __version__, "torch": torch.__version__, "time": time.time(),
-            }  # fmt: skip
+                "samples_seen": self.samples_seen,
+                "step": self.step,
+                "data": self.course.state(),
+                "schedule": self.schedule.state,
+                "method": {"name": self.engine.method.name, "state": self.engine.method.state()},
+                "told_of_health": self._told_of_health,
+                "config": self.config.to_dict(),
+                "world_size": self.world.size,
+                "engine": self.engine.name,
+                "seer_scale": __version__,
+                "torch": torch.__version__,
+                "time": time.time(),
+            }
             self.saver.begin(self.engine.state(), meta)
             self._stall_s = time.perf_counter() - begin
             if in_background:
@@ -521,11 +682,22 @@ class Trainer:
             return
         begin, c = time.perf_counter(), self.config.knn
         asked, bank = len(self.labelled.query_indices), len(self.labelled.bank_indices)
-        self._tell("evaluation", f"Measuring kNN {stage} training, of {asked:,} images among {bank:,} (knn.enabled false does without).")
+        self._tell(
+            "evaluation",
+            f"Measuring kNN {stage} training, of {asked:,} images among {bank:,} (knn.enabled false does without).",
+        )
         self.engine.average_buffers()
         with self.progress.doing(f"measuring kNN {stage} training", asked + bank):
             scores, found = knn(self._represent, self.labelled, c, workers=self.workers, world=self.world)
-        self.log.log({"samples_seen": self.samples_seen, "knn/stage": stage, **self._measurement, **scores, "time/knn_s": time.perf_counter() - begin})
+        self.log.log(
+            {
+                "samples_seen": self.samples_seen,
+                "knn/stage": stage,
+                **self._measurement,
+                **scores,
+                "time/knn_s": time.perf_counter() - begin,
+            }
+        )
         if self.config.checkpoint.keep_best and self.samples_seen:
             best = max(self._top1.values(), default=-math.inf)
             self._top1[self.samples_seen] = scores["knn/top1"]
@@ -555,7 +727,9 @@ class Trainer:
             with _disk_may_fill():
                 if name := store.mark_best(self.folder, self._top1):
                     top1 = self._top1[store.samples_of(name)]
-                    self._tell("best", f"The best kNN top-1 so far, {top1:.1f} %, is that of {name}, kept as checkpoints/best.")
+                    self._tell(
+                        "best", f"The best kNN top-1 so far, {top1:.1f} %, is that of {name}, kept as checkpoints/best."
+                    )
 
     def _represent(self, images: torch.Tensor) -> Features:
         """The engine's, with a stop between any two batches: an evaluation may outlast the grace of a preemption."""
@@ -565,8 +739,13 @@ class Trainer:
         return self.engine.encode(images)
 
     def _show_prototypes(self) -> None:
-        """Pictures of what prototypes collect, from a sample: all images would take as long as an epoch without training."""
-        c, num, anchors = self.config, min(self.config.run.prototype_images, len(self.source)), self.engine.method.anchors
+        """Pictures of what prototypes collect, from a sample: all images would take as long as an epoch without
+        training."""
+        c, num, anchors = (
+            self.config,
+            min(self.config.run.prototype_images, len(self.source)),
+            self.engine.method.anchors,
+        )
         if self.source.is_stream or not num or not anchors:
             return
         begin, prototypes = time.perf_counter(), self.engine.whole(anchors)
@@ -577,7 +756,8 @@ class Trainer:
             )  # fmt: skip
         self._tell(
             "prototypes",
-            f"The report shows the images nearest to some prototypes, of {num:,} looked at in {time.perf_counter() - begin:.0f} s "
+            f"The report shows the images nearest to some prototypes, of {num:,} looked at in "
+            f"{time.perf_counter() - begin:.0f} s "
             "(run.prototype_images; 0 does without).",
         )
 
@@ -618,17 +798,34 @@ def _disk_may_fill() -> Iterator[None]:
     try:
         yield
     except (OSError, DataError) as error:
-        print(f"The report or a log cannot be written ({getattr(error, 'strerror', None) or error}): free some space, then run seer-scale report.", file=sys.stderr, flush=True)
+        print(
+            (
+                f"The report or a log cannot be written ({getattr(error, 'strerror', None) or error}): free some "
+                "space, then run seer-scale report."
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _versions(world: World) -> dict[str, str]:
     """What a run was made with, for those who want to make it again."""
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or platform.machine()
-    return {"seer_scale": __version__, "torch": torch.__version__, "python": platform.python_version(), "device": device}
+    device = (
+        torch.cuda.get_device_name(world.device)
+        if world.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "seer_scale": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+    }
 
 
 def _process_began() -> float:
-    """Unix time (proc(5): field 22 of stat, in ticks since the machine began); without Linux, when this module was loaded."""
+    """Unix time (proc(5): field 22 of stat, in ticks since the machine began); without Linux, when this module was
+    loaded."""
     try:
         ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

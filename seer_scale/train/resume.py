@@ -29,8 +29,11 @@ def _to_stderr(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-def find(config: Config, run_dir: Path, world: World, *, contents: bool = True, warn: Callable[[str], None] = _to_stderr) -> Path | None:
-    """The checkpoint to go on from; None: none. Without `contents` sizes must do, no file is read. Collective. Raises UserError."""
+def find(
+    config: Config, run_dir: Path, world: World, *, contents: bool = True, warn: Callable[[str], None] = _to_stderr
+) -> Path | None:
+    """The checkpoint to go on from; None: none. Without `contents` sizes must do, no file is read. Collective. Raises
+    UserError."""
     c = config.checkpoint
     found = store.newest(run_dir / "checkpoints", world, verify=contents, warn=warn)
     if c.resume not in ("auto", "none"):
@@ -41,10 +44,17 @@ def find(config: Config, run_dir: Path, world: World, *, contents: bool = True, 
         if problem := store.flaw(path, world, contents=contents):
             raise CheckpointError(f"checkpoint.resume {path} cannot be used: {problem}.")
         if found and found.resolve() != path.resolve():
-            raise UserError(f"checkpoint.resume is {path}, but {run_dir} already holds {found.name}, and a run.dir holds one line of checkpoints: give another run.dir to go on from the one named, or resume auto to go on from {found.name}.")
+            raise UserError(
+                f"checkpoint.resume is {path}, but {run_dir} already holds {found.name}, and a run.dir holds "
+                "one line of checkpoints: give another run.dir to go on from the one named, or resume auto to "
+                f"go on from {found.name}."
+            )
         return path
     if found and c.resume == "none":
-        raise UserError(f"{run_dir} already holds {found.name}, and checkpoint.resume is none: choose another run.dir, or resume auto.")
+        raise UserError(
+            f"{run_dir} already holds {found.name}, and checkpoint.resume is none: choose another run.dir, or "
+            "resume auto."
+        )
     return found
 
 
@@ -53,9 +63,15 @@ def must_go_on(path: Path, config: Config, world: World = World()) -> dict[str, 
     meta = store.read_meta(path, world)
     then = meta["config"]
     if then["run"]["seed"] != config.run.seed:
-        raise UserError(f"run.seed is {config.run.seed}, but {path} was trained with {then['run']['seed']}, which the order of its images follows; use that seed, or another run.dir with checkpoint.init_from.")
+        raise UserError(
+            f"run.seed is {config.run.seed}, but {path} was trained with {then['run']['seed']}, which the "
+            "order of its images follows; use that seed, or another run.dir with checkpoint.init_from."
+        )
     if then["optim"]["name"] != config.optim.name and {then["optim"]["name"], config.optim.name} != {"sgd", "lars"}:
-        raise UserError(f"optim.name is {config.optim.name}, but {path} holds the state of {then['optim']['name']}; use that one, or another run.dir with checkpoint.init_from.")
+        raise UserError(
+            f"optim.name is {config.optim.name}, but {path} holds the state of {then['optim']['name']}; use "
+            "that one, or another run.dir with checkpoint.init_from."
+        )
     return meta
 
 
@@ -93,7 +109,8 @@ def brought(config: Config, found: Path | None) -> tuple[str, ...]:
 
 
 def rate_change(meta: dict[str, Any], config: Config) -> str:
-    """A sentence where `config` goes on from a checkpoint's `meta` with another learning rate than its own recipe would."""
+    """A sentence where `config` goes on from a checkpoint's `meta` with another learning rate than its own recipe
+    would."""
     then, seen = read_section(Config, meta["config"], "", []), meta["samples_seen"]
     before, after = LearningRate(then), LearningRate(config)
     for schedule in (before, after):
@@ -104,13 +121,16 @@ def rate_change(meta: dict[str, Any], config: Config) -> str:
     is_cosine = config.schedule.name == then.schedule.name == "cosine"
     hint = ""
     if is_cosine and "train.samples" in causes and not config.schedule.decay_samples:
-        hint = f" (schedule.decay_samples {before.total} keeps the cosine as it was, and the rate at its end from there on)"
+        hint = (
+            f" (schedule.decay_samples {before.total} keeps the cosine as it was, and the rate at its end from "
+            "there on)"
+        )
     return f"The learning rate goes from {before(seen):.3g} to {after(seen):.3g}, because of {', '.join(causes)}{hint}."
 
 
 def foresee(config: Config, run_dir: Path) -> str:
-    """What can be known before any rank is started: that there is a checkpoint where one is named, and that it is of this
-    recipe's architecture. What a run that goes on will change, if anything. Reads no tensor. Raises UserError."""
+    """What can be known before any rank is started: that there is a checkpoint where one is named, and that it is of
+    this recipe's architecture. What a run that goes on will change, if anything. Reads no tensor. Raises UserError."""
     path = find(config, run_dir, World(), contents=False, warn=lambda _: None)
     if not path and not config.checkpoint.init_from:
         return ""

@@ -123,13 +123,21 @@ def _data(data: Data) -> None:
     """The kind of data.path is known, and reads the keys that were given. Raises UserError."""
     kind = kind_of(data.path) if data.kind == "auto" and data.path else data.kind
     if kind in ("hub", "stream") and not find_spec("datasets"):
-        raise UserError(f"data.path needs the Python package datasets, which is not installed: {how_to_install('datasets')}.")
+        raise UserError(
+            f"data.path needs the Python package datasets, which is not installed: {how_to_install('datasets')}."
+        )
     if data.exclude and kind != "folder":
-        raise UserError(f"data.exclude has no effect on data.path {data.path}, which is read as {kind}: it serves folders; remove it.")
+        raise UserError(
+            f"data.exclude has no effect on data.path {data.path}, which is read as {kind}: it serves folders; "
+            "remove it."
+        )
     if kind not in ("auto", "hub", "stream"):
         for key, given in (("split", data.split != Data.split), ("image_key", bool(data.image_key))):
             if given:
-                raise UserError(f"data.{key} has no effect on data.path {data.path}, which is read as {kind}; remove it, or give data.kind hub.")
+                raise UserError(
+                    f"data.{key} has no effect on data.path {data.path}, which is read as {kind}; remove it, "
+                    "or give data.kind hub."
+                )
 
 
 def _kind_of(path: str) -> None:
@@ -148,7 +156,11 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
         print(note, flush=True)
     run_dir = run_dir_of(config, recipe)
     timeouts = Timeouts.of(config)
-    with _no_empty_run(run_dir, info), StopRequest() as stop, Watchdog(timeouts.update_s, f"[rank {info.rank}] " if info.size > 1 else "") as watchdog:
+    with (
+        _no_empty_run(run_dir, info),
+        StopRequest() as stop,
+        Watchdog(timeouts.update_s, f"[rank {info.rank}] " if info.size > 1 else "") as watchdog,
+    ):
         with watchdog.patient(timeouts.start_s):
             world = worlds.start(
                 run_dir / "logs",
@@ -163,7 +175,10 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
         except RuntimeError as error:
             if world.size > 1 and worlds.is_lost_rank(error):
                 cause = str(error).strip().splitlines()[0]
-                raise RankLost(f"Another rank has ended, so this one cannot go on; see what that one said. The newest checkpoint stands: start the run again. ({cause})") from error
+                raise RankLost(
+                    "Another rank has ended, so this one cannot go on; see what that one said. The newest "
+                    f"checkpoint stands: start the run again. ({cause})"
+                ) from error
             raise
     worlds.stop(world)  # not after an error, when the other ranks may wait in another collective
     return status
@@ -179,14 +194,17 @@ def _check_here(config: Config, info: RankInfo) -> None:
 
 @contextmanager
 def _no_empty_run(run_dir: Path, info: RankInfo) -> Iterator[None]:
-    """A start that is refused before the run has begun, which the first line of its log tells, leaves no folder that was
-    not there before. What crashes leaves what it said."""
+    """A start that is refused before the run has begun, which the first line of its log tells, leaves no folder that
+    was not there before. What crashes leaves what it said."""
     made = [place for place in (run_dir, *run_dir.parents) if not place.exists()] if info.rank == 0 else []
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
         if made and run_dir.exists() and not isinstance(error, RankLost):
-            with suppress(UserError), RunLock(run_dir) as lock:  # of a start that is refused because of another it is not
+            with (
+                suppress(UserError),
+                RunLock(run_dir) as lock,
+            ):  # of a start that is refused because of another it is not
                 if not lock.note and not read_records(run_dir):
                     shutil.rmtree(run_dir, ignore_errors=True)
             with suppress(OSError):

@@ -1,7 +1,7 @@
 """Stopping on request: signals set a flag, and all ranks agree at a step boundary.
 
-A rank that is asked leaves word in the store of rank 0, which sends the word to all beside an update, down a tree: no update
-waits for it.
+A rank that is asked leaves word in the store of rank 0, which sends the word to all beside an update, down a tree: no
+update waits for it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ KEY = "asked to stop"
 
 
 class StopRequest:
-    """A context in which STOP_SIGNALS ask the run to stop; SIGINT again, a second later, ends the process, while the others
-    may come as often as a queue likes.
+    """A context in which STOP_SIGNALS ask the run to stop; SIGINT again, a second later, ends the process, while the
+    others may come as often as a queue likes.
 
-    Enter it before ranks join: a signal that comes while they wait for each other ends that, and a later one is honoured at
-    the first boundary. Signals that a launcher had blocked until now are let in.
+    Enter it before ranks join: a signal that comes while they wait for each other ends that, and a later one is
+    honoured at the first boundary. Signals that a launcher had blocked until now are let in.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,8 @@ class StopRequest:
         return signal.Signals(self._mine).name if self._mine else None
 
     def agreed(self, world: World) -> str | None:
-        """The name of the signal some rank had got a moment before the previous call (alone: by now); all ranks call it as often."""
+        """The name of the signal some rank had got a moment before the previous call (alone: by now); all ranks call it
+        as often."""
         self._tell_and_ask(world)
         flag = torch.tensor([self._mine])
         if world.size > 1:

@@ -25,10 +25,10 @@ class Watchdog:
     """Wants a `beat` within every `limit_s` seconds; 0 = never barks. A context; one a process.
 
     A thread writes the stacks of all threads to stderr, then ends the process. Where no thread gets its turn any more
-    (one holds Python's lock for ever), faulthandler writes them and the kernel ends the process, a little later: SIGALRM,
-    which nothing else here uses. Time in which the whole process was stopped (SIGSTOP, Ctrl-Z, a suspended job) does not
-    count: the thread sees that its own clock stood still, and the first SIGALRM is passed over so that it may.
-    """
+    (one holds Python's lock for ever), faulthandler writes them and the kernel ends the process, a little later:
+    SIGALRM, which nothing else here uses. Time in which the whole process was stopped (SIGSTOP, Ctrl-Z, a suspended
+    job) does not count: the thread sees that its own clock stood still, and the first SIGALRM is passed over so that it
+    may."""
 
     def __init__(self, limit_s: float, what: str = ""):
         self._limit_s, self._what, self._patience_s, self._grace_s = limit_s, what, limit_s, min(GRACE_S, limit_s)
@@ -57,7 +57,9 @@ class Watchdog:
     def _arm(self) -> None:
         if self._limit_s:
             signal.setitimer(signal.ITIMER_REAL, self._patience_s + 2 * self._grace_s, self._grace_s)
-            if time.monotonic() - self._armed > min(1.0, self._limit_s / 4) or self._patience_s != self._armed_for:  # it starts a thread
+            if (
+                time.monotonic() - self._armed > min(1.0, self._limit_s / 4) or self._patience_s != self._armed_for
+            ):  # it starts a thread
                 self._armed, self._armed_for = time.monotonic(), self._patience_s
                 faulthandler.dump_traceback_later(self._patience_s + 1.5 * self._grace_s, file=2)
 
@@ -78,7 +80,10 @@ class Watchdog:
             late_s, looked_at = time.monotonic() - looked_at - tick_s, time.monotonic()
             if late_s > max(tick_s, self._grace_s / 2):
                 if late_s > self._limit_s:
-                    console.write_error(f"{self._what}no thread of this process had its turn for {late_s:.0f} s: it was stopped, and goes on.\n")
+                    console.write_error(
+                        f"{self._what}no thread of this process had its turn for {late_s:.0f} s: it was "
+                        "stopped, and goes on.\n"
+                    )
                 self._last = min(looked_at, self._last + late_s)
                 _pass_over_one(signal.SIGALRM)
                 self._arm()
@@ -92,7 +97,12 @@ class Watchdog:
         """One write, so that the ranks' texts stay apart."""
         faulthandler.cancel_dump_traceback_later()
         names = {t.ident: t.name for t in threading.enumerate()}
-        lines = [f"{self._what}no progress for {time.monotonic() - self._last:.0f} s (run.hang_s {self._limit_s:g}) in process {os.getpid()} on {socket.gethostname()}:"]
+        lines = [
+            (
+                f"{self._what}no progress for {time.monotonic() - self._last:.0f} s (run.hang_s {self._limit_s:g}) "
+                f"in process {os.getpid()} on {socket.gethostname()}:"
+            )
+        ]
         for ident, frame in sys._current_frames().items():
             if ident != threading.get_ident():
                 lines += [f"thread {names.get(ident, ident)}:", *"".join(traceback.format_stack(frame)).splitlines()]
@@ -101,10 +111,11 @@ class Watchdog:
 
 
 def _pass_over_one(number: int) -> None:
-    """The next signal of this number does nothing, even where no thread can run Python; the one after it ends the process.
+    """The next signal of this number does nothing, even where no thread can run Python; the one after it ends the
+    process.
 
-    System V's signal() resets the handler to the default as it is called, and abs() is one that does nothing. Where libc
-    has no such function the first one ends the process.
+    System V's signal() resets the handler to the default as it is called, and abs() is one that does nothing. Where
+    libc has no such function the first one ends the process.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "sysv_signal"):

@@ -48,13 +48,15 @@ class Window:
 
     def reduce(self, watched: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[int]]:
         """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images. What
-        the slowest rank has waited and rank 0's newest manifest are then every rank's, too. One all-reduce of float64, in
-        which whole numbers of up to 53 bits are exact."""
+        the slowest rank has waited and rank 0's newest manifest are then every rank's, too. One all-reduce of float64,
+        in which whole numbers of up to 53 bits are exact."""
         named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | watched
         world, parts = self.world, [v.flatten().double() for v in named.values()]
         high, low = divmod(self.fingerprint, 2**26)
         host = torch.zeros(4 + world.size, dtype=torch.float64)
-        host[:4] = torch.tensor([high, low, len(self.unreadable), newest_manifest(self._run_dir) if world.is_main else 0])
+        host[:4] = torch.tensor(
+            [high, low, len(self.unreadable), newest_manifest(self._run_dir) if world.is_main else 0]
+        )
         host[4 + world.rank] = self.waited_s  # each rank a place of its own, of which the largest is taken
         flat = world.sum_(torch.cat([*parts, host.to(world.device)])).cpu()
         *parts, host = flat.split([*(len(p) for p in parts), len(host)])
@@ -73,5 +75,6 @@ class Window:
 
 
 def fingerprint(indices: np.ndarray) -> int:
-    """A sum over image numbers that shows whether two runs saw the same images, in whatever order and on however many ranks."""
+    """A sum over image numbers that shows whether two runs saw the same images, in whatever order and on however many
+    ranks."""
     return int((mix(indices.astype(np.uint64) + np.uint64(1)) >> np.uint64(12)).sum() % np.uint64(2**52))

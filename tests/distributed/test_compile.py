@@ -15,7 +15,9 @@ from tests.ranks import run_ranks
 from tests.tiny import losses_of, tiny, world_of
 
 CASES = {
-    "fsdp": {"parallel.max_unit_gib": 4608 * 4 / 2**30},  # cut in parts, whose gathers then come inside what is compiled
+    "fsdp": {
+        "parallel.max_unit_gib": 4608 * 4 / 2**30
+    },  # cut in parts, whose gathers then come inside what is compiled
     "fsdp joined": {"parallel.min_unit_mib": 8.0},
     "zero3": {},
 }
@@ -50,7 +52,10 @@ def traced(rank: int, size: int) -> dict:
     """With all of torch.compile but the making of kernels, which takes minutes."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     SwAV.shard_units = of_few("backbone.s3.b1", "backbone.s3.b2")
-    return {name: both(world_of(rank, size), {"parallel.engine": name.split()[0], **RECOMPUTED, **more}, 3) for name, more in CASES.items()}
+    return {
+        name: both(world_of(rank, size), {"parallel.engine": name.split()[0], **RECOMPUTED, **more}, 3)
+        for name, more in CASES.items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,8 @@ CASES = {
     "no decay of vectors": {"optim.exclude_vectors": True, "optim.weight_decay": 0.1},
 }
 LR = {"adamw": 3e-4, "sgd": 3e-4, "no decay of vectors": 1e-3}
-"""0.02 for LARS: a network this small on a batch of 8 is chaotic, and larger steps magnify the last bit a thousandfold."""
+"""0.02 for LARS: a network this small on a batch of 8 is chaotic, and larger steps magnify the last bit a
+thousandfold."""
 ENGINES = {
     "ddp": {"parallel.engine": "ddp"},
     "fsdp": {"parallel.engine": "fsdp"},
@@ -53,8 +54,16 @@ ENGINES = {
     "fsdp in parts": {"parallel.engine": "fsdp", "parallel.max_unit_gib": 4608 * 4 / 2**30},
     # stem to s3.b1 together, so that the run s3.b1, s3.b2 is recomputed across two gathers
     "fsdp joined": {"parallel.engine": "fsdp", "parallel.min_unit_mib": 16 / 1024},
-    "fsdp joined kept": {"parallel.engine": "fsdp", "parallel.min_unit_mib": 16 / 1024, "parallel.reshard_after_forward": False},
-    "fsdp parts joined": {"parallel.engine": "fsdp", "parallel.max_unit_gib": 4608 * 4 / 2**30, "parallel.min_unit_mib": 16 / 1024},
+    "fsdp joined kept": {
+        "parallel.engine": "fsdp",
+        "parallel.min_unit_mib": 16 / 1024,
+        "parallel.reshard_after_forward": False,
+    },
+    "fsdp parts joined": {
+        "parallel.engine": "fsdp",
+        "parallel.max_unit_gib": 4608 * 4 / 2**30,
+        "parallel.min_unit_mib": 16 / 1024,
+    },
     "fsdp whole": {"parallel.engine": "fsdp", "parallel.min_unit_mib": 8.0},  # backbone, head, prototypes
     "hsdp": {"parallel.engine": "fsdp", "parallel.replicate": 2},
     "hsdp joined": {"parallel.engine": "fsdp", "parallel.replicate": 2, "parallel.min_unit_mib": 16 / 1024},
@@ -89,9 +98,12 @@ CASES_OF = {
 }
 WITH = {
     2: [(e, c) for e, cases in CASES_OF.items() for c in cases],
-    4: [(e, "lars") for e in ENGINES if " " not in e] + [("hsdp", "adamw"), ("hsdp", "runs recomputed"), ("hsdp joined", "runs recomputed")],
+    4: [(e, "lars") for e in ENGINES if " " not in e]
+    + [("hsdp", "adamw"), ("hsdp", "runs recomputed"), ("hsdp joined", "runs recomputed")],
 }
-SKIPPED = [(e, 0) for e in ENGINES if "hsdp" not in e and "fsdp " not in e and "parts" not in e] + [(e, 2) for e in ("ddp", "fsdp", "zero3")]
+SKIPPED = [(e, 0) for e in ENGINES if "hsdp" not in e and "fsdp " not in e and "parts" not in e] + [
+    (e, 2) for e in ("ddp", "fsdp", "zero3")
+]
 
 
 def run_case(world: World, case: str, engine: dict, updates: int = 0) -> dict:
@@ -111,12 +123,16 @@ def run_case(world: World, case: str, engine: dict, updates: int = 0) -> dict:
     start = {n: built.whole(n).numpy().copy() for n in built.shapes} if world.size == 1 else {}
     losses = losses_of(built, config, world, range(updates or UPDATES.get(case, 3)), LR.get(case, 0.02))
     weights = {n: built.whole(n).numpy().copy() for n in built.shapes}
-    rows = {n: np.abs(np.linalg.norm(forward_weight(built, n), axis=1) - 1).max() for n in normalized_parameters(built.groups)}
+    rows = {
+        n: np.abs(np.linalg.norm(forward_weight(built, n), axis=1) - 1).max()
+        for n in normalized_parameters(built.groups)
+    }
     return {"losses": losses, "norms": norms[0].numpy(), "start": start, "weights": weights, "rows": rows}
 
 
 def assert_moved_alike(ours: dict, measure: dict, start: dict, within: float = 0.05) -> None:
-    """Weights of each matrix, to a part of how far it moved at all: one may be right to 1e-4 when its gradient was lost.
+    """Weights of each matrix, to a part of how far it moved at all: one may be right to 1e-4 when its gradient was
+    lost.
     Vectors before BatchNorm have gradients of rounding alone."""
     for name, weight in measure.items():
         if weight.ndim > 1 and (length := np.linalg.norm(weight - start[name])):
@@ -185,7 +201,9 @@ def _held(engine: Engine) -> dict[str, torch.Tensor]:
 def skipped_on_all(world: World, over: dict, micro_batch: int) -> dict:
     """An inf in one rank's images: weights, statistics and momentum stay as they were on all; then it goes on, and the
     queue has filled by the samples seen."""
-    config, engine = tiny(world, **over, **{"train.precision": "fp16", "swav.queue": 16, "train.micro_batch": micro_batch})
+    config, engine = tiny(
+        world, **over, **{"train.precision": "fp16", "swav.queue": 16, "train.micro_batch": micro_batch}
+    )
     engine.scaler.scale.fill_(256.0)  # where nothing overflows by itself
     losses_of(engine, config, world, range(1), 0.01)
     before, scale, skipped = _held(engine), engine.scaler.scale.item(), engine.scaler.skipped.item()
@@ -199,12 +217,22 @@ def skipped_on_all(world: World, over: dict, micro_batch: int) -> dict:
     counted = engine.scaler.skipped.item() - skipped == 1 and engine.scaler.skipped_in_a_row.item() >= 1
     losses = losses_of(engine, config, world, range(2, 4), 0.01)
     finite = engine.is_finite() and engine.method.queue[:, :16].norm(dim=2).gt(0.5).all().item()
-    went_on = any(not torch.equal(v, before[k]) for k, v in _held(engine).items() if k.startswith("model/") and v.numel())
+    went_on = any(
+        not torch.equal(v, before[k]) for k, v in _held(engine).items() if k.startswith("model/") and v.numel()
+    )
     return {"moved": moved, "halved": halved, "counted": counted, "in_a_row": engine.scaler.skipped_in_a_row.item(),
             "went_on": went_on and np.isfinite(losses).all() and finite}  # fmt: skip
 
 
-PRECISIONS = [("fsdp", "fp16"), ("fsdp", "bf16"), ("ddp", "fp16"), ("zero1", "fp16"), ("zero3", "fp16"), ("zero3", "bf16"), ("fairscale", "fp16")]
+PRECISIONS = [
+    ("fsdp", "fp16"),
+    ("fsdp", "bf16"),
+    ("ddp", "fp16"),
+    ("zero1", "fp16"),
+    ("zero3", "fp16"),
+    ("zero3", "bf16"),
+    ("fairscale", "fp16"),
+]
 LONG, SHORT = 20, 5
 """Updates of fsdp in bf16, and of the others."""
 
@@ -268,7 +296,10 @@ def evaluated(world: World, over: dict) -> list[float]:
     return losses
 
 
-ACCUMULATED = [(e, "") for e in ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2 offloaded", "fairscale")] + [("fsdp", "queue"), ("fsdp joined", "queue")]
+ACCUMULATED = [(e, "") for e in ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2 offloaded", "fairscale")] + [
+    ("fsdp", "queue"),
+    ("fsdp joined", "queue"),
+]
 
 
 def accumulated(world: World, engine: str, case: str) -> dict:
@@ -295,10 +326,16 @@ VARIANTS = {
     "synchronised": {"parallel.sync_bn_group": 2, "swav.batch_norm": False},
 }
 TRAFFIC = {
-    "ddp": ["two", "accumulated"], "fsdp": list(VARIANTS), "fsdp kept": ["two"], "fsdp in parts": ["two", "recomputed"],
+    "ddp": ["two", "accumulated"],
+    "fsdp": list(VARIANTS),
+    "fsdp kept": ["two"],
+    "fsdp in parts": ["two", "recomputed"],
     "fsdp joined": ["two", "recomputed", "accumulated", "fp16"],
-    "zero1": ["two", "fp16"], "zero2": ["two"], "zero3": ["two", "one", "fp16", "recomputed", "in parts"], "fairscale": ["two"],
-}  # fmt: skip
+    "zero1": ["two", "fp16"],
+    "zero2": ["two"],
+    "zero3": ["two", "one", "fp16", "recomputed", "in parts"],
+    "fairscale": ["two"],
+}
 
 
 def traffic_of(world: World, over: dict, more: dict) -> dict:
@@ -363,7 +400,9 @@ def test_engines_that_reduce_in_the_same_order_agree_to_the_bit(ranks, one, othe
 def test_recomputing_changes_no_bit():
     for case in RECOMPUTED:
         ours, measure = single(case), single("lars", 3)
-        assert ours["losses"] == measure["losses"] and all(np.array_equal(w, measure["weights"][n]) for n, w in ours["weights"].items())
+        assert ours["losses"] == measure["losses"] and all(
+            np.array_equal(w, measure["weights"][n]) for n, w in ours["weights"].items()
+        )
 
 
 def test_a_run_may_go_on_with_any_other_engine_and_number_of_ranks(ranks):
@@ -380,7 +419,9 @@ def test_a_run_may_go_on_with_any_other_engine_and_number_of_ranks(ranks):
 def test_an_inf_on_one_rank_skips_the_update_on_all(ranks, engine, micro_batch):
     for rank in ranks[2]:
         seen = rank["skip"][engine, micro_batch]
-        assert seen["moved"] == [] and seen["halved"] and seen["counted"] and seen["in_a_row"] == 0 and seen["went_on"], seen
+        assert (
+            seen["moved"] == [] and seen["halved"] and seen["counted"] and seen["in_a_row"] == 0 and seen["went_on"]
+        ), seen
 
 
 @functools.cache
@@ -455,10 +496,18 @@ def test_an_update_moves_what_the_formula_says(ranks, engine, variant):
     passes = (1 if engine == "fsdp kept" else 2) * A + (A if A > 1 else 0)  # forward, backward, and a look first
     want = {
         "ddp": {"all_reduce": (1, 4 * P)},
-        "fsdp": {"all_gather": (passes * U, passes * gathered), "reduce_scatter": (A * U, 4 * A * M), "all_reduce": (1, 4 * V)},
+        "fsdp": {
+            "all_gather": (passes * U, passes * gathered),
+            "reduce_scatter": (A * U, 4 * A * M),
+            "all_reduce": (1, 4 * V),
+        },
         "zero1": {"reduce": (None, 4 * P), "all_reduce": (1, 4 * t["K"]), "all_gather": (1, 4 * P)},
         "zero2": {"reduce": (None, 4 * P), "all_reduce": (1, 4 * t["K"]), "all_gather": (1, 4 * P)},
-        "zero3": {"all_gather": (2 * U + 1, 2 * gathered + 4 * V), "reduce_scatter": (None, 4 * P), "all_reduce": (1, 4 * t["K"])},
+        "zero3": {
+            "all_gather": (2 * U + 1, 2 * gathered + 4 * V),
+            "reduce_scatter": (None, 4 * P),
+            "all_reduce": (1, 4 * t["K"]),
+        },
         "fairscale": {"reduce": (2, 4 * P), "broadcast": (2, 4 * P), "all_reduce": (0, 0)},
     }[engine.split()[0]]
     if engine != "ddp":  # which has the norms of everything on every rank
@@ -471,7 +520,13 @@ def test_an_update_moves_what_the_formula_says(ranks, engine, variant):
     for kind in ("reduce", "reduce_scatter", "all_gather"):  # rows and flat vectors are padded to the number of ranks
         calls, size = want.get(kind, (0, 0))
         seen = got.get(kind, (0, 0))
-        assert calls in (None, seen[0]) and size <= seen[1] <= 1.005 * size, (engine, variant, kind, seen, (calls, size))
+        assert calls in (None, seen[0]) and size <= seen[1] <= 1.005 * size, (
+            engine,
+            variant,
+            kind,
+            seen,
+            (calls, size),
+        )
         want[kind] = seen
     want = {k: v for k, v in want.items() if v != (0, 0)}
     assert got == want, (engine, variant)
@@ -479,7 +534,10 @@ def test_an_update_moves_what_the_formula_says(ranks, engine, variant):
 
 def test_replicas_exchange_what_is_left_of_each_unit(ranks):
     """HSDP on 2 x 2 ranks: what FSDP on 2 moves, and an all-reduce of each unit's part between the copies."""
-    fsdp, hsdp = _table(ranks[2][0]["traffic"]["fsdp", "two"]["calls"]), _table(ranks[4][0]["traffic"]["hsdp", "two"]["calls"])
+    fsdp, hsdp = (
+        _table(ranks[2][0]["traffic"]["fsdp", "two"]["calls"]),
+        _table(ranks[4][0]["traffic"]["hsdp", "two"]["calls"]),
+    )
     t = ranks[4][0]["traffic"]["hsdp", "two"]
     for kind in ("all_gather", "reduce_scatter"):
         assert hsdp.pop(kind) == fsdp.pop(kind), kind

@@ -1,4 +1,5 @@
-"""What shall overlap runs in process groups of its own: a communicator runs one collective at a time, in order of issue."""
+"""What shall overlap runs in process groups of its own: a communicator runs one collective at a time, in order of
+issue."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def groups_of_collectives(rank: int, size: int) -> dict:
         out[name] = Counter((call.kind, call.group) for call in seen.calls)
     near, apart = world.group("near", 2), world.group("apart", 2, stride=2)
     out["ranks"] = [dist.get_process_group_ranks(group) for group in (near, apart)]
-    out["kept"] = world.group("near", 2) is near and world.group("far", 2) is not near and world.group("none", 1) is None
+    out["kept"] = (
+        world.group("near", 2) is near and world.group("far", 2) is not near and world.group("none", 1) is None
+    )
     return out
 
 

@@ -1,4 +1,5 @@
-"""What a rank holds, in bytes, against the formulas of docs/engines.md; and that no rank ever holds a sharded model whole."""
+"""What a rank holds, in bytes, against the formulas of docs/engines.md; and that no rank ever holds a sharded model
+whole."""
 
 from __future__ import annotations
 
@@ -45,7 +46,12 @@ def held() -> int:
     gc.collect()
     storages = {}
     for o in gc.get_objects():
-        if isinstance(o, torch.Tensor) and type(o) in (torch.Tensor, torch.nn.Parameter) and o.is_floating_point() and o.device.type == "cpu":
+        if (
+            isinstance(o, torch.Tensor)
+            and type(o) in (torch.Tensor, torch.nn.Parameter)
+            and o.is_floating_point()
+            and o.device.type == "cpu"
+        ):
             for t in (o, o.grad) if o.is_leaf else (o,):
                 if t is not None and type(t) in (torch.Tensor, torch.nn.Parameter):
                     storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -53,7 +59,11 @@ def held() -> int:
 
 
 def build(world: World, engine: str, optimizer: str, precision: str = "fp32") -> tuple:
-    over = {"parallel": {"engine": "fsdp", "replicate": 2} if engine == "hsdp" else {"engine": engine}, "optim": {"name": optimizer, "lr": 1e-3}, "train": {"precision": precision}}
+    over = {
+        "parallel": {"engine": "fsdp", "replicate": 2} if engine == "hsdp" else {"engine": engine},
+        "optim": {"name": optimizer, "lr": 1e-3},
+        "train": {"precision": precision},
+    }
     config = resolve({**RECIPE, **WIDE}, over, world_size=world.size)
     with torch.device("meta"):
         method = SwAV(config, world)
@@ -136,7 +146,9 @@ def ranks():
     return run_ranks(4, measured, timeout=600)
 
 
-@pytest.mark.parametrize("engine,optimizer", [(e, o) for e in ENGINES for o in (("lars", "adamw") if e in ("fsdp", "zero3") else ("lars",))])
+@pytest.mark.parametrize(
+    "engine,optimizer", [(e, o) for e in ENGINES for o in (("lars", "adamw") if e in ("fsdp", "zero3") else ("lars",))]
+)
 def test_bytes_held_follow_the_formula(ranks, engine, optimizer):
     for rank in ranks:
         m = rank[engine, optimizer]
@@ -164,8 +176,8 @@ def test_no_rank_ever_holds_a_sharded_model_whole(ranks, engine):
 
 @pytest.mark.parametrize("precision,together", TRANSIENTS)
 def test_what_fsdp_holds_for_a_moment_follows_the_formula(ranks, precision, together):
-    """In forward 3h bytes an element: gathered, and the next unit's gather as it is copied out. In backward the largest of
-    3h + 4 and, with gloo, 2h + 8; it is reached before the last unit, whose gradient (4 / N) is not there yet."""
+    """In forward 3h bytes an element: gathered, and the next unit's gather as it is copied out. In backward the largest
+    of 3h + 4 and, with gloo, 2h + 8; it is reached before the last unit, whose gradient (4 / N) is not there yet."""
     h = 4 if precision == "fp32" else 2
     for rank in ranks:
         m = rank["transients", precision, together]

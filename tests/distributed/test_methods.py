@@ -1,5 +1,5 @@
-"""Engines hold any method: a ViT-like one, one of matrices alone, a classifier, a student with a moving-average teacher, an
-autoencoder make the updates of the unsharded run, are gathered whole, and go through the neutral state."""
+"""Engines hold any method: a ViT-like one, one of matrices alone, a classifier, a student with a moving-average
+teacher, an autoencoder make the updates of the unsharded run, are gathered whole, and go through the neutral state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ ENGINE_OF_EACH_KIND = ("ddp", "fsdp", "zero1", "zero3", "fairscale")
 RUNS = [(kind, case) for kind in ("vit", "teacher") for case in CASES]
 RUNS += [("autoencoder", "fsdp recomputed"), ("classifier", "fsdp recomputed")]
 RUNS += [(kind, case) for kind in ("matrices", "classifier", "autoencoder") for case in ENGINE_OF_EACH_KIND]
-HALF = [("vit", "fsdp"), ("vit", "zero3"), ("teacher", "fsdp"), ("teacher", "zero1"), ("classifier", "zero3"), ("autoencoder", "fsdp")]
+HALF = [
+    ("vit", "fsdp"),
+    ("vit", "zero3"),
+    ("teacher", "fsdp"),
+    ("teacher", "zero1"),
+    ("classifier", "zero3"),
+    ("autoencoder", "fsdp"),
+]
 CHAIN = ("fsdp", "zero3", "fairscale", "zero1", "ddp")
 """Engines that go on from each other's checkpoints, an update each."""
 UPDATES = 3
@@ -37,7 +44,12 @@ UPDATES = 3
 def trained(kind: str, case: str, world: World, precision: str = "fp32", updates: int = UPDATES) -> dict:
     name = {"hsdp": "fsdp"}.get(case, case.split()[0])
     module, cls = ENGINES[name]
-    over = {"parallel.engine": name, "optim.name": "adamw", "train.precision": precision, "optim.clip_norm": 0.05} | CASES.get(case, {})
+    over = {
+        "parallel.engine": name,
+        "optim.name": "adamw",
+        "train.precision": precision,
+        "optim.clip_norm": 0.05,
+    } | CASES.get(case, {})
     config, engine = toy(lambda: make(kind, world), getattr(load(module), cls), world, **over)
     losses = losses_of(engine, config, world, range(updates), 1e-3)
     engine.average_buffers()
@@ -58,7 +70,12 @@ def resumed(kind: str, world: World, folder: Path) -> list[float]:
     losses, path = [], None
     for step, name in enumerate(CHAIN):
         module, cls = ENGINES[name]
-        over = {"parallel.engine": name, "optim.name": "adamw", "optim.clip_norm": 0.05, "run.seed": step}  # a seed leaves no trace
+        over = {
+            "parallel.engine": name,
+            "optim.name": "adamw",
+            "optim.clip_norm": 0.05,
+            "run.seed": step,
+        }  # a seed leaves no trace
         config, engine = toy(lambda: make(kind, world), getattr(load(module), cls), world, **over)
         if path:
             store.load(path, engine.state(), world)

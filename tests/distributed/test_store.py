@@ -67,7 +67,9 @@ def on_four(rank: int, size: int, folder: Path) -> None:
     check_load(path, world, mesh, [Shard(0)])
     Path.open = whole_open
     files = {f"state-{r:05d}.safetensors" for r in (0, rank)}  # its own, and the one of what all hold alike
-    assert {f for f in opened if f.startswith("state")} == files and len(opened) == len(files) + 2 * world.is_main, opened
+    assert {f for f in opened if f.startswith("state")} == files and len(opened) == len(files) + 2 * world.is_main, (
+        opened
+    )
 
     # Replicas are written once: HSDP and plain tensors take no more room.
     replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

@@ -45,7 +45,14 @@ RECIPE = {
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["seer_scale.cli", "seer_scale.launch.local", "seer_scale.evaluate.run", "seer_scale.observe.report", "torch.utils.tensorboard", "tests.e2e.runs"]
+    [
+        "seer_scale.cli",
+        "seer_scale.launch.local",
+        "seer_scale.evaluate.run",
+        "seer_scale.observe.report",
+        "torch.utils.tensorboard",
+        "tests.e2e.runs",
+    ]
 )
 
 
@@ -61,11 +68,14 @@ def recipe(folder: Path, photos: Path, **changes: dict) -> str:
 class Run:
     """Forked ranks whose output goes to one file each."""
 
-    def __init__(self, words: list[str], ranks: int, folder: Path, limit_bytes: int | None, console: Callable[[], None] | None):
+    def __init__(
+        self, words: list[str], ranks: int, folder: Path, limit_bytes: int | None, console: Callable[[], None] | None
+    ):
         attempt = uuid.uuid4().hex[:8]
         self.outputs = [folder / f"output-{attempt}-{r}" for r in range(ranks)]
         self.processes = [
-            _context.Process(target=_rank, args=(words, r, ranks, attempt, str(folder), limit_bytes, console)) for r in range(ranks)
+            _context.Process(target=_rank, args=(words, r, ranks, attempt, str(folder), limit_bytes, console))
+            for r in range(ranks)
         ]
         for p in self.processes:
             p.start()
@@ -84,10 +94,14 @@ class Run:
 
 
 def start(
-    *words: object, ranks: int = 1, folder: Path, limit_bytes: int | None = None, console: Callable[[], None] | None = None
+    *words: object,
+    ranks: int = 1,
+    folder: Path,
+    limit_bytes: int | None = None,
+    console: Callable[[], None] | None = None,
 ) -> Run:
-    """`seer-scale WORDS` on forked ranks; limit_bytes: no file may grow larger, as if the disk were full. console: called in
-    each rank, it puts something else in the place of descriptors 1 and 2 (see `lost_consoles`)."""
+    """`seer-scale WORDS` on forked ranks; limit_bytes: no file may grow larger, as if the disk were full. console:
+    called in each rank, it puts something else in the place of descriptors 1 and 2 (see `lost_consoles`)."""
     return Run([str(w) for w in words], ranks, folder, limit_bytes, console)
 
 
@@ -99,7 +113,15 @@ def run(*words: object, ranks: int = 1, folder: Path, status: int = 0, limit_byt
     return r.text
 
 
-def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, limit_bytes: int | None, console: Callable[[], None] | None) -> None:
+def _rank(
+    words: list[str],
+    rank: int,
+    ranks: int,
+    attempt: str,
+    folder: str,
+    limit_bytes: int | None,
+    console: Callable[[], None] | None,
+) -> None:
     out = os.open(Path(folder) / f"output-{attempt}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -121,7 +143,8 @@ def _rank(words: list[str], rank: int, ranks: int, attempt: str, folder: str, li
         sys.exit(complain(error))
 
 
-# ------------------------------------------------------------------------------------------------ consoles that are lost
+# ------------------------------------------------------------------------------------------------ consoles that are
+# lost
 
 
 def lost_pipe() -> None:
@@ -229,7 +252,8 @@ if os.environ.get("RANK") == "1":
 
 
 def raises_on_rank_1(folder: Path) -> dict[str, object]:
-    """Variables with which rank 1 raises ArithmeticError, wherever it is, when the file folder/raise is there, which it takes away."""
+    """Variables with which rank 1 raises ArithmeticError, wherever it is, when the file folder/raise is there, which it
+    takes away."""
     (folder / "sitecustomize.py").write_text(RAISES.replace("FOLDER", repr(str(folder))))
     return {"PYTHONPATH": folder}
 
@@ -293,4 +317,8 @@ def assert_same_path(run_dir: Path, straight: Path, relative: float = 1e-4) -> N
     assert list(a) == list(b)
     assert [r["data/fingerprint"] for r in a.values()] == [r["data/fingerprint"] for r in b.values()]
     for seen in a:
-        assert abs(a[seen]["loss"] - b[seen]["loss"]) <= relative * b[seen]["loss"], (seen, a[seen]["loss"], b[seen]["loss"])
+        assert abs(a[seen]["loss"] - b[seen]["loss"]) <= relative * b[seen]["loss"], (
+            seen,
+            a[seen]["loss"],
+            b[seen]["loss"],
+        )

@@ -31,7 +31,9 @@ def test_one_sentence_before_anything_is_taken(tmp_path, photos, capsys):
         return told
 
     assert "did you mean seer_regnety_8gf?" in told_by(capsys, ("train", "seer_regnet_8gf"))
-    assert f"{photos.parent}/phots does not exist; did you mean {photos}?" in refuse("--data.path", f"{photos.parent}/phots")
+    assert f"{photos.parent}/phots does not exist; did you mean {photos}?" in refuse(
+        "--data.path", f"{photos.parent}/phots"
+    )
     assert "is a single image" in refuse("--data.path", photos / "class0" / "0.jpg")
     assert "knn.bank: /no/where does not exist" in refuse("--knn.bank", "/no/where")
     assert "did you mean regnety_8gf?" in refuse("--model.name", "regnety_8g", "--model.depth", 1)
@@ -40,7 +42,15 @@ def test_one_sentence_before_anything_is_taken(tmp_path, photos, capsys):
         "--optim.lrr", 1, "--parallel.sync_bn_group", 2, "--train.precision", "fp8",
     )  # fmt: skip
     assert "The recipe has 7 problems:" in together and together.count("\n") == 8
-    for part in ("data.path: ", "knn.queries: ", "model: ", "swav.prototypes is 5000", "did you mean optim.lr?", "sync_bn_group is 2", "fp8"):
+    for part in (
+        "data.path: ",
+        "knn.queries: ",
+        "model: ",
+        "swav.prototypes is 5000",
+        "did you mean optim.lr?",
+        "sync_bn_group is 2",
+        "fp8",
+    ):
         assert part in together
 
 
@@ -63,7 +73,9 @@ def test_images_that_are_none(tmp_path, photos, capsys):
     ):  # fmt: skip
         told = told_by(capsys, ("train", given, "--run.dir", tmp_path / "run", "--data.path", path))
         assert part in told and told.count("\n") == 1
-    told = told_by(capsys, ("train", given, "--run.dir", tmp_path / "x", "--data.path", broken, "--knn.enabled", "false"))
+    told = told_by(
+        capsys, ("train", given, "--run.dir", tmp_path / "x", "--data.path", broken, "--knn.enabled", "false")
+    )
     assert "100 images in a row cannot be read" in told
 
 
@@ -121,7 +133,18 @@ def test_another_architecture(tmp_path, photos):
     ):
         text = run("train", given, "--run.dir", place, "--train.samples", 48, *words, folder=tmp_path, status=2)
         assert part in text and text.count("seer-scale: ") == 1 and "Traceback" not in text
-    text = run("train", given, "--run.dir", tmp_path / "new", "--checkpoint.init_from", place / "checkpoints" / checkpoints(place)[-1], "--swav.dim", 24, folder=tmp_path, status=2)
+    text = run(
+        "train",
+        given,
+        "--run.dir",
+        tmp_path / "new",
+        "--checkpoint.init_from",
+        place / "checkpoints" / checkpoints(place)[-1],
+        "--swav.dim",
+        24,
+        folder=tmp_path,
+        status=2,
+    )
     assert "is of another architecture" in text
     assert checkpoints(place) == ["samples-000000000024"]
     run("train", given, "--run.dir", place, "--train.samples", 32, folder=tmp_path)

@@ -52,8 +52,24 @@ def test_report(straight, capsys):
 
 def test_what_a_new_start_would_change_is_told_when_it_is_asked_for(straight, tmp_path, photos):
     given = recipe(tmp_path, photos)
-    for more, told in (((), []), (("--optim.lr", "0.03"), [f"{straight} goes on from samples-000000000160, with optim.lr 0.02 -> 0.03. The learning rate goes from 2e-05 to 3e-05, because of optim.lr."])):
-        assert prepare(Request(recipe=given, overrides=["--run.dir", str(straight), "--knn.enabled", "true", *more]), [])[2] == told
+    for more, told in (
+        ((), []),
+        (
+            ("--optim.lr", "0.03"),
+            [
+                (
+                    f"{straight} goes on from samples-000000000160, with optim.lr 0.02 -> 0.03. The learning rate "
+                    "goes from 2e-05 to 3e-05, because of optim.lr."
+                )
+            ],
+        ),
+    ):
+        assert (
+            prepare(Request(recipe=given, overrides=["--run.dir", str(straight), "--knn.enabled", "true", *more]), [])[
+                2
+            ]
+            == told
+        )
 
 
 def test_torchrun(tmp_path, photos):
@@ -61,7 +77,17 @@ def test_torchrun(tmp_path, photos):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ours = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port, "-m", "seer_scale.cli"]
+    ours = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        2,
+        "--master-port",
+        port,
+        "-m",
+        "seer_scale.cli",
+    ]
     trained = command(*ours, "train", given, "--run.dir", place, folder=tmp_path)
     assert trained.wait() == 0, trained.text
     assert list(runs.steps(place)) == list(range(8, 49, 8)) and "on 24 images, 2 ranks (fsdp, cpu)" in trained.text

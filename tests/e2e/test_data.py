@@ -47,7 +47,9 @@ def manifest(path: Path, *parts: Path) -> Path:
 
 
 def test_a_refreshed_run_goes_on_the_same_way_after_any_kill_and_resize(tmp_path):
-    a, b, c = (write(tmp_path / name, num, seed) for seed, (name, num) in enumerate([("a", 50), ("b", 40), ("c", 30)], 1))
+    a, b, c = (
+        write(tmp_path / name, num, seed) for seed, (name, num) in enumerate([("a", 50), ("b", 40), ("c", 30)], 1)
+    )
     first, second = manifest(tmp_path / "1.yaml", a, b), manifest(tmp_path / "2.yaml", b, c)
     given = recipe(tmp_path, first)
     places = [tmp_path / "straight", tmp_path / "other"]
@@ -74,7 +76,15 @@ def test_a_refreshed_run_goes_on_the_same_way_after_any_kill_and_resize(tmp_path
     assert rows[-1] == pytest.approx(1 + left / 70)
 
 
-@pytest.mark.parametrize("first,part", [("old", "../old"), ("old/", "../new/../old/"), ("old/{a,b}.tar", "../old/{a,b}.tar"), ("old/a.tar,old/b.tar", "../old/a.tar, ../old/b.tar")])
+@pytest.mark.parametrize(
+    "first,part",
+    [
+        ("old", "../old"),
+        ("old/", "../new/../old/"),
+        ("old/{a,b}.tar", "../old/{a,b}.tar"),
+        ("old/a.tar,old/b.tar", "../old/a.tar, ../old/b.tar"),
+    ],
+)
 def test_one_part_however_it_is_spelled(tmp_path, monkeypatch, first, part):
     monkeypatch.chdir(tmp_path)
     for folder, num in (("old", 20), ("autumn", 8), ("new", 0)):
@@ -84,13 +94,26 @@ def test_one_part_however_it_is_spelled(tmp_path, monkeypatch, first, part):
             write_tar(tmp_path / "old" / f"{name}.tar", {f"{i}.jpg": jpeg(i) for i in range(10)})
     place, new = tmp_path / "run", manifest(tmp_path / "new" / "m.yaml", part, "../autumn")
     run("train", recipe(tmp_path, first), "--run.dir", place, "--train.samples", 16, folder=tmp_path)
-    assert "2 parts with 28 images (1 new with 8; 0 gone)" in run("data", "refresh", place, "--manifest", new, folder=tmp_path)
+    assert "2 parts with 28 images (1 new with 8; 0 gone)" in run(
+        "data", "refresh", place, "--manifest", new, folder=tmp_path
+    )
 
 
 def test_a_running_run_takes_up_a_refresh(tmp_path):
     a, b = write(tmp_path / "a", 20, 1), write(tmp_path / "b", 20, 2)
     place, given = tmp_path / "run", recipe(tmp_path, manifest(tmp_path / "1.yaml", a))
-    running = start("train", given, "--run.dir", place, "--train.samples", 8000, "--checkpoint.every_samples", 800, ranks=2, folder=tmp_path)
+    running = start(
+        "train",
+        given,
+        "--run.dir",
+        place,
+        "--train.samples",
+        8000,
+        "--checkpoint.every_samples",
+        800,
+        ranks=2,
+        folder=tmp_path,
+    )
     until(lambda: steps(place), lambda: running.text)
     run("data", "refresh", place, "--manifest", manifest(tmp_path / "2.yaml", a, b), folder=tmp_path)
     until(lambda: events(place, "refresh"), lambda: running.text)
@@ -113,8 +136,12 @@ def test_what_cannot_be_refreshed_is_one_sentence(tmp_path):
     assert "has 11 images, and had 10" in said
     said = run("train", given, "--run.dir", place, "--train.samples", 48, folder=tmp_path, status=2)
     assert "has 11 images, but this run's checkpoint was trained on 10" in said
-    assert "is not a run's folder" in run("data", "refresh", tmp_path, "--manifest", tmp_path / "1.yaml", folder=tmp_path, status=2)
-    assert "does not exist" in run("data", "refresh", place, "--manifest", tmp_path / "3.yaml", folder=tmp_path, status=2)
+    assert "is not a run's folder" in run(
+        "data", "refresh", tmp_path, "--manifest", tmp_path / "1.yaml", folder=tmp_path, status=2
+    )
+    assert "does not exist" in run(
+        "data", "refresh", place, "--manifest", tmp_path / "3.yaml", folder=tmp_path, status=2
+    )
 
 
 # ------------------------------------------------------------------------------- every format, streams, starvation
@@ -125,7 +152,9 @@ def test_every_format_is_trained_on(tmp_path):
     folder = write(tmp_path / "photos", 8, 1)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 4)).astype(np.uint8)
     for form in ("PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000"):
-        Image.fromarray(pixels).convert("RGBA" if form == "PNG" else "RGB").save(folder / f"{form}.{form[:4].lower()}".replace(".jpeg", ".jp2"), form)
+        Image.fromarray(pixels).convert("RGBA" if form == "PNG" else "RGB").save(
+            folder / f"{form}.{form[:4].lower()}".replace(".jpeg", ".jp2"), form
+        )
     Image.fromarray(pixels, "CMYK").save(folder / "cmyk.jpg")
     expected = 0
     if HOSTILE.exists():
@@ -135,7 +164,15 @@ def test_every_format_is_trained_on(tmp_path):
                 expected += entry["expect"] != "decode"
     num, place = len(list(folder.iterdir())), tmp_path / "run"
     samples = -(-num // 8) * 8
-    run("train", recipe(tmp_path, folder, data={"workers": 2}), "--run.dir", place, "--train.samples", samples, folder=tmp_path)
+    run(
+        "train",
+        recipe(tmp_path, folder, data={"workers": 2}),
+        "--run.dir",
+        place,
+        "--train.samples",
+        samples,
+        folder=tmp_path,
+    )
     replaced = sum(r["data/unreadable"] for r in steps(place).values())
     assert num >= 15 and (expected <= replaced if expected else replaced == 0)
     log = place / "logs" / "unreadable-0.txt"
@@ -146,7 +183,9 @@ def test_every_format_is_trained_on(tmp_path):
 def test_a_stream_goes_on_on_other_ranks(tmp_path):
     datasets = pytest.importorskip("datasets")
     images = [{"bytes": jpeg(i), "path": None} for i in range(60)] + [{"bytes": b"no image", "path": None}]
-    datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()})).to_parquet(tmp_path / "x.parquet")
+    datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()})).to_parquet(
+        tmp_path / "x.parquet"
+    )
     stream = {"kind": "stream", "length": 61, "buffer": 16}
     given, places = recipe(tmp_path, tmp_path / "x.parquet", data=stream), [tmp_path / "straight", tmp_path / "other"]
     run("train", given, "--run.dir", places[0], folder=tmp_path)
@@ -157,9 +196,22 @@ def test_a_stream_goes_on_on_other_ranks(tmp_path):
     run("train", given, "--run.dir", places[1], "--data.workers", 2, folder=tmp_path)
     assert_same_path(places[1], places[0])
     assert sum(r["data/unreadable"] for r in steps(places[1]).values()) >= 2
-    said = run("train", given, "--run.dir", places[1], "--train.samples", 240, "--data.buffer", 9, folder=tmp_path, status=2)
+    said = run(
+        "train", given, "--run.dir", places[1], "--train.samples", 240, "--data.buffer", 9, folder=tmp_path, status=2
+    )
     assert "data.buffer is 9, but this run mixes its stream through 16 images" in said
-    said = run("train", given, "--run.dir", tmp_path / "long", "--data.length", 70, "--data.workers", 1, folder=tmp_path, status=2)
+    said = run(
+        "train",
+        given,
+        "--run.dir",
+        tmp_path / "long",
+        "--data.length",
+        70,
+        "--data.workers",
+        1,
+        folder=tmp_path,
+        status=2,
+    )
     assert "ended after 61 images, not 70; give 61 as its length" in said and "Traceback" not in said
 
 
@@ -168,9 +220,13 @@ def test_a_run_that_waits_for_images_says_so(tmp_path):
     folder = tmp_path / "large"
     folder.mkdir()
     for i in range(8):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (1800, 1800, 3)).astype(np.uint8)).save(folder / f"{i}.png", compress_level=1)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (1800, 1800, 3)).astype(np.uint8)).save(
+            folder / f"{i}.png", compress_level=1
+        )
     place = tmp_path / "run"
-    given = recipe(tmp_path, folder, data={"workers": 1, "prefetch": 1}, checkpoint={"every_samples": 0})  # while one is written, images gather
+    given = recipe(
+        tmp_path, folder, data={"workers": 1, "prefetch": 1}, checkpoint={"every_samples": 0}
+    )  # while one is written, images gather
     run("train", given, "--run.dir", place, "--train.samples", 64, folder=tmp_path)
     assert sorted(r["time/data_wait_frac"] for r in steps(place).values())[4] > 0.05
     (event,) = events(place, "starved")
@@ -208,7 +264,9 @@ def test_tars_in_blocks_on_other_ranks_and_workers(tmp_path):
     assert other.wait() == [75, 75]
     run("train", given, "--run.dir", places[1], "--data.workers", 1, folder=tmp_path)
     assert_same_path(places[1], places[0])
-    said = run("train", given, "--run.dir", places[1], "--train.samples", 240, "--data.block", 4, folder=tmp_path, status=2)
+    said = run(
+        "train", given, "--run.dir", places[1], "--train.samples", 240, "--data.block", 4, folder=tmp_path, status=2
+    )
     assert "data.block is 4, but this run reads its images in blocks of 5" in said
 
 
@@ -233,10 +291,11 @@ def test_distorted_on_the_device_is_distorted_all_the_same(tmp_path, photos):
     calm = {"swav": RECIPE["swav"] | {"epsilon": 0.5, "temperature": 0.5}, "train": RECIPE["train"] | {"samples": 8}}
     first = {}
     for where in ("cpu", "device"):
-        given, place = recipe(tmp_path, photos, schedule={"warmup_samples": 0}, knn={"enabled": False}, **calm), tmp_path / where
+        given, place = (
+            recipe(tmp_path, photos, schedule={"warmup_samples": 0}, knn={"enabled": False}, **calm),
+            tmp_path / where,
+        )
         run("train", given, "--run.dir", place, "--data.photometric", where, folder=tmp_path)
         (first[where],) = steps(place).values()
     assert first["cpu"]["data/fingerprint"] == first["device"]["data/fingerprint"]
     assert 0 < abs(first["device"]["loss"] / first["cpu"]["loss"] - 1) < 5e-3
-
-

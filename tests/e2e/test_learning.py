@@ -21,7 +21,15 @@ def corpus(tmp_path_factory):
 def run(corpus, run_dir, *overrides, samples=5120):
     """80 updates of the demo recipe on one rank; its metric lines and events."""
     words = ["--data.path", str(corpus / "train"), "--run.dir", str(run_dir), "--train.samples", str(samples)]
-    words += ["--schedule.warmup_samples", "1000", "--knn.enabled", "false", "--checkpoint.every_samples", "0", *overrides]
+    words += [
+        "--schedule.warmup_samples",
+        "1000",
+        "--knn.enabled",
+        "false",
+        "--checkpoint.every_samples",
+        "0",
+        *overrides,
+    ]
     assert run_training("demo", words) == 0
     return read_metrics(run_dir)
 
@@ -45,4 +53,6 @@ def test_every_laptop_recipe_keeps_to_the_defaults_that_do_not_collapse():
     for name in ("demo", "cifar_laptop", "photos_laptop"):
         recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
         s = recipe["swav"]
-        assert s["epsilon"] <= 0.03 and max(s["prototypes"]) <= recipe["train"]["global_batch"] + s.get("queue", 0), name
+        assert s["epsilon"] <= 0.03 and max(s["prototypes"]) <= recipe["train"]["global_batch"] + s.get("queue", 0), (
+            name
+        )

@@ -14,7 +14,8 @@ ODD = ["caf\udce9", "\x1b[31mred\n", "gpj.\u202eexe$\\x_^{"]
 
 
 def test_names_of_any_bytes_end_nothing(tmp_path):
-    """As the run's folder, the folder of images, as classes, as images that cannot be read; before and after a restart."""
+    """As the run's folder, the folder of images, as classes, as images that cannot be read; before and after a
+    restart."""
     photos = write_photos(tmp_path / "photos", classes=3, each=8).rename(tmp_path / ODD[0])
     for name, folder in zip(ODD, sorted(photos.iterdir())):
         folder = folder.rename(photos / name)

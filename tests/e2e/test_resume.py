@@ -47,23 +47,32 @@ def test_killed_on_two_ranks_goes_on_on_one(straight, tmp_path, photos):
 
 
 def test_a_lost_rank_ends_the_others(straight, tmp_path, photos):
-    """By an exception, then by a kill. All are started again, once here, and the second loss ends the run; it goes on all the same."""
+    """By an exception, then by a kill. All are started again, once here, and the second loss ends the run; it goes on
+    all the same."""
     given, place = recipe(tmp_path, photos, checkpoint={"every_samples": 40}), tmp_path / "run"
     words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, "--restarts", 0)
     launcher = command(*words, folder=tmp_path, **raises_on_rank_1(tmp_path))
     until(reaches(place, 40), lambda: launcher.text)
     (tmp_path / "raise").touch()
     until(lambda: events(place, "resume"), lambda: launcher.text)
-    assert "[rank 1] ArithmeticError" in launcher.text and "Rank 1 ended with status 1. Starting the ranks again, from the checkpoint at" in launcher.text
+    assert (
+        "[rank 1] ArithmeticError" in launcher.text
+        and "Rank 1 ended with status 1. Starting the ranks again, from the checkpoint at" in launcher.text
+    )
     os.kill(runs.ranks_of(launcher)[1], signal.SIGKILL)
     assert launcher.wait() == 1
     assert "Rank 1 was ended by SIGKILL, from outside" in launcher.text and "Another rank has ended" in launcher.text
-    assert "As the last start brought no new checkpoint, the run ends here; the newest checkpoint stands" in launcher.text
+    assert (
+        "As the last start brought no new checkpoint, the run ends here; the newest checkpoint stands" in launcher.text
+    )
     assert not list((place / "logs").glob("*.pkl")) and not list((place / "logs").glob("rendezvous*"))
 
     # the launcher itself killed: its ranks save and stop, and the next start goes on from there
     launcher = command(*words, folder=tmp_path)
-    until(lambda: events(place, "resume") and reaches(place, events(place, "resume")[-1]["samples_seen"])(), lambda: launcher.text)
+    until(
+        lambda: events(place, "resume") and reaches(place, events(place, "resume")[-1]["samples_seen"])(),
+        lambda: launcher.text,
+    )
     launcher.process.kill()
     assert launcher.wait() == -signal.SIGKILL
     until(lambda: not runs.processes())
@@ -73,9 +82,10 @@ def test_a_lost_rank_ends_the_others(straight, tmp_path, photos):
 
 
 def test_launcher_passes_stops_on(straight, tmp_path, photos):
-    """One that comes before the ranks can hear it, then one to the whole process group in mid-run, as a terminal that closes,
-    service managers and Ctrl-C send it, which reaches the ranks twice, and ends the `| tee` that the launcher prints to, too;
-    the same command goes on each time. What another launcher has left in the environment counts for nothing."""
+    """One that comes before the ranks can hear it, then one to the whole process group in mid-run, as a terminal that
+    closes, service managers and Ctrl-C send it, which reaches the ranks twice, and ends the `| tee` that the launcher
+    prints to, too; the same command goes on each time. What another launcher has left in the environment counts for
+    nothing."""
     given, place = recipe(tmp_path, photos), tmp_path / "run"
     words = (*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place)
     for number, moment, send in (
@@ -90,19 +100,27 @@ def test_launcher_passes_stops_on(straight, tmp_path, photos):
         assert launcher.wait() == 75, launcher.text
         assert launcher.is_piped or "Start it again and it goes on." in launcher.text
         assert bool(checkpoints(place)) == (number == signal.SIGHUP)
-    assert [(end["status"], end["cause"]) for end in Job.of(place).attempts() if end["event"] == "end"] == [(75, "stopped")] * 2
+    assert [(end["status"], end["cause"]) for end in Job.of(place).attempts() if end["event"] == "end"] == [
+        (75, "stopped")
+    ] * 2
     run("train", given, "--run.dir", place, folder=tmp_path)
     assert_same_path(place, straight)
 
 
 def test_a_rank_that_hangs_ends_all_and_they_start_again(straight, tmp_path, photos):
     """Stopped by SIGSTOP, as by a dead file system: the other one tells where it waits."""
-    given, place = recipe(tmp_path, photos, data={"workers": 1, "timeout_s": 0.4}, run={"hang_s": 10.0}), tmp_path / "run"
+    given, place = (
+        recipe(tmp_path, photos, data={"workers": 1, "timeout_s": 0.4}, run={"hang_s": 10.0}),
+        tmp_path / "run",
+    )
     launcher = command(*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, folder=tmp_path)
     until(reaches(place, 40), lambda: launcher.text)
     os.kill(runs.ranks_of(launcher)[1], signal.SIGSTOP)
     assert launcher.wait() == 0, launcher.text
-    assert re.search(r"\[rank 0\] no progress for \d+ s \(run.hang_s 10\)", launcher.text) and "[rank 0] thread MainThread:" in launcher.text
+    assert (
+        re.search(r"\[rank 0\] no progress for \d+ s \(run.hang_s 10\)", launcher.text)
+        and "[rank 0] thread MainThread:" in launcher.text
+    )
     assert "Rank 0 hung and was ended by its watchdog. Starting the ranks again" in launcher.text
     assert_same_path(place, straight)
 
@@ -129,14 +147,20 @@ def test_signal_to_train(straight, tmp_path, photos):
 def test_plateau_is_that_of_a_run_never_stopped(tmp_path, photos):
     """Killed, stopped, resumed on other ranks, with other metric lines: the rate is cut where it would have been."""
     plateau = {"name": "plateau", "plateau_samples": 20, "plateau_threshold": 0.02}
-    given, place = recipe(tmp_path, photos, schedule=plateau | {"warmup_samples": 9}, knn={"enabled": False}), tmp_path / "run"
+    given, place = (
+        recipe(tmp_path, photos, schedule=plateau | {"warmup_samples": 9}, knn={"enabled": False}),
+        tmp_path / "run",
+    )
     run("train", given, "--run.dir", tmp_path / "straight", folder=tmp_path)
     first = start("train", given, "--run.dir", place, folder=tmp_path)
     until(reaches(place, 24), lambda: first.text)
     first.kill(signal.SIGKILL)
     first.wait()
     second = start("train", given, "--run.dir", place, "--train.log_every", 3, folder=tmp_path)
-    until(lambda: reaches(place, events(place, "resume")[0]["samples_seen"])() if events(place, "resume") else False, lambda: second.text)
+    until(
+        lambda: reaches(place, events(place, "resume")[0]["samples_seen"])() if events(place, "resume") else False,
+        lambda: second.text,
+    )
     second.kill(signal.SIGTERM)
     assert second.wait() == [75], second.text
     run("train", given, "--run.dir", place, "--train.log_every", 5, folder=tmp_path, ranks=2)
@@ -159,7 +183,10 @@ def test_second_signal_ends_at_once(tmp_path, photos):
 
 def test_a_stop_during_evaluation_does_not_wait_for_its_end(tmp_path, photos):
     """Before the first update there is nothing to save; during the run there is."""
-    given, place = recipe(tmp_path, photos, knn={"every_samples": 8, "batch": 1}, train={"samples": 80_000}), tmp_path / "run"
+    given, place = (
+        recipe(tmp_path, photos, knn={"every_samples": 8, "batch": 1}, train={"samples": 80_000}),
+        tmp_path / "run",
+    )
     r = start("train", given, "--run.dir", place, ranks=2, folder=tmp_path)
     until(lambda: events(place, "start"))
     r.kill(signal.SIGTERM, rank=1)
@@ -203,7 +230,9 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     rows = runs.read_metrics(tmp_path / "fresh")[0]
     assert [r["samples_seen"] for r in rows] == list(range(0, 49, 8))
     (begun,) = events(tmp_path / "fresh", "start")
-    assert f"Its weights are those of {new}" in begun["text"] and 0 < begun["load_bytes"] < sum(f.stat().st_size for f in new.iterdir())
+    assert f"Its weights are those of {new}" in begun["text"] and 0 < begun["load_bytes"] < sum(
+        f.stat().st_size for f in new.iterdir()
+    )
     after = [r for r in runs.read_metrics(place)[0] if r["samples_seen"] == 48][0]
     assert rows[0]["knn/top1"] == after["knn/top1"]
 
@@ -215,7 +244,9 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     run(*words, "--checkpoint.init_part", "backbone", "--train.samples", 8, folder=tmp_path)
     (begun,) = events(tmp_path / "part", "start")
     assert f"Its backbone is that of {place}/checkpoints/samples-000000000056 and all else drawn anew" in begun["text"]
-    assert abs(runs.read_metrics(tmp_path / "part")[0][0]["knn/top1"] - after["knn/top1"]) < 10  # features are the backbone's
+    assert (
+        abs(runs.read_metrics(tmp_path / "part")[0][0]["knn/top1"] - after["knn/top1"]) < 10
+    )  # features are the backbone's
 
 
 def test_a_start_that_goes_on_draws_no_initial_value(tmp_path, photos, monkeypatch):
@@ -253,11 +284,15 @@ def test_the_best_by_knn_stays_and_is_measured_by_its_link(tmp_path, photos):
     given, place = recipe(tmp_path, photos, checkpoint=kept, knn={"every_samples": 16}), tmp_path / "run"
     run("train", given, "--run.dir", place, "--train.samples", 48, "--train.log_every", 100, folder=tmp_path)
     run("train", given, "--run.dir", place, "--train.samples", 112, folder=tmp_path)
-    top1 = {r["samples_seen"]: r["knn/top1"] for r in runs.read_metrics(place)[0] if "knn/top1" in r and r["samples_seen"]}
+    top1 = {
+        r["samples_seen"]: r["knn/top1"] for r in runs.read_metrics(place)[0] if "knn/top1" in r and r["samples_seen"]
+    }
     best = max(top1, key=top1.get)
     assert list(top1) == [16, 32, 48, 64, 80, 96, 112]
     link = place / "checkpoints" / "best"
-    assert link.resolve().name == f"samples-{best:012d}" and checkpoints(place) == sorted({link.resolve().name, "samples-000000000112"})
+    assert link.resolve().name == f"samples-{best:012d}" and checkpoints(place) == sorted(
+        {link.resolve().name, "samples-000000000112"}
+    )
     assert [e["text"] for e in events(place, "best")][-1].endswith(f"{link.resolve().name}, kept as checkpoints/best.")
     text = run("eval", "knn", link, "--json", folder=tmp_path)
     scores = json.loads(text.strip().splitlines()[-1])

@@ -1,5 +1,5 @@
-"""What only a GPU shows: the update on CUDA against the CPU's, without a host synchronisation, in each precision, by each
-engine (one NCCL rank, and two gloo ranks that share the GPU), and a checkpoint that leaves it and comes back.
+"""What only a GPU shows: the update on CUDA against the CPU's, without a host synchronisation, in each precision, by
+each engine (one NCCL rank, and two gloo ranks that share the GPU), and a checkpoint that leaves it and comes back.
 
 `make test-gpu` runs these; without a GPU they are skipped.
 """
@@ -67,7 +67,8 @@ def no_host_synchronisation():
 
 
 def assert_follows(found: list[float], expected: list[float], precision: str) -> None:
-    """fp32: every loss to 1e-4. Half precision moves single losses of a batch of 8 by up to 2 %, on CPUs too: their mean."""
+    """fp32: every loss to 1e-4. Half precision moves single losses of a batch of 8 by up to 2 %, on CPUs too: their
+    mean."""
     if precision == "fp32":
         np.testing.assert_allclose(found, expected, rtol=1e-4)
     else:
@@ -133,7 +134,9 @@ def test_memory_layouts_agree():
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         config, engine = tiny(gpu(), **CALM)
-        views = [[v.to("cuda").contiguous(memory_format=layout) for v in make()] for make in micro_batches(config, 0, gpu())]
+        views = [
+            [v.to("cuda").contiguous(memory_format=layout) for v in make()] for make in micro_batches(config, 0, gpu())
+        ]
         loss, _ = engine.gradients([lambda v=v: v for v in views], samples_seen=0)
         results.append((loss.item(), engine.update(0.02, 0)["grad_norm"].item()))
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)

@@ -1,4 +1,5 @@
-"""Runs of RegNetY and SwAV on a real SLURM: stopped, preempted, cut off, on other numbers of ranks, and still the same run."""
+"""Runs of RegNetY and SwAV on a real SLURM: stopped, preempted, cut off, on other numbers of ranks, and still the same
+run."""
 
 from __future__ import annotations
 
@@ -36,8 +37,12 @@ class Runs:
 
     def launch(self, *words: object, status: int = 0, path: str = "") -> str:
         env = self.cluster.env | ({"PATH": path} if path else {})
-        done = subprocess.run([*LAUNCH, *map(str, words)], cwd=self.folder, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == status and "Traceback" not in done.stderr, f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        done = subprocess.run(
+            [*LAUNCH, *map(str, words)], cwd=self.folder, env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == status and "Traceback" not in done.stderr, (
+            f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
         return done.stdout + done.stderr
 
     def submit(self, name: str, *words: object) -> str:
@@ -60,8 +65,8 @@ class Runs:
         return [line for line in lines if line["event"] == "begin"]
 
     def starts(self, name: str) -> list[dict]:
-        """Of each start of the job the last begin: what SLURM wanted to end on a node that was gone it ends when that node
-        is back, though the job has begun anew since; it begins again by itself then."""
+        """Of each start of the job the last begin: what SLURM wanted to end on a node that was gone it ends when that
+        node is back, though the job has begun anew since; it begins again by itself then."""
         return list({line["attempt"].rpartition(".")[0]: line for line in self.begins(name)}.values())
 
 
@@ -71,8 +76,8 @@ def lab(cluster, tmp_path, photos) -> Runs:
 
 
 def test_killed_stopped_and_cut_off_it_is_the_same_run(lab, straight):
-    """2 x 2 ranks: kill -9 of one -> started again in the job; USR2 -> saved -> requeued; a node's power cut -> requeued on
-    what is left; the same losses and images."""
+    """2 x 2 ranks: kill -9 of one -> started again in the job; USR2 -> saved -> requeued; a node's power cut ->
+    requeued on what is left; the same losses and images."""
     job, place = lab.submit("cut", "--nodes", 2), lab.place("cut")
 
     lab.until("it was on its way", "cut", reaches(place, 24))
@@ -82,7 +87,9 @@ def test_killed_stopped_and_cut_off_it_is_the_same_run(lab, straight):
     lab.until("it had begun again", "cut", lambda: len(lab.begins("cut")) == 2 and events(place, "resume"))
     assert lab.cluster.job(job)["Restarts"] == "0" and lab.begins("cut")[0]["nodes"] == lab.begins("cut")[1]["nodes"]
     lab.cluster.run("scancel", "--signal=USR2", job)
-    lab.until("it was back from the queue", "cut", lambda: len(lab.starts("cut")) == 2 and len(events(place, "resume")) >= 2)
+    lab.until(
+        "it was back from the queue", "cut", lambda: len(lab.starts("cut")) == 2 and len(events(place, "resume")) >= 2
+    )
     (stop,) = events(place, "stop")
     assert "Stopped by SIGUSR2" in stop["text"] and f"samples-{stop['samples_seen']:012d}" in stop["text"]
     assert events(place, "resume")[1]["samples_seen"] == stop["samples_seen"]
@@ -96,12 +103,21 @@ def test_killed_stopped_and_cut_off_it_is_the_same_run(lab, straight):
     assert "cut: done" in said and "4 ranks" in said and "160 samples saved" in said
     said = lab.launch("logs", "cut")
     assert "Starting the ranks again, from the checkpoint at" in said and "Done: 160 samples" in said
-    found = json.loads(subprocess.run([sys.executable, "-m", "seer_scale.cli", "inspect", place, "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    found = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "seer_scale.cli", "inspect", place, "--json"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
     assert len(found["lives"]) >= 4 and found["lives"][1]["cause"] == "stopped" and found["seconds"]["down"] > 0
 
 
 def test_whatever_nodes_there_are(lab, tmp_path, photos):
-    """One job of 2 to 4 nodes, a rank each: on 4, after a power cut on 2, preempted, then on 3, each with every image once."""
+    """One job of 2 to 4 nodes, a rank each: on 4, after a power cut on 2, preempted, then on 3, each with every image
+    once."""
     lab.recipe = recipe(tmp_path, photos, train={"global_batch": 12, "samples": 192}, checkpoint={"every_samples": 24})
     run("train", lab.recipe, "--run.dir", tmp_path / "straight", folder=tmp_path)
     job = lab.submit("elastic", "--nodes", "2-4", "--ranks", 1)
@@ -109,10 +125,20 @@ def test_whatever_nodes_there_are(lab, tmp_path, photos):
     lab.until("it was on its way", "elastic", reaches(place, 24))
     for node in ("n3", "n4"):
         lab.cluster.kill_node(node)
-    lab.until("it went on on two", "elastic", lambda: lab.begins("elastic")[-1]["ranks"] == 2 and events(place, "resume"))
+    lab.until(
+        "it went on on two", "elastic", lambda: lab.begins("elastic")[-1]["ranks"] == 2 and events(place, "resume")
+    )
     for node in ("n3", "n4"):
         lab.cluster.start_node(node)
-    more = lab.cluster.run("sbatch", "--parsable", "--partition=high", "--exclusive", "--nodelist=n1", "--output=/dev/null", "--wrap=sleep 600").strip()
+    more = lab.cluster.run(
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        "--exclusive",
+        "--nodelist=n1",
+        "--output=/dev/null",
+        "--wrap=sleep 600",
+    ).strip()
     lab.until("it went on on three", "elastic", lambda: lab.begins("elastic")[-1]["ranks"] == 3)
     lab.until_ended("elastic", job)
     assert lab.cluster.job(more)["JobState"] == "RUNNING"
@@ -136,27 +162,42 @@ def _is_rank(process: Path, place: Path) -> bool:
 
 @pytest.mark.long
 def test_a_rank_hangs_and_who_looks_after_the_ranks_is_killed(lab, straight):
-    """SIGSTOP of a rank, for which the other waits; kill -9 of srun, whose ranks go on without it; then of the process that
-    started it, without which the batch job ends."""
-    job, place = lab.submit("alone", "--nodes", 1, "--data.workers", 1, "--data.timeout_s", 0.8, "--run.hang_s", 8), lab.place("alone")
+    """SIGSTOP of a rank, for which the other waits; kill -9 of srun, whose ranks go on without it; then of the process
+    that started it, without which the batch job ends."""
+    job, place = (
+        lab.submit("alone", "--nodes", 1, "--data.workers", 1, "--data.timeout_s", 0.8, "--run.hang_s", 8),
+        lab.place("alone"),
+    )
 
     def on_its_way() -> None:
-        lab.until("it was on its way", "alone", lambda: reaches(place, max([0, *(e["samples_seen"] for e in events(place, "resume"))]))())
+        lab.until(
+            "it was on its way",
+            "alone",
+            lambda: reaches(place, max([0, *(e["samples_seen"] for e in events(place, "resume"))]))(),
+        )
 
     def kill(word: str) -> None:
         on_its_way()
-        found = [p for p in Path("/proc").glob("[0-9]*") if _words(p)[:1] == [word] or word in _words(p) and str(place / "logs") in _words(p)]
+        found = [
+            p
+            for p in Path("/proc").glob("[0-9]*")
+            if _words(p)[:1] == [word] or word in _words(p) and str(place / "logs") in _words(p)
+        ]
         assert found, word
         for process in found:
             os.kill(int(process.name), 9)
 
     on_its_way()
     os.kill(max(int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_rank(p, place)), signal.SIGSTOP)
-    lab.until("it had begun again", "alone", lambda: len(lab.begins("alone")) == 2 and len(events(place, "resume")) == 1)
+    lab.until(
+        "it had begun again", "alone", lambda: len(lab.begins("alone")) == 2 and len(events(place, "resume")) == 1
+    )
     said = lab.launch("logs", "alone")
     assert "no progress for" in said and "thread MainThread:" in said and "Starting the ranks again" in said
     kill("srun")
-    lab.until("it had begun once more", "alone", lambda: len(lab.begins("alone")) == 3 and len(events(place, "resume")) == 2)
+    lab.until(
+        "it had begun once more", "alone", lambda: len(lab.begins("alone")) == 3 and len(events(place, "resume")) == 2
+    )
     assert "srun was ended by SIGKILL. Starting the ranks again" in lab.launch("logs", "alone")
     kill("submitit.core._submit")
     lab.until_ended("alone", job)
@@ -166,10 +207,24 @@ def test_a_rank_hangs_and_who_looks_after_the_ranks_is_killed(lab, straight):
 
 @pytest.mark.long
 def test_a_time_limit_and_beside_it_plain_srun(lab, straight, tmp_path):
-    """Two minutes, of which the last is for saving: saved, back to the queue, on. And `srun seer-scale train` without us."""
+    """Two minutes, of which the last is for saving: saved, back to the queue, on. And `srun seer-scale train` without
+    us."""
     lab.profile(time=2, grace_s=60)
     job, place = lab.submit("limit", "--nodes", 1, "--train.samples", 80000), lab.place("limit")
-    words = ["srun", "--nodes=1", "--ntasks=2", "--cpu-bind=none", "--time=10", sys.executable, "-m", "seer_scale.cli", "train", lab.recipe, "--run.dir", str(tmp_path / "plain")]
+    words = [
+        "srun",
+        "--nodes=1",
+        "--ntasks=2",
+        "--cpu-bind=none",
+        "--time=10",
+        sys.executable,
+        "-m",
+        "seer_scale.cli",
+        "train",
+        lab.recipe,
+        "--run.dir",
+        str(tmp_path / "plain"),
+    ]
     env = lab.cluster.env | {k: str(v) for k, v in PROFILE["environment"].items()}
     plain = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
     assert plain.returncode == 0 and "2 ranks (fsdp, cpu)" in plain.stdout, plain.stdout + plain.stderr
@@ -184,19 +239,43 @@ def test_a_time_limit_and_beside_it_plain_srun(lab, straight, tmp_path):
 def test_cancelled_it_stays_away(lab):
     """Before the ranks can hear of it."""
     job = lab.submit("cancelled", "--nodes", 1, "--train.samples", 80000)
-    said = lab.launch(lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "cancelled", "--nodes", 1, status=2)
+    said = lab.launch(
+        lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "cancelled", "--nodes", 1, status=2
+    )
     assert f"is in use by job {job}" in said and "cancel cancelled)" in said
-    lab.until("its ranks were there", "cancelled", lambda: any(_is_rank(p, lab.place("cancelled")) for p in Path("/proc").glob("[0-9]*")))
+    lab.until(
+        "its ranks were there",
+        "cancelled",
+        lambda: any(_is_rank(p, lab.place("cancelled")) for p in Path("/proc").glob("[0-9]*")),
+    )
     assert "saves and stops" in lab.launch("cancel", "cancelled")
     lab.until_ended("cancelled", job, "FAILED")  # it is not complete
     stops = events(lab.place("cancelled"), "stop")  # none where ranks still waited for each other
-    assert len(lab.begins("cancelled")) == 1 and lab.cluster.job(job)["Restarts"] == "0" and all(s["samples_seen"] < 4000 for s in stops)
+    assert (
+        len(lab.begins("cancelled")) == 1
+        and lab.cluster.job(job)["Restarts"] == "0"
+        and all(s["samples_seen"] < 4000 for s in stops)
+    )
     assert "is not on its way" in lab.launch("cancel", "cancelled", status=2)
     assert "cancelled" in lab.launch("list") and "stopped" in lab.launch("status", "cancelled")
 
 
 def test_an_array_is_a_run_each(lab):
-    said = lab.launch(lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--nodes", 1, "--train.samples", 16, "--array", "optim.lr=0.01,0.02", "--name", "sweep")
+    said = lab.launch(
+        lab.recipe,
+        "--cluster",
+        "slurm",
+        "--profile",
+        "lab.yaml",
+        "--nodes",
+        1,
+        "--train.samples",
+        16,
+        "--array",
+        "optim.lr=0.01,0.02",
+        "--name",
+        "sweep",
+    )
     job = said.partition("as job ")[2].partition("_")[0]
     for n, name in enumerate(("sweep-lr-0.01", "sweep-lr-0.02")):
         lab.until_ended(name, f"{job}_{n}")
@@ -216,7 +295,14 @@ def test_starts_in_vain_come_to_an_end(lab):
 def test_bad_input_is_refused_before_anything_is_submitted(lab, tmp_path):
     start = (lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "bad")
     told = lab.launch(*start, "--nodes", "3", "--optim.lr", -1, status=2)
-    assert all(part in told for part in ("optim.lr", "must divide evenly among the ranks (6)", "nearest numbers that the recipe can take: 2, 4")), told
+    assert all(
+        part in told
+        for part in (
+            "optim.lr",
+            "must divide evenly among the ranks (6)",
+            "nearest numbers that the recipe can take: 2, 4",
+        )
+    ), told
     lab.profile(partition="nowhere")
     assert "SLURM does not take the job" in lab.launch(*start, "--nodes", 1, status=2)
     lab.profile()

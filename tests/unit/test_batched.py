@@ -1,4 +1,5 @@
-"""A batch distorted at once: each crop to one level what the CPU makes of it alone, and no crop's pixels asked for on the way."""
+"""A batch distorted at once: each crop to one level what the CPU makes of it alone, and no crop's pixels asked for on
+the way."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ extreme = st.builds(
 
 @pytest.mark.skipif(p.native() is None, reason="the kernels were not built")
 @settings(deadline=None, max_examples=80)
-@given(size=st.sampled_from([8, 16, 33, 96]), seed=st.integers(0, 2**20), more=st.lists(extreme, min_size=1, max_size=4))
+@given(
+    size=st.sampled_from([8, 16, 33, 96]), seed=st.integers(0, 2**20), more=st.lists(extreme, min_size=1, max_size=4)
+)
 def test_each_crop_is_the_cpus_to_one_level(size, seed, more):
     """Of which a half is the CPU's rounding before the blur and a half that after it. Nothing is wider at the wraps of
     the hue or in near-greys, though hue itself jumps there: the turned colour does not."""
@@ -100,10 +103,15 @@ def test_blur_weights_are_the_cpus():
 # -------------------------------------------------------------------------------------- torchvision's
 
 
-@pytest.mark.parametrize("name,op,factors", [
-    ("brightness", p.BRIGHTNESS, (0.0, 0.2, 0.7, 1.0, 1.8, 4.0)), ("contrast", p.CONTRAST, (0.0, 0.2, 0.7, 1.0, 1.8, 4.0)),
-    ("saturation", p.SATURATION, (0.0, 0.2, 0.7, 1.0, 1.8, 4.0)), ("hue", p.HUE, (-0.5, -0.2, -0.03, 0.0, 0.1, 1 / 3, 0.5)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,op,factors",
+    [
+        ("brightness", p.BRIGHTNESS, (0.0, 0.2, 0.7, 1.0, 1.8, 4.0)),
+        ("contrast", p.CONTRAST, (0.0, 0.2, 0.7, 1.0, 1.8, 4.0)),
+        ("saturation", p.SATURATION, (0.0, 0.2, 0.7, 1.0, 1.8, 4.0)),
+        ("hue", p.HUE, (-0.5, -0.2, -0.03, 0.0, 0.1, 1 / 3, 0.5)),
+    ],
+)
 def test_jitter_is_torchvisions(name, op, factors):
     """To its grey's weights, which sum to 0.9999: a blend magnifies 0.0255 by the factor less 1."""
     images = [noise(61, i) for i in range(len(factors))]
@@ -155,7 +163,9 @@ def test_operations_follow_one_another_in_their_order():
     for order, made in zip(orders, together):
         theirs = stacked([image])[0] / 255
         for i in order:
-            theirs = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)[i](theirs, ops[i][1])
+            theirs = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)[i](
+                theirs, ops[i][1]
+            )
         assert apart(made, 255 * theirs) <= 0.5
     assert all(apart(a, b) > 20 for i, a in enumerate(together) for b in together[:i])
 
@@ -191,7 +201,9 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.tensors = [ref for ref in self.tensors if ref() is not None]
-        self.tensors += [weakref.ref(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.device.type == self.device]
+        self.tensors += [
+            weakref.ref(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.device.type == self.device
+        ]
         held = {s._cdata: s.nbytes() for s in (ref().untyped_storage() for ref in self.tensors)}
         self.peak = max(self.peak, sum(held.values()))
         return out

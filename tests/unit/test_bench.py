@@ -85,12 +85,26 @@ def test_engines():
 
 
 def test_cases_of_engines():
-    cases, left_out = engines.list_cases(options(engines, "--engines", "zero1,fairscale", "--batch", "16", "--compile"), 4)
+    cases, left_out = engines.list_cases(
+        options(engines, "--engines", "zero1,fairscale", "--batch", "16", "--compile"), 4
+    )
     assert not left_out and [c.name for c in cases] == [
-        "ddp", "zero1", "fairscale", "fsdp", "fsdp, activation_checkpoint every 1", "fsdp, reshard_after_forward false",
-        "fsdp, min_unit_mib 0 (each unit alone)", "fsdp, replicate 2", "fsdp, precision bf16", "fsdp, precision fp16", "ddp, sync_bn_group 1",
-        "fsdp, sync_bn_group 1", "fsdp, micro_batch 2 (2 micro-batches)", "zero1, offload", "fsdp, compile",
-    ]  # fmt: skip
+        "ddp",
+        "zero1",
+        "fairscale",
+        "fsdp",
+        "fsdp, activation_checkpoint every 1",
+        "fsdp, reshard_after_forward false",
+        "fsdp, min_unit_mib 0 (each unit alone)",
+        "fsdp, replicate 2",
+        "fsdp, precision bf16",
+        "fsdp, precision fp16",
+        "ddp, sync_bn_group 1",
+        "fsdp, sync_bn_group 1",
+        "fsdp, micro_batch 2 (2 micro-batches)",
+        "zero1, offload",
+        "fsdp, compile",
+    ]
     for words in (["--engines", "zero4"], ["--features", "offlod"]):
         with pytest.raises(UserError, match="did you mean"):
             engines.list_cases(options(engines, *words), 2)
@@ -119,7 +133,9 @@ def test_lars(recipe):
     shapes = lars.shapes_of(recipe)
     matrices = [s for s in shapes.values() if len(s) > 1]
     assert f"{len(shapes)} tensors ({len(matrices)} matrices), 2 ranks" in title and "as if one of 3" in held
-    assert f"1 all-reduce of {2 * len(shapes) + 1} numbers, 0 host" in one and f"{2 * len(matrices)} all-reduces" in loop
+    assert (
+        f"1 all-reduce of {2 * len(shapes) + 1} numbers, 0 host" in one and f"{2 * len(matrices)} all-reduces" in loop
+    )
     assert re.match(r"ours: [\d.]+ times the speed", ratio) and same.startswith("same parameters after 2 updates")
     # the ranks it stands for hold each matrix once
     assert all(sum(lars.held(s, r, 3).numel() for r in range(3)) == s.numel() for s in matrices)
@@ -170,17 +186,23 @@ def test_passes_of_sinkhorn(iterations):
 
 def test_step_of_a_recipe(recipe, monkeypatch):
     monkeypatch.setattr(step, "SEER_V100", ("regnety_200mf", "2x32,2x16", 2.78))
-    title, head, mine, other, ratio, macs, paper = step.run(options(step, "--recipe", recipe, "--batch", "8", "--rounds", "1", "--updates", "1", "--precision", "fp32")).splitlines()
+    title, head, mine, other, ratio, macs, paper = step.run(
+        options(step, "--recipe", recipe, "--batch", "8", "--rounds", "1", "--updates", "1", "--precision", "fp32")
+    ).splitlines()
     assert title.startswith("regnety_200mf, crops 2x32,2x16, batch 8, fp32, CPU")
     assert head == "head 24 x 16 x 8, prototypes [48], sgd, recomputed: every 2"
     first, second = (float(line.split()[-1]) for line in (mine, other))
     assert first == pytest.approx(second, rel=1e-2) and "times the images/s" in ratio and "GMAC" in macs
     rate, times = float(mine.split()[1]), float(re.search(r"ours here: ([\d.]+) times", paper)[1])
-    assert paper.startswith("the paper: 2.78 images/s on each of 512 V100") and times == pytest.approx(rate / 2.78, rel=0.01)
+    assert paper.startswith("the paper: 2.78 images/s on each of 512 V100") and times == pytest.approx(
+        rate / 2.78, rel=0.01
+    )
 
 
 def test_configuration_of_step():
-    got = step.configure(options(step, "--recipe", "seer_regnety_256gf", "--batch", "16", "--alone", "--recompute", "every 1"))
+    got = step.configure(
+        options(step, "--recipe", "seer_regnety_256gf", "--batch", "16", "--alone", "--recompute", "every 1")
+    )
     assert got.swav.prototypes == (16000,) and got.swav.hidden == (8192, 8192) and not got.swav.batch_norm
     assert got.train.global_batch == 16 and got.train.precision == "fp16" and got.optim.name == "lars"
     assert got.parallel.engine == "single" and got.parallel.activation_checkpoint == "every 1"

@@ -20,8 +20,21 @@ from seer_scale.cli.look import BENCHES
 from seer_scale.config import load_recipe, recipe_names, resolve
 
 COMMANDS = (
-    "train", "recipes", "launch", "list", "status", "logs", "cancel", "resubmit", "eval", "inspect", "report", "plan", "bench", "data",
-)  # fmt: skip
+    "train",
+    "recipes",
+    "launch",
+    "list",
+    "status",
+    "logs",
+    "cancel",
+    "resubmit",
+    "eval",
+    "inspect",
+    "report",
+    "plan",
+    "bench",
+    "data",
+)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +46,14 @@ COMMANDS = (
         (["train", "--data.path", "x"], "train needs RECIPE"),
         (["train", "demo", "stray"], "'stray' is not expected here: overrides are written --section.key value."),
         (["train", "demo", "folder"], "A pattern goes in quotes, as in --data.path 'DIR/*.tar'."),
-        (["train", "demo", "--optim", "3"], "--optim is a section of the recipe, not a key; its keys are --optim.name, --optim.lr"),
-        (["train", "demo", "--lr", "3"], "keys of a recipe have a dot, as in --train.samples; did you mean --optim.lr?"),
+        (
+            ["train", "demo", "--optim", "3"],
+            "--optim is a section of the recipe, not a key; its keys are --optim.name, --optim.lr",
+        ),
+        (
+            ["train", "demo", "--lr", "3"],
+            "keys of a recipe have a dot, as in --train.samples; did you mean --optim.lr?",
+        ),
         (["train", "demo", "--print-confg"], "did you mean --print-config?"),
         (["train", "no/recipe.yaml", "--help"], "There is no file no/recipe.yaml"),
         (["eval"], "eval needs one of knn"),
@@ -53,7 +72,10 @@ COMMANDS = (
         (["report", "folder"], "folder is not a run's folder (it has neither config.yaml nor metrics.jsonl)"),
         (["eval", "knn", "--json"], "eval knn needs RUN"),
         (["bench", "stop"], "'stop' is no command of seer-scale bench; did you mean step?"),
-        (["bench", "checkpoint", "--gib", "x"], "argument --gib: invalid float value: 'x'; seer-scale bench checkpoint --help"),
+        (
+            ["bench", "checkpoint", "--gib", "x"],
+            "argument --gib: invalid float value: 'x'; seer-scale bench checkpoint --help",
+        ),
         (["plan", "--failures", "--gpu", "512"], "--gpu is no option of seer-scale plan; did you mean --gpus?"),
         (["plan"], "plan needs --failures"),
         (["train", "no/tiny.yaml"], "There is no file no/tiny.yaml; nor any recipe beside it."),
@@ -82,7 +104,9 @@ def test_help_shows_the_one_door(words, capsys):
     assert all(re.search(rf"^    {command} ", told, re.M) for command in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [[c] for c in COMMANDS] + [["data", "demo"], ["data", "refresh"], ["eval", "knn"], ["bench", "lars"]])
+@pytest.mark.parametrize(
+    "words", [[c] for c in COMMANDS] + [["data", "demo"], ["data", "refresh"], ["eval", "knn"], ["bench", "lars"]]
+)
 def test_each_command_has_a_help_of_its_own(words, capsys):
     for asked in ([*words, "--help"], [*words, "-h"], ["help", *words]):
         assert main(asked) == 0
@@ -127,7 +151,10 @@ def test_a_recipe_that_does_not_fit_this_machine_can_be_looked_at(capsys):
     told = capsys.readouterr()
     resolved = yaml.safe_load(told.out)
     assert resolved["optim"]["lr"] == 0.25 and resolved["parallel"]["sync_bn_group"] == 64
-    assert told.err.startswith("seer-scale: The recipe has 2 problems:\n  - data.path is empty") and "sync_bn_group is 64" in told.err
+    assert (
+        told.err.startswith("seer-scale: The recipe has 2 problems:\n  - data.path is empty")
+        and "sync_bn_group is 64" in told.err
+    )
     assert main([*words, "--train.precision", "int3"]) == 2  # has no place in a Config
     told = capsys.readouterr()
     assert not told.out and "train.precision is 'int3'" in told.err and "sync_bn_group is 64" in told.err
@@ -150,7 +177,10 @@ def test_a_run_that_was_not_launched_is_told_by_inspect(tmp_path, monkeypatch, c
     (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("")
     for words in (["status", "mine"], ["logs", "runs/mine"], ["cancel", "mine"]):
         assert main(words) == 2
-        assert "runs/mine was not launched, but started by train: seer-scale inspect runs/mine tells of it, " in capsys.readouterr().err
+        assert (
+            "runs/mine was not launched, but started by train: seer-scale inspect runs/mine tells of it, "
+            in capsys.readouterr().err
+        )
     assert main(["list"]) == 0 and "seer-scale inspect RUN" in capsys.readouterr().out
 
 
@@ -175,13 +205,24 @@ def test_commands_start_in_a_moment(tmp_path):
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"event": "start", "text": "Training.", "samples_seen": 0, "wall_time": 1.0}\n')
-    asked = ["--help", "--version", "recipes", "list", "status one", "inspect runs/one", "train demo --help", "train no", "trian"]
+    asked = [
+        "--help",
+        "--version",
+        "recipes",
+        "list",
+        "status one",
+        "inspect runs/one",
+        "train demo --help",
+        "train no",
+        "trian",
+    ]
     asked += [f"{command} --help" for command in ("launch", "inspect", "eval knn", "bench", "data", "plan")]
     code = (
         "import sys; from seer_scale import cli\n"
         "for words in sys.argv[1:]:\n"
         "    cli.main(words.split())\n"
-        "    loaded = {'torch', 'torchvision', 'datasets', 'pyarrow', 'tensorboard', 'deepspeed', 'timm'} & sys.modules.keys()\n"
+        "    loaded = {'torch', 'torchvision', 'datasets', 'pyarrow', 'tensorboard', 'deepspeed', 'timm'} & "
+        "sys.modules.keys()\n"
         "    assert not loaded, (words, loaded)"
     )
     words = [sys.executable, "-c", code, *asked]
@@ -217,7 +258,9 @@ def test_a_group_of_commands_has_a_sentence(group, capsys):
 def test_a_module_of_the_current_folder_stands_in_for_nothing(module, tmp_path):
     for name in ("random", "argparse", "json"):
         (tmp_path / f"{name}.py").write_text("raise ImportError")
-    done = subprocess.run([sys.executable, "-m", module, "recipes", "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "recipes", "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and list(json.loads(done.stdout)) == recipe_names(), done.stderr
 
 

@@ -41,7 +41,9 @@ def test_defaults_below_recipe_below_command_line():
 @pytest.mark.parametrize("word, number", [("1e-6", 1e-6), ("1.0e-6", 1e-6), ("1E6", 1e6), ("3", 3.0), (".5", 0.5)])
 def test_numbers_as_people_write_them(word, number):
     given = SMALL | yaml.safe_load(f"optim: {{weight_decay: {word}}}")
-    assert resolve(given).optim.weight_decay == resolve(SMALL, ["--optim.weight_decay", word]).optim.weight_decay == number
+    assert (
+        resolve(given).optim.weight_decay == resolve(SMALL, ["--optim.weight_decay", word]).optim.weight_decay == number
+    )
     assert resolve(SMALL, ["--train.samples", "1e6"]).train.samples == 1_000_000
 
 
@@ -63,7 +65,10 @@ def test_text_stays_text():
         ("--optim.global_batch=1", ["optim.global_batch is not a key", "did you mean train.global_batch?"]),
         ("--views=3", ["views is 3", "a section of keys"]),
         ("--parallel.sync_bn_group=3", ["parallel.sync_bn_group is 3", "divide the number of ranks (4)", "nearest: "]),
-        ("--train.global_batch=66", ["train.global_batch is 66", "divide evenly among the ranks (4)", "nearest: 64 or 68"]),
+        (
+            "--train.global_batch=66",
+            ["train.global_batch is 66", "divide evenly among the ranks (4)", "nearest: 64 or 68"],
+        ),
         ("--swav.prototypes=[3000]", ["swav.prototypes is 3000", "at most 4 times as many", "nearest: 256"]),
         ("--swav.queue=100", ["swav.queue is 100", "a multiple of train.global_batch (64)", "nearest: 128"]),
         ("--parallel.replicate=3", ["parallel.replicate is 3", "divide the number of ranks (4)", "nearest: 2"]),
@@ -71,7 +76,10 @@ def test_text_stays_text():
         ("--views.jitter=[0.4, 0.4]", ["views.jitter", "[0.4, 0.4]", "needs 4 values"]),
         ("--views.crops=[{size: 4}]", ["views.crops[0].size is 4", "at least 8"]),
         ("--model.depth=9", ["model.depth is given", "use model.name regnety", "--model.depth null."]),
-        ("--schedule.warmup_samples=1000", ["schedule.warmup_samples is 1000", "640 samples", "nearest: 640", "--schedule.warmup_samples 64."]),
+        (
+            "--schedule.warmup_samples=1000",
+            ["schedule.warmup_samples is 1000", "640 samples", "nearest: 640", "--schedule.warmup_samples 64."],
+        ),
     ],
 )
 def test_a_problem_names_key_value_rule_and_fix(override, parts):
@@ -85,7 +93,17 @@ def test_a_problem_names_key_value_rule_and_fix(override, parts):
 def test_all_problems_at_once():
     words = ["--optim.lr", "-1", "--nonsense.key", "1", "alone", "--train.precision", "fp8", "--swav.queue"]
     found = problems({"train": {"global_batch": 10}}, words, world_size=4, also=lambda config: ["one of a room above."])
-    for part in ("optim.lr", "nonsense", "'alone'", "fp8", "--swav.queue has no value", "train.samples is missing", "data.path is empty", "divide evenly", "room above"):  # fmt: skip
+    for part in (
+        "optim.lr",
+        "nonsense",
+        "'alone'",
+        "fp8",
+        "--swav.queue has no value",
+        "train.samples is missing",
+        "data.path is empty",
+        "divide evenly",
+        "room above",
+    ):
         assert sum(part in p for p in found) == 1, (part, found)
 
 
@@ -96,11 +114,15 @@ def test_round_trip():
 
 def test_none_is_a_value_as_the_help_writes_it():
     assert resolve(SMALL, ["--model.depth", "none", "--model.w0", "null", "--data.workers", "none"]) == resolve(SMALL)
-    assert problems(SMALL, ["--train.global_batch", "none"]) == ["train.global_batch is 'none', but must be a whole number."]
+    assert problems(SMALL, ["--train.global_batch", "none"]) == [
+        "train.global_batch is 'none', but must be a whole number."
+    ]
 
 
 def test_hints_are_told_once():
-    assert problems(SMALL, ["--swav.prototypes", "12,13"]) == ["swav.prototypes is '12,13', but must be a list, as in [12,13]."]
+    assert problems(SMALL, ["--swav.prototypes", "12,13"]) == [
+        "swav.prototypes is '12,13', but must be a list, as in [12,13]."
+    ]
     (told,) = problems(SMALL, ["--parallel.engine", "qqq"])
     assert told.count("ddp") == 1 and told.endswith(".")
     assert problems(SMALL, ["--parallel.engine", "ddq"])[0].endswith("; did you mean ddp?")
@@ -165,8 +187,23 @@ def test_a_short_hang_s_needs_no_loader_processes():
 
 
 def test_a_run_ends_with_a_whole_batch():
-    for samples, batch, seen, end in ((1000, 256, 0, 1024), (1024, 256, 0, 1024), (1000, 96, 512, 1088), (1000, 256, 1024, 1024), (5, 256, 0, 256)):
-        words = ["--data.path", "-", "--train.samples", str(samples), "--train.global_batch", str(batch), "--swav.prototypes", "[20]"]
+    for samples, batch, seen, end in (
+        (1000, 256, 0, 1024),
+        (1024, 256, 0, 1024),
+        (1000, 96, 512, 1088),
+        (1000, 256, 1024, 1024),
+        (5, 256, 0, 256),
+    ):
+        words = [
+            "--data.path",
+            "-",
+            "--train.samples",
+            str(samples),
+            "--train.global_batch",
+            str(batch),
+            "--swav.prototypes",
+            "[20]",
+        ]
         config = resolve({"views": {"crops": [{"num": 2, "size": 32}]}}, words)
         assert config.end(seen) == end
 
@@ -197,7 +234,9 @@ def test_only_what_changes_training_is_a_change(tmp_path, monkeypatch):
     words = ["--run.dir", "elsewhere", "--checkpoint.resume", "x", "--checkpoint.keep_last", "2"]
     for path in ("images", "./images/", str(tmp_path / "images")):
         assert changes(then, resolve(load_recipe("photos_laptop"), ["--data.path", path, *words])) == []
-    now = resolve(load_recipe("photos_laptop"), ["--data.path", "others", "--optim.lr", "0.5", "--train.compile", "true", *words])
+    now = resolve(
+        load_recipe("photos_laptop"), ["--data.path", "others", "--optim.lr", "0.5", "--train.compile", "true", *words]
+    )
     assert changes(then, now) == [
         'data.path "images" -> "others"', f"optim.lr {config.optim.lr} -> 0.5", "train.compile false -> true",
     ]  # fmt: skip

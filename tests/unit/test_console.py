@@ -62,7 +62,9 @@ def test_lines_that_nobody_reads_are_lost_and_counted(make, opens, monkeypatch):
         taken = (taken + read_all(ours)).replace("\r", "")
     whole = taken.count(f"{line}\n")
     found = re.search(r"\n\[(\d+) lines were not printed: nobody read them\.\]\nend\n$", taken)
-    assert 0 < whole < 200 and whole + int(found[1]) in (210, 211), taken[-200:]  # its end alone may be what was cut off
+    assert 0 < whole < 200 and whole + int(found[1]) in (210, 211), taken[
+        -200:
+    ]  # its end alone may be what was cut off
 
 
 def read_all(fd: int) -> str:
@@ -162,20 +164,29 @@ def test_the_status_of_a_process_is_its_own(tmp_path, redirect):
     for fails, status in ((False, 75), (True, 1)):
         program = PROGRAM.format(record=str(record), fails=fails)
         command = f'"$0" -c "$1" {redirect}; exit ${{PIPESTATUS[0]}}'
-        done = subprocess.run(["bash", "-c", command, sys.executable, program], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", "-c", command, sys.executable, program], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == status, done
         assert int(record.read_text()) > 2
         record.unlink()
 
 
 def test_what_is_asked_for_and_cannot_be_printed_is_told():
-    command = '"$0" -m seer_scale recipes >/dev/full; a=$?; "$0" -m seer_scale recipes | head -c 1; exit $((a * 10 + ${PIPESTATUS[0]}))'
+    command = (
+        '"$0" -m seer_scale recipes >/dev/full; a=$?; "$0" -m seer_scale recipes | head -c 1; exit $((a * 10 + '
+        "${PIPESTATUS[0]}))"
+    )
     done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 10 and done.stderr == "What this command prints could not be written (No space left on device).\n"
+    assert (
+        done.returncode == 10
+        and done.stderr == "What this command prints could not be written (No space left on device).\n"
+    )
 
 
 def test_what_is_said_is_kept(tmp_path, monkeypatch):
-    """In whole lines, without colours, whoever says it, from before the file was named; whatever becomes of the disk."""
+    """In whole lines, without colours, whoever says it, from before the file was named; whatever becomes of the
+    disk."""
     monkeypatch.setattr(console, "record", Record())
     out, bar = Console(io.StringIO()), Console(io.StringIO(), raw=True)
     print("early", file=out)

@@ -23,15 +23,46 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 
 V1 = "4:cpu,cpuacct:/jobs/7\n3:memory:/jobs/7\n1:name=systemd:/jobs/7\n"
 QUOTAS = {
-    "v2 of our own group": ({"proc/self/cgroup": "0::/user/run\n", "sys/fs/cgroup/user/run/cpu.max": "250000 100000\n"}, 2.5),
-    "v2 of a group above": ({"proc/self/cgroup": "0::/user/run\n", "sys/fs/cgroup/user/run/cpu.max": "max 100000\n", "sys/fs/cgroup/user/cpu.max": "150000 50000\n"}, 3),
+    "v2 of our own group": (
+        {"proc/self/cgroup": "0::/user/run\n", "sys/fs/cgroup/user/run/cpu.max": "250000 100000\n"},
+        2.5,
+    ),
+    "v2 of a group above": (
+        {
+            "proc/self/cgroup": "0::/user/run\n",
+            "sys/fs/cgroup/user/run/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/user/cpu.max": "150000 50000\n",
+        },
+        3,
+    ),
     "v2 within a container": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "100000 100000\n"}, 1),
     "v2 without a limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, float("inf")),
-    "v1": ({"proc/self/cgroup": V1, "sys/fs/cgroup/cpu,cpuacct/jobs/7/cpu.cfs_quota_us": "600000", "sys/fs/cgroup/cpu,cpuacct/jobs/7/cpu.cfs_period_us": "100000"}, 6),
-    "v1 whose path is the host's": ({"proc/self/cgroup": V1, "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 2),
-    "v1 without a limit": ({"proc/self/cgroup": V1, "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+    "v1": (
+        {
+            "proc/self/cgroup": V1,
+            "sys/fs/cgroup/cpu,cpuacct/jobs/7/cpu.cfs_quota_us": "600000",
+            "sys/fs/cgroup/cpu,cpuacct/jobs/7/cpu.cfs_period_us": "100000",
+        },
+        6,
+    ),
+    "v1 whose path is the host's": (
+        {
+            "proc/self/cgroup": V1,
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+        },
+        2,
+    ),
+    "v1 without a limit": (
+        {
+            "proc/self/cgroup": V1,
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+        },
+        float("inf"),
+    ),
     "macOS": ({}, float("inf")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", QUOTAS)
@@ -111,6 +142,9 @@ def test_contention_is_what_others_took_of_the_cores_we_planned_for(monkeypatch)
     assert found(own=4, others=0) == found(own=1, others=1.5) == found(own=2, others=0, ours=2) == ""
     assert found(own=1, others=3) == "other processes used 3.0 of 4 cores meanwhile"
     assert found(own=1, others=2, ours=2) == "other processes used 2.0 of 4 cores meanwhile"
-    assert found(own=2, others=0.5, stolen=1.5) == "other processes used 0.5 of 4 cores meanwhile, and the machine's host 1.5"
+    assert (
+        found(own=2, others=0.5, stolen=1.5)
+        == "other processes used 0.5 of 4 cores meanwhile, and the machine's host 1.5"
+    )
     monkeypatch.setattr(cores, "_machine_times", lambda: None)
     assert Contention(4).found() == ""

@@ -14,7 +14,14 @@ from seer_scale.train.course import open_course
 
 
 def config(path: object, **data: object) -> Config:
-    return resolve({"data": {"path": str(path)} | data, "train": {"samples": 1000, "global_batch": 4}, "swav": {"prototypes": [4]}}, world_size=1)
+    return resolve(
+        {
+            "data": {"path": str(path)} | data,
+            "train": {"samples": 1000, "global_batch": 4},
+            "swav": {"prototypes": [4]},
+        },
+        world_size=1,
+    )
 
 
 def folder(path: Path, num: int) -> str:

@@ -49,11 +49,18 @@ def segment(marker: int, content: bytes) -> bytes:
 def test_exif_orientation_is_found_wherever_pillow_finds_it(kind):
     """Behind 130 kB of colour profile; as a LONG; after a comment that looks like EXIF; after fill bytes."""
     plain = encode(Image.fromarray(photo()), quality=95)
-    tiff = b"II*\0\x08\0\0\0\x01\0" + (b"\x12\x01\x04\0\x01\0\0\0\x06\0\0\0" if kind == "long" else b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0") + bytes(4)
+    tiff = (
+        b"II*\0\x08\0\0\0\x01\0"
+        + (b"\x12\x01\x04\0\x01\0\0\0\x06\0\0\0" if kind == "long" else b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0")
+        + bytes(4)
+    )
     before = {
-        "far": segment(0xE2, b"ICC_PROFILE\0\x01\x02" + bytes(65000)) + segment(0xE2, b"ICC_PROFILE\0\x02\x02" + bytes(65000)),
-        "long": b"", "comment": segment(0xFE, b"Exif\0\0II*\0\x08\0\0\0\0\0"), "fill": b"\xff\xff",
-    }[kind]  # fmt: skip
+        "far": segment(0xE2, b"ICC_PROFILE\0\x01\x02" + bytes(65000))
+        + segment(0xE2, b"ICC_PROFILE\0\x02\x02" + bytes(65000)),
+        "long": b"",
+        "comment": segment(0xFE, b"Exif\0\0II*\0\x08\0\0\0\0\0"),
+        "fill": b"\xff\xff",
+    }[kind]
     data = plain[:2] + before + segment(0xE1, b"Exif\0\0" + tiff) + plain[2:]
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert expected.size == (120, 160) and apart(decode(data), expected) <= 3
@@ -107,10 +114,14 @@ def test_orientation_is_found_where_photo_tools_write_it():
         return segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description " + words + b"</x:xmpmeta>")
 
     for before, turns in (
-        (xmp(b'tiff:Orientation="6"/>'), 3), (xmp(b"tiff:Orientation = '3'/>"), 2), (xmp(b"><tiff:Orientation>8</tiff:Orientation>"), 1),
-        (segment(0xE1, b"Exif\0\0" + exif % 6), 3), (segment(0xE1, exif % 3) + xmp(b'tiff:Orientation="6"/>'), 2),
-        (xmp(b'tiff:Orientation="6"/>') + segment(0xE1, exif[:-20] % ()), 3), (xmp(b'tiff:Orientation="1"/>'), 0),
-    ):  # fmt: skip
+        (xmp(b'tiff:Orientation="6"/>'), 3),
+        (xmp(b"tiff:Orientation = '3'/>"), 2),
+        (xmp(b"><tiff:Orientation>8</tiff:Orientation>"), 1),
+        (segment(0xE1, b"Exif\0\0" + exif % 6), 3),
+        (segment(0xE1, exif % 3) + xmp(b'tiff:Orientation="6"/>'), 2),
+        (xmp(b'tiff:Orientation="6"/>') + segment(0xE1, exif[:-20] % ()), 3),
+        (xmp(b'tiff:Orientation="1"/>'), 0),
+    ):
         data = plain[:2] + before + plain[2:]
         assert np.array_equal(decode(data), np.rot90(upright, turns)), before
 
@@ -181,8 +192,8 @@ def lossless(height: int, width: int) -> bytes:
 
 
 def test_only_what_may_be_decoded_smaller_is():
-    """A lossless JPEG decoded smaller was a segmentation fault; nor is there a promise for 12 bits, arithmetic codes, two
-    channels."""
+    """A lossless JPEG decoded smaller was a segmentation fault; nor is there a promise for 12 bits, arithmetic codes,
+    two channels."""
     assert apart(decode(lossless(400, 600), lambda h, w: (h // 4, w // 4)), np.full((400, 600, 3), 128)) == 0
     plain = encode(Image.fromarray(photo()))
     frame = plain.index(b"\xff\xc0")
@@ -204,7 +215,9 @@ def test_a_jpeg_with_a_part_missing_is_refused_though_it_ends_well(at_least, pro
             decode(broken, at_least)
     middle = len(data) // 2
     with pytest.raises(DataError):
-        decode(data[:middle] + data[middle + 9 :] if progressive else data[:middle] + b"\xff\xd0" + data[middle:], at_least)
+        decode(
+            data[:middle] + data[middle + 9 :] if progressive else data[:middle] + b"\xff\xd0" + data[middle:], at_least
+        )
 
 
 def with_junk(data: bytes, junk: dict[int, bytes]) -> bytes:
@@ -224,11 +237,17 @@ def with_junk(data: bytes, junk: dict[int, bytes]) -> bytes:
 
 ICC = b"ICC_PROFILE\0%b" + bytes(90)
 ODD_SEGMENTS = {
-    "ICC's number": segment(0xE2, ICC % b"\3\1"), "ICC's number 0": segment(0xE2, ICC % b"\0\0"), "ICC twice": segment(0xE2, ICC % b"\1\1") * 2,
-    "a part of ICC": segment(0xE2, ICC % b"\1\2"), "JFIF's revision": segment(0xE0, b"JFIF\0\7\1\0\0\1\0\1\0\0"),
-    "Adobe's transform": segment(0xEE, b"Adobe\0\x64\0\0\0\0\x4d"), "a comment of length 0": b"\xff\xfe\0\0", "junk": b"junk!",
-    "all": segment(0xE2, ICC % b"\3\1") + b"junk" + segment(0xE0, b"JFIF\0\7\1\0\0\1\0\1\0\0") + b"\xff\0", "nothing": b"",
-}  # fmt: skip
+    "ICC's number": segment(0xE2, ICC % b"\3\1"),
+    "ICC's number 0": segment(0xE2, ICC % b"\0\0"),
+    "ICC twice": segment(0xE2, ICC % b"\1\1") * 2,
+    "a part of ICC": segment(0xE2, ICC % b"\1\2"),
+    "JFIF's revision": segment(0xE0, b"JFIF\0\7\1\0\0\1\0\1\0\0"),
+    "Adobe's transform": segment(0xEE, b"Adobe\0\x64\0\0\0\0\x4d"),
+    "a comment of length 0": b"\xff\xfe\0\0",
+    "junk": b"junk!",
+    "all": segment(0xE2, ICC % b"\3\1") + b"junk" + segment(0xE0, b"JFIF\0\7\1\0\0\1\0\1\0\0") + b"\xff\0",
+    "nothing": b"",
+}
 ENDS = {"zeros": bytes(300), "a line's end": b"\r\n", "text": b"\r\n--- 0123456789 ---\r\n", "nothing": b""}
 
 
@@ -242,16 +261,25 @@ def test_harmless_oddities_are_no_damage(odd, process):
     for name, end in ENDS.items():
         data = with_junk(plain, dict.fromkeys(tables, ODD_SEGMENTS[odd]) | {0xD9: end})
         assert np.array_equal(decode(data), decode(plain)), name
-        assert np.array_equal(decode(data, lambda h, w: (h // 2, w // 2)), decode(plain, lambda h, w: (h // 2, w // 2))), name
+        assert np.array_equal(
+            decode(data, lambda h, w: (h // 2, w // 2)), decode(plain, lambda h, w: (h // 2, w // 2))
+        ), name
 
 
 def test_what_else_is_no_damage():
-    """A film behind the image; an end that is missing; a sequential scan that selects coefficients; padding like its last
-    code; Adobe's mark in JFIF's place, of a transform that nobody knows; restarts misnumbered."""
+    """A film behind the image; an end that is missing; a sequential scan that selects coefficients; padding like its
+    last code; Adobe's mark in JFIF's place, of a transform that nobody knows; restarts misnumbered."""
     plain = encode(Image.fromarray(photo(200, 200)), quality=90)
     movie = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8).tobytes() + b"\xff\xda\0\x02" * 200
-    for data in (plain + movie, plain[:-2], plain[:-1], plain[:-2] + bytes(500), plain.replace(b"\0\x3f\0", b"\0\x3e\0"),
-                 plain[:-2] + plain[-3:-2] * 300 + plain[-2:], plain[:2] + ODD_SEGMENTS["Adobe's transform"] + plain[20:]):  # fmt: skip
+    for data in (
+        plain + movie,
+        plain[:-2],
+        plain[:-1],
+        plain[:-2] + bytes(500),
+        plain.replace(b"\0\x3f\0", b"\0\x3e\0"),
+        plain[:-2] + plain[-3:-2] * 300 + plain[-2:],
+        plain[:2] + ODD_SEGMENTS["Adobe's transform"] + plain[20:],
+    ):
         assert np.array_equal(decode(data), decode(plain))
     restarting = encode(Image.fromarray(photo(200, 200)), quality=90, restart_marker_blocks=7)
     assert b"\xff\xd7" in restarting
@@ -279,8 +307,8 @@ def test_an_oddity_hides_no_damage_behind_it(progressive):
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_hole_is_no_oddity(end):
-    """Zeros in the middle of a scan, whose codes end early and leave some over; restarts that are missing, or too many; an
-    end that is missing where nobody knows how many scans are."""
+    """Zeros in the middle of a scan, whose codes end early and leave some over; restarts that are missing, or too many;
+    an end that is missing where nobody knows how many scans are."""
     image = Image.fromarray(photo(200, 200))
     data = with_junk(encode(image, quality=90), {0xDB: b"junk!", 0xD9: end})
     middle, holes = len(data) // 2, 0
@@ -349,9 +377,18 @@ def tiff(values: np.ndarray, order="<", **tags: int) -> bytes:
     num = channels[0] if channels else 1
     bits, body = 8 * values.itemsize, values.astype(values.dtype.newbyteorder(order)).tobytes()
     entries = {
-        256: width, 257: height, 258: bits, 259: 1, 262: 2 if num == 3 else 1, 273: 8, 277: num, 278: height, 279: len(body),
-        284: 1, 339: 2 if values.dtype.kind == "i" else 1,
-    } | {int(tag[1:]): value for tag, value in tags.items()}  # fmt: skip
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: 2 if num == 3 else 1,
+        273: 8,
+        277: num,
+        278: height,
+        279: len(body),
+        284: 1,
+        339: 2 if values.dtype.kind == "i" else 1,
+    } | {int(tag[1:]): value for tag, value in tags.items()}
     directory, extra = 8 + len(body), b""
     rows = b""
     for tag, value in sorted(entries.items()):
@@ -359,8 +396,20 @@ def tiff(values: np.ndarray, order="<", **tags: int) -> bytes:
             extra = struct.pack(f"{order}3H", bits, bits, bits)
             rows += struct.pack(f"{order}HHII", tag, 3, 3, directory + 6 + 12 * len(entries))
         else:
-            rows += struct.pack(f"{order}HHII", tag, 4, 1, value) if value > 65535 or tag in (273, 279) else struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)
-    return (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", directory) + body + struct.pack(f"{order}H", len(entries)) + rows + bytes(4) + extra
+            rows += (
+                struct.pack(f"{order}HHII", tag, 4, 1, value)
+                if value > 65535 or tag in (273, 279)
+                else struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)
+            )
+    return (
+        (b"II*\0" if order == "<" else b"MM\0*")
+        + struct.pack(f"{order}I", directory)
+        + body
+        + struct.pack(f"{order}H", len(entries))
+        + rows
+        + bytes(4)
+        + extra
+    )
 
 
 @pytest.mark.parametrize("side", [16, 26000])
@@ -378,32 +427,52 @@ RAMP = np.arange(48 * 64).reshape(48, 64) * 255 // (48 * 64 - 1)
 """Grey levels 0 to 255."""
 
 
-@pytest.mark.parametrize("data,kind", [
-    (tiff((RAMP * 257).astype(np.uint16)), "16 bits"), (tiff((RAMP * 257).astype(np.uint16), ">"), "big-endian"),
-    (tiff((RAMP * 16).astype(np.uint16)), "12 in 16"), (tiff((RAMP * 16).astype(np.uint16), ">"), "12 in 16, big-endian"),
-    (tiff(RAMP.astype(np.uint16)), "8 in 16"), (tiff(RAMP.astype(np.uint32)), "8 in 32"), (tiff(RAMP.astype(np.int32)), "8 in 32, signed"),
-    (tiff((RAMP << 24).astype(np.uint32)), "32 bits"), (tiff((RAMP << 16).astype(np.int32)), "24 in 32"),
-    *[(tiff((RAMP * most // 255).astype(np.uint16), **{tag: most}), f"to {most}, told")
-      for most in (511, 1023, 2040, 16383) for tag in ("t281", "t341")],
-    (tiff((16383 - RAMP * 16383 // 255).astype(np.uint16), t262=0, t281=16383), "14 in 16, white is zero"),
-    (tiff((65535 - RAMP * 257).astype(np.uint16), t262=0), "white is zero"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data,kind",
+    [
+        (tiff((RAMP * 257).astype(np.uint16)), "16 bits"),
+        (tiff((RAMP * 257).astype(np.uint16), ">"), "big-endian"),
+        (tiff((RAMP * 16).astype(np.uint16)), "12 in 16"),
+        (tiff((RAMP * 16).astype(np.uint16), ">"), "12 in 16, big-endian"),
+        (tiff(RAMP.astype(np.uint16)), "8 in 16"),
+        (tiff(RAMP.astype(np.uint32)), "8 in 32"),
+        (tiff(RAMP.astype(np.int32)), "8 in 32, signed"),
+        (tiff((RAMP << 24).astype(np.uint32)), "32 bits"),
+        (tiff((RAMP << 16).astype(np.int32)), "24 in 32"),
+        *[
+            (tiff((RAMP * most // 255).astype(np.uint16), **{tag: most}), f"to {most}, told")
+            for most in (511, 1023, 2040, 16383)
+            for tag in ("t281", "t341")
+        ],
+        (tiff((16383 - RAMP * 16383 // 255).astype(np.uint16), t262=0, t281=16383), "14 in 16, white is zero"),
+        (tiff((65535 - RAMP * 257).astype(np.uint16), t262=0), "white is zero"),
+    ],
+)
 def test_deep_grey_tiffs_fill_their_range(data, kind):
     assert apart(decode(data), np.repeat(RAMP[..., None], 3, 2)) <= 1, kind
 
 
-@pytest.mark.parametrize("values,tags", [
-    *[(RAMP * most // 255, {}) for most in (300, 694, 1500, 2047, 4500, 8191, 16383)],  # as Pillow, OpenCV, libvips have it
-    (RAMP // 16 * 257, {}), (RAMP // 20 * 256, {}),  # 8 bits, widened
-    (RAMP * 2500 // 255, {"t281": 65535}), (RAMP * 2500 // 255, {"t281": 100, "t341": 65535}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values,tags",
+    [
+        *[
+            (RAMP * most // 255, {}) for most in (300, 694, 1500, 2047, 4500, 8191, 16383)
+        ],  # as Pillow, OpenCV, libvips have it
+        (RAMP // 16 * 257, {}),
+        (RAMP // 20 * 256, {}),  # 8 bits, widened
+        (RAMP * 2500 // 255, {"t281": 65535}),
+        (RAMP * 2500 // 255, {"t281": 100, "t341": 65535}),
+    ],
+)
 def test_a_dark_tiff_of_16_bits_stays_dark(values, tags):
     assert apart(decode(tiff(values.astype(np.uint16), **tags)), np.repeat(values[..., None] / 257, 3, 2)) <= 1
 
 
 def test_a_tiff_of_12_packed_bits_has_their_range_however_dark():
     values = (RAMP * 1000 // 255).reshape(-1, 2)
-    packed = np.stack([values[:, 0] >> 4, (values[:, 0] & 15) << 4 | values[:, 1] >> 8, values[:, 1] & 255], 1).astype(np.uint8)
+    packed = np.stack([values[:, 0] >> 4, (values[:, 0] & 15) << 4 | values[:, 1] >> 8, values[:, 1] & 255], 1).astype(
+        np.uint8
+    )
     image = decode(tiff(packed.reshape(48, 96), t256=64, t258=12))
     assert apart(image, np.repeat(values.reshape(48, 64, 1) * 255 / 4095, 3, 2)) <= 1
 
@@ -438,7 +507,13 @@ def png(values: np.ndarray, clear: bytes = b"") -> bytes:
 
     header = struct.pack(">IIBBBBB", values.shape[1], len(values), 16, 2 if values.ndim == 3 else 0, 0, 0, 0)
     rows = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + (chunk(b"tRNS", clear) if clear else b"") + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"tRNS", clear) if clear else b"")
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_the_transparent_colour_of_16_bits_is_white():
@@ -460,18 +535,24 @@ def test_what_python_would_decode_for_minutes_is_refused(data):
         decode(data)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory was used at most")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory was used at most"
+)
 def test_memory_a_pixel_is_what_the_limit_counts_on(tmp_path):
-    """In a process each, for what one leaves another may use: the whole image is in memory once in the decoder's form and once
-    in ours."""
+    """In a process each, for what one leaves another may use: the whole image is in memory once in the decoder's form
+    and once in ours."""
     levels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
     image = Image.fromarray(np.kron(levels, np.ones((75, 75, 1), np.uint8)))
     kinds = [
-        ("JPEG", "CMYK", {}, 7), ("JPEG", "RGB", {"progressive": True}, 6), ("PNG", "RGBA", {}, 7), ("TIFF", "CMYK", {"compression": "tiff_lzw"}, 7),
-        ("WEBP", "RGB", {"method": 0}, 0), ("JPEG2000", "RGB", {}, 0),
+        ("JPEG", "CMYK", {}, 7),
+        ("JPEG", "RGB", {"progressive": True}, 6),
+        ("PNG", "RGBA", {}, 7),
+        ("TIFF", "CMYK", {"compression": "tiff_lzw"}, 7),
+        ("WEBP", "RGB", {"method": 0}, 0),
+        ("JPEG2000", "RGB", {}, 0),
         *[("AVIF", "RGBA", {"subsampling": "4:4:4", "speed": 10}, 0)] * features.check("avif"),
         *[(form, "RGBA", {"chroma": 444, "enc_params": {"preset": "ultrafast"}}, 0) for form in decoding.HEIF],
-    ]  # fmt: skip
+    ]
     for n, (form, mode, options, _) in enumerate(kinds):
         for size in ((300, 200), image.size):
             (tmp_path / f"{n}-{size[0]}").write_bytes(encode(image.resize(size).convert(mode), form, **options))
@@ -506,7 +587,10 @@ except d.DataError:
     )
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     for (form, mode, _, counted), bytes_a_pixel in zip(kinds, map(float, done.stdout.split()), strict=True):
-        assert bytes_a_pixel < (counted or decoding.BYTES_A_PIXEL[form]) + 2.5, (form, mode)  # a strip on its way is not counted
+        assert bytes_a_pixel < (counted or decoding.BYTES_A_PIXEL[form]) + 2.5, (
+            form,
+            mode,
+        )  # a strip on its way is not counted
 
 
 def test_images_that_would_take_more_memory_are_refused_by_their_header():
@@ -573,13 +657,26 @@ def test_formats_are_those_of_independent_decoders(other):
     """Where our reading and Pillow's are one: some levels of difference are upsampled chroma's."""
     rgb, exif = Image.fromarray(photo(48, 64)), Image.Exif()
     exif[0x0112] = 6
-    files = {f"JPEG {n}": encode(rgb, quality=95, subsampling=0, **o) for n, o in enumerate(({}, {"progressive": True}, {"exif": exif}))}
+    files = {
+        f"JPEG {n}": encode(rgb, quality=95, subsampling=0, **o)
+        for n, o in enumerate(({}, {"progressive": True}, {"exif": exif}))
+    }
     files |= {form: encode(rgb, form) for form in ("PNG", "BMP", "TIFF", "PPM")}
-    files |= {"grey JPEG": encode(rgb.convert("L"), quality=95), "grey PNG": encode(rgb.convert("L"), "PNG"), "palette": encode(rgb.quantize(99), "PNG")}
-    files |= {"LZW": encode(rgb, "TIFF", compression="tiff_lzw"), "WebP": encode(rgb, "WEBP", lossless=True), "JPEG 2000": encode(rgb, "JPEG2000")}
+    files |= {
+        "grey JPEG": encode(rgb.convert("L"), quality=95),
+        "grey PNG": encode(rgb.convert("L"), "PNG"),
+        "palette": encode(rgb.quantize(99), "PNG"),
+    }
+    files |= {
+        "LZW": encode(rgb, "TIFF", compression="tiff_lzw"),
+        "WebP": encode(rgb, "WEBP", lossless=True),
+        "JPEG 2000": encode(rgb, "JPEG2000"),
+    }
     deep = np.stack([RAMP, RAMP[::-1], RAMP // 2], 2).astype(np.uint16) * 257
     files |= {"PNG of 16 bits": png(deep), "TIFF of 16 bits": tiff(deep), "grey PNG of 16 bits": png(deep[..., 0])}
-    if other is of_libvips:  # whose wheels read fewer formats; OpenCV takes no white that is zero, libvips' CMYK has a profile
+    if (
+        other is of_libvips
+    ):  # whose wheels read fewer formats; OpenCV takes no white that is zero, libvips' CMYK has a profile
         files["white is zero"] = tiff((65535 - RAMP * 257).astype(np.uint16), t262=0)
         del files["BMP"], files["JPEG 2000"], files["PPM"]
     else:

@@ -23,9 +23,16 @@ def saved(tmp_path):
         "scaler/scale": torch.tensor(2.0**16),
     }
     meta = {
-        "samples_seen": 640, "step": 10, "engine": "zero3", "world_size": 4, "seer_scale": "0.1.0", "torch": "2.15", "time": 0.0,
-        "config": {"model": {"name": "regnety_200mf"}, "train": {"samples": 1000}}, "data": {"eras": []},
-    }  # fmt: skip
+        "samples_seen": 640,
+        "step": 10,
+        "engine": "zero3",
+        "world_size": 4,
+        "seer_scale": "0.1.0",
+        "torch": "2.15",
+        "time": 0.0,
+        "config": {"model": {"name": "regnety_200mf"}, "train": {"samples": 1000}},
+        "data": {"eras": []},
+    }
     return store.save(tmp_path, state, meta, World())
 
 
@@ -33,7 +40,11 @@ def test_what_is_printed_is_what_is_there(saved, capsys):
     assert cli.main(["inspect", str(saved), "--tensors", "2"]) == 0
     text = capsys.readouterr().out
     assert "640 of 1,000, in 10 updates" in text and "regnety_200mf" in text and "by zero3 on 4 ranks" in text
-    assert "contents were not read" in text and text.index("model/w") < text.index("\n\n  model ") and "running_mean" not in text
+    assert (
+        "contents were not read" in text
+        and text.index("model/w") < text.index("\n\n  model ")
+        and "running_mean" not in text
+    )
     assert cli.main(["inspect", str(saved), "--json", "--verify"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parts"]["model"]["elements"] == 4050 and found["parts"]["optim"]["tensors"] == 1

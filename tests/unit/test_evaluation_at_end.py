@@ -63,7 +63,8 @@ def test_the_best_is_looked_for_among_figures_that_compare(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("says", [True, False])
 def test_whether_the_best_is_saved_is_rank_0_s_to_say(monkeypatch, says):
-    """Ranks whose sums differ in the last digit, or that have heard of a failed save at another moment, still save together."""
+    """Ranks whose sums differ in the last digit, or that have heard of a failed save at another moment, still save
+    together."""
     saved: list[bool] = []
 
     class Rank(World):
@@ -72,7 +73,12 @@ def test_whether_the_best_is_saved_is_rank_0_s_to_say(monkeypatch, says):
 
     for top1 in (9.0, 11.0):
         made = object.__new__(loop.Trainer)
-        made.world, made.samples_seen, made.workers, made.progress = Rank(rank=1, size=2), 640, 0, Progress(active=False)
+        made.world, made.samples_seen, made.workers, made.progress = (
+            Rank(rank=1, size=2),
+            640,
+            0,
+            Progress(active=False),
+        )
         made.config = SimpleNamespace(knn=None, checkpoint=SimpleNamespace(keep_best=True, background=True))
         made.labelled = SimpleNamespace(measurement=lambda c: "", query_indices=[1], bank_indices=[2])
         made.engine, made.log = SimpleNamespace(average_buffers=lambda: None), SimpleNamespace(log=lambda row: None)

@@ -43,9 +43,15 @@ GRID = [
     (200, 30, 60, 0, 10, 400),
 ]
 some_failures = st.builds(
-    lambda mtbf, stall, latency, detect, restart: Failures(mtbf_s=mtbf, stall_s=stall, save_s=stall + latency, detect_s=detect, restart_s=restart),
-    st.floats(100, 1e7), st.floats(0.1, 100), st.floats(0.1, 1e3), st.floats(0.1, 1e3), st.floats(0.1, 1e3),
-)  # fmt: skip
+    lambda mtbf, stall, latency, detect, restart: Failures(
+        mtbf_s=mtbf, stall_s=stall, save_s=stall + latency, detect_s=detect, restart_s=restart
+    ),
+    st.floats(100, 1e7),
+    st.floats(0.1, 100),
+    st.floats(0.1, 1e3),
+    st.floats(0.1, 1e3),
+    st.floats(0.1, 1e3),
+)
 longer = st.floats(1.1, 3)
 
 
@@ -70,7 +76,9 @@ def test_formula_is_what_happens(row):
     assert within([t - expected_s(f, interval_s, 100 * interval_s) for t in took])
     # the last save, for which a run waits, is no part of a long run: 100 intervals beside it
     for share, spent in (("lost", "lost_s"), ("down", "down_s"), ("stalled", "stalled_s"), ("goodput", "kept_s")):
-        assert np.mean([getattr(r, spent) for r in done]) / np.mean(took) == pytest.approx(shares[share], rel=0.05, abs=0.01)
+        assert np.mean([getattr(r, spent) for r in done]) / np.mean(took) == pytest.approx(
+            shares[share], rel=0.05, abs=0.01
+        )
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
@@ -98,8 +106,14 @@ def test_replay_accounts_for_all_time(f, more, length, seed):
     assume(expected_s(f, interval_s, length * interval_s) < 1000 * f.mtbf_s)
     r = replay(f, interval_s, length * interval_s, seed)
     assert r.kept_s + r.lost_s + r.stalled_s + r.down_s == pytest.approx(r.elapsed_s)
-    assert length * interval_s <= r.kept_s < (length + 1.001) * interval_s and r.goodput == pytest.approx(r.kept_s / r.elapsed_s)
-    assert min(r.lost_s, r.down_s) >= 0 and (r.failures > 0) == (r.down_s > 0) and r == replay(f, interval_s, length * interval_s, seed)
+    assert length * interval_s <= r.kept_s < (length + 1.001) * interval_s and r.goodput == pytest.approx(
+        r.kept_s / r.elapsed_s
+    )
+    assert (
+        min(r.lost_s, r.down_s) >= 0
+        and (r.failures > 0) == (r.down_s > 0)
+        and r == replay(f, interval_s, length * interval_s, seed)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the formula
@@ -218,15 +232,23 @@ def test_json_and_other_values():
 
 
 def test_an_interval_in_samples():
-    assert "--checkpoint.every_samples 12000000\n" in told("--runs", "0", "--interval", "1000", "--images-per-second", "12000")
-    assert json.loads(told("--runs", "0", "--interval", "1000", "--images-per-second", "12000", "--json"))["every_samples"] == 12_000_000
+    assert "--checkpoint.every_samples 12000000\n" in told(
+        "--runs", "0", "--interval", "1000", "--images-per-second", "12000"
+    )
+    assert (
+        json.loads(told("--runs", "0", "--interval", "1000", "--images-per-second", "12000", "--json"))["every_samples"]
+        == 12_000_000
+    )
 
 
 @pytest.mark.parametrize(
     "words, verdict",
     [
         ("--interval 20000", "97 % is not reached, but would be with an interval of 71.3 s to 19,6"),
-        ("--mtbf-hours 10", "not reached, but would be with a detection and restart of 658 s together, not 900 s, at this interval"),
+        (
+            "--mtbf-hours 10",
+            "not reached, but would be with a detection and restart of 658 s together, not 900 s, at this interval",
+        ),
         ("--mtbf-hours 10 --interval 6000", "of 658 s together, not 900 s, at the best interval"),
         ("--mtbf-hours 10 --save 3000", "nor would it be with no time at all"),
         ("--mtbf-hours 1e6 --runs 30", "cannot be judged by 0 failures"),

@@ -15,7 +15,11 @@ from seer_scale.train import loop
 from seer_scale.train.start import run_training
 from tests.e2e.runs import RECIPE, events
 
-SMALL = RECIPE | {"parallel": {"engine": "single"}, "train": RECIPE["train"] | {"samples": 8}, "knn": {"enabled": False}}
+SMALL = RECIPE | {
+    "parallel": {"engine": "single"},
+    "train": RECIPE["train"] | {"samples": 8},
+    "knn": {"enabled": False},
+}
 
 
 @pytest.fixture
@@ -111,5 +115,3 @@ def test_a_crash_leaves_what_it_said(given, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         run_training(*given)
     assert (tmp_path / "runs" / "new" / "logs").is_dir()
-
-

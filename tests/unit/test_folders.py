@@ -1,4 +1,5 @@
-"""Folders as they are found in the world: deep, linked to themselves, unlistable, with hidden and foreign things in them."""
+"""Folders as they are found in the world: deep, linked to themselves, unlistable, with hidden and foreign things in
+them."""
 
 from __future__ import annotations
 
@@ -85,7 +86,15 @@ def test_what_cannot_be_listed_is_left_out_unless_it_is_all(tmp_path, monkeypatc
 
 def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypatch):
     read_heif(monkeypatch, False)
-    hidden = [".git/1.jpg", ".thumbnails/1.jpg", ".Trash-1000/1.jpg", "@eaDir/1.jpg", "a/.ipynb_checkpoints/1.jpg", "lost+found/1.jpg", "a/.1.jpg"]
+    hidden = [
+        ".git/1.jpg",
+        ".thumbnails/1.jpg",
+        ".Trash-1000/1.jpg",
+        "@eaDir/1.jpg",
+        "a/.ipynb_checkpoints/1.jpg",
+        "lost+found/1.jpg",
+        "a/.1.jpg",
+    ]
     others = ["1.heic", "1.CR2", "none", "a.zip", "a.tar.gz", "x.parquet", "x.TXT", ".hidden.tar"]
     for name in ("a/1.jpg", "a/2.mpo", "b/1.pgm", *hidden, *others):
         touch(tmp_path / "d" / name)
@@ -93,10 +102,19 @@ def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypat
     assert len(source) == 3 and source.classes == ["a", "b"]
     counts = dict(source.left_out)
     assert counts.pop(left_out.HIDDEN) == len(hidden) + 1 and counts == {
-        "HEIF images": 1, "camera raw images": 1, left_out.NO_SUFFIX: 1, "archives": 2, "Parquet or Arrow files": 1, left_out.OTHER: 1,
-    }  # fmt: skip
+        "HEIF images": 1,
+        "camera raw images": 1,
+        left_out.NO_SUFFIX: 1,
+        "archives": 2,
+        "Parquet or Arrow files": 1,
+        left_out.OTHER: 1,
+    }
     said = left_out.warning(source.left_out)
-    assert said.startswith("Left out: 8 hidden") and f"1 HEIF image ({how_to_install('pillow_heif')} reads them" in said and "other files" not in said
+    assert (
+        said.startswith("Left out: 8 hidden")
+        and f"1 HEIF image ({how_to_install('pillow_heif')} reads them" in said
+        and "other files" not in said
+    )
     (tmp_path / "d" / "x.parquet").unlink()
     assert kind_of(str(tmp_path / "d")) == "folder"
     for name in ("1.zip", "2.zip", "3.heic"):
@@ -110,7 +128,12 @@ def test_what_only_is_called_like_an_image_is_none(tmp_path, monkeypatch):
     place = tmp_path / "d"
     for name in ("1.jpg", "2.jpg", "a/3.jpg"):
         touch(place / name)
-    for name, target in (("gone.jpg", "nowhere.jpg"), ("gone", "nowhere"), ("4.jpg", "1.jpg"), ("to-pipe.jpg", "pipe.jpg")):
+    for name, target in (
+        ("gone.jpg", "nowhere.jpg"),
+        ("gone", "nowhere"),
+        ("4.jpg", "1.jpg"),
+        ("to-pipe.jpg", "pipe.jpg"),
+    ):
         (place / name).symlink_to(target)
     os.mkfifo(place / "pipe.jpg")
     os.mkfifo(place / "pipe")

@@ -13,6 +13,12 @@ def test_nouns_are_counted():
 
 def test_what_is_left_out_is_counted():
     told = described({kind: 1 for kind in KINDS})
-    assert "1 file without a suffix (" in told and "1 line that begins with # (" in told and "1 link that leads nowhere" in told
-    assert described({NO_SUFFIX: 2}).startswith("2 files without a suffix") and described({COMMENTS: 2}).startswith("2 lines that begin")
+    assert (
+        "1 file without a suffix (" in told
+        and "1 line that begins with # (" in told
+        and "1 link that leads nowhere" in told
+    )
+    assert described({NO_SUFFIX: 2}).startswith("2 files without a suffix") and described({COMMENTS: 2}).startswith(
+        "2 lines that begin"
+    )
     assert not any(words.split()[1].endswith("s") for words in told.split(", ") if words[:2] == "1 "), told

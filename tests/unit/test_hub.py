@@ -238,9 +238,12 @@ def test_only_the_row_and_its_columns_are_read(tmp_path, monkeypatch):
     [
         (datasets.Value("binary"), JPEGS),
         (datasets.Value("large_binary"), JPEGS),
-        ({"bytes": datasets.Value("binary"), "path": datasets.Value("string")}, [{"bytes": b, "path": "x"} for b in JPEGS]),
+        (
+            {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+            [{"bytes": b, "path": "x"} for b in JPEGS],
+        ),
     ],
-)  # fmt: skip
+)
 def test_bytes_that_are_not_declared_as_images(tmp_path, feature, cells):
     made(features={"image": feature}, image=cells).to_parquet(tmp_path / "x.parquet")
     source = hub.open_hub(str(tmp_path / "x.parquet"))
@@ -299,7 +302,9 @@ def test_labels(tmp_path, feature, cells, labels, classes):
 
 def test_the_label_is_the_only_declared_column_or_one_of_the_usual_names(tmp_path):
     kind = datasets.ClassLabel(names=NAMES)
-    for n, (names, chosen) in enumerate([(["breed"], "breed"), (["coarse", "fine_label"], "fine_label"), (["a", "b"], None)]):
+    for n, (names, chosen) in enumerate(
+        [(["breed"], "breed"), (["coarse", "fine_label"], "fine_label"), (["a", "b"], None)]
+    ):
         columns = {name: [k] * N for k, name in enumerate(names)}
         made(features=dict.fromkeys(names, kind), **columns).remove_columns("label").save_to_disk(tmp_path / f"{n}")
         source = hub.open_hub(f"{tmp_path}/{n}")
@@ -428,7 +433,9 @@ def test_the_length_is_what_is_given_or_what_the_data_set_says(tmp_path):
         {"name": "id", "dtype": "int64"}, {"name": "image", "dtype": "image"},
         {"name": "label", "dtype": {"class_label": {"names": {str(n): c for n, c in enumerate(NAMES)}}}},
     ]  # fmt: skip
-    (tmp_path / "clone" / "README.md").write_text(f"---\ndataset_info: {json.dumps(card | {'features': features})}\n---\n")
+    (tmp_path / "clone" / "README.md").write_text(
+        f"---\ndataset_info: {json.dumps(card | {'features': features})}\n---\n"
+    )
     assert len(hub.open_hub_stream(path)) == N
     part = hub.open_hub_stream(path, length=20)
     assert len(part) == 20 and len(images_of(part)) == 20

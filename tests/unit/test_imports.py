@@ -11,11 +11,41 @@ import seer_scale
 
 HOUSE = Path(seer_scale.__file__).parent
 ROOMS = [
-    "cli", "bench", "launch", "train", "evaluate", "plan", "checkpoint", "parallel", "methods", "models", "data", "optim",
-    "observe", "core",
-]  # fmt: skip
-CORE = {"config", "console", "cores", "errors", "extras", "files", "formatting", "world", "rng", "rank_info", "rendezvous", "timeouts"}
-ONLY = {"submitit": {"launch"}, "deepspeed": {"parallel"}, "fairscale": {"parallel"}, "torch.distributed.fsdp": {"parallel"}}
+    "cli",
+    "bench",
+    "launch",
+    "train",
+    "evaluate",
+    "plan",
+    "checkpoint",
+    "parallel",
+    "methods",
+    "models",
+    "data",
+    "optim",
+    "observe",
+    "core",
+]
+CORE = {
+    "config",
+    "console",
+    "cores",
+    "errors",
+    "extras",
+    "files",
+    "formatting",
+    "world",
+    "rng",
+    "rank_info",
+    "rendezvous",
+    "timeouts",
+}
+ONLY = {
+    "submitit": {"launch"},
+    "deepspeed": {"parallel"},
+    "fairscale": {"parallel"},
+    "torch.distributed.fsdp": {"parallel"},
+}
 MODULES = sorted(HOUSE.rglob("*.py"))
 
 
@@ -38,13 +68,19 @@ def imported(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(HOUSE)) for p in MODULES])
 def test_imports_point_down(path):
-    here = room(path.relative_to(HOUSE).with_suffix("").parts) if path.name != "__init__.py" or path.parent != HOUSE else "core"
+    here = (
+        room(path.relative_to(HOUSE).with_suffix("").parts)
+        if path.name != "__init__.py" or path.parent != HOUSE
+        else "core"
+    )
     assert here in ROOMS, f"{here} is no room of the house"
     for name in imported(path):
         parts = name.split(".")
         if parts[0] == "seer_scale" and name != "seer_scale.__version__":
             there = room(tuple(parts[1:]))
-            assert there in ROOMS and ROOMS.index(there) >= ROOMS.index(here), f"{here} imports {name}, of {there} above it"
+            assert there in ROOMS and ROOMS.index(there) >= ROOMS.index(here), (
+                f"{here} imports {name}, of {there} above it"
+            )
         for kept, rooms in ONLY.items():
             assert not f"{name}.".startswith(f"{kept}.") or here in rooms, f"{here} imports {name}: only {rooms} may"
 
@@ -55,4 +91,6 @@ def test_what_writes_json_says_that_it_is_strict(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
             shows = path.parts[-2:] in (("parallel", "ds_config.py"), ("train", "resume.py"))  # a value in a sentence
-            assert shows or "allow_nan" in [k.arg for k in node.keywords], f"line {node.lineno} may write NaN or Infinity"
+            assert shows or "allow_nan" in [k.arg for k in node.keywords], (
+                f"line {node.lineno} may write NaN or Infinity"
+            )

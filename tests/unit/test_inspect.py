@@ -29,7 +29,8 @@ def facts(path, *words):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Two classes: 8 colour JPEGs, of which two equal and one on its side; a grey one, a CMYK one, a PNG, two broken."""
+    """Two classes: 8 colour JPEGs, of which two equal and one on its side; a grey one, a CMYK one, a PNG, two
+    broken."""
     root = tmp_path_factory.mktemp("corpus")
     on_its_side = Image.Exif()
     on_its_side[0x0112] = 6
@@ -87,7 +88,11 @@ def test_of_many_images_few_values_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "KEPT", 100)
     rng, tally = np.random.default_rng(0), module.Tally(1000)
     rows = np.zeros((1000, 7), np.int64)
-    rows[:, module.BYTES], rows[:, module.HEIGHT], rows[:, module.WIDTH] = rng.integers(900, 1100, 1000), np.arange(1, 1001), 7
+    rows[:, module.BYTES], rows[:, module.HEIGHT], rows[:, module.WIDTH] = (
+        rng.integers(900, 1100, 1000),
+        np.arange(1, 1001),
+        7,
+    )
     rows[:, module.HASH] = np.repeat(rng.integers(-(2**63), 2**63 - 1, 500), 2)
     for part in np.array_split(rows, 7):
         tally.add(part)
@@ -130,11 +135,18 @@ def test_stream(monkeypatch):
 
         def iterate(self, seed, epoch, first):
             for position in range(first, 40):
-                yield position, DataError("it is gone") if position == 3 else encode(Image.fromarray(photo(seed=position)))
+                yield (
+                    position,
+                    DataError("it is gone") if position == 3 else encode(Image.fromarray(photo(seed=position))),
+                )
 
     monkeypatch.setattr(module, "open_source", lambda path, kind: Stream())
     got = facts("hf:any", "--kind", "stream", "--sample", 10)
-    assert got["images"] == 40 and got["sample"] == 10 and got["unreadable"] == {"count": 1, "first": ["image 3: it is gone"]}
+    assert (
+        got["images"] == 40
+        and got["sample"] == 10
+        and got["unreadable"] == {"count": 1, "first": ["image 3: it is gone"]}
+    )
     with pytest.raises(DataError, match="leave out --all"):
         inspect("hf:any", "--kind", "stream", "--all")
 

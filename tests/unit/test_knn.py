@@ -197,7 +197,9 @@ def test_pictures_of_prototypes_look_at_so_many_images_and_no_more(tmp_path):
 
     for num in (1, 9, 20, len(images.bank), 10**6):  # of 34, one of which is broken
         looked.clear()
-        show_prototypes(tmp_path, counted, torch.eye(3), images.bank, num=num, size=16, batch=4, workers=0, world=World())
+        show_prototypes(
+            tmp_path, counted, torch.eye(3), images.bank, num=num, size=16, batch=4, workers=0, world=World()
+        )
         assert min(num, len(images.bank)) - 1 <= sum(looked) <= num
 
 
@@ -217,7 +219,9 @@ def test_prototypes_shown_are_apart_from_each_other():
     from seer_scale.evaluate.look import _apart
 
     directions = torch.eye(8)[:4]
-    prototypes = torch.cat([directions + 0.01 * torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    prototypes = torch.cat(
+        [directions + 0.01 * torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    )
     closeness = torch.linspace(1, 0.5, 20)
     closeness[3::4] = -1  # of no image
     chosen = _apart(prototypes, closeness, 3)
@@ -247,7 +251,10 @@ def test_standard_errors_and_the_share_of_the_commonest_class(tmp_path):
     images = dataclasses.replace(images, query_indices=np.arange(12))  # 5, 5 and 2 of a class
     scores, _ = knn(represent, images, KNN, workers=0, world=World())
     share = scores["knn/top1"] / 100
-    assert scores["knn/top1_stderr"] == pytest.approx(100 * (share * (1 - share) / 12) ** 0.5) and scores["knn/top5_stderr"] == 0
+    assert (
+        scores["knn/top1_stderr"] == pytest.approx(100 * (share * (1 - share) / 12) ** 0.5)
+        and scores["knn/top5_stderr"] == 0
+    )
     assert scores["knn/majority"] == pytest.approx(100 * 5 / 12)
     assert scores["knn/queries"] == 12 and scores["knn/classes"] == 3
 
@@ -259,7 +266,13 @@ def test_what_is_measured_has_a_mark(tmp_path):
         c = dataclasses.replace(KNN, **more)
         return labelled_images(Config(data=Data(path=path), knn=c)).measurement(c)
 
-    others = [mark(path, k=6), mark(path, limit=3), mark(path, limit_queries=1), mark(path, queries=path), mark(path, size=17)]
+    others = [
+        mark(path, k=6),
+        mark(path, limit=3),
+        mark(path, limit_queries=1),
+        mark(path, queries=path),
+        mark(path, size=17),
+    ]
     others.append(mark(folders(tmp_path / "other", "a", "c", num=5)))
     assert mark(path) not in others and len(set(others)) == len(others)
     assert mark(str(Path(path).rename(tmp_path / "moved"))) == mark(folders(tmp_path / "photos", "a", "b", num=5))
@@ -268,11 +281,15 @@ def test_what_is_measured_has_a_mark(tmp_path):
 def test_classes_are_named_and_dates_doubted(tmp_path):
     path = folders(tmp_path / "photos", "2019", "2020-11")
     protocol, _ = told(path)
-    assert protocol.startswith(f"4 images of {path} vote on 2 others of it, held out; 2 classes: 2019, 2020-11. These look like dates")
+    assert protocol.startswith(
+        f"4 images of {path} vote on 2 others of it, held out; 2 classes: 2019, 2020-11. These look like dates"
+    )
     path = folders(tmp_path / "odd", "a\nb", "c")
     assert "2 classes: a\\nb, c." in told(path)[0]
     path = folders(tmp_path / "more", *"abcdefg")
-    assert told(path)[0] == f"16 images of {path} vote on 5 others of it, held out; 7 classes: a, b, c, d, e and 2 more."
+    assert (
+        told(path)[0] == f"16 images of {path} vote on 5 others of it, held out; 7 classes: a, b, c, d, e and 2 more."
+    )
 
 
 def test_splits_are_bank_and_queries_and_their_folders_the_classes(tmp_path):
@@ -280,12 +297,18 @@ def test_splits_are_bank_and_queries_and_their_folders_the_classes(tmp_path):
     folders(tmp_path / "photos", "valid")  # without classes: no queries
     (tmp_path / "photos" / "training").mkdir()  # nor here
     protocol, _ = told(path)
-    assert protocol.startswith(f"6 images of {path}/Train vote on 6 of {path}/val; 2 classes: cat, dog. Training sees the queries too")
-    assert told(path, queries=f"{path}/test")[0].startswith(f"6 images of {path}/Train vote on 6 of {path}/test; 2 classes")
+    assert protocol.startswith(
+        f"6 images of {path}/Train vote on 6 of {path}/val; 2 classes: cat, dog. Training sees the queries too"
+    )
+    assert told(path, queries=f"{path}/test")[0].startswith(
+        f"6 images of {path}/Train vote on 6 of {path}/test; 2 classes"
+    )
     other = folders(tmp_path / "other", "x", "y")
     assert told(other, bank=path)[0] == f"6 images of {path}/Train vote on 6 of {path}/val; 2 classes: cat, dog."
     alone = folders(tmp_path / "alone", "train/cat", "train/dog")
-    assert told(alone)[0].startswith(f"4 images of {alone}/train vote on 2 others of it, held out; 2 classes: cat, dog.")
+    assert told(alone)[0].startswith(
+        f"4 images of {alone}/train vote on 2 others of it, held out; 2 classes: cat, dog."
+    )
     mixed = folders(tmp_path / "mixed", "test", "cat")  # a class called test
     assert "2 classes: cat, test" in told(mixed)[0]
 
@@ -326,9 +349,13 @@ def test_splits_without_classes_below_are_none_themselves(tmp_path):
     path = folders(tmp_path / "photos", "train", "test")
     assert told(path) == (None, f"{path} has no classes (train, test: parts of a data set)")
     for more in ({"bank": path}, {"queries": path}):
-        with pytest.raises(UserError, match=r"has no classes \(train, test: parts of a data set\), but kNN needs classes"):
+        with pytest.raises(
+            UserError, match=r"has no classes \(train, test: parts of a data set\), but kNN needs classes"
+        ):
             told(folders(tmp_path / "named", "cat", "dog"), **more)
     (tmp_path / "list.txt").write_text("".join(f"{path}/{split}/0.jpg\t{split}\n" for split in ("train", "val")))
-    assert told(str(tmp_path / "list.txt"))[1] == f"{tmp_path}/list.txt has no classes (train, val: parts of a data set)"
+    assert (
+        told(str(tmp_path / "list.txt"))[1] == f"{tmp_path}/list.txt has no classes (train, val: parts of a data set)"
+    )
     (Path(path) / "train" / "0.jpg").rename(tmp_path / "photos" / "0.jpg")
     assert told(folders(tmp_path / "flat", "."))[1] == f"{tmp_path}/flat has no labels"

@@ -1,4 +1,5 @@
-"""Launching without a cluster: profiles, what fits a range of nodes, what travels, and what control does with any ending."""
+"""Launching without a cluster: profiles, what fits a range of nodes, what travels, and what control does with any
+ending."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def test_the_example_is_a_profile():
     assert profile.ranks_a_node == 8 and profile.minutes == 3 * 24 * 60 and profile.sbatch == {"exclusive": "user"}
 
 
-@pytest.mark.parametrize("time, found", [("90", 90), ("1:30", 2), ("02:00:00", 120), ("1-0", 1440), ("2-03:30", 3090), ("1-00:00:01", 1441)])
+@pytest.mark.parametrize(
+    "time, found", [("90", 90), ("1:30", 2), ("02:00:00", 120), ("1-0", 1440), ("2-03:30", 3090), ("1-00:00:01", 1441)]
+)
 def test_times_are_slurms(time, found):
     assert minutes(time) == found
 
@@ -49,13 +52,28 @@ def test_a_time_is_no_number_and_an_option_may_have_no_value(tmp_path):
 
 
 def test_all_that_is_wrong_with_a_profile_is_told(tmp_path):
-    given = {"partiton": "x", "time": "soon", "gpus_per_node": -1, "before": "module load", "environment": [1], "sbatch": {"nodes": 3, "gres": "x"}}
+    given = {
+        "partiton": "x",
+        "time": "soon",
+        "gpus_per_node": -1,
+        "before": "module load",
+        "environment": [1],
+        "sbatch": {"nodes": 3, "gres": "x"},
+    }
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(given))
     with pytest.raises(ConfigError) as caught:
         load_profile(str(tmp_path / "p.yaml"))
     said = str(caught.value)
-    for part in ("The profile has 7 problems", "did you mean partition?", "time is 'soon'", "gpus_per_node is -1", "before is 'module load'",
-                 "environment is [1]", "sbatch.nodes is for the launcher to decide", "sbatch.gres is for the launcher to decide"):  # fmt: skip
+    for part in (
+        "The profile has 7 problems",
+        "did you mean partition?",
+        "time is 'soon'",
+        "gpus_per_node is -1",
+        "before is 'module load'",
+        "environment is [1]",
+        "sbatch.nodes is for the launcher to decide",
+        "sbatch.gres is for the launcher to decide",
+    ):
         assert part in said, said
     assert "grace_s is 180, but a job has only 120 s" in str(read_profile({"time": "2"})[1])
     assert "ranks_per_node must say" in str(read_profile({"gpus_per_node": 0})[1])
@@ -69,9 +87,11 @@ def test_all_that_is_wrong_with_a_profile_is_told(tmp_path):
 def recipe(tmp_path, photos, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {
-        "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8}, "data": {"path": str(photos)},
-        "swav": {"prototypes": [12]}, "train": {"samples": 96, "global_batch": 24},
-    }  # fmt: skip
+        "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8},
+        "data": {"path": str(photos)},
+        "swav": {"prototypes": [12]},
+        "train": {"samples": 96, "global_batch": 24},
+    }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given))
     return "tiny.yaml"
 
@@ -83,12 +103,27 @@ def ask(recipe: str, **more: object) -> Request:
 def test_numbers_of_nodes_that_fit(recipe):
     job, given, notes = prepare(ask(recipe, nodes=(1, 6)), [])
     assert job.fits == [1, 2, 3, 4, 6] and job.ranks_per_node == 2
-    assert notes == ["The recipe can be shared among 2, 4, 6, 8, 12 ranks: of 1 to 6 nodes it uses 1, 2, 3, 4, 6, the next lower of these."]
+    assert notes == [
+        (
+            "The recipe can be shared among 2, 4, 6, 8, 12 ranks: of 1 to 6 nodes it uses 1, 2, 3, 4, 6, the next "
+            "lower of these."
+        )
+    ]
     assert given["run"]["dir"] == "runs/tiny" and job.run_dir == os.path.abspath("runs/tiny")
     with pytest.raises(ConfigError) as caught:
         prepare(ask(recipe, nodes=(4, 5), overrides=["--optim.lr", "-1"]), [])
-    assert "optim.lr is -1" in str(caught.value) and "nearest numbers that the recipe can take: 4, 6" in str(caught.value) and "must divide evenly among the ranks (10)" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"--nodes is 4-5, but 5 of 2 ranks each cannot share the batch evenly; nearest numbers that the recipe can take: 4, 6"):
+    assert (
+        "optim.lr is -1" in str(caught.value)
+        and "nearest numbers that the recipe can take: 4, 6" in str(caught.value)
+        and "must divide evenly among the ranks (10)" in str(caught.value)
+    )
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r"--nodes is 4-5, but 5 of 2 ranks each cannot share the batch evenly; nearest numbers that the recipe "
+            r"can take: 4, 6"
+        ),
+    ):
         prepare(ask(recipe, nodes=(4, 5)), [])
     begin = time.monotonic()
     with pytest.raises(ConfigError, match="nearest numbers that the recipe can take: 12") as caught:
@@ -102,14 +137,35 @@ def test_numbers_of_nodes_that_fit(recipe):
 
 
 def test_the_script_says_what_was_asked_for(recipe):
-    profile = Profile(partition="train", time="1-0", gpus_per_node=8, cpus_per_rank=4, environment={"A": "b c"}, before=["module load x"], sbatch={"exclusive": "user", "spread_job": True})
+    profile = Profile(
+        partition="train",
+        time="1-0",
+        gpus_per_node=8,
+        cpus_per_rank=4,
+        environment={"A": "b c"},
+        before=["module load x"],
+        sbatch={"exclusive": "user", "spread_job": True},
+    )
     job, _, _ = prepare(ask(recipe, nodes=(3, 3), profile=profile), [])
     text = slurm.script(job)
-    for line in ("--nodes=3", "--partition=train", "--time=1440", "--gpus-per-node=8", "--mincpus=32", "--requeue", "--signal=USR2@180", "--exclusive=user", "--spread-job", "--job-name=seer-tiny"):
+    for line in (
+        "--nodes=3",
+        "--partition=train",
+        "--time=1440",
+        "--gpus-per-node=8",
+        "--mincpus=32",
+        "--requeue",
+        "--signal=USR2@180",
+        "--exclusive=user",
+        "--spread-job",
+        "--job-name=seer-tiny",
+    ):
         assert f"#SBATCH {line}\n" in text, text
     assert "ntasks" not in text and "wckey" not in text
     assert text.index("module load x") < text.index("export A='b c'") < text.index("submitit.core._submit")
-    assert "#SBATCH --array=0-2%3" in slurm.script(job, 3) and "#SBATCH --nodes=2-3\n" in slurm.script(prepare(ask(recipe, nodes=(2, 3), profile=Profile(gpus_per_node=4)), [])[0])
+    assert "#SBATCH --array=0-2%3" in slurm.script(job, 3) and "#SBATCH --nodes=2-3\n" in slurm.script(
+        prepare(ask(recipe, nodes=(2, 3), profile=Profile(gpus_per_node=4)), [])[0]
+    )
 
 
 def test_code_and_recipe_travel(recipe, tmp_path):
@@ -119,7 +175,9 @@ def test_code_and_recipe_travel(recipe, tmp_path):
     job.write()
     assert Job.read(job.run_dir) == job and yaml.safe_load(job.recipe.read_text())["optim"]["lr"] == 0.5
     code = Path(job.code)
-    assert (code / "seer_scale" / "data" / "pixels.c").is_file() and (code / "seer_scale" / "ds_configs" / "zero3.json").is_file()
+    assert (code / "seer_scale" / "data" / "pixels.c").is_file() and (
+        code / "seer_scale" / "ds_configs" / "zero3.json"
+    ).is_file()
     assert (code / "seer_scale" / "recipes" / "demo.yaml").is_file() and not list(code.rglob("*.pyc"))
     before = set(code.parent.iterdir())
     assert snapshot(job.place) == job.code and set(code.parent.iterdir()) == before
@@ -128,8 +186,24 @@ def test_code_and_recipe_travel(recipe, tmp_path):
 def test_a_grid_in_one_folder_is_refused(recipe, tmp_path):
     (tmp_path / "p.yaml").write_text("gpus_per_node: 1")
     with pytest.raises(UserError, match="--array makes 2 runs, but run.dir gives them one folder"):
-        cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array", "optim.lr=0.1,0.2", "--run.dir", "D"])
-    with pytest.raises(UserError, match=r"caf\\xe9 cannot stand in a batch script, which is UTF-8: choose another run.dir"):
+        cli.run(
+            [
+                "launch",
+                recipe,
+                "--cluster",
+                "slurm",
+                "--profile",
+                "p.yaml",
+                "--dry-run",
+                "--array",
+                "optim.lr=0.1,0.2",
+                "--run.dir",
+                "D",
+            ]
+        )
+    with pytest.raises(
+        UserError, match=r"caf\\xe9 cannot stand in a batch script, which is UTF-8: choose another run.dir"
+    ):
         cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--run.dir", "caf\udce9"])
     with pytest.raises(UserError, match="--time is 2, but the profile's grace_s is 180 s"):
         cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--time", "2"])
@@ -146,7 +220,11 @@ def test_a_grid_of_runs():
     made = grid("a.yaml", "sweep", ["optim.lr=0.1,0.2", "swav.prototypes=[12, 8],[4]"])
     assert made[1] == ("a.yaml", "sweep-lr-0.1-prototypes-_4_", ["--optim.lr", "0.1", "--swav.prototypes", "[4]"])
     assert grid("a.yaml", "", ["recipe=x.yaml,dir/y.yaml"]) == [("x.yaml", "a-x", []), ("dir/y.yaml", "a-y", [])]
-    for wrong, said in ((["optim.lr"], "must name a key"), (["optim.lr=1"], "at least two values"), (["optim.lr=1,1"], "two runs of one name")):
+    for wrong, said in (
+        (["optim.lr"], "must name a key"),
+        (["optim.lr=1"], "at least two values"),
+        (["optim.lr=1,1"], "two runs of one name"),
+    ):
         with pytest.raises(UserError, match=said):
             grid("a.yaml", "sweep", wrong)
 
@@ -156,15 +234,21 @@ def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, ca
     start = [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--array"]
     assert cli.run(["launch", *start, "parallel.ranks=2,4", "--array", "optim.lr=0.1,0.2"]) == 0
     script = capsys.readouterr().out
-    assert script.count("#SBATCH --array=0-1%2") == 2 and "#SBATCH --nodes=1\n" in script and "#SBATCH --nodes=2\n" in script
+    assert (
+        script.count("#SBATCH --array=0-1%2") == 2
+        and "#SBATCH --nodes=1\n" in script
+        and "#SBATCH --nodes=2\n" in script
+    )
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["launch", "x", "--cluster"], "argument --cluster: expected one argument"), (["launch", "x"], "--cluster is missing"),
-        (["launch", "x", "--cluster", "slrum"], "did you mean slurm?"), (["launch", "--cluster", "local"], "launch needs RECIPE"),
+        (["launch", "x", "--cluster"], "argument --cluster: expected one argument"),
+        (["launch", "x"], "--cluster is missing"),
+        (["launch", "x", "--cluster", "slrum"], "did you mean slurm?"),
+        (["launch", "--cluster", "local"], "launch needs RECIPE"),
         (["launch", "x", "--cluster", "local", "--nodes", "2"], "--nodes has no effect with --cluster local"),
         (["launch", "x", "--cluster", "local", "--dry-run"], "--dry-run has no effect with --cluster local"),
         (["launch", "x", "--cluster", "local", "--rank", "2"], "did you mean --ranks?"),
@@ -176,11 +260,13 @@ def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, ca
         (["launch", "x", "--cluster", "local", "--dry-run=1"], "--dry-run"),
         (["launch", "x", "--cluster", "local", "--follow"], "--follow is no option of seer-scale launch"),
         (["launch", "y", "--cluster", "local"], "'y' is neither a file nor a shipped recipe"),
-        (["status"], "status needs NAME"), (["logs", "a", "b"], "'b' is not expected here"),
-        (["logs", "a", "--now"], "--now is no option of seer-scale logs"), (["list", "--train.samples", "3"], "--train.samples has no effect with seer-scale list"),
+        (["status"], "status needs NAME"),
+        (["logs", "a", "b"], "'b' is not expected here"),
+        (["logs", "a", "--now"], "--now is no option of seer-scale logs"),
+        (["list", "--train.samples", "3"], "--train.samples has no effect with seer-scale list"),
         (["resubmit", "a", "--train.samples", "3"], "resubmit repeats the run as it was"),
     ],
-)  # fmt: skip
+)
 def test_words_that_cannot_be_meant(words, said, recipe):
     with pytest.raises(UserError) as caught:
         cli.run([recipe if w == "x" else w for w in words])
@@ -195,14 +281,46 @@ def test_names_that_would_mean_something_else(name, recipe):
 
 
 def test_everything_that_is_wrong_is_told_at_once(recipe, tmp_path, monkeypatch):
-    (tmp_path / "p.yaml").write_text("gpus_per_nod: 2\nsbatch: {parsable: true, N: 3, exclusive: false, export: NONE}\nenvironment: {A-B: 1, EMPTY: }\nbefore: [{echo key: value}]")
+    (tmp_path / "p.yaml").write_text(
+        "gpus_per_nod: 2\nsbatch: {parsable: true, N: 3, exclusive: false, export: NONE}\nenvironment: {A-B: "
+        "1, EMPTY: }\nbefore: [{echo key: value}]"
+    )
     with pytest.raises(UserError) as caught:
-        cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--name", "..", "--nodes", "3-2", "--restarts", "x", "--array", "optim.lr=-1,-2", "--array", "views.crops=[{num: 2, size: 32},{num: 1, size: 24}],[{num: 2, size: 33}]"])
+        cli.run(
+            [
+                "launch",
+                recipe,
+                "--cluster",
+                "slurm",
+                "--profile",
+                "p.yaml",
+                "--name",
+                "..",
+                "--nodes",
+                "3-2",
+                "--restarts",
+                "x",
+                "--array",
+                "optim.lr=-1,-2",
+                "--array",
+                "views.crops=[{num: 2, size: 32},{num: 1, size: 24}],[{num: 2, size: 33}]",
+            ]
+        )
     for part in (
-        "gpus_per_nod is not a key; did you mean gpus_per_node?", "sbatch.parsable is for the launcher to decide", "sbatch.N is short for an option", "sbatch.exclusive is false",
-        "sbatch.export is for the launcher", "environment.A-B is no name", "environment.EMPTY is empty", "before holds {'echo key': 'value'}", "--name is '..'",
-        "optim.lr is -1", "optim.lr is -2", "--nodes is '3-2'", "--restarts is 'x'",
-    ):  # fmt: skip
+        "gpus_per_nod is not a key; did you mean gpus_per_node?",
+        "sbatch.parsable is for the launcher to decide",
+        "sbatch.N is short for an option",
+        "sbatch.exclusive is false",
+        "sbatch.export is for the launcher",
+        "environment.A-B is no name",
+        "environment.EMPTY is empty",
+        "before holds {'echo key': 'value'}",
+        "--name is '..'",
+        "optim.lr is -1",
+        "optim.lr is -2",
+        "--nodes is '3-2'",
+        "--restarts is 'x'",
+    ):
         assert part in str(caught.value), (part, str(caught.value))
 
 
@@ -220,7 +338,10 @@ class Unanswered:
 
     def __init__(self, folder: Path):
         for name in ("sbatch", "srun", "scontrol", "squeue", "scancel"):
-            (folder / name).write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2\nexit 1\n")
+            (folder / name).write_text(
+                "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' "
+                ">&2\nexit 1\n"
+            )
             (folder / name).chmod(0o755)
 
 
@@ -231,7 +352,9 @@ def test_a_refused_start_removes_nothing_of_another(recipe, tmp_path, monkeypatc
     words = [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "one"]
     place = Path("runs/one/launch")
     exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda self: self.name != "one" and exists(self))  # as seen before the other came
+    monkeypatch.setattr(
+        Path, "exists", lambda self: self.name != "one" and exists(self)
+    )  # as seen before the other came
     with submit.claimed(prepare(ask(recipe, name="one", nodes=(1, 1)), [])[0]):
         with pytest.raises(UserError, match="is being started by another command"):
             cli.run(["launch", *words])
@@ -249,7 +372,10 @@ def test_no_answer_of_slurm_is_no_end(recipe, tmp_path, monkeypatch, capsys):
     _, job = run(tmp_path / "runs" / "a", (8, 75, ""))
     dataclasses.replace(job, name="a", job_id="7").write()
     assert cli.run(["status", "a"]) == 0 and "a: unknown, as SLURM does not answer" in capsys.readouterr().out
-    for words in (["cancel", "a"], ["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a"]):
+    for words in (
+        ["cancel", "a"],
+        ["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a"],
+    ):
         with pytest.raises(UserError, match="SLURM does not answer what became of job 7"):
             cli.run(words)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -264,14 +390,22 @@ def test_a_folder_that_cannot_be_written_keeps_no_run_from_its_end(tmp_path, mon
     (job.place / "attempts.jsonl").unlink()
     monkeypatch.setattr(Job, "tell", lambda self, **line: None)
     for number, (status, returns) in {1: (0, 2), 2: (0, 3)}.items():
-        assert run(tmp_path, (None, 75, ""), requeue=lambda: calls.append(1) or True, requeues=2, ident=f"7.{number}")[0] == status and len(calls) == returns
+        assert (
+            run(tmp_path, (None, 75, ""), requeue=lambda: calls.append(1) or True, requeues=2, ident=f"7.{number}")[0]
+            == status
+            and len(calls) == returns
+        )
     assert run(tmp_path, requeue=lambda: 1 / 0, requeues=2, ident="7.3")[0] == 1
 
-    monkeypatch.setattr(Job, "cancel", lambda self: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        Job, "cancel", lambda self: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
     monkeypatch.setattr(slurm, "must_be_there", lambda: None)
     monkeypatch.setattr(slurm, "state", lambda job_id: "RUNNING")
     monkeypatch.setattr(slurm, "_run", lambda *words: calls.append(words))
-    assert "cannot be written (No space left on device)" in slurm.cancel(dataclasses.replace(job, job_id="7"), now=False)
+    assert "cannot be written (No space left on device)" in slurm.cancel(
+        dataclasses.replace(job, job_id="7"), now=False
+    )
     assert calls[-1] == ("scancel", "7")
 
 
@@ -281,7 +415,10 @@ def test_several_runs_are_asked_at_once(tmp_path, monkeypatch, capsys):
         _, job = run(tmp_path / "runs" / name, (8, 0, ""))
         dataclasses.replace(job, name=name, cluster="local", job_id="7").write()
     assert cli.run(["status", "runs/a", "b", "--json"]) == 0
-    assert [(told["name"], told["state"], told["samples_saved"]) for told in json.loads(capsys.readouterr().out)] == [("a", "done", 8), ("b", "done", 8)]
+    assert [(told["name"], told["state"], told["samples_saved"]) for told in json.loads(capsys.readouterr().out)] == [
+        ("a", "done", 8),
+        ("b", "done", 8),
+    ]
     with pytest.raises(UserError) as caught:
         cli.run(["cancel", "a", "b"])
     assert str(caught.value).splitlines() == ["a is not running: done.", "b is not running: done."]
@@ -291,9 +428,16 @@ def test_several_runs_are_asked_at_once(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "content, said",
-    [("", "is torn or was written by something else"), ('{"name": "a", "run', "is torn"), ("[]", "is torn or"), ('{"a": 1}', "is torn or"), ("\xff", "is torn"),
-     ("more", "was written by another version of seer_scale"), ("less", "was written by another version of seer_scale")],
-)  # fmt: skip
+    [
+        ("", "is torn or was written by something else"),
+        ('{"name": "a", "run', "is torn"),
+        ("[]", "is torn or"),
+        ('{"a": 1}', "is torn or"),
+        ("\xff", "is torn"),
+        ("more", "was written by another version of seer_scale"),
+        ("less", "was written by another version of seer_scale"),
+    ],
+)
 def test_a_record_that_is_none_is_said_to_be_that(recipe, content, said, capsys, monkeypatch):
     """It is not taken for "nothing was launched", nor for a job by those who need one."""
     job, given, _ = prepare(ask(recipe, nodes=(1, 1)), [])
@@ -321,7 +465,10 @@ def test_a_run_is_where_it_lies(recipe, tmp_path, capsys):
     """Moved, it is known and goes on there; a copy says of what, and the job is not its own."""
     (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
     request = ask(recipe, nodes=(1, 1), name="a", overrides=["--run.dir", "runs/a"])
-    job, given, _ = prepare(request, [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a", "--run.dir", "runs/a"])
+    job, given, _ = prepare(
+        request,
+        [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a", "--run.dir", "runs/a"],
+    )
     dataclasses.replace(stow(job, given), job_id="7", log_dir=str(job.logs)).write()
     (job.logs / "7_0.out").write_text("said there\n")
     before = Path(job.run_dir)
@@ -339,7 +486,9 @@ def test_a_run_is_where_it_lies(recipe, tmp_path, capsys):
     assert cli.run(["logs", "elsewhere/b"]) == 0 and capsys.readouterr().out == "said there\n"
     assert cli.run(["resubmit", "elsewhere/b", "--nodes", "2", "--dry-run"]) == 0
     script = capsys.readouterr().out
-    assert f"PYTHONPATH={place}/launch/code-" in script and str(before) not in script and "#SBATCH --nodes=2\n" in script
+    assert (
+        f"PYTHONPATH={place}/launch/code-" in script and str(before) not in script and "#SBATCH --nodes=2\n" in script
+    )
     assert not before.exists()
     link = tmp_path / "link"
     link.symlink_to(place)
@@ -373,14 +522,34 @@ class Scripted:
         self.heard.append(number)
 
 
-def run(tmp_path, *script: tuple, requeue=None, restarts: int = 1, requeues: int = 1, ident: str = "7.0", submitted: float = 0.0) -> tuple[int, Job]:
+def run(
+    tmp_path,
+    *script: tuple,
+    requeue=None,
+    restarts: int = 1,
+    requeues: int = 1,
+    ident: str = "7.0",
+    submitted: float = 0.0,
+) -> tuple[int, Job]:
     job = Job(
-        name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=restarts,
-        requeues=requeues, profile={}, submitted=submitted,
-    )  # fmt: skip
+        name="x",
+        run_dir=str(tmp_path),
+        cluster="slurm",
+        command=[],
+        folder=".",
+        code="",
+        ranks_per_node=1,
+        fits=[1],
+        restarts=restarts,
+        requeues=requeues,
+        profile={},
+        submitted=submitted,
+    )
     job.place.mkdir(parents=True, exist_ok=True)
     turns = iter(script)
-    control = Control(job, lambda attempt: Scripted(job, attempt, *next(turns)), ident=ident, ranks=1, nodes=["n"], requeue=requeue)
+    control = Control(
+        job, lambda attempt: Scripted(job, attempt, *next(turns)), ident=ident, ranks=1, nodes=["n"], requeue=requeue
+    )
     status = control.run()
     assert next(turns, None) is None, "it ended before the script"
     return status, job
@@ -397,7 +566,10 @@ def test_a_loss_is_followed_by_a_start_until_too_many_are_in_vain(tmp_path, caps
     assert status == 0 and [line["samples"] for line in job.attempts() if line["event"] == "begin"] == [-1, 8, 16, 16]
     assert capsys.readouterr().err.count("Starting the ranks again") == 3
     assert run(tmp_path, (None, None, lost), (None, None, lost), ident="8.0")[0] == 1
-    assert "As 2 starts in a row brought no new checkpoint, the run ends here; the newest checkpoint stands" in capsys.readouterr().err
+    assert (
+        "As 2 starts in a row brought no new checkpoint, the run ends here; the newest checkpoint stands"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_stop_goes_back_to_the_queue_and_starts_in_vain_come_to_an_end(tmp_path, capsys):
@@ -412,7 +584,12 @@ def test_a_stop_goes_back_to_the_queue_and_starts_in_vain_come_to_an_end(tmp_pat
         status, job = run(tmp_path, (None, None, "x"), (None, None, "x"), requeue=requeue, requeues=2, ident=f"7.{n}")
         if status:
             break
-    assert status == 1 and n == 3 and len(asked) == 3 and "3 starts of this job brought no new checkpoint" in capsys.readouterr().err
+    assert (
+        status == 1
+        and n == 3
+        and len(asked) == 3
+        and "3 starts of this job brought no new checkpoint" in capsys.readouterr().err
+    )
     # SLURM itself may have put it back, after lost nodes: nothing is started then
     assert run(tmp_path, requeue=requeue, requeues=2, ident="7.4")[0] == 1 and len(asked) == 3
     # the same run, submitted anew, begins to count anew
@@ -487,16 +664,39 @@ def test_a_cancelled_job_that_has_saved_does_not_go_back_to_the_queue(tmp_path):
 
 def test_ranks_are_not_started_again_shortly_before_the_limit(tmp_path):
     limits, requeued = Limited(stop=True), []
-    control, made = controlled(tmp_path, Scripted, limits, (8, None, "Rank 0 died"), requeue=lambda: requeued.append(1) or True)
+    control, made = controlled(
+        tmp_path, Scripted, limits, (8, None, "Rank 0 died"), requeue=lambda: requeued.append(1) or True
+    )
     assert control.run() == 0 and len(made) == len(requeued) == 1
 
 
 def controlled(tmp_path, kind, limits, script=(None, None, ""), **more) -> tuple[Control, list]:
     """A Control of ranks of that kind, and those it makes."""
-    job = Job(name="x", run_dir=str(tmp_path), cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1, profile={}, submitted=0.0)
+    job = Job(
+        name="x",
+        run_dir=str(tmp_path),
+        cluster="slurm",
+        command=[],
+        folder=".",
+        code="",
+        ranks_per_node=1,
+        fits=[1],
+        restarts=1,
+        requeues=1,
+        profile={},
+        submitted=0.0,
+    )
     job.place.mkdir(exist_ok=True)
     made: list = []
-    return Control(job, lambda a: made.append(kind(job, a, *script)) or made[-1], ident="1", ranks=1, nodes=[], limits=limits, **more), made
+    return Control(
+        job,
+        lambda a: made.append(kind(job, a, *script)) or made[-1],
+        ident="1",
+        ranks=1,
+        nodes=[],
+        limits=limits,
+        **more,
+    ), made
 
 
 def test_a_full_disk_does_not_end_the_job(tmp_path, monkeypatch):
@@ -511,14 +711,29 @@ def test_a_full_disk_does_not_end_the_job(tmp_path, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         monkeypatch.setattr(Path, "open", no_space)
-        control, made = controlled(tmp_path, Full, Limits(), (None, None, "A rank ended with status 75"), requeue=lambda: True)
+        control, made = controlled(
+            tmp_path, Full, Limits(), (None, None, "A rank ended with status 75"), requeue=lambda: True
+        )
         assert control.run() == 0 and len(made) == 1
         monkeypatch.undo()
 
 
 def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
     requeued = []
-    job = Job(name="x", run_dir=str(tmp_path), cluster="local", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1, profile={}, submitted=0.0)
+    job = Job(
+        name="x",
+        run_dir=str(tmp_path),
+        cluster="local",
+        command=[],
+        folder=".",
+        code="",
+        ranks_per_node=1,
+        fits=[1],
+        restarts=1,
+        requeues=1,
+        profile={},
+        submitted=0.0,
+    )
     job.place.mkdir()
 
     class Stopping(Scripted):
@@ -529,7 +744,14 @@ def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
             return "" if self.heard else None
 
     made = []
-    control = Control(job, lambda a: made.append(Stopping(job, a, 8, 75, "")) or made[-1], ident="1", ranks=1, nodes=[], requeue=lambda: requeued.append(1) or True)
+    control = Control(
+        job,
+        lambda a: made.append(Stopping(job, a, 8, 75, "")) or made[-1],
+        ident="1",
+        ranks=1,
+        nodes=[],
+        requeue=lambda: requeued.append(1) or True,
+    )
     before = signal.getsignal(signal.SIGTERM)
     assert control.run() == 75 and not requeued and set(made[0].heard) == {signal.SIGTERM}
     assert signal.getsignal(signal.SIGTERM) is before
@@ -543,4 +765,8 @@ def test_an_outcome_of_another_start_is_none(tmp_path):
 
 def test_ends_are_told_by_name():
     assert _ended("Rank 3", -signal.SIGKILL) == "Rank 3 was ended by SIGKILL, from outside or for want of memory"
-    assert "hung" in _ended("Rank 3", 76) and "hung" in _ended("Rank 3", -signal.SIGALRM) and _ended("Rank 3", 7) == "Rank 3 ended with status 7"
+    assert (
+        "hung" in _ended("Rank 3", 76)
+        and "hung" in _ended("Rank 3", -signal.SIGALRM)
+        and _ended("Rank 3", 7) == "Rank 3 ended with status 7"
+    )

@@ -30,7 +30,9 @@ def no_threads_told(monkeypatch):
 
 def times(monkeypatch, seconds):
     """Have each measurement of a block take seconds(threads, format)."""
-    monkeypatch.setattr(layout, "_time", lambda block, shapes, form, config, device: seconds(torch.get_num_threads(), form))
+    monkeypatch.setattr(
+        layout, "_time", lambda block, shapes, form, config, device: seconds(torch.get_num_threads(), form)
+    )
 
 
 @pytest.mark.parametrize("faster", list(layout.FORMATS))
@@ -62,7 +64,9 @@ def test_what_is_named_is_not_measured(monkeypatch, no_threads_told):
     assert torch.get_num_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert layout.choose_execution(*backbone_of(memory_format=name), WORLD, 8).threads == 2 == torch.get_num_threads()
-    assert layout.choose_execution(*backbone_of(memory_format=name, threads=3), WORLD, 8).threads == 3  # the recipe's own word
+    assert (
+        layout.choose_execution(*backbone_of(memory_format=name, threads=3), WORLD, 8).threads == 3
+    )  # the recipe's own word
 
 
 def test_measuring_runs_every_stage_and_leaves_the_model_on_the_meta_device(no_threads_told):

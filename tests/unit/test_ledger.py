@@ -1,4 +1,5 @@
-"""Every second of a run is accounted for, once; what a restart abandoned is lost; and the causes are those of the log."""
+"""Every second of a run is accounted for, once; what a restart abandoned is lost; and the causes are those of the
+log."""
 
 from __future__ import annotations
 
@@ -32,11 +33,21 @@ class Log:
     def attempt(self, event: str, cause: str = "") -> None:
         self.number += event == "begin"
         with (self.folder / "launch" / "attempts.jsonl").open("a") as file:
-            file.write(json.dumps({"event": event, "time": self.now, "cause": cause, "attempt": f"7.0.{self.number}"}) + "\n")
+            file.write(
+                json.dumps({"event": event, "time": self.now, "cause": cause, "attempt": f"7.0.{self.number}"}) + "\n"
+            )
 
     def begin(self, seen: int, takes: float) -> None:
         began, self.now, self.step = self.now, self.now + takes, seen // 10
-        self._line(event="resume" if seen else "start", samples_seen=seen, began=began, step=self.step, attempt=f"7.0.{self.number}", ranks=2, engine="fsdp")
+        self._line(
+            event="resume" if seen else "start",
+            samples_seen=seen,
+            began=began,
+            step=self.step,
+            attempt=f"7.0.{self.number}",
+            ranks=2,
+            engine="fsdp",
+        )
 
     def evaluation(self, seconds: float, stage: str = "", rest_s: float = 0.0) -> None:
         """stage "": killed in it. rest_s: of pictures after it."""
@@ -46,11 +57,17 @@ class Log:
             self._line(samples_seen=self.step * 10, **{"time/knn_s": seconds, "knn/stage": stage})
         self.now += rest_s
 
-    def updates(self, num: int, step_s: float, wait: float = 0.0, stall_s: float = 0.0, knn_s: float = 0.0, rest_s: float = 0.0) -> None:
+    def updates(
+        self, num: int, step_s: float, wait: float = 0.0, stall_s: float = 0.0, knn_s: float = 0.0, rest_s: float = 0.0
+    ) -> None:
         if knn_s:
             self._line(samples_seen=self.step * 10, **{"time/knn_s": knn_s})
         self.step, self.now = self.step + num, self.now + num * step_s + stall_s + knn_s + rest_s
-        self._line(step=self.step, samples_seen=self.step * 10, **{"time/step_s": step_s, "time/data_wait_frac": wait, "time/checkpoint_stall_s": stall_s})
+        self._line(
+            step=self.step,
+            samples_seen=self.step * 10,
+            **{"time/step_s": step_s, "time/data_wait_frac": wait, "time/checkpoint_stall_s": stall_s},
+        )
 
     def event(self, kind: str, **fields: object) -> None:
         self._line(event=kind, samples_seen=self.step * 10, **fields)
@@ -78,9 +95,15 @@ def test_a_run_of_three_lives(tmp_path):
     ledger = read_ledger(tmp_path)
     found = {k: round(v, 6) for k, v in ledger.seconds.items()}
     assert found == {
-        "useful": 10 * 2 * 0.9 + 5 * 2 + 5 * 2 + 10 * 2, "data_wait": 2.0, "stall": 1.0, "evaluation": 5.0, "start": 70.0,
-        "lost": 7 + 5 * 2, "other": 3.0, "down": 160.0,
-    }  # fmt: skip
+        "useful": 10 * 2 * 0.9 + 5 * 2 + 5 * 2 + 10 * 2,
+        "data_wait": 2.0,
+        "stall": 1.0,
+        "evaluation": 5.0,
+        "start": 70.0,
+        "lost": 7 + 5 * 2,
+        "other": 3.0,
+        "down": 160.0,
+    }
     assert ledger.total_s == pytest.approx(log.now - 1000)
     assert ledger.goodput == pytest.approx(found["useful"] / (log.now - 1000 - 160))
     assert [life.cause for life in ledger.lives] == ["Rank 3 was ended by SIGKILL", "stopped", "done"]
@@ -90,13 +113,25 @@ def test_a_run_of_three_lives(tmp_path):
     said = text(ledger)
     bars = [line.partition(f"{'2 ranks, fsdp':{ON}}  ")[2][:WIDTH] for line in said.splitlines() if "2 ranks" in line]
     each = (log.now - 1000) / WIDTH
-    spans = [(life.began - 1000, life.ready - 1000, life.ended - 1000 - life.lost_s, life.ended - 1000) for life in ledger.lives]
+    spans = [
+        (life.began - 1000, life.ready - 1000, life.ended - 1000 - life.lost_s, life.ended - 1000)
+        for life in ledger.lives
+    ]
     assert len(bars) == 3
     for bar, (began, ready, lost, ended) in zip(bars, spans):
-        expected = [(START, ready - began), (RUNNING, lost - ready), (LOST, ended - lost), (" ", each * WIDTH - ended + began)]
+        expected = [
+            (START, ready - began),
+            (RUNNING, lost - ready),
+            (LOST, ended - lost),
+            (" ", each * WIDTH - ended + began),
+        ]
         assert all(abs(bar.count(mark) * each - seconds) <= 1.5 * each for mark, seconds in expected), bar
         assert abs(len(bar) - len(bar.lstrip()) - began / each) <= 1
-    assert "Rank 3 was ended by SIGKILL" in said and "updates that were lost" in said and f"goodput {100 * ledger.goodput:.1f} %" in said
+    assert (
+        "Rank 3 was ended by SIGKILL" in said
+        and "updates that were lost" in said
+        and f"goodput {100 * ledger.goodput:.1f} %" in said
+    )
 
 
 def test_an_evaluation_is_one_also_where_it_was_cut_off(tmp_path):
@@ -122,7 +157,8 @@ def test_an_evaluation_is_one_also_where_it_was_cut_off(tmp_path):
 
 
 def test_an_end_that_nothing_has_followed(tmp_path):
-    """What the next start would do again is lost already; without a word of the end, the owner of the lock says if it runs."""
+    """What the next start would do again is lost already; without a word of the end, the owner of the lock says if it
+    runs."""
     log = Log(tmp_path)
     log.attempt("begin")
     log.begin(0, takes=10)
@@ -137,7 +173,11 @@ def test_an_end_that_nothing_has_followed(tmp_path):
         return ledger.lives[0].cause, round(ledger.seconds["useful"], 6), round(ledger.seconds["lost"], 6)
 
     here = socket.gethostname()
-    for owner, cause in ((f"pid {os.getpid()} on {here}, started", "running"), (f"pid 1 on not-{here}, started", "running"), (f"pid {2**22 + 1} on {here}, job 7, started", "ended from outside")):
+    for owner, cause in (
+        (f"pid {os.getpid()} on {here}, started", "running"),
+        (f"pid 1 on not-{here}, started", "running"),
+        (f"pid {2**22 + 1} on {here}, job 7, started", "ended from outside"),
+    ):
         (tmp_path / ".lock").write_text(owner)
         assert found() == (cause, *((10.0, 0.0) if cause == "running" else (3.0, 7.0)))
     log.attempt("end", "Rank 0 was ended by SIGKILL")
@@ -167,7 +207,14 @@ def test_starts_that_log_nothing_and_an_end_that_nobody_could_tell(tmp_path):
     log.attempt("end", "stopped")
     ledger = read_ledger(tmp_path)
     found = {k: round(v, 6) for k, v in ledger.seconds.items() if v}
-    assert found == {"useful": 40.0, "start": 30.0 + 60 + 20 + 20, "down": 18000.0, "lost": 5.0, "stall": 3.0, "other": 1.0}
+    assert found == {
+        "useful": 40.0,
+        "start": 30.0 + 60 + 20 + 20,
+        "down": 18000.0,
+        "lost": 5.0,
+        "stall": 3.0,
+        "other": 1.0,
+    }
     assert [life.cause for life in ledger.lives] == ["ended from outside", "Rank 0 was ended by SIGKILL", "stopped"]
     second, third = 20 + 2, 18000 + 60 + 20 + 5 + 20 + 2
     assert ledger.mean_time_to_recover_s == pytest.approx((second + third) / 2)
@@ -187,7 +234,8 @@ def test_nothing_and_a_torn_line(tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_every_second_is_somewhere_and_every_sample_counts_once(tmp_path_factory, data):
-    """Lives of any length, each from any point that was reached: the sum is the clock's; useful time is that of the path."""
+    """Lives of any length, each from any point that was reached: the sum is the clock's; useful time is that of the
+    path."""
     log, saved = Log(tmp_path_factory.mktemp("run")), [0]
     per_update = data.draw(st.floats(0.5, 3))
     for _ in range(data.draw(st.integers(1, 5))):
@@ -195,7 +243,12 @@ def test_every_second_is_somewhere_and_every_sample_counts_once(tmp_path_factory
         log.attempt("begin")
         log.begin(saved[-1], data.draw(st.floats(0, 9)))
         for _ in range(data.draw(st.integers(0, 4))):
-            log.updates(data.draw(st.integers(1, 7)), per_update, stall_s=data.draw(st.floats(0, 2)), rest_s=data.draw(st.floats(0, 2)))
+            log.updates(
+                data.draw(st.integers(1, 7)),
+                per_update,
+                stall_s=data.draw(st.floats(0, 2)),
+                rest_s=data.draw(st.floats(0, 2)),
+            )
         log.now += data.draw(st.floats(0, 5))
         log.attempt("end", "ended")
         saved.append(data.draw(st.sampled_from(range(0, log.step * 10 + 1, 10))))
@@ -206,7 +259,11 @@ def test_every_second_is_somewhere_and_every_sample_counts_once(tmp_path_factory
     ledger = read_ledger(log.folder)
     began = ledger.lives[0].began
     assert ledger.total_s == pytest.approx(log.now - began)
-    assert ledger.seconds["useful"] == pytest.approx(per_update * log.step) and log.step * 10 == saved[-1] + 30 and first >= 0
+    assert (
+        ledger.seconds["useful"] == pytest.approx(per_update * log.step)
+        and log.step * 10 == saved[-1] + 30
+        and first >= 0
+    )
     assert all(v >= -1e-9 for v in ledger.seconds.values())
 
 
@@ -215,7 +272,14 @@ def test_of_a_run_that_goes_on_the_clock_is_read(tmp_path, monkeypatch):
         monkeypatch.setattr(ledger.time, "time", lambda: now)
         if progress:
             (tmp_path / "logs").mkdir(exist_ok=True)
-            at = {"what": "measuring kNN", "total": 300, "unit": "images", "done": 100, "since": 1030.0, "advanced": progress["time"]}
+            at = {
+                "what": "measuring kNN",
+                "total": 300,
+                "unit": "images",
+                "done": 100,
+                "since": 1030.0,
+                "advanced": progress["time"],
+            }
             (tmp_path / "logs" / "progress.json").write_text(json.dumps(at | progress))
         found = read_ledger(tmp_path).now
         assert found is None or found["text"] in text(read_ledger(tmp_path))
@@ -224,7 +288,9 @@ def test_of_a_run_that_goes_on_the_clock_is_read(tmp_path, monkeypatch):
     log = Log(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     assert says(1000.0) is None
-    assert says(1005.0, time=1002.0, what="listing the images", total=0, since=1000.0) == "Listing the images, for 2 s 3"
+    assert (
+        says(1005.0, time=1002.0, what="listing the images", total=0, since=1000.0) == "Listing the images, for 2 s 3"
+    )
     log.attempt("begin")
     log.begin(0, takes=30)  # to 1030
     assert says(1040.0) == "Listing the images, for 2 s 10"

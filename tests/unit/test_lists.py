@@ -40,7 +40,9 @@ def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, 
                 lists.ListFile(str(path))
             return
         source = pickle.loads(pickle.dumps(lists.ListFile(str(path))))
-        assert [source.name(i) for i in range(len(source))] == [os.path.join(path.parent, name) for name, *_ in expected]
+        assert [source.name(i) for i in range(len(source))] == [
+            os.path.join(path.parent, name) for name, *_ in expected
+        ]
         assert source.has_labels == labelled
         assert source.left_out.get(left_out.COMMENTS, 0) == len(lines) - len(there)
         if labelled:
@@ -59,10 +61,18 @@ def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, 
         ("#path\tlabel\na.jpg\tcat\n", "a", ["cat"], {left_out.HEADERS: 1}),
         ("picture of it\nb.jpg\ngone.jpg\n#1.jpg\n", "b?#", [None] * 3, {left_out.HEADERS: 1}),
         ("gone.jpg\na.jpg\n", "?a", [None, None], {}),  # an image that is gone, and no name of a column
-        ("# my list\n\n#a.jpg\tcat\nImage-File\tclass\na.jpg\tcat\n#1.jpg\tdog\n# b.jpg\n", "a#", ["cat", "dog"],
-         {left_out.HEADERS: 1, left_out.COMMENTS: 3}),
-        ('"filename"\t"class"\n"a.jpg"\t"a ""cat"""\n"q"\tdog\nb.jpg\t""\n', "aqb", ['a "cat"', "dog", None],
-         {left_out.HEADERS: 1}),
+        (
+            "# my list\n\n#a.jpg\tcat\nImage-File\tclass\na.jpg\tcat\n#1.jpg\tdog\n# b.jpg\n",
+            "a#",
+            ["cat", "dog"],
+            {left_out.HEADERS: 1, left_out.COMMENTS: 3},
+        ),
+        (
+            '"filename"\t"class"\n"a.jpg"\t"a ""cat"""\n"q"\tdog\nb.jpg\t""\n',
+            "aqb",
+            ['a "cat"', "dog", None],
+            {left_out.HEADERS: 1},
+        ),
         ("a.jpg\tcat\nb.jpg\tdog\n#gone\tcow", "ab", ["cat", "dog"], {left_out.COMMENTS: 1}),
         ("images\na.jpg\n", "a", [None], {left_out.HEADERS: 1}),  # there is a folder of this name
         ("image\na.jpg\n", "ia", [None, None], {}),  # there is a file of this name
@@ -85,7 +95,9 @@ def test_lines_are_read_as_readers_of_tables_do(tmp_path, monkeypatch, text, nam
 
 def test_a_list_of_lines_that_cannot_be_read_says_how_many_were_looked_at(tmp_path):
     (tmp_path / "list.txt").write_text("gone.jpg\n" * 1000)
-    with pytest.raises(DataError, match=r"lists '.*/gone\.jpg' \(it does not exist\); of 100 lines looked at, spread over its 1,000"):
+    with pytest.raises(
+        DataError, match=r"lists '.*/gone\.jpg' \(it does not exist\); of 100 lines looked at, spread over its 1,000"
+    ):
         open_source(str(tmp_path / "list.txt"))
     (tmp_path / "a.jpg").touch()
     (tmp_path / "list.csv").write_text("a.jpg,cat\n" * 3)

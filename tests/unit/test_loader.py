@@ -46,7 +46,17 @@ def photos(tmp_path_factory):
 
 
 def batches(
-    source, *, workers=0, rank=0, world_size=1, start=0, stop=5 * BATCH, seed=3, global_batch=BATCH, block=1, lanes=1,
+    source,
+    *,
+    workers=0,
+    rank=0,
+    world_size=1,
+    start=0,
+    stop=5 * BATCH,
+    seed=3,
+    global_batch=BATCH,
+    block=1,
+    lanes=1,
     timeout_s=300.0,
 ):
     sampler = ElasticSampler([Era(0, (("all", len(source)),), block, lanes)], seed, global_batch)
@@ -234,7 +244,9 @@ def test_a_stream_that_ends_early_ends_the_run_with_its_own_words(photos, worker
 def test_a_stream_whose_loader_is_killed(photos, capfd):
     made, killed = [], False
     sampler = ElasticSampler([Era(0, (("all", N),), 0, 1)], 3, BATCH)
-    for b in loader(Passing(photos), Data(workers=2, prefetch=2), VIEWS, sampler, rank=0, world_size=1, start=0, stop=5 * BATCH):
+    for b in loader(
+        Passing(photos), Data(workers=2, prefetch=2), VIEWS, sampler, rank=0, world_size=1, start=0, stop=5 * BATCH
+    ):
         made.append(b)
         if not killed:
             os.kill(processes.workers(os.getpid())[0], signal.SIGKILL)
@@ -255,7 +267,10 @@ def test_blocks_are_read_once_each_whoever_reads(photos, broken, tmp_path, world
         counts.touch()
         options = dict(global_batch=6, block=5, lanes=6, stop=60)
         alone = batches(source, **options)
-        parts = [batches(Counted(source, counts), rank=r, world_size=world_size, workers=workers, **options) for r in range(world_size)]
+        parts = [
+            batches(Counted(source, counts), rank=r, world_size=world_size, workers=workers, **options)
+            for r in range(world_size)
+        ]
         same(joined(parts), alone)
         reads = counts.read_text().split("\n")[:-1]
         replaced = sum(len(b.unreadable) for b in alone)
@@ -285,13 +300,16 @@ def test_what_is_read_ahead_is_bounded(photos, tmp_path, monkeypatch):
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_an_epoch_is_whole_whoever_loads_it_and_however_often_it_stops(photos, data):
-    """Two epochs in legs of any length, each on other ranks and workers, in blocks or not: every image once an epoch."""
+    """Two epochs in legs of any length, each on other ranks and workers, in blocks or not: every image once an
+    epoch."""
     block, lanes = data.draw(st.sampled_from([(1, 1), (5, 6), (2, 12), (10, 6)]))
     at, seen, views = 0, [], []
     while at < 2 * N:
         stop = data.draw(st.integers(at // 6 + 1, 2 * N // 6)) * 6
         world_size, workers = data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(0, 2))
-        options = dict(world_size=world_size, workers=workers, start=at, stop=stop, global_batch=6, block=block, lanes=lanes)
+        options = dict(
+            world_size=world_size, workers=workers, start=at, stop=stop, global_batch=6, block=block, lanes=lanes
+        )
         for b in joined([batches(photos, rank=r, **options) for r in range(world_size)]):
             seen += b.indices.tolist()
             views.append(b.views[0])
@@ -302,19 +320,24 @@ def test_an_epoch_is_whole_whoever_loads_it_and_however_often_it_stops(photos, d
 
 
 def test_a_loader_takes_the_same_memory_whatever_the_length_of_the_list(tmp_path):
-    """Resident memory of a worker's own (Pss) at 2,000 and at 2,000,000 lines: what is mapped is shared, and little of it."""
+    """Resident memory of a worker's own (Pss) at 2,000 and at 2,000,000 lines: what is mapped is shared, and little of
+    it."""
     (tmp_path / "1.jpg").write_bytes(jpeg(0))
     own = []
     for num in (2_000, 2_000_000):
         (tmp_path / f"{num}.txt").write_text(f"{tmp_path}/1.jpg\n" * num)
         source = open_source(str(tmp_path / f"{num}.txt"))
         sampler = ElasticSampler([Era(0, (("all", num),))], 0, BATCH)
-        made = loader(source, Data(workers=1, prefetch=1), VIEWS, sampler, rank=0, world_size=1, start=0, stop=40 * BATCH)
+        made = loader(
+            source, Data(workers=1, prefetch=1), VIEWS, sampler, rank=0, world_size=1, start=0, stop=40 * BATCH
+        )
         for _ in range(20):
             next(made)
         (worker,) = processes.workers(os.getpid())
         lines = Path(f"/proc/{worker}/smaps_rollup").read_text().splitlines()
-        own.append(sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024)
+        own.append(
+            sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
+        )
         made.close()
     assert own[1] < own[0] + 15 and own[1] < 120, own
 

@@ -67,14 +67,20 @@ def test_one_spelling(tmp_path, monkeypatch):
     assert absolute("x/{a,b}.tar, y.tar") == f"{tmp_path}/x/{{a,b}}.tar,{tmp_path}/y.tar"
     assert absolute("with,comma") == str(tmp_path / "with,comma")
     assert absolute("s3://a/b,c/d.tar") == "s3://a/b,c/d.tar" and absolute("hf:a/b") == "hf:a/b"
-    assert [p.path for p in read_manifest(write(tmp_path, "parts: ['x/*.tar,z.tar', 'https://a/b.tar']"))] == [f"{tmp_path}/x/*.tar,{tmp_path}/z.tar", "https://a/b.tar"]
+    assert [p.path for p in read_manifest(write(tmp_path, "parts: ['x/*.tar,z.tar', 'https://a/b.tar']"))] == [
+        f"{tmp_path}/x/*.tar,{tmp_path}/z.tar",
+        "https://a/b.tar",
+    ]
 
 
 def test_a_split_and_a_column_of_a_part(tmp_path):
     datasets = pytest.importorskip("datasets")
     cells = lambda tag: [{"bytes": b"%s %d" % (tag, i), "path": None} for i in range(3)]  # noqa: E731
     features = datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
-    made = {s: datasets.Dataset.from_dict({"left": cells(b"l" + s.encode()), "right": cells(b"r" + s.encode())}, features) for s in ("train", "test")}
+    made = {
+        s: datasets.Dataset.from_dict({"left": cells(b"l" + s.encode()), "right": cells(b"r" + s.encode())}, features)
+        for s in ("train", "test")
+    }
     datasets.DatasetDict(made).save_to_disk(tmp_path / "x")
     part = {"path": "x", "kind": "hub", "image_key": "right"}
     path = tmp_path / "m.yaml"
@@ -83,5 +89,7 @@ def test_a_split_and_a_column_of_a_part(tmp_path):
     assert [source.read(i) for i in (0, 5)] == [b"rtest 0", b"rtrain 2"]
     assert [name for name, _ in source.parts] == [f"{tmp_path}/x[test]", f"{tmp_path}/x[train]"]
     path.write_text(yaml.safe_dump({"parts": [{"path": "x", "split": "test"}]}))
-    with pytest.raises(DataError, match="part 1 gives split, which only data sets of kind hub have: add kind: hub, or leave it out"):
+    with pytest.raises(
+        DataError, match="part 1 gives split, which only data sets of kind hub have: add kind: hub, or leave it out"
+    ):
         open_source(str(path))

@@ -1,4 +1,5 @@
-"""The kernels in C: built at installation, the same bytes on every machine, and to one level what torch does without them."""
+"""The kernels in C: built at installation, the same bytes on every machine, and to one level what torch does without
+them."""
 
 from __future__ import annotations
 
@@ -38,16 +39,29 @@ def made(kernels, image: np.ndarray, size: int, how: photometric.Distortion) -> 
 
 
 distortions = st.builds(
-    lambda flip, ops, sigma: photometric.Distortion(flip, tuple((op, f / 4 if op == photometric.HUE else f) for op, f in ops), sigma),
-    st.booleans(), st.lists(st.tuples(st.integers(0, 4), st.floats(0, 2, width=32)), max_size=4, unique_by=lambda x: x[0]),
+    lambda flip, ops, sigma: photometric.Distortion(
+        flip, tuple((op, f / 4 if op == photometric.HUE else f) for op, f in ops), sigma
+    ),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 4), st.floats(0, 2, width=32)), max_size=4, unique_by=lambda x: x[0]),
     st.sampled_from([0.0, 0.3, 2.0, 12.0]),
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=50)
-@given(height=st.integers(1, 300), width=st.integers(1, 300), size=st.integers(1, 70), seed=st.integers(0, 99), how=distortions)
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    size=st.integers(1, 70),
+    seed=st.integers(0, 99),
+    how=distortions,
+)
 def test_every_instruction_set_gives_the_same_bytes_and_torch_the_same_to_one_level(height, width, size, seed, how):
-    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8) if seed % 2 else photo(height, width, seed)
+    image = (
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+        if seed % 2
+        else photo(height, width, seed)
+    )
     small, planes = made(n.native(), image, size, how)
     for name in BUILT[1:]:
         other, distorted = made(n.load(name), image, size, how)
@@ -58,7 +72,16 @@ def test_every_instruction_set_gives_the_same_bytes_and_torch_the_same_to_one_le
 
 def build(folder: Path, **environment: str) -> set[str]:
     """Instruction sets that an installation into `folder` builds kernels for."""
-    words = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    words = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        folder / "lib",
+        "--build-temp",
+        folder / "temp",
+    ]
     subprocess.run(words, cwd=ROOT, env=os.environ | environment, check=True, capture_output=True)
     return {path.name.removeprefix("_pixels_").partition(".")[0] for path in folder.rglob("_pixels_*.so")}
 
@@ -95,7 +118,8 @@ def test_a_start_says_so_where_they_are_missing(built, monkeypatch):
 
 
 def test_without_them_batches_are_the_same_to_one_level(tmp_path):
-    """A copy of the package without kernels, its loader processes too; decoding is the same, so nothing else differs."""
+    """A copy of the package without kernels, its loader processes too; decoding is the same, so nothing else
+    differs."""
     shutil.copytree(PACKAGE, tmp_path / "seer_scale", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "images").mkdir()
     for i in range(4):
@@ -111,11 +135,13 @@ from seer_scale.data.native import native
 from seer_scale.data.sampler import ElasticSampler, Era
 from seer_scale.data.sources import open_source
 assert native() is None
-views, source = Views(crops=(Crop(num=2, size=48), Crop(num=2, size=24, scale=(0.05, 0.14)))), open_source({str(tmp_path / "images")!r})
+views = Views(crops=(Crop(num=2, size=48), Crop(num=2, size=24, scale=(0.05, 0.14))))
+source = open_source({str(tmp_path / "images")!r})
 sampler = ElasticSampler([Era(0, (("all", 4),))], 0, 4)
 for workers in (0, 1):
     batch = next(loader(source, Data(workers=workers), views, sampler, rank=0, world_size=1, start=0, stop=4))
-    np.savez({str(tmp_path)!r} + f"/made{{workers}}.npz", *[v.numpy() for v in batch.views], indices=batch.indices.numpy())
+    made = [v.numpy() for v in batch.views]
+    np.savez({str(tmp_path)!r} + f"/made{{workers}}.npz", *made, indices=batch.indices.numpy())
 """)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

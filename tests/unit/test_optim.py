@@ -34,7 +34,9 @@ def grads_of(params):
 
 
 def norms_of(params):
-    return torch.stack([torch.stack([p.norm() for p in params.values()]), torch.stack([p.grad.norm() for p in params.values()])])
+    return torch.stack(
+        [torch.stack([p.norm() for p in params.values()]), torch.stack([p.grad.norm() for p in params.values()])]
+    )
 
 
 def larc(params, momentum, lr, c):
@@ -71,7 +73,9 @@ def test_equal_to_torch(name, exclude):
         {"params": [p for p in theirs.values() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in theirs.values() if p.ndim < 2], "weight_decay": 0.0 if exclude else 0.1},
     ]
-    torch_one = torch.optim.AdamW(groups, lr=0.02) if name == "adamw" else torch.optim.SGD(groups, lr=0.02, momentum=0.9)
+    torch_one = (
+        torch.optim.AdamW(groups, lr=0.02) if name == "adamw" else torch.optim.SGD(groups, lr=0.02, momentum=0.9)
+    )
     optimizer = build_optimizer(ours, {"vector"}, config)
     for step in range(6):
         set_grads(ours, step), set_grads(theirs, step)
@@ -129,7 +133,11 @@ def test_frozen_names_are_left_alone(name):
 
 
 def schedule_of(**over):
-    nested = {"schedule": {"warmup_samples": 1000} | over, "train": {"samples": 10000}, "optim": {"lr": 0.4, "lr_batch": 16}}
+    nested = {
+        "schedule": {"warmup_samples": 1000} | over,
+        "train": {"samples": 10000},
+        "optim": {"lr": 0.4, "lr_batch": 16},
+    }
     return LearningRate(resolve(RECIPE, nested))
 
 
@@ -154,7 +162,9 @@ def test_going_on_with_another_rate_is_said_with_what_changed_it():
     meta = {"config": then.to_dict(), "samples_seen": 160, "schedule": LearningRate(then).state}
     assert rate_change(meta, then) == rate_change(meta, config(160, final=0.001)) == ""
     longer = rate_change(meta, config(320))
-    assert longer.startswith("The learning rate goes from 0.0006 to 0.352, because of train.samples (schedule.decay_samples 160 keeps")
+    assert longer.startswith(
+        "The learning rate goes from 0.0006 to 0.352, because of train.samples (schedule.decay_samples 160 keeps"
+    )
     assert rate_change(meta, config(320, decay_samples=160)) == ""
     assert rate_change(meta, config(320, name="plateau", plateau_samples=40)).endswith(
         "because of schedule.name, schedule.plateau_samples, train.samples."
@@ -166,16 +176,24 @@ def test_seer_figures():
     from seer_scale.config import load_recipe
 
     lr = LearningRate(resolve(load_recipe("seer_regnety_256gf"), {"data": {"path": "-"}}, world_size=512))
-    assert math.isclose(lr(0), 0.15, rel_tol=1e-3) and math.isclose(lr(8000 * 8192), 9.6) and math.isclose(lr(10**9), 0.0096)
+    assert (
+        math.isclose(lr(0), 0.15, rel_tol=1e-3)
+        and math.isclose(lr(8000 * 8192), 9.6)
+        and math.isclose(lr(10**9), 0.0096)
+    )
 
 
 @settings(max_examples=50, deadline=None)
 @given(
     losses=st.lists(st.floats(1, 6, width=32) | st.just(math.nan), min_size=40, max_size=120),
-    log_every=st.integers(1, 30), stops=st.sets(st.integers(1, 120)), warmup=st.integers(0, 100), window=st.integers(8, 200),
-)  # fmt: skip
+    log_every=st.integers(1, 30),
+    stops=st.sets(st.integers(1, 120)),
+    warmup=st.integers(0, 100),
+    window=st.integers(8, 200),
+)
 def test_plateau_is_the_same_however_it_is_logged_and_stopped(losses, log_every, stops, warmup, window):
-    """Against means over the updates of each window of a fixed grid; a stop ends a metric line and its state is JSON."""
+    """Against means over the updates of each window of a fixed grid; a stop ends a metric line and its state is
+    JSON."""
     options = dict(name="plateau", plateau_samples=window, warmup_samples=warmup, plateau_threshold=0.01)
     schedule = schedule_of(**options)
     best, cuts, mine, total, count = math.inf, 0, [], 0.0, 0
@@ -187,7 +205,9 @@ def test_plateau_is_the_same_however_it_is_logged_and_stopped(losses, log_every,
         ends = 8 * i >= warmup and (8 * i - warmup) // window != (8 * i + 8 - warmup) // window
         assert not ends or schedule.ends_window(8 * i)
         if schedule.ends_window(8 * i) or (i + 1) % log_every == 0 or i in stops:
-            assert schedule.observe(8 * i + 8, total, count) == bool(ends and mine and sum(mine) / len(mine) >= best * 0.99)
+            assert schedule.observe(8 * i + 8, total, count) == bool(
+                ends and mine and sum(mine) / len(mine) >= best * 0.99
+            )
             total, count = 0.0, 0
         if ends and mine:
             mean, mine = sum(mine) / len(mine), []

@@ -38,7 +38,11 @@ def pack(src, dst, *words, workers=0):
 
 def files(dst):
     """Everything in a pack that has to be the same; an index names the date of its tar."""
-    return {p.name: p.read_bytes() for p in Path(dst).iterdir() if p.is_file() and not p.name.startswith(".") and not p.name.endswith(".npz")}
+    return {
+        p.name: p.read_bytes()
+        for p in Path(dst).iterdir()
+        if p.is_file() and not p.name.startswith(".") and not p.name.endswith(".npz")
+    }
 
 
 def images(source):
@@ -166,7 +170,9 @@ def test_an_image_that_ends_its_process(src, tmp_path, monkeypatch):
     source = open_source(str(src))
     monkeypatch.setattr(inspect, "open_source", lambda path, kind: Fatal(source, {20}))
     assert "1 that cannot be read left out" in pack(src, tmp_path / "dst", "--check", "--size", "40kB", workers=2)
-    assert (tmp_path / "dst" / "unreadable.txt").read_text() == f"{source.name(20)}: it ended or stopped its loader twice\n"
+    assert (
+        tmp_path / "dst" / "unreadable.txt"
+    ).read_text() == f"{source.name(20)}: it ended or stopped its loader twice\n"
 
 
 # ----------------------------------------------------------------------------------------------- stops
@@ -231,7 +237,9 @@ def test_a_full_disk_leaves_whole_tars(src, tmp_path, monkeypatch):
         real(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(DataError, match=r"tar cannot be written \(No space left on device\): the tars that are whole stay"):
+    with pytest.raises(
+        DataError, match=r"tar cannot be written \(No space left on device\): the tars that are whole stay"
+    ):
         pack(src, tmp_path / "dst", "--size", "20kB")
     monkeypatch.undo()
     made = tars_of(tmp_path / "dst")
@@ -295,13 +303,26 @@ def test_two_at_once_are_refused(src, tmp_path):
     pack(src, tmp_path / "dst")
 
 
-@pytest.mark.parametrize("words", (("--size", "0"), ("--size", "big"), ("--shuffle", "yes"), ("--max-side", "0"), ("--workers", "-1"), ("--split", "test"), ("--buffer", "9")))
+@pytest.mark.parametrize(
+    "words",
+    (
+        ("--size", "0"),
+        ("--size", "big"),
+        ("--shuffle", "yes"),
+        ("--max-side", "0"),
+        ("--workers", "-1"),
+        ("--split", "test"),
+        ("--buffer", "9"),
+    ),
+)
 def test_bad_arguments(src, tmp_path, words):
     with pytest.raises(DataError, match=words[0]):
         pack(src, tmp_path / "dst", *words)
 
 
-@pytest.mark.parametrize("word, size", (("1GiB", 1 << 30), ("500MB", 500_000_000), ("1.5k", 1500), ("2KiB", 2048), ("7", 7), ("1TB", 10**12)))
+@pytest.mark.parametrize(
+    "word, size", (("1GiB", 1 << 30), ("500MB", 500_000_000), ("1.5k", 1500), ("2KiB", 2048), ("7", 7), ("1TB", 10**12))
+)
 def test_sizes(word, size):
     assert module._size(word) == size
 
@@ -363,7 +384,9 @@ def test_stream(streamed, tmp_path, capsys):
     assert images(packed) == [data for _, data in Stream().iterate(0, 0, 0) if isinstance(data, bytes)]
     assert len(tars_of(tmp_path / "dst")) > 2 and "--shuffle" in capsys.readouterr().err
     assert "26 images" in told and "4 that cannot be read left out" in told
-    assert (tmp_path / "dst" / "unreadable.txt").read_text() == "".join(f"image {n}: it is gone\n" for n in (0, 11, 12, 29))
+    assert (tmp_path / "dst" / "unreadable.txt").read_text() == "".join(
+        f"image {n}: it is gone\n" for n in (0, 11, 12, 29)
+    )
 
 
 @pytest.mark.parametrize("ends", range(0, 30, 3))
@@ -391,7 +414,11 @@ def test_data_sets_of_the_hub(src, tmp_path):
     table.to_parquet(tmp_path / "all.parquet")
     pack(tmp_path / "saved", tmp_path / "dst", "--shuffle", "no", "--size", "40kB", workers=2)
     packed = open_source(str(tmp_path / "dst"))
-    assert images(packed) == images(source) and packed.labels.tolist() == source.labels.tolist() and packed.classes == source.classes
+    assert (
+        images(packed) == images(source)
+        and packed.labels.tolist() == source.labels.tolist()
+        and packed.classes == source.classes
+    )
     words = ("--kind", "stream", "--length", N, "--buffer", 10, "--size", "40kB")
     pack(tmp_path / "all.parquet", tmp_path / "streamed", *words)
     assert sorted(images(open_source(str(tmp_path / "streamed")))) == sorted(images(source))

@@ -84,7 +84,13 @@ def test_every_step_happens_as_often_as_asked(kernel):
     flipped = np.array([c[0, 0].sum() < c[0, -1].sum() for c in crops])
     grey = np.array([np.ptp(c, axis=2).max() == 0 for c in crops])
     blurred = np.array([0 < c[8, 6:10].sum(1).min() or len({*c[8, :, 0]}) > 2 for c in crops])
-    for share, probability in ((flipped, 0.3), (grey, 0.2), (blurred, 0.6), (flipped & grey, 0.06), (grey & blurred, 0.12)):
+    for share, probability in (
+        (flipped, 0.3),
+        (grey, 0.2),
+        (blurred, 0.6),
+        (flipped & grey, 0.06),
+        (grey & blurred, 0.12),
+    ):
         assert abs(share.mean() - probability) < 5 * np.sqrt(probability * (1 - probability) / n)
 
 

@@ -44,12 +44,21 @@ def test_all_rows_in_order(tmp_path, workers):
     assert not taken(stream(Numbers(tmp_path), range(0), workers=workers))
 
 
-@pytest.mark.parametrize("what,options,said", [(die, {}, "was ended by SIGKILL"), (hang, {"timeout_s": 0.5}, "for 0.5 s"), (lambda: os._exit(3), {}, "ended with status 3")])
+@pytest.mark.parametrize(
+    "what,options,said",
+    [
+        (die, {}, "was ended by SIGKILL"),
+        (hang, {"timeout_s": 0.5}, "for 0.5 s"),
+        (lambda: os._exit(3), {}, "ended with status 3"),
+    ],
+)
 def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path, capfd, what, options, said):
     trouble = dict.fromkeys([0, 304, 306, 501], what)
     check(taken(stream(Numbers(tmp_path, trouble), range(8), workers=2, prefetch=3, **options)), 8)
     told = capfd.readouterr().err
-    assert told.count("another takes its place") == 4 and all(f"{said} at number {i};" in told or f"{said} at number {i}" in told for i in trouble)
+    assert told.count("another takes its place") == 4 and all(
+        f"{said} at number {i};" in told or f"{said} at number {i}" in told for i in trouble
+    )
 
 
 def test_killed_at_random_by_somebody_else(tmp_path):
@@ -177,7 +186,9 @@ def test_what_lies_in_the_current_folder_stands_in_for_nothing(tmp_path, monkeyp
     monkeypatch.setattr(module, "_server", module._Server())
     monkeypatch.setattr("sys.path", [str(shadow), *sys.path])
     for _ in range(2):
-        with pytest.raises(DataError, match=f"cannot be started: ImportError: homework \\({shadow}/random.py, line 1\\)."):
+        with pytest.raises(
+            DataError, match=f"cannot be started: ImportError: homework \\({shadow}/random.py, line 1\\)."
+        ):
             taken(stream(Numbers(tmp_path), range(4), workers=2))
 
 

@@ -28,7 +28,9 @@ def test_updates_evaluations_and_checkpoints_are_estimated_apart():
     eta.add(line(1, 4.0))
     assert eta.seconds() == pytest.approx(6336 / 4)  # one line must do
     eta.add(line(10, 64.0, **{"time/checkpoint_stall_s": 2.0}))
-    assert eta.seconds() == pytest.approx(5760 / 64 + 8 * 2)  # which is forgotten: the first starts loaders, and compiles
+    assert eta.seconds() == pytest.approx(
+        5760 / 64 + 8 * 2
+    )  # which is forgotten: the first starts loaders, and compiles
     eta.add({"samples_seen": 640, "time/knn_s": 100.0})
     assert eta.seconds() == pytest.approx(5760 / 64 + 8 * 2 + 4 * 100)  # at 1600, 3200, 4800 and the end
     eta.add(line(76, 64.0, **{"time/checkpoint_stall_s": 0.0}))
@@ -98,7 +100,10 @@ def test_others_read_what_a_run_is_at_while_it_runs(tmp_path):
         progress.advance(64)
         while not (found := read_progress(tmp_path)) or found["done"] != 64:
             time.sleep(0.01)
-        assert found["text"].startswith("Training: 64 of 640 images, for ") and found["time"] >= found["advanced"] >= found["since"]
+        assert (
+            found["text"].startswith("Training: 64 of 640 images, for ")
+            and found["time"] >= found["advanced"] >= found["since"]
+        )
     assert not (tmp_path / FILE).exists()
     for torn in ("", "{", "[]", json.dumps({"what": 1, "no": 2})):
         (tmp_path / FILE).write_text(torn)
@@ -123,7 +128,9 @@ with Progress(every_s=60) as progress, progress.doing("listing the images of pho
 """
     ours, theirs = os.openpty()
     env = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-    process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "drawn"], stdout=theirs, stdin=theirs, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "drawn"], stdout=theirs, stdin=theirs, env=env
+    )
     os.close(theirs)
     seen = b""
     try:
@@ -137,7 +144,9 @@ with Progress(every_s=60) as progress, progress.doing("listing the images of pho
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
     for words in ("A line.", "━━━", "Listing the images of photos: 0 of 200 images"):
         assert words in text, words
-    plain = subprocess.run([sys.executable, "-c", program, tmp_path / "plain"], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    plain = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "plain"], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
     assert plain.stdout == "A line.\nAnother [b]line[/b].\n"
     for kept in ("drawn", "plain"):  # the bar is no line
         assert [line[20:] for line in (tmp_path / kept).read_text().splitlines()] == plain.stdout.splitlines()

@@ -84,7 +84,8 @@ def test_segments_by_example(form, expected):
 
 
 def test_seers_10b():
-    """VISSL's configs/config/pretrain/seer/models/regnet10B.yaml: all of stages 1 and 2, two halves of 3, not stage 4."""
+    """VISSL's configs/config/pretrain/seer/models/regnet10B.yaml: all of stages 1 and 2, two halves of 3, not stage
+    4."""
     with torch.device("meta"):
         stages = build_backbone("regnety_10b").stage_units()
     found = find_segments(((2,), (7,), (9, 17), ()), stages)
@@ -228,8 +229,11 @@ def test_each_part_is_called_once_a_pass_and_in_order():
     units["prototypes.0"](units["head"](torch.cat(model(images()))))
     assert calls == list(parts)
     assert [n for n in calls if n.startswith(("backbone.s2.b1", "head"))] == [
-        *(f"backbone.s2.b1.{part}" for part in ("conv1", "conv2", "se", "conv3", "downsample")), "head.0", "head.3", "head.6",
-    ]  # fmt: skip
+        *(f"backbone.s2.b1.{part}" for part in ("conv1", "conv2", "se", "conv3", "downsample")),
+        "head.0",
+        "head.3",
+        "head.6",
+    ]
 
 
 def test_seers_10b_in_parts():

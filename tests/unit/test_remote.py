@@ -47,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         server, path = self.server, self.server.root / unquote(self.path.partition("?")[0]).lstrip("/")
         server.asked.append((self.command, self.path))
-        fault = next((faults.pop(0) for end, faults in server.faults.items() if self.path.endswith(end) and faults), None)
+        fault = next(
+            (faults.pop(0) for end, faults in server.faults.items() if self.path.endswith(end) and faults), None
+        )
         if fault == "hang":
             server.over.wait(60)
         if fault == "huge":
@@ -153,7 +155,9 @@ def plain(source, root: str):
 # -------------------------------------------------------------------------------------------------------- tars
 
 
-@pytest.mark.parametrize("path", ["", "/", "/*.tar", "/0*[0-2].tar", "/{000..002}.tar", "/000.tar, {url}/{{001,002}}.tar"])
+@pytest.mark.parametrize(
+    "path", ["", "/", "/*.tar", "/0*[0-2].tar", "/{000..002}.tar", "/000.tar, {url}/{{001,002}}.tar"]
+)
 def test_remote_tars_are_the_local_ones(server, path):
     publish(server)
     path = (server.url + path).replace("{url}", server.url).replace("{{", "{").replace("}}", "}")
@@ -195,9 +199,15 @@ def test_an_index_beside_a_tar_is_used_if_it_fits(server, monkeypatch):
     with np.load(index) as saved:
         good = dict(saved)
     lies = [
-        {"offset": good["offset"] + 10**9}, {"size": -good["size"]}, {"cls": good["cls"] + 9}, {"names": None},
-        {"name_ends": good["name_ends"][:-1]}, {"stamp": good["stamp"] + 1}, {"offset": np.array(["x"] * 8)}, {"cls": np.array(0)},
-    ]  # fmt: skip
+        {"offset": good["offset"] + 10**9},
+        {"size": -good["size"]},
+        {"cls": good["cls"] + 9},
+        {"names": None},
+        {"name_ends": good["name_ends"][:-1]},
+        {"stamp": good["stamp"] + 1},
+        {"offset": np.array(["x"] * 8)},
+        {"cls": np.array(0)},
+    ]
     for n, lie in enumerate(lies):
         np.savez(index, **{k: v for k, v in (good | lie).items() if v is not None})
         (server.root / f"copy{n}.tar").write_bytes((server.root / "000.tar").read_bytes())
@@ -250,7 +260,10 @@ def test_a_list_is_judged_by_lines_from_all_of_it(server, tmp_path):
         server.faults["list.txt"] = how
         assert len(open_source(f"{server.url}/list.txt")) == 40
     server.faults["there.jpg"] = [403] * 9
-    with pytest.raises(DataError, match=r"lists '.*gone\.jpg' \(it does not exist\); of 32 lines looked at, spread over its 40, none can"):
+    with pytest.raises(
+        DataError,
+        match=r"lists '.*gone\.jpg' \(it does not exist\); of 32 lines looked at, spread over its 40, none can",
+    ):
         open_source(f"{server.url}/list.txt")
     (tmp_path / "list.txt").write_text("http://no.such.host.invalid/1.jpg\n")
     with pytest.raises(DataError, match=r"lists 'http://no\.such\.host\.invalid/1\.jpg' \(\w*Error"):
@@ -274,7 +287,12 @@ def test_what_fails_now_and_then_is_tried_again(server, monkeypatch, fault):
 
 @pytest.mark.parametrize(
     "fault, words, tries",
-    [(503, "HTTP status 503; 5 tries", 5), (403, "HTTP status 403", 1), ("short", "of 8 bytes came; 5 tries", 5), ("whole", "ignores ranges", 1)],
+    [
+        (503, "HTTP status 503; 5 tries", 5),
+        (403, "HTTP status 403", 1),
+        ("short", "of 8 bytes came; 5 tries", 5),
+        ("whole", "ignores ranges", 1),
+    ],
 )
 def test_in_the_end_there_is_one_sentence(server, fault, words, tries):
     (server.root / "a.bin").write_bytes(bytes(100))
@@ -426,15 +444,24 @@ def test_other_filesystems(tmp_path):
 @pytest.mark.parametrize(
     "url, kind",
     [
-        ("s3://b/x.tar", "tar"), ("s3://b/d/", "tar"), ("s3://b/{0..9}.tar", "tar"), ("s3://b/*", "tar"), ("gs://b/a.tar,gs://b/b.tar", "tar"),
-        ("https://h/l.txt?signature=a*b", "list"), ("https://h/x.TAR?x=1", "tar"), ("http://[::1]:80/l.CSV", "list"), ("s3://b/l.list", "list"),
+        ("s3://b/x.tar", "tar"),
+        ("s3://b/d/", "tar"),
+        ("s3://b/{0..9}.tar", "tar"),
+        ("s3://b/*", "tar"),
+        ("gs://b/a.tar,gs://b/b.tar", "tar"),
+        ("https://h/l.txt?signature=a*b", "list"),
+        ("https://h/x.TAR?x=1", "tar"),
+        ("http://[::1]:80/l.CSV", "list"),
+        ("s3://b/l.list", "list"),
     ],
-)  # fmt: skip
+)
 def test_kinds_of_urls(url, kind):
     assert kind_of(url) == kind
 
 
-@pytest.mark.parametrize("url, words", [("s3://b/d", "data.kind tar"), ("s3://b/x.tar.gz", "compressed"), ("s3://b/1.jpg", "single image")])
+@pytest.mark.parametrize(
+    "url, words", [("s3://b/d", "data.kind tar"), ("s3://b/x.tar.gz", "compressed"), ("s3://b/1.jpg", "single image")]
+)
 def test_urls_that_say_nothing(url, words):
     with pytest.raises(DataError, match=words):
         kind_of(url)

@@ -145,7 +145,9 @@ def test_the_headline_claims_no_more_than_was_measured():
     )
     assert headline([{"samples_seen": 0, "knn/top1": None}]) is None
     rows = [{"samples_seen": n, "knn/top1": 20.0 + n, "knn/measurement": mark} for n, mark in ((0, "a"), (9, "b"))]
-    assert headline(rows) == "kNN top-1: 29.0 % after (what stood before, 20.0 %, was measured with other images or keys)"
+    assert (
+        headline(rows) == "kNN top-1: 29.0 % after (what stood before, 20.0 %, was measured with other images or keys)"
+    )
     assert headline([rows[0] | {"knn/measurement": "b"}, rows[1]]) == "kNN top-1: 20.0 % before, 29.0 % after"
 
 
@@ -225,7 +227,10 @@ def test_smoothing_begins_and_ends_on_the_data_and_never_crosses_a_restart():
 
 def test_values_show_under_the_pointer_and_colours_follow_the_reader():
     rows = [{"samples_seen": 64 * i, "a": i / 10, "b": None if i == 2 else 0.5} for i in range(400)]
-    curves = [metric(rows, "a", "one", COLOURS["blue"], unit="s"), metric(rows, "b", "two", COLOURS["orange"], spread="c")]
+    curves = [
+        metric(rows, "a", "one", COLOURS["blue"], unit="s"),
+        metric(rows, "b", "two", COLOURS["orange"], spread="c"),
+    ]
     picture = svg(Plot(curves, "s", until=64 * 400))
     values = re.findall(r"<title>(.*?)</title>", picture, re.DOTALL)
     assert "one: 0 s\ntwo: 0.5\n0 images seen" in values and 50 < len(values) / 2 <= 80
@@ -239,7 +244,15 @@ def test_a_single_evaluation_has_an_axis_that_begins_at_0():
 
 
 def test_numbers_are_written_one_way():
-    assert [short(n) for n in (0, 0.05, 999, 1000, 1234567, 2e9, 999_900)] == ["0", "0.05", "999", "1k", "1.23M", "2B", "1M"]
+    assert [short(n) for n in (0, 0.05, 999, 1000, 1234567, 2e9, 999_900)] == [
+        "0",
+        "0.05",
+        "999",
+        "1k",
+        "1.23M",
+        "2B",
+        "1M",
+    ]
 
 
 def test_the_commonest_class_is_in_the_picture_where_it_is_right_more_often_than_the_network(run_dir, monkeypatch):
@@ -253,7 +266,10 @@ def test_the_commonest_class_is_in_the_picture_where_it_is_right_more_often_than
 
 
 def test_points_of_different_measurements_are_not_joined(run_dir, monkeypatch):
-    rows = [{"samples_seen": n, "a": 1.0, "knn/measurement": mark} for n, mark in enumerate((None, "x", None, "x", "y", "y"))]
+    rows = [
+        {"samples_seen": n, "a": 1.0, "knn/measurement": mark}
+        for n, mark in enumerate((None, "x", None, "x", "y", "y"))
+    ]
     assert metric(rows, "a", "a", COLOURS["green"], apart="knn/measurement").gaps == [4]  # a log of old says nothing
     assert "no line joins" not in write_report(run_dir).read_text()
     with RunLog(run_dir, 6400, 4.159, active=True) as log:
@@ -264,7 +280,11 @@ def test_points_of_different_measurements_are_not_joined(run_dir, monkeypatch):
 
 def test_values_at_the_ends_stand_clear_of_the_level_and_of_error_bars(monkeypatch):
     written = []
-    monkeypatch.setattr(Axes, "annotate", lambda self, text, at, **how: written.append((text, at[1], how["va"])) if "va" in how else None)
+    monkeypatch.setattr(
+        Axes,
+        "annotate",
+        lambda self, text, at, **how: written.append((text, at[1], how["va"])) if "va" in how else None,
+    )
     rows = [{"samples_seen": n, "a": y, "e": 2.0} for n, y in ((0, 19.0), (9, 23.0))]
     curve = metric(rows, "a", "a", COLOURS["green"], digits=".0f", unit="%", spread="e", ends=True)
     for level, expected in (

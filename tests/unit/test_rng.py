@@ -1,4 +1,5 @@
-"""Initial values are functions of (seed, name, index): whatever run of a parameter is drawn, and a rank draws its own alone."""
+"""Initial values are functions of (seed, name, index): whatever run of a parameter is drawn, and a rank draws its own
+alone."""
 
 from __future__ import annotations
 
@@ -64,7 +65,20 @@ def drawn(monkeypatch) -> list[int]:
 
 def test_a_rank_of_512_draws_its_own_run_alone(drawn):
     """SEER's 256GF as rank 0 of 512 holds it; it drew all 1.4 billion before."""
-    config = resolve(load_recipe("seer_regnety_256gf"), ["--data.path", "unused", "--parallel.engine", "fsdp", "--parallel.sync_bn_group", "1", "--parallel.device", "cpu"], world_size=512)
+    config = resolve(
+        load_recipe("seer_regnety_256gf"),
+        [
+            "--data.path",
+            "unused",
+            "--parallel.engine",
+            "fsdp",
+            "--parallel.sync_bn_group",
+            "1",
+            "--parallel.device",
+            "cpu",
+        ],
+        world_size=512,
+    )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=512)
     try:
         world = World(0, 512)

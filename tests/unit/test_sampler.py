@@ -149,7 +149,14 @@ def test_how_well_blocks_are_mixed():
         moved = np.mean(np.abs(place - np.arange(n))) / n
         shards = np.mean([len(np.unique(images[b : b + batch] // 2000)) for b in range(0, n - batch, batch)])
         again, apart = order.at(1, np.arange(n)), np.abs(np.diff(place)) // batch
-        return same_batch, moved, shards, np.corrcoef(images, np.arange(n))[0, 1], np.corrcoef(images, again)[0, 1], apart
+        return (
+            same_batch,
+            moved,
+            shards,
+            np.corrcoef(images, np.arange(n))[0, 1],
+            np.corrcoef(images, again)[0, 1],
+            apart,
+        )
 
     free, by_blocks = facts(Order(n, 0)), facts(Order(n, 0, block, batch))
     assert by_blocks[0] < 1.5 * free[0]  # two neighbours in one batch: hardly ever, as by chance

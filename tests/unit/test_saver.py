@@ -1,4 +1,5 @@
-"""Background saves: every element is copied by one rank, what is written is the moment of `begin`, failures are told."""
+"""Background saves: every element is copied by one rank, what is written is the moment of `begin`, failures are
+told."""
 
 from __future__ import annotations
 
@@ -35,19 +36,26 @@ def fake_world(rank: int, states: list[dict[str, torch.Tensor]]) -> SimpleNamesp
 
 @st.composite
 def layouts(draw):
-    """(whole tensors, for each rank its state): tensors spread over groups of ranks in runs, and repeated by the groups."""
+    """(whole tensors, for each rank its state): tensors spread over groups of ranks in runs, and repeated by the
+    groups."""
     size = draw(st.sampled_from([1, 2, 3, 4, 8]))
     wholes, states = {}, [{} for _ in range(size)]
     for n in range(draw(st.integers(1, 6))):
         shape = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
         whole = torch.rand(shape)
         spread = draw(st.sampled_from([k for k in (1, 2, 3, 4, 8) if size % k == 0]))
-        cuts = [0, *sorted(draw(st.lists(st.integers(0, whole.numel()), min_size=spread - 1, max_size=spread - 1))), whole.numel()]
+        cuts = [
+            0,
+            *sorted(draw(st.lists(st.integers(0, whole.numel()), min_size=spread - 1, max_size=spread - 1))),
+            whole.numel(),
+        ]
         wholes[f"t{n}"] = whole
         for rank in range(size):
             start, stop = cuts[rank % spread : rank % spread + 2]
             is_plain = spread == 1 and draw(st.booleans())
-            states[rank][f"t{n}"] = whole.clone() if is_plain else Shard(whole.flatten()[start:stop].clone(), start, whole.shape)
+            states[rank][f"t{n}"] = (
+                whole.clone() if is_plain else Shard(whole.flatten()[start:stop].clone(), start, whole.shape)
+            )
     return wholes, states
 
 
@@ -67,7 +75,9 @@ def test_each_element_is_copied_by_one_rank_whatever_holds_it(layout, share):
 
 
 def test_a_replicated_state_is_shared_out_evenly():
-    state = {"big": torch.zeros(4096, 4096), "odd": torch.zeros(3, 1000, 1000)} | {f"small{i}": torch.zeros(300, 1000) for i in range(64)}
+    state = {"big": torch.zeros(4096, 4096), "odd": torch.zeros(3, 1000, 1000)} | {
+        f"small{i}": torch.zeros(300, 1000) for i in range(64)
+    }
     held = [Staging(state, fake_world(r, [state] * 16)).nbytes for r in range(16)]
     whole = sum(t.nbytes for t in state.values())
     writers = [h for h in held if h]
@@ -102,7 +112,9 @@ def test_a_save_plans_nothing_and_gathers_lengths_and_checksums_alone(tmp_path, 
 
 def test_the_thread_is_on_the_device_of_its_rank_and_asks_nothing_of_it(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda d: calls.append((threading.current_thread().name, d, any(tmp_path.iterdir()))))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda d: calls.append((threading.current_thread().name, d, any(tmp_path.iterdir())))
+    )
     for name in ("synchronize", "current_stream", "current_device", "Stream", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, n=name, **__: calls.append(n))
     background = Saver(tmp_path, at(1.0), World(device=torch.device("cuda", 1)), keep_last=1, keep_every_samples=0)
@@ -130,10 +142,16 @@ def test_on_512_ranks_a_reader_opens_few_files_and_the_layout_is_short():
     world = SimpleNamespace(gather_objects=lambda mine: [(mine[0], r) for r in runs])
     layout = Layout.plan(state, world)
     num = sum(len(s.parts) for s in layout.tensors.values())
-    assert len(layout.to_json()) < 30 * num + 80 * len(shapes) and num < (runs[..., 0] < runs[..., 1])[:, :30].sum() + 61
+    assert (
+        len(layout.to_json()) < 30 * num + 80 * len(shapes) and num < (runs[..., 0] < runs[..., 1])[:, :30].sum() + 61
+    )
     again = Layout.from_json(layout.to_json())
     assert again.tensors == layout.tensors
-    for ranks, most in ((RANKS, 2), (RANKS // 2, 4), (2 * RANKS, 4)):  # its own or two neighbours', and the one with the vectors
+    for ranks, most in (
+        (RANKS, 2),
+        (RANKS // 2, 4),
+        (2 * RANKS, 4),
+    ):  # its own or two neighbours', and the one with the vectors
         for mine in fsdp_runs(shapes, ranks)[:: ranks // 16]:
             asked = [p for (a, b), stored in zip(mine.tolist(), layout.tensors.values()) for p in stored.within(a, b)]
             assert sum(p.stop - p.start for p in asked) == (mine[:, 1] - mine[:, 0]).sum()

@@ -21,9 +21,14 @@ def scaler_after(*updates: tuple[torch.Tensor, int]) -> LossScaler:
 
 def test_the_scale_follows_good_and_bad_updates():
     for updates, scale in (
-        ([(GOOD, 1999)], 2.0**16), ([(GOOD, 2000)], 2.0**17), ([(GOOD, 4000)], 2.0**18), ([(BAD, 1)], 2.0**15),
-        ([(BAD, 3), (GOOD, 1999)], 2.0**13), ([(GOOD, 1999), (BAD, 1), (GOOD, 1999)], 2.0**15), ([(BAD, 1), (GOOD, 2000)], 2.0**16),
-    ):  # fmt: skip
+        ([(GOOD, 1999)], 2.0**16),
+        ([(GOOD, 2000)], 2.0**17),
+        ([(GOOD, 4000)], 2.0**18),
+        ([(BAD, 1)], 2.0**15),
+        ([(BAD, 3), (GOOD, 1999)], 2.0**13),
+        ([(GOOD, 1999), (BAD, 1), (GOOD, 1999)], 2.0**15),
+        ([(BAD, 1), (GOOD, 2000)], 2.0**16),
+    ):
         assert scaler_after(*updates).scale.item() == scale, updates
 
 
@@ -45,7 +50,11 @@ def test_state_brings_the_scale_back():
 def test_gradients_are_divided_and_checked_where_they_are():
     scaler = LossScaler(torch.device("cpu"), dynamic=True)
     grads = [torch.full((3,), 65536.0), torch.full((2,), 131072.0)]
-    assert scaler.unscale_(grads).item() == 0 and torch.equal(grads[0], torch.ones(3)) and torch.equal(grads[1], torch.full((2,), 2.0))
+    assert (
+        scaler.unscale_(grads).item() == 0
+        and torch.equal(grads[0], torch.ones(3))
+        and torch.equal(grads[1], torch.full((2,), 2.0))
+    )
     assert scaler.unscale_([torch.tensor([1.0, torch.inf])]).item() == 1
 
 
@@ -55,10 +64,17 @@ def test_an_update_that_overflows_in_backward_still_fills_the_queue():
     engine.scaler.scale.fill_(1e38)
 
     def model() -> dict[str, torch.Tensor]:
-        return {k: getattr(v, "local", v) for k, v in engine.state().items() if k.startswith("model/") and "num_batches" not in k}
+        return {
+            k: getattr(v, "local", v)
+            for k, v in engine.state().items()
+            if k.startswith("model/") and "num_batches" not in k
+        }
 
     before = {k: v.clone() for k, v in model().items()}
     losses_of(engine, config, World(), range(1))
     assert engine.scaler.skipped.item() == 1
     assert all(torch.equal(v, before[k]) for k, v in model().items())
-    assert torch.allclose(engine.method.queue[:, :8].norm(dim=2), torch.ones(2, 8)) and not engine.method.queue[:, 8:].any()
+    assert (
+        torch.allclose(engine.method.queue[:, :8].norm(dim=2), torch.ones(2, 8))
+        and not engine.method.queue[:, 8:].any()
+    )

@@ -32,18 +32,24 @@ def reference(scores: torch.Tensor, epsilon: float, iterations: int) -> torch.Te
 )
 def test_equal_to_float64_for_any_score(batch, k, iterations, epsilon, spread, seed):
     generator = torch.Generator().manual_seed(seed)
-    scores = [spread * torch.randn(2, batch, k, generator=generator), spread * torch.randn(2, batch, 3, generator=generator)]
+    scores = [
+        spread * torch.randn(2, batch, k, generator=generator),
+        spread * torch.randn(2, batch, 3, generator=generator),
+    ]
     for s, codes in zip(scores, sinkhorn(scores, epsilon, iterations, World())):
         assert torch.isfinite(codes).all()
         assert torch.allclose(codes.sum(2), torch.ones(()), atol=1e-4)
         for crop in range(2):
-            # fp32 scores / epsilon carry a relative error of 2^-24: as large as their magnitude makes it in the exponent
+            # fp32 scores / epsilon carry a relative error of 2^-24: as large as their magnitude makes it in the
+            # exponent
             tolerance = 1e-5 + 4 * 2.0**-23 * float(s.abs().max()) / epsilon * iterations
             assert torch.allclose(codes[crop].double(), reference(s[crop], epsilon, iterations), atol=tolerance)
 
 
 def test_equal_to_the_textbook_where_that_is_right():
-    scores = torch.nn.functional.normalize(torch.randn(64, 16), dim=1) @ torch.nn.functional.normalize(torch.randn(16, 20), dim=0)
+    scores = torch.nn.functional.normalize(torch.randn(64, 16), dim=1) @ torch.nn.functional.normalize(
+        torch.randn(16, 20), dim=0
+    )
     ours = sinkhorn([scores[None]], 0.05, 3, World())[0][0]
     assert torch.allclose(ours, textbook_sinkhorn(scores, 0.05, 3), atol=1e-5)
 

@@ -1,4 +1,5 @@
-"""An update skipped in a precision without a loss scale is told at once, with what was not finite first, and nothing waits."""
+"""An update skipped in a precision without a loss scale is told at once, with what was not finite first, and nothing
+waits."""
 
 from __future__ import annotations
 
@@ -36,7 +37,11 @@ def test_what_came_first_is_named():
     watch.watch(3, torch.tensor(2.0), GOOD, norms(1, 1, 1))
     watch.watch(4, torch.tensor(math.nan), BAD, norms(math.nan, math.nan, math.nan))
     assert len(told) == 2
-    assert "Update 2 was skipped" in told[0] and "first the gradient of block, one of 2 of 3." in told[0] and "bf16 has no loss scale" in told[0]
+    assert (
+        "Update 2 was skipped" in told[0]
+        and "first the gradient of block, one of 2 of 3." in told[0]
+        and "bf16 has no loss scale" in told[0]
+    )
     assert "Update 4 was skipped" in told[1] and "first the loss." in told[1]
 
 
@@ -111,8 +116,13 @@ def test_a_run_says_so(tmp_path, photos, monkeypatch):
         return own(self, scores, codes) * (torch.nan if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(SwAV, "_swapped", sometimes)
-    given = recipe(tmp_path, photos, train={"samples": 40, "log_every": 5}, knn={"enabled": False}, checkpoint={"every_samples": 0})
+    given = recipe(
+        tmp_path, photos, train={"samples": 40, "log_every": 5}, knn={"enabled": False}, checkpoint={"every_samples": 0}
+    )
     assert run_training(given, ["--run.dir", str(tmp_path / "run")]) == 0
     (event,) = events(tmp_path / "run", "skipped")
-    assert "Update 3 was skipped, as not all of it was finite: first the loss." in event["text"] and event["samples_seen"] == 24
+    assert (
+        "Update 3 was skipped, as not all of it was finite: first the loss." in event["text"]
+        and event["samples_seen"] == 24
+    )
     assert list(steps(tmp_path / "run")) == [8, 40]  # between two metric lines

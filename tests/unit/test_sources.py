@@ -336,7 +336,9 @@ def test_long_work_is_told(tmp_path, monkeypatch, capfd):
 def mixed(tmp_path_factory):
     """Tars with gaps of every kind between images, and an empty one."""
     root = tmp_path_factory.mktemp("mixed")
-    write_tar(root / "0.tar", {"1.jpg": b"a" * 10, "1.cls": b"1", "1.json": b"{}" * 400, "2.jpg": b"", "3.jpg": b"c" * 3000})
+    write_tar(
+        root / "0.tar", {"1.jpg": b"a" * 10, "1.cls": b"1", "1.json": b"{}" * 400, "2.jpg": b"", "3.jpg": b"c" * 3000}
+    )
     write_tar(root / "1.tar", {"only.txt": b"no image"})
     write_tar(root / "2.tar", {"far.bin": b"z" * 5000, "4.jpg": b"d", "far2.bin": b"z" * 5000, "5.jpg": b"e" * 700})
     write_tar(root / "3.tar", {f"{n}.jpg": b"%d" % n * n for n in range(9)})
@@ -344,7 +346,12 @@ def mixed(tmp_path_factory):
 
 
 @settings(deadline=None, max_examples=60)
-@given(first=st.integers(0, 13), num=st.integers(0, 14), gap=st.sampled_from([1, 600, 2000, 1 << 16]), longest=st.sampled_from([1, 2000, 1 << 26]))
+@given(
+    first=st.integers(0, 13),
+    num=st.integers(0, 14),
+    gap=st.sampled_from([1, 600, 2000, 1 << 16]),
+    longest=st.sampled_from([1, 2000, 1 << 26]),
+)
 def test_a_run_is_its_images(mixed, first, num, gap, longest):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tars, "GAP", gap)
@@ -356,7 +363,10 @@ def test_a_run_is_its_images(mixed, first, num, gap, longest):
 
 
 def test_a_run_takes_few_reads_and_carries_its_errors(tmp_path, monkeypatch):
-    write_tar(tmp_path / "0.tar", {**{f"{n}.jpg": b"x" * 1000 for n in range(20)}, "big.txt": b"t" * tars.GAP, "last.jpg": b"y"})
+    write_tar(
+        tmp_path / "0.tar",
+        {**{f"{n}.jpg": b"x" * 1000 for n in range(20)}, "big.txt": b"t" * tars.GAP, "last.jpg": b"y"},
+    )
     write_tar(tmp_path / "1.tar", {f"{n}.jpg": b"x" * 1000 for n in range(20)})
     source = open_source(f"{tmp_path}/*.tar")
     reads, pread = [], os.pread
@@ -364,7 +374,9 @@ def test_a_run_takes_few_reads_and_carries_its_errors(tmp_path, monkeypatch):
     assert len(source.read_run(5, 30)) == 30 and len(reads) == 3
     os.truncate(tmp_path / "1.tar", 600)
     run = source.read_run(20, 3)
-    assert run[0] == b"y" and [f"1.tar::{n}.jpg changed after it was indexed" in str(e) for n, e in enumerate(run[1:])] == [True, True]
+    assert run[0] == b"y" and [
+        f"1.tar::{n}.jpg changed after it was indexed" in str(e) for n, e in enumerate(run[1:])
+    ] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +458,9 @@ def test_members_whose_names_are_not_utf8(tmp_path):
 
 
 def test_sparse_members_are_left_out(tmp_path):
-    record = pax(b"GNU.sparse.major", b"1") + pax(b"GNU.sparse.minor", b"0") + pax(b"GNU.sparse.realsize", b"%d" % (1 << 40))
+    record = (
+        pax(b"GNU.sparse.major", b"1") + pax(b"GNU.sparse.minor", b"0") + pax(b"GNU.sparse.realsize", b"%d" % (1 << 40))
+    )
     sparse = header("pax", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0")
     sparse += header("s.jpg", 1024) + b"1\n0\n512\n".ljust(512, b"\0") + b"s" * 512
     path = touch(tmp_path / "x.tar", sparse + header("1.jpg", 512) + b"x" * 512 + bytes(1024))
@@ -541,7 +555,8 @@ def test_shared_sets():
 
 
 def test_a_tar_replaced_while_in_use_gives_no_other_image(tmp_path):
-    """By rename or in place, its index and itself held open or not: what was indexed is read, or said to have changed."""
+    """By rename or in place, its index and itself held open or not: what was indexed is read, or said to have
+    changed."""
     one, other = ({f"{n}.jpg": bytes([65 + n + shift]) * 1000 for n in range(4)} for shift in (0, 9))
     for way in ("renamed", "in place"):
         path = write_tar(tmp_path / f"{way}.tar", one)
@@ -564,9 +579,13 @@ def test_a_tar_replaced_while_in_use_gives_no_other_image(tmp_path):
 def test_no_member_takes_more_memory_than_an_image_may(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "MOST_BYTES", 5000)
     monkeypatch.setattr(tars, "LONGEST_READ", 2500)  # as in truth, far less
-    source = open_source(str(write_tar(tmp_path / "x.tar", {"1.jpg": b"a" * 5000, "2.jpg": b"b" * 5001, "3.jpg": b"c"})))
+    source = open_source(
+        str(write_tar(tmp_path / "x.tar", {"1.jpg": b"a" * 5000, "2.jpg": b"b" * 5001, "3.jpg": b"c"}))
+    )
     first, second, third = source.read_run(0, 3)
-    assert (first, third) == (b"a" * 5000, b"c") and "2.jpg cannot be read (its 5,001 bytes are more than" in str(second)
+    assert (first, third) == (b"a" * 5000, b"c") and "2.jpg cannot be read (its 5,001 bytes are more than" in str(
+        second
+    )
 
 
 def test_what_is_named_like_an_index_and_is_none(tmp_path):

@@ -42,7 +42,12 @@ def test_told_once_after_three_lines_in_a_row():
     assert not told
     for _ in range(5):
         made._watch_for_starvation(0.3)
-    assert told == ["starved: Updates wait for images 30 % of their time: raise data.workers from 2 to 8 (seer-scale bench data photos says how many a core makes)."]
+    assert told == [
+        (
+            "starved: Updates wait for images 30 % of their time: raise data.workers from 2 to 8 (seer-scale bench "
+            "data photos says how many a core makes)."
+        )
+    ]
 
 
 def test_what_to_change_where_all_cores_load():

@@ -32,7 +32,9 @@ class _Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-@pytest.mark.parametrize("over", [{}, {"swav.queue": 16, "swav.freeze_samples": 16}, {"train.precision": "fp16"}, {"train.micro_batch": 2}])
+@pytest.mark.parametrize(
+    "over", [{}, {"swav.queue": 16, "swav.freeze_samples": 16}, {"train.precision": "fp16"}, {"train.micro_batch": 2}]
+)
 def test_no_value_is_read_between_metrics(optimizer, over):
     config, engine = tiny(WORLD, **{"parallel.engine": "single", "optim.name": optimizer}, **over)
     losses_of(engine, config, WORLD, range(1))

@@ -1,4 +1,5 @@
-"""A checkpoint exists whole or not at all: every damage is passed over, no failure and no kill costs a published one."""
+"""A checkpoint exists whole or not at all: every damage is passed over, no failure and no kill costs a published
+one."""
 
 import errno
 import fcntl
@@ -58,7 +59,9 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.filterwarnings("error", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of other tests
+@pytest.mark.filterwarnings(
+    "error", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of other tests
 def test_round_trip_of_every_kind_of_tensor_is_exact_and_in_place(tmp_path, device):
     state = {
         "model/param": torch.nn.Parameter(torch.randn(3, 5, device=device)),
@@ -204,7 +207,11 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_name_and_what_is_wrong(tmp
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(["state-00000.safetensors", "tensors.json", "manifest.json"]), at=st.integers(0, 10**6), bit=st.integers(0, 7))
+@given(
+    name=st.sampled_from(["state-00000.safetensors", "tensors.json", "manifest.json"]),
+    at=st.integers(0, 10**6),
+    bit=st.integers(0, 7),
+)
 def test_any_flipped_bit_is_found(tmp_path_factory, name, at, bit):
     path = save(tmp_path_factory.mktemp("flip"), 1, size=16)
     content = bytearray((path / name).read_bytes())
@@ -293,7 +300,18 @@ def test_no_failing_file_operation_costs_what_was_published(tmp_path, monkeypatc
         if met_all:
             break
     assert 30 < point < 299 and value_of(store.newest(folder, ALONE)) == 2
-    assert met >= {"open of data", "write", "io.open", "write of text", "mkdir", "fsync", "rename", "unlink", "rmdir", "scandir"}, met
+    assert met >= {
+        "open of data",
+        "write",
+        "io.open",
+        "write of text",
+        "mkdir",
+        "fsync",
+        "rename",
+        "unlink",
+        "rmdir",
+        "scandir",
+    }, met
 
 
 def test_a_folder_that_cannot_be_made_and_a_meta_that_is_no_json(tmp_path):
@@ -321,7 +339,9 @@ def _save_forever(folder: Path, acknowledged: Path, start: int) -> None:
     for value in range(start, 10**9):
         for tensor, now in zip(state.values(), state_of(value).values()):
             tensor.copy_(now)
-        saver.begin(state, {"samples_seen": value // 2, "value": value})  # every count twice: replacing is under test too
+        saver.begin(
+            state, {"samples_seen": value // 2, "value": value}
+        )  # every count twice: replacing is under test too
         for tensor in state.values():
             tensor.fill_(torch.nan)
         assert saver.wait().path
@@ -399,10 +419,16 @@ def test_what_is_no_checkpoint_is_answered_with_the_nearest_that_is(tmp_path):
 @pytest.mark.parametrize(
     "parts,words",
     [
-        ([], "do not tile it"), ([[4096, 0, 0]], "do not tile it"), ([[5, 0, 0]], "do not tile it"), ([[0, 7, 0]], "state-00007"),
-        ([[0, 0, 10**6]], "ends too early"), ([[0, "../../x", 0]], "could not be read"), ([[0, 0, -(10**6)]], "could not be read"), (7, "could not be read"),
+        ([], "do not tile it"),
+        ([[4096, 0, 0]], "do not tile it"),
+        ([[5, 0, 0]], "do not tile it"),
+        ([[0, 7, 0]], "state-00007"),
+        ([[0, 0, 10**6]], "ends too early"),
+        ([[0, "../../x", 0]], "could not be read"),
+        ([[0, 0, -(10**6)]], "could not be read"),
+        (7, "could not be read"),
     ],
-)  # fmt: skip
+)
 def test_a_layout_made_by_someone_else_reads_nothing_else(tmp_path, parts, words):
     """With the checksums right: whoever makes such a file can make a manifest, too."""
     path = save(tmp_path, 1)

@@ -70,10 +70,14 @@ def test_queue_joins_the_assignment_when_full():
         z, w = method.embed(views), method.prototypes[0].weight
         for seen, others in ((8, []), (16, [method.queue])):
             loss = method.loss(views, samples_seen=seen).loss
-            codes = torch.stack([
-                textbook_sinkhorn(torch.cat([z[c], *(q[c] for q in others)]) @ w.T, config.swav.epsilon, config.swav.iterations)[:8]
-                for c in range(2)
-            ])
+            codes = torch.stack(
+                [
+                    textbook_sinkhorn(
+                        torch.cat([z[c], *(q[c] for q in others)]) @ w.T, config.swav.epsilon, config.swav.iterations
+                    )[:8]
+                    for c in range(2)
+                ]
+            )
             assert torch.allclose(loss, method._swapped(z @ w.T, codes), atol=1e-5)
 
 
@@ -96,7 +100,9 @@ def test_it_watches_itself():
     collapsed = {f"prediction.{i}": F.one_hot(torch.tensor(0), k).float() for i, k in enumerate((12, 7))}
     collapsed |= {f"code_entropy.{i}": torch.tensor(math.log(k)) for i, k in enumerate((12, 7))}
     figures = engine.method.metrics(collapsed, 1.0)
-    assert math.isclose(figures["swav/prototype_use"], (1 / 12 + 1 / 7) / 2) and math.isclose(figures["swav/assignment_entropy"], 1, rel_tol=1e-6)
+    assert math.isclose(figures["swav/prototype_use"], (1 / 12 + 1 / 7) / 2) and math.isclose(
+        figures["swav/assignment_entropy"], 1, rel_tol=1e-6
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -111,7 +117,11 @@ def test_scores_codes_and_loss_are_fp32_whatever_the_precision(monkeypatch, prec
 
     monkeypatch.setattr(swav, "sinkhorn", watched)
     embeddings = []
-    monkeypatch.setattr(type(engine.method), "embed", lambda self, views, embed=SwAV.embed: embeddings.append(embed(self, views)) or embeddings[0])
+    monkeypatch.setattr(
+        type(engine.method),
+        "embed",
+        lambda self, views, embed=SwAV.embed: embeddings.append(embed(self, views)) or embeddings[0],
+    )
     loss = engine._run("loss", fake_views(config, 0, WORLD), samples_seen=0).loss
     assert loss.dtype == embeddings[0].dtype == torch.float32
     for scores, prototypes in zip(seen, engine.method.prototypes):

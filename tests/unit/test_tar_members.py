@@ -22,7 +22,8 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def opened(folder: Path, *members: str | tuple[str, bytes] | tarfile.TarInfo):
-    """A source of a tar with these members, in this order, also twice; a file holds its own name if nothing is given."""
+    """A source of a tar with these members, in this order, also twice; a file holds its own name if nothing is
+    given."""
     with tarfile.open(folder / "x.tar", "w") as tar:
         for member in members:
             if isinstance(member, tarfile.TarInfo):
@@ -45,7 +46,15 @@ def test_of_a_key_s_images_one_is_read_as_webdataset_does(tmp_path):
         tmp_path, "0.mask.png", "0.jpg", "0.depth.png", ("0.json", b"{}"), "1.PNG", "1.jpg", "a/0.webp", "a/0.seg.webp",
         "p.1.jpg", "p.2.jpg", "q.2019.jpg", "q.mask.jpg",
     )  # fmt: skip
-    assert [name for name, _ in read(source)] == ["0.jpg", "1.jpg", "a/0.webp", "p.1.jpg", "p.2.jpg", "q.2019.jpg", "q.mask.jpg"]
+    assert [name for name, _ in read(source)] == [
+        "0.jpg",
+        "1.jpg",
+        "a/0.webp",
+        "p.1.jpg",
+        "p.2.jpg",
+        "q.2019.jpg",
+        "q.mask.jpg",
+    ]
     assert source.left_out == {left_out.SECOND: 4, left_out.OTHER: 1}
     assert "4 further images of a key" in left_out.warning(source.left_out)
 
@@ -60,7 +69,9 @@ def test_a_key_that_comes_again_is_another_sample_with_its_own_label(tmp_path):
 
 
 def test_what_means_nothing_in_a_path_is_no_class(tmp_path):
-    source = opened(tmp_path, "./cat/1.jpg", ".//dog/2.jpg", "/dog/3.jpg", "../cat/4.jpg", "cat//./5.jpg", "cat/./../6.jpg")
+    source = opened(
+        tmp_path, "./cat/1.jpg", ".//dog/2.jpg", "/dog/3.jpg", "../cat/4.jpg", "cat//./5.jpg", "cat/./../6.jpg"
+    )
     assert [label for _, label in read(source)] == ["cat", "dog", "dog", "cat", "cat", "cat"]
     assert [source.name(i).rpartition("::")[2] for i in range(2)] == ["cat/1.jpg", "dog/2.jpg"]
 
@@ -73,13 +84,27 @@ def test_what_is_no_file_or_not_meant_to_be_seen_is_told(tmp_path, monkeypatch):
         info.type, info.linkname = kind, "1.jpg"
         links.append(info)
     source = opened(
-        tmp_path, "1.jpg", *links, "__MACOSX/._1.jpg", "._1.jpg", ".git/2.jpg", "a/.thumbnails/3.jpg", "4.heic", "5", "6.zip",
+        tmp_path,
+        "1.jpg",
+        *links,
+        "__MACOSX/._1.jpg",
+        "._1.jpg",
+        ".git/2.jpg",
+        "a/.thumbnails/3.jpg",
+        "4.heic",
+        "5",
+        "6.zip",
         "7.txt",
-    )  # fmt: skip
+    )
     assert read(source) == [("1.jpg", None)]
     assert source.left_out == {
-        left_out.LINKS: 2, left_out.HIDDEN: 4, "HEIF images": 1, left_out.NO_SUFFIX: 1, "archives": 1, left_out.OTHER: 1,
-    }  # fmt: skip
+        left_out.LINKS: 2,
+        left_out.HIDDEN: 4,
+        "HEIF images": 1,
+        left_out.NO_SUFFIX: 1,
+        "archives": 1,
+        left_out.OTHER: 1,
+    }
 
 
 def test_what_is_no_regular_file_is_told_by_its_type(tmp_path):

@@ -40,7 +40,18 @@ def grads_of(layer: nn.Module, x: Tensor, half: torch.dtype | None = None) -> li
     return [t.detach().float() for t in (y, x.grad, *(p.grad for p in layer.parameters()))]
 
 
-CONVOLUTIONS = [(1, 3, 2, 1), (1, 3, 1, 1), (2, 3, 1, 1), (2, 3, 2, 1), (3, 3, 1, 1), (3, 3, 4, 1), (5, 3, 4, 1), (4, 3, 1, 2), (2, 3, 1, 2), (1, 1, 1, 1)]
+CONVOLUTIONS = [
+    (1, 3, 2, 1),
+    (1, 3, 1, 1),
+    (2, 3, 1, 1),
+    (2, 3, 2, 1),
+    (3, 3, 1, 1),
+    (3, 3, 4, 1),
+    (5, 3, 4, 1),
+    (4, 3, 1, 2),
+    (2, 3, 1, 2),
+    (1, 1, 1, 1),
+]
 """Size of the map, kernel, stride, dilation; padded by dilation * (kernel // 2)."""
 
 

@@ -23,7 +23,9 @@ def method_of(recipe: str, *overrides: str):
         return SwAV(config, World()), config
 
 
-@pytest.mark.parametrize("recipe,total", [("seer_regnety_128gf", 771e6), ("seer_regnety_256gf", 1.431e9), ("seer_regnety_10b", 9.629e9)])
+@pytest.mark.parametrize(
+    "recipe,total", [("seer_regnety_128gf", 771e6), ("seer_regnety_256gf", 1.431e9), ("seer_regnety_10b", 9.629e9)]
+)
 def test_no_gather_of_the_big_models_exceeds_the_size_and_nothing_is_left_out(recipe, total):
     """Totals: FACTS, with SEER's head and prototypes."""
     method, config = method_of(recipe, "--parallel.sync_bn_group", "8")
@@ -36,7 +38,9 @@ def test_no_gather_of_the_big_models_exceeds_the_size_and_nothing_is_left_out(re
 
 def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
     method, config = method_of("seer_regnety_10b", "--parallel.max_unit_gib", "1")
-    with pytest.raises(UserError, match=r"max_unit_gib is 1, but backbone.s4.b1.conv3 .* 1.49 GiB in fp16; nearest: 1.49"):
+    with pytest.raises(
+        UserError, match=r"max_unit_gib is 1, but backbone.s4.b1.conv3 .* 1.49 GiB in fp16; nearest: 1.49"
+    ):
         sharded_units(method, config)
     method, config = method_of("seer_regnety_10b", "--parallel.max_unit_gib", "1.49")
     assert "backbone.s4.b1.conv3" in sharded_units(method, config)
@@ -45,9 +49,11 @@ def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
 @pytest.mark.parametrize("least", [0, 1, 8, 64, 1024])
 @pytest.mark.parametrize("recipe", ["seer_regnety_8gf", "seer_regnety_256gf", "seer_regnety_10b"])
 def test_small_units_are_gathered_together(recipe, least):
-    """In order, each once, never over the size, of one part of the model and one type; as large as asked for wherever the
-    next one was of the same kind and would have fitted; and a unit that is alone where `least` is 0."""
-    method, config = method_of(recipe, "--parallel.engine", "fsdp", "--parallel.min_unit_mib", str(least), "--parallel.sync_bn_group", "0")
+    """In order, each once, never over the size, of one part of the model and one type; as large as asked for wherever
+    the next one was of the same kind and would have fitted; and a unit that is alone where `least` is 0."""
+    method, config = method_of(
+        recipe, "--parallel.engine", "fsdp", "--parallel.min_unit_mib", str(least), "--parallel.sync_bn_group", "0"
+    )
     groups = joined_units(method, config)
     assert {n: u for g in groups for n, u in g.items()} == sharded_units(method, config)
     assert [n for g in groups for n in g] == list(sharded_units(method, config))
@@ -57,7 +63,10 @@ def test_small_units_are_gathered_together(recipe, least):
     sizes = [w * sum(map(matrix_numel, g.values())) for w, g in zip(width, groups)]
     assert max(sizes) <= config.parallel.max_unit_gib * 2**30
     for i in range(len(groups) - 1):
-        fits = sizes[i] + width[i] * matrix_numel(next(iter(groups[i + 1].values()))) <= config.parallel.max_unit_gib * 2**30
+        fits = (
+            sizes[i] + width[i] * matrix_numel(next(iter(groups[i + 1].values())))
+            <= config.parallel.max_unit_gib * 2**30
+        )
         assert sizes[i] >= least * 2**20 or kinds[i] != kinds[i + 1] or not fits
         *before, last = groups[i].values()
         assert not before or width[i] * sum(map(matrix_numel, before)) < least * 2**20
@@ -66,21 +75,51 @@ def test_small_units_are_gathered_together(recipe, least):
 @pytest.mark.parametrize(
     "words,sentence",
     [
-        (["--parallel.engine", "ddp", "--parallel.offload", "true"], "parallel.offload is true, but parallel.engine is ddp, which offloads nothing"),
-        (["--parallel.engine", "fsdp", "--parallel.replicate", "2", "--parallel.shard", "3"], "2 x 3 = 6, but there are 4 ranks; nearest: shard 2"),
-        (["--parallel.engine", "fsdp", "--parallel.replicate", "3"], "parallel.replicate is 3, but must divide the number of ranks (4); nearest: 2"),
+        (
+            ["--parallel.engine", "ddp", "--parallel.offload", "true"],
+            "parallel.offload is true, but parallel.engine is ddp, which offloads nothing",
+        ),
+        (
+            ["--parallel.engine", "fsdp", "--parallel.replicate", "2", "--parallel.shard", "3"],
+            "2 x 3 = 6, but there are 4 ranks; nearest: shard 2",
+        ),
+        (
+            ["--parallel.engine", "fsdp", "--parallel.replicate", "3"],
+            "parallel.replicate is 3, but must divide the number of ranks (4); nearest: 2",
+        ),
         (["--parallel.engine", "zero2", "--parallel.replicate", "2"], "has no mesh of replicas and shards"),
         (["--parallel.engine", "zero"], "parallel.engine is 'zero', but must be one of"),
-        (["--parallel.activation_checkpoint", "every 0"], 'nearest: every 1'),
+        (["--parallel.activation_checkpoint", "every 0"], "nearest: every 1"),
         (["--parallel.activation_checkpoint", "[[1], [1]]"], "must have one for each of the 4 stages"),
         (["--parallel.activation_checkpoint", "[[9], [], [], []]"], "nearest: [1]"),
-        (["--parallel.max_unit_gib", "0.000001", "--parallel.min_unit_mib", "0"], "parallel.max_unit_gib is 1e-06, but"),
-        (["--parallel.max_unit_gib", "0.5", "--parallel.min_unit_mib", "600"], "parallel.min_unit_mib is 600, but parallel.max_unit_gib 0.5 lets no more than 512 MiB be gathered together; nearest: 512."),
-        (["--parallel.engine", "zero3", "--parallel.min_unit_mib", "4"], "parallel.min_unit_mib is 4.0, but has no effect without parallel.engine fsdp"),
-        (["--train.min_loss_scale", "2"], "train.min_loss_scale is 2.0, but has no effect without train.precision fp16"),
-        (["--parallel.engine", "ddp", "--parallel.ds_config", "x.json"], "parallel.ds_config is x.json, but has no effect without parallel.engine zero1"),
+        (
+            ["--parallel.max_unit_gib", "0.000001", "--parallel.min_unit_mib", "0"],
+            "parallel.max_unit_gib is 1e-06, but",
+        ),
+        (
+            ["--parallel.max_unit_gib", "0.5", "--parallel.min_unit_mib", "600"],
+            (
+                "parallel.min_unit_mib is 600, but parallel.max_unit_gib 0.5 lets no more than 512 MiB be gathered "
+                "together; nearest: 512."
+            ),
+        ),
+        (
+            ["--parallel.engine", "zero3", "--parallel.min_unit_mib", "4"],
+            "parallel.min_unit_mib is 4.0, but has no effect without parallel.engine fsdp",
+        ),
+        (
+            ["--train.min_loss_scale", "2"],
+            "train.min_loss_scale is 2.0, but has no effect without train.precision fp16",
+        ),
+        (
+            ["--parallel.engine", "ddp", "--parallel.ds_config", "x.json"],
+            "parallel.ds_config is x.json, but has no effect without parallel.engine zero1",
+        ),
         (["--parallel.engine", "zero3", "--parallel.ds_config", "nowhere.json"], "nowhere.json cannot be read"),
-        (["--parallel.engine", "zero4", "--parallel.offload", "true"], "parallel.engine is 'zero4', but must be one of"),
+        (
+            ["--parallel.engine", "zero4", "--parallel.offload", "true"],
+            "parallel.engine is 'zero4', but must be one of",
+        ),
         (["--train.samples", "64", "--train.samples", "128"], "--train.samples is given twice"),
         (["--train.micro_batch", "1", "--parallel.sync_bn_group", "1"], "leaves BatchNorm 1 image to normalise over"),
     ],
@@ -96,18 +135,30 @@ def test_bad_input_is_one_sentence_before_anything_is_built(tmp_path, words, sen
 @pytest.mark.parametrize(
     "given,sentence",
     [
-        ({"train_batch_size": 64}, "has train_batch_size 64, but the recipe's train.global_batch is 8: remove train_batch_size"),
-        ({"fp16": {"enabled": True}}, "but the recipe's train.precision is \"fp32\""),
-        ({"optimizer": {"type": "Adam"}}, "but the recipe's optim.name is \"lars\""),
-        ({"zero_optimization": {"stage": 1}}, "has zero_optimization.stage 1, but the recipe's parallel.engine is \"zero3\""),
+        (
+            {"train_batch_size": 64},
+            "has train_batch_size 64, but the recipe's train.global_batch is 8: remove train_batch_size",
+        ),
+        ({"fp16": {"enabled": True}}, 'but the recipe\'s train.precision is "fp32"'),
+        ({"optimizer": {"type": "Adam"}}, 'but the recipe\'s optim.name is "lars"'),
+        (
+            {"zero_optimization": {"stage": 1}},
+            'has zero_optimization.stage 1, but the recipe\'s parallel.engine is "zero3"',
+        ),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "but the recipe's parallel.offload is false"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "zero_optimization.offload_param"),
         ({"zero_optimization": {"sub_group_size": 1000}}, "but parallel.engine zero3 needs 1000000000000"),
         ({"zero_optimization": {"reduce_buket_size": 1000}}, "did you mean reduce_bucket_size"),
         ({"gradient_clip": 1.0}, "which is no key"),
-        ({"zero_optimization": {"reduce_bucket_size": "big"}}, 'has zero_optimization.reduce_bucket_size "big", but DeepSpeed says'),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "big"}},
+            'has zero_optimization.reduce_bucket_size "big", but DeepSpeed says',
+        ),
         ({"zero_optimization": {"prefetch_bucket_size": 5}}, "did you mean stage3_prefetch_bucket_size"),
-        ({"train_micro_batch_size_per_gpu": 8}, "has train_micro_batch_size_per_gpu 8, but the recipe's train.micro_batch is 0"),
+        (
+            {"train_micro_batch_size_per_gpu": 8},
+            "has train_micro_batch_size_per_gpu 8, but the recipe's train.micro_batch is 0",
+        ),
         ({"sparse_gradients": True}, "has sparse_gradients, which is no key"),
         ([], "must be a JSON object"),
     ],
@@ -115,14 +166,32 @@ def test_bad_input_is_one_sentence_before_anything_is_built(tmp_path, words, sen
 def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused_with_both_named(tmp_path, given, sentence):
     (tmp_path / "tiny.yaml").write_text(json.dumps(RECIPE))
     (tmp_path / "ds.json").write_text(json.dumps(given))
-    words = ["--data.path", str(tmp_path), "--data.kind", "folder", "--parallel.engine", "zero3", "--parallel.ds_config", str(tmp_path / "ds.json")]
+    words = [
+        "--data.path",
+        str(tmp_path),
+        "--data.kind",
+        "folder",
+        "--parallel.engine",
+        "zero3",
+        "--parallel.ds_config",
+        str(tmp_path / "ds.json"),
+    ]
     with pytest.raises(ConfigError) as problem:
         resolve_recipe(str(tmp_path / "tiny.yaml"), words, 4)
     assert sentence in str(problem.value) and "ds.json" in str(problem.value), problem.value
 
 
 def test_a_deepspeed_files_problems_are_told_together(tmp_path):
-    (tmp_path / "ds.json").write_text(json.dumps({"train_batch_size": 9, "fp16": {"enabled": True}, "wibble": 1, "zero_optimization": {"stage": 3, "overlap_com": 1}}))
+    (tmp_path / "ds.json").write_text(
+        json.dumps(
+            {
+                "train_batch_size": 9,
+                "fp16": {"enabled": True},
+                "wibble": 1,
+                "zero_optimization": {"stage": 3, "overlap_com": 1},
+            }
+        )
+    )
     config = resolve(RECIPE, {"parallel": {"engine": "zero2", "ds_config": str(tmp_path / "ds.json")}}, world_size=4)
     with pytest.raises(ConfigError) as problem:
         parallel.load("ds_config").deepspeed_config(config, 4)
@@ -130,25 +199,41 @@ def test_a_deepspeed_files_problems_are_told_together(tmp_path):
 
 
 def test_a_deepspeed_file_may_say_what_the_recipe_says_and_keeps_the_shipped_rest(tmp_path):
-    agrees = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "fp16": {"enabled": False}, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    agrees = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }
     (tmp_path / "ds.json").write_text(json.dumps(agrees))
-    config = resolve(RECIPE, {"parallel": {"engine": "zero2", "offload": True, "ds_config": str(tmp_path / "ds.json")}}, world_size=4)
+    config = resolve(
+        RECIPE, {"parallel": {"engine": "zero2", "offload": True, "ds_config": str(tmp_path / "ds.json")}}, world_size=4
+    )
     made = parallel.load("ds_config").deepspeed_config(config, 4)
     assert made["zero_optimization"]["use_multi_rank_bucket_allreduce"] is False and made["train_batch_size"] == 8
 
 
 def test_a_deepspeed_file_adds_what_the_recipe_does_not_say(tmp_path):
     ds_config = parallel.load("ds_config")
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}, "prescale_gradients": True}))
-    config = resolve(RECIPE, {"parallel": {"engine": "zero2", "offload": True, "ds_config": str(tmp_path / "ds.json")}}, world_size=4)
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}, "prescale_gradients": True})
+    )
+    config = resolve(
+        RECIPE, {"parallel": {"engine": "zero2", "offload": True, "ds_config": str(tmp_path / "ds.json")}}, world_size=4
+    )
     made = ds_config.deepspeed_config(config, 4)
     zero = made["zero_optimization"]
-    assert zero["reduce_bucket_size"] == 77 and zero["stage"] == 2 and zero["offload_optimizer"]["device"] == "cpu" and made["prescale_gradients"]
+    assert (
+        zero["reduce_bucket_size"] == 77
+        and zero["stage"] == 2
+        and zero["offload_optimizer"]["device"] == "cpu"
+        and made["prescale_gradients"]
+    )
 
 
 def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
     def refuses(*_, **__):
-        raise RuntimeError('"slow_conv2d_cpu" not implemented for \'Half\'')
+        raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
 
     config = resolve(RECIPE, {"train": {"precision": "fp16"}, "parallel": {"device": "cpu"}})
     assert parallel.check_device(config) == []
@@ -157,7 +242,12 @@ def test_a_precision_that_the_device_lacks_is_refused(monkeypatch):
     assert "train.precision is fp16, but this CPU" in sentence and sentence.endswith("use fp32.")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
-    for precision, have, refused in (("fp16", (5, 2), True), ("fp16", (7, 0), False), ("bf16", (7, 5), True), ("bf16", (8, 0), False)):
+    for precision, have, refused in (
+        ("fp16", (5, 2), True),
+        ("fp16", (7, 0), False),
+        ("bf16", (7, 5), True),
+        ("bf16", (8, 0), False),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda have=have: have)
         config = resolve(RECIPE, {"train": {"precision": precision}})
         assert bool(parallel.check_device(config)) == refused, (precision, have)
@@ -175,14 +265,22 @@ def test_auto_takes_ddp_while_it_fits_and_shards_beyond(monkeypatch):
         monkeypatch.setattr(parallel, "_memory", lambda _, memory=memory: memory)
         assert parallel.choose_engine(method, config, world) == engine
     assert parallel.choose_engine(method, config, World()) == "single"
-    _, hsdp = method_of("seer_regnety_8gf", "--parallel.engine", "auto", "--parallel.replicate", "2", "--parallel.sync_bn_group", "0")
+    _, hsdp = method_of(
+        "seer_regnety_8gf", "--parallel.engine", "auto", "--parallel.replicate", "2", "--parallel.sync_bn_group", "0"
+    )
     assert parallel.choose_engine(method, hsdp, world) == "fsdp"
 
 
 def test_prototypes_count_in_fp32_whatever_the_precision():
-    over = {"train": {"precision": "fp16"}, "swav": {"dim": 256, "prototypes": [32]}, "parallel": {"engine": "zero3", "max_unit_gib": 20_000 / 2**30}}
+    over = {
+        "train": {"precision": "fp16"},
+        "swav": {"dim": 256, "prototypes": [32]},
+        "parallel": {"engine": "zero3", "max_unit_gib": 20_000 / 2**30},
+    }
     config = resolve(RECIPE, over, world_size=2)
     with torch.device("meta"):
         method = SwAV(config, World())
-    with pytest.raises(UserError, match="prototypes.0 cannot be split and takes 3.05e-05 GiB in fp32; nearest: 3.06e-05"):
+    with pytest.raises(
+        UserError, match="prototypes.0 cannot be split and takes 3.05e-05 GiB in fp32; nearest: 3.06e-05"
+    ):
         sharded_units(method, config)  # 32 kB; in half precision they would fit

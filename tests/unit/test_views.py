@@ -100,7 +100,12 @@ def test_to_float_is_torchvisions_normalize(dtype, tolerance):
     assert ours.dtype == dtype and torch.allclose(ours.float(), theirs, atol=tolerance)
 
 
-SMALL = Views(crops=(Crop(num=2, size=32, scale=(0.3, 1.0)), Crop(num=2, size=16, scale=(0.1, 0.3))), jitter_p=0.0, blur_p=0.0, grey_p=0.0)
+SMALL = Views(
+    crops=(Crop(num=2, size=32, scale=(0.3, 1.0)), Crop(num=2, size=16, scale=(0.1, 0.3))),
+    jitter_p=0.0,
+    blur_p=0.0,
+    grey_p=0.0,
+)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -118,7 +123,9 @@ def test_views_of_a_smaller_decoding_are_those_of_the_whole(shape, orientation):
 
 def smooth(height: int, width: int) -> np.ndarray:
     rows, columns = np.mgrid[:height, :width]
-    return np.stack([255 * rows / height, 255 * columns / width, 128 + 100 * np.sin(6 * rows / height)], -1).astype(np.uint8)
+    return np.stack([255 * rows / height, 255 * columns / width, 128 + 100 * np.sin(6 * rows / height)], -1).astype(
+        np.uint8
+    )
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "CMYK"])
@@ -126,7 +133,9 @@ def test_every_format_gives_the_views_of_its_pixels(form):
     image = Image.fromarray(photo()).convert("CMYK" if form == "CMYK" else "RGB")
     out = io.BytesIO()
     image.save(out, "JPEG" if form == "CMYK" else form)
-    views = Views(crops=(Crop(num=2, size=100), Crop(num=1, size=120, scale=(0.05, 0.14))))  # none allows a smaller decoding
+    views = Views(
+        crops=(Crop(num=2, size=100), Crop(num=1, size=120, scale=(0.05, 0.14)))
+    )  # none allows a smaller decoding
     got = v.load_views(out.getvalue(), views, 0, 0, 7)
     assert all(np.array_equal(a, b) for a, b in zip(got, v.make_views(decode(out.getvalue()), views, 0, 0, 7)))
 
@@ -147,7 +156,13 @@ def test_boxes_are_those_of_the_image_as_it_stands(junk, orientation):
 
 def test_decoding_is_smaller_only_where_every_crop_allows_it():
     data = encode(Image.fromarray(smooth(480, 640)))
-    for least, want in (((240, 320), (240, 320)), ((241, 320), (480, 640)), ((60, 80), (60, 80)), ((61, 80), (120, 160)), ((500, 700), (480, 640))):
+    for least, want in (
+        ((240, 320), (240, 320)),
+        ((241, 320), (480, 640)),
+        ((60, 80), (60, 80)),
+        ((61, 80), (120, 160)),
+        ((500, 700), (480, 640)),
+    ):
         assert decode(data, lambda *_, least=least: least).shape[:2] == want
     told = []
     decode(encode(Image.fromarray(smooth(50, 70)), "PNG"), lambda *size: told.append(size) or size)
@@ -155,7 +170,8 @@ def test_decoding_is_smaller_only_where_every_crop_allows_it():
 
 
 def test_the_whole_pipeline_has_swavs_distribution():
-    """Moments of what crops show, over 2,880 of each: colours, contrast, saturation, sharpness, how many are grey or sharp."""
+    """Moments of what crops show, over 2,880 of each: colours, contrast, saturation, sharpness, how many are grey or
+    sharp."""
     views = Views(crops=(Crop(num=4, size=32),))
     files = [encode(Image.fromarray(grainy(seed)), quality=92) for seed in range(12)]
     torch.manual_seed(0)
@@ -183,4 +199,12 @@ def describe(crop: np.ndarray) -> list[float]:
     """Of uint8 or float [3, S, S] in [0, 255]."""
     x = np.asarray(crop, float)
     saturation, grain = (x.max(0) - x.min(0)).mean(), np.abs(np.diff(x, 2, axis=2)).mean()
-    return [*x.mean((1, 2)), x.std(), saturation, grain, grain / (x.std() + 1), grain > 0.25 * x.std(), saturation < 1.5]
+    return [
+        *x.mean((1, 2)),
+        x.std(),
+        saturation,
+        grain,
+        grain / (x.std() + 1),
+        grain > 0.25 * x.std(),
+        saturation < 1.5,
+    ]

@@ -1,4 +1,5 @@
-"""A process without progress tells where it is and ends, whoever holds Python's lock; one with progress is left alone."""
+"""A process without progress tells where it is and ends, whoever holds Python's lock; one with progress is left
+alone."""
 
 from __future__ import annotations
 
@@ -27,7 +28,12 @@ print("went on")
 
 
 def outcome(body: str, limit: float = 0.6, run: str = "hangs_here()") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", SCRIPT.format(body=body, limit=limit, run=run)], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(body=body, limit=limit, run=run)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize("body", ["time.sleep(60)", "threading.Event().wait()"])
@@ -51,15 +57,21 @@ def test_also_where_nobody_reads():
 
 
 def test_also_where_a_thread_holds_pythons_lock():
-    twice = "lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"
+    twice = (
+        "lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64); lock(mutex); lock(mutex)"
+    )
     assert outcome(twice).returncode == -signal.SIGALRM
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count():
     """For longer than the kernel waits, while no beat comes."""
     body = "[time.sleep(0.1) for _ in range(8)]"  # long enough, after it was stopped, for the thread to have its turn
-    script = SCRIPT.format(body=body, limit=1.0, run="print('ready', flush=True)\n    hangs_here()").replace("GRACE_S = 0.3", "GRACE_S = 1.0")
-    stopped = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    script = SCRIPT.format(body=body, limit=1.0, run="print('ready', flush=True)\n    hangs_here()").replace(
+        "GRACE_S = 0.3", "GRACE_S = 1.0"
+    )
+    stopped = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert stopped.stdout.readline() == "ready\n"
     stopped.send_signal(signal.SIGSTOP)
     time.sleep(4.5)  # longer than the limit and three times the grace
@@ -68,7 +80,9 @@ def test_time_in_which_the_process_was_stopped_does_not_count():
     assert (stopped.returncode, out) == (0, "went on\n") and "it was stopped, and goes on." in err, err
 
 
-@pytest.mark.parametrize("limit, run", [(0.6, "pass"), (0.0, "time.sleep(2)"), (0.6, "\n    with w.patient(30): time.sleep(2)")])
+@pytest.mark.parametrize(
+    "limit, run", [(0.6, "pass"), (0.0, "time.sleep(2)"), (0.6, "\n    with w.patient(30): time.sleep(2)")]
+)
 def test_progress_patience_and_none(limit, run):
     done = outcome("pass", limit, run)
     assert (done.returncode, done.stdout.strip()) == (0, "went on") and not done.stderr

@@ -1,4 +1,5 @@
-"""Ranks find each other whoever started them and whatever else the environment says, say for whom they wait, and hold few connections."""
+"""Ranks find each other whoever started them and whatever else the environment says, say for whom they wait, and hold
+few connections."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def ranks(size, main, **env):
     for rank in range(size):
         read, write = os.pipe()
         if not (pid := os.fork()):
-            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size)) | env
+            here = dict(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+            os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size)) | here | env
             try:
                 out = main(rank)
             except BaseException as error:
@@ -61,27 +63,28 @@ def ranks(size, main, **env):
     return out
 
 def sockets():
-    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
-    return sum(link.startswith("socket:") for link in links)
+    files = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(file).startswith("socket:") for file in files if os.path.lexists(file))
 """
-
-
 
 
 def forks(folder: Path, body: str, **env: str) -> tuple[Any, str]:
     """What `body` leaves in `found`, and what was written to stderr."""
     script = FORKS + body + "\nprint(json.dumps(found))"
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], env=os.environ | env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], env=os.environ | env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 def test_ranks_meet_and_hold_few_connections(tmp_path):
-    """Connections grow with the logarithm of the ranks but for rank 0's store, over two groups on the host and the default
-    one: a full mesh of each would be 3 (N - 1). An address left behind, one of another size, a name that is not known,
-    MASTER_ADDR and other variables of another launcher are no obstacle, and other ranks' objects and errors arrive. The limit
-    of open files is raised; one that is too low is told before anything is opened. All groups have one limit of time, a stop
-    is agreed at one step, and a metric line costs one collective."""
+    """Connections grow with the logarithm of the ranks but for rank 0's store, over two groups on the host and the
+    default one: a full mesh of each would be 3 (N - 1). An address left behind, one of another size, a name that is not
+    known,
+    MASTER_ADDR and other variables of another launcher are no obstacle, and other ranks' objects and errors arrive. The
+    limit of open files is raised; one that is too low is told before anything is opened. All groups have one limit of
+    time, a stop is agreed at one step, and a metric line costs one collective."""
     body = """
 import signal
 from seer_scale import rendezvous
@@ -129,7 +132,8 @@ def metric_line(world):
     dist.all_reduce = lambda *given, **how: calls.append(1) or reduce(*given, **how)
     w = window.Window(world, folder)
     window.newest_manifest = lambda _: 7 + world.rank
-    w.loss_sum += world.rank; w.fingerprint = 2**52 - 1 - world.rank; w.unreadable = ["x"] * world.rank; w.waited_s = 0.5 * world.rank
+    w.loss_sum += world.rank; w.fingerprint = 2**52 - 1 - world.rank
+    w.unreadable = ["x"] * world.rank; w.waited_s = 0.5 * world.rank
     means, counts = w.reduce({"watched": torch.full((2, 3), float(world.rank))})
     dist.all_reduce = reduce
     return [len(calls), float(means["loss_sum"]), means["watched"].tolist(), counts, w.waited_s, w.newest_manifest]
@@ -158,7 +162,9 @@ found = [met, ranks(4, few_files)]
         assert all(limited) and stopped == (stopped[0],) * n and stopped[0][1] == "SIGUSR1", out
         mean, fingerprint = (n - 1) / 2, (n * (2**52 - 1) - n * (n - 1) // 2) % 2**52
         assert lines == ([1, mean, [mean] * 6, [fingerprint, n * (n - 1) // 2], 0.5 * (n - 1), 7],) * n
-        assert set(words) == {"word of 0"} and set(said) == {"0 cannot"} and all(e == list(range(n)) for e in everyone), out
+        assert (
+            set(words) == {"word of 0"} and set(said) == {"0 cannot"} and all(e == list(range(n)) for e in everyone)
+        ), out
     most = [max(c for c, *_ in out[1:]) for out in found]
     assert max(b - a for a, b in zip(most, most[1:])) <= 6, most
     assert all(out[0][0] <= most[i] + n + 1 for i, (n, out) in enumerate(zip((2, 4, 8), found))), found
@@ -166,8 +172,8 @@ found = [met, ranks(4, few_files)]
 
 
 def test_what_keeps_one_rank_from_beginning_ends_all_before_any_takes_its_gpu(tmp_path, photos):
-    """At once and with one sentence, whichever rank sees it: rank 0 the images, another its machine's GPUs, a limit of its
-    own, or the recipe's needs. One whose peers never come says what is wrong with itself. (Stand-ins for GPUs.)"""
+    """At once and with one sentence, whichever rank sees it: rank 0 the images, another its machine's GPUs, a limit of
+    its own, or the recipe's needs. One whose peers never come says what is wrong with itself. (Stand-ins for GPUs.)"""
     recipe(tmp_path, photos)
     body = """
 from seer_scale import rendezvous
@@ -184,7 +190,8 @@ def ending(rank, words, gpus=3, files=400, capability=(9, 0)):
     torch.cuda.set_device = lambda device: taken.append(str(device))
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     try:
-        start.run_training(str(folder / "tiny.yaml"), ["--run.dir", str(folder / "run"), "--train.global_batch", "6", *words])
+        given = ["--run.dir", str(folder / "run"), "--train.global_batch", "6", *words]
+        start.run_training(str(folder / "tiny.yaml"), given)
     except UserError as error:
         return [str(error), error.is_local, taken, error.may_pass]
 
@@ -201,7 +208,12 @@ found = [
 ]
 """
     found, _ = forks(tmp_path, body)
-    sentences = [f"data.path: {tmp_path}/nowhere does not exist", " has 1 GPUs for 3 ranks", "Rank 1 of 3 may open 40 files", "no bf16"]
+    sentences = [
+        f"data.path: {tmp_path}/nowhere does not exist",
+        " has 1 GPUs for 3 ranks",
+        "Rank 1 of 3 may open 40 files",
+        "no bf16",
+    ]
     for sentence, ends in zip([*sentences, sentences[1]], found):
         assert all(sentence in end[0] and end == ends[0] and not end[2] for end in ends), ends
     assert [ends[0][1] for ends in found] == [False] * 4 + [True]  # told once a machine, or by whom alone knows it
@@ -225,10 +237,23 @@ def test_on_gpus_the_default_group_is_nccl_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout, **_: called.append((backend, timeout)))
     monkeypatch.setattr(dist, "new_group", lambda ranks=None, *, backend, timeout: called.append((backend, timeout)))
     world = worlds.start(tmp_path)
-    assert called == [("device", 5), ("nccl", world.timeout), ("gloo", world.timeout)] and os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
+    assert (
+        called == [("device", 5), ("nccl", world.timeout), ("gloo", world.timeout)]
+        and os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
+    )
 
 
-ALONE, SRUN = {"PATH": "/"}, {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+ALONE, SRUN = (
+    {"PATH": "/"},
+    {
+        "SLURM_PROCID": "3",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "6",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    },
+)
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
 
@@ -241,12 +266,18 @@ TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": 
         (TORCH, RankInfo(3, 4, 1, 2, "WORLD_SIZE")),
         (SRUN, RankInfo(3, 6, 1, 2, "SLURM_NTASKS")),
         (SRUN | {"SLURM_NODEID": "2"}, RankInfo(3, 6, 1, 1, "SLURM_NTASKS")),
-        (SRUN | TORCH | {"TORCHELASTIC_RUN_ID": "none"}, RankInfo(3, 4, 1, 2, "WORLD_SIZE")),  # torchrun on each node, by srun
+        (
+            SRUN | TORCH | {"TORCHELASTIC_RUN_ID": "none"},
+            RankInfo(3, 4, 1, 2, "WORLD_SIZE"),
+        ),  # torchrun on each node, by srun
         (SRUN | TORCH | {"SEER_SCALE_LAUNCHER": "local"}, RankInfo(3, 4, 1, 2, "WORLD_SIZE")),
         (SRUN | {"RANK": "0", "WORLD_SIZE": "1", "SEER_SCALE_LAUNCHER": "slurm"}, RankInfo(3, 6, 1, 2, "SLURM_NTASKS")),
-        (SRUN | {"RANK": "3", "WORLD_SIZE": "6"}, RankInfo(3, 6, 1, 2, "SLURM_NTASKS")),  # a script that sets what srun says
+        (
+            SRUN | {"RANK": "3", "WORLD_SIZE": "6"},
+            RankInfo(3, 6, 1, 2, "SLURM_NTASKS"),
+        ),  # a script that sets what srun says
     ],
-)  # fmt: skip
+)
 def test_who_numbers_this_rank(env, expected):
     assert detect(env) == expected
     if "SEER_SCALE_LAUNCHER" not in env:
@@ -256,18 +287,36 @@ def test_who_numbers_this_rank(env, expected):
 @pytest.mark.parametrize(
     "env, told",
     [
-        (TORCH | {"RANK": "x"}, "RANK is 'x', which is no whole number: RANK and WORLD_SIZE say which rank of how many"),
+        (
+            TORCH | {"RANK": "x"},
+            "RANK is 'x', which is no whole number: RANK and WORLD_SIZE say which rank of how many",
+        ),
         (TORCH | {"WORLD_SIZE": "-4"}, "WORLD_SIZE is '-4'"),
         (TORCH | {"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
         (TORCH | {"RANK": "4"}, "RANK is 4, but must be from 0 to 3, as WORLD_SIZE is 4"),
-        (SRUN | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many', which is no whole number: SLURM_PROCID and SLURM_NTASKS say"),
+        (
+            SRUN | {"SLURM_NTASKS": "many"},
+            "SLURM_NTASKS is 'many', which is no whole number: SLURM_PROCID and SLURM_NTASKS say",
+        ),
         ({"RANK": "0"}, "RANK is '0', but WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', but RANK is not set"),
         ({"TORCHELASTIC_RUN_ID": "none"}, "RANK is not set"),
-        (SRUN | {"RANK": "0", "WORLD_SIZE": "1"}, "RANK is '0', but this is task 3 of the 6 that srun has started (SLURM_PROCID is 3): unset RANK and WORLD_SIZE"),
-        (SRUN | {"WORLD_SIZE": "1"}, "WORLD_SIZE is '1', but this is task 3 of the 6 that srun has started (SLURM_NTASKS is 6): unset WORLD_SIZE"),
+        (
+            SRUN | {"RANK": "0", "WORLD_SIZE": "1"},
+            (
+                "RANK is '0', but this is task 3 of the 6 that srun has started (SLURM_PROCID is 3): unset RANK and "
+                "WORLD_SIZE"
+            ),
+        ),
+        (
+            SRUN | {"WORLD_SIZE": "1"},
+            (
+                "WORLD_SIZE is '1', but this is task 3 of the 6 that srun has started (SLURM_NTASKS is 6): unset "
+                "WORLD_SIZE"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_variables_that_contradict_each_other_are_told(env, told):
     with pytest.raises(UserError) as error:
         detect(env)
@@ -275,7 +324,9 @@ def test_variables_that_contradict_each_other_are_told(env, told):
     assert error.value.is_local  # else no rank tells, as none knows that it is the first
 
 
-@pytest.mark.parametrize("env", [{"RANK": "3", "LOCAL_RANK": "3"}, SRUN | {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}])
+@pytest.mark.parametrize(
+    "env", [{"RANK": "3", "LOCAL_RANK": "3"}, SRUN | {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}]
+)
 def test_a_rank_that_cannot_know_which_it_is_says_so(env, monkeypatch, capsys):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -297,7 +348,11 @@ def test_a_task_may_see_one_gpu_if_it_is_its_own(others, monkeypatch, tmp_path):
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "new_group", lambda *_, **__: None)
     compared = []
-    monkeypatch.setattr(worlds.World, "gather_objects", lambda _, mine: compared.append(mine) or [mine if others == "one" else "node GPU-0", mine])
+    monkeypatch.setattr(
+        worlds.World,
+        "gather_objects",
+        lambda _, mine: compared.append(mine) or [mine if others == "one" else "node GPU-0", mine],
+    )
     if others == "one":
         with pytest.raises(UserError, match="Ranks 0 and 1 have the same GPU"):
             worlds.start(tmp_path)
@@ -317,10 +372,17 @@ LATER = timedelta(days=1)
 
 
 def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
-    """Rank 0 says who is missing, another what it cannot find; after the time that is given, or at a signal, they end."""
+    """Rank 0 says who is missing, another what it cannot find; after the time that is given, or at a signal, they
+    end."""
     monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
     place = tmp_path / "logs" / "rendezvous"
-    with pytest.raises(RankError, match=r"Rank 0 of 3 \(SLURM_NTASKS is 3\) has waited \d+ s for the others: 1 of 3 are there, not yet 1, 2\. Start all"):
+    with pytest.raises(
+        RankError,
+        match=(
+            r"Rank 0 of 3 \(SLURM_NTASKS is 3\) has waited \d+ s for the others: 1 of 3 are there, not yet 1, 2\. "
+            r"Start all"
+        ),
+    ):
         rendezvous.meet(place, RankInfo(0, 3, 0, 3, "SLURM_NTASKS"), timeout_s=0.4, later=LATER)
     assert capsys.readouterr().err.count("not yet 1, 2.") >= 2
     asked = []
@@ -343,7 +405,13 @@ def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
         rendezvous.meet(place, RankInfo(1, 2, 1, 2, "WORLD_SIZE"), timeout_s=0.1, later=LATER)
     for rank in (0, 1):
         with pytest.raises(StartStopped, match="Stopped by SIGHUP while ranks waited"):
-            rendezvous.meet(place, RankInfo(rank, 2, rank, 2, "WORLD_SIZE"), timeout_s=60, later=LATER, asked_to_stop=lambda: "SIGHUP")
+            rendezvous.meet(
+                place,
+                RankInfo(rank, 2, rank, 2, "WORLD_SIZE"),
+                timeout_s=60,
+                later=LATER,
+                asked_to_stop=lambda: "SIGHUP",
+            )
 
 
 def test_a_run_gives_groups_of_libraries_its_limit_of_time(tmp_path, photos, monkeypatch):
@@ -356,7 +424,14 @@ def test_a_run_gives_groups_of_libraries_its_limit_of_time(tmp_path, photos, mon
 
     monkeypatch.setattr(dist, "destroy_process_group", read_and_end)
     try:
-        words = ["train", recipe(tmp_path, photos, knn={"enabled": False}), "--run.dir", str(tmp_path / "run"), "--train.samples", "8"]
+        words = [
+            "train",
+            recipe(tmp_path, photos, knn={"enabled": False}),
+            "--run.dir",
+            str(tmp_path / "run"),
+            "--train.samples",
+            "8",
+        ]
         assert main(words) == 0
     finally:
         if dist.is_initialized():
@@ -376,7 +451,9 @@ def test_a_signal_ends_a_start(number, tmp_path, photos, monkeypatch, capsys):
 
     threading.Thread(target=send, daemon=True).start()
     assert main(["train", recipe(tmp_path, photos), "--run.dir", str(tmp_path / "run")]) == EXIT_STOPPED
-    assert f"Stopped by {number.name} while ranks waited for each other, so nothing was begun." in capsys.readouterr().err
+    assert (
+        f"Stopped by {number.name} while ranks waited for each other, so nothing was begun." in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -397,7 +474,8 @@ def test_what_was_ignored_at_the_start_stays_ignored(number):
 
 
 def test_nothing_at_import_or_start_needs_linux(tmp_path, photos, monkeypatch, capsys):
-    """Without what macOS has not: /proc, affinity, pidfd, memfd, the clock of the boot; nor sysv_signal, home and account."""
+    """Without what macOS has not: /proc, affinity, pidfd, memfd, the clock of the boot; nor sysv_signal, home and
+    account."""
     for where, name in ((os, "sched_getaffinity"), (os, "pidfd_open"), (os, "memfd_create"), (time, "CLOCK_BOOTTIME")):
         monkeypatch.delattr(where, name)
     opened = io.open
@@ -414,8 +492,18 @@ def test_nothing_at_import_or_start_needs_linux(tmp_path, photos, monkeypatch, c
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where there is no account
-    words = ["train", recipe(tmp_path, photos, data={}, knn={"enabled": False}), "--run.dir", str(tmp_path / "run"), "--train.samples", "8"]
+    words = [
+        "train",
+        recipe(tmp_path, photos, data={}, knn={"enabled": False}),
+        "--run.dir",
+        str(tmp_path / "run"),
+        "--train.samples",
+        "8",
+    ]
     assert main(words) == 0, capsys.readouterr().err
-    assert main([*words, "--data.workers", "2"]) == 2 and "data.workers is 2, but loader processes need Linux; nearest: 0." in capsys.readouterr().err
+    assert (
+        main([*words, "--data.workers", "2"]) == 2
+        and "data.workers is 2, but loader processes need Linux; nearest: 0." in capsys.readouterr().err
+    )
     assert main(["inspect", str(tmp_path / "run")]) == 0
     assert files.cache_folder() == Path(tempfile.gettempdir()) / f"seer_scale-{os.getuid()}"

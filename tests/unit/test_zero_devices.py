@@ -1,4 +1,5 @@
-"""DeepSpeed works on the device the run has: not on CUDA because there is some, nor on the GPU of LOCAL_RANK's number."""
+"""DeepSpeed works on the device the run has: not on CUDA because there is some, nor on the GPU of LOCAL_RANK's
+number."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_a_run_on_the_cpu_of_a_machine_with_gpus_stays_there():
     before = get_accelerator()
     set_accelerator(CUDA_Accelerator())
     try:
-        config, engine = tiny(World(), **{"parallel.engine": "zero2", "parallel.offload": True, "parallel.device": "cpu"})
+        config, engine = tiny(
+            World(), **{"parallel.engine": "zero2", "parallel.offload": True, "parallel.device": "cpu"}
+        )
         assert engine.name == "zero2" and np.isfinite(losses_of(engine, config, World(), range(2), 0.02)).all()
         engine.close()
     finally:

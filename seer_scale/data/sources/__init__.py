@@ -34,8 +34,8 @@ def open_source(
     exclude: Sequence[str] = (),
 ) -> Source:  # fmt: skip
     """The images at `path`: a folder tree, a list file, a tar, a folder of tars, a glob, a range in braces or a comma
-    list of tars, a manifest, or a data set as hub.py takes it, which alone reads the other arguments, but for `exclude`,
-    which is a folder tree's (files.folder). All but the folder tree may be URLs.
+    list of tars, a manifest, or a data set as hub.py takes it, which alone reads the other arguments, but for
+    `exclude`, which is a folder tree's (files.folder). All but the folder tree may be URLs.
 
     Raises DataError when there is no image to read, saying what was looked for.
     """
@@ -45,7 +45,9 @@ def open_source(
         raise DataError("data.path is empty: give a folder of images, a list file or tars.")
     kind = kind_of(path) if kind == "auto" else kind
     if kind in ("list", "manifest") and not remote.is_url(path) and os.path.isdir(path):
-        raise DataError(f"{path} is a folder, and data.kind {kind} wants a file: leave data.kind out, or give folder or tar.")
+        raise DataError(
+            f"{path} is a folder, and data.kind {kind} wants a file: leave data.kind out, or give folder or tar."
+        )
     if kind == "hub":
         return hub.open_hub(path, split, image_key)
     if kind == "stream":
@@ -59,7 +61,9 @@ def open_source(
 
 def open_data(data: Data) -> Source:
     """What a recipe's data section names. Raises DataError."""
-    more = dict(split=data.split, image_key=data.image_key, length=data.length, buffer=data.buffer, exclude=data.exclude)
+    more = dict(
+        split=data.split, image_key=data.image_key, length=data.length, buffer=data.buffer, exclude=data.exclude
+    )
     return open_source(data.path, data.kind, **more)
 
 
@@ -94,7 +98,9 @@ def kind_of(path: str) -> str:
         with os.scandir(path) as found:
             entries = [e for e in found if not is_hidden(e.name)]
     except OSError as error:
-        raise DataError(f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder.") from error
+        raise DataError(
+            f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder."
+        ) from error
     if not any(is_tar(e.name) for e in entries):
         return "folder"
     other = next((e.name for e in entries if is_folder(e) or is_image(e.name) and is_file(e)), None)

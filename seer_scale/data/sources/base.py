@@ -150,7 +150,8 @@ def number(
         numbers = [int(v) for v in values]
         if classes and max(numbers) >= len(classes):
             raise DataError(
-                f"{where} has label {max(numbers)}, but classes.txt beside it names only {counted(len(classes), 'class')}; "
+                f"{where} has label {max(numbers)}, but classes.txt beside it names only "
+                f"{counted(len(classes), 'class')}; "
                 "complete or remove classes.txt."
             )
         names = list(classes)
@@ -250,7 +251,8 @@ def cached_index(
 
 
 def load_arrays(file: Path | BinaryIO, only: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """The arrays of an npz (or `only` some: each takes a third of a millisecond), none where it is not there or whole."""
+    """The arrays of an npz (or `only` some: each takes a third of a millisecond), none where it is not there or
+    whole."""
     try:
         with np.load(file, allow_pickle=False) as saved:
             return {name: saved[name] for name in only or saved}

@@ -104,7 +104,9 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Files:
     a file or of a folder on the way to it.
     """
     if remote.is_url(path):
-        raise DataError(f"{path} is a URL, but a folder of images must be a local one; give its tars or a list of URLs.")
+        raise DataError(
+            f"{path} is a URL, but a folder of images must be a local one; give its tars or a list of URLs."
+        )
     must_exist(path)
     if not os.path.isdir(path):
         raise DataError(f"{path} is not a folder, but data.kind is folder; use data.kind auto.")

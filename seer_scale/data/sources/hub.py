@@ -113,7 +113,9 @@ def open_hub_stream(
     declared = (dataset.info.splits or {}).get(split)
     length = length or (declared and declared.num_examples) or 0
     if length < 1:
-        raise DataError(f"{path} does not say how many images its split {split} has, so give it as data.length (--length).")
+        raise DataError(
+            f"{path} does not say how many images its split {split} has, so give it as data.length (--length)."
+        )
     column = _image_column(dataset.features or {}, image_key, path)
     return HubStream(dataset, column, f"{_prefixed(path)}[{split}]", length, buffer)
 
@@ -210,7 +212,10 @@ class HubStream(Source):
                 except DataError as error:
                     yield position, error
         if (count := position + 1) < self._length:
-            raise DataError(f"{self._where} ended after {count} images, not {self._length}; give {count} as its length (data.length).")
+            raise DataError(
+                f"{self._where} ended after {count} images, not {self._length}; give {count} as its length "
+                "(data.length)."
+            )
 
     def _mixed(self, seed: int, epoch: int, tick: Callable[[], None]) -> Iterator[Any]:
         """The library shuffles the files; its own buffer fails at 2 GiB of images, so it is kept to SLICE."""
@@ -325,8 +330,13 @@ def _image_column(features: dict[str, Any], asked: str, path: str) -> str:
         return asked
     found = images or [name for name in IMAGE_NAMES if name in readable]
     if len(found) != 1:
-        how_many = f"{len(found)} columns of images ({', '.join(found)})" if found else "no column known to be of images"
-        raise DataError(f"{path} has {how_many}; its columns are {', '.join(features) or 'not declared'}: name one as data.image_key (--image-key), or give data that has images.")
+        how_many = (
+            f"{len(found)} columns of images ({', '.join(found)})" if found else "no column known to be of images"
+        )
+        raise DataError(
+            f"{path} has {how_many}; its columns are {', '.join(features) or 'not declared'}: name one as "
+            "data.image_key (--image-key), or give data that has images."
+        )
     return found[0]
 
 

@@ -1,4 +1,5 @@
-"""Images named in a text file, one path or URL a line. What is kept of it is the place of every STRIDE-th line: 13 MB for 10^8."""
+"""Images named in a text file, one path or URL a line. What is kept of it is the place of every STRIDE-th line: 13 MB
+for 10^8."""
 
 from __future__ import annotations
 
@@ -255,13 +256,15 @@ def _kept(url: str, size: object, mark: int, parts: Iterable[bytes]) -> str:
                 for part in parts:
                     file.write(part)
     except OSError as error:
-        raise DataError(f"{url} cannot be copied to {place} ({error.strerror or error}); free some space there.") from error
+        raise DataError(
+            f"{url} cannot be copied to {place} ({error.strerror or error}); free some space there."
+        ) from error
     return str(place)
 
 
 def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
-    """Of the list `path`, read from `file`: starts int64 (where every STRIDE-th line that is not blank begins, and the end
-    of the file), count, whether labelled, passed_over int64 (where lines begin that are passed over), and how many
+    """Of the list `path`, read from `file`: starts int64 (where every STRIDE-th line that is not blank begins, and the
+    end of the file), count, whether labelled, passed_over int64 (where lines begin that are passed over), and how many
     lines have no label, have more columns, name columns."""
     starts, passed_over, count, labelled, number_of_lines = array("q"), array("q"), 0, None, 0
     unlabelled = longer = headers = 0
@@ -282,7 +285,9 @@ def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
             begins = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
             if zeros := data.count(b"\0"):
                 line = number_of_lines + data.count(b"\n", 0, data.find(b"\0")) + 1
-                raise DataError(f"{path} is not a list of paths: line {line} holds binary data ({zeros} bytes of it there).")
+                raise DataError(
+                    f"{path} is not a list of paths: line {line} holds binary data ({zeros} bytes of it there)."
+                )
             # most lines begin with a printing character; the others are looked at one by one
             kept = text[begins] > 32
             for i in np.flatnonzero(~kept).tolist():
@@ -311,7 +316,12 @@ def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
                     "give every line a tab and a label, or none."
                 )
             starts.extend((begins[-count % STRIDE :: STRIDE] + offset).tolist())
-            count, number_of_lines, offset, rest = count + len(begins), number_of_lines + len(ends), offset + whole, data[whole:]
+            count, number_of_lines, offset, rest = (
+                count + len(begins),
+                number_of_lines + len(ends),
+                offset + whole,
+                data[whole:],
+            )
     starts.append(size)
     return {
         "starts": np.array(starts, np.int64), "count": np.array(count), "labelled": np.array(bool(labelled)),

@@ -1,4 +1,5 @@
-"""Several sources as one: a manifest names the parts, and a run may go on with another one (seer-scale data refresh)."""
+"""Several sources as one: a manifest names the parts, and a run may go on with another one (seer-scale data
+refresh)."""
 
 from __future__ import annotations
 
@@ -96,7 +97,9 @@ def absolute(path: str, root: str = "") -> str:
     if is_url(path) or path.startswith("hf:"):
         return path
     whole = os.path.join(root, path)
-    parts = [whole] if os.path.exists(whole) else [os.path.join(root, p.strip()) for p in re.split(OUTSIDE_BRACES, path)]
+    parts = (
+        [whole] if os.path.exists(whole) else [os.path.join(root, p.strip()) for p in re.split(OUTSIDE_BRACES, path)]
+    )
     return ",".join(p if is_url(p) else os.path.abspath(p) for p in parts)
 
 
@@ -126,7 +129,9 @@ def read_manifest(path: str) -> list[Part]:
         raise DataError(f"{path} is no manifest, as it is not YAML: {str(error).splitlines()[0]}.") from error
     entries = given.get("parts") if isinstance(given, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path} is no manifest: it needs a list `parts`, each with a path (kind and name are optional).")
+        raise DataError(
+            f"{path} is no manifest: it needs a list `parts`, each with a path (kind and name are optional)."
+        )
     if other := [k for k in given if k != "parts"]:
         raise DataError(f"{path} has the key {other[0]!r}, but a manifest has only parts.")
     root, parts = os.path.dirname(os.path.abspath(path)), []
@@ -139,13 +144,19 @@ def read_manifest(path: str) -> list[Part]:
         place = absolute(entry["path"], root)
         kind = "manifest" if place.lower().endswith(SUFFIXES) else entry.get("kind", "auto")
         if kind in ("manifest", "stream"):
-            raise DataError(f"{path}: part {n}, {entry['path']}, is of kind {kind}, which cannot be a part; name what is in it.")
+            raise DataError(
+                f"{path}: part {n}, {entry['path']}, is of kind {kind}, which cannot be a part; name what is in it."
+            )
         if only := [k for k in ("split", "image_key") if k in entry and kind != "hub"]:
-            raise DataError(f"{path}: part {n} gives {only[0]}, which only data sets of kind hub have: add kind: hub, or leave it out.")
+            raise DataError(
+                f"{path}: part {n} gives {only[0]}, which only data sets of kind hub have: add kind: hub, or "
+                "leave it out."
+            )
         exclude = entry.get("exclude", ())
         if "exclude" in entry and (kind != "folder" or not _is_texts(exclude)):
             raise DataError(
-                f"{path}: part {n} gives exclude, which is a list of patterns for kind: folder; give both, or leave it out."
+                f"{path}: part {n} gives exclude, which is a list of patterns for kind: folder; give both, or "
+                "leave it out."
             )
         more = {k: str(entry[k]) for k in ("split", "image_key") if k in entry}
         if exclude:

@@ -43,9 +43,20 @@ MOST_STUCK = 8
 READAHEAD = 1 << 20
 COMMON = ("s3", "gs", "az", "hf", "http", "https", "file")
 STAMPS = (
-    "ETag", "etag", "Content-MD5", "md5Hash", "checksum", "generation", "Last-Modified", "LastModified", "last_modified",
-    "mtime", "modified", "updated", "created",
-)  # fmt: skip
+    "ETag",
+    "etag",
+    "Content-MD5",
+    "md5Hash",
+    "checksum",
+    "generation",
+    "Last-Modified",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "modified",
+    "updated",
+    "created",
+)
 """What filesystems call the thing that changes with the content, the surest first."""
 
 T = TypeVar("T")

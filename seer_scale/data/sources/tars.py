@@ -198,7 +198,10 @@ class Tars(Source):
         for a, b in _joined(begins, ends):
             try:
                 if ends[a] - begins[a] > MOST_BYTES:
-                    raise DataError(f" cannot be read (its {ends[a] - begins[a]:,} bytes are more than the {MOST_BYTES:,} that an image may have).")
+                    raise DataError(
+                        f" cannot be read (its {ends[a] - begins[a]:,} bytes are more than the {MOST_BYTES:,} "
+                        "that an image may have)."
+                    )
                 data = self._range(shard, begins[a], ends[b - 1] - begins[a])
                 out += [data[begins[i] - begins[a] : ends[i] - begins[a]] for i in range(a, b)]
             except DataError as error:
@@ -230,7 +233,9 @@ class Tars(Source):
         index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only)
         num = int(self._starts[shard + 1] - self._starts[shard])
         if "offset" in only and not (len(index["offset"]) == len(index["size"]) == num and _inside(index, stamp[0])):
-            raise DataError(f"{path} has an index beside it that is another tar's: remove {path}.index.npz, and start again.")
+            raise DataError(
+                f"{path} has an index beside it that is another tar's: remove {path}.index.npz, and start again."
+            )
         return {name: index[name] for name in only}
 
     # --- labels
@@ -330,7 +335,9 @@ def _found(path: str) -> list[str]:
     try:
         return [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_tar(name) and not is_hidden(name)]
     except OSError as error:
-        raise DataError(f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder.") from error
+        raise DataError(
+            f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder."
+        ) from error
 
 
 def _matches(pattern: str) -> list[str]:
@@ -357,8 +364,8 @@ def _without_braces(path: str) -> list[str]:
 
 
 def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(stamps int64 [n, 2], sums int64 [n, SUMS] as `_sums` gives them) of the tars; those of an earlier call for the same
-    tars are kept in the user's cache folder, so that only a tar that changed since is indexed."""
+    """(stamps int64 [n, 2], sums int64 [n, SUMS] as `_sums` gives them) of the tars; those of an earlier call for the
+    same tars are kept in the user's cache folder, so that only a tar that changed since is indexed."""
     absolute = [path if remote.is_url(path) else os.path.abspath(path) for path in paths]
     place = cache_place(COLLECTION_VERSION, INDEX_VERSION, *absolute, suffix=".tars.npz")
     stamps = _all_stamps(paths)
@@ -531,7 +538,10 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
     """Offsets, sizes, names and label texts of the images in one tar; only headers and .cls members are read."""
     found, last = _Found(), "no member is whole"
     try:
-        with _open_whole(tar, size) as file, tarfile.open(fileobj=(headers := _Headers(tar, file)), mode="r:") as archive:
+        with (
+            _open_whole(tar, size) as file,
+            tarfile.open(fileobj=(headers := _Headers(tar, file)), mode="r:") as archive,
+        ):
             position = -1
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all

@@ -44,7 +44,9 @@ def headline(rows: Rows) -> str | None:
     before = [f"{_percent(r)} before" for r in known[:1] if r["samples_seen"] == 0]
     after = [f"{_percent(r)} after" for r in known[-1:] if r["samples_seen"] > 0]
     if before and after and not compare(known[0], known[-1]):
-        return f"kNN top-1: {after[0]} (what stood before, {_percent(known[0])}, was measured with other images or keys)"
+        return (
+            f"kNN top-1: {after[0]} (what stood before, {_percent(known[0])}, was measured with other images or keys)"
+        )
     return "kNN top-1: " + ", ".join(before + after)
 
 
@@ -94,7 +96,8 @@ def _head(run_dir: Path, rows: Rows, events: Rows, config: dict[str, Any], resta
     elif not _began(events).get("labelled", True):
         big = "Images without labels"
     facts = "\n".join(
-        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _facts(rows, events, config, restarts).items()
+        f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>"
+        for k, v in _facts(rows, events, config, restarts).items()
     )
     known = [r for r in rows if is_number(r.get("knn/top1"))]
     better = len(known) > 1 and compare(known[0], known[-1]) and known[-1]["knn/top1"] > known[0]["knn/top1"]
@@ -142,7 +145,9 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
         facts["Batch"] = f"{get('train.global_batch'):,} images · {get('train.precision') or 'fp32'}"
     if get("parallel.engine"):
         ranks = begun.get("ranks")
-        facts["Engine"] = begun.get("engine", get("parallel.engine")) + (f" · {counted(ranks, 'rank')}" if ranks else "")
+        facts["Engine"] = begun.get("engine", get("parallel.engine")) + (
+            f" · {counted(ranks, 'rank')}" if ranks else ""
+        )
     if (seconds := _wall_s(rows, events)) > 0:
         facts["From first to last line"] = duration(seconds)
     speed = [r["throughput/img_per_s"] for r in steps if is_number(r.get("throughput/img_per_s"))]
@@ -199,8 +204,19 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
     if ln_k and finite:  # a loss that hugs ln K must look like it, not fill the plot with its noise
         gap = 0.05 * (max(finite) - min(finite))
         limits = (min(min(finite) - gap, 0.93 * ln_k), max(max(finite) + gap, 1.02 * ln_k))
-    knn = of("knn/top1", "kNN top-1", GREEN, digits=".1f", unit="%", spread="knn/top1_stderr", ends=True, apart="knn/measurement")
-    apart = " Points that no line joins were measured with other images or keys, and do not compare." if knn.gaps else ""
+    knn = of(
+        "knn/top1",
+        "kNN top-1",
+        GREEN,
+        digits=".1f",
+        unit="%",
+        spread="knn/top1_stderr",
+        ends=True,
+        apart="knn/measurement",
+    )
+    apart = (
+        " Points that no line joins were measured with other images or keys, and do not compare." if knn.gaps else ""
+    )
     majority = next((r["knn/majority"] for r in reversed(rows) if is_number(r.get("knn/majority"))), None)
     heights = [y + s for y, s in zip(knn.y, knn.spread or []) if math.isfinite(y)]
     most = max(heights + [majority or 0.0]) + 10 if heights else None
@@ -212,50 +228,84 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
     restarted = " Dotted vertical lines are restarts." if restarts else ""
     return section(
         "How it went",
-        f"All curves run over the number of images seen, the one clock of a run.{restarted} Point at a curve to read its values.",
+        (
+            f"All curves run over the number of images seen, the one clock of a run.{restarted} Point at a curve "
+            "to read its values."
+        ),
         "<div class=plots>",
         plot(
-            "Loss", "Lower is better. The dashed line is the loss of a network that spreads every image evenly over all "
+            "Loss",
+            "Lower is better. The dashed line is the loss of a network that spreads every image evenly over "
+            "all "
             "prototypes: a curve that stays on it has learned nothing, one that leaves it has.",
-            loss, wide=True, unit="nats", limits=limits, level=(ln_k, f"ln K = {ln_k:.3f}: nothing learned") if ln_k else None,
+            loss,
+            wide=True,
+            unit="nats",
+            limits=limits,
+            level=(ln_k, f"ln K = {ln_k:.3f}: nothing learned") if ln_k else None,
         ),
         plot(
-            "kNN top-1", "Held-out images classified by the vote of their nearest neighbours, with the standard error. The "
+            "kNN top-1",
+            "Held-out images classified by the vote of their nearest neighbours, with the standard error. The "
             f"first point is before training; rising means that features group what belongs together.{apart}",
-            knn, unit="%", limits=(0, most), level=(majority, "always the commonest class") if majority else None,
+            knn,
+            unit="%",
+            limits=(0, most),
+            level=(majority, "always the commonest class") if majority else None,
         ),
-        plot("Learning rate", "The schedule as it was applied: warm-up, then decay.", of("lr", "learning rate", INK), limits=(0, None)),
         plot(
-            "Prototypes in use", "Share of the prototypes the predictions are spread over. High is healthy; a fall towards 0 "
+            "Learning rate",
+            "The schedule as it was applied: warm-up, then decay.",
+            of("lr", "learning rate", INK),
+            limits=(0, None),
+        ),
+        plot(
+            "Prototypes in use",
+            "Share of the prototypes the predictions are spread over. High is healthy; a fall towards 0 "
             "is collapse: every image goes to the same few.",
-            of("swav/prototype_use", "in use", BLUE, scale=100, digits=".1f", unit="%", smooth=True), unit="%", limits=(0, 105),
+            of("swav/prototype_use", "in use", BLUE, scale=100, digits=".1f", unit="%", smooth=True),
+            unit="%",
+            limits=(0, 105),
         ),
         plot(
-            "Entropy of the assignments", "How undecided the target of an image is. At 100 % it prefers no prototype to "
+            "Entropy of the assignments",
+            "How undecided the target of an image is. At 100 % it prefers no prototype to "
             "another and teaches nothing; near 0 it is sure of one.",
             of("swav/assignment_entropy", "entropy", ORANGE, scale=100, digits=".1f", unit="% of ln K", smooth=True),
-            unit="% of ln K", limits=(0, 105),
+            unit="% of ln K",
+            limits=(0, 105),
         ),
         plot(
-            "Gradient norm", "Of all parameters together, before the update. A jump upwards comes before trouble; 0 teaches nothing.",
-            of("grad_norm", "gradient norm", INK, smooth=True), limits=(0, None),
+            "Gradient norm",
+            ("Of all parameters together, before the update. A jump upwards comes before trouble; 0 teaches nothing."),
+            of("grad_norm", "gradient norm", INK, smooth=True),
+            limits=(0, None),
         ),
         plot(
-            _memory(events), "The most a rank has held so far.",
-            of("mem/peak_gib", "peak", BLUE, digits=".2f", unit="GiB"), unit="GiB a rank", limits=(0, None),
+            _memory(events),
+            "The most a rank has held so far.",
+            of("mem/peak_gib", "peak", BLUE, digits=".2f", unit="GiB"),
+            unit="GiB a rank",
+            limits=(0, None),
         ),
         plot(
-            "Time of an update", "From one update to the next without evaluations and checkpoints, and what of it the slowest "
+            "Time of an update",
+            "From one update to the next without evaluations and checkpoints, and what of it the slowest "
             "rank waited for images: where the two meet, the loaders set the pace.",
             of("time/step_s", "update", BLUE, unit="s", smooth=True),
-            metric(wait_s, "wait_s", "waiting for images", ORANGE, unit="s", smooth=True), unit="s", limits=(0, None),
+            metric(wait_s, "wait_s", "waiting for images", ORANGE, unit="s", smooth=True),
+            unit="s",
+            limits=(0, None),
         ),
         plot(
-            "Throughput", "Images trained on each second, over all ranks.",
-            of("throughput/img_per_s", "throughput", ORANGE, unit="images/s", smooth=True), unit="images/s", limits=(0, None),
+            "Throughput",
+            "Images trained on each second, over all ranks.",
+            of("throughput/img_per_s", "throughput", ORANGE, unit="images/s", smooth=True),
+            unit="images/s",
+            limits=(0, None),
         ),
         "</div>",
-    )  # fmt: skip
+    )
 
 
 def _life(ledger: Ledger) -> str:
@@ -287,11 +337,16 @@ def _life(ledger: Ledger) -> str:
         for life in ledger.lives
     ]  # fmt: skip
     mean = ledger.mean_time_to_recover_s
-    recovered = f" After an end that was not the run's, the next update came after {duration(mean)} in the mean." if mean is not None else ""
+    recovered = (
+        f" After an end that was not the run's, the next update came after {duration(mean)} in the mean."
+        if mean is not None
+        else ""
+    )
     return section(
         "The life of the run",
         f"Shares are of all time from its first start.{recovered}",
-        f'<figure class="plot wide">{picture}<figcaption>Images seen over the clock. Grey is the time between two starts; dotted is work '
+        f'<figure class="plot wide">{picture}<figcaption>Images seen over the clock. Grey is the time between '
+        "two starts; dotted is work "
         "that a restart had to do again.</figcaption></figure>",
         table(("what", "time", "share of all time"), spent),
         table(("began", "on", "images seen", "lasted", "lost", "ended by"), lives),
@@ -311,10 +366,15 @@ def _reproduce(run_dir: Path, events: Rows, config: dict[str, Any]) -> str:
     if seed is not None:
         facts["seed"] = str(seed)
     place = run_dir / "config.yaml"
-    recipe = f"<details><summary>The whole recipe (config.yaml)</summary><pre>{escape(place.read_text())}</pre></details>" if place.exists() else ""
+    recipe = (
+        f"<details><summary>The whole recipe (config.yaml)</summary><pre>{escape(place.read_text())}</pre></details>"
+        if place.exists()
+        else ""
+    )
     return section(
         "How to reproduce it",
-        "The recipe below is complete: every key with the value it had. Its images and their order, crops and initial weights "
+        "The recipe below is complete: every key with the value it had. Its images and their order, crops and "
+        "initial weights "
         "follow from it and the seed, whatever the number of ranks.",
         f"<pre class=command>seer-scale train {escape(shown(run_dir.name))}/config.yaml --run.dir NEW</pre>",
         table(("what", "value"), facts.items()),
@@ -329,7 +389,9 @@ def _history(events: Rows, restarts: int) -> str:
     resumes = [e for e in events if e["event"] == "resume"]
     rest = [e for e in events if e["event"] != "resume"]
     kept = [e for e in events if e in resumes or e in rest[:1] + rest[-MAX_EVENTS:]]
-    counted = {0: "It was never restarted.", 1: "It was restarted once."}.get(restarts, f"It was restarted {restarts} times.")
+    counted = {0: "It was never restarted.", 1: "It was restarted once."}.get(
+        restarts, f"It was restarted {restarts} times."
+    )
     rows = [(_clock(e), f"{e['samples_seen']:,}", str(e["event"]), str(e.get("text", ""))) for e in kept]
     return section(
         "Restarts and other events",

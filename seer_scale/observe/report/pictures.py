@@ -103,7 +103,8 @@ class Pictures:
         ]
         text = (
             "Prototypes are the groups the network made up by itself. Each row shows the images nearest to one of "
-            "them, nearest first: a row that makes sense to you is something the network found without being told. Shown are "
+            "them, nearest first: a row that makes sense to you is something the network found without being "
+            "told. Shown are "
             "some that hold their images close and are far from each other."
         )
         return section(title, text, "<div class=strips>", *lines, "</div>", self._use())
@@ -115,11 +116,19 @@ class Pictures:
             return ""
         curve = Curve("share of images", BLUE, range(1, len(shares) + 1), shares, ".2g", "%")
         without = sum(s == 0 for s in shares)
-        picture = svg(Plot(
-            [curve], "% of images", "prototypes, most used first", (0, None), (100 / len(shares), "if all had the same"), bars=True
-        ))  # fmt: skip
+        picture = svg(
+            Plot(
+                [curve],
+                "% of images",
+                "prototypes, most used first",
+                (0, None),
+                (100 / len(shares), "if all had the same"),
+                bars=True,
+            )
+        )
         return (
-            f'<figure class="plot wide use"><h3>How the images are shared out</h3>{picture}<figcaption>Of {len(shares):,} prototypes, '
+            f'<figure class="plot wide use"><h3>How the images are shared out</h3>{picture}<figcaption>Of '
+            f"{len(shares):,} prototypes, "
             f"{without:,} are the nearest of no image looked at.</figcaption></figure>"
         )
 

@@ -1,8 +1,8 @@
 """Curves of a report, as inline SVG: drawn by matplotlib in the page's colours, with the values under the pointer.
 
 Every plot is drawn twice, wide and narrow, and the style sheet shows the one that fits; colours are variables of the
-style sheet, so that they follow the reader's light or dark mode. Nothing here is a script: a value shows as the title of
-a strip of the plot.
+style sheet, so that they follow the reader's light or dark mode. Nothing here is a script: a value shows as the title
+of a strip of the plot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Rows = list[dict[str, Any]]
 
-COLOURS = {"blue": "#3367b1", "orange": "#c8702b", "green": "#2b8a5e", "ink": "#3b4049", "faint": "#d9dce2", "grid": "#eef0f4"}
+COLOURS = {
+    "blue": "#3367b1",
+    "orange": "#c8702b",
+    "green": "#2b8a5e",
+    "ink": "#3b4049",
+    "faint": "#d9dce2",
+    "grid": "#eef0f4",
+}
 """Stand-ins, which no other colour of matplotlib's equals, for the style sheet's variables of the same names."""
 BLUE, ORANGE, GREEN, INK, FAINT, GRID = COLOURS.values()
 MAX_POINTS = 1200
@@ -69,7 +76,8 @@ def short(number: float, _: Any = None) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over images seen: x [N], y [N] (not finite leaves a gap), and `spread` [N] above and below, where known."""
+    """Values over images seen: x [N], y [N] (not finite leaves a gap), and `spread` [N] above and below, where
+    known."""
 
     name: str
     colour: str
@@ -114,8 +122,8 @@ def metric(
     rows: Rows, key: str, name: str, colour: str, *, scale: float = 1.0, digits: str = ".3g", unit: str = "",
     smooth: bool = False, spread: str = "", ends: bool = False, apart: str = "",
 ) -> Curve:  # fmt: skip
-    """A metric of the log as a curve, thinned to MAX_POINTS; its last value stays. apart: a field of the rows; where its
-    value changes, the curve has a gap."""
+    """A metric of the log as a curve, thinned to MAX_POINTS; its last value stays. apart: a field of the rows; where
+    its value changes, the curve has a gap."""
     some = [r for r in rows if key in r and (is_number(r[key]) or r[key] is None)]
     stride = -(-len(some) // MAX_POINTS) or 1
     some = some[::stride] + (some[-1:] if (len(some) - 1) % stride else [])
@@ -189,7 +197,7 @@ def _one(plot: Plot, size: str) -> str:
     used, own = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text)), f"p{zlib.crc32(text.encode()):x}-"
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{own}", text)
-    text = text.replace("<svg", f'<svg class={size} role=img', 1)
+    text = text.replace("<svg", f"<svg class={size} role=img", 1)
     return text[: text.rindex("</svg>")] + strips + "</svg>"
 
 
@@ -225,7 +233,9 @@ def _write_ends(ax: Axes, curve: Curve, level: float | None) -> None:
 
 def _level(ax: Axes, y: float, text: str) -> None:
     ax.axhline(y, color=INK, linestyle=(0, (5, 4)), linewidth=1)
-    ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(-2, 4), textcoords="offset points", ha="right")
+    ax.annotate(
+        text, (1, y), xycoords=("axes fraction", "data"), xytext=(-2, 4), textcoords="offset points", ha="right"
+    )
 
 
 def _strips(ax: Axes, plot: Plot, height: float) -> str:
@@ -241,13 +251,19 @@ def _strips(ax: Axes, plot: Plot, height: float) -> str:
     out = []
     for x, here, begin, end in zip(places, at, edges, edges[1:]):
         known = [(c, v[x]) for c, v in zip(plot.curves, values) if x in v]
-        said = "\n".join(f"{c.name}: {_value(c, y, v.get(x))}" for (c, y), v in zip(known, map(_spreads, (c for c, _ in known))))
+        said = "\n".join(
+            f"{c.name}: {_value(c, y, v.get(x))}" for (c, y), v in zip(known, map(_spreads, (c for c, _ in known)))
+        )
         dots = "".join(
-            f'<circle cx="{here:.1f}" cy="{height - ax.transData.transform((x, y))[1]:.1f}" r="4" style="fill:{c.colour}"/>'
+            (
+                f'<circle cx="{here:.1f}" cy="{height - ax.transData.transform((x, y))[1]:.1f}" r="4" '
+                f'style="fill:{c.colour}"/>'
+            )
             for c, y in known if math.isfinite(y)
         )  # fmt: skip
         out.append(
-            f'<g><title>{escape(said)}\n{x:,.0f} {escape(plot.along)}</title><rect x="{begin:.1f}" y="{height - ax.bbox.y1:.1f}" '
+            f'<g><title>{escape(said)}\n{x:,.0f} {escape(plot.along)}</title><rect x="{begin:.1f}" '
+            f'y="{height - ax.bbox.y1:.1f}" '
             f'width="{end - begin:.1f}" height="{ax.bbox.height:.1f}"/>{dots}</g>'
         )
     text = "".join(out)
