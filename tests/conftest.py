@@ -16,8 +16,10 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started by a script's `&`; tests send it to what they start
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# ignored where a script's `&` or nohup has started this; tests send them to what they start
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def _enlarged(values: np.ndarray, side: int) -> np.ndarray:
