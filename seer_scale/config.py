@@ -259,9 +259,8 @@ class Parallel:
     sync_bn_group: int = opt(0, "ranks that share BatchNorm statistics; 0 = all, 1 = none", ge=0)
     activation_checkpoint: str | tuple[tuple[int, ...], ...] = opt(
         "none",
-        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or for "
-        "each of the 4 "
-        "stages the blocks that end a recomputed run, as in [[2], [7], [9, 17], []]",
+        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or for each of "
+        "the 4 stages the blocks that end a recomputed run, as in [[2], [7], [9, 17], []]",
     )
 
 

@@ -57,9 +57,8 @@ def detect(env: Mapping[str, str] = os.environ) -> RankInfo:
                 other = SLURM_NAMES[TORCH_NAMES.index(name)]
                 raise RankError(
                     f"{name} is {env[name]!r}, but this is task {info.rank} of the {info.size} that srun has started "
-                    f"({other} is {value}): unset {' and '.join(given)} for a rank a task, or SLURM_PROCID for "
-                    "those that "
-                    f"{' and '.join(given)} count."
+                    f"({other} is {value}): unset {' and '.join(given)} for a rank a task, or SLURM_PROCID for those "
+                    f"that {' and '.join(given)} count."
                 )
         return info
     if len(given) == 1:

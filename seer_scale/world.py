@@ -199,9 +199,8 @@ def _gpu_of(info: RankInfo) -> torch.device:
     own = gpus == 1 < info.local_size
     if info.local_rank >= gpus and not own or own and not bound_to_one():
         raise UserError(
-            f"{socket.gethostname()} has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a "
-            "machine, or give "
-            "parallel.device cpu."
+            f"{socket.gethostname()} has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a machine, or "
+            "give parallel.device cpu."
         )
     return torch.device("cuda", min(info.local_rank, gpus - 1))
 
@@ -232,9 +231,8 @@ def allow_open_files(rank: int, size: int) -> None:
     needed = RESERVED_FILES + 8 * size.bit_length() + (3 * size if rank == 0 else 0)
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise UserError(
-            f"Rank {rank} of {size} may open {soft} files, but needs about {needed} (a connection is one): "
-            "raise the hard limit "
-            f"(ulimit -Hn; in a service or container LimitNOFILE or --ulimit nofile) to {needed} or more."
+            f"Rank {rank} of {size} may open {soft} files, but needs about {needed} (a connection is one): raise the "
+            f"hard limit (ulimit -Hn; in a service or container LimitNOFILE or --ulimit nofile) to {needed} or more."
         )
 
 

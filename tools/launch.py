@@ -10,9 +10,8 @@ try:
     from seer_scale.cli import main
 except ModuleNotFoundError as error:
     print(
-        f"{sys.executable} has no {error.name}: give this command with the Python of the environment that "
-        "seer_scale is installed in, "
-        "such as .venv/bin/python.",
+        f"{sys.executable} has no {error.name}: give this command with the Python of the environment that seer_scale "
+        "is installed in, such as .venv/bin/python.",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -56,9 +56,9 @@ class RunLock:
                     return f"{run_dir} is in use by {owner}: stop it or choose another run.dir."
                 return f"{run_dir} cannot be locked ({e.strerror}): choose another run.dir."
             self.note = (
-                f"The file system of {run_dir} has no locks ({e.strerror}; Lustre has them with the mount "
-                "option flock), so "
-                f"nothing keeps a second run out: start none while this one lives. The last to begin here was {owner}."
+                f"The file system of {run_dir} has no locks ({e.strerror}; Lustre has them with the mount option "
+                "flock), so nothing keeps a second run out: start none while this one lives. The last to begin here "
+                f"was {owner}."
             )
         self._fd = fd
         # A forked loader worker shares the lock, and would keep it past the death of its parent.

@@ -81,8 +81,8 @@ def save(folder: Path, state: State, meta: dict[str, Any], world: World, layout:
         sentence = (
             f"The checkpoint at {meta['samples_seen']} samples could not be written to {folder} ({problem}); "
             f"{_space(folder, layout)}; "
-            f"{'earlier checkpoints are untouched' if _published(folder) else 'there is no earlier checkpoint'} "
-            "and training can go on."
+            f"{'earlier checkpoints are untouched' if _published(folder) else 'there is no earlier checkpoint'} and "
+            "training can go on."
         )
         raise CheckpointError(world.broadcast_object(sentence)) from problem
     return folder / world.broadcast_object(name)

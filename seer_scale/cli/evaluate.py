@@ -44,7 +44,6 @@ def knn(args: argparse.Namespace) -> int:
 def in_words(scores: dict[str, Any]) -> str:
     top1, top5 = (f"{scores[name]:.1f} % ± {scores[f'{name}_stderr']:.1f}" for name in ("knn/top1", "knn/top5"))
     return (
-        f"kNN top-1 {top1}, top-5 {top5} after {scores['samples_seen']:,} samples ({scores['checkpoint']}); "
-        "always naming the "
-        f"commonest class: {scores['knn/majority']:.1f} %. {scores['protocol']}"
+        f"kNN top-1 {top1}, top-5 {top5} after {scores['samples_seen']:,} samples ({scores['checkpoint']}); always "
+        f"naming the commonest class: {scores['knn/majority']:.1f} %. {scores['protocol']}"
     )

@@ -122,7 +122,7 @@ def _read(path: Path, size: int) -> memoryview:
             pass
         if time.monotonic() > deadline:
             raise UserError(
-                f"{path}, which rank 0 has written, is not there: "
-                f"is {path.parent} on a file system that all nodes share?"
+                f"{path}, which rank 0 has written, is not there: is {path.parent} on a file system that all nodes "
+                "share?"
             )
         time.sleep(0.1)

@@ -15,9 +15,8 @@ import numpy as np
 
 SETS = ("avx512", "avx2", "sse4", "plain")
 MISSING = (
-    "The image kernels in C were not built when seer_scale was installed: views are made in torch, the same to "
-    "one level of "
-    "255 but ten times slower. Install a C compiler (gcc or clang), and then seer_scale again."
+    "The image kernels in C were not built when seer_scale was installed: views are made in torch, the same to one "
+    "level of 255 but ten times slower. Install a C compiler (gcc or clang), and then seer_scale again."
 )
 
 

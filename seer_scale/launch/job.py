@@ -96,9 +96,8 @@ class Job:
                 else "was written by another version of seer_scale"
             )
             raise UserError(
-                f"{record} {what}, so it is not known what was launched there: if no job of that run is on its "
-                "way, remove that file; "
-                "the run goes on from its checkpoints when its first command is given again."
+                f"{record} {what}, so it is not known what was launched there: if no job of that run is on its way, "
+                "remove that file; the run goes on from its checkpoints when its first command is given again."
             ) from error
         here = os.path.abspath(run_dir)
         if os.path.realpath(here) == os.path.realpath(job.run_dir):

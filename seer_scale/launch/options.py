@@ -71,9 +71,8 @@ def with_time(profile: Profile, time: str) -> Profile:
     """The profile with another time limit. Raises UserError."""
     if minutes(time) * 60 <= profile.grace_s:
         raise UserError(
-            f"--time is {time}, but the profile's grace_s is {profile.grace_s} s, in which the run saves "
-            "before the limit: "
-            "give more time, or lower grace_s."
+            f"--time is {time}, but the profile's grace_s is {profile.grace_s} s, in which the run saves before the "
+            "limit: give more time, or lower grace_s."
         )
     return dataclasses.replace(profile, time=time)
 

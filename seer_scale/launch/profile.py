@@ -165,8 +165,8 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
             key = name.replace("-", "_")
             problems.append(
                 f"sbatch.{option} is "
-                f"{'the key ' + key + ' of the profile' if key in known else 'for the launcher to decide'}; "
-                "remove it."
+                f"{'the key ' + key + ' of the profile' if key in known else 'for the launcher to decide'}; remove "
+                "it."
             )
     try:
         limit = minutes(values["time"])

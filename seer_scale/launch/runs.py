@@ -325,9 +325,8 @@ def words_again(job: Job, *, nodes: str, time: str) -> list[str]:
             words = [*_without(words, option), option, value]
     if not Path(job.folder).is_dir():
         raise UserError(
-            f"{job.name} was launched from {job.folder}, which is no more: give its command from where its "
-            "recipe and images "
-            f"are now: {shlex.join([command_here(), 'launch', *words])}"
+            f"{job.name} was launched from {job.folder}, which is no more: give its command from where its recipe "
+            f"and images are now: {shlex.join([command_here(), 'launch', *words])}"
         )
     return words
 

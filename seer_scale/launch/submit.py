@@ -112,8 +112,7 @@ def _prepare_all(options: Options) -> list[Prepared]:
     if len(set(folders)) < len(folders):
         raise UserError(
             f"--array makes {len(folders)} runs, but run.dir gives them one folder: leave it out, and each has "
-            "runs/NAME "
-            "(--name says how they are called)."
+            "runs/NAME (--name says how they are called)."
         )
     return prepared
 

@@ -219,8 +219,7 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
         if row["samples_seen"] < past or not undecided or not abs(loss / ln_k - 1) <= NEAR_BASELINE:
             return ""
         return (
-            f"The loss is {loss:.3f}, and ln K is {ln_k:.3f}: predictions are uniform, nothing is being "
-            "learned. Try a smaller "
-            "swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, or a larger "
-            "train.global_batch or swav.queue."
+            f"The loss is {loss:.3f}, and ln K is {ln_k:.3f}: predictions are uniform, nothing is being learned. Try "
+            "a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, "
+            "or a larger train.global_batch or swav.queue."
         )

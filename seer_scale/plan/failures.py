@@ -385,9 +385,8 @@ def _check_events(f: Failures, interval_s: float, given: dict) -> None:
             else "0, for the formula alone, or fewer --days"
         )
         raise UserError(
-            f"--runs is {given['runs']}, but so many runs of {given['days']:g} days have more than "
-            f"{MOST_EVENTS:,} checkpoints and failures "
-            f"to replay; nearest: {nearest}."
+            f"--runs is {given['runs']}, but so many runs of {given['days']:g} days have more than {MOST_EVENTS:,} "
+            f"checkpoints and failures to replay; nearest: {nearest}."
         )
 
 
@@ -395,8 +394,7 @@ def _table(f: Failures, facts: dict) -> list[str]:
     shares, best, found, interval_s = facts["shares"], facts["best_interval_s"], facts["replay"], facts["interval_s"]
     lines = [
         f"one failure in {_shown(f.mtbf_s / HOUR_S, 'hours')}, seen after {_shown(f.detect_s)}, restarted in "
-        f"{_shown(f.restart_s)}; "
-        f"a checkpoint stalls for {_shown(f.stall_s)} and is safe after {_shown(f.save_s)}",
+        f"{_shown(f.restart_s)}; a checkpoint stalls for {_shown(f.stall_s)} and is safe after {_shown(f.save_s)}",
         (
             f"goodput        {_percent(shares['goodput'])} expected with a checkpoint every {_shown(interval_s)} "
             "of useful work"
@@ -420,9 +418,8 @@ def _table(f: Failures, facts: dict) -> list[str]:
         }[found["agrees"]]
         lines.append(
             f"replay         {_percent(found['goodput'], 3)}, 95 % interval {_percent(found['low'], 3)} to "
-            f"{_percent(found['high'], 3)}, in the mean of "
-            f"{found['runs']} runs of {facts['days']:g} days; the formula, {_percent(found['formula'], 3)} at "
-            f"this length, {lies}"
+            f"{_percent(found['high'], 3)}, in the mean of {found['runs']} runs of {facts['days']:g} days; the "
+            f"formula, {_percent(found['formula'], 3)} at this length, {lies}"
         )
     return [*lines, f"aim            {_verdict(f, facts)}"]
 
@@ -433,8 +430,7 @@ def _verdict(f: Failures, facts: dict) -> str:
     if target["reached"]:
         return (
             f"{name} is reached, and would still be with a detection and restart of {_shown(target['down_s'])} "
-            "together, "
-            f"with an interval of {_shown(target['intervals_s'][1])}, or with {rarer} at its best interval"
+            f"together, with an interval of {_shown(target['intervals_s'][1])}, or with {rarer} at its best interval"
         )
     if target["intervals_s"]:
         return (
@@ -444,9 +440,8 @@ def _verdict(f: Failures, facts: dict) -> str:
     for down_s, place in (target["down_s"], "this"), (target["best_down_s"], "the best"):
         if down_s is not None:
             return (
-                f"{name} is not reached, but would be with a detection and restart of {_shown(down_s)} "
-                f"together, not {_shown(f.down_s)}, "
-                f"at {place} interval, or with {rarer} at its best interval"
+                f"{name} is not reached, but would be with a detection and restart of {_shown(down_s)} together, not "
+                f"{_shown(f.down_s)}, at {place} interval, or with {rarer} at its best interval"
             )
     return (
         f"{name} is not reached, nor would it be with no time at all for detection and restart: it takes {rarer}, "

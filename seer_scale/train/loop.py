@@ -292,9 +292,9 @@ class Trainer:
             times = train.global_batch / len(self.source)
             self._tell(
                 "few_images",
-                f"There are {len(self.source):,} images, fewer than train.global_batch "
-                f"({train.global_batch:,}): each update sees "
-                f"an image {times:.1f} times, which teaches little; lower train.global_batch, or give more images.",
+                f"There are {len(self.source):,} images, fewer than train.global_batch ({train.global_batch:,}): "
+                f"each update sees an image {times:.1f} times, which teaches little; lower train.global_batch, or "
+                "give more images.",
             )
         if left_out := warning(self.source.left_out):
             self._tell("note", left_out)
@@ -307,9 +307,8 @@ class Trainer:
         if self.world.device.type == "cpu" and train.precision != "fp32":
             self._tell(
                 "note",
-                "On this CPU, convolutions over maps of which part of their kernel sees padding alone are "
-                "computed in fp32, not "
-                f"{train.precision}: oneDNN leaves gradients of that part unset in half precision.",
+                "On this CPU, convolutions over maps of which part of their kernel sees padding alone are computed "
+                f"in fp32, not {train.precision}: oneDNN leaves gradients of that part unset in half precision.",
             )
         if native() is None:
             self._tell_of_rank("note", MISSING)
@@ -757,8 +756,7 @@ class Trainer:
         self._tell(
             "prototypes",
             f"The report shows the images nearest to some prototypes, of {num:,} looked at in "
-            f"{time.perf_counter() - begin:.0f} s "
-            "(run.prototype_images; 0 does without).",
+            f"{time.perf_counter() - begin:.0f} s (run.prototype_images; 0 does without).",
         )
 
     def _evaluate_at_end(self) -> None:

@@ -54,9 +54,8 @@ class SkipMonitor:
             first = "the loss" if self.world.size == 1 else f"the loss of rank {self.world.rank}"
         last = " Further ones are only counted." * (self._told == MAX_TOLD)
         return (
-            f"Update {step:,} was skipped, as not all of it was finite: first {first}. {self.precision} has no "
-            "loss scale "
-            "that has to settle: if it comes again, lower optim.lr, or look for what is wrong with the images "
+            f"Update {step:,} was skipped, as not all of it was finite: first {first}. {self.precision} has no loss "
+            "scale that has to settle: if it comes again, lower optim.lr, or look for what is wrong with the images "
             f"or the device.{last}"
         )
 

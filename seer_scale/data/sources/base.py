@@ -151,8 +151,7 @@ def number(
         if classes and max(numbers) >= len(classes):
             raise DataError(
                 f"{where} has label {max(numbers)}, but classes.txt beside it names only "
-                f"{counted(len(classes), 'class')}; "
-                "complete or remove classes.txt."
+                f"{counted(len(classes), 'class')}; complete or remove classes.txt."
             )
         names = list(classes)
         if not names:  # numbers may have gaps, or be larger than any array

@@ -78,8 +78,8 @@ def read_file(path: str) -> bytes:
                 raise DataError(f"{shown(path)} cannot be read (it is no regular file).")
             if size > MOST_BYTES:
                 raise DataError(
-                    f"{shown(path)} cannot be read "
-                    f"(its {size:,} bytes are more than the {MOST_BYTES:,} that an image may have)."
+                    f"{shown(path)} cannot be read (its {size:,} bytes are more than the {MOST_BYTES:,} that an "
+                    "image may have)."
                 )
             return file.readall()
     except (OSError, ValueError) as error:

@@ -235,8 +235,7 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
         "<div class=plots>",
         plot(
             "Loss",
-            "Lower is better. The dashed line is the loss of a network that spreads every image evenly over "
-            "all "
+            "Lower is better. The dashed line is the loss of a network that spreads every image evenly over all "
             "prototypes: a curve that stays on it has learned nothing, one that leaves it has.",
             loss,
             wide=True,
@@ -374,8 +373,7 @@ def _reproduce(run_dir: Path, events: Rows, config: dict[str, Any]) -> str:
     return section(
         "How to reproduce it",
         "The recipe below is complete: every key with the value it had. Its images and their order, crops and "
-        "initial weights "
-        "follow from it and the seed, whatever the number of ranks.",
+        "initial weights follow from it and the seed, whatever the number of ranks.",
         f"<pre class=command>seer-scale train {escape(shown(run_dir.name))}/config.yaml --run.dir NEW</pre>",
         table(("what", "value"), facts.items()),
         recipe,

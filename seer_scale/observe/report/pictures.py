@@ -103,9 +103,8 @@ class Pictures:
         ]
         text = (
             "Prototypes are the groups the network made up by itself. Each row shows the images nearest to one of "
-            "them, nearest first: a row that makes sense to you is something the network found without being "
-            "told. Shown are "
-            "some that hold their images close and are far from each other."
+            "them, nearest first: a row that makes sense to you is something the network found without being told. "
+            "Shown are some that hold their images close and are far from each other."
         )
         return section(title, text, "<div class=strips>", *lines, "</div>", self._use())
 

@@ -263,8 +263,7 @@ def _strips(ax: Axes, plot: Plot, height: float) -> str:
         )  # fmt: skip
         out.append(
             f'<g><title>{escape(said)}\n{x:,.0f} {escape(plot.along)}</title><rect x="{begin:.1f}" '
-            f'y="{height - ax.bbox.y1:.1f}" '
-            f'width="{end - begin:.1f}" height="{ax.bbox.height:.1f}"/>{dots}</g>'
+            f'y="{height - ax.bbox.y1:.1f}" width="{end - begin:.1f}" height="{ax.bbox.height:.1f}"/>{dots}</g>'
         )
     text = "".join(out)
     for name, colour in COLOURS.items():
