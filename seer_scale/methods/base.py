@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from seer_scale.config import Config
+from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.rng import Init
 
@@ -152,6 +153,11 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     @abstractmethod
     def baseline(self) -> Baseline:
         """What a network that has learned nothing would have as its loss."""
+
+    @property
+    def plots(self) -> Sequence[MetricPlot]:
+        """What the report shows of the figures that `metrics` gives."""
+        return ()
 
     def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:
         """Figures for a metric line, from the means of what `loss` gave as metrics (none where a line has none)."""

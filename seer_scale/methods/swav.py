@@ -15,6 +15,7 @@ from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.sinkhorn import sinkhorn
 from seer_scale.models.heads import ProjectionHead
 from seer_scale.models.registry import build_backbone
+from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.rng import Init, UnitRows
 from seer_scale.world import World, all_gather
@@ -187,6 +188,31 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
     @property
     def anchors(self) -> str:
         return "prototypes.0.weight"
+
+    @property
+    def plots(self) -> tuple[MetricPlot, ...]:
+        return (
+            MetricPlot(
+                "Prototypes in use",
+                "Share of the prototypes the predictions are spread over. High is healthy; a fall towards 0 is "
+                "collapse: every image goes to the same few.",
+                "swav/prototype_use",
+                "in use",
+                unit="%",
+                scale=100,
+                limits=(0, 105),
+            ),
+            MetricPlot(
+                "Entropy of the assignments",
+                "How undecided the target of an image is. At 100 % it prefers no prototype to another and teaches "
+                "nothing; near 0 it is sure of one.",
+                "swav/assignment_entropy",
+                "entropy",
+                unit="% of ln K",
+                scale=100,
+                limits=(0, 105),
+            ),
+        )
 
     def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:
         """Averaged over the prototype sets.

@@ -205,6 +205,8 @@ class Trainer:
             samples_seen=self.samples_seen,
             end=self.end,
             labelled=self.labelled is not None,
+            baseline=self.engine.method.baseline,
+            plots=[dataclasses.asdict(plot) for plot in self.engine.method.plots],
             threads=threads,
             cores=self.cores,
             workers=self.workers,

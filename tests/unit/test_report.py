@@ -1,5 +1,6 @@
 """The report is one file that needs nothing else, tells the truth of metrics.jsonl, and copes with what is missing."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -7,10 +8,14 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from seer_scale.config import resolve
+from seer_scale.methods.registry import build_method
 from seer_scale.observe.gallery import Gallery, read_gallery
 from seer_scale.observe.report import headline, page, write_report
 from seer_scale.observe.report.plots import COLOURS, Plot, metric, short, smoothed, svg
 from seer_scale.observe.sinks import RunLog, read_metrics
+from seer_scale.world import World
+from tests.tiny import RECIPE
 
 SECTIONS = [
     "How it went",
@@ -25,6 +30,10 @@ PLOTS = [
     "Loss", "kNN top-1", "Learning rate", "Prototypes in use", "Entropy of the assignments", "Gradient norm",
     "Peak host memory", "Time of an update", "Throughput",
 ]  # fmt: skip
+OF_THE_METHOD = {
+    "baseline": ("ln K", 4.159),
+    "plots": [dataclasses.asdict(p) for p in build_method(resolve(RECIPE, {}, world_size=1), World()).plots],
+}
 VOID = {"img", "meta", "link", "br"}
 
 
@@ -54,7 +63,7 @@ def run_dir(tmp_path, monkeypatch):
             })  # fmt: skip
 
     with RunLog(run, 6400, ("ln K", 4.159), active=True) as log:
-        log.event("start", "A new run.", samples_seen=0, ranks=2, parameters=3_947_000)
+        log.event("start", "A new run.", samples_seen=0, ranks=2, parameters=3_947_000, **OF_THE_METHOD)
         log.log({"samples_seen": 0, "knn/top1": 31.25, "knn/top1_stderr": 1.5})
         stretch(log, range(1, 51))
     with RunLog(run, 6400, ("ln K", 4.159), active=True) as log:
@@ -181,7 +190,7 @@ def test_a_run_that_has_hardly_begun_has_a_report_too(tmp_path, metrics):
     if metrics is not None:
         (tmp_path / "metrics.jsonl").write_text(metrics)
     page = Page(write_report(tmp_path).read_text())
-    assert page.text.count("Not measured yet.") == len(PLOTS)
+    assert page.text.count("Not measured yet.") == len(PLOTS) - len(OF_THE_METHOD["plots"])
     assert "No kNN evaluation yet" in page.text
 
 

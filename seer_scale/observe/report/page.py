@@ -11,6 +11,7 @@ import statistics
 import time
 from html import escape
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from seer_scale.config import load_recipe
 from seer_scale.files import shown, write_whole
 from seer_scale.formatting import counted
 from seer_scale.observe.ledger import CAUSES, Ledger, duration, read_ledger
+from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.observe.report.parts import section, table
 from seer_scale.observe.report.pictures import Pictures
 from seer_scale.observe.report.plots import BLUE, FAINT, GREEN, INK, ORANGE, Plot, Rows, is_number, metric, short, svg
@@ -66,7 +68,7 @@ def write_report(run_dir: Path) -> Path:
     body = "\n".join(
         [
             _head(run_dir, rows, events, config, restarts),
-            _curves(rows, events, config),
+            _curves(rows, events),
             _life(ledger),
             pictures.crops(),
             pictures.neighbours(),
@@ -176,14 +178,12 @@ def _wall_s(rows: Rows, events: Rows) -> float:
 # ------------------------------------------------------------------------------------------------ the curves
 
 
-def _ln_k(config: dict[str, Any]) -> float | None:
-    """Loss of a uniform assignment in nats, the mean over the sets of prototypes."""
-    sets = (config.get("swav") or {}).get("prototypes") or []
-    sets = sets if isinstance(sets, list) else [sets]
-    return statistics.fmean(math.log(k) for k in sets) if sets else None
+def _latest(events: Rows, fact: str) -> Any:
+    """What the newest start that tells of it says."""
+    return next((e[fact] for e in reversed(events) if e.get("event") in BEGINNINGS and e.get(fact)), None)
 
 
-def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
+def _curves(rows: Rows, events: Rows) -> str:
     restarts = [e["samples_seen"] for e in events if e["event"] == "resume"]
     until = max((r["samples_seen"] for r in rows), default=0) or 1
 
@@ -198,12 +198,13 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
     def of(key: str, name: str, colour: str, **how: Any) -> Any:
         return metric(rows, key, name, colour, **how)
 
-    loss, ln_k = of("loss", "loss", BLUE, digits=".4f", unit="nats", smooth=True), _ln_k(config)
+    loss = of("loss", "loss", BLUE, digits=".4f", smooth=True)
+    baseline, of_nothing = _latest(events, "baseline") or ("", None)
     finite = [y for y in loss.y if math.isfinite(y)]
     limits: tuple[float | None, float | None] = (None, None)
-    if ln_k and finite:  # a loss that hugs ln K must look like it, not fill the plot with its noise
+    if of_nothing and finite:  # a loss that hugs it must look like it, not fill the plot with its noise
         gap = 0.05 * (max(finite) - min(finite))
-        limits = (min(min(finite) - gap, 0.93 * ln_k), max(max(finite) + gap, 1.02 * ln_k))
+        limits = (min(min(finite) - gap, 0.93 * of_nothing), max(max(finite) + gap, 1.02 * of_nothing))
     knn = of(
         "knn/top1",
         "kNN top-1",
@@ -225,6 +226,7 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
         for r in rows
         if is_number(r.get("time/step_s")) and is_number(r.get("time/data_wait_frac"))
     ]
+    own = [MetricPlot(**plot) for plot in _latest(events, "plots") or []]
     restarted = " Dotted vertical lines are restarts." if restarts else ""
     return section(
         "How it went",
@@ -235,13 +237,12 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
         "<div class=plots>",
         plot(
             "Loss",
-            "Lower is better. The dashed line is the loss of a network that spreads every image evenly over all "
-            "prototypes: a curve that stays on it has learned nothing, one that leaves it has.",
+            "Lower is better. The dashed line is the loss of a network that has learned nothing: a curve that stays on "
+            "it has learned nothing, one that leaves it has.",
             loss,
             wide=True,
-            unit="nats",
             limits=limits,
-            level=(ln_k, f"ln K = {ln_k:.3f}: nothing learned") if ln_k else None,
+            level=(of_nothing, f"{baseline} = {of_nothing:.3f}: nothing learned") if of_nothing else None,
         ),
         plot(
             "kNN top-1",
@@ -258,21 +259,23 @@ def _curves(rows: Rows, events: Rows, config: dict[str, Any]) -> str:
             of("lr", "learning rate", INK),
             limits=(0, None),
         ),
-        plot(
-            "Prototypes in use",
-            "Share of the prototypes the predictions are spread over. High is healthy; a fall towards 0 "
-            "is collapse: every image goes to the same few.",
-            of("swav/prototype_use", "in use", BLUE, scale=100, digits=".1f", unit="%", smooth=True),
-            unit="%",
-            limits=(0, 105),
-        ),
-        plot(
-            "Entropy of the assignments",
-            "How undecided the target of an image is. At 100 % it prefers no prototype to "
-            "another and teaches nothing; near 0 it is sure of one.",
-            of("swav/assignment_entropy", "entropy", ORANGE, scale=100, digits=".1f", unit="% of ln K", smooth=True),
-            unit="% of ln K",
-            limits=(0, 105),
+        *(
+            plot(
+                p.title,
+                p.caption,
+                of(
+                    p.key,
+                    p.name,
+                    colour,
+                    scale=p.scale,
+                    digits=".1f" if p.scale == 100 else ".4f",
+                    unit=p.unit,
+                    smooth=True,
+                ),
+                unit=p.unit,
+                limits=tuple(p.limits),
+            )
+            for p, colour in zip(own, cycle((BLUE, ORANGE, GREEN)))
         ),
         plot(
             "Gradient norm",
