@@ -99,7 +99,7 @@ def _prepare_all(options: Options) -> list[Prepared]:
         except UserError as problem:
             problems.append(f"{name}: {problem}" if len(runs) > 1 else str(problem))
     if problems:
-        raise UserError(*dict.fromkeys(problems))
+        raise UserError(*(line for problem in dict.fromkeys(problems) for line in problem.splitlines()))
     folders = [job.run_dir for job, _, _ in prepared]
     if percent := next((folder for folder in folders if "%" in folder and options.cluster == "slurm"), None):
         raise UserError(f"run.dir is {percent}, but SLURM replaces what follows a %: choose another.")

@@ -273,6 +273,13 @@ def test_words_that_cannot_be_meant(words, said, recipe):
     assert said in str(caught.value), caught.value
 
 
+def test_problems_of_a_recipe_have_a_line_each(recipe):
+    with pytest.raises(UserError) as caught:
+        cli.run(["launch", recipe, "--cluster", "local", "--data.path", "/no/where", "--optim.lrr", "3"])
+    header, *problems = str(caught.value).splitlines()
+    assert header == "The recipe has 2 problems:" and [p[:4] for p in problems] == ["  - "] * 2
+
+
 @pytest.mark.parametrize("name", ["..", ".", "%j-run", "a\nb", "a/b", "-x", "a'b"])
 def test_names_that_would_mean_something_else(name, recipe):
     with pytest.raises(UserError, match="--name is"):
