@@ -195,6 +195,9 @@ class Student(nn.Module):
         return {"embed": self.embed} | {f"backbone.{n}": u for n, u in self.backbone.units().items()}
 
 
+UNIT_ROWS = "student.backbone.blocks.1.down.weight"
+
+
 class Taught(Simple, Method[list[Tensor], list[Tensor]]):
     """Targets: the teacher's mean token of each view, less the centre, the mean over all images of the global batch."""
 
@@ -216,6 +219,8 @@ class Taught(Simple, Method[list[Tensor], list[Tensor]]):
         for name in own:
             if name.startswith("teacher."):
                 own[name] = ParameterGroup(average_of=name.replace("teacher.", "student."))
+            elif name == UNIT_ROWS:
+                own[name] = ParameterGroup(normalized_rows=True)
             elif "embed" in name:
                 own[name] = ParameterGroup(lr=0.2, weight_decay=0.0, clip="embed", frozen=((8, 16),))
         return own

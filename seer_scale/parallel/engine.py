@@ -65,6 +65,7 @@ class Engine:
         self._clips = torch.tensor([clips.index(self.groups[n].clip) for n in trained], device=world.device)
         self._normalize_rows(self._normalized, torch.zeros((), device=world.device))
         self.refresh()
+        self._begin_averages()
 
     def _parallelize(self) -> nn.Module:
         """From the method on the meta device to what is called in its place, in the one order that works.
@@ -142,6 +143,14 @@ class Engine:
     def _sources(self) -> list[Tensor]:
         """Of each moving average that this rank holds a run of, the same run of what it is an average of."""
         return [self.shards[source].local for source in self.averages.values()]
+
+    @torch.no_grad()
+    def _begin_averages(self) -> None:
+        """As their sources, whose draws they have, but not yet their rows of unit length. What a checkpoint brings to
+        either is its affair."""
+        for (name, source), run in zip(self.averages.items(), self._sources(), strict=True):
+            if source in self._normalized and not source.startswith(self._loaded):
+                self.shards[name].local.copy_(run)
 
     def _average(self, skipped: Tensor, momentum: float) -> None:
         """Moving averages follow, on what this rank holds: average <- momentum average + (1 - momentum) source."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from seer_scale.parallel.engine import Engine
-from seer_scale.parallel.units import joined_units
+from seer_scale.parallel.engine import COMPUTE, Engine
+from seer_scale.parallel.units import compute_type, joined_units
 from seer_scale.world import World
 
 
@@ -64,8 +64,8 @@ class FSDP(Engine):
         vectors = {p for p in method.parameters() if p.ndim < 2}
         groups = joined_units(method, self.config)
         for units in groups:
-            dtype = torch.float32 if method.fp32_units.issuperset(units) else self.dtype
-            self._shard(list(units.values()), dtype, vectors)
+            dtype = compute_type(next(iter(units)), method, self.config)  # of all in the group
+            self._shard(list(units.values()), COMPUTE[dtype], vectors)
         # told nothing, the first group's backward would gather what ran before it: the last of a look at the batch
         first = next(iter(groups[0].values()))
         first.set_modules_to_backward_prefetch([first])

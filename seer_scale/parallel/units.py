@@ -9,6 +9,7 @@ from torch import nn
 
 from seer_scale.config import Config
 from seer_scale.errors import UserError
+from seer_scale.parallel.engine import COMPUTE
 
 
 def sharded_units(method: nn.Module, config: Config) -> dict[str, nn.Module]:
@@ -20,7 +21,8 @@ def sharded_units(method: nn.Module, config: Config) -> dict[str, nn.Module]:
     units: dict[str, nn.Module] = {}
     needs: dict[str, tuple[float, str]] = {}
     for name, unit in method.shard_units().items():
-        dtype, width = _compute_type(name, method, config)
+        dtype = compute_type(name, method, config)
+        width = COMPUTE[dtype].itemsize
         parts = split_units({name: unit}, int(most * 2**30 / width))
         units |= parts
         needs |= {part: (matrix_numel(module) * width / 2**30, dtype) for part, module in parts.items()}
@@ -45,8 +47,8 @@ def joined_units(method: nn.Module, config: Config) -> list[dict[str, nn.Module]
     groups: list[dict[str, nn.Module]] = []
     size, last = 0, None
     for name, unit in sharded_units(method, config).items():
-        dtype, width = _compute_type(name, method, config)
-        kind, more = (name.partition(".")[0], dtype), width * matrix_numel(unit)
+        dtype = compute_type(name, method, config)
+        kind, more = (name.partition(".")[0], dtype), COMPUTE[dtype].itemsize * matrix_numel(unit)
         if kind != last or size >= least or size + more > most:
             groups.append({})
             size, last = 0, kind
@@ -55,10 +57,10 @@ def joined_units(method: nn.Module, config: Config) -> list[dict[str, nn.Module]
     return groups
 
 
-def _compute_type(name: str, method: nn.Module, config: Config) -> tuple[str, int]:
-    """A unit's, or a part's, and its bytes an element."""
-    is_fp32 = name in method.fp32_units or config.train.precision == "fp32"
-    return ("fp32", 4) if is_fp32 else (config.train.precision, 2)
+def compute_type(name: str, method: nn.Module, config: Config) -> str:
+    """Of a unit, or of a part of one: a key of COMPUTE."""
+    is_fp32 = any(f"{name}.".startswith(f"{unit}.") for unit in method.fp32_units)
+    return "fp32" if is_fp32 else config.train.precision
 
 
 def split_units(units: dict[str, nn.Module], max_numel: int) -> dict[str, nn.Module]:

@@ -28,11 +28,11 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from seer_scale.parallel.ds_config import deepspeed_config
-from seer_scale.parallel.engine import Engine
+from seer_scale.parallel.engine import COMPUTE, Engine
 from seer_scale.parallel.handed import Handed, aligned
 from seer_scale.parallel.shard import Shard
 from seer_scale.parallel.thrifty import keep_parameters_only
-from seer_scale.parallel.units import sharded_units
+from seer_scale.parallel.units import compute_type, sharded_units
 
 KEPT, RECOMPUTED = -1, -2
 """Users of parameters, besides modules: while there is one, DeepSpeed does not free it."""
@@ -212,9 +212,10 @@ class Zero3(Zero):
     def _finish(self, module: nn.Module) -> nn.Module:
         for name, unit in self.units.items():
             unit._z3_leaf = True
+            dtype = COMPUTE[compute_type(name, self.method, self.config)]
             for p in unit.parameters():
-                if name not in self.method.fp32_units and len(p.ds_shape) > 1:
-                    p.comm_dtype = self.dtype
+                if len(p.ds_shape) > 1:
+                    p.comm_dtype = dtype
         module = super()._finish(module)
         self.whole_vectors = [p for n, p in self.method.named_parameters() if n in self.vectors]
         for p in self.whole_vectors:

@@ -9,7 +9,7 @@ from seer_scale.optim.parameter_groups import ParameterGroup, check_groups
 from seer_scale.parallel.engine import Engine
 from seer_scale.world import World
 from tests.tiny import fake_views, losses_of
-from tests.toy import Taught, toy
+from tests.toy import UNIT_ROWS, Taught, toy
 
 LR, UPDATES, CLIP = 1e-3, 4, 0.02
 
@@ -45,6 +45,9 @@ def test_an_update_is_torchs(optimizer):
                 p.grad = None
         theirs.step()
         theirs.zero_grad()
+        with torch.no_grad():
+            rows = model.get_parameter(UNIT_ROWS)
+            rows.copy_(torch.nn.functional.normalize(rows, dim=1))
         momentum = model.average_momentum(seen)
         with torch.no_grad():
             for average, source in zip(model.teacher.parameters(), student.parameters(), strict=True):
@@ -63,6 +66,7 @@ def test_a_moving_average_begins_as_its_source_and_stays_where_an_update_is_skip
     config, engine = toy(lambda: Taught(world), Engine, world, **{"train.precision": "fp16"})
     for average, source in zip(engine.method.teacher.parameters(), engine.method.student.parameters(), strict=True):
         assert torch.equal(average, source) and not average.requires_grad
+    losses_of(engine, config, world, range(1), LR)  # so that they differ from now on
     before = [p.clone() for p in engine.method.parameters()]
     engine.gradients([lambda: [v * torch.inf for v in fake_views(config, 0, world)]], samples_seen=0)
     assert engine.update(LR, 0)["skipped"].item() == 1

@@ -11,7 +11,7 @@ from seer_scale import parallel
 from seer_scale.config import ConfigError, load_recipe, resolve
 from seer_scale.errors import UserError
 from seer_scale.methods.swav import SwAV
-from seer_scale.parallel.units import joined_units, matrix_numel, sharded_units
+from seer_scale.parallel.units import compute_type, joined_units, matrix_numel, sharded_units
 from seer_scale.train.start import resolve_recipe
 from seer_scale.world import World
 from tests.tiny import RECIPE
@@ -44,6 +44,24 @@ def test_a_layer_larger_than_the_size_is_named_with_the_size_it_needs():
         sharded_units(method, config)
     method, config = method_of("seer_regnety_10b", "--parallel.max_unit_gib", "1.49")
     assert "backbone.s4.b1.conv3" in sharded_units(method, config)
+
+
+@pytest.mark.parametrize("fp32, most, least", [("head", 0.07, 0), ("backbone.s2.b1", 2, 1024), ("backbone.s2", 2, 0)])
+def test_what_is_declared_fp32_is_so_in_parts_and_beside_others(monkeypatch, fp32, most, least):
+    """A unit that is cut into parts, one among those that are joined, and no more than is named."""
+    own = SwAV.fp32_units.fget
+    monkeypatch.setattr(SwAV, "fp32_units", property(lambda method: own(method) | {fp32}))
+    given = ("--parallel.engine", "fsdp", "--parallel.max_unit_gib", str(most), "--parallel.min_unit_mib", str(least))
+    method, config = method_of("seer_regnety_8gf", *given, "--parallel.sync_bn_group", "0")
+    groups = joined_units(method, config)
+    names = [name for group in groups for name in group]
+    is_fp32 = {name: compute_type(name, method, config) == "fp32" for name in names}
+    assert {n for n in names if is_fp32[n]} == {
+        n for n in names if n.startswith((f"{fp32}.", "prototypes")) or n == fp32
+    }
+    assert all(len({is_fp32[name] for name in group}) == 1 for group in groups)
+    assert len(groups) < len(names) or not least
+    assert not most < 1 or sum(name.startswith("head.") for name in names) > 1
 
 
 @pytest.mark.parametrize("least", [0, 1, 8, 64, 1024])
