@@ -35,14 +35,15 @@ PROBE_S = 3.0
 
 def meet(
     published: Path, info: RankInfo, *, timeout_s: float, later: timedelta,
-    asked_to_stop: Callable[[], str | None] = lambda: None, problem: UserError | None = None,
+    asked_to_stop: Callable[[], str | None] = lambda: None, problem: UserError | None = None, device: str = "cpu",
 ) -> dist.TCPStore:  # fmt: skip
     """A store that all ranks of this start have joined; returns when the last has. Collective.
 
     later: how long a question to the store may wait from then on; NCCL asks one as each communicator is made.
     asked_to_stop: the name of a signal that ends the wait. problem: what keeps this rank from beginning; the first of
-    any rank (on rank 0 its own) is raised on all, as soon as they are there. Raises StartStopped for a signal, and
-    RankError where the others do not come within timeout_s.
+    any rank (on rank 0 its own) is raised on all, as soon as they are there. device: the kind this rank would compute
+    on, which must be that of all. Raises StartStopped for a signal, and RankError where the others do not come within
+    timeout_s.
     """
     wait = _Wait(info, timeout_s, asked_to_stop)
     while True:
@@ -53,9 +54,10 @@ def meet(
                 continue
             if reached:
                 store.set("reached", reached)
-            if problem:
-                store.compare_set("problem", "", pickle.dumps(problem))
-            if store.add("arrived", 1) == info.size or problem:
+            own = problem or _device_problem(info, device, store.compare_set("device", "", device).decode())
+            if own:
+                store.compare_set("problem", "", pickle.dumps(own))
+            if store.add("arrived", 1) == info.size or own:
                 store.set("go", "")
             while not store.check(["go"]):
                 wait.pause(lambda: _missing(store, info))  # noqa: B023
@@ -75,6 +77,17 @@ def meet(
             _choose_interface(reached, mine=info.rank == 0)
         store.set_timeout(later)
         return store
+
+
+def _device_problem(info: RankInfo, own: str, first: str) -> UserError | None:
+    if own == first:
+        return None
+    problem = UserError(
+        f"Rank {info.rank}, on {socket.gethostname()}, would compute on {own}, but a rank before it on {first}: see "
+        "whether each machine has its GPUs (nvidia-smi), or give parallel.device cpu."
+    )
+    problem.may_pass = True  # on other machines
+    return problem
 
 
 def _tell_all(store: dist.TCPStore, size: int, asked_to_stop: Callable[[], str | None]) -> None:

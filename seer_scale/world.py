@@ -171,6 +171,7 @@ def start(
                 later=timeouts.groups,
                 asked_to_stop=asked_to_stop,
                 problem=problem,
+                device="cuda" if cuda else "cpu",
             )
         except (RankError, StartStopped):
             if not problem:

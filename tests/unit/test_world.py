@@ -183,7 +183,7 @@ rendezvous.TELL_S = 1e6  # they stay until all know, not until then
 
 def ending(rank, words, gpus=3, files=400, capability=(9, 0)):
     taken = []
-    torch.cuda.is_available = lambda: True
+    torch.cuda.is_available = lambda: gpus > 0
     torch.cuda.device_count = lambda: gpus
     torch.cuda.get_device_capability = lambda: capability
     torch.cuda.get_device_name = lambda: "an old GPU"
@@ -204,6 +204,7 @@ found = [
     ranks(3, lambda rank: ending(rank, [], gpus=1 if rank == 2 else 3)),
     ranks(3, lambda rank: ending(rank, [], files=40 if rank == 1 else 400)),
     ranks(3, lambda rank: ending(rank, ["--train.precision", "bf16"], capability=(7, 0) if rank == 1 else (9, 0))),
+    ranks(3, lambda rank: ending(rank, [], gpus=0 if rank == 1 else 3)),
     ranks(1, alone, RANK="2", LOCAL_RANK="2", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3"),
 ]
 """
@@ -213,11 +214,12 @@ found = [
         " has 1 GPUs for 3 ranks",
         "Rank 1 of 3 may open 40 files",
         "no bf16",
+        "would compute on c",
     ]
     for sentence, ends in zip([*sentences, sentences[1]], found):
         assert all(sentence in end[0] and end == ends[0] and not end[2] for end in ends), ends
-    assert [ends[0][1] for ends in found] == [False] * 4 + [True]  # told once a machine, or by whom alone knows it
-    assert [ends[0][3] for ends in found] == [False] + [True] * 4  # another machine may do: a launched run begins again
+    assert [ends[0][1] for ends in found] == [False] * 5 + [True]  # told once a machine, or by whom alone knows it
+    assert [ends[0][3] for ends in found] == [False] + [True] * 5  # another machine may do: a launched run begins again
     assert not list(tmp_path.glob("run/logs/rendezvous-*"))
 
 
