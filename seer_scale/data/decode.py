@@ -35,10 +35,10 @@ SLOW, MAX_SLOW = ("ppm", "ppm_plain", "bmp_rle"), 1 << 22
 """Pillow's decoders in Python, some microseconds a pixel, and how many pixels they may have."""
 MAX_SCANS = 100
 """Of a JPEG; each is a pass over the whole image. Encoders make ten, and could make use of forty."""
-MAX_TRIES = 150
+MAX_TRIES, TRIES_OF_LARGEST = 150, 17
 """How often a JPEG is decoded of which libjpeg-turbo complains, to find out whether pixels are missing.
 
-Fewer times if it is large.
+Fewer times if it is large, and if it is progressive, for each scan is a pass over all pixels.
 """
 
 SWAPPED = (5, 6, 7, 8)
@@ -110,8 +110,10 @@ def _decode_jpeg(data: bytes, at_least: AtLeast | None) -> np.ndarray | None:
     if pixels is None:
         if not jpeg.is_warning(complaint):
             return None
-        tries = min(MAX_TRIES, 16 + MAX_PIXELS // (height * width))
-        whole = jpeg.without_oddities(data, header, complaint, lambda other: _checksum(other, space), tries)
+        scans = jpeg.tidied(data, header)
+        passes = max(1, TRIES_OF_LARGEST * MAX_PIXELS // (height * width * max(1, len(scans))))
+        tries = min(MAX_TRIES, TRIES_OF_LARGEST - 1 + MAX_PIXELS // (height * width), passes)
+        whole = jpeg.without_oddities(scans, header, complaint, lambda other: _checksum(other, space), tries)
         pixels, _ = _strictly(whole, space, least)
     return _upright(pixels if channels == 3 else _of_cmyk(pixels), header.orientation)
 

@@ -31,6 +31,8 @@ WARNING = re.compile(
     "|unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters"
 )
 HOLE = re.compile(rb"(.)\1{31}", re.DOTALL)
+TEXT = re.compile(rb"[\t\n\r\x20-\x7e\0]*")
+"""What is no codes: any byte is as likely in these, so that of eight hardly one run in two thousand looks like it."""
 
 Checksum = Callable[[bytes], tuple[int | None, str]]
 
@@ -205,16 +207,17 @@ def is_warning(complaint: str) -> bool:
     return bool(WARNING.search(complaint))
 
 
-def without_oddities(data: bytes, header: Header, complaint: str, checksum: Checksum, tries: int) -> bytes:
+def without_oddities(scans: list[Scan], header: Header, complaint: str, checksum: Checksum, tries: int) -> bytes:
     """A JPEG of the same pixels of which the decoder does not complain, found by at most `tries` checksums.
 
     Raises DataError where a part is missing; `complaint` is the decoder's first.
 
-    checksum: of a file's pixels, or None and the decoder's first complaint.
-    Bytes behind a scan's last code are cut off where they are padding, that is, all alike, or where the scan is seen to
-    end as encoders end it. Else they are what was left of its codes when the decoder had lost its way.
+    scans: as `tidied` gives them. checksum: of a file's pixels, or None and the decoder's first complaint.
+    Bytes behind a scan's last code are cut off where they are padding, that is, all alike, or where they are text and
+    the scan is seen to end as encoders end it. Else they are what was left of its codes when the decoder had lost its
+    way.
     """
-    scans, doubtful, left = tidied(data, header), set(), iter(range(tries))
+    scans, doubtful, left = list(scans), set(), iter(range(tries))
 
     def refuse() -> NoReturn:
         raise DataError(f"it is no whole image ({complaint})")
@@ -232,7 +235,7 @@ def without_oddities(data: bytes, header: Header, complaint: str, checksum: Chec
             known, what_is_left = attempt(n, codes[:end])
             if known is not None or _excess(what_is_left, scans)[0] not in (n, -1):
                 return codes[:end]
-        if HOLE.search(codes, max(0, bare - 1)):  # codes, too, were taken from it
+        if HOLE.search(codes, max(0, bare - 1)) or not TEXT.fullmatch(codes, len(codes) - num):  # these may be codes
             refuse()
         doubtful.add(n)
         return codes[:-num]
