@@ -1,6 +1,7 @@
 """Images are decoded upright in true colours, or refused with a reason."""
 
 import io
+import itertools
 import json
 import struct
 import subprocess
@@ -343,14 +344,16 @@ def test_a_complaint_costs_few_decodes(monkeypatch):
     data = encode(Image.fromarray(photo(200, 200)), quality=90, progressive=True)
     last, end = data.rindex(b"\xff\xda"), len(data) - 2
     padded = data[:end] + (data[last:end] + b"0123456789") * 60 + data[end:]
-    for limit in (4_000_000, 40_000 * 4):
+    between = with_junk(data, dict.fromkeys((0xC4, 0xDA, 0xD9), bytes(14)))
+    for file, limit in itertools.product((padded, between), (4_000_000, 40_000 * 4)):
         calls.clear()
         monkeypatch.setattr(decoding, "MAX_PIXELS", limit)
         with suppress(DataError):
-            decode(padded)
+            decode(file)
         assert 1 < len(calls) <= 2 + 16 + limit // 40_000
-        passes = (len(calls) - 2) * padded.count(b"\xff\xda")  # behind the first try
+        passes = (len(calls) - 2) * file.count(b"\xff\xda")  # behind the first try
         assert passes <= 17 * limit // 40_000
+    assert len(calls) > 2
     padding = with_junk(encode(Image.fromarray(photo(200, 200)), quality=90), {0xD9: bytes(1000)})
     calls.clear()
     decode(padding)
