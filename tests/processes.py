@@ -1,8 +1,12 @@
-"""What processes there are below one."""
+"""What processes there are below one, and what one asks of the file system."""
 
 from __future__ import annotations
 
+import builtins
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def descendants(pid: int) -> dict[int, int]:
@@ -31,3 +35,18 @@ def families(pid: int) -> list[tuple[int, int, int]]:
 def workers(pid: int) -> list[int]:
     """The loader processes of `pid`: those below a host, which is below the server of the process."""
     return [worker for worker, _, _ in families(pid)]
+
+
+def hear_questions(hear: Callable[[str, str], None], put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """From now on `hear(function, path)` is called as this process asks the file system for something by its path."""
+    names = ((os, "stat"), (os, "lstat"), (os, "scandir"), (os, "listdir"), (os, "open"), (builtins, "open"))
+    for place, name in names:
+
+        def heard(
+            path: Any = ".", *args: Any, real: Any = getattr(place, name), name: str = name, **kwargs: Any
+        ) -> Any:
+            if not isinstance(path, int):
+                hear(name, os.fsdecode(path))
+            return real(path, *args, **kwargs)
+
+        put(place, name, heard)

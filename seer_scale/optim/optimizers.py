@@ -67,6 +67,10 @@ class Optimizer:
             for name, group in each.items()
         }
         self.state = {f"{n}/{slot}": torch.zeros_like(p) for n, p in self.pieces.items() for slot in self.slots}
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a kind of optimiser prepares beside its slots."""
 
     @torch.no_grad()
     def update(
@@ -98,17 +102,10 @@ class SGD(Optimizer):
 
     slots = ("momentum",)
 
-    def __init__(
-        self,
-        pieces: Mapping[str, Tensor],
-        vectors: Collection[str],
-        config: Optim,
-        groups: Mapping[str, ParameterGroup],
-    ):
-        super().__init__(pieces, vectors, config, groups)
+    def _begin(self) -> None:
         device = next(iter(self.pieces.values())).device
         self._decay = torch.tensor([self.decays[n] for n in self.pieces], device=device)
-        unscaled = [n in self.excluded or config.name != "lars" for n in self.pieces]
+        unscaled = [n in self.excluded or self.config.name != "lars" for n in self.pieces]
         self._unscaled = torch.tensor(unscaled, device=device)
 
     def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
@@ -137,14 +134,7 @@ class AdamW(Optimizer):
 
     slots = ("exp_avg", "exp_avg_sq")
 
-    def __init__(
-        self,
-        pieces: Mapping[str, Tensor],
-        vectors: Collection[str],
-        config: Optim,
-        groups: Mapping[str, ParameterGroup],
-    ):
-        super().__init__(pieces, vectors, config, groups)
+    def _begin(self) -> None:
         self.state |= {f"{n}/step": torch.zeros((), device=p.device) for n, p in self.pieces.items()}
 
     def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:

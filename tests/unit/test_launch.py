@@ -529,6 +529,12 @@ class Scripted:
         self.heard.append(number)
 
 
+def job_of(tmp_path: Path, **more) -> Job:
+    """Of one rank on one node."""
+    given = dict(cluster="slurm", command=[], folder=".", code="", ranks_per_node=1, fits=[1], restarts=1, requeues=1)
+    return Job(name="x", run_dir=str(tmp_path), **(given | dict(profile={}, submitted=0.0) | more))
+
+
 def run(
     tmp_path,
     *script: tuple,
@@ -538,20 +544,7 @@ def run(
     ident: str = "7.0",
     submitted: float = 0.0,
 ) -> tuple[int, Job]:
-    job = Job(
-        name="x",
-        run_dir=str(tmp_path),
-        cluster="slurm",
-        command=[],
-        folder=".",
-        code="",
-        ranks_per_node=1,
-        fits=[1],
-        restarts=restarts,
-        requeues=requeues,
-        profile={},
-        submitted=submitted,
-    )
+    job = job_of(tmp_path, restarts=restarts, requeues=requeues, submitted=submitted)
     job.place.mkdir(parents=True, exist_ok=True)
     turns = iter(script)
     control = Control(
@@ -679,20 +672,7 @@ def test_ranks_are_not_started_again_shortly_before_the_limit(tmp_path):
 
 def controlled(tmp_path, kind, limits, script=(None, None, ""), **more) -> tuple[Control, list]:
     """A Control of ranks of that kind, and those it makes."""
-    job = Job(
-        name="x",
-        run_dir=str(tmp_path),
-        cluster="slurm",
-        command=[],
-        folder=".",
-        code="",
-        ranks_per_node=1,
-        fits=[1],
-        restarts=1,
-        requeues=1,
-        profile={},
-        submitted=0.0,
-    )
+    job = job_of(tmp_path)
     job.place.mkdir(exist_ok=True)
     made: list = []
     return Control(
@@ -727,20 +707,7 @@ def test_a_full_disk_does_not_end_the_job(tmp_path, monkeypatch):
 
 def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
     requeued = []
-    job = Job(
-        name="x",
-        run_dir=str(tmp_path),
-        cluster="local",
-        command=[],
-        folder=".",
-        code="",
-        ranks_per_node=1,
-        fits=[1],
-        restarts=1,
-        requeues=1,
-        profile={},
-        submitted=0.0,
-    )
+    job = job_of(tmp_path, cluster="local")
     job.place.mkdir()
 
     class Stopping(Scripted):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import pickle
 from collections import Counter
@@ -18,6 +17,7 @@ from seer_scale.data.sources import open_source
 from seer_scale.errors import ConfigError, DataError, UserError
 from seer_scale.evaluate.run import _images
 from seer_scale.world import World
+from tests.processes import hear_questions
 from tests.unit.test_sources import cache, contents, numbered_tars, touch  # noqa: F401  the cache is a fixture
 
 
@@ -43,22 +43,12 @@ def ranks(monkeypatch):
 def questions(folder: Path, monkeypatch, call) -> int:
     """How often `call` asks for something in `folder`."""
     asked: Counter[str] = Counter()
+
+    def hear(name: str, path: str) -> None:
+        asked[name] += path.startswith(str(folder))
+
     with monkeypatch.context() as patch:
-        for place, name in (
-            (os, "stat"),
-            (os, "lstat"),
-            (os, "scandir"),
-            (os, "listdir"),
-            (os, "open"),
-            (builtins, "open"),
-        ):
-            real = getattr(place, name)
-
-            def counted(path, *args, real=real, name=name, **kwargs):
-                asked[name] += not isinstance(path, int) and os.fspath(path).startswith(str(folder))
-                return real(path, *args, **kwargs)
-
-            patch.setattr(place, name, counted)
+        hear_questions(hear, patch.setattr)
         call()
     return asked.total()
 
