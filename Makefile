@@ -20,7 +20,8 @@ demo: install
 	$(RUN) $(BIN)/python tools/launch.py demo --cluster local
 
 test: install
-	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 --ignore=tests/slurm $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 \
+		--ignore=tests/slurm $(PYTEST_ARGS)
 	@echo "Without tests/slurm: make test-slurm runs them on a SLURM of virtual nodes."
 
 # SLURM=optional: skipped, with the reason, where there can be no such cluster.
@@ -30,7 +31,8 @@ test-slurm: install
 
 # Where there is a GPU: what the CPU cannot show.
 test-gpu: install
-	$(RUN) $(BIN)/python -m pytest -q -rs --durations=10 tests/gpu tests/distributed/test_norm.py tests/unit/test_batched.py $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -q -rs --durations=10 tests/gpu tests/distributed/test_norm.py \
+		tests/unit/test_batched.py $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check seer_scale tests tools setup.py
