@@ -277,6 +277,12 @@ class Trainer:
 
     def _tell_notes(self) -> None:
         """What a user may want to change, after the line that a start begins with."""
+        given = self.config.parallel.engine
+        if given not in ("auto", self.engine.name):
+            self._tell(
+                "note",
+                f"There is one rank, so nothing is shared out: parallel.engine {given} computes as {self.engine.name} here.",
+            )
         chosen = dataclasses.replace(self.config.parallel, engine=self.engine.name)
         if chosen != self.config.parallel:  # auto's choice, or one rank's
             for sentence in without_effect(dataclasses.replace(self.config, parallel=chosen)):

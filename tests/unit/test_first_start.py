@@ -66,6 +66,15 @@ def test_a_first_start_that_is_refused_leaves_no_folder(given, tmp_path, monkeyp
     assert (runs / "new").is_dir()
 
 
+def test_what_one_rank_makes_of_an_engine_is_said(given, capsys):
+    """Beside the keys of that engine, which have no effect then."""
+    words = ["--parallel.engine", "fsdp", "--parallel.min_unit_mib", "5", "--train.samples", "8"]
+    run_training(given[0], [*given[1], *words])
+    said = capsys.readouterr().out
+    assert "There is one rank, so nothing is shared out: parallel.engine fsdp computes as single here." in said
+    assert said.index("There is one rank") < said.index("parallel.min_unit_mib is 5.0, but has no effect")
+
+
 def test_what_is_anothers_is_left_alone(given, tmp_path, monkeypatch):
     """Another command makes the folder first, and has begun, or is about to."""
     place = tmp_path / "runs" / "new"
