@@ -13,7 +13,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from seer_scale.errors import ConfigError, UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 ZERO = ("zero1", "zero2", "zero3")
+EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fairscale"]
 
 
 def opt(default: Any, help: str, *, ge=None, gt=None, le=None, lt=None):  # noqa: A002 - the field's help
@@ -231,7 +232,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    engine: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fairscale"] = opt(
+    engine: Literal["auto", EngineName] = opt(
         "auto", "what holds parameters, gradients and optimiser state (docs/engines.md); auto = the cheapest that fits"
     )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute; auto = GPUs where there are any")
@@ -379,7 +380,7 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
         if len(items) != len(item_types):
             raise _Bad(f"needs {len(item_types)} values, as in [{', '.join('1' * len(item_types))}]")
         return tuple(_coerce(t, v, f"{key}[{i}]", problems) for i, (t, v) in enumerate(zip(item_types, items)))
-    if dataclasses.is_dataclass(tp):
+    if isinstance(tp, type) and dataclasses.is_dataclass(tp):
         return read_section(tp, value, key, problems)
     if tp is bool and isinstance(value, bool):
         return value
@@ -590,7 +591,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def resolve(
     given: dict[str, Any],
-    overrides: list[str] | dict[str, Any] = (),
+    overrides: Sequence[str] | dict[str, Any] = (),
     *,
     world_size: int | None = None,
     also: Callable[[Config], list[str]] = lambda config: [],
@@ -608,7 +609,7 @@ def resolve(
 
 def checked(
     given: dict[str, Any],
-    overrides: list[str] | dict[str, Any] = (),
+    overrides: Sequence[str] | dict[str, Any] = (),
     *,
     world_size: int | None = None,
     also: Callable[[Config], list[str]] = lambda config: [],
@@ -694,21 +695,21 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
         )
     if p.sync_bn_group and world_size % p.sync_bn_group:
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        near = min(divisors, key=lambda d: abs(d - p.sync_bn_group))
+        closest = min(divisors, key=lambda d: abs(d - p.sync_bn_group))
         fail(
             True,
             (
                 f"parallel.sync_bn_group is {p.sync_bn_group}, but must divide the number of ranks ({world_size}); "
-                f"nearest: {near}."
+                f"nearest: {closest}."
             ),
         )
     if world_size % p.replicate:
-        near = max(d for d in range(1, p.replicate + 1) if world_size % d == 0)
+        closest = max(d for d in range(1, p.replicate + 1) if world_size % d == 0)
         fail(
             True,
             (
                 f"parallel.replicate is {p.replicate}, but must divide the number of ranks ({world_size}); "
-                f"nearest: {near}."
+                f"nearest: {closest}."
             ),
         )
     elif p.shard and p.replicate * p.shard != world_size:

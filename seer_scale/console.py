@@ -44,7 +44,8 @@ class Record:
 
     def __init__(self) -> None:
         self._early: deque[str] = deque(maxlen=EARLY_LINES)
-        self._path, self._fd = None, -1
+        self._path: Path | None = None
+        self._fd = -1
 
     def keep(self, path: Path) -> None:
         """In the file `path` from now on, which appears with the first line."""
@@ -53,7 +54,7 @@ class Record:
         self._path, self._fd = path, -1
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._write("".join(self._early))
+        self._write(path, "".join(self._early))
 
     def add(self, text: str) -> None:
         """Of whole lines."""
@@ -62,12 +63,12 @@ class Record:
         if self._path is None:
             self._early.append(text)
         else:
-            self._write(text)
+            self._write(self._path, text)
 
-    def _write(self, text: str) -> None:
+    def _write(self, path: Path, text: str) -> None:
         with suppress(OSError):
             if self._fd < 0 and text:
-                self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             if text:
                 os.write(self._fd, text.encode("utf-8", "backslashreplace"))
 
@@ -87,6 +88,8 @@ class Console(io.TextIOBase):
         """None: waits for ever."""
         self._num_lost, self._is_cut = 0, False
         self._fd, self._turn = -1, threading.RLock()  # a signal's handler may print in the middle of a print
+        if to is None:
+            return
         with suppress(AttributeError, OSError, ValueError):
             self._fd = to.fileno()
         if self._fd >= 0:

@@ -104,8 +104,8 @@ def cgroup_quota(root: Path = ROOT) -> float:
 
 def _quota(folder: Path) -> float:
     with suppress(OSError, ValueError):
-        time_us, period_us = (folder / "cpu.max").read_text().split()
-        return float("inf") if time_us == "max" else int(time_us) / int(period_us)
+        granted, period = (folder / "cpu.max").read_text().split()
+        return float("inf") if granted == "max" else int(granted) / int(period)
     with suppress(OSError, ValueError):
         time_us, period_us = (int((folder / f"cpu.cfs_{what}_us").read_text()) for what in ("quota", "period"))
         return float("inf") if time_us <= 0 else time_us / period_us

@@ -45,7 +45,7 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple:
         return (
-            copyreg.__newobj__,
+            copyreg.__newobj__,  # type: ignore[attr-defined]  # typeshed lacks it; pickle goes by it
             (type(self), *self.args),
             self.__dict__,
         )  # the text is made: another process takes it as it is

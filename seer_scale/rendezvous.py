@@ -56,7 +56,8 @@ def meet(
                 store.set("reached", reached)
             own = problem or _device_problem(info, device, store.compare_set("device", "", device).decode())
             if own:
-                store.compare_set("problem", "", pickle.dumps(own))
+                # torch's stub says str, and bytes are taken as they are
+                store.compare_set("problem", "", pickle.dumps(own))  # type: ignore[arg-type]
             if store.add("arrived", 1) == info.size or own:
                 store.set("go", "")
             while not store.check(["go"]):
@@ -189,7 +190,7 @@ def _own_addresses(info: RankInfo) -> list[str]:
     if info.local_size < info.size:
         found.append(socket.gethostname())
         with suppress(OSError):
-            found += [a[4][0] for a in socket.getaddrinfo(found[0], None, type=socket.SOCK_STREAM)]
+            found += _addresses(found[0])
         for family, anywhere in (
             (socket.AF_INET, "192.0.2.1"),
             (socket.AF_INET6, "2001:db8::1"),
@@ -198,6 +199,11 @@ def _own_addresses(info: RankInfo) -> list[str]:
                 probe.connect((anywhere, 9))
                 found.append(probe.getsockname()[0])
     return [*dict.fromkeys(a for a in found if not _is_loopback(a)), "127.0.0.1"]
+
+
+def _addresses(host: str) -> list[str]:
+    """Those that a name leads to. Raises OSError."""
+    return [str(a[4][0]) for a in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
 
 
 def _is_loopback(address: str) -> bool:
@@ -212,7 +218,7 @@ def _choose_interface(rank_0: str, *, mine: bool) -> None:
     if os.environ.get("GLOO_SOCKET_IFNAME") or _is_loopback(rank_0):
         return
     with suppress(OSError):
-        if not _is_loopback(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0]):
+        if not _is_loopback(_addresses(socket.gethostname())[0]):
             return
     own = rank_0
     if not mine:

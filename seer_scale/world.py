@@ -67,12 +67,14 @@ class World:
         first = self.rank // (size * stride) * size * stride + self.rank % stride
         ranks = tuple(range(first, first + size * stride, stride))
         if (use, ranks) not in self._groups:
-            self._groups[use, ranks] = dist.new_group(
-                list(ranks),
-                timeout=self.timeout,
-                backend=dist.get_backend(),
-                use_local_synchronization=True,
-                group_desc=use,
+            self._groups[use, ranks] = joined(
+                dist.new_group(
+                    list(ranks),
+                    timeout=self.timeout,
+                    backend=dist.get_backend(),
+                    use_local_synchronization=True,
+                    group_desc=use,
+                )
             )
         return self._groups[use, ranks]
 
@@ -121,6 +123,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+
+def joined(group: dist.ProcessGroup | int) -> dist.ProcessGroup:
+    """What dist.new_group gives to a rank of the group; a number is for those that are not in it."""
+    if isinstance(group, int):
+        raise AssertionError("a rank that is not in a group has asked for it")
+    return group
 
 
 def all_gather(x: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -186,7 +195,7 @@ def start(
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=timeouts.groups
     )
-    control = dist.new_group(backend="gloo", timeout=timeouts.groups)
+    control = joined(dist.new_group(backend="gloo", timeout=timeouts.groups))
     world = World(rank, size, info.local_rank, info.local_size, where, control, timeouts.groups, store)
     if cuda:  # also where a rank is alone on its machine and sees one GPU: the others wait for it
         refuse_shared_gpus(world)

@@ -50,7 +50,8 @@ def state_of(gib: float, tensors: int) -> store.State:
 
 def measure(folder: Path, state: store.State, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round: what blocks, what stalls, how long the thread writes, a step alone and beside it."""
-    world, out = World(), {k: [] for k in ("blocking", "stall", "background", "step", "step_beside")}
+    world = World()
+    out: dict[str, list[float]] = {k: [] for k in ("blocking", "stall", "background", "step", "step_beside")}
     saver = Saver(folder / "background", state, world, keep_last=1, keep_every_samples=0)
     a = torch.randn(512, 512)
 

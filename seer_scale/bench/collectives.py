@@ -36,7 +36,7 @@ class Call(NamedTuple):
 class CollectiveCounter(TorchDispatchMode):
     """Under it, `calls` collects what is issued."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self._repeats: list[Callable[[], Any]] = []

@@ -26,6 +26,8 @@ import statistics
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -158,13 +160,13 @@ def class_of(engine: str) -> type[Engine]:
 class LiveBytes(TorchDispatchMode):
     """Follows the storages that operations under it make: `now` sums those alive, `peak` the most since `reset`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._alive: dict[int, tuple[weakref.ref, int]] = {}
         self.now = self.peak = 0
 
     def __enter__(self) -> LiveBytes:
-        resize = self._resize = torch.UntypedStorage.resize_  # FSDP frees and fills gathered weights in place
+        resize = torch.UntypedStorage.resize_  # FSDP frees and fills gathered weights in place
 
         def counted(storage: torch.UntypedStorage, size: int):
             out = resize(storage, size)
@@ -172,11 +174,12 @@ class LiveBytes(TorchDispatchMode):
                 self._count(storage)
             return out
 
-        torch.UntypedStorage.resize_ = counted
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", counted)
+        self._patch.start()
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        torch.UntypedStorage.resize_ = self._resize
+        self._patch.stop()
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -191,7 +194,7 @@ class LiveBytes(TorchDispatchMode):
             for part in out:
                 self._see(part)
         # others are fakes, with which DTensor plans an operation
-        elif type(out) in (Tensor, nn.Parameter) and out.device.type != "meta":
+        elif isinstance(out, Tensor) and type(out) in (Tensor, nn.Parameter) and out.device.type != "meta":
             self._count(out.untyped_storage())
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -263,10 +266,13 @@ def time_rounds(updates: dict[str, Update], rows: dict[str, Measured], world: Wo
     for _ in range(args.rounds):
         for name in order.sample(list(updates), len(updates)):
             update, collectives = updates[name]
-            rows[name].seconds.append(
-                seconds(lambda update=update: [update() for _ in range(args.updates)], world) / args.updates
-            )
+            rows[name].seconds.append(seconds(partial(_repeated, update, args.updates), world) / args.updates)
             rows[name].alone.append(seconds(collectives.repeat, world))
+
+
+def _repeated(update: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        update()
 
 
 def prepare(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -118,7 +119,7 @@ def measure(world: World, given: dict) -> dict:
     for turn in range(rounds + 1):  # the first warms up
         for name, step in (("ours", ours.step), ("loop", loop.step)):
             fresh = [g.clone() for g in grads]  # an update writes over its gradients
-            times[name] += [seconds(lambda step=step, fresh=fresh: step(fresh), world)] * bool(turn)
+            times[name] += [seconds(partial(step, fresh), world)] * bool(turn)
     moved = [(p.detach() - s).abs().max() for p, s in zip(loop.params, start.values()) if p.numel()]
     apart = [(p.detach() - s.local).abs().max() for p, s in zip(loop.params, ours.shards.values()) if p.numel()]
     worst = torch.stack([torch.stack(apart).max(), torch.stack(moved).max()])

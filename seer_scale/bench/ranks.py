@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from seer_scale.errors import UserError
-from seer_scale.world import World
+from seer_scale.world import World, joined
 
 
 def run_ranks(measure: Callable[[World, Any], Any], given: Any, *, ranks: int, device: str) -> Any:
@@ -46,7 +46,7 @@ def _rank(rank: int, folder: str, size: int, device: str, measure: Callable, giv
         torch.cuda.set_device(where)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-    control = dist.new_group(backend="gloo")
+    control = joined(dist.new_group(backend="gloo"))
     told, value = "", None
     try:
         value = measure(World(rank, size, rank, size, where, control), given)

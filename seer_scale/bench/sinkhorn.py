@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from seer_scale.bench.ranks import run_ranks, seconds, where
 from seer_scale.bench.step import textbook_sinkhorn
@@ -59,8 +61,8 @@ def measure(world: World, given: argparse.Namespace) -> dict:
         for _ in range(given.iterations):
             dist.all_reduce(floats)
 
-    out = {}
-    works = {
+    out: dict[str, Iterable[Tensor]] = {}
+    works: dict[str, Callable[[], object]] = {
         "ours": lambda: out.update(ours=sinkhorn([scores], given.epsilon, given.iterations, world)[0]),
         "read": lambda: scores.sum(),
         "copy": lambda: other.copy_(scores),

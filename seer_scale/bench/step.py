@@ -23,8 +23,9 @@ from seer_scale.config import Config, Crop, load_recipe, resolve
 from seer_scale.errors import UserError
 from seer_scale.extras import how_to_install
 from seer_scale.methods.swav import SwAV
+from seer_scale.models.norm import BatchNorm
 from seer_scale.parallel import build_engine
-from seer_scale.parallel.engine import COMPUTE, Engine
+from seer_scale.parallel.engine import COMPUTE
 from seer_scale.world import World
 
 TIMM = {
@@ -159,12 +160,14 @@ class Reference(nn.Module):
                 layers.append(nn.Linear(layer.in_features, layer.out_features))
             elif isinstance(layer, nn.ReLU):
                 layers.append(nn.ReLU(inplace=True))
-            else:
+            elif isinstance(layer, BatchNorm):
                 layers.append(nn.BatchNorm1d(layer.num_features))
+            else:
+                raise TypeError(f"a projection head has a {type(layer).__name__}")
         self.head = nn.Sequential(*layers)
         self.head.load_state_dict(ours.head.state_dict())
         self.prototypes = nn.Linear(ours.config.dim, ours.config.prototypes[0], bias=False)
-        self.prototypes.weight.data.copy_(ours.prototypes[0].weight)
+        self.prototypes.load_state_dict(ours.prototypes[0].state_dict())
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         z = self.head(torch.cat([self.backbone(v) for v in views]))
@@ -190,7 +193,8 @@ def textbook_loss(scores: Tensor, config: Config) -> Tensor:
     """main_swav.py's loss over all crops. scores [V * B, K], crop-major."""
     s, batch = config.swav, config.train.global_batch
     scores = scores.float()
-    loss, assigned = 0.0, config.views.crops[0].num
+    none = scores.new_zeros(())
+    loss, assigned = none, config.views.crops[0].num
     for crop in range(assigned):
         codes = textbook_sinkhorn(scores[batch * crop : batch * (crop + 1)].detach(), s.epsilon, s.iterations)
         others = [v for v in range(config.num_crops) if v != crop]
@@ -198,14 +202,14 @@ def textbook_loss(scores: Tensor, config: Config) -> Tensor:
             (codes * F.log_softmax(scores[batch * v : batch * (v + 1)] / s.temperature, dim=1)).sum(1).mean()
             for v in others
         ]
-        loss = loss - sum(terms) / len(others)
+        loss = loss - sum(terms, start=none) / len(others)
     return loss / assigned
 
 
 class ReferenceLoop:
-    def __init__(self, engine: Engine, config: Config, device: torch.device):
+    def __init__(self, ours: SwAV, config: Config, device: torch.device):
         self.config, self.device, self.dtype = config, device, COMPUTE[config.train.precision]
-        self.model = Reference(engine.method, config.model.name).to(device)
+        self.model = Reference(ours, config.model.name).to(device)
         o = config.optim
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.peak_lr, momentum=o.momentum, weight_decay=o.weight_decay
@@ -240,7 +244,7 @@ def run(args: argparse.Namespace) -> str:
     with torch.device("meta"):
         method = SwAV(config, world)
     engine = build_engine(method, config, world)
-    reference = None if args.alone else ReferenceLoop(engine, config, device)
+    reference = None if args.alone else ReferenceLoop(method, config, device)
     if reference and args.channels_last:
         reference.model.to(memory_format=torch.channels_last)
     views = fake_views(kinds, batch, device, args.channels_last)

@@ -77,9 +77,9 @@ def inspect(args: argparse.Namespace) -> int:
         return EXIT_DONE
     from seer_scale.checkpoint import inspect as checkpoints  # and torch with it
 
-    found = checkpoints.describe(args.path, verify=args.verify)
-    print(to_json(found, indent=1) if args.json else checkpoints.text(found, tensors=args.tensors))
-    return EXIT_FAILED if found["flaw"] else EXIT_DONE
+    told = checkpoints.describe(args.path, verify=args.verify)
+    print(to_json(told, indent=1) if args.json else checkpoints.text(told, tensors=args.tensors))
+    return EXIT_FAILED if told["flaw"] else EXIT_DONE
 
 
 def report(args: argparse.Namespace) -> int:

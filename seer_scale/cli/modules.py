@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from seer_scale.cli.parser import SETTINGS, add_command, sentence
@@ -21,9 +22,7 @@ def add_module_commands(commands: Any, room: str, what: str, modules: Mapping[st
             add_command(kinds, name, _run_nothing, does)
             continue
         module = importlib.import_module(f"seer_scale.{room}.{name}")
-        parser = add_command(
-            kinds, name, lambda args, module=module: _run(module, args), does, description=module.__doc__
-        )
+        parser = add_command(kinds, name, partial(_run, module), does, description=module.__doc__)
         module.add_arguments(parser)
     return kinds
 

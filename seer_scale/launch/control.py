@@ -43,7 +43,12 @@ POLL_S = 0.1
 RETELL_S = 10.0
 """Seconds between two requests to stop: one that comes while ranks start may not reach them."""
 OUT_OF_TIME = "out of time"
-REASONS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped", EXIT_FAILED: "failed", EXIT_BAD_INPUT: "bad input"}
+REASONS: dict[int | None, str] = {
+    EXIT_DONE: "done",
+    EXIT_STOPPED: "stopped",
+    EXIT_FAILED: "failed",
+    EXIT_BAD_INPUT: "bad input",
+}
 
 
 class Ranks(Protocol):
@@ -95,9 +100,10 @@ class LocalRanks:
 
     def poll(self) -> str | None:
         codes = [p.poll() for p in self._processes]
-        bad = next((r for r, code in enumerate(codes) if code), None)
+        bad = next(((r, code) for r, code in enumerate(codes) if code), None)
         if bad is not None and not self._first:
-            self._first, self._lost_at, self.code = _ended(f"Rank {bad}", codes[bad]), time.monotonic(), codes[bad]
+            rank, self.code = bad
+            self._first, self._lost_at = _ended(f"Rank {rank}", self.code), time.monotonic()
         if all(code is not None for code in codes):
             return self._first
         if self._lost_at and time.monotonic() - self._lost_at > (HUNG_GRACE_S if EXIT_HUNG in codes else GRACE_S):
@@ -142,7 +148,8 @@ class Control:
             requeue,
         )
         self._limits, self._told_at, self._is_back = limits, float("-inf"), False
-        self._asked, self._asked_at, self._number = 0, 0.0, signal.SIGTERM
+        self._asked, self._asked_at = 0, 0.0
+        self._number: int = signal.SIGTERM
 
     def run(self) -> int:
         before = {s: signal.signal(s, self._ask) for s in stop_signals()}
@@ -239,7 +246,8 @@ class Control:
 
     def _starts_in_vain(self) -> set[str]:
         """Starts of this job, by SLURM or by us, with the newest checkpoint that there is now; of this submission."""
-        now, starts, told = self.job.newest_checkpoint(), set(), -1
+        now, told = self.job.newest_checkpoint(), -1
+        starts: set[str] = set()
         name, _, number = self._ident.rpartition(".")
         for line in self.job.attempts():
             if line["event"] == "begin" and line["time"] >= self.job.submitted:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import submitit
 
@@ -39,7 +40,7 @@ def run_here(job: Job) -> int:
     # Blocked and inherited: a stop reaches those who can pass it on, never submitit's controller.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     submitted = executor.submit(control_local, job.run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    with _Watch(submitted) as watch:
+    with _Watch(cast("submitit.LocalJob[int]", submitted)) as watch:  # submit is declared for any executor
         dataclasses.replace(job, job_id=submitted.job_id).write()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return watch.until_end()
@@ -48,9 +49,10 @@ def run_here(job: Job) -> int:
 class _Watch:
     """Follows one local job until it ends."""
 
-    def __init__(self, job: submitit.Job):
+    def __init__(self, job: submitit.LocalJob[int]):
         self.job = job
-        self._asked, self._asked_at, self._number, self._passed_on = 0, 0.0, signal.SIGTERM, 0
+        self._asked, self._asked_at, self._passed_on = 0, 0.0, 0
+        self._number: int = signal.SIGTERM
         self._shown: set[str] = set()
         self._read: dict[Path, int] = {}
 
@@ -83,9 +85,10 @@ class _Watch:
 
     def _pass_on(self) -> None:
         """Each request once, to the process that starts the ranks, as soon as it is there."""
-        if self._asked == self._passed_on:
+        process = self.job._process
+        if self._asked == self._passed_on or process is None:  # None: of a job that another process has submitted
             return
-        controller = self.job._process.pid
+        controller = process.pid
         try:
             children = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
         except OSError:  # no Linux, or it has just ended

@@ -99,11 +99,10 @@ def _fits(
 ) -> tuple[Config, list[int], list[str]]:
     """(Config for the fewest nodes, the numbers of nodes that can take the recipe, notes). Raises ConfigError."""
     problems: dict[int, list[str]] = {}
-    config = None
+    configs: list[Config] = []
     for num in dict.fromkeys(nodes):  # all checks for both ends; between them, those of ranks
         try:
-            found = resolve_given(given, {}, num * each)
-            config = config or found
+            configs.append(resolve_given(given, {}, num * each))
         except ConfigError as error:
             problems[num] = error.problems
     if problems:
@@ -124,7 +123,7 @@ def _fits(
                 f"{', '.join(map(str, near))}."
             )
         raise ConfigError(several)
-    batch = config.train.global_batch
+    batch = configs[0].train.global_batch
     fits = [
         n
         for n in range(nodes[0], nodes[1] + 1)
@@ -141,7 +140,7 @@ def _fits(
         if left
         else []
     )
-    return config, fits, notes
+    return configs[0], fits, notes
 
 
 def _batch(given: dict[str, Any]) -> int:

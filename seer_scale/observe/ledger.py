@@ -98,7 +98,8 @@ class _Stretch:
 
 def read_ledger(run_dir: Path) -> Ledger:
     """The ledger of a run, also while it runs; an empty one where nothing was logged."""
-    ledger, kept = Ledger(), []
+    ledger = Ledger()
+    kept: list[_Stretch] = []
     is_gone = _is_gone(run_dir)
     lives, attempts = _lives(read_records(run_dir)), _attempts(run_dir)
     silent, saved = _silent(lives, attempts), 0
@@ -127,10 +128,12 @@ def read_ledger(run_dir: Path) -> Ledger:
 def _now(ledger: Ledger, at: dict[str, Any] | None) -> dict[str, Any] | None:
     """at: what a process has said last that it does; of one that was killed it is left behind."""
     ended, runs = (ledger.lives[-1].ended, ledger.lives[-1].cause == RUNS) if ledger.lives else (0.0, False)
-    is_newer = at is not None and at["time"] > ended
-    if not runs and not is_newer:
+    if at is not None and at["time"] > ended:
+        last = at["time"]
+    elif runs:
+        last = ended
+    else:
         return None
-    last = at["time"] if is_newer else ended
     return (at or {"text": "Running"}) | {"silent_s": max(0.0, time.time() - last)}
 
 
@@ -215,7 +218,7 @@ def _account(
         ready,
         end,
         (first["samples_seen"], seen),
-        {"done": "done", "stop": "stopped"}.get(cause)
+        {"done": "done", "stop": "stopped"}.get(cause or "")
         or (told or {}).get("cause")
         or ("ended from outside" if is_over else RUNS),
         _on(first),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -82,7 +82,8 @@ class Progress:
         if not self._active:
             return self
         stream = sys.stderr if self._to_stderr else sys.stdout
-        console = _Recorded(highlight=False, file=consoles.Console(stream, raw=True))
+        # typeshed's TextIOBase is no IO[str], though it has all of one
+        console = _Recorded(highlight=False, file=cast(TextIO, consoles.Console(stream, raw=True)))
         if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(
                 get_renderable=self._render, console=console, refresh_per_second=2, transient=self._to_stderr

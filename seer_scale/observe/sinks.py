@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.progress_bar import ProgressBar
@@ -25,6 +25,9 @@ from rich.text import Text
 from seer_scale.files import plain, shown, to_json
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 BEGINNINGS = ("start", "resume")
 """Kinds of events with which a process begins: what was logged beyond their samples_seen is abandoned."""
@@ -101,7 +104,8 @@ class RunLog:
         self.run_dir, self.total_samples, self.baseline, self.active = Path(run_dir), total_samples, baseline, active
         self._eta = eta or Eta(total_samples)
         self._latest: dict[str, Any] = {"samples_seen": 0}
-        self._fd, self._tensorboard, self._silent = -1, None, False
+        self._fd, self._silent = -1, False
+        self._tensorboard: SummaryWriter | None = None
         self._no_tensorboard = False
         self._own_progress = progress is None
         self._progress = progress or Progress(active=active)

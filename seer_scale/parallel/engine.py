@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from seer_scale.config import Config
+from seer_scale.config import Config, EngineName
 from seer_scale.methods.base import BufferKind, Features, LossOutput, Method
 from seer_scale.models.norm import keep_eager, running_statistics_kept, share_statistics
 from seer_scale.optim.optimizers import build_optimizer
@@ -38,7 +38,7 @@ Batch = Callable[[], list[Tensor]]
 class Engine:
     """`single`. `method` comes on the meta device and leaves materialised, wrapped and initialised."""
 
-    name = "single"
+    name: EngineName = "single"
 
     def __init__(self, method: Method[Any, Any], config: Config, world: World, loaded: tuple[str, ...] = ()):
         """loaded: beginnings of the names of parameters that a checkpoint will bring; "" is all of them."""

@@ -14,7 +14,7 @@ import yaml
 from seer_scale.config import Config
 from seer_scale.data.sampler import ElasticSampler, Era, needed
 from seer_scale.data.sources import Source, open_data, open_source
-from seer_scale.data.sources.manifest import Part, absolute, read_manifest
+from seer_scale.data.sources.manifest import SUFFIXES, Joined, Part, absolute, read_manifest
 from seer_scale.errors import DataError, UserError
 from seer_scale.formatting import counted
 
@@ -140,6 +140,8 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
     """
     parts = read_manifest(manifest)
     joined = open_source(manifest)
+    if not isinstance(joined, Joined):
+        raise UserError(f"{manifest} is read as no manifest: its name must end in {' or '.join(SUFFIXES)}.")
     known = dict(map(tuple, saved["eras"][-1]["parts"])) if saved else {}
     _check_sizes(known, joined.parts)
     folder = run_dir / FOLDER

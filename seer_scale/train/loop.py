@@ -141,8 +141,9 @@ class Trainer:
         )
         limit_groups(world)
         self._write_config()
-        ours = self.resumed_from is not None and self.resumed_from.parent == self.folder
-        self._saved = (self.samples_seen, self.resumed_from) if ours else None
+        self._saved: tuple[int, Path] | None = None
+        if self.resumed_from is not None and self.resumed_from.parent == self.folder:
+            self._saved = self.samples_seen, self.resumed_from
         self._top1 = self._scored()
 
     def _open(self, saved: dict[str, Any] | None) -> tuple[Course, Labelled | None]:
@@ -662,7 +663,7 @@ class Trainer:
             with self.watchdog.patient(self.timeouts.save_s), self.progress.doing("saving a checkpoint"):
                 saved = self.saver.wait()
             self._settle(saved, waited_s=time.perf_counter() - begin)
-        return self._saved[1] if self._is_saved() else None
+        return self._saved[1] if self._saved and self._is_saved() else None
 
     def _is_saved(self) -> bool:
         return self._saved is not None and self._saved[0] == self.samples_seen

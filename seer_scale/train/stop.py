@@ -33,8 +33,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._mine = 0
         self._asked_at, self._looked_at, self._left_word = math.inf, -math.inf, False
-        self._before: dict[int, object] = {}
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
 
     def __enter__(self) -> StopRequest:
         self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
@@ -68,8 +67,9 @@ class StopRequest:
             earlier, self._pending = self._pending, (work, flag)
             if earlier is None:
                 return None
-            earlier[0].wait()
-            flag = earlier[1]
+            sent, flag = earlier
+            if sent is not None:  # as it is for ranks of the group
+                sent.wait()
         number = int(flag)
         return signal.Signals(number).name if number else None
 

@@ -28,7 +28,8 @@ class Window:
         # in float64 a sum of losses is the same, however it is divided among metric lines
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         self.loss_count = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self.fingerprint, self.unreadable, self.updates = 0, [], 0
+        self.fingerprint, self.updates = 0, 0
+        self.unreadable: list[str] = []
         self.waited_s, self.stalled_s, self._begin = 0.0, 0.0, time.perf_counter()
 
     @contextmanager

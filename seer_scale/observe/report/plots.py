@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+if TYPE_CHECKING:  # a name that older versions lack
+    from matplotlib.typing import RcKeyType
 
 Rows = list[dict[str, Any]]
 
@@ -41,7 +44,7 @@ MAX_STRIPS = 80
 """Places of a plot that show their value under the pointer."""
 SIZES = {"wide": (10.4, 3.5), "narrow": (5.1, 3.3)}
 
-STYLE = {
+STYLE: dict[RcKeyType, str | float | bool] = {
     "font.size": 10.5,
     "text.color": INK,
     "axes.edgecolor": FAINT,
@@ -129,7 +132,7 @@ def metric(
     some = some[::stride] + (some[-1:] if (len(some) - 1) % stride else [])
     y = [math.nan if r[key] is None else scale * r[key] for r in some]
     around = [scale * r[spread] if is_number(r.get(spread)) else 0.0 for r in some] if spread else None
-    marks = list(accumulate((r.get(apart) for r in some), lambda before, now: now or before))
+    marks: list[str | None] = list(accumulate((r.get(apart) for r in some), lambda before, now: now or before))
     gaps = [i for i in range(1, len(marks)) if marks[i - 1] and marks[i - 1] != marks[i]]
     return Curve(name, colour, [r["samples_seen"] for r in some], y, digits, unit, smooth, around, ends, gaps)
 
@@ -209,8 +212,8 @@ def _draw(ax: Axes, curve: Curve, breaks: Sequence[float]) -> None:
     edges = [0, *curve.gaps, len(y)]
     for begin, end in zip(edges, edges[1:]):
         x, values = curve.x[begin:end], y[begin:end]
-        name = {"label": curve.name} if begin == 0 else {}
-        ax.plot(x, values, color=curve.colour, marker="o" if len(y) < 20 else None, markersize=4.5, **name)
+        label = curve.name if begin == 0 else None
+        ax.plot(x, values, color=curve.colour, marker="o" if len(y) < 20 else None, markersize=4.5, label=label)
         if curve.spread and len(values) > 1:
             low, high = ([v + sign * s for v, s in zip(values, curve.spread[begin:end])] for sign in (-1, 1))
             ax.fill_between(x, low, high, color=curve.colour, alpha=0.18, linewidth=0)
