@@ -3,9 +3,11 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from seer_scale.data.sources import Source, base, files, left_out, remote, tars
 from seer_scale.errors import DataError
@@ -13,6 +15,9 @@ from seer_scale.errors import DataError
 
 class Around(Source):
     """Another source."""
+
+    labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
 
     def __init__(self, source: Source):
         self._source, self.labels, self.classes = source, source.labels, source.classes

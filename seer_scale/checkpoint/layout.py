@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class Layout:
         self._json: bytes | None = None
 
     @classmethod
-    def plan(cls, state: dict[str, Tensor], world: World) -> Layout:
+    def plan(cls, state: Mapping[str, Tensor], world: World) -> Layout:
         """For a state of which each rank holds a run of every tensor, alone or as others do. Collective (one gather).
 
         Of what several ranks hold alike each writes a share, if there is enough of it.

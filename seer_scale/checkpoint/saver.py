@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,25 +44,26 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, state: dict[str, Tensor], world: World, *, keep_last: int, keep_every_samples: int
+        self, folder: Path, state: Mapping[str, Tensor], world: World, *, keep_last: int, keep_every_samples: int
     ):
         self._folder, self._keep = folder, (keep_last, keep_every_samples)
         self._staging = Staging(state, world)
         self._staging.layout.prepare(world)
         own = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
+        assert not isinstance(own, int), "every rank is in it"
         self._world = dataclasses.replace(world, control=own)
         self._thread: threading.Thread | None = None
-        self._outcome: Saved | BaseException | None = None
+        self._outcome = Future[Saved]()
 
     @property
     def nbytes(self) -> int:
         """Memory of the copies, on this rank's host."""
         return self._staging.nbytes
 
-    def begin(self, state: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    def begin(self, state: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Copy `state` and write it, with rank 0's `meta`, beside what comes next; nothing may be in flight."""
         assert self._thread is None, "one save at a time: wait for the one before"
-        copies = self._staging.fill(state)
+        copies, self._outcome = self._staging.fill(state), Future()
         self._thread = threading.Thread(target=self._write, args=(copies, meta), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -76,10 +79,8 @@ class Saver:
         if self._thread is None:
             return None
         self._thread.join()
-        self._thread, outcome = None, self._outcome
-        if isinstance(outcome, Saved):
-            return outcome
-        raise outcome
+        self._thread = None
+        return self._outcome.result()
 
     def retain(self) -> None:
         """Delete what need not be kept, as a save does at its end; nothing may be in flight. Collective."""
@@ -92,7 +93,7 @@ class Saver:
         if self._thread:
             self._thread.join(seconds)
 
-    def _write(self, copies: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    def _write(self, copies: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         begin, path, problem, kept = time.perf_counter(), None, "", ""
         try:
             if self._world.device.type == "cuda":  # a thread begins on the machine's first GPU, whose rank is another
@@ -106,6 +107,6 @@ class Saver:
                     store.retain(self._folder, *self._keep, self._world)
                 except CheckpointError as error:
                     kept = f"Old checkpoints in {self._folder} cannot be deleted: {error}."
-            self._outcome = Saved(meta["samples_seen"], path, problem, kept, time.perf_counter() - begin)
+            self._outcome.set_result(Saved(meta["samples_seen"], path, problem, kept, time.perf_counter() - begin))
         except BaseException as error:
-            self._outcome = error
+            self._outcome.set_exception(error)

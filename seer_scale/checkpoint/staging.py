@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,10 @@ class Staging:
     pinned, which torch gives in powers of two.
     """
 
-    def __init__(self, state: dict[str, Tensor], world: World):
+    def __init__(self, state: Mapping[str, Tensor], world: World):
         self._device = next((t.device for t in state.values() if t.device.type == "cuda"), None)
         self.layout = Layout.plan(state, world)
-        self.copies: dict[str, Tensor] = {}
+        self.copies: dict[str, Shard] = {}
         for name, part in self.layout.written_by(world.rank).items():
             tensor = state[name]
             local = torch.empty(part.stop - part.start, dtype=tensor.dtype, pin_memory=self._device is not None)
@@ -30,7 +32,7 @@ class Staging:
         self.nbytes = sum(1 << (n - 1).bit_length() for n in sizes if n) if self._device else sum(sizes)
 
     @torch.no_grad()
-    def fill(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def fill(self, state: Mapping[str, Tensor]) -> dict[str, Shard]:
         """Copy `state` as it is now; the copies, which the next `fill` overwrites."""
         for name, copy in self.copies.items():
             first = run_of(state[name])[0]

@@ -23,7 +23,7 @@ import secrets
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +39,7 @@ FORMAT = 3
 MANIFEST, TENSORS, BEST = "manifest.json", "tensors.json", "best"
 _NAME = re.compile(r"samples-(\d{12,})(?:-(\d+))?")
 
-State = dict[str, torch.Tensor]
+State = Mapping[str, torch.Tensor]
 T = TypeVar("T")
 
 
@@ -144,7 +144,7 @@ def _bytes_of(tensor: torch.Tensor, part: Part) -> memoryview:
     """The elements of `part`, which this rank holds; no copy where they lie together on the host."""
     first = run_of(tensor)[0]
     run = local_of(tensor).contiguous().view(-1)[part.start - first : part.stop - first].cpu()
-    return memoryview(run.view(torch.uint8).numpy())
+    return run.view(torch.uint8).numpy().data
 
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -336,7 +336,7 @@ def _read(path: Path, wanted: State, layout: Layout) -> int:
 
 
 def _fill(raw: io.FileIO, tensor: torch.Tensor) -> None:
-    left = memoryview(tensor.view(torch.uint8).numpy())
+    left = tensor.view(torch.uint8).numpy().data
     while left:
         if not (count := raw.readinto(left)):
             raise OSError(f"{Path(raw.name).name} ends too early")
@@ -445,6 +445,8 @@ def _agreement(world: World) -> Iterator[None]:
 
 def _order(path: Path) -> tuple[int, int]:
     match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is no checkpoint's name")
     return int(match[1]), int(match[2] or 1)
 
 

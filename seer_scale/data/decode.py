@@ -9,10 +9,12 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from seer_scale.data import jpeg
 from seer_scale.errors import DataError
@@ -20,7 +22,7 @@ from seer_scale.errors import DataError
 try:
     import pillow_heif
 except ImportError:
-    HEIF = ()
+    HEIF: tuple[str, ...] = ()
 else:
     pillow_heif.register_heif_opener()
     HEIF = ("HEIF",)
@@ -115,6 +117,8 @@ def _decode_jpeg(data: bytes, at_least: AtLeast | None) -> np.ndarray | None:
         tries = min(MAX_TRIES, TRIES_OF_LARGEST - 1 + MAX_PIXELS // (height * width), passes)
         whole = jpeg.without_oddities(scans, header, complaint, lambda other: _checksum(other, space), tries)
         pixels, _ = _strictly(whole, space, least)
+        if pixels is None:
+            return None
     return _upright(pixels if channels == 3 else _of_cmyk(pixels), header.orientation)
 
 
@@ -129,7 +133,7 @@ def _strictly(data: bytes, space: str, least: dict[str, int]) -> tuple[np.ndarra
 def _checksum(data: bytes, space: str) -> tuple[int | None, str]:
     """Of the pixels, or libjpeg-turbo's first complaint."""
     pixels, complaint = _strictly(data, space, {})
-    return (None if pixels is None else zlib.crc32(pixels)), complaint
+    return (None if pixels is None else zlib.crc32(pixels.data)), complaint
 
 
 def _check_size(width: int, height: int, bytes_a_pixel: float) -> None:
@@ -149,8 +153,8 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
         warnings.simplefilter("ignore")  # about sizes below our limit, and about metadata nobody reads
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.width, image.height, BYTES_A_PIXEL.get(image.format, 7))
-                if image.format == "TIFF":
+                _check_size(image.width, image.height, BYTES_A_PIXEL.get(image.format or "", 7))
+                if isinstance(image, TiffImageFile):
                     _check_blocks(image)
                 codec, _, _, raw = image.tile[0] if image.tile else (None,) * 4
                 if codec in SLOW and image.width * image.height > MAX_SLOW:
@@ -165,7 +169,7 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
             raise DataError(f"it is no whole image ({type(error).__name__}: {error})") from error
 
 
-def _check_blocks(image: Image.Image) -> None:
+def _check_blocks(image: TiffImageFile) -> None:
     """A TIFF's tile or strip is decoded as a whole beside the image, however little of it the image shows (TIFF 6.0, 8,
     15)."""
     tags = image.tag_v2
@@ -184,10 +188,10 @@ def _check_blocks(image: Image.Image) -> None:
 
 def _rgb(image: Image.Image, is_deep: bool) -> np.ndarray:
     """is_deep: its values have 16 bits in the file, of which modes of several channels keep the upper 8."""
-    turn = _plain
+    turn: Callable[[Image.Image], np.ndarray] = _plain
     if image.mode == "F":
         raise DataError("its floating-point values have no defined range")
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         _check_tiff(image, is_deep)
     if image.mode.startswith("I"):
         turn = _of_grey(image)
@@ -211,16 +215,16 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
         yield rows, image.crop((0, rows.start, image.width, rows.stop))
 
 
-def _plain(part: Image.Image) -> Image.Image:
-    return part.convert("RGB")
+def _plain(part: Image.Image) -> np.ndarray:
+    return np.asarray(part.convert("RGB"))
 
 
-def _on_white(part: Image.Image) -> Image.Image:
+def _on_white(part: Image.Image) -> np.ndarray:
     part = part.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"))
 
 
-def _check_tiff(image: Image.Image, is_deep: bool) -> None:
+def _check_tiff(image: TiffImageFile, is_deep: bool) -> None:
     """Raises DataError for what Pillow reads as something else."""
     tags = image.tag_v2
     if tags.get(PLANES) == 2 and max(tags.get(BITS, (1,))) > 8:
@@ -236,7 +240,7 @@ def _check_tiff(image: Image.Image, is_deep: bool) -> None:
 def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
     """What makes 8 bits of an image's grey values of more. They fill their 16 bits, but in TIFF, where they may be
     wider, or narrower than what holds them: there the tag for it tells, or the largest of them."""
-    tags = image.tag_v2 if image.format == "TIFF" else {}
+    tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     unsigned = tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
     white, clear = 65535, image.info.get("transparency")
 

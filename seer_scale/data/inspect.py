@@ -30,7 +30,7 @@ from seer_scale.data import decode as decoders
 from seer_scale.data.decode import decode
 from seer_scale.data.jobs import Centres
 from seer_scale.data.pool import stream
-from seer_scale.data.sources import Source, kind_of, open_source
+from seer_scale.data.sources import Source, Stream, kind_of, open_source
 from seer_scale.data.sources.files import is_lfs_pointer
 from seer_scale.data.sources.left_out import described
 from seer_scale.data.worker import Guard
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> str:
         raise DataError("--all and --sample are both given: leave one out.")
     sample = SAMPLE if args.sample is None else args.sample
     (kind, source, _), images = opened(args.path, args), None
-    if hasattr(source, "iterate"):
+    if isinstance(source, Stream):
         if args.all:
             raise DataError(
                 f"{args.path} is a stream, of which the first images are looked at: leave out --all, or give a "
@@ -121,9 +121,10 @@ def run(args: argparse.Namespace) -> str:
         tally, rate = look(source, len(source) if args.all else sample, args.workers, listing)
     if args.sheet:
         write_sheet(Path(args.sheet), source, tally.readable(COLUMNS * ROWS) * len(source) // tally.num, args.workers)
-    facts = {"path": shown(args.path), "kind": kind, "images": images or len(source), "labels": _labels(source)}
+    images = images or len(source)
+    facts = {"path": shown(args.path), "kind": kind, "images": images, "labels": _labels(source)}
     facts |= {"left_out": {what: num for what, num in source.left_out.items() if num}}
-    facts |= tally.facts(facts["images"]) | {"images_per_s": round(rate, 1), "workers": args.workers}
+    facts |= tally.facts(images) | {"images_per_s": round(rate, 1), "workers": args.workers}
     return to_json(facts, indent=1) if args.json else shown(_table(facts, args), keep="\n")
 
 
@@ -346,16 +347,17 @@ def look(source: Source, sample: int, workers: int, listing: BinaryIO | None = N
 class Held(Source):
     """The first images of a stream, in memory."""
 
-    def __init__(self, stream: Any, num: int):
+    def __init__(self, stream: Stream, num: int):
         self._images = [data for _, data in islice(stream.iterate(0, 0, 0), min(num, len(stream)))]
 
     def __len__(self) -> int:
         return len(self._images)
 
     def read(self, i: int) -> bytes:
-        if isinstance(self._images[i], DataError):
-            raise self._images[i]
-        return self._images[i]
+        data = self._images[i]
+        if isinstance(data, DataError):
+            raise data
+        return data
 
     def name(self, i: int) -> str:
         return f"image {i}"
@@ -420,7 +422,7 @@ def _labels(source: Source) -> dict[str, Any] | None:
     if labels is None or not len(source.classes):
         return None
     counts = np.bincount(labels[labels >= 0], minlength=len(source.classes))
-    largest, smallest = ([source.classes[i], int(counts[i])] for i in (counts.argmax(), counts.argmin()))
+    largest, smallest = ([source.classes[i], int(counts[i])] for i in (int(counts.argmax()), int(counts.argmin())))
     return {"classes": len(source.classes), "labelled": int(counts.sum()), "largest": largest, "smallest": smallest}
 
 

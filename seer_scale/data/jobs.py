@@ -18,7 +18,7 @@ from seer_scale.config import Views
 from seer_scale.data import photometric
 from seer_scale.data.decode import decode
 from seer_scale.data.sampler import ElasticSampler
-from seer_scale.data.sources import Source
+from seer_scale.data.sources import Source, Stream
 from seer_scale.data.views import load_views, resize_centre
 from seer_scale.data.worker import Guard, Spec
 from seer_scale.errors import DataError, SourceEnded
@@ -42,17 +42,19 @@ class TrainingViews:
     world_size: int
     on_device: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._slots: tuple[int, Any] = (-1, None)
-        if self.source.is_stream:
+        self._reader: _ReadAhead | _Stream
+        if isinstance(self.source, Stream):
             self._reader = _Stream(self.source, self.sampler)
         else:
             self._reader = _ReadAhead(self.source, self.sampler, self.world_size)
 
     def buffers(self) -> list[Spec]:
         b, crops = self.rows(0), self.views.crops
-        pixels = [((c.num, b, 3, c.size, c.size), np.uint8) for c in crops]
-        return pixels + [((c.num, b, photometric.PACKED), np.float32) for c in crops] * self.on_device
+        pixels: list[Spec] = [((c.num, b, 3, c.size, c.size), np.uint8) for c in crops]
+        distortions: list[Spec] = [((c.num, b, photometric.PACKED), np.float32) for c in crops]
+        return pixels + distortions * self.on_device
 
     def rows(self, key: int) -> int:
         return self.sampler.global_batch // self.world_size
@@ -135,9 +137,10 @@ def _size(images: dict[int, Any]) -> int:
 class _Stream:
     """A stream that is read in order, with what of it went by lately."""
 
-    def __init__(self, source: Source, sampler: ElasticSampler):
+    def __init__(self, source: Stream, sampler: ElasticSampler):
         self._source, self._seed = source, sampler.seed
-        self._epoch, self._next, self._images = -1, 0, iter(())
+        self._epoch, self._next = -1, 0
+        self._images: Iterator[tuple[int, bytes | DataError]] = iter(())
         self._lately: dict[int, bytes | DataError] = {}
 
     def read(self, epoch: int, offset: int, index: int, guard: Guard, *, is_own: bool) -> bytes:

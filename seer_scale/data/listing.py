@@ -43,11 +43,12 @@ def share(
     """
     if world.size == 1:
         return make()
-    made, parcel, problem = None, None, None
+    made: list[T] = []  # none where it failed
+    parcel, problem = None, None
     if world.is_main:
         try:
-            made = make()
-            parcel = _publish(folder, made, name)
+            made = [make()]
+            parcel = _publish(folder, made[0], name)
         except UserError as error:
             problem = str(error)
     parcel, problem = world.broadcast_object((parcel, problem))
@@ -57,8 +58,8 @@ def share(
     pickled, path, ends = parcel
     if not world.is_main:
         try:
-            made = _take(pickled, path, ends, make)
-            for source in sources(made):
+            made = [_take(pickled, path, ends, make)]
+            for source in sources(made[0]):
                 source.arrive()
         except UserError as error:
             problem = f"{error} (on {socket.gethostname()})"
@@ -67,7 +68,7 @@ def share(
         path.unlink(missing_ok=True)
     if any(problems):
         raise UserError(next(p for p in problems if p))
-    return made
+    return made[0]
 
 
 def _publish(folder: Path, made: object, name: str) -> tuple[bytes, Path, list[int]]:

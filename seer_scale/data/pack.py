@@ -44,7 +44,7 @@ from seer_scale.data.inspect import (
 )
 from seer_scale.data.order import permute
 from seer_scale.data.pool import stream
-from seer_scale.data.sources import Source, open_source, tars
+from seer_scale.data.sources import Source, Stream, open_source, tars
 from seer_scale.data.sources.base import cached_index, is_image
 from seer_scale.data.sources.hub import PREFIX
 from seer_scale.data.sources.left_out import warning
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> str:
         "check": how.check,
     }
     with _alone_in(dst):
-        if hasattr(source, "iterate"):
+        if isinstance(source, Stream):
             print("A stream is packed in its own order: --shuffle and --workers have no effect.", file=sys.stderr)
             plan |= {"shuffle": None, "content": None}
             _tars_planned(dst, plan)
@@ -189,7 +189,7 @@ def _content(source: Source, labels: np.ndarray | None) -> str:
     ):
         digest.update(os.fsencode(word) + b"\0")
     if labels is not None:
-        digest.update(np.ascontiguousarray(labels, np.int32))
+        digest.update(np.ascontiguousarray(labels, np.int32).data)
     return digest.hexdigest()
 
 
@@ -357,7 +357,7 @@ class _Tars:
         return self.source.name(item)
 
 
-def _pack_stream(source: Any, dst: Path, size: int, how: _How) -> None:
+def _pack_stream(source: Stream, dst: Path, size: int, how: _How) -> None:
     """Tars cut at `size` bytes, after those that are whole: the stream is read again up to there."""
     n, t, left_out = len(source), next(t for t in count() if not _tar(dst, t).exists()), []
     first = _last_place(_tar(dst, t - 1)) + 1 if t else 0

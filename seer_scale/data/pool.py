@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -63,7 +63,8 @@ def stream(
     """
     workers = min(workers, max((job.rows(k) for k in (keys[0], keys[-1])), default=0) if keys else 0)
     if not workers or not loads_in_processes():
-        guard, arrays = Guard(np.zeros(4, np.int64)), [np.zeros(shape, kind) for shape, kind in job.buffers()]
+        guard = Guard(np.zeros(4, np.int64))
+        arrays: list[np.ndarray] = [np.zeros(shape, kind) for shape, kind in job.buffers()]
         for key in keys:
             yield arrays, [job.fill(key, row, arrays, guard) for row in range(job.rows(key))]
         return
@@ -161,7 +162,7 @@ class _Pool:
             send_handle(ours, self._memory, None)
         return ours
 
-    def _start(self, seat: int, first: int, suspects: set[int] = frozenset()) -> _Worker:
+    def _start(self, seat: int, first: int, suspects: Iterable[int] = ()) -> _Worker:
         refused = [item for item, times in self._suspects.items() if times >= SUSPECT_TWICE]
         ours, theirs = Pipe()
         with theirs:

@@ -62,7 +62,9 @@ class ElasticSampler:
         counted: a second for some 10^6 images."""
         (epoch,), (offset,) = (x.tolist() for x in self.locate(np.array([since])))
         in_progress = offset or self.era.rest and epoch == self.era.epoch
-        era = Era(since, tuple(map(tuple, parts)), block, lanes, epoch, 0, self.progress(since) - epoch)
+        era = Era(
+            since, tuple((name, num) for name, num in parts), block, lanes, epoch, 0, self.progress(since) - epoch
+        )
         if in_progress:
             rest = len(_rest_of((*self.eras, replace(era, done=0.0)), self.seed, self.global_batch))
             era = replace(era, rest=rest) if rest else replace(era, epoch=epoch + 1, done=0.0)
@@ -145,7 +147,7 @@ class _Rest:
     def at(self, offsets: np.ndarray) -> np.ndarray:
         joined, joined_after = (x * self._num_joined // self._num for x in (offsets, offsets + 1))
         is_joined, images = joined_after > joined, np.empty(len(offsets), np.int64)
-        if is_joined.any():
+        if self._fresh is not None and is_joined.any():
             fresh = self._fresh.at(self._epoch, joined[is_joined])
             part = np.searchsorted(self._joined_starts, fresh, side="right") - 1
             images[is_joined] = self._joined[part] + fresh - self._joined_starts[part]

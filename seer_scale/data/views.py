@@ -36,7 +36,8 @@ def load_views(
     out: arrays to write into instead of new ones, and to return. If there are twice as many, the others are float32
     [num, photometric.PACKED], and take each crop's distortion, which is then not done.
     """
-    draws, full = _draws(views, seed, epoch, index), []
+    draws = _draws(views, seed, epoch, index)
+    full: list[int] = []
 
     def at_least(height: int, width: int) -> tuple[int, int]:
         full[:] = height, width
@@ -49,7 +50,9 @@ def load_views(
 
 def make_views(image: np.ndarray, views: Views, seed: int, epoch: int, index: int) -> list[np.ndarray]:
     """The crops of RGB uint8 [H, W, 3], one uint8 array [num, 3, size, size] for each kind in views.crops."""
-    return _cut(image, views, _draws(views, seed, epoch, index), image.shape[:2], _arrays(views))
+    out = _arrays(views)
+    _cut(image, views, _draws(views, seed, epoch, index), image.shape[:2], out)
+    return out
 
 
 def _arrays(views: Views) -> list[np.ndarray]:

@@ -135,7 +135,8 @@ def host(control: Connection, gone: int) -> None:
         seats, *arrays = shared_arrays(fd, [((workers, 4), np.int64), *specs * depth])
         ring = [arrays[i * len(specs) : (i + 1) * len(specs)] for i in range(depth)]
         gc.freeze()  # what workers share stays shared: a collection would write into every object
-        me, alive = os.getpid(), {}
+        me = os.getpid()
+        alive: dict[int, tuple[int, int]] = {}  # by the file that can be read once a worker has ended: process, seat
         while True:
             for ready in wait([control, gone, *alive]):
                 if ready == gone:
@@ -150,7 +151,7 @@ def host(control: Connection, gone: int) -> None:
                         _work(job, keys, first, upto, seat, ring, connection, Guard(seats[seat], refused), seats, me)
                     connection.close()
                     alive[os.pidfd_open(pid)] = pid, seat
-                else:
+                elif isinstance(ready, int):
                     pid, seat = alive.pop(ready)
                     os.close(ready)
                     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -183,7 +184,8 @@ def _work(
             while n >= upto:
                 connection.recv_bytes()
                 upto += 1
-            rows, told, failure = job.rows(keys[n]), [], None
+            rows, told = job.rows(keys[n]), []
+            failure: DataError | str | None = None
             try:
                 for row in range(seat * rows // len(seats), (seat + 1) * rows // len(seats)):
                     told.append(job.fill(keys[n], row, ring[n % len(ring)], guard))

@@ -29,11 +29,10 @@ def features(
     mine = indices[world.rank :: world.size]
     batches = decoded(source, mine, size, batch=batch, workers=workers)
     rounds = math.ceil(math.ceil(len(indices) / world.size) / batch)
+    none = torch.empty(0, dtype=torch.int64)
+    nothing = torch.zeros(1, 3, size, size, dtype=torch.uint8), none, none  # for the collectives all the same
     for _ in range(rounds):
-        images, labels, numbers = next(batches, (None, None, None))
-        if images is None:  # take part in the collectives all the same
-            images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-            labels = numbers = torch.empty(0, dtype=torch.int64)
+        images, labels, numbers = next(batches, nothing)
         f, z = represent(to_float(images.to(world.device)))
         n, device = len(labels), world.device
         yield f[:n], z[:n], labels.to(device), numbers.to(device)

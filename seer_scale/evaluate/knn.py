@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -206,8 +207,8 @@ def knn(
     """Top-1 and top-5 in percent with their standard errors, the share of the commonest class (what is right without a
     network, too), how many queries and classes there were; and the neighbours. Collective; the same result on each
     rank."""
-    options = dict(size=c.size, batch=c.batch, workers=workers, world=world)
-    parts = [(f, y, i) for f, _, y, i in features(represent, images.queries, images.query_indices, **options)]
+    of = partial(features, represent, size=c.size, batch=c.batch, workers=workers, world=world)
+    parts = [(f, y, i) for f, _, y, i in of(images.queries, images.query_indices)]
     f, y, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
     if not len(ids):
         raise DataError(
@@ -221,7 +222,7 @@ def knn(
 
     nearest = f.new_full((len(f), 0), 0.0)
     found = labels = ids.new_empty((len(f), 0))
-    for g, _, yb, ib in features(represent, images.bank, images.bank_indices, **options):
+    for g, _, yb, ib in of(images.bank, images.bank_indices):
         similarity = f @ torch.nn.functional.normalize(g, dim=1).T
         nearest, found, labels = _best(
             c.k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,14 +40,14 @@ def show_crops(run_dir: Path, batch: Batch, views: Views) -> None:
     gallery.save()
 
 
-def show_neighbours(run_dir: Path, stage: str, images: Labelled, found: Neighbours) -> None:
+def show_neighbours(run_dir: Path, stage: Literal["before", "after"], images: Labelled, found: Neighbours) -> None:
     """The nearest bank images of a few queries, the same queries at every stage."""
     gallery = Gallery(run_dir)
     for row in np.linspace(0, len(found.queries) - 1, SHOWN).round().astype(int).tolist():
         query = int(found.queries[row])
-        label = images.queries.classes[images.queries.label(query)]
-        near = [
-            (image, images.classes[images.bank.label(i)], s)
+        label = images.queries.class_of(query)
+        near: list[tuple[np.ndarray, str | None, float]] = [
+            (image, images.bank.class_of(i), s)
             for i, s in zip(found.bank[row, :ROW].tolist(), found.similarity[row, :ROW].tolist())
             for image in _small(images.bank, [i])
         ]

@@ -81,6 +81,6 @@ def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
             return engine.encode(batch)
 
         scores, _ = knn(represent, images, config.knn, workers=config.data.num_workers(cores), world=world)
-    scores |= {"protocol": images.protocol}
     seen = store.read_meta(found, world)["samples_seen"]
-    return scores | {"samples_seen": seen, "checkpoint": found.resolve().name, "run": str(run_dir_of(path))}
+    about = {"protocol": images.protocol, "samples_seen": seen, "checkpoint": found.resolve().name}
+    return {**scores, **about, "run": str(run_dir_of(path))}

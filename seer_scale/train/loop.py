@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -685,7 +685,7 @@ class Trainer:
             saved=saved.samples_seen, seconds=saved.seconds, stall_s=self._stall_s, waited_s=waited_s,
         )  # fmt: skip
 
-    def _evaluate(self, stage: str) -> None:
+    def _evaluate(self, stage: Literal["before", "during", "after"]) -> None:
         if self.labelled is None:
             return
         begin, c = time.perf_counter(), self.config.knn
@@ -712,7 +712,7 @@ class Trainer:
             if self.world.broadcast_object(scores["knn/top1"] > best):  # sums on GPUs differ in their last digits
                 self._save(in_background=self.config.checkpoint.background)
             self._mark_best()
-        if stage in ("before", "after") and self.world.is_main:
+        if stage != "during" and self.world.is_main:
             with _disk_may_fill():
                 show_neighbours(self.run_dir, stage, self.labelled, found)
 

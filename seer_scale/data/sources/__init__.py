@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from seer_scale.config import Data
 from seer_scale.data.sources import hub, remote
-from seer_scale.data.sources.base import Source, is_image, is_tar, must_exist, subset
+from seer_scale.data.sources.base import Source, Stream, is_image, is_tar, must_exist, subset
 from seer_scale.data.sources.files import folder, is_file, is_folder
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.data.sources.lists import ListFile
@@ -21,7 +21,7 @@ from seer_scale.data.sources.manifest import open_manifest
 from seer_scale.data.sources.tars import is_several, open_tars
 from seer_scale.errors import DataError, nearest
 
-__all__ = ["KINDS", "Source", "kind_of", "open_data", "open_source", "subset"]
+__all__ = ["KINDS", "Source", "Stream", "kind_of", "open_data", "open_source", "subset"]
 
 OPENERS: dict[str, Callable[[str], Source]] = {"list": ListFile, "tar": open_tars}
 KINDS = ("auto", "folder", *OPENERS, "hub", "stream", "manifest")
@@ -61,10 +61,10 @@ def open_source(
 
 def open_data(data: Data) -> Source:
     """What a recipe's data section names. Raises DataError."""
-    more = dict(
-        split=data.split, image_key=data.image_key, length=data.length, buffer=data.buffer, exclude=data.exclude
-    )
-    return open_source(data.path, data.kind, **more)
+    return open_source(
+        data.path, data.kind, split=data.split, image_key=data.image_key, length=data.length, buffer=data.buffer,
+        exclude=data.exclude,
+    )  # fmt: skip
 
 
 def kind_of(path: str) -> str:

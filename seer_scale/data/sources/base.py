@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -37,12 +37,18 @@ class Source:
     kind (left_out.py).
     """
 
-    labels: np.ndarray | None = None
-    classes: Sequence[str] = ()
     left_out: Mapping[str, int] = MappingProxyType({})
     locality = 1
     is_stream = False
     buffer = 0
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -73,10 +79,25 @@ class Source:
     def label(self, i: int) -> int | None:
         return int(self.labels[i]) if self.labels is not None and self.labels[i] >= 0 else None
 
+    def class_of(self, i: int) -> str | None:
+        label = self.label(i)
+        return None if label is None else self.classes[label]
+
     @property
     def has_labels(self) -> bool:
         """Whether every image has a label."""
         return self.labels is not None and bool((self.labels >= 0).all())
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What a source that is a stream can do besides."""
+
+    def __len__(self) -> int: ...
+
+    def iterate(
+        self, seed: int, epoch: int, first: int, tick: Callable[[], None] = ...
+    ) -> Iterator[tuple[int, bytes | DataError]]: ...
 
 
 def subset(source: Source, indices: np.ndarray) -> Source:
@@ -85,6 +106,9 @@ def subset(source: Source, indices: np.ndarray) -> Source:
 
 
 class _Subset(Source):
+    labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
+
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices = source, indices
         self.labels = None if source.labels is None else source.labels[indices]
@@ -155,8 +179,8 @@ def number(
             )
         names = list(classes)
         if not names:  # numbers may have gaps, or be larger than any array
-            position = {n: i for i, n in enumerate(sorted(set(numbers)))}
-            names, numbers = [str(n) for n in position], [position[n] for n in numbers]
+            places = {n: i for i, n in enumerate(sorted(set(numbers)))}
+            names, numbers = [str(n) for n in places], [places[n] for n in numbers]
     else:
         names = list(classes) if set(values) <= set(classes) else sorted(values)
         position = {name: n for n, name in enumerate(names)}
@@ -179,7 +203,7 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def few(paths: list[str]) -> str:
+def few(paths: Sequence[str]) -> str:
     return paths[0] if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
 
 
@@ -266,7 +290,7 @@ def save_arrays(places: Sequence[Path], arrays: dict[str, np.ndarray]) -> None:
             if place.parent.is_dir() and not place.parent.stat().st_mode & 0o222:  # which would not stop root
                 continue
             with written_whole(place) as file:
-                np.savez(file, **arrays)
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle, too
             return
 
 

@@ -44,6 +44,9 @@ MOST_BYTES = 1 << 30
 class Files(Source):
     """Images that are files; `names` are relative to `root`, or absolute."""
 
+    labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
+
     def __init__(
         self, root: str, names: Names, labels: np.ndarray | None, classes: Sequence[str], left_out: Mapping[str, int]
     ):

@@ -182,6 +182,7 @@ class HubStream(Source):
     """
 
     is_stream = True
+    classes: Sequence[str] = ()
 
     def __init__(self, dataset: Any, column: str, where: str, length: int, buffer: int):
         self._column, self._where, self._length, self.buffer = column, shown(where), length, buffer

@@ -158,11 +158,9 @@ def read_manifest(path: str) -> list[Part]:
                 f"{path}: part {n} gives exclude, which is a list of patterns for kind: folder; give both, or "
                 "leave it out."
             )
-        more = {k: str(entry[k]) for k in ("split", "image_key") if k in entry}
-        if exclude:
-            more["exclude"] = tuple(exclude)
-        own = f"{place}[{more['split']}]" if "split" in more else place
-        parts.append(Part(place, entry.get("kind", "auto"), str(entry.get("name", own)), **more))
+        split, image_key = str(entry.get("split", Part.split)), str(entry.get("image_key", Part.image_key))
+        name = str(entry.get("name", f"{place}[{split}]" if "split" in entry else place))
+        parts.append(Part(place, entry.get("kind", "auto"), name, split, image_key, tuple(exclude)))
     names = [p.name for p in parts]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise DataError(f"{path} names the part {twice[0]} twice: give each path once, or different names.")

@@ -17,13 +17,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
 from seer_scale.errors import DataError, nearest
 from seer_scale.extras import how_to_install
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 TRIES = 5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
@@ -189,9 +192,10 @@ class _Ranges(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
-        size = max(0, min(len(buffer), self._size - self._at))
-        buffer[:size] = read(self._url, self._at, size) if size else b""
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        into = memoryview(buffer)
+        size = max(0, min(len(into), self._size - self._at))
+        into[:size] = read(self._url, self._at, size) if size else b""
         self._at += size
         return size
 
@@ -212,11 +216,12 @@ def _retried(url: str, attempt: Callable[[], T], timeout_s: float) -> T:
         except DataError:
             raise
         except Exception as error:  # each filesystem has its own
+            cause: BaseException = error
             if url.lower().startswith("http") and isinstance(error, FileNotFoundError) and error.__cause__:
-                error = error.__cause__  # fsspec's stat says so whatever went wrong
-            reason = _reason(error, timeout_s)
-            if _is_final(error):
-                raise Refused(f"{url} cannot be read ({reason}).") from error
+                cause = error.__cause__  # fsspec's stat says so whatever went wrong
+            reason = _reason(cause, timeout_s)
+            if _is_final(cause):
+                raise Refused(f"{url} cannot be read ({reason}).") from cause
     raise DataError(f"{url} cannot be read ({reason}; {tries} tries).")
 
 

@@ -246,19 +246,21 @@ class Tars(Source):
 
     @property
     def labels(self) -> np.ndarray | None:
-        return self._numbered[0] if self._labelled_by else None
+        return self._numbered[0]
 
     @property
     def classes(self) -> Sequence[str]:
-        return self._numbered[1] if self._labelled_by else ()
+        return self._numbered[1]
 
     @cached_property
-    def _numbered(self) -> tuple[np.ndarray, list[str]]:
+    def _numbered(self) -> tuple[np.ndarray | None, Sequence[str]]:
         """Read from all indexes when an evaluation asks for them."""
+        if not self._labelled_by:
+            return None, ()
         only = [f"{self._labelled_by}{part}" for part in ("", "_values", "_ends")]
         indexes = (self._load(shard, only) for shard in range(len(self._paths)))
-        indexes = _told("Reading the labels of tars", indexes, len(self._paths))
-        codes, values = merge(indexes, self._labelled_by)
+        told = _told("Reading the labels of tars", indexes, len(self._paths))
+        codes, values = merge(told, self._labelled_by)
         return number(codes, values, _read_classes(self._paths[0]), self._few)
 
 
@@ -374,8 +376,8 @@ def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     sums = np.zeros((len(paths), SUMS), np.int64)
     if saved and saved["sums"].shape == sums.shape:
         is_known, sums = (saved["stamps"] == stamps).all(axis=1), saved["sums"]
-    todo = np.flatnonzero(~is_known)
-    if len(todo):
+    todo = np.flatnonzero(~is_known).tolist()
+    if todo:
         jobs = [(paths[i], tuple(stamps[i].tolist())) for i in todo]
         for row, i in zip(_told("Indexing tars", _index_all(jobs), len(jobs)), todo):
             sums[i] = row
@@ -540,7 +542,8 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
     try:
         with (
             _open_whole(tar, size) as file,
-            tarfile.open(fileobj=(headers := _Headers(tar, file)), mode="r:") as archive,
+            # the stub wants what only writing and pipes use
+            tarfile.open(fileobj=(headers := _Headers(tar, file)), mode="r:") as archive,  # type: ignore[call-overload]
         ):
             position = -1
             while (member := archive.next()) is not None:
