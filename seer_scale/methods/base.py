@@ -58,6 +58,8 @@ class BufferKind(Enum):
 class Chain(Protocol):
     """A module of units that follow one another, such as a backbone."""
 
+    training: bool
+
     def units(self) -> dict[str, nn.Module]:
         """Name -> module of what is sharded and recomputed by, in forward order; each takes and gives a list of
         tensors."""

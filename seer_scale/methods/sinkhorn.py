@@ -85,7 +85,7 @@ def _column_max(s: Tensor) -> Tensor:
     return torch.stack([rows.amax(1) for rows in s.split(ROWS, 1)]).amax(0)
 
 
-def _reduce(parts: list[Tensor], op: dist.ReduceOp, world: World) -> list[Tensor]:
+def _reduce(parts: list[Tensor], op: dist.ReduceOp.RedOpType, world: World) -> list[Tensor]:
     """One all-reduce for the [C, K] of all prototype sets."""
     if world.size == 1:
         return parts

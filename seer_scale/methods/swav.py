@@ -39,6 +39,7 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
 
     name = "swav"
     backbone: RegNetY
+    queue: Tensor
 
     def __init__(self, config: Config, world: World):
         super().__init__()

@@ -6,14 +6,18 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from seer_scale.config import Config
 from seer_scale.cores import Contention, told_threads
+from seer_scale.methods.base import Chain
+from seer_scale.models.norm import BatchNorm
+from seer_scale.models.regnet import Block
 from seer_scale.world import World
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -85,15 +89,17 @@ def measure(
     batch = config.train.global_batch // world.size // config.accumulation(world.size)
     total = 0.0
     sizes = [(crop.num * batch, -(-crop.size // 2)) for crop in config.views.crops]
-    for names in backbone.stage_units():
+    for names in cast(Chain, backbone).stage_units():
         sizes = [(n, -(-size // 2)) for n, size in sizes]  # what the stage makes
-        block = backbone.get_submodule(names[-1])
+        block = cast(Block, backbone.get_submodule(names[-1]))
         if 4 * sum(p.numel() for p in block.parameters()) > config.parallel.max_unit_gib * 2**30:
             continue
         block = copy.deepcopy(block).to_empty(device=world.device)
         for p in block.parameters():
             nn.init.normal_(p, std=0.01)
-        block.apply(lambda m: m.reset_running_stats() if hasattr(m, "reset_running_stats") else None)
+        for layer in block.modules():
+            if isinstance(layer, BatchNorm):
+                layer.reset_running_stats()
         stride = block.conv2.conv.stride[0]
         into = [(n, block.conv1.conv.in_channels, size * stride, size * stride) for n, size in sizes]
         times = [_time(block, into, layout, config, world.device) for _ in range(rounds + 1)]
@@ -102,7 +108,11 @@ def measure(
 
 
 def _time(
-    block: nn.Module, shapes: list[tuple[int, ...]], layout: torch.memory_format, config: Config, device: torch.device
+    block: nn.Module,
+    shapes: Sequence[tuple[int, ...]],
+    layout: torch.memory_format,
+    config: Config,
+    device: torch.device,
 ) -> float:
     dtype = DTYPES[config.train.precision]
     xs = [torch.randn(s, device=device).to(dtype, memory_format=layout).requires_grad_() for s in shapes]

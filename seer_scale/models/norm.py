@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 import torch.distributed as dist
@@ -34,9 +35,19 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     process_group: dist.ProcessGroup | None = None
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def reset_buffers(self) -> None:
         self.reset_running_stats()
+
+    @overload
+    def forward(self, xs: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, xs: list[Tensor]) -> list[Tensor]: ...
 
     def forward(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
         """[N_r, C, H_r, W_r] or [N_r, C] each -> the same shapes and dtypes; a single tensor gives a tensor.
@@ -47,22 +58,22 @@ class BatchNorm(nn.BatchNorm2d):
         if isinstance(xs, Tensor):
             return self.forward([xs])[0]
         weight, bias = self.weight.float(), self.bias.float()
-        running = self.running_mean, self.running_var
+        mean, var = self.running_mean, self.running_var
         if not self.training:
-            return [F.batch_norm(x, *running, weight, bias, eps=self.eps) for x in xs]
-        tape = getattr(_thread, "tape", None)
-        recomputing = tape is not None and tape.replay
-        if recomputing or getattr(_thread, "kept", False):
+            return [F.batch_norm(x, mean, var, weight, bias, eps=self.eps) for x in xs]
+        tape: _Pass | None = getattr(_thread, "tape", None)
+        replayed = tape if tape is not None and tape.replay else None
+        if replayed is not None or getattr(_thread, "kept", False):
             # autograd must find as many saved tensors in a recompute as the first time, so None would not do
-            running = [r.clone() for r in running]
+            mean, var = mean.clone(), var.clone()
         else:
             self.num_batches_tracked.add_(len(xs))
         if self.process_group is None or dist.get_world_size(self.process_group) == 1:
-            return [F.batch_norm(x, *running, weight, bias, True, self.momentum, self.eps) for x in xs]
-        if recomputing:
-            stats = next(tape.left)
+            return [F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps) for x in xs]
+        if replayed is not None:
+            stats = next(replayed.left)
         else:
-            stats = _group_statistics(xs, *running, self.momentum, self.eps, self.process_group)
+            stats = _group_statistics(xs, mean, var, self.momentum, self.eps, self.process_group)
             if tape is not None:
                 tape.stats.append(stats)
         return list(_Normalise.apply(self.process_group, self.eps, stats, weight, bias, *xs))
@@ -78,9 +89,9 @@ def share_statistics(module: nn.Module, group: dist.ProcessGroup | None) -> None
 def keep_eager(module: nn.Module) -> None:
     """torch.compile leaves every BatchNorm in `module` as it is: it counts, exchanges, and plays its tape when
     recomputed."""
-    for layer in module.modules():
-        if isinstance(layer, BatchNorm):
-            layer.forward = torch.compiler.disable(layer.forward)
+    layers: list[nn.Module] = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+    for layer in layers:
+        layer.forward = torch.compiler.disable(layer.forward)
 
 
 _thread = threading.local()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from torch import nn
 from seer_scale.errors import UserError, nearest
 from seer_scale.models.norm import BatchNorm
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
-from seer_scale.rng import draw
+from seer_scale.rng import Init, draw
 
 FREE = {f.name: f for f in fields(RegNetSpec) if f.name != "stem_width"}
 
@@ -20,7 +22,7 @@ def backbone_names() -> list[str]:
     return [*REGNETY, "regnety"]
 
 
-def build_backbone(name: str, **free: float) -> RegNetY:
+def build_backbone(name: str, **free: Any) -> RegNetY:
     """The backbone `name`, on the current default device, its weights not yet drawn (see `initialise`).
 
     `regnety` takes depth, w0, wa, wm, group_width and, if wished, se_ratio. Raises UserError for a name or values that
@@ -45,8 +47,21 @@ def build_backbone(name: str, **free: float) -> RegNetY:
     return RegNetY(RegNetSpec(**free))
 
 
+class Initialised(Protocol):
+    """A module that says how its parameters start."""
+
+    def initialisers(self) -> dict[str, Init]:
+        """How each parameter starts, by its name."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As nn.Module."""
+
+
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int) -> None:
+def initialise(module: Initialised, seed: int) -> None:
     """Fill a module that has `initialisers()` from (seed, parameter name) and reset BatchNorm's buffers, in place.
 
     Parameters must be whole and real: neither sharded nor on the meta device. No collectives.

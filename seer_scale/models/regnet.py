@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast, overload
 
 from torch import Tensor, nn
 from torch.nn.functional import relu
@@ -171,6 +172,12 @@ class RegNetY(nn.Module):
             self.add_module(f"s{s}", stage)
         self.num_features = in_width
 
+    @overload
+    def forward(self, xs: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, xs: list[Tensor]) -> list[Tensor]: ...
+
     def forward(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
         """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
         if isinstance(xs, Tensor):
@@ -179,15 +186,22 @@ class RegNetY(nn.Module):
             xs = self.chain(names, xs)
         return [x.mean((2, 3)) for x in xs]
 
+    @overload
+    def forward_stages(self, xs: Tensor) -> list[Tensor]: ...
+
+    @overload
+    def forward_stages(self, xs: list[Tensor]) -> list[list[Tensor]]: ...
+
     def forward_stages(self, xs: list[Tensor] | Tensor) -> list[list[Tensor]] | list[Tensor]:
         """The feature maps after each stage, finest first: [N_r, width, H_r / 2^(s+1), W_r / 2^(s+1)] for s = 1 ...
         4."""
         if isinstance(xs, Tensor):
             return [maps[0] for maps in self.forward_stages([xs])]
-        xs, stages = self.stem(xs), []
+        maps: list[Tensor] = self.stem(xs)
+        stages = []
         for names in self.stage_units():
-            xs = self.chain(names, xs)
-            stages.append(xs)
+            maps = self.chain(names, maps)
+            stages.append(maps)
         return stages
 
     def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
@@ -204,15 +218,17 @@ class RegNetY(nn.Module):
 
     def stage_units(self) -> list[list[str]]:
         """The names of the units of each stage."""
-        return [[f"s{s}.{b}" for b in self.get_submodule(f"s{s}")] for s in (1, 2, 3, 4)]
+        return [[f"s{s}.{b}" for b, _ in self.get_submodule(f"s{s}").named_children()] for s in (1, 2, 3, 4)]
+
+    def block(self, name: str) -> Block:
+        """The unit of a stage that has this name."""
+        return cast(Block, self.get_submodule(name))
 
     def num_macs(self, size: int) -> int:
         """Multiply-accumulates of the convolutions in one forward of one size x size image."""
         size = math.ceil(size / 2)
         total = self.stem.conv.num_macs(size)
-        for name, block in self.units().items():
-            if name == "stem":
-                continue
+        for block in (self.block(name) for names in self.stage_units() for name in names):
             total += block.conv1.conv.num_macs(size)
             size = math.ceil(size / block.conv2.conv.stride[0])
             total += block.conv2.conv.num_macs(size) + block.conv3.conv.num_macs(size)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -35,14 +36,22 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 ItemT = TypeVar("ItemT")
 
 
-def alike(
-    names: Sequence[str], of: Callable[[str], KeyT]
-) -> list[tuple[KeyT, Callable[[Sequence[ItemT]], list[ItemT]]]]:
+@dataclass(frozen=True)
+class Pick:
+    """Of a list, what is at `places`."""
+
+    places: list[int]
+
+    def __call__(self, items: Sequence[ItemT]) -> list[ItemT]:
+        return [items[i] for i in self.places]
+
+
+def alike(names: Sequence[str], of: Callable[[str], KeyT]) -> list[tuple[KeyT, Pick]]:
     """For each value of `of`, what picks the places of the names that have it out of a list like `names`."""
     places: dict[KeyT, list[int]] = defaultdict(list)
     for i, name in enumerate(names):
         places[of(name)].append(i)
-    return [(key, lambda items, some=some: [items[i] for i in some]) for key, some in places.items()]
+    return [(key, Pick(some)) for key, some in places.items()]
 
 
 class Optimizer:
@@ -114,9 +123,9 @@ class SGD(Optimizer):
         zero = (p == 0) | (g == 0) if c.name == "lars" else torch.zeros_like(self._unscaled)
         ratio = torch.where(self._unscaled | zero, 1.0, c.trust * p / (g + self._decay * p + LARS_EPS))
         shrink = torch.where(zero, 0.0, self._decay * ratio)
-        ratio, shrink = ratio.unbind(), shrink.unbind()
+        ratios, shrinks = ratio.unbind(), shrink.unbind()
         for i, q, grad in zip(chosen, params, grads):
-            grad.mul_(ratio[i]).addcmul_(q, shrink[i])
+            grad.mul_(ratios[i]).addcmul_(q, shrinks[i])
         velocity = self._slot(names, "momentum")
         for rate, pick in alike(names, self.rates.__getitem__):
             torch._fused_sgd_(

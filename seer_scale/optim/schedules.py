@@ -8,8 +8,19 @@ nor stops move a cut."""
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 from seer_scale.config import Config
+
+
+class PlateauState(TypedDict):
+    """Cuts so far, the least mean loss of a window (None before the first), and sum and count of the window under
+    way."""
+
+    cuts: float
+    best: float | None
+    sum: float
+    count: float
 
 
 class LearningRate:
@@ -19,7 +30,7 @@ class LearningRate:
     def __init__(self, config: Config):
         self.config, self.peak = config.schedule, config.peak_lr
         self.total, self._batch = config.schedule.decay_samples or config.train.samples, config.train.global_batch
-        self.state: dict[str, float | None] = {"cuts": 0, "best": None, "sum": 0.0, "count": 0.0}
+        self.state: PlateauState = {"cuts": 0, "best": None, "sum": 0.0, "count": 0.0}
 
     def __call__(self, samples_seen: int) -> float:
         c = self.config

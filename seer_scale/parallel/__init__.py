@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
 
 from seer_scale.config import Config
 from seer_scale.errors import UserError
@@ -49,13 +48,13 @@ def load(module: str):
     try:
         return importlib.import_module(f"seer_scale.parallel.{module}")
     except ModuleNotFoundError as missing:
+        package = str(missing.name)  # an import that fails names what it lacks
         raise UserError(
-            f"parallel.engine needs {missing.name}, which is not installed: {how_to_install(missing.name)}, or "
-            "use engine fsdp."
+            f"parallel.engine needs {package}, which is not installed: {how_to_install(package)}, or use engine fsdp."
         ) from missing
 
 
-def choose_engine(method: nn.Module, config: Config, world: World) -> str:
+def choose_engine(method: Method[Any, Any], config: Config, world: World) -> str:
     """The engine's name: `single` on one rank; what the recipe names; for auto the cheapest that fits, by size.
 
     `ddp` moves least where all ranks can hold everything; else `fsdp`, whose gathers are half as wide as its weights.

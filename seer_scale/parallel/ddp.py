@@ -15,6 +15,7 @@ warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides
 
 class DDP(Engine):
     name = "ddp"
+    module: DistributedDataParallel
 
     def _finish(self, module: nn.Module) -> nn.Module:
         with warnings.catch_warnings():  # newer torch renames broadcast_buffers, older torch knows no other name

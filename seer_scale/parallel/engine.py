@@ -88,7 +88,7 @@ class Engine:
 
     # --- what the engines differ in
 
-    def _wrap(self, method: nn.Module) -> nn.Module:
+    def _wrap(self, method: Method[Any, Any]) -> nn.Module:
         """Shard the method, still on the meta device."""
         return method
 
@@ -156,9 +156,9 @@ class Engine:
         """Moving averages follow, on what this rank holds: average <- momentum average + (1 - momentum) source."""
         averages = [self.shards[name].local for name in self.averages]
         steps = [s.to(a.device) for s, a in zip(self._sources(), averages, strict=True)]
-        steps = torch._foreach_sub(steps, averages)
-        torch._foreach_mul_(steps, (1 - momentum) * (1 - skipped.to(averages[0].device)))
-        torch._foreach_add_(averages, steps)
+        ahead = torch._foreach_sub(steps, averages)
+        torch._foreach_mul_(ahead, (1 - momentum) * (1 - skipped.to(averages[0].device)))
+        torch._foreach_add_(averages, ahead)
 
     def refresh(self) -> None:
         """Bring what was written into the shards outside an update to where forward reads. Collective."""
@@ -352,11 +352,13 @@ def keep_fp32_products() -> None:
     the inputs of scores, Sinkhorn, kNN and fp32 convolutions to TF32, and CPUs to bf16 where the process is told so."""
     b = torch.backends
     b.cudnn.allow_tf32 = b.cuda.matmul.allow_tf32 = False  # what libraries ask, which raises where the two disagree
-    for backend in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn):
-        backend.fp32_precision = "ieee"
+    settings = [(b.cuda, "matmul"), (b.cudnn, "conv"), (b.cudnn, "rnn")]
+    settings += [(b.mkldnn, kind) for kind in ("matmul", "conv", "rnn")]
+    for backend, kind in settings:  # by name: modules in whose place torch puts objects that have more
+        getattr(backend, kind).fp32_precision = "ieee"
 
 
-def compile_units(method: nn.Module) -> None:
+def compile_units(method: Method[Any, Any]) -> None:
     """torch.compile of each unit."""
     keep_eager(method)
     # units share their code: every width, stride and mode is one more version of it, and past a limit it would run

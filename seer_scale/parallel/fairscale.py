@@ -23,6 +23,7 @@ from seer_scale.parallel.shard import Shard
 
 class Fairscale(Engine):
     name = "fairscale"
+    module: ShardedDataParallel
 
     def _finish(self, module: nn.Module) -> nn.Module:
         trained = (p for p in module.parameters() if p.requires_grad)

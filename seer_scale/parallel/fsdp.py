@@ -10,6 +10,7 @@ computing, reduce-scatters have a communicator of their own, lest the next gathe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from seer_scale.methods.base import Method
 from seer_scale.parallel.engine import COMPUTE, Engine
 from seer_scale.parallel.units import compute_type, joined_units
 from seer_scale.world import World
@@ -27,13 +29,20 @@ def overlaps(world: World) -> bool:
     return world.device.type == "cuda"
 
 
+def _member(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:
+    """A group that this rank is in, which the types of torch leave open."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise RuntimeError("This rank is in no such process group.")
+    return group
+
+
 def build_mesh(world: World, replicate: int) -> DeviceMesh:
     """All ranks as "shard", or as "replicate" x "shard"; of groups with the world's time limits."""
     kind, shard = world.device.type, world.size // replicate
     if replicate == 1:
-        return DeviceMesh.from_group(dist.group.WORLD, kind, mesh_dim_names=("shard",))
+        return DeviceMesh.from_group(_member(dist.group.WORLD), kind, mesh_dim_names=("shard",))
     alone = dist.new_group([world.rank], use_local_synchronization=True) if shard == 1 else None
-    groups = [world.group("replicate", replicate, stride=shard), alone or world.group("shard", shard)]
+    groups = [_member(world.group("replicate", replicate, stride=shard)), _member(alone or world.group("shard", shard))]
     ranks = torch.arange(world.size).view(replicate, shard)
     return DeviceMesh.from_group(groups, kind, ranks, mesh_dim_names=("replicate", "shard"))
 
@@ -44,7 +53,7 @@ class ReduceScatterOver:
     (`set_separate_reduce_scatter_group` came with torch 2.13, and its group has torch's time limit.)
     """
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -59,7 +68,7 @@ class ReduceScatterOver:
 class FSDP(Engine):
     name = "fsdp"
 
-    def _wrap(self, method: nn.Module) -> nn.Module:
+    def _wrap(self, method: Method[Any, Any]) -> nn.Module:
         self.mesh = build_mesh(self.world, self.config.parallel.replicate)
         vectors = {p for p in method.parameters() if p.ndim < 2}
         groups = joined_units(method, self.config)
@@ -67,14 +76,15 @@ class FSDP(Engine):
             dtype = compute_type(next(iter(units)), method, self.config)  # of all in the group
             self._shard(list(units.values()), COMPUTE[dtype], vectors)
         # told nothing, the first group's backward would gather what ran before it: the last of a look at the batch
-        first = next(iter(groups[0].values()))
+        first = cast(FSDPModule, next(iter(groups[0].values())))
         first.set_modules_to_backward_prefetch([first])
         self._shard([method], self.dtype, vectors)
         if overlaps(self.world):
             group = self.world.group("reduce_scatter", self.mesh.size(-1))
             for module in method.modules():
                 if isinstance(module, FSDPModule):
-                    module.set_custom_reduce_scatter(ReduceScatterOver(group))
+                    # the protocol's class is in a private module of torch
+                    module.set_custom_reduce_scatter(ReduceScatterOver(group))  # type: ignore[arg-type]
         return method
 
     def _shard(self, modules: list[nn.Module], dtype: torch.dtype, vectors: set[nn.Parameter]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seer_scale.errors import UserError
+from seer_scale.methods.base import Chain
 from seer_scale.models.norm import StatsTape
 
 OPTION = "parallel.activation_checkpoint"
@@ -52,7 +53,7 @@ def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[
 During = Callable[[list[nn.Module]], AbstractContextManager]
 
 
-def recompute(backbone: nn.Module, segments: list[list[str]], during: During = lambda units: nullcontext()) -> None:
+def recompute(backbone: Chain, segments: list[list[str]], during: During = lambda units: nullcontext()) -> None:
     """Make each segment run again in the backward pass while training; call once, before sharding.
 
     during: makes a context around the second run of a segment of such units.
@@ -77,10 +78,10 @@ def recompute(backbone: nn.Module, segments: list[list[str]], during: During = l
             names = names[lengths.get(names[0], 1) :]
         return xs
 
-    backbone.chain = chain
+    vars(backbone)["chain"] = chain  # before that of its class
 
 
-def _recomputing(backbone: nn.Module, forward: Callable, during: Callable[[], AbstractContextManager]) -> Callable:
+def _recomputing(backbone: Chain, forward: Callable, during: Callable[[], AbstractContextManager]) -> Callable:
     def contexts():
         first, again = StatsTape.contexts()
         return first, _both(again, during)

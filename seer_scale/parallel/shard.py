@@ -40,7 +40,7 @@ class Shard(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise NotImplementedError(f"a Shard is not computed with: use its .local, not {func}")
 
-    def __repr__(self, **_) -> str:
+    def __repr__(self, **_) -> str:  # type: ignore[override]  # mypy drops names of special methods' keywords
         return f"Shard({self.local.numel()} elements of {list(self.shape)} from {self.start})"
 
     @classmethod

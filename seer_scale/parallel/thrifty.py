@@ -9,17 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _Padded(nn.Conv2d):
+    """A convolution, to type checkers, whose padding is not a word."""
+
+    padding: tuple[int, ...]
+
+
 def keep_parameters_only(method: nn.Module) -> None:
     """Make each convolution and linear layer of `method` thrifty; its values stay what they were."""
     for module in method.modules():
         if isinstance(module, nn.Linear) or _pads_by_number(module):
-            module.forward = partial(_forward, module)
+            _replace_forward(module, partial(_forward, module))
 
 
 def compute_small_maps_in_fp32(method: nn.Module) -> None:
@@ -30,7 +37,11 @@ def compute_small_maps_in_fp32(method: nn.Module) -> None:
     """
     for module in method.modules():
         if _pads_by_number(module) and max(module.kernel_size) > 1:
-            module.forward = partial(_small_in_fp32, module, module.forward)
+            _replace_forward(module, partial(_small_in_fp32, module, module.forward))
+
+
+def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    module.forward = forward
 
 
 def has_idle_tap(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
@@ -39,11 +50,11 @@ def has_idle_tap(size: int, kernel: int, stride: int, padding: int, dilation: in
     return not all(any(0 <= first + tap * dilation < size for first in starts) for tap in range(kernel))
 
 
-def _pads_by_number(module: nn.Module) -> bool:
+def _pads_by_number(module: nn.Module) -> TypeGuard[_Padded]:
     return isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
-def _small_in_fp32(module: nn.Conv2d, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _small_in_fp32(module: _Padded, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     device = x.device.type
     sides = zip(x.shape[-2:], module.kernel_size, module.stride, module.padding, module.dilation)
     if not any(has_idle_tap(*side) for side in sides):

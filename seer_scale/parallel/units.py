@@ -4,15 +4,25 @@ are so small that a gather of one alone would be waiting more than moving."""
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from seer_scale.config import Config
 from seer_scale.errors import UserError
+from seer_scale.methods.base import Method
 from seer_scale.parallel.engine import COMPUTE
 
 
-def sharded_units(method: nn.Module, config: Config) -> dict[str, nn.Module]:
+@runtime_checkable
+class Divisible(Protocol):
+    """A unit that can be gathered in parts."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What can be sharded apart, in order of use."""
+
+
+def sharded_units(method: Method[Any, Any], config: Config) -> dict[str, nn.Module]:
     """Name -> module of what is gathered at once, at most parallel.max_unit_gib in the compute type; in forward order.
 
     Raises UserError where a layer alone is larger.
@@ -36,7 +46,7 @@ def sharded_units(method: nn.Module, config: Config) -> dict[str, nn.Module]:
     return units
 
 
-def joined_units(method: nn.Module, config: Config) -> list[dict[str, nn.Module]]:
+def joined_units(method: Method[Any, Any], config: Config) -> list[dict[str, nn.Module]]:
     """`sharded_units` as `fsdp` gathers them, in forward order: consecutive ones together, until they come to
     parallel.min_unit_mib in the compute type, and never to more than parallel.max_unit_gib.
 
@@ -57,7 +67,7 @@ def joined_units(method: nn.Module, config: Config) -> list[dict[str, nn.Module]
     return groups
 
 
-def compute_type(name: str, method: nn.Module, config: Config) -> str:
+def compute_type(name: str, method: Method[Any, Any], config: Config) -> str:
     """Of a unit, or of a part of one: a key of COMPUTE."""
     is_fp32 = any(f"{name}.".startswith(f"{unit}.") for unit in method.fp32_units)
     return "fp32" if is_fp32 else config.train.precision
@@ -70,7 +80,7 @@ def split_units(units: dict[str, nn.Module], max_numel: int) -> dict[str, nn.Mod
     """
     out: dict[str, nn.Module] = {}
     for name, unit in units.items():
-        parts = unit.parts() if hasattr(unit, "parts") and matrix_numel(unit) > max_numel else {}
+        parts = unit.parts() if isinstance(unit, Divisible) and matrix_numel(unit) > max_numel else {}
         out |= {f"{name}.{part}": module for part, module in parts.items()} or {name: unit}
     return out
 

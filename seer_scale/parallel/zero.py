@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from seer_scale.methods.base import Method
 from seer_scale.parallel.ds_config import deepspeed_config
 from seer_scale.parallel.engine import COMPUTE, Engine
 from seer_scale.parallel.handed import Handed, aligned
@@ -38,10 +39,33 @@ KEPT, RECOMPUTED = -1, -2
 """Users of parameters, besides modules: while there is one, DeepSpeed does not free it."""
 
 deepspeed.utils.logger.setLevel(logging.ERROR)
-import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+vars(import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
 """A C++ extension for collectives of inference, built at first use: never needed here."""
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 """DeepSpeed's gathers and reductions have names of which newer torch says so at every call."""
+
+
+class _Partition(Tensor):
+    ds_numel: int
+
+
+class _Partitioned(nn.Parameter):
+    """What DeepSpeed makes of a parameter, to type checkers: its own attributes, of which nobody else knows."""
+
+    _hp_mapping: Any  # of its stages 1 and 2; the rest are stage 3's
+    ds_tensor: _Partition
+    ds_numel: int
+    ds_shape: torch.Size
+    ds_zero_partition_rank: int
+    ds_persist: bool
+    ds_active_sub_modules: set[int]
+    comm_dtype: torch.dtype
+    partition: Callable[[], None]
+    all_gather_coalesced: Callable[[Sequence[nn.Parameter]], Any]
+
+
+def _known(p: nn.Parameter) -> _Partitioned:
+    return cast(_Partitioned, p)
 
 
 def _accelerator(device: torch.device) -> CPU_Accelerator | CUDA_Accelerator:
@@ -63,7 +87,7 @@ def _accelerator(device: torch.device) -> CPU_Accelerator | CUDA_Accelerator:
 class Zero(Engine):
     """Stages 1 and 2: weights are whole on every rank."""
 
-    def _wrap(self, method: nn.Module) -> nn.Module:
+    def _wrap(self, method: Method[Any, Any]) -> nn.Module:
         os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # DeepSpeed wants it to be there
         deepspeed.accelerator.set_accelerator(_accelerator(self.world.device))
         if not dist.is_initialized():  # one rank, with offload
@@ -97,7 +121,7 @@ class Zero(Engine):
 
     def _place(self, p: nn.Parameter) -> tuple[int, int, int]:
         """Where this rank's run of `p` begins in it, where in the flat vector, and how long it is."""
-        m = p._hp_mapping
+        m = _known(p)._hp_mapping
         return (
             (0, 0, 0)
             if m is None
@@ -139,7 +163,10 @@ class Zero(Engine):
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def _gradients(self) -> list[Tensor]:
-        return [self.flat.grad[at : at + k] for _, at, k in self.places.values()]
+        grad = self.flat.grad
+        if grad is None:
+            raise RuntimeError("DeepSpeed has no gradients: backward has not run.")
+        return [grad[at : at + k] for _, at, k in self.places.values()]
 
     def _around(self, apply: Callable[[], None]) -> None:
         self.handed.apply = apply
@@ -187,7 +214,7 @@ class Zero3(Zero):
 
     name = "zero3"
 
-    def _wrap(self, method: nn.Module) -> nn.Module:
+    def _wrap(self, method: Method[Any, Any]) -> nn.Module:
         self.units = sharded_units(method, self.config)  # while parameters still have their sizes
         keep_parameters_only(method)
         return super()._wrap(method)
@@ -201,9 +228,8 @@ class Zero3(Zero):
                 p = nn.Parameter(torch.empty_like(p, device=self.world.device), requires_grad=p.requires_grad)
                 setattr(module, name, p)
                 init._convert_to_deepspeed_param(p)
-                p.partition()  # without a broadcast: every rank fills its own run
-                first = min(p.ds_tensor.ds_numel * self.world.rank, p.ds_numel)
-                run = p.ds_tensor.data[: p.ds_numel - first]
+                _known(p).partition()  # without a broadcast: every rank fills its own run
+                run, first = self._run_of(p)
                 self._initialise(run, f"{prefix}.{name}" if prefix else name, first)
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.zeros_like(buffer, device=self.world.device))
@@ -211,13 +237,13 @@ class Zero3(Zero):
 
     def _finish(self, module: nn.Module) -> nn.Module:
         for name, unit in self.units.items():
-            unit._z3_leaf = True
+            vars(unit)["_z3_leaf"] = True
             dtype = COMPUTE[compute_type(name, self.method, self.config)]
-            for p in unit.parameters():
+            for p in map(_known, unit.parameters()):
                 if len(p.ds_shape) > 1:
                     p.comm_dtype = dtype
         module = super()._finish(module)
-        self.whole_vectors = [p for n, p in self.method.named_parameters() if n in self.vectors]
+        self.whole_vectors = [_known(p) for n, p in self.method.named_parameters() if n in self.vectors]
         for p in self.whole_vectors:
             p.ds_persist = True
         if not self.ds_config["zero_optimization"]["stage3_prefetch_bucket_size"]:
@@ -235,7 +261,7 @@ class Zero3(Zero):
     @contextmanager
     def _recomputing(self, units: list[nn.Module]) -> Iterator[None]:
         """What the second run gathers stays for backward, which would gather it once more."""
-        users = [p.ds_active_sub_modules for unit in units for p in unit.parameters()]
+        users = [_known(p).ds_active_sub_modules for unit in units for p in unit.parameters()]
         for u in users:
             u.add(RECOMPUTED)
         try:
@@ -257,9 +283,14 @@ class Zero3(Zero):
         return True
 
     def _average_shard(self, name: str) -> Shard:
-        p = self.method.get_parameter(name)
+        run, first = self._run_of(self.method.get_parameter(name))
+        return Shard(run, first, self.shapes[name])
+
+    def _run_of(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        """What this rank has of a parameter, without padding, and where that begins in it."""
+        p = _known(parameter)
         first = min(p.ds_tensor.ds_numel * self.world.rank, p.ds_numel)
-        return Shard(p.ds_tensor.data[: p.ds_numel - first], first, self.shapes[name])
+        return p.ds_tensor.data[: p.ds_numel - first], first
 
     def _sources(self) -> list[Tensor]:
         return Engine._sources(self)
@@ -290,7 +321,8 @@ class Zero3(Zero):
             self.zero._prepare_fp32_grad_for_sub_group = lend
         return flat
 
-    def _place(self, p: nn.Parameter) -> tuple[int, int, int]:
+    def _place(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+        p = _known(parameter)
         size = p.ds_tensor.ds_numel
         first = min(size * p.ds_zero_partition_rank, p.ds_numel)
         _, at, _ = self.zero.grad_position[self.zero.get_param_id(p)]
