@@ -37,6 +37,7 @@ test-gpu: install
 lint: install
 	$(BIN)/ruff check seer_scale tests tools setup.py
 	$(BIN)/ruff format --check seer_scale tests tools setup.py
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) runs/demo runs/demo-corpus

@@ -28,7 +28,15 @@ ZERO = ("zero1", "zero2", "zero3")
 EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fairscale"]
 
 
-def opt(default: Any, help: str, *, ge=None, gt=None, le=None, lt=None):  # noqa: A002 - the field's help
+def opt(
+    default: Any,
+    help: str,  # noqa: A002 - the field's help
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
     """A field with its meaning and range; tuples are checked item by item."""
     limits = {k: v for k, v in dict(ge=ge, gt=gt, le=le, lt=lt).items() if v is not None}
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})

@@ -97,11 +97,11 @@ class Console(io.TextIOBase):
                 to.flush()
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]
+    def encoding(self) -> str:  # type: ignore[override]  # typeshed lets it be set
         return getattr(self._to, "encoding", None) or "utf-8"
 
     @property
-    def errors(self) -> str:  # type: ignore[override]
+    def errors(self) -> str:  # type: ignore[override]  # here, too
         return "backslashreplace"
 
     def write(self, text: str) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -41,7 +42,9 @@ class CollectiveCounter(TorchDispatchMode):
         self.calls: list[Call] = []
         self._repeats: list[Callable[[], Any]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func.__name__.split(".")[0].strip("_")
             kind = next((KINDS[k] for k in sorted(KINDS, key=len, reverse=True) if name.startswith(k)), None)
@@ -78,7 +81,7 @@ class CollectiveCounter(TorchDispatchMode):
             again()
 
 
-def _repeat(func: Callable, args: tuple, kwargs: dict) -> Callable[[], None]:
+def _repeat(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
     def layout(t: Tensor) -> Tensor:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from seer_scale.config import Data, Views, load_recipe, resolve
+from seer_scale.config import Crop, Data, Views, load_recipe, resolve
 from seer_scale.cores import available_cores
 from seer_scale.data.decode import decode
 from seer_scale.data.loader import loader
@@ -63,14 +63,14 @@ def reference(views: Views, seed: int) -> Callable[[bytes], list[torch.Tensor]]:
 
     draw = random.Random(seed)
 
-    def blur(image):
+    def blur(image: Image.Image) -> Image.Image:
         return (
             image.filter(ImageFilter.GaussianBlur(draw.uniform(*views.blur_sigma)))
             if draw.random() < views.blur_p
             else image
         )
 
-    def pipeline(crop):
+    def pipeline(crop: Crop) -> Callable[[Image.Image], torch.Tensor]:
         return T.Compose([
             T.RandomResizedCrop(crop.size, scale=crop.scale), T.RandomHorizontalFlip(views.flip),
             T.RandomApply([T.ColorJitter(*views.jitter)], views.jitter_p), T.RandomGrayscale(views.grey_p),

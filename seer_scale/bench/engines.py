@@ -24,13 +24,15 @@ import importlib
 import random
 import statistics
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -168,7 +170,7 @@ class LiveBytes(TorchDispatchMode):
     def __enter__(self) -> LiveBytes:
         resize = torch.UntypedStorage.resize_  # FSDP frees and fills gathered weights in place
 
-        def counted(storage: torch.UntypedStorage, size: int):
+        def counted(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             out = resize(storage, size)
             if storage._cdata in self._alive:
                 self._count(storage)
@@ -182,7 +184,9 @@ class LiveBytes(TorchDispatchMode):
         self._patch.stop()
         super().__exit__(*error)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if DTensor in types:
             return NotImplemented  # it takes itself apart first, and its local operations come here
         out = func(*args, **kwargs or {})

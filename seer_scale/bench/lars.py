@@ -63,7 +63,7 @@ class Stacked(Engine):
         self._spread = torch.tensor([float(self._is_spread(n)) for n in pieces], device=world.device)
         self.optimizer = build_optimizer(pieces, vectors, OPTIM)
 
-    def _shard_group(self):
+    def _shard_group(self) -> tuple[dist.ProcessGroup | None, int]:
         return dist.group.WORLD, self.world.rank
 
     def _is_spread(self, name: str) -> bool:

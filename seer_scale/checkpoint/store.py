@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -34,6 +34,9 @@ from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
 from seer_scale.errors import CheckpointError
 from seer_scale.files import sync_folder
 from seer_scale.world import World
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FORMAT = 3
 MANIFEST, TENSORS, BEST = "manifest.json", "tensors.json", "best"
@@ -118,7 +121,7 @@ class _Checksummed(io.FileIO):
 
     size = crc32 = 0
 
-    def write(self, data) -> int:
+    def write(self, data: ReadableBuffer) -> int:
         count = super().write(data)
         self.size += count
         self.crc32 = zlib.crc32(memoryview(data).cast("B")[:count], self.crc32)

@@ -32,7 +32,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
     )
     if words[:1] == ["train"]:
         recipe = next((w for w in words[1:] if not w.startswith("-")), "")
-        parser.format_help = lambda: help_of_train(recipe)  # type: ignore[method-assign]
+        vars(parser)["format_help"] = lambda: help_of_train(recipe)  # before that of its class
     parser = add_command(commands, "recipes", recipes, "the shipped recipes")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 

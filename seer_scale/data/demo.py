@@ -52,37 +52,37 @@ def _soft(values: np.ndarray, sharpness: float) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(sharpness * values)
 
 
-def stripes(x, y, draw):
+def stripes(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return _soft(np.sin(_TURN * x) + draw.uniform(-0.4, 0.4), draw.uniform(1, 4))
 
 
-def checks(x, y, draw):
+def checks(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return _soft(np.sin(np.pi * x) * np.sin(np.pi * y), draw.uniform(3, 8))
 
 
-def dots(x, y, draw):
+def dots(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     row = np.floor(y / 0.866)
     u, v = (x + 0.5 * (row % 2)) % 1 - 0.5, (y / 0.866) % 1 - 0.5
     return _soft(draw.uniform(0.22, 0.36) - np.hypot(u, 0.866 * v), draw.uniform(8, 20))
 
 
-def rings(x, y, draw):
+def rings(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     u, v = x - x.mean() + draw.uniform(-1.5, 1.5), y - y.mean() + draw.uniform(-1.5, 1.5)
     return _soft(np.sin(_TURN * np.hypot(u, v)), draw.uniform(1, 4))
 
 
-def bricks(x, y, draw):
+def bricks(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     row = np.floor(1.4 * y)
     along, across = (0.7 * x + 0.5 * (row % 2)) % 1, (1.4 * y) % 1
     joint = np.minimum(np.minimum(along, 1 - along) / 0.7, np.minimum(across, 1 - across) / 1.4)
     return _soft(joint - draw.uniform(0.08, 0.14), draw.uniform(15, 30))
 
 
-def waves(x, y, draw):
+def waves(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return _soft(np.sin(_TURN * (x + draw.uniform(0.35, 0.6) * np.sin(_TURN * y / 1.5))), draw.uniform(1, 4))
 
 
-def cells(x, y, draw):
+def cells(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Walls between the nearest of random centres, one in each cell of a jittered lattice (Worley)."""
     left, top = int(np.floor(x.min())) - 1, int(np.floor(y.min())) - 1
     columns, rows = int(np.ceil(x.max())) + 2 - left, int(np.ceil(y.max())) + 2 - top
@@ -94,7 +94,7 @@ def cells(x, y, draw):
     return _soft(second - first - draw.uniform(0.1, 0.2), draw.uniform(8, 15))
 
 
-def _value_noise(x, y, draw):
+def _value_noise(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Smooth noise in [-1, 1] with one random value at each whole (x, y)."""
     left, top = x.min() - 2, y.min() - 2
     lattice = draw.uniform(-1, 1, (int(y.max() - top) + 4, int(x.max() - left) + 4)).astype(np.float32)
@@ -111,16 +111,16 @@ def _cubic(t: np.ndarray) -> tuple[np.ndarray, ...]:
     return before, *near, 1 - before - near[0] - near[1]
 
 
-def filaments(x, y, draw):
+def filaments(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Curved threads: where smooth noise crosses zero."""
     return _soft(draw.uniform(0.08, 0.14) - np.abs(_value_noise(x, y, draw)), draw.uniform(12, 25))
 
 
-def clouds(x, y, draw):
+def clouds(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return np.clip(0.5 + 0.8 * sum(_value_noise(x * 2**k / 3, y * 2**k / 3, draw) / 2**k for k in range(4)), 0, 1)
 
 
-def shards(x, y, draw):
+def shards(x: np.ndarray, y: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Flat triangles over one another."""
     height, width = x.shape
     period = 1 / max(np.hypot(x[0, 1] - x[0, 0], y[0, 1] - y[0, 0]), 1e-3)

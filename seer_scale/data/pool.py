@@ -275,8 +275,11 @@ except BaseException as error:
 class _Server:
     """This process's server of loader processes, started when first asked, and again should it have died."""
 
-    def __init__(self):
-        self._process, self._socket, self._owner = None, None, 0
+    _process: subprocess.Popen[bytes]
+    _socket: socket.socket
+
+    def __init__(self) -> None:
+        self._owner = 0  # no process's: there is no server yet
 
     def must_live(self) -> None:
         """Raises DataError where it has said why it could not begin to serve."""

@@ -268,7 +268,7 @@ class Control:
             return said["status"]
         return EXIT_STOPPED if code == EXIT_STOPPED else None
 
-    def _ask(self, number: int, _) -> None:
+    def _ask(self, number: int, _: object) -> None:
         if self._requeue and number in QUEUE_SIGNALS:  # the ranks have it as well; they stop, and the job goes on
             return
         if not self._asked or ends_at_once(number) and time.monotonic() - self._asked_at > ECHO_S:

@@ -60,7 +60,7 @@ class _Watch:
         self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
@@ -79,7 +79,7 @@ class _Watch:
             left.unlink()
         return status
 
-    def _ask(self, number: int, _) -> None:
+    def _ask(self, number: int, _: object) -> None:
         if not self._asked or ends_at_once(number) and time.monotonic() - self._asked_at > ECHO_S:
             self._asked, self._asked_at, self._number = self._asked + 1, time.monotonic(), number
 

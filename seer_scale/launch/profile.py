@@ -112,7 +112,7 @@ def load_profile(path: str) -> Profile:
 
 def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
     """The profile of a mapping, with what is wrong with it."""
-    free = {"environment": dict, "sbatch": dict, "before": list}
+    free = ("environment", "sbatch", "before")
     problems: list[str] = []
     taken = {k: given[k] for k in given if k in free}
     known = [f.name for f in fields(Profile)]
@@ -127,29 +127,26 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
     plain = read_section(Profile, {k: v for k, v in given.items() if k in known and k not in free}, "", problems)
     values = {f.name: getattr(plain, f.name) for f in fields(Profile)}
     for key, value in taken.items():
-        if not isinstance(value, free[key]):
-            problems.append(
-                f"{key} is {value!r}, but must be "
-                f"{'a list of lines' if free[key] is list else 'a mapping of names to values'}."
-            )
+        if key == "before" and isinstance(value, list):
+            values[key] = [str(v) for v in value]
+            problems += [
+                f"{key} holds {v!r}, but must hold lines of shell; quote the line."
+                for v in value
+                if not isinstance(v, str)
+            ]
+        elif key != "before" and isinstance(value, dict):
+            values[key] = {str(k): v if v is True and key == "sbatch" else str(v) for k, v in value.items()}
+            problems += [
+                (
+                    f"{key}.{k} is {'empty' if v is None else str(v).lower()}; give a "
+                    f"value{', or true for an option without one' * (key == 'sbatch')}, or leave it out."
+                )
+                for k, v in value.items()
+                if v is None or v is False and key == "sbatch"
+            ]
         else:
-            plain = str if key != "sbatch" else lambda v: v if v is True else str(v)
-            values[key] = [str(v) for v in value] if free[key] is list else {str(k): plain(v) for k, v in value.items()}
-            if free[key] is list:
-                problems += [
-                    f"{key} holds {v!r}, but must hold lines of shell; quote the line."
-                    for v in value
-                    if not isinstance(v, str)
-                ]
-            else:
-                problems += [
-                    (
-                        f"{key}.{k} is {'empty' if v is None else str(v).lower()}; give a "
-                        f"value{', or true for an option without one' * (key == 'sbatch')}, or leave it out."
-                    )
-                    for k, v in value.items()
-                    if v is None or v is False and key == "sbatch"
-                ]
+            what = "a list of lines" if key == "before" else "a mapping of names to values"
+            problems.append(f"{key} is {value!r}, but must be {what}.")
     problems += [
         f"environment.{k} is no name of a variable; use letters, digits and _."
         for k in values["environment"]

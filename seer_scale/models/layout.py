@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from seer_scale.config import Config
 from seer_scale.cores import Contention, told_threads
-from seer_scale.methods.base import Chain
 from seer_scale.models.norm import BatchNorm
-from seer_scale.models.regnet import Block
+from seer_scale.models.regnet import Block, RegNetY
 from seer_scale.world import World
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -89,7 +88,7 @@ def measure(
     batch = config.train.global_batch // world.size // config.accumulation(world.size)
     total = 0.0
     sizes = [(crop.num * batch, -(-crop.size // 2)) for crop in config.views.crops]
-    for names in cast(Chain, backbone).stage_units():
+    for names in cast(RegNetY, backbone).stage_units():
         sizes = [(n, -(-size // 2)) for n, size in sizes]  # what the stage makes
         block = cast(Block, backbone.get_submodule(names[-1]))
         if 4 * sum(p.numel() for p in block.parameters()) > config.parallel.max_unit_gib * 2**30:

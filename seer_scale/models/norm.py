@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from seer_scale.world import all_gather
 
@@ -113,7 +114,7 @@ class _Pass:
 
     stats: list[tuple[Tensor, Tensor, Tensor]]
     replay: bool
-    left: Iterator = field(default=iter(()), init=False)
+    left: Iterator[tuple[Tensor, Tensor, Tensor]] = field(default=iter(()), init=False)
 
     def __enter__(self) -> None:
         assert getattr(_thread, "tape", None) is None, "recomputed units do not nest"
@@ -138,7 +139,9 @@ class StatsTape:
 
 
 @torch.no_grad()
-def _group_statistics(xs, running_mean, running_var, momentum, eps, group) -> tuple[Tensor, Tensor, Tensor]:
+def _group_statistics(
+    xs: list[Tensor], running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     """The group's mean [R, C] and invstd [R, C] in fp32 and count [R] in int32; updates the running statistics.
 
     invstd stands for the variance on the wire too: it keeps variance + eps to fp32 accuracy. One all-gather.
@@ -153,7 +156,15 @@ def _group_statistics(xs, running_mean, running_var, momentum, eps, group) -> tu
     return *_combine(mean, invstd, count, running_mean, running_var, momentum, eps), count[..., 0].sum(0).int()
 
 
-def _combine(mean, invstd, count, running_mean, running_var, momentum, eps) -> tuple[Tensor, Tensor]:
+def _combine(
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """Of ranks [ranks, R, C], [ranks, R, C], [ranks, R, 1] -> mean, invstd [R, C]; updates the running statistics."""
     if mean.is_cuda:
         combine, running = torch.batch_norm_gather_stats_with_counts, (running_mean, running_var)
@@ -171,29 +182,45 @@ def _combine(mean, invstd, count, running_mean, running_var, momentum, eps) -> t
     return group_mean, (var + eps).rsqrt()
 
 
+class _Context(FunctionCtx):
+    """What autograd makes of a forward for its backward, to type checkers."""
+
+    group: dist.ProcessGroup
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
 class _Normalise(torch.autograd.Function):
     """xs -> (x - mean) * invstd * weight + bias each, where mean and invstd depend on the batches of all the group."""
 
     @staticmethod
-    def forward(ctx, group, eps, stats, weight, bias, *xs):
-        xs = [x.contiguous(memory_format=_layout(x)) for x in xs]
+    def forward(
+        ctx: _Context,
+        group: dist.ProcessGroup,
+        eps: float,
+        stats: tuple[Tensor, Tensor, Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:
+        xs = [x.contiguous(memory_format=_layout(x)) for x in given]
         ctx.group = group
         ctx.save_for_backward(weight, *stats, *xs)
         mean, invstd, _ = stats
         return tuple(_affine(x, weight, bias, mean[r], invstd[r], eps) for r, x in enumerate(xs))
 
     @staticmethod
-    def backward(ctx, *dys):
+    def backward(ctx: _Context, *given: Tensor) -> tuple[Tensor | None, ...]:
         weight, mean, invstd, count, *xs = ctx.saved_tensors
-        dys = [dy.contiguous(memory_format=_layout(x)) for dy, x in zip(dys, xs)]
-        sums = [t for r, (dy, x) in enumerate(zip(dys, xs)) for t in _sums(dy, x, mean[r], invstd[r], weight)]
-        sums = torch.stack(sums).view(len(xs), 2, -1)  # of dy and of dy * (x - mean), for each resolution and channel
+        dys = [dy.contiguous(memory_format=_layout(x)) for dy, x in zip(given, xs)]
+        each = [t for r, (dy, x) in enumerate(zip(dys, xs)) for t in _sums(dy, x, mean[r], invstd[r], weight)]
+        sums = torch.stack(each).view(len(xs), 2, -1)  # of dy and of dy * (x - mean), for each resolution and channel
         dbias, dweight = sums[:, 0].sum(0), (sums[:, 1] * invstd).sum(0)
         if not any(ctx.needs_input_grad[5:]):
             return None, None, None, dweight, dbias, *[None] * len(xs)
         dist.all_reduce(sums, group=ctx.group)
         dxs = [
-            _input_gradient(dy, x, mean[r], invstd[r], weight, *sums[r], count[r : r + 1])
+            _input_gradient(dy, x, mean[r], invstd[r], weight, sums[r, 0], sums[r, 1], count[r : r + 1])
             for r, (dy, x) in enumerate(zip(dys, xs))
         ]
         return None, None, None, dweight, dbias, *dxs
@@ -223,14 +250,14 @@ def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, ((x - _per_channel(mean, x)).square_().mean(dims) + eps).rsqrt()
 
 
-def _affine(x, weight, bias, mean, invstd, eps) -> Tensor:
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
     if x.is_cuda and x.numel():
         return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
     scale = invstd * weight
     return (x * _per_channel(scale, x)).add_(_per_channel(bias - mean * scale, x)).to(x.dtype)
 
 
-def _sums(dy, x, mean, invstd, weight) -> tuple[Tensor, Tensor]:
+def _sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of dy and dy * (x - mean) over all but channels: [C], [C] in fp32."""
     if x.is_cuda and x.numel():
         return torch.batch_norm_backward_reduce(dy, x, mean, invstd, weight, True, False, False)[:2]
@@ -238,7 +265,16 @@ def _sums(dy, x, mean, invstd, weight) -> tuple[Tensor, Tensor]:
     return dy.sum(dims, dtype=torch.float32), (x - _per_channel(mean, x)).mul_(dy).sum(dims)
 
 
-def _input_gradient(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count) -> Tensor:
+def _input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    count: Tensor,
+) -> Tensor:
     if x.is_cuda and x.numel():
         return torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
     by_dy = invstd * weight

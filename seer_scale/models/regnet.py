@@ -86,7 +86,15 @@ def stage_plan(spec: RegNetSpec) -> tuple[list[int], list[int]]:
 class Conv(nn.Conv2d):
     """A convolution that keeps its resolution up to its stride; its weights are whatever memory held until drawn."""
 
-    def __init__(self, in_channels, out_channels, kernel_size=1, stride=1, groups=1, bias=False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+    ):
         super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
 
     def reset_parameters(self) -> None:
@@ -101,9 +109,9 @@ class Conv(nn.Conv2d):
 class ConvNorm(nn.Module):
     """Convolution and BatchNorm, of a list of [N_r, C, H_r, W_r]."""
 
-    def __init__(self, in_channels: int, out_channels: int, **conv: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
         super().__init__()
-        self.conv = Conv(in_channels, out_channels, **conv)
+        self.conv = Conv(in_channels, out_channels, kernel_size, stride, groups)
         self.bn = BatchNorm(out_channels)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:

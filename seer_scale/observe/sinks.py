@@ -121,7 +121,7 @@ class RunLog:
             self._progress.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._own_progress:
             self._progress.__exit__()
         if self._tensorboard:

@@ -95,7 +95,15 @@ class Optimizer:
         if chosen:
             self._update([names[i] for i in chosen], [grads[i] for i in chosen], lr, norms, chosen, found_inf)
 
-    def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
+    def _update(
+        self,
+        names: list[str],
+        grads: list[Tensor],
+        lr: float,
+        norms: Tensor,
+        chosen: list[int],
+        found_inf: Tensor,
+    ) -> None:
         raise NotImplementedError
 
     def _slot(self, names: list[str], slot: str) -> list[Tensor]:
@@ -117,7 +125,15 @@ class SGD(Optimizer):
         unscaled = [n in self.excluded or self.config.name != "lars" for n in self.pieces]
         self._unscaled = torch.tensor(unscaled, device=device)
 
-    def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
+    def _update(
+        self,
+        names: list[str],
+        grads: list[Tensor],
+        lr: float,
+        norms: Tensor,
+        chosen: list[int],
+        found_inf: Tensor,
+    ) -> None:
         c, params = self.config, [self.pieces[n] for n in names]
         p, g = norms
         zero = (p == 0) | (g == 0) if c.name == "lars" else torch.zeros_like(self._unscaled)
@@ -146,7 +162,15 @@ class AdamW(Optimizer):
     def _begin(self) -> None:
         self.state |= {f"{n}/step": torch.zeros((), device=p.device) for n, p in self.pieces.items()}
 
-    def _update(self, names, grads, lr, norms, chosen, found_inf) -> None:
+    def _update(
+        self,
+        names: list[str],
+        grads: list[Tensor],
+        lr: float,
+        norms: Tensor,
+        chosen: list[int],
+        found_inf: Tensor,
+    ) -> None:
         c, params = self.config, [self.pieces[n] for n in names]
         for (rate, decay), pick in alike(names, lambda n: (self.rates[n], self.decays[n])):
             steps = self._slot(pick(names), "step")

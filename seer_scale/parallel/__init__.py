@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def build_engine(method: Method[Any, Any], config: Config, world: World, loaded:
     return getattr(load(module), name)(method, config, world, loaded)
 
 
-def load(module: str):
+def load(module: str) -> ModuleType:
     """A module of this package. Raises UserError where it needs a package that is not installed."""
     try:
         return importlib.import_module(f"seer_scale.parallel.{module}")

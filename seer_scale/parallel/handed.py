@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 
 def aligned(params: Iterable[Tensor]) -> list[Tensor]:
@@ -20,9 +21,9 @@ def aligned(params: Iterable[Tensor]) -> list[Tensor]:
 class Handed(torch.optim.Optimizer):
     """`apply` is called where the library, having averaged the gradients, wants its optimiser's step."""
 
-    def __init__(self, params):
+    def __init__(self, params: ParamsT):
         self.apply: Callable[[], None] = lambda: None
         super().__init__(params, {})
 
-    def step(self, closure=None):
+    def step(self, closure: object = None) -> None:  # type: ignore[override]  # with one, torch's gives its float
         self.apply()

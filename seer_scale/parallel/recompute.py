@@ -50,7 +50,8 @@ def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[
     return out
 
 
-During = Callable[[list[nn.Module]], AbstractContextManager]
+During = Callable[[list[nn.Module]], AbstractContextManager[None]]
+Lists = Callable[[list[Tensor]], list[Tensor]]
 
 
 def recompute(backbone: Chain, segments: list[list[str]], during: During = lambda units: nullcontext()) -> None:
@@ -81,8 +82,8 @@ def recompute(backbone: Chain, segments: list[list[str]], during: During = lambd
     vars(backbone)["chain"] = chain  # before that of its class
 
 
-def _recomputing(backbone: Chain, forward: Callable, during: Callable[[], AbstractContextManager]) -> Callable:
-    def contexts():
+def _recomputing(backbone: Chain, forward: Lists, during: Callable[[], AbstractContextManager[None]]) -> Lists:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         first, again = StatsTape.contexts()
         return first, _both(again, during)
 
@@ -95,7 +96,7 @@ def _recomputing(backbone: Chain, forward: Callable, during: Callable[[], Abstra
 
 
 @contextmanager
-def _both(one: AbstractContextManager, other: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def _both(one: AbstractContextManager[None], other: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(one)
         stack.enter_context(other())

@@ -7,6 +7,7 @@ fairscale's whole parameters, and what is not sharded at all. So norms, updates 
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -37,10 +38,12 @@ class Shard(Tensor):
         super().__init__()
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]  # torch gives its own function there, not a class's method
+        cls, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> NoReturn:
         raise NotImplementedError(f"a Shard is not computed with: use its .local, not {func}")
 
-    def __repr__(self, **_) -> str:  # type: ignore[override]  # mypy drops names of special methods' keywords
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]  # mypy drops names of special methods' keywords
         return f"Shard({self.local.numel()} elements of {list(self.shape)} from {self.start})"
 
     @classmethod

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+_Settings: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""Of a convolution: stride, padding, dilation, groups."""
 
 
 class _Padded(nn.Conv2d):
@@ -64,15 +68,24 @@ def _small_in_fp32(module: _Padded, plain: Callable[[Tensor], Tensor], x: Tensor
     return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y.to(x.dtype)
 
 
-def _settings(module: nn.Conv2d) -> tuple:
+def _settings(module: _Padded) -> _Settings:
     return module.stride, module.padding, module.dilation, module.groups
 
 
-def _forward(module: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+def _forward(module: _Padded | nn.Linear, x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     conv = _settings(module) if isinstance(module, nn.Conv2d) else None
     return _Product.apply(x, module.weight, module.bias, conv)
+
+
+class _Context(FunctionCtx):
+    """What autograd makes of a forward for its backward, to type checkers."""
+
+    conv: _Settings | None
+    bias_type: torch.dtype | None
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
 
 class _Product(torch.autograd.Function):
@@ -80,14 +93,14 @@ class _Product(torch.autograd.Function):
     layer."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, conv):
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None, conv: _Settings | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.conv, ctx.bias_type = conv, None if bias is None else bias.dtype
         w, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return F.linear(x, w, b) if conv is None else F.conv2d(x, w, b, *conv)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         w, has_bias = weight.to(x.dtype), ctx.bias_type is not None
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], has_bias and ctx.needs_input_grad[2])

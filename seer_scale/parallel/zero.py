@@ -341,7 +341,7 @@ def _reduction_by_parameter() -> Iterator[None]:
     module's in a backward hook of it, which never fires for lists of tensors."""
     own = DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks
 
-    def create(self):
+    def create(self: DeepSpeedZeroOptimizer_Stage3) -> None:
         for p in self.module.parameters():
             if hasattr(p, "ds_z3_leaf_module"):
                 del p.ds_z3_leaf_module

@@ -58,7 +58,7 @@ class Failures:
     detect_s: float
     restart_s: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [
             p for x in fields(self) for p in _wrong(x.name, getattr(self, x.name), above=x.name in ("mtbf_s", "save_s"))
         ]

@@ -282,7 +282,8 @@ class Trainer:
         if given not in ("auto", self.engine.name):
             self._tell(
                 "note",
-                f"There is one rank, so nothing is shared out: parallel.engine {given} computes as {self.engine.name} here.",
+                f"There is one rank, so nothing is shared out: parallel.engine {given} computes as {self.engine.name} "
+                "here.",
             )
         chosen = dataclasses.replace(self.config.parallel, engine=self.engine.name)
         if chosen != self.config.parallel:  # auto's choice, or one rank's

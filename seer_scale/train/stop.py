@@ -40,11 +40,11 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
 
-    def _ask(self, number: int, _) -> None:
+    def _ask(self, number: int, _: object) -> None:
         self._mine = number
         if number == signal.SIGINT and time.monotonic() - self._asked_at > ECHO_S:
             # not the handler before ours: submitit's would start the ranks anew

@@ -42,7 +42,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         if self._limit_s:
             signal.setitimer(signal.ITIMER_REAL, 0)

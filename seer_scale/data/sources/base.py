@@ -142,7 +142,7 @@ class Names:
 
 
 class NamesBuilder:
-    def __init__(self):
+    def __init__(self) -> None:
         self._blob, self._ends = bytearray(), array("q")
 
     def add(self, name: str) -> None:
@@ -156,8 +156,9 @@ class NamesBuilder:
 class LabelsBuilder:
     """Label texts seen one by one: `codes` number them in order of appearance, -1 for none."""
 
-    def __init__(self):
-        self.codes, self.values = array("i"), {}
+    def __init__(self) -> None:
+        self.codes = array("i")
+        self.values: dict[str, int] = {}
 
     def add(self, value: str | None) -> None:
         self.codes.append(-1 if value is None else self.values.setdefault(value, len(self.values)))

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from io import BufferedReader, BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -222,7 +222,7 @@ class Tars(Source):
             raise DataError(f"{path} changed after it was indexed: start again.")
         return data
 
-    def _open_tar(self, shard: int):
+    def _open_tar(self, shard: int) -> FileIO:
         return open(self._paths[shard], "rb", buffering=0)
 
     def _load(self, shard: int, only: Sequence[str]) -> dict[str, np.ndarray]:

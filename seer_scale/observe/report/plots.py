@@ -116,7 +116,7 @@ class Plot:
     bars: bool = False
     legend: bool = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.curves = [c for c in self.curves if c.is_drawn]
         self.legend = len(self.curves) > 1
 
