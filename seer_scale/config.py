@@ -508,12 +508,20 @@ for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
+def yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What PyYAML complains of, in a line, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        context = f"{error.context}, " * bool(error.context)
+        return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
+    return " ".join(str(error).split())
+
+
 def read_yaml(path: Path, example: str) -> dict[str, Any]:
     """The mapping in a YAML file. example: of what it should hold. Raises UserError."""
     try:
         given = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not YAML: {yaml_problem(error)}.") from error
     if not isinstance(given, dict):
         raise UserError(f"{path} must hold {example}, not {type(given).__name__}.")
     return given

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from seer_scale.files import shown
 from seer_scale.formatting import counted
@@ -125,3 +126,29 @@ def complain(error: UserError) -> int:
     if isinstance(error, StartStopped):
         return EXIT_STOPPED
     return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_BAD_INPUT
+
+
+def why_missing(path: str | os.PathLike) -> str:
+    """Of a path of which os.path.exists says no, why, and what is nearest: "does not exist; did you mean ..."."""
+    missing = Path(path)
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    try:
+        close = nearest(missing.name, os.listdir(missing.parent))
+    except OSError:
+        close = ""
+    if close.startswith("did"):
+        hint = f"did you mean {missing.parent / close.removeprefix('did you mean ')}"
+    else:
+        hint = f"the nearest folder there is: {missing.parent.absolute()}."
+    return f"{_cause(path)}; {hint}"
+
+
+def _cause(path: str | os.PathLike) -> str:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "is a link that leads nowhere" if os.path.islink(path) else "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return "did not exist a moment ago"

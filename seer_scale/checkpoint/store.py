@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
-from seer_scale.errors import CheckpointError
+from seer_scale.errors import CheckpointError, why_missing
 from seer_scale.files import sync_folder
 from seer_scale.world import World
 
@@ -217,6 +217,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         content = json.loads((path / MANIFEST).read_bytes())
         sealed = content.pop("crc32")
     except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
+            raise ValueError(f"it {why_missing(path).removesuffix('.')}") from None
         raise ValueError(f"it has no {MANIFEST}, so it was not finished or is no checkpoint") from None
     except OSError as e:
         raise ValueError(f"its {MANIFEST} cannot be read ({e.strerror})") from None
@@ -247,8 +249,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         return _manifest(path)
     except ValueError as e:
         inside = [*_published(path), *_published(path / "checkpoints")]
-        hint = f"did you mean {inside[0]}?" if inside else "choose another."
-        raise CheckpointError(f"{path} cannot be used as a checkpoint: {e}; {hint}") from None
+        hint = f"; did you mean {inside[0]}?" if inside else "; choose another." if path.exists() else "."
+        raise CheckpointError(f"{path} cannot be used as a checkpoint: {e}{hint}") from None
 
 
 def read_layout(path: Path, world: World = World()) -> Layout:
@@ -278,10 +280,15 @@ def contents(path: Path) -> dict[str, tuple[str, torch.Size, int]]:
     return {k: (_word(t.dtype), t.shape, t.shape.numel() * t.dtype.itemsize) for k, t in tensors.items()}
 
 
-def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] = "") -> int:
+OTHERWISE = "choose the recipe that wrote it, or another checkpoint"
+
+
+def load(
+    path: Path, state: State, world: World, *, only: str | tuple[str, ...] = "", otherwise: str = OTHERWISE
+) -> int:
     """Fill the tensors of `state`, those whose name begins with `only`, in place from the checkpoint `path`.
 
-    Returns the bytes this rank has read.
+    Returns the bytes this rank has read. otherwise: what to do if they do not fit.
 
     Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read. Rank 0 reads
     the layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `newest` has,
@@ -291,7 +298,7 @@ def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] 
     wanted = {k: v for k, v in state.items() if k.startswith(only)}
     layout = read_layout(path, world)
     with _agreement(world):
-        _compare(path, wanted, layout, only)
+        _compare(path, wanted, layout, only, otherwise)
     try:
         with _agreement(world):
             return _read(path, wanted, layout)
@@ -299,9 +306,6 @@ def load(path: Path, state: State, world: World, *, only: str | tuple[str, ...] 
         error = CheckpointError(f"{path} could not be read ({problem}); choose another.")
         error.may_pass = True
         raise error from problem
-
-
-OTHERWISE = "choose the recipe that wrote it, or another checkpoint"
 
 
 def must_fit(path: Path, state: State, world: World = World(), *, only: str = "", otherwise: str = OTHERWISE) -> None:
@@ -346,9 +350,7 @@ def _fill(raw: io.FileIO, tensor: torch.Tensor) -> None:
         left = left[count:]
 
 
-def _compare(
-    path: Path, wanted: State, layout: Layout, only: str | tuple[str, ...], otherwise: str = OTHERWISE
-) -> None:
+def _compare(path: Path, wanted: State, layout: Layout, only: str | tuple[str, ...], otherwise: str) -> None:
     """Raises CheckpointError with a sentence on the first tensor that differs between the run and the checkpoint."""
     here = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in wanted.items()}
     there = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in layout.tensors.items() if k.startswith(only)}

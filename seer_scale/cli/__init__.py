@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -12,7 +13,7 @@ from importlib import metadata
 from seer_scale import __version__, console
 from seer_scale.cli import data, evaluate, launch, look, train
 from seer_scale.cli.parser import Parser, split_overrides
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain, stop_signals
 
 DESCRIPTION = "Self-supervised pretraining of large convnets, from a laptop to 512 GPUs."
 EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all of them.
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.install()
     if argv is None:
         os.environ["PYTHONSAFEPATH"] = "1"  # of whatever Python is started from here
+        if words[:1] == ["train"]:  # until the run can answer, which takes seconds of loading, or minutes
+            signal.pthread_sigmask(signal.SIG_BLOCK, {*stop_signals()} - {signal.SIGINT})
     try:
         return run(words)
     except UserError as error:

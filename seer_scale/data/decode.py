@@ -164,7 +164,7 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
         except DataError:
             raise
         except UnidentifiedImageError as error:
-            raise DataError("its bytes are of no known image format") from error
+            raise DataError("its first bytes are those of no image format that is read here") from error
         except Exception as error:  # decoders fail on hostile bytes with every kind of exception
             raise DataError(f"it is no whole image ({type(error).__name__}: {error})") from error
 

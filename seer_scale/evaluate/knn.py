@@ -186,6 +186,8 @@ def _without_classes(source: Source, path: str, splits: Sequence[str]) -> str | 
     """Why these images have no classes to classify by, as a clause; None where they have."""
     if source.has_labels and not are_splits(source.classes):
         return None
+    if not splits and (some := source.unlabelled()):
+        return f"{shown(path)} has not a label for each image: {some}"
     parts = [shown(os.path.basename(folder)) for folder in splits] or [shown(name) for name in source.classes]
     return (
         f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)"

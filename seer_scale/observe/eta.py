@@ -41,7 +41,10 @@ class Eta:
             self._updates.append((num, num / rate))
 
     def seconds(self) -> float | None:
-        """To the end of the run; None while no rate is known, or it says that the run does not move."""
+        """To the end of the run; None while no rate is known but the first line's, or it says that the run does not
+        move."""
+        if self._seen < self._total and self._warms_up:
+            return None
         if not self._updates or not (left := max(0, self._total - self._seen)):
             return 0.0 if self._updates else None
         num, spent_s = map(sum, zip(*self._updates))

@@ -61,6 +61,7 @@ STARVED, STARVED_LINES = 0.05, 3
 LOADED = time.time()
 MOST_TOLD = 1000
 """Unreadable images that the console names; a log has all of them."""
+FEWER_THREADS = "; train.threads or OMP_NUM_THREADS sets another number of threads."
 
 
 def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchdog: Watchdog, attempt: str = "") -> int:
@@ -121,6 +122,7 @@ class Trainer:
             self.engine = build_engine(method, config, world, loaded=resume.brought(config, found))
         self._told_of_health = False
         self._told_unreadable: set[str] = set()
+        self._unreadable = 0
         self._starved = 0
         self._skips = SkipMonitor(
             list(self.engine.shapes), config.train.precision, world, partial(self._tell_of_rank, "skipped")
@@ -173,7 +175,8 @@ class Trainer:
         then = meta["config"]
         goes_on = self.engine.method.load_state(meta["method"]["state"], then, meta["samples_seen"])
         memory = ("memory/",) if goes_on else ()
-        self._loaded = self._read(path, only=("model/", "optim/", "scaler/", *memory))
+        only = ("model/", "optim/", "scaler/", *memory)
+        self._loaded = self._read(path, only, otherwise=resume.remedy(then, self.config))
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
         self._told_of_health = meta["told_of_health"]
@@ -183,11 +186,13 @@ class Trainer:
         self._rate_change = resume.rate_change(meta, self.config)
         return path
 
-    def _read(self, path: Path, only: str | tuple[str, ...]) -> dict[str, float]:
+    def _read(self, path: Path, only: str | tuple[str, ...], otherwise: str = store.OTHERWISE) -> dict[str, float]:
         """Take over what of a checkpoint has names that begin so; what that took. Collective."""
         begin = time.perf_counter()
         with self.progress.doing(f"loading {shown(path)}"):
-            nbytes = self.world.gather_objects(store.load(path, self.engine.state(), self.world, only=only))
+            nbytes = self.world.gather_objects(
+                store.load(path, self.engine.state(), self.world, only=only, otherwise=otherwise)
+            )
         self.engine.refresh()
         return {"load_s": time.perf_counter() - begin, "load_bytes": sum(nbytes), "load_bytes_most": max(nbytes)}
 
@@ -325,8 +330,8 @@ class Trainer:
         if self.execution.contended:
             self._tell(
                 "contended",
-                f"The cores are contended: {self.execution.contended}. Updates are slower than they could be; "
-                "train.threads or OMP_NUM_THREADS sets another number of threads.",
+                f"The cores are contended: {self.execution.contended}. Updates are slower than they could be"
+                f"{FEWER_THREADS if self.execution.threads > 1 else '.'}",
             )
 
     # --- the run
@@ -358,16 +363,20 @@ class Trainer:
                 left = (
                     "Start it again and it goes on."
                     if self.samples_seen < self.end
-                    else "All samples were seen: start it again for the last evaluation."
+                    else "All samples were seen: start it again for what is left of its end, evaluation and pictures."
                 )
                 self._tell(
-                    "stop", f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}"
+                    "stop",
+                    f"Stopped by {stop} after {self.samples_seen:,} samples; {self._save_at_stop()}. {left}"
+                    f"{self._replaced()}",
                 )
                 self._report()
                 return EXIT_STOPPED
             finally:
                 self.saver.close()
-            self._tell("done", f"Done: {self.samples_seen:,} samples in {counted(self.step, 'update')}.")
+            self._tell(
+                "done", f"Done: {self.samples_seen:,} samples in {counted(self.step, 'update')}.{self._replaced()}"
+            )
             self._report()
         return EXIT_DONE
 
@@ -385,6 +394,14 @@ class Trainer:
             if saved
             else "its state could not be saved, so it goes on from the checkpoint before"
         )
+
+    def _replaced(self) -> str:
+        """A sentence on the images of this start that could not be read, if any."""
+        if not (num := self._unreadable):
+            return ""
+        times = "once" if num == 1 else f"{num:,} times"
+        where = self.run_dir / "logs" / "unreadable-*.txt"
+        return f" Another image took the place of one that cannot be read {times}: {where} name them."
 
     def _tell(self, kind: str, text: str, **fields: Any) -> None:
         self.log.event(kind, text, samples_seen=self.samples_seen, **fields)
@@ -557,7 +574,7 @@ class Trainer:
             "data/fingerprint": counts[0],
         }
         self.log.log(row)
-        self._tell_of_unreadable(window.unreadable)
+        self._tell_of_unreadable(window.unreadable, counts[1])
         window.reset()
         if self.schedule.observe(self.samples_seen, total, count):
             self._tell(
@@ -589,13 +606,14 @@ class Trainer:
         else:
             complain(f"Rank {self.world.rank}: {sentence}")
 
-    def _tell_of_unreadable(self, sentences: list[str]) -> None:
-        """A few on the console, once; all of them, each time, in logs/unreadable-RANK.txt."""
+    def _tell_of_unreadable(self, sentences: list[str], num: int) -> None:
+        """A few on the console, once; all of them, each time, in logs/unreadable-RANK.txt. num: of all ranks."""
         new = [s for s in dict.fromkeys(sentences) if s not in self._told_unreadable][:3]
         if len(self._told_unreadable) < MOST_TOLD:
             self._told_unreadable |= set(new)
             for sentence in new:
                 print(f"Replaced an image that cannot be read: {sentence}", file=sys.stderr, flush=True)
+        self._unreadable += num
         if sentences:
             with _disk_may_fill():
                 logs = self.run_dir / "logs"
@@ -613,11 +631,12 @@ class Trainer:
             return
         self._starved = self._starved + 1 if share > STARVED else 0
         if self._starved == STARVED_LINES:
-            more = (
-                f"raise data.workers from {workers} to {cores}"
-                if workers < cores
-                else "give each rank more cores, or store the images smaller"
-            )
+            if self.execution.contended:
+                more = "free the cores of what else runs on them, or store the images smaller"
+            elif workers < cores:
+                more = f"raise data.workers from {workers} to {cores}"
+            else:
+                more = "give each rank more cores, or store the images smaller"
             self._tell(
                 "starved",
                 (

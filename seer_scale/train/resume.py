@@ -23,6 +23,8 @@ OF_THE_BEGINNING = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "che
 PLACES = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
 OF_THE_RATE = ("schedule.", "optim.lr", "train.samples", "train.global_batch")
 """What keys begin with that the learning rate follows."""
+OF_THE_SHAPE = ("model.", "swav.")
+"""What keys begin with that make the network."""
 
 
 def _to_stderr(sentence: str) -> None:
@@ -139,9 +141,20 @@ def foresee(config: Config, run_dir: Path) -> str:
         check_weights(config, find_weights(config, World(), contents=False, warn=lambda _: None), state)
         return ""
     meta = must_go_on(path, config)
-    store.must_fit(path, state, only="model/")
+    store.must_fit(path, state, only="model/", otherwise=remedy(meta["config"], config))
     changed, rate = changes(meta["config"], config), rate_change(meta, config)
     return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}.{' ' * bool(rate)}{rate}" if changed else ""
+
+
+def remedy(then: dict[str, Any], config: Config) -> str:
+    """What to do where the network of a checkpoint with the recipe `then` is another than this recipe's: a clause."""
+    shapes = [change for change in changes(then, config) if change.startswith(OF_THE_SHAPE)]
+    if not shapes:
+        return store.OTHERWISE
+    return (
+        f"give back what the checkpoint has ({', '.join(shapes)}), or begin in another run.dir with "
+        "checkpoint.init_from and, where only the backbone is the same, checkpoint.init_part backbone"
+    )
 
 
 def state_of(method: Method[Any, Any]) -> store.State:

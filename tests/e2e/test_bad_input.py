@@ -125,7 +125,7 @@ def test_another_architecture(tmp_path, photos):
     given, place = recipe(tmp_path, photos, train={"samples": 24}), tmp_path / "run"
     run("train", given, "--run.dir", place, folder=tmp_path)
     for words, part in (
-        (("--swav.dim", 24), "is of another architecture"),
+        (("--swav.dim", 24), "give back what the checkpoint has (swav.dim 16 -> 24), or begin in another run.dir"),
         (("--model.se_ratio", 0.5), "is of another architecture"),
         (("--optim.name", "adamw"), "optim.name is adamw"),
         (("--run.seed", 3), "run.seed is 3"),
@@ -196,3 +196,4 @@ def test_unreadable_images_among_good_ones(tmp_path):
     assert len(listed.splitlines()) == sum(r["data/unreadable"] for r in steps(alone).values())
     assert all(name in listed for name in ("class0/3.jpg", "class1/5.jpg", "class2/1.jpg"))
     assert "cannot be written" not in text
+    assert f"cannot be read {len(listed.splitlines())} times: {alone}/logs/unreadable-*.txt name them." in text

@@ -129,6 +129,10 @@ def test_signal_to_train(straight, tmp_path, photos):
     """The command itself, by SIGTERM, then SIGINT in the middle of what it had left."""
     given, place = recipe(tmp_path, photos), tmp_path / "run"
     words = (*TRAIN, given, "--run.dir", place)
+    early = command(*words[:-1], tmp_path / "early", folder=tmp_path)
+    until(lambda: "starting " in early.text)  # while torch is loaded
+    early.process.send_signal(signal.SIGUSR1)
+    assert early.wait() == 75 and "Stopped by SIGUSR1" in early.text and "Traceback" not in early.text
     first = command(*words, folder=tmp_path)
     until(reaches(place, 24), lambda: first.text)
     first.process.send_signal(signal.SIGTERM)

@@ -47,6 +47,7 @@ def test_a_first_start_that_is_refused_leaves_no_folder(given, tmp_path, monkeyp
         ["--data.path", str(tmp_path / "list.txt")],
         ["--knn.enabled", "true", "--knn.bank", str(tmp_path / "flat")],
         ["--checkpoint.init_from", str(tmp_path / "flat")],
+        ["--checkpoint.init_from", str(tmp_path / "flatt")],
         ["--checkpoint.resume", str(tmp_path / "flat")],
     ):
         refused(given, *words)
@@ -64,6 +65,13 @@ def test_a_first_start_that_is_refused_leaves_no_folder(given, tmp_path, monkeyp
     (runs / "new").mkdir()
     refused(given, "--data.path", str(tmp_path / "none"))
     assert (runs / "new").is_dir()
+
+
+def test_a_checkpoint_that_is_not_there_is_said_to_be_so(given, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for key in ("init_from", "resume"):
+        told = refused(given, f"--checkpoint.{key}", str(tmp_path / "runz"))
+        assert f"runz cannot be used: it does not exist; did you mean {tmp_path / 'runs'}" in told
 
 
 def test_what_one_rank_makes_of_an_engine_is_said(given, capsys):

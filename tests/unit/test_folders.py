@@ -113,7 +113,7 @@ def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypat
     assert (
         said.startswith("Left out: 8 hidden")
         and f"1 HEIF image ({how_to_install('pillow_heif')} reads them" in said
-        and "other files" not in said
+        and "1 other file" in said
     )
     (tmp_path / "d" / "x.parquet").unlink()
     assert kind_of(str(tmp_path / "d")) == "folder"

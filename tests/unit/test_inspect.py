@@ -59,7 +59,10 @@ def test_known_contents(corpus, workers):
     assert got["pixels"] == {"median": [60, 80], "smallest": [20, 30], "largest": [200, 300]}
     assert got["duplicates"] == 1 and got["images_per_s"] > 0
     assert got["unreadable"]["count"] == 2
-    assert got["unreadable"]["first"][0] == f"{corpus}/b/page.jpg: its bytes are of no known image format"
+    assert (
+        got["unreadable"]["first"][0]
+        == f"{corpus}/b/page.jpg: its first bytes are those of no image format that is read here"
+    )
     assert got["unreadable"]["first"][1].startswith(f"{corpus}/b/short.jpg: it is no whole image")
 
 

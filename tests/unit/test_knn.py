@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 from seer_scale.config import Config, Data, Knn
 from seer_scale.data.batched import to_float
 from seer_scale.data.loader import decoded
-from seer_scale.data.sources import Source
+from seer_scale.data.sources import Source, open_source
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.evaluate.look import show_neighbours, show_prototypes
@@ -24,6 +26,7 @@ from seer_scale.observe.gallery import read_gallery
 from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import world_of
+from tests.unit.test_sources import write_tar
 
 KNN = Knn(size=16, k=5, temperature=0.2, batch=4)
 
@@ -359,3 +362,21 @@ def test_splits_without_classes_below_are_none_themselves(tmp_path):
     )
     (Path(path) / "train" / "0.jpg").rename(tmp_path / "photos" / "0.jpg")
     assert told(folders(tmp_path / "flat", "."))[1] == f"{tmp_path}/flat has no labels"
+
+
+def test_an_image_without_a_label_is_named_as_what_keeps_knn_away(tmp_path):
+    """A loose one beside class folders, also as a part of a manifest, and some of a tar."""
+    path = folders(tmp_path / "pets", "cat", "dog")
+    shutil.copy(f"{path}/cat/0.jpg", f"{path}/stray.jpg")
+    num = len(open_source(path))
+    assert told(path) == (
+        None,
+        f"{path} has not a label for each image: 1 of its {num} images has none ({path}/stray.jpg)",
+    )
+    cat = (Path(path) / "cat" / "0.jpg").read_bytes()
+    write_tar(tmp_path / "t.tar", {"0.jpg": cat, "0.cls": b"1", "1.jpg": cat, "2.jpg": cat})
+    assert f"2 of its 3 images lack a .cls, the first in {tmp_path}/t.tar" in told(str(tmp_path / "t.tar"))[1]
+    (tmp_path / "parts.yaml").write_text(f"parts: [{{path: {path}}}]\n")
+    assert f"1 of its {num} images has none ({path}/stray.jpg)" in told(str(tmp_path / "parts.yaml"))[1]
+    os.remove(f"{path}/stray.jpg")
+    assert told(path)[0]

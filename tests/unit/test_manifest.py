@@ -49,7 +49,7 @@ def test_joined_parts(parts):
     ("parts: [{path: a, knd: x}]", "did you mean kind"),
     ("parts: [{name: a}]", "part 1 has no path"),
     ("parts: []", "needs a list `parts`"),
-    ("a: b: c", "it is not YAML"),
+    ("a: b: c", "it is not YAML: line 1, column 5: mapping values are not allowed here"),
     ("[1, 2]", "needs a list `parts`"),
     ("{parts: [a], more: 1}", "has the key 'more'"),
     ("parts: [c]", "part .*/c: .*/c does not exist"),

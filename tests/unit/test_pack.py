@@ -155,7 +155,10 @@ def test_check_leaves_out_what_does_not_decode(broken, tmp_path):
     pack(broken, tmp_path / "dst", "--check")
     packed = open_source(str(tmp_path / "dst"))
     assert len(packed) == N - 5 and all(decode(data).shape == (40, 50, 3) for data in images(packed))
-    assert "page.jpg: its bytes are of no known image format" in (tmp_path / "dst" / "unreadable.txt").read_text()
+    assert (
+        "page.jpg: its first bytes are those of no image format that is read here"
+        in (tmp_path / "dst" / "unreadable.txt").read_text()
+    )
 
 
 def test_nothing_readable(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from seer_scale.data.loader import Batch
+from seer_scale.models.layout import Execution
 from seer_scale.train import loop
 from seer_scale.train.window import Window
 from seer_scale.world import World
@@ -26,11 +27,12 @@ def test_the_share_is_that_of_the_clock(monkeypatch):
     assert timing["time/data_wait_frac"] == pytest.approx(0.6) and timing["time/step_s"] == pytest.approx(0.05)
 
 
-def trainer(workers: int, cores: int) -> tuple[loop.Trainer, list[str]]:
+def trainer(workers: int, cores: int, contended: str = "") -> tuple[loop.Trainer, list[str]]:
     told: list[str] = []
     made = object.__new__(loop.Trainer)
     made.config = SimpleNamespace(data=SimpleNamespace(path="photos"))
     made.world, made.cores, made.workers, made._starved = World(), cores, workers, 0
+    made.execution = Execution(1, torch.contiguous_format, contended)
     made._tell = lambda kind, text, **_: told.append(f"{kind}: {text}")
     return made, told
 
@@ -55,6 +57,10 @@ def test_what_to_change_where_all_cores_load():
     for _ in range(3):
         made._watch_for_starvation(0.3)
     assert "give each rank more cores, or store the images smaller" in told[0]
+    made, told = trainer(2, 8, "others took 3.1 of 8 cores")  # more of it would only take from others
+    for _ in range(3):
+        made._watch_for_starvation(0.3)
+    assert "free the cores of what else runs on them" in told[0] and "data.workers" not in told[0]
     made, told = trainer(0, 1)  # it has no core to spare for loading
     for _ in range(9):
         made._watch_for_starvation(0.9)

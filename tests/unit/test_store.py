@@ -409,7 +409,7 @@ def test_what_is_no_checkpoint_is_answered_with_the_nearest_that_is(tmp_path):
     for near in (tmp_path, tmp_path / "checkpoints"):
         with pytest.raises(CheckpointError, match=f"did you mean {path}?"):
             store.read_meta(near)
-    with pytest.raises(CheckpointError, match="has no manifest.json.*choose another"):
+    with pytest.raises(CheckpointError, match="does not exist; the nearest folder there is"):
         store.load(tmp_path / "absent", state_of(0), ALONE)
     (path / "tensors.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError, match="could not be read.*choose another"):

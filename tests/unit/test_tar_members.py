@@ -99,12 +99,13 @@ def test_what_is_no_file_or_not_meant_to_be_seen_is_told(tmp_path, monkeypatch):
     assert read(source) == [("1.jpg", None)]
     assert source.left_out == {
         left_out.LINKS: 2,
-        left_out.HIDDEN: 4,
+        left_out.HIDDEN_MEMBERS: 4,
         "HEIF images": 1,
-        left_out.NO_SUFFIX: 1,
+        left_out.NO_SUFFIX_MEMBERS: 1,
         "archives": 1,
         left_out.OTHER: 1,
     }
+    assert "data.kind list" not in left_out.described(source.left_out)  # which can name no member
 
 
 def test_what_is_no_regular_file_is_told_by_its_type(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 
 from seer_scale.data.sources import remote
 from seer_scale.data.sources.left_out import is_hidden
-from seer_scale.errors import DataError, nearest
+from seer_scale.errors import DataError, why_missing
 from seer_scale.files import cache_folder, shown, written_whole
 from seer_scale.formatting import counted
 from seer_scale.rng import key as hash_key
@@ -87,6 +87,14 @@ class Source:
     def has_labels(self) -> bool:
         """Whether every image has a label."""
         return self.labels is not None and bool((self.labels >= 0).all())
+
+    def unlabelled(self) -> str:
+        """Which images have no label, as a clause; empty where all have one, or none."""
+        without = np.flatnonzero(self.labels < 0) if self.labels is not None else ()
+        if len(without) in (0, len(self)):
+            return ""
+        has = "has" if len(without) == 1 else "have"
+        return f"{len(without):,} of its {counted(len(self), 'image')} {has} none ({self.name(int(without[0]))})"
 
 
 @runtime_checkable
@@ -209,31 +217,8 @@ def few(paths: Sequence[str]) -> str:
 
 
 def must_exist(path: str) -> None:
-    if os.path.exists(path):
-        return
-    missing = Path(path)
-    while not missing.parent.is_dir() and missing.parent != missing:
-        missing = missing.parent
-    try:
-        close = nearest(missing.name, os.listdir(missing.parent))
-    except OSError:
-        close = ""
-    if close.startswith("did"):
-        hint = f"did you mean {missing.parent / close.removeprefix('did you mean ')}"
-    else:
-        hint = f"the nearest folder there is: {missing.parent.absolute()}."
-    raise DataError(f"{path} {_why_missing(path)}; {hint}")
-
-
-def _why_missing(path: str) -> str:
-    """os.path.exists says no for more than one reason."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return "is a link that leads nowhere" if os.path.islink(path) else "does not exist"
-    except (OSError, ValueError) as error:
-        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
-    return "did not exist a moment ago"
+    if not os.path.exists(path):
+        raise DataError(f"{path} {why_missing(path)}")
 
 
 # ------------------------------------------------------------------------------------------------------ caching

@@ -101,7 +101,7 @@ def _at_once(path: str, flags: int) -> int:
 
 def folder(path: str, exclude: Sequence[str] = ()) -> Files:
     """Every image below a folder, in sorted order. The first-level subfolders are the classes, where there are at
-    least two and no image lies outside them. Raises DataError when there is no image.
+    least two; an image outside them has no label. Raises DataError when there is no image.
 
     exclude: patterns (fnmatch) of what is left out: those with a slash of paths below the folder, others of the name of
     a file or of a folder on the way to it.
@@ -121,11 +121,11 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Files:
         more = f" It holds {words}." if (words := described(left_out)) else ""
         raise DataError(f"{path} holds no image: looked in all its subfolders for {', '.join(SUFFIXES)}.{more}")
     codes = np.array(labels.codes, np.int32)
-    if codes.min() < 0 or len(labels.values) < 2:
+    if len(labels.values) < 2:
         return Files(path, names.build(), None, (), left_out)
     classes = sorted(labels.values)  # folders called 0, 1, 10 are names, too
     place = {name: n for n, name in enumerate(classes)}
-    table = np.array([place[v] for v in labels.values], np.int32)
+    table = np.array([*(place[v] for v in labels.values), -1], np.int32)  # the code -1 picks the last entry
     return Files(path, names.build(), table[codes], [shown(name) for name in classes], left_out)
 
 

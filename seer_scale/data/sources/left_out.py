@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from seer_scale.extras import how_to_install
 
@@ -14,6 +14,8 @@ DANGLING, SPECIAL = "links that lead nowhere", "pipes, sockets or devices"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
 HEADERS, COMMENTS, COLUMNS = "header lines", "lines that begin with #", "lines with further columns"
 NO_SUFFIX, OTHER = "files without a suffix", "other files"
+HIDDEN_MEMBERS, NO_SUFFIX_MEMBERS = "hidden members of tars", "members of tars without a suffix"
+"""No list can name a tar's members."""
 ONE = {
     TOO_DEEP: "folder whose path is too long for the system", DANGLING: "link that leads nowhere",
     SPECIAL: "pipe, socket or device", COMMENTS: "line that begins with #",
@@ -50,6 +52,8 @@ ADVICE = {
     "archives": "unpack them",
     "Parquet or Arrow files": "data.kind hub reads them",
     NO_SUFFIX: "data.kind list reads images whatever they are called",
+    HIDDEN_MEMBERS: "store them under names that begin with no dot",
+    NO_SUFFIX_MEMBERS: "store them with a suffix, such as .jpg",
 }
 KINDS = (*ADVICE, OTHER)
 """In a fixed order, which indexes of tars rely on."""
@@ -71,9 +75,9 @@ def kind_of(name: str) -> str:
     return _KIND_OF.get(f".{suffix.lower()}", OTHER) if dot and base else NO_SUFFIX
 
 
-def described(left_out: Mapping[str, int], kinds: Iterable[str] = KINDS) -> str:
+def described(left_out: Mapping[str, int]) -> str:
     """In words, the most first: "12 HEIF images (pip install ... reads them), 3 hidden"; empty where there is none."""
-    counts = sorted(((left_out.get(kind, 0), kind) for kind in kinds), key=lambda c: -c[0])
+    counts = sorted(((left_out.get(kind, 0), kind) for kind in KINDS), key=lambda c: -c[0])
     return ", ".join(f"{_named(n, kind)}{f' ({ADVICE[kind]})' if ADVICE.get(kind) else ''}" for n, kind in counts if n)
 
 
@@ -84,6 +88,6 @@ def _named(num: int, kind: str) -> str:
 
 
 def warning(left_out: Mapping[str, int]) -> str:
-    """A sentence on what is left out and may have been meant; empty where there is none."""
-    words = described(left_out, (kind for kind in KINDS if kind not in (OTHER, EXCLUDED)))
+    """A sentence on what is left out; empty where nothing is."""
+    words = described(left_out)
     return f"Left out: {words}." if words else ""

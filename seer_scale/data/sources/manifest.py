@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from seer_scale.config import yaml_problem
 from seer_scale.data.sources.base import Source, must_exist
 from seer_scale.data.sources.remote import is_url
 from seer_scale.data.sources.tars import OUTSIDE_BRACES
@@ -75,6 +76,9 @@ class Joined(Source):
     def has_labels(self) -> bool:
         return all(s.has_labels for s in self._sources)
 
+    def unlabelled(self) -> str:
+        return next((clause for s in self._sources if (clause := s.unlabelled())), "")
+
     @cached_property
     def classes(self) -> list[str]:
         return list(dict.fromkeys(name for s in self._sources for name in s.classes)) if self.has_labels else []
@@ -126,7 +130,7 @@ def read_manifest(path: str) -> list[Part]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no manifest, as it is not YAML: {str(error).splitlines()[0]}.") from error
+        raise DataError(f"{path} is no manifest, as it is not YAML: {yaml_problem(error)}.") from error
     entries = given.get("parts") if isinstance(given, dict) else None
     if not isinstance(entries, list) or not entries:
         raise DataError(

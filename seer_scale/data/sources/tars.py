@@ -49,10 +49,12 @@ from seer_scale.data.sources.base import (
 from seer_scale.data.sources.files import MOST_BYTES, read_file
 from seer_scale.data.sources.left_out import (
     FOREIGN,
-    HIDDEN,
+    HIDDEN_MEMBERS,
     KINDS,
     LINKS,
     NO_END,
+    NO_SUFFIX,
+    NO_SUFFIX_MEMBERS,
     SECOND,
     SPARSE,
     SPECIAL,
@@ -62,13 +64,14 @@ from seer_scale.data.sources.left_out import (
 )
 from seer_scale.errors import DataError
 from seer_scale.files import shown
+from seer_scale.formatting import counted
 
 if TYPE_CHECKING:
     from seer_scale.data.worker import Guard
 
 OUTSIDE_BRACES = r",(?![^{}]*\})"
 """Commas that part one path from the next."""
-INDEX_VERSION = 104
+INDEX_VERSION = 105
 """To be raised with left_out.KINDS."""
 COLLECTION_VERSION = 2 + bool(HEIF)
 SUMS = 4 + len(KINDS)
@@ -116,6 +119,7 @@ class Tars(Source):
             builder.add(path)
         self._paths = builder.build()
         self._labelled_by, self._is_labelled = _labelled_by(sums)
+        self._without_cls = int((sums[:, 0] - sums[:, 1]).sum()), int((sums[:, 0] > sums[:, 1]).argmax())
         self.left_out = {kind: n for kind, n in zip(KINDS, sums[:, 4:].sum(axis=0).tolist()) if n}
         self._begin()
 
@@ -243,6 +247,13 @@ class Tars(Source):
     @property
     def has_labels(self) -> bool:
         return self._is_labelled
+
+    def unlabelled(self) -> str:
+        """From the counts alone: the labels of all tars take long to read."""
+        num, first = self._without_cls
+        if not self._labelled_by or self._is_labelled:
+            return ""
+        return f"{num:,} of its {counted(len(self), 'image')} lack a .cls, the first in {shown(self._paths[first])}"
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -558,7 +569,7 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
                 last = f"the last whole member is {member.name}"
                 name = _plain_path(member.name)
                 if any(is_hidden(part) for part in name.split("/")):
-                    found.left_out[HIDDEN] += not member.isdir()
+                    found.left_out[HIDDEN_MEMBERS] += not member.isdir()
                 elif member.issym() or member.islnk():
                     found.left_out[LINKS] += is_image(name)
                 elif member.type not in tarfile.SUPPORTED_TYPES:
@@ -573,7 +584,8 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
                 elif is_image(name):
                     found.add_image(name, member.offset_data, member.size)
                 else:
-                    found.left_out[kind_of(name)] += 1
+                    kind = kind_of(name)
+                    found.left_out[NO_SUFFIX_MEMBERS if kind == NO_SUFFIX else kind] += 1
             file.seek(archive.offset)
             tail = file.read(512)
             is_joined = any(chunk.strip(b"\0") for chunk in iter(partial(file.read, 1 << 20), b""))
