@@ -67,15 +67,9 @@ class World:
         first = self.rank // (size * stride) * size * stride + self.rank % stride
         ranks = tuple(range(first, first + size * stride, stride))
         if (use, ranks) not in self._groups:
-            self._groups[use, ranks] = joined(
-                dist.new_group(
-                    list(ranks),
-                    timeout=self.timeout,
-                    backend=dist.get_backend(),
-                    use_local_synchronization=True,
-                    group_desc=use,
-                )
-            )
+            group = dist.new_group(list(ranks), timeout=self.timeout, use_local_synchronization=True, group_desc=use)
+            # of the default group's kind, which need not be NCCL on GPUs: ranks that share one use gloo
+            self._groups[use, ranks] = joined(group)
         return self._groups[use, ranks]
 
     # Host-side decisions: blocking, over gloo, never between two updates unless something is due.

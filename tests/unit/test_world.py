@@ -8,20 +8,24 @@ import ctypes
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 (it makes the kind known)
 
 from seer_scale import files, rendezvous
 from seer_scale import world as worlds
@@ -68,14 +72,19 @@ def sockets():
 """
 
 
-def forks(folder: Path, body: str, **env: str) -> tuple[Any, str]:
-    """What `body` leaves in `found`, and what was written to stderr."""
-    script = FORKS + body + "\nprint(json.dumps(found))"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], env=os.environ | env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+def forks(folder: Path, body: str, limit_s: float = 30.0) -> tuple[Any, str]:
+    """What `body` leaves in `found`, and what was written to stderr. No rank outlives it, however it ends."""
+    script = [sys.executable, "-c", FORKS + body + "\nprint(json.dumps(found))", str(folder)]
+    with subprocess.Popen(script, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as parent:
+        try:
+            out, told = parent.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"ranks that should have ended have not in {limit_s:g} s")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+    assert parent.returncode == 0, told
+    return json.loads(out.splitlines()[-1]), told
 
 
 def test_ranks_meet_and_hold_few_connections(tmp_path):
@@ -243,6 +252,20 @@ def test_on_gpus_the_default_group_is_nccl_alone(monkeypatch, tmp_path):
         called == [("device", 5), ("nccl", world.timeout), ("gloo", world.timeout)]
         and os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
     )
+
+
+def test_groups_are_of_the_default_groups_kind():
+    """Whatever the device, as ranks that share a GPU use gloo."""
+    # a kind that connects to nobody; another would wait in vain, for this long
+    default = {"store": dist.HashStore(), "rank": 2, "world_size": 4, "timeout": timedelta(seconds=1)}
+    dist.init_process_group("fake", **default)
+    try:
+        for device in ("cpu", "cuda"):
+            world = worlds.World(2, 4, device=torch.device(device), timeout=default["timeout"])
+            group = world.group("use", 2)
+            assert dist.get_backend(group) == "fake" and dist.get_process_group_ranks(group) == [2, 3]
+    finally:
+        dist.destroy_process_group()
 
 
 ALONE, SRUN = (
@@ -414,6 +437,34 @@ def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
                 later=LATER,
                 asked_to_stop=lambda: "SIGHUP",
             )
+
+
+def test_rank_0_ends_with_its_own_problem(monkeypatch, tmp_path):
+    """What is wrong with the recipe, say; the first problem may be one machine's trouble alone. The others, and a rank
+    0 without any, end with the first."""
+    monkeypatch.setattr(rendezvous, "TELL_S", 0.0)  # nobody else is there to be told
+    first, own = UserError("Rank 2 has no GPU"), UserError("There are no images")
+    for rank, problem, told in ((0, own, own), (0, None, first), (1, own, first)):
+        store = dist.HashStore()
+        store.set("problem", pickle.dumps(first))
+        store.set("go", "")
+        for way in ("_serve", "_join"):
+            monkeypatch.setattr(rendezvous, way, lambda *_, store=store: (store, ""))
+        with pytest.raises(UserError) as ended:
+            rendezvous.meet(
+                tmp_path / "place", RankInfo(rank, 3, rank, 3, "WORLD_SIZE"), timeout_s=20, later=LATER, problem=problem
+            )
+        assert str(ended.value) == str(told)
+
+
+def test_an_address_that_another_start_has_taken_over_is_none(tmp_path):
+    """The port that a file left behind names may be another start's by now: it is not joined, nor counts this rank."""
+    place = tmp_path / "place"
+    others, _ = rendezvous._serve(place, RankInfo(0, 2, 0, 2, "WORLD_SIZE"))
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"token": "of an earlier start"}))
+    with pytest.raises(RankError, match=f"rank 0 does not answer at 127.0.0.1, port {others.port}"):
+        rendezvous.meet(place, RankInfo(1, 2, 1, 2, "WORLD_SIZE"), timeout_s=0.2, later=LATER)
+    assert not others.check(["rank/1"])
 
 
 def test_a_run_gives_groups_of_libraries_its_limit_of_time(tmp_path, photos, monkeypatch):
