@@ -204,3 +204,14 @@ def test_what_is_said_is_kept(tmp_path, monkeypatch):
         (tmp_path / "no").exists() and shutil.rmtree(tmp_path / "no")
         print("lost", file=out)
     assert out._to.getvalue().endswith("lost\nlost\n") and not (tmp_path / "no").exists()
+
+
+def test_what_is_said_before_there_is_a_file_is_bounded(tmp_path):
+    """A command without a run, or a wait for ranks that goes on for days, keeps no more than the last of it."""
+    kept = Record()
+    for n in range(console.EARLY_LINES + 5):
+        kept.add(f"{n}\n")
+    kept.keep(tmp_path / "console-0.txt")
+    kept.add("last\n")
+    lines = [line[20:] for line in (tmp_path / "console-0.txt").read_text().splitlines()]
+    assert lines == [*map(str, range(5, console.EARLY_LINES + 5)), "last"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ from PIL import Image
 
 from seer_scale import console
 from seer_scale.checkpoint.lock import RunLock
-from seer_scale.errors import UserError
+from seer_scale.config import Config
+from seer_scale.errors import RankLost, StartStopped, TrainingFailed, UserError
 from seer_scale.files import to_json
-from seer_scale.train import loop
+from seer_scale.train import loop, start
 from seer_scale.train.start import run_training
+from seer_scale.world import World
 from tests.e2e.runs import RECIPE, events
 
 SMALL = RECIPE | {
@@ -98,6 +102,43 @@ def test_what_is_anothers_is_left_alone(given, tmp_path, monkeypatch):
     assert "is in use by" in refused(given)
     assert (place / ".lock").exists()
     others[0].release()
+
+
+@pytest.mark.parametrize(
+    "error, has_begun, stays",
+    [
+        (KeyboardInterrupt(), False, False),  # SIGINT for the second time
+        (StartStopped("Stopped by SIGTERM"), False, False),
+        (RankLost("Another rank has ended"), False, True),  # which has crashed, as far as this one knows
+        (RuntimeError("out of memory"), False, True),
+        (KeyboardInterrupt(), True, True),
+        (TrainingFailed("The loss is not finite"), True, True),
+    ],
+    ids=repr,
+)
+def test_a_folder_stays_where_a_run_has_begun_or_crashed(given, tmp_path, monkeypatch, error, has_begun, stays):
+    def train(config: Config, world: World, run_dir: Path, *_) -> int:
+        (run_dir / "logs").mkdir(parents=True)
+        if has_begun:
+            (run_dir / "metrics.jsonl").write_text(to_json({"event": "start", "samples_seen": 0}) + "\n")
+        raise error
+
+    monkeypatch.setattr(start, "train", train)
+    with pytest.raises(type(error)):
+        run_training(*given)
+    assert (tmp_path / "runs" / "new" / "logs").exists() == (tmp_path / "runs").exists() == stays
+
+
+def test_without_locks_no_folder_is_removed(given, tmp_path, monkeypatch):
+    """As nobody knows whether another command has begun there."""
+
+    def none(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / "none").mkdir()
+    refused(given, "--data.path", str(tmp_path / "none"))
+    assert (tmp_path / "runs" / "new" / ".lock").exists()
 
 
 def test_weights_that_do_not_fit_are_refused_before_images_are_listed(given, tmp_path, monkeypatch):

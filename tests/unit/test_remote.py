@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import gzip
 import io
@@ -13,6 +14,8 @@ import tracemalloc
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec
@@ -350,6 +353,54 @@ def test_what_comes_byte_by_byte_is_given_up(server, monkeypatch):
     with pytest.raises(DataError, match=r"fewer than 16,384 bytes in 0\.3 s; [12] tries"):
         remote.read(f"{server.url}/a.jpg", most=1_000_000)
     assert server.left.wait(20), "the transfer was ended, not left behind"
+
+
+class Slow:
+    """What `_get` asks, as filesystem, session and answer in one: chunks of these sizes, each a second after the one
+    before, by a clock of its own; so nothing but the bytes that came ends a transfer."""
+
+    kwargs, headers, status, content_length = {}, {}, 200, None
+
+    def __init__(self, sizes: list[int]):
+        self.sizes, self.now, self.content = iter(sizes), 0.0, self
+        self.encode_url = str
+
+    async def set_session(self) -> Slow:
+        return self
+
+    def get(self, url: str, **options: Any) -> Slow:
+        return self
+
+    async def __aenter__(self) -> Slow:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        pass
+
+    def _raise_not_found_for_status(self, answer: Slow, url: str) -> None:
+        pass
+
+    async def readany(self) -> bytes:
+        self.now += 1
+        return bytes(next(self.sizes, 0))
+
+
+@pytest.mark.parametrize(
+    "sizes, given_up_at",
+    [([1] * 100, 15), ([1 << 14] + [1] * 100, 30), ([1100] * 100, None)],
+    ids=["a byte a second", "not any more", "just enough"],
+)
+def test_bytes_that_came_decide_what_is_given_up(sizes, given_up_at, monkeypatch):
+    """Those of each STALL_S alone: not how long it takes, nor how much came before."""
+    slow = Slow(sizes)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: slow.now))
+    read = remote._get(slow, "http://h/a.jpg", None, 1_000_000, is_probe=False)
+    if given_up_at:
+        with pytest.raises(TimeoutError, match="fewer than 16,384 bytes in 15 s"):
+            asyncio.run(read)
+        assert slow.now == given_up_at
+    else:
+        assert len(asyncio.run(read)) == sum(sizes)
 
 
 @pytest.mark.parametrize("how", ["chunked", "gzip"])
