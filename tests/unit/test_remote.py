@@ -6,6 +6,7 @@ import asyncio
 import builtins
 import gzip
 import io
+import math
 import os
 import pickle
 import sys
@@ -59,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, b"", announced=1 << 40)
         if fault == "zipped":
             return self.send(200, gzip.compress(path.read_bytes()), {"Content-Encoding": "gzip"})
-        if fault in ("endless", "drip", "chunked", "gzip", "long"):
+        if fault in ("endless", "drip", "steady", "chunked", "gzip", "long"):
             return self.stream(fault, path)
         if isinstance(fault, int) or not path.exists():
             return self.send(fault or 404, b"")
@@ -83,13 +84,16 @@ class Handler(BaseHTTPRequestHandler):
         if how == "gzip":
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
-        data = {"endless": bytes(1 << 16), "long": bytes(1 << 16), "drip": b"x"}.get(how) or path.read_bytes()
+        data = {"endless": bytes(1 << 16), "long": bytes(1 << 16), "drip": b"x", "steady": bytes(4096)}.get(
+            how
+        ) or path.read_bytes()
         data = gzip.compress(data) if how == "gzip" else data
         try:
-            while not self.server.over.wait(0.02 if how == "drip" else 0):
+            while not self.server.over.wait({"drip": 0.02, "steady": 0.03}.get(how, 0)):
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
                 self.server.written += len(data)
-                if how in ("chunked", "gzip") or how == "long" and self.server.written >= LONG:
+                most = {"long": LONG, "steady": 25 * 4096}.get(how, math.inf)
+                if how in ("chunked", "gzip") or self.server.written >= most:
                     self.wfile.write(b"0\r\n\r\n")
                     return
         except OSError:
@@ -353,6 +357,15 @@ def test_what_comes_byte_by_byte_is_given_up(server, monkeypatch):
     with pytest.raises(DataError, match=r"fewer than 16,384 bytes in 0\.3 s; [12] tries"):
         remote.read(f"{server.url}/a.jpg", most=1_000_000)
     assert server.left.wait(20), "the transfer was ended, not left behind"
+
+
+def test_what_comes_steadily_may_take_long(server, monkeypatch):
+    """In pieces with pauses between them, several windows long."""
+    monkeypatch.setattr(remote, "STALL_S", 0.25)
+    monkeypatch.setattr(remote, "STALL_BYTES", 4096)
+    (server.root / "a.jpg").touch()
+    server.faults["a.jpg"] = ["steady"]
+    assert len(remote.read(f"{server.url}/a.jpg", most=1_000_000)) == 25 * 4096
 
 
 class Slow:

@@ -275,8 +275,8 @@ async def _get(fs: Any, url: str, start: int | None, end: int | None, is_probe: 
         if told and most is not None and told > most:
             raise _TooMuchError(most)
         data, window, came = io.BytesIO(), time.monotonic() + STALL_S, 0  # gives its bytes without a copy
-        while chunk := await _next_chunk(answer, window - time.monotonic()):
-            came += data.write(chunk)
+        while (chunk := await _next_chunk(answer, window - time.monotonic())) != b"":
+            came += data.write(chunk or b"")
             if most is not None and data.tell() > most:
                 raise _TooMuchError(most)
             if time.monotonic() >= window:
@@ -291,11 +291,12 @@ class _StalledError(TimeoutError):
         super().__init__(f"fewer than {STALL_BYTES:,} bytes in {STALL_S:g} s")
 
 
-async def _next_chunk(answer: Any, timeout_s: float) -> bytes:
+async def _next_chunk(answer: Any, timeout_s: float) -> bytes | None:
+    """Empty at the end; None where none has come within timeout_s."""
     try:
         return await asyncio.wait_for(answer.content.readany(), max(0.001, timeout_s))
-    except TimeoutError as error:
-        raise _StalledError from error
+    except TimeoutError:
+        return None
 
 
 def _in_thread(call: Callable[[], T]) -> Future[T]:
