@@ -90,7 +90,9 @@ class Source:
 
     def unlabelled(self) -> str:
         """Which images have no label, as a clause; empty where all have one, or none."""
-        without = np.flatnonzero(self.labels < 0) if self.labels is not None else ()
+        if self.labels is None:
+            return ""
+        without = np.flatnonzero(self.labels < 0)
         if len(without) in (0, len(self)):
             return ""
         has = "has" if len(without) == 1 else "have"
