@@ -41,10 +41,7 @@ class Eta:
             self._updates.append((num, num / rate))
 
     def seconds(self) -> float | None:
-        """To the end of the run; None while no rate is known but the first line's, or it says that the run does not
-        move."""
-        if self._seen < self._total and self._warms_up:
-            return None
+        """To the end of the run; None while no rate is known, or it says that the run does not move."""
         if not self._updates or not (left := max(0, self._total - self._seen)):
             return 0.0 if self._updates else None
         num, spent_s = map(sum, zip(*self._updates))
@@ -53,6 +50,11 @@ class Eta:
         )
         updates_s = left * spent_s / num
         return updates_s + pauses_s if updates_s < 1e9 else None
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether it is from the first line alone, in which loaders start and caches are cold."""
+        return self._warms_up and len(self._updates) == 1
 
     def _left(self, every: int) -> int:
         """Multiples of `every` between here and the end."""

@@ -258,7 +258,8 @@ class RunLog:
         if rate is not None:
             words.append(f"{speed_text(rate)} img/s")
         if eta is not None:
-            words.append(f"ETA {timedelta(seconds=round(max(0, eta - idle_s)))}")
+            about = "about " * self._eta.is_rough
+            words.append(f"ETA {about}{timedelta(seconds=round(max(0, eta - idle_s)))}")
         return words
 
     def _sentence(self, row: dict[str, Any]) -> str:

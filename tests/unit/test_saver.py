@@ -107,7 +107,10 @@ def test_a_save_plans_nothing_and_gathers_lengths_and_checksums_alone(tmp_path, 
     for samples in (8, 16):
         background.begin(state, {"samples_seen": samples})
         assert background.wait().path
-    assert sum(told) < 2000 and not recwarn.list, (told, recwarn.list)
+    of_ours = [
+        str(w) for w in recwarn.list if not issubclass(w.category, ResourceWarning)
+    ]  # what other tests left open
+    assert sum(told) < 2000 and not of_ours, (told, of_ours)
 
 
 def test_the_thread_is_on_the_device_of_its_rank_and_asks_nothing_of_it(tmp_path, monkeypatch):
