@@ -532,6 +532,11 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if name_or_path in recipe_names():
         path = RECIPES / f"{name_or_path}.yaml"
+    elif path.is_dir() or path.is_file() and path.suffix.lower() not in (".yaml", ".yml", ".json", ""):
+        raise UserError(
+            f"{name_or_path} is no recipe: to train on images there give a recipe's name and their path, such as "
+            f"photos_laptop --data.path {name_or_path}"
+        )
     elif not path.is_file() and (path.suffix in (".yaml", ".yml") or "/" in name_or_path):
         beside = sorted(str(p) for p in path.parent.glob("*.y*ml"))
         raise UserError(
@@ -588,8 +593,9 @@ def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
             if not isinstance(place, dict):
                 problems.append(f"--{key} goes below {s}, which was given a value.")
                 place = {}
-        if name in place:
-            problems.append(f"--{key} is given twice; give it once.")
+        twice = f"--{key} is given twice; give it once."
+        if name in place and twice not in problems:
+            problems.append(twice)
         place[name] = parsed
     return nested, problems
 

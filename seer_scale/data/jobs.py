@@ -64,7 +64,8 @@ class TrainingViews:
             self._slots = key, self.sampler.slots(key, self.rank, self.world_size)
         epoch, offset, index = (int(x[row]) for x in self._slots[1])
         unreadable: list[str] = []
-        for step in range(GIVE_UP_AFTER):
+        most = GIVE_UP_AFTER if self.source.is_stream else min(GIVE_UP_AFTER, len(self.source))
+        for step in range(most):
             at, size = offset + step, self.sampler.size(epoch)
             if at >= size:  # a stream's beginning has gone by: of what came last, the nearest before
                 at = (offset - 1 - (at - size) if self.source.is_stream else at) % size
@@ -81,7 +82,8 @@ class TrainingViews:
                 name = self.source.name(index)
                 unreadable.append(f"{name}: {str(error).removeprefix(f'{name} ') or 'there is no memory for it'}")
         first = "; ".join(unreadable[:3])
-        raise DataError(f"{GIVE_UP_AFTER} images in a row cannot be read, so check data.path; the first: {first}.")
+        which = f"{most} images in a row" if most < len(self.source) else f"All {most:,} images"
+        raise DataError(f"{which} cannot be read, so check data.path; the first: {first}.")
 
     def describe(self, item: int) -> str:
         return self.source.name(item)

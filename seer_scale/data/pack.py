@@ -262,6 +262,8 @@ class _How:
 
     def prepared(self, data: bytes) -> bytes:
         """The bytes to store. Raises DataError for an image that is to be left out."""
+        if not data:
+            raise DataError("the file is empty")
         if self.max_side:
             told = header(data)
             if told and min(told.height, told.width) > self.max_side:
@@ -306,6 +308,8 @@ class _Tars:
 
     def pack(self, workers: int) -> None:
         self.todo = [t for t in range(self.num) if not _tar(self.dst, t).exists()]
+        if not self.todo:
+            print("All tars are there already: nothing is left to pack.", file=sys.stderr)
         keys, progress, done, images = (
             range(0, len(self.todo), self.group),
             Progress("Tars written", len(self.todo)),

@@ -91,6 +91,11 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
         bank = open_source(c.bank) if c.bank else source or open_data(config.data)
         if bank.has_labels and not are_splits(bank.classes):
             splits, beside = [], []
+    if c.queries and os.path.realpath(bank_path) == os.path.realpath(c.queries):
+        raise DataError(
+            f"knn.queries are the bank itself ({shown(bank_path)}), where each would find itself: leave knn.queries "
+            "out, and a fifth of the bank is held out to ask about."
+        )
     if problem := _without_classes(bank, bank_path, splits):
         if c.bank or c.queries:
             raise DataError(

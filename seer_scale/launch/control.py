@@ -119,12 +119,20 @@ class LocalRanks:
                 told.add(p.pid)
 
 
+def signal_name(number: int) -> str:
+    """Also of those that have none, as most real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _ended(who: str, code: int) -> str:
     """Why a process that returned `code` ended; negative: minus the signal's number."""
     if code in (-signal.SIGALRM, EXIT_HUNG):
         return f"{who} hung and was ended by its watchdog"
     if code < 0:
-        return f"{who} was ended by {signal.Signals(-code).name}, from outside or for want of memory"
+        return f"{who} was ended by {signal_name(-code)}, from outside or for want of memory"
     return f"{who} ended with status {code}"
 
 
@@ -177,7 +185,7 @@ class Control:
             if self._is_back:
                 return EXIT_DONE
             for_good = self._asked or self._limits.is_cancelled()
-            cause = f"asked to stop, but not saved: {problem or 'its ranks ended'}" if for_good else problem or "ended"
+            cause = self._unfinished(problem, samples, now) if for_good else problem or "ended"
             if problem != OUT_OF_TIME:  # which has been told
                 job.tell(event="end", attempt=attempt, status=status, cause=REASONS.get(status) or cause, samples=now)
             if status not in (None, EXIT_STOPPED):
@@ -200,6 +208,15 @@ class Control:
             bound = f" (start {in_vain} of {job.restarts} without a new checkpoint)" if in_vain else ""
             say(f"{problem}. Starting the ranks again, {where}{bound}.")
         raise AssertionError
+
+    def _unfinished(self, problem: str, before: int, now: int) -> str:
+        """The cause of an end that was asked for and of which the ranks said nothing. before, now: the newest
+        checkpoints of its begin and of its end."""
+        stands = f"the checkpoint at {now:,} samples stands" if now >= 0 else "there is no checkpoint"
+        if self._asked > 1:
+            return f"ended at once when asked again; {stands}"
+        why = problem or "its ranks ended"
+        return f"asked to stop: {why}; {stands}" if now > before else f"asked to stop, but not saved: {why}"
 
     def _one(self, attempt: str) -> tuple[str, int]:
         """Why one start ended, and the status of the first rank that ended badly."""

@@ -14,12 +14,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
 import submitit
 
-from seer_scale.errors import ECHO_S, EXIT_FAILED, STOP_SIGNALS, ends_at_once, stop_signals
+from seer_scale.errors import ECHO_S, EXIT_FAILED, QUEUE_SIGNALS, STOP_SIGNALS, ends_at_once, stop_signals
 from seer_scale.launch.control import control_local
 from seer_scale.launch.job import Job, process_mark
 
@@ -93,9 +94,12 @@ class _Watch:
             children = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
         except OSError:  # no Linux, or it has just ended
             children = subprocess.run(["pgrep", "-P", str(controller)], capture_output=True, text=True).stdout.split()
+        # USR2 is submitit's own once our ranks have ended, and would start them again
+        number = signal.SIGTERM if self._number in QUEUE_SIGNALS else self._number
         for pid in children:
-            os.kill(int(pid), self._number)
-            self._passed_on = self._asked
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), number)
+                self._passed_on = self._asked
 
     def _follow(self) -> None:
         """Print what the log has grown by; what all ranks complain of is told once."""

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from seer_scale.launch.job import Job
 from seer_scale.launch.job import is_alive as process_is_alive
 
 FOLLOW_S = 0.5
+NOW_S = 1.5
+"""Seconds between two requests that end a local run at once: more than ECHO_S."""
 
 
 # ------------------------------------------------------------------------------------------------ which
@@ -306,12 +309,20 @@ def _cancel(job: Job, *, now: bool) -> str:
         return slurm.cancel(job, now=now or bool(job.launched_in))  # a job looks for the mark where it was launched
     if not is_running(job):
         raise UserError(f"{job.name} is not running: {state(job)}.")
-    launcher = int(job.launcher.partition(":")[0])
-    os.kill(launcher, signal.SIGTERM)
-    if now:
-        time.sleep(1.5)
-        os.kill(launcher, signal.SIGTERM)
-    return f"{job.name} {'ends at once' if now else 'saves and stops'}."
+    if not now:
+        _signal(job, signal.SIGUSR2)  # which, unlike SIGTERM, may come as often as one likes
+        return f"{job.name} saves and stops; --now would end it at once."
+    _signal(job, signal.SIGTERM)
+    time.sleep(NOW_S)
+    _signal(job, signal.SIGTERM)
+    return f"{job.name} ends at once."
+
+
+def _signal(job: Job, number: int) -> None:
+    """To the launcher of a local run, if it is there still."""
+    if process_is_alive(job.launcher):
+        with suppress(ProcessLookupError):
+            os.kill(int(job.launcher.partition(":")[0]), number)
 
 
 def words_again(job: Job, *, nodes: str, time: str) -> list[str]:

@@ -19,7 +19,7 @@ import submitit
 
 from seer_scale import console
 from seer_scale.errors import EXIT_HUNG, UserError, complain
-from seer_scale.launch.control import Control, Limits, say
+from seer_scale.launch.control import Control, Limits, say, signal_name
 from seer_scale.launch.job import ATTEMPT, Job
 from seer_scale.launch.profile import Profile
 from seer_scale.rank_info import LAUNCHER, SLURM, without_rank_variables
@@ -257,7 +257,7 @@ def _of_srun(code: int) -> str:
     if code in (EXIT_HUNG, 128 + signal.SIGALRM):
         return "A rank hung and was ended by its watchdog"
     if code < 0:
-        return f"srun was ended by {signal.Signals(-code).name}"
+        return f"srun was ended by {signal_name(-code)}"
     if code == 128 + signal.SIGTERM:  # srun's own, to the others
         return "A rank was killed or crashed (srun names it)"
     if code > 128 and code - 128 in set(signal.Signals):

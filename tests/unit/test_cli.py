@@ -79,6 +79,8 @@ COMMANDS = (
         (["plan", "--failures", "--gpu", "512"], "--gpu is no option of seer-scale plan; did you mean --gpus?"),
         (["plan"], "plan needs --failures"),
         (["train", "no/tiny.yaml"], "There is no file no/tiny.yaml; nor any recipe beside it."),
+        (["train", "/tmp"], "/tmp is no recipe: to train on images there give a recipe's name and their path, such as"),
+        (["train", __file__], "test_cli.py is no recipe: to train on images there"),
         (["inspect", "no/run"], "There is no no/run: give a run's folder"),
         (["bench"], "bench needs one of step, data, engines"),
         (["data"], "data needs one of inspect, pack, refresh, demo"),

@@ -273,7 +273,7 @@ def test_what_is_measured_has_a_mark(tmp_path):
         mark(path, k=6),
         mark(path, limit=3),
         mark(path, limit_queries=1),
-        mark(path, queries=path),
+        mark(path, queries=folders(tmp_path / "asked", "a", "b", num=5)),
         mark(path, size=17),
     ]
     others.append(mark(folders(tmp_path / "other", "a", "c", num=5)))
@@ -362,6 +362,14 @@ def test_splits_without_classes_below_are_none_themselves(tmp_path):
     )
     (Path(path) / "train" / "0.jpg").rename(tmp_path / "photos" / "0.jpg")
     assert told(folders(tmp_path / "flat", "."))[1] == f"{tmp_path}/flat has no labels"
+
+
+def test_a_bank_that_is_asked_about_itself_is_refused(tmp_path):
+    path = folders(tmp_path / "pets", "cat", "dog")
+    (tmp_path / "link").symlink_to("pets")
+    for bank, queries in ((path, path), (path, f"{tmp_path}/link"), ("", f"{path}/")):
+        with pytest.raises(UserError, match="knn.queries are the bank itself .*where each would find itself"):
+            told(path, bank=bank, queries=queries)
 
 
 def test_an_image_without_a_label_is_named_as_what_keeps_knn_away(tmp_path):

@@ -20,7 +20,7 @@ import yaml
 from seer_scale import cli
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.launch import control as control_module
-from seer_scale.launch import runs, slurm, submit
+from seer_scale.launch import local, runs, slurm, submit
 from seer_scale.launch.control import Control, Limits, _ended
 from seer_scale.launch.job import ATTEMPT, Job, is_alive, process_mark, snapshot
 from seer_scale.launch.options import grid
@@ -731,6 +731,76 @@ def test_what_was_asked_to_stop_is_not_started_again(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_cancel_given_twice_asks_once(tmp_path, monkeypatch):
+    """A second one ends nothing at once, however long saving takes; nor does the launcher take it for that."""
+    monkeypatch.setattr(control_module, "ECHO_S", -1.0)
+    monkeypatch.setattr(local, "ECHO_S", -1.0)
+
+    class Saving(Scripted):
+        def poll(self) -> str | None:
+            if self._polls < 3:
+                assert "saves and stops" in runs._cancel(running, now=False)
+            self._polls += 1
+            return "" if self._polls > 5 else None
+
+    control, made = controlled(tmp_path, Saving, Limits(), (8, 75, ""))
+    running = dataclasses.replace(control.job, cluster="local", launcher=process_mark(os.getpid()))
+    assert control.run() == 75 and signal.SIGKILL not in made[0].heard
+    with local._Watch(None) as watch:
+        for _ in range(2):
+            runs._cancel(running, now=False)
+    assert watch._asked == 1
+
+
+def test_a_launcher_passes_no_signal_on_that_is_submitits(monkeypatch):
+    """Once the ranks have ended, submitit would start them again for SIGUSR2; nobody is there to be told then."""
+    process = subprocess.Popen(["sh", "-c", "sleep 100 & wait $!; exit $?"])
+    with local._Watch(type("Job", (), {"_process": process})) as watch:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while watch._passed_on < watch._asked:
+            watch._pass_on()
+        assert process.wait() == 128 + signal.SIGTERM
+        watch._passed_on = 0
+        monkeypatch.setattr(Path, "read_text", lambda self: str(process.pid))  # as if its child had just ended
+        watch._pass_on()
+        assert watch._passed_on == 0
+
+
+def test_cancel_now_of_a_launcher_that_ends_meanwhile(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    process = subprocess.Popen(["sleep", "100"])
+    job = job_of(tmp_path / "a", cluster="local", launcher=process_mark(process.pid))
+    job.write()
+    monkeypatch.setattr(time, "sleep", lambda seconds: process.wait())
+    assert cli.run(["cancel", "a", "--now"]) == 0 and capsys.readouterr().out == "x ends at once.\n"
+
+
+@pytest.mark.parametrize(
+    "requests, saved, before, cause",
+    [
+        (2, 72, -1, "ended at once when asked again; the checkpoint at 72 samples stands"),
+        (2, None, -1, "ended at once when asked again; there is no checkpoint"),
+        (1, 72, 40, "asked to stop: Rank 0 was ended by SIGKILL; the checkpoint at 72 samples stands"),
+        (1, None, 40, "asked to stop, but not saved: Rank 0 was ended by SIGKILL"),
+    ],
+)
+def test_what_was_saved_before_an_end_is_told_with_it(tmp_path, monkeypatch, requests, saved, before, cause):
+    monkeypatch.setattr(control_module, "ECHO_S", -1.0)
+    if before >= 0:
+        (tmp_path / "checkpoints" / f"samples-{before:012d}").mkdir(parents=True)
+
+    class Killed(Scripted):
+        def poll(self) -> str | None:
+            self._polls += 1
+            if self._polls <= requests:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return "Rank 0 was ended by SIGKILL" if self._polls > 4 else None
+
+    control, made = controlled(tmp_path, Killed, Limits(), (saved, None, ""))
+    assert control.run() == 1 and (signal.SIGKILL in made[0].heard) == (requests == 2)
+    assert control.job.attempts()[-1]["cause"] == cause
+
+
 def test_an_outcome_of_another_start_is_none(tmp_path):
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "outcome.json").write_text(json.dumps({"attempt": "6.0.1", "status": 0}))
@@ -744,3 +814,5 @@ def test_ends_are_told_by_name():
         and "hung" in _ended("Rank 3", -signal.SIGALRM)
         and _ended("Rank 3", 7) == "Rank 3 ended with status 7"
     )
+    assert _ended("Rank 3", -40) == "Rank 3 was ended by signal 40, from outside or for want of memory"
+    assert slurm._of_srun(-40) == "srun was ended by signal 40"

@@ -101,6 +101,12 @@ def test_a_list_of_lines_that_cannot_be_read_says_how_many_were_looked_at(tmp_pa
         open_source(str(tmp_path / "list.txt"))
     (tmp_path / "a.jpg").touch()
     (tmp_path / "list.csv").write_text("a.jpg,cat\n" * 3)
+    (tmp_path / "blanks.txt").write_text("a.jpg  cat\n" * 3)
+    with pytest.raises(DataError, match="parted by tabs, not spaces"):
+        open_source(str(tmp_path / "blanks.txt"))
+    (tmp_path / "home.txt").write_text("~/a.jpg\n")
+    with pytest.raises(DataError, match="~ is not expanded"):
+        open_source(str(tmp_path / "home.txt"))
     with pytest.raises(DataError, match="parted by tabs, not commas"):
         open_source(str(tmp_path / "list.csv"))
     (tmp_path / "list.txt").write_text("# a\n# b")

@@ -172,9 +172,7 @@ def test_replacement_does_not_depend_on_ranks_or_workers(broken):
 def test_nothing_readable_is_one_sentence(tmp_path, workers):
     for n in range(3):
         (tmp_path / f"{n}.jpg").write_bytes(b"")
-    with pytest.raises(
-        DataError, match=r"^100 images in a row cannot be read, so check data.path; .*: the file is empty"
-    ):
+    with pytest.raises(DataError, match=r"^All 3 images cannot be read, so check data.path; .*: the file is empty"):
         batches(open_source(str(tmp_path)), workers=workers)
 
 

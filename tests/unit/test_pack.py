@@ -149,6 +149,12 @@ def test_unreadable_are_listed(broken, tmp_path):
     assert "37 images" in told and "4 that cannot be read left out, listed in" in told
     assert len(open_source(str(tmp_path / "dst"))) == N - 4
     assert (tmp_path / "page.jpg").read_bytes() in images(open_source(str(tmp_path / "dst")))
+    (tmp_path / "empty").mkdir()
+    for name, data in (("a.jpg", b""), ("b.jpg", (tmp_path / "page.jpg").read_bytes())):
+        (tmp_path / "empty" / name).write_bytes(data)
+    pack(tmp_path / "empty", tmp_path / "dst2")
+    assert len(open_source(str(tmp_path / "dst2"))) == 1
+    assert (tmp_path / "dst2" / "unreadable.txt").read_text() == f"{tmp_path}/empty/a.jpg: the file is empty\n"
 
 
 def test_check_leaves_out_what_does_not_decode(broken, tmp_path):

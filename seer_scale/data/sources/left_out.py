@@ -41,7 +41,7 @@ ADVICE = {
     FOREIGN: "store them as regular files",
     SPARSE: "pack them as whole files (tar without --sparse)",
     SECOND: "of each key one image is read, as WebDataset does",
-    NO_END: "they may have been cut between two members",
+    NO_END: "read as far as it goes; it may have been cut between two members",
     HEADERS: "a first line of column names, and no file",
     COMMENTS: "they name no file",
     COLUMNS: "a path and a label are read",

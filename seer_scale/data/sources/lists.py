@@ -101,6 +101,10 @@ class ListFile(Source):
         hint = "relative paths are taken from the list's own folder"
         if any(os.path.isfile(name.partition(",")[0]) for name in looked_at):
             hint = "its columns must be parted by tabs, not commas"
+        elif any(os.path.isfile(name[: gap.start()]) for name in looked_at for gap in re.finditer(" +", name)):
+            hint = "its columns must be parted by tabs, not spaces"
+        elif any("~" in name.split("/") for name in looked_at):
+            hint = "~ is not expanded: write the whole path"
         elif self._is_labelled and self._has_paths_for_labels():
             hint = "its columns must be a path and then a label, in this order"
         several = f"; of {num} lines looked at, spread over its {self._num:,}, none can be read" if num > 1 else ""
