@@ -131,7 +131,7 @@ def complain(error: UserError) -> int:
 def why_missing(path: str | os.PathLike) -> str:
     """Of a path of which os.path.exists says no, why, and what is nearest: "does not exist; did you mean ..."."""
     missing = Path(path)
-    while not missing.parent.is_dir() and missing.parent != missing:
+    while not os.path.isdir(missing.parent) and missing.parent != missing:
         missing = missing.parent
     try:
         close = nearest(missing.name, os.listdir(missing.parent))

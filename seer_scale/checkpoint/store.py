@@ -216,11 +216,11 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / MANIFEST).read_bytes())
         sealed = content.pop("crc32")
-    except (FileNotFoundError, NotADirectoryError):
-        if not path.exists():
-            raise ValueError(f"it {why_missing(path).removesuffix('.')}") from None
-        raise ValueError(f"it has no {MANIFEST}, so it was not finished or is no checkpoint") from None
     except OSError as e:
+        if not os.path.exists(path):
+            raise ValueError(f"it {why_missing(path).removesuffix('.')}") from None
+        if isinstance(e, FileNotFoundError | NotADirectoryError):
+            raise ValueError(f"it has no {MANIFEST}, so it was not finished or is no checkpoint") from None
         raise ValueError(f"its {MANIFEST} cannot be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"its {MANIFEST} is damaged") from None
@@ -249,7 +249,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         return _manifest(path)
     except ValueError as e:
         inside = [*_published(path), *_published(path / "checkpoints")]
-        hint = f"; did you mean {inside[0]}?" if inside else "; choose another." if path.exists() else "."
+        hint = f"; did you mean {inside[0]}?" if inside else "; choose another." if os.path.exists(path) else "."
         raise CheckpointError(f"{path} cannot be used as a checkpoint: {e}{hint}") from None
 
 
@@ -461,7 +461,7 @@ def _samples(path: Path) -> int:
 
 def _published(folder: Path) -> list[Path]:
     """What bears a checkpoint's name, newest first."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=_order, reverse=True)
 
@@ -471,7 +471,10 @@ def _names(folder: Path, world: World) -> list[str]:
     names: list[str] = []
     with _agreement(world):
         if world.is_main:
-            names = [p.name for p in _published(folder)]
+            try:
+                names = [p.name for p in _published(folder)]
+            except OSError as e:
+                raise CheckpointError(f"{folder} cannot be listed ({e.strerror}): make it readable.") from e
     return world.broadcast_object(names)
 
 

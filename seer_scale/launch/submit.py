@@ -144,7 +144,7 @@ def _submit(prepared: list[Prepared]) -> int:
     from seer_scale.launch.prepare import stow
 
     slurm.must_be_there()
-    before = {job.run_dir for job, _, _ in prepared if Path(job.run_dir).exists()}
+    before = {job.run_dir for job, _, _ in prepared if os.path.exists(job.run_dir)}
     mine: list[Job] = []
     with ExitStack() as claims:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -196,11 +197,11 @@ def _check_here(config: Config, info: RankInfo) -> None:
 def _no_empty_run(run_dir: Path, info: RankInfo) -> Iterator[None]:
     """A start that is refused before the run has begun, which the first line of its log tells, leaves no folder that
     was not there before. What crashes leaves what it said."""
-    made = [place for place in (run_dir, *run_dir.parents) if not place.exists()] if info.rank == 0 else []
+    made = [place for place in (run_dir, *run_dir.parents) if not os.path.exists(place)] if info.rank == 0 else []
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
-        if made and run_dir.exists() and not isinstance(error, RankLost):
+        if made and os.path.exists(run_dir) and not isinstance(error, RankLost):
             with (
                 suppress(UserError),
                 RunLock(run_dir) as lock,

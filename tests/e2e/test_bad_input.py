@@ -54,6 +54,25 @@ def test_one_sentence_before_anything_is_taken(tmp_path, photos, capsys):
         assert part in together
 
 
+def test_paths_below_what_cannot_be_looked_into(tmp_path, photos, capsys):
+    """As below another user's folder: whoever asks whether such a path is there is told why it is not."""
+    given, place = recipe(tmp_path, photos), tmp_path / ("x" * 300) / "y" / "z"
+    for words in (
+        ("data", "inspect", place),
+        *(
+            ("train", given, "--run.dir", tmp_path / "run", f"--{key}", place)
+            for key in ("data.path", "knn.bank", "checkpoint.resume", "checkpoint.init_from")
+        ),
+    ):
+        told = told_by(capsys, words)
+        assert "cannot be read (File name too long)" in told and f"there is: {tmp_path}" in told
+        assert not (tmp_path / "run").exists()
+    sentence = f"{place} cannot hold a run (File name too long): choose another run.dir."
+    assert sentence in told_by(capsys, ("train", given, "--run.dir", place))
+    assert main(["launch", given, "--cluster", "local", "--run.dir", str(place)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_images_that_are_none(tmp_path, photos, capsys):
     given = recipe(tmp_path, photos)
     empty, text = tmp_path / "empty", tmp_path / "text"

@@ -564,3 +564,12 @@ def test_a_save_that_begins_meanwhile_leaves_the_mark_of_the_best(tmp_path, monk
     monkeypatch.setattr(os, "replace", beside_a_save)
     assert store.mark_best(tmp_path, {8: 50.0}) == store.best_of(tmp_path) == best.name
     assert find(tmp_path) == ("samples-000000000016", [])
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    def refused(folder: Path):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path} cannot be listed \\(Permission denied\\): make it"):
+        store.newest(tmp_path, ALONE)
