@@ -11,6 +11,7 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,7 +97,7 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
             f"knn.queries are the bank itself ({shown(bank_path)}), where each would find itself: leave knn.queries "
             "out, and a fifth of the bank is held out to ask about."
         )
-    if problem := _without_classes(bank, bank_path, splits):
+    if problem := _without_classes(bank, bank_path, splits, exclude):
         if c.bank or c.queries:
             raise DataError(
                 f"{problem}, but kNN needs classes: sort the images into one folder a class, or set knn.enabled false."
@@ -165,8 +166,8 @@ def _share_classes(splits: Sequence[str], exclude: Sequence[str]) -> bool:
 
 def why_unlabelled(config: Config, source: Source | None = None) -> str | None:
     """Why there can be no kNN of data.path, as a clause. source: data.path, already opened."""
-    path = config.data.path
-    return _without_classes(source or open_data(config.data), path, split_folders(path, config.data.exclude))
+    path, exclude = config.data.path, config.data.exclude
+    return _without_classes(source or open_data(config.data), path, split_folders(path, exclude), exclude)
 
 
 def named_classes(classes: Sequence[str]) -> str:
@@ -187,12 +188,17 @@ def _with_classes(path: str, config: Config) -> Source | None:
     return source if source.has_labels else None
 
 
-def _without_classes(source: Source, path: str, splits: Sequence[str]) -> str | None:
-    """Why these images have no classes to classify by, as a clause; None where they have."""
+def _without_classes(source: Source, path: str, splits: Sequence[str], exclude: Sequence[str] = ()) -> str | None:
+    """Why these images have no classes to classify by, as a clause; None where they have. Of splits the first is the
+    one that must have them."""
     if source.has_labels and not are_splits(source.classes):
         return None
-    if not splits and (some := source.unlabelled()):
-        return f"{shown(path)} has not a label for each image: {some}"
+    place, some = splits[0] if splits else path, "" if splits else source.unlabelled()
+    if splits and len(folders_in(place, exclude)) > 1:
+        with suppress(DataError):
+            some = open_source(place, exclude=exclude).unlabelled()
+    if some:
+        return f"{shown(place)} has not a label for each image: {some}"
     parts = [shown(os.path.basename(folder)) for folder in splits] or [shown(name) for name in source.classes]
     return (
         f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)"

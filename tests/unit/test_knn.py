@@ -383,8 +383,25 @@ def test_an_image_without_a_label_is_named_as_what_keeps_knn_away(tmp_path):
     )
     cat = (Path(path) / "cat" / "0.jpg").read_bytes()
     write_tar(tmp_path / "t.tar", {"0.jpg": cat, "0.cls": b"1", "1.jpg": cat, "2.jpg": cat})
-    assert f"2 of its 3 images lack a .cls, the first in {tmp_path}/t.tar" in told(str(tmp_path / "t.tar"))[1]
+    assert f"2 of its 3 images are without a .cls ({tmp_path}/t.tar::1.jpg)" in told(str(tmp_path / "t.tar"))[1]
     (tmp_path / "parts.yaml").write_text(f"parts: [{{path: {path}}}]\n")
     assert f"1 of its {num} images has none ({path}/stray.jpg)" in told(str(tmp_path / "parts.yaml"))[1]
     os.remove(f"{path}/stray.jpg")
     assert told(path)[0]
+    write_tar(tmp_path / "a.tar", {"cat/0.jpg": cat, "dog/1.jpg": cat})
+    write_tar(tmp_path / "b.tar", {"cat/0.jpg": cat, "root.jpg": cat})
+    both = f"{tmp_path}/a.tar,{tmp_path}/b.tar"
+    assert f"1 of its 4 images is outside its folders ({tmp_path}/b.tar::root.jpg)" in told(both)[1]
+    write_tar(tmp_path / "one.tar", {"cat/0.jpg": cat, "root.jpg": cat})  # of which one folder makes no classes
+    assert told(str(tmp_path / "one.tar"))[1] == f"{tmp_path}/one.tar has no labels"
+
+
+def test_an_image_beside_the_classes_of_a_split_is_named_as_what_keeps_knn_away(tmp_path):
+    path = folders(tmp_path / "photos", "train/cat", "train/dog", "val/cat", "val/dog")
+    shutil.copy(f"{path}/train/cat/0.jpg", f"{path}/train/stray.jpg")
+    why = f"{path}/train has not a label for each image: 1 of its 7 images has none ({path}/train/stray.jpg)"
+    assert told(path) == (None, why)
+    for more in ({"bank": path}, {"queries": f"{path}/val"}):
+        with pytest.raises(UserError, match=rf"{path}/train/stray.jpg\), but kNN needs classes"):
+            told(path, **more)
+    assert labelled_images(Config(data=Data(path=path, exclude=("stray.jpg",)), knn=KNN))

@@ -17,6 +17,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from io import BufferedReader, BytesIO, FileIO
@@ -119,7 +120,7 @@ class Tars(Source):
             builder.add(path)
         self._paths = builder.build()
         self._labelled_by, self._is_labelled = _labelled_by(sums)
-        self._without_cls = int((sums[:, 0] - sums[:, 1]).sum()), int((sums[:, 0] > sums[:, 1]).argmax())
+        self._unlabelled = _unlabelled(sums)
         self.left_out = {kind: n for kind, n in zip(KINDS, sums[:, 4:].sum(axis=0).tolist()) if n}
         self._begin()
 
@@ -249,11 +250,17 @@ class Tars(Source):
         return self._is_labelled
 
     def unlabelled(self) -> str:
-        """From the counts alone: the labels of all tars take long to read."""
-        num, first = self._without_cls
-        if not self._labelled_by or self._is_labelled:
+        """From the counts and one tar: the labels of all take long to read."""
+        num, shard, source = self._unlabelled
+        if not num:
             return ""
-        return f"{num:,} of its {counted(len(self), 'image')} lack a .cls, the first in {shown(self._paths[first])}"
+        name = shown(self._paths[shard])
+        with suppress(DataError):
+            first = int((self._load(shard, [source])[source] < 0).argmax())
+            self._index(shard)  # without which no server is asked for a name
+            name = self._name(shard, first)
+        what = "without a .cls" if source == "cls" else "outside its folders"
+        return f"{num:,} of its {counted(len(self), 'image')} {'is' if num == 1 else 'are'} {what} ({name})"
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -471,6 +478,15 @@ def _labelled_by(sums: np.ndarray) -> tuple[str | None, bool]:
         return "cls", bool((with_cls == images).all())
     is_sorted = bool((in_folder == images).all() and ((folder < 0).any() or len(np.unique(folder)) > 1))
     return ("folder" if is_sorted else None), is_sorted
+
+
+def _unlabelled(sums: np.ndarray) -> tuple[int, int, str]:
+    """(images without what labels others, the first tar that holds one, "cls" or "folder"), from the sums alone."""
+    images, with_cls, in_folder, folder = sums[:, :4].T
+    of = folder[in_folder > 0]
+    by_cls, by_folder = with_cls.any(), (of < 0).any() or len(np.unique(of)) > 1
+    lacking = images - (with_cls if by_cls else in_folder if by_folder else images)
+    return int(lacking.sum()), int((lacking > 0).argmax()), "cls" if by_cls else "folder"
 
 
 def _told(what: str, results: Iterable, total: int) -> Iterator:
