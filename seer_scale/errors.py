@@ -13,7 +13,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from seer_scale.files import shown
@@ -88,6 +89,15 @@ class RankLost(TrainingFailed):
 
 class StartStopped(UserError):
     """A stop was asked for before there was anything to save."""
+
+
+@contextmanager
+def nothing_begun() -> Iterator[None]:
+    """What a start does before it notes signals: SIGINT ends that and costs nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise StartStopped("Stopped by SIGINT before anything was begun. Start it again and it goes on.") from None
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:

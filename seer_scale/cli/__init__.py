@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return complain(error)
     except KeyboardInterrupt:
-        lost = ": what was done since the newest checkpoint is lost" if words[:1] == ["train"] else ""
+        lost = ": what was done since the newest checkpoint, if anything, is lost" if words[:1] == ["train"] else ""
         print(f"Stopped at once{lost}.", file=sys.stderr, flush=True)
         return EXIT_FAILED
 

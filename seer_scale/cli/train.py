@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from seer_scale import __version__
 from seer_scale.cli.parser import add_command
 from seer_scale.config import RECIPES, all_keys, load_recipe, recipe_names
-from seer_scale.errors import EXIT_DONE, ConfigError, complain
+from seer_scale.errors import EXIT_DONE, ConfigError, complain, nothing_begun
 from seer_scale.files import shown, to_json
 from seer_scale.rank_info import detect
 
@@ -38,9 +39,11 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    if not args.print_config:
-        _tell_start(args.recipe)
-    from seer_scale.train import start  # takes seconds to load
+    with nothing_begun():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if not args.print_config:
+            _tell_start(args.recipe)
+        from seer_scale.train import start  # takes seconds to load
 
     if args.print_config:
         config, problems = start.look_at_recipe(args.recipe, args.overrides, detect().size)

@@ -29,7 +29,7 @@ from seer_scale.config import (
     resolve,
 )
 from seer_scale.data.sources import kind_of
-from seer_scale.errors import ConfigError, RankLost, UserError
+from seer_scale.errors import ConfigError, RankLost, UserError, nothing_begun
 from seer_scale.extras import how_to_install
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import build_backbone
@@ -151,11 +151,12 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
 
     attempt: a word all ranks of this start share (see world.start). Raises UserError.
     """
-    info = detect()
-    config = resolve_recipe(recipe, overrides, info.size, looks=info.size == 1)
-    if note := of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
-        print(note, flush=True)
-    run_dir = run_dir_of(config, recipe)
+    with nothing_begun():
+        info = detect()
+        config = resolve_recipe(recipe, overrides, info.size, looks=info.size == 1)
+        if note := of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
+            print(note, flush=True)
+        run_dir = run_dir_of(config, recipe)
     timeouts = Timeouts.of(config)
     with (
         _no_empty_run(run_dir, info),

@@ -7,9 +7,12 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import tomllib
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,6 +21,7 @@ from seer_scale import __version__
 from seer_scale.cli import main
 from seer_scale.cli.look import BENCHES
 from seer_scale.config import load_recipe, recipe_names, resolve
+from seer_scale.errors import EXIT_STOPPED
 
 COMMANDS = (
     "train",
@@ -200,6 +204,42 @@ def test_interrupted(capsys, monkeypatch):
     monkeypatch.setattr("seer_scale.cli.train.recipes", interrupted)
     assert main(["recipes"]) == 1
     assert capsys.readouterr().err.startswith("Stopped at once")
+
+
+ASKED = """
+import importlib, os, signal, sys
+class Asked:
+    def find_spec(name, *_):
+        if name == moment:
+            os.kill(os.getpid(), number)
+        if name == "seer_scale.train.start" and number != signal.SIGINT:
+            os._exit(number in signal.sigpending())
+door, moment, number = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+sys.meta_path.insert(0, Asked)
+module, _, name = door.partition(":")
+sys.exit(getattr(importlib.import_module(module), name)())
+"""
+
+
+@pytest.mark.parametrize("moment", ["seer_scale.cli", "yaml", "seer_scale.train.start"])
+def test_a_stop_is_noted_from_the_first_moment(moment, tmp_path):
+    """As the installed script does it; of SIGINT the start ends, the others wait until a run can save."""
+    door = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]["seer-scale"]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        words = [sys.executable, "-c", ASKED, door, moment, str(int(number)), "train", "demo"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        if number == signal.SIGINT:
+            told = "seer-scale: Stopped by SIGINT before anything was begun. Start it again and it goes on.\n"
+            assert (done.returncode, done.stderr) == (EXIT_STOPPED, told)
+        else:
+            assert done.returncode == 1 and not done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_within_a_process_blocks_no_signal():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert main(["train", "no.yaml"]) == 2
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def test_commands_start_in_a_moment(tmp_path):

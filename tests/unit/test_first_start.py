@@ -71,6 +71,16 @@ def test_a_first_start_that_is_refused_leaves_no_folder(given, tmp_path, monkeyp
     assert (runs / "new").is_dir()
 
 
+def test_an_interrupt_before_anything_is_begun_is_a_stop(given, tmp_path, monkeypatch):
+    def interrupted(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "resolve_recipe", interrupted)
+    with pytest.raises(StartStopped, match="Stopped by SIGINT before anything was begun"):
+        run_training(*given)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_checkpoint_that_is_not_there_is_said_to_be_so(given, tmp_path):
     (tmp_path / "runs").mkdir()
     for key in ("init_from", "resume"):
