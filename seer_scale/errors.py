@@ -138,27 +138,34 @@ def complain(error: UserError) -> int:
     return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_BAD_INPUT
 
 
+ABSENT, DANGLING = "does not exist", "is a link that leads nowhere"
+
+
 def why_missing(path: str | os.PathLike) -> str:
-    """Of a path of which os.path.exists says no, why, and what is nearest: "does not exist; did you mean ..."."""
-    missing = Path(path)
+    """Of a path of which os.path.exists says no, why, and what is nearest: "does not exist; did you mean ...?"."""
+    cause, missing = _cause(path), Path(path)
+    if os.path.islink(path):  # another name would be no nearer to what it leads to
+        return f"{cause}."
     while not os.path.isdir(missing.parent) and missing.parent != missing:
         missing = missing.parent
+    if cause == ABSENT and os.path.lexists(missing):  # on the way, and no folder
+        return f"{cause}; {missing} {DANGLING if os.path.islink(missing) else 'is no folder'}."
     try:
         close = nearest(missing.name, os.listdir(missing.parent))
     except OSError:
         close = ""
-    if close.startswith("did"):
+    if close.startswith("did") and cause == ABSENT:
         hint = f"did you mean {missing.parent / close.removeprefix('did you mean ')}"
     else:
         hint = f"the nearest folder there is: {missing.parent.absolute()}."
-    return f"{_cause(path)}; {hint}"
+    return f"{cause}; {hint}"
 
 
 def _cause(path: str | os.PathLike) -> str:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return "is a link that leads nowhere" if os.path.islink(path) else "does not exist"
+        return DANGLING if os.path.islink(path) else ABSENT
     except (OSError, ValueError) as error:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     return "did not exist a moment ago"

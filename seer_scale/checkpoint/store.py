@@ -33,6 +33,7 @@ import torch
 from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
 from seer_scale.errors import CheckpointError, why_missing
 from seer_scale.files import sync_folder
+from seer_scale.formatting import ended
 from seer_scale.world import World
 
 if TYPE_CHECKING:
@@ -249,8 +250,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         return _manifest(path)
     except ValueError as e:
         inside = [*_published(path), *_published(path / "checkpoints")]
-        hint = f"; did you mean {inside[0]}?" if inside else "; choose another." if os.path.exists(path) else "."
-        raise CheckpointError(f"{path} cannot be used as a checkpoint: {e}{hint}") from None
+        hint = f"; did you mean {inside[0]}?" if inside else "; choose another" if os.path.exists(path) else ""
+        raise CheckpointError(f"{path} cannot be used as a checkpoint: {ended(f'{e}{hint}')}") from None
 
 
 def read_layout(path: Path, world: World = World()) -> Layout:

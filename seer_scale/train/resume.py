@@ -13,6 +13,7 @@ from typing import Any
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_section
 from seer_scale.errors import CheckpointError, UserError
+from seer_scale.formatting import ended
 from seer_scale.methods.base import BufferKind, Method
 from seer_scale.methods.registry import build_method
 from seer_scale.optim.schedules import LearningRate
@@ -41,11 +42,11 @@ def find(
     if c.resume not in ("auto", "none"):
         path = Path(c.resume)
         # this run dir went on from `path` before: the same command, given again, goes on with what came of it
-        if found and Path(store.read_meta(found, world)["config"]["checkpoint"]["resume"]).resolve() == path.resolve():
+        if found and _lies_at(path, store.read_meta(found, world)["config"]["checkpoint"]["resume"]):
             return found
         if problem := store.flaw(path, world, contents=contents):
-            raise CheckpointError(f"checkpoint.resume {path} cannot be used: {problem}.")
-        if found and found.resolve() != path.resolve():
+            raise CheckpointError(f"checkpoint.resume {path} cannot be used: {ended(problem)}")
+        if found and not _lies_at(path, found):
             raise UserError(
                 f"checkpoint.resume is {path}, but {run_dir} already holds {found.name}, and a run.dir holds "
                 "one line of checkpoints: give another run.dir to go on from the one named, or resume auto to "
@@ -58,6 +59,11 @@ def find(
             "resume auto."
         )
     return found
+
+
+def _lies_at(path: Path, other: str | Path) -> bool:
+    """Path.resolve() would raise for links to themselves."""
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def must_go_on(path: Path, config: Config, world: World = World()) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def find_weights(
         if found := store.newest(folder, world, verify=contents, warn=warn):
             return found
     if problem := store.flaw(path, world, contents=contents):
-        raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {problem}.")
+        raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {ended(problem)}")
     return path
 
 

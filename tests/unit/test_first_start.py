@@ -88,6 +88,25 @@ def test_a_checkpoint_that_is_not_there_is_said_to_be_so(given, tmp_path):
         assert f"runz cannot be used: it does not exist; did you mean {tmp_path / 'runs'}" in told
 
 
+def test_links_that_lead_nowhere_are_not_offered_as_themselves(given, tmp_path):
+    (tmp_path / "lost").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "run").mkdir()
+    for key in ("data.path", "knn.bank", "checkpoint.init_from", "checkpoint.resume"):
+        for name, why in (
+            ("lost", "is a link that leads nowhere."),
+            ("lost/x", f"does not exist; {tmp_path}/lost is a link that leads nowhere."),
+            ("loop", "cannot be read (Too many levels of symbolic links)."),
+            ("run/x", f"does not exist; the nearest folder there is: {tmp_path}/run."),
+            ("runn", f"does not exist; did you mean {tmp_path}/run?"),
+            ("small.yaml/x", f"does not exist; {tmp_path}/small.yaml is no folder."),
+        ):
+            told = refused(given, "--knn.enabled", "true", f"--{key}", str(tmp_path / name))
+            assert told.endswith(why) and "?." not in told, (key, told)
+    run_training(*given)
+    refused(given, "--checkpoint.resume", str(tmp_path / "loop"))  # compared with what the run holds
+
+
 def test_what_one_rank_makes_of_an_engine_is_said(given, capsys):
     """Beside the keys of that engine, which have no effect then."""
     words = ["--parallel.engine", "fsdp", "--parallel.min_unit_mib", "5", "--train.samples", "8"]
