@@ -270,7 +270,8 @@ class Control:
             if line["event"] == "begin" and line["time"] >= self.job.submitted:
                 start = line["attempt"].rpartition(".")[0]
                 starts = starts | {start} if line["samples"] == now else set()
-                told = max(told, int(start.rpartition(".")[2])) if start.startswith(f"{name}.") else told
+                mine = start.startswith(f"{name}.") and start.rpartition(".")[2]
+                told = max(told, int(mine)) if mine and mine.isdecimal() else told
         # those that a full disk kept from being told, after the newest that was
         return starts | {f"{name}.{n}" for n in range(told + 1, int(number))} if self._requeue and name else starts
 
@@ -280,9 +281,9 @@ class Control:
         try:
             said = json.loads((self.job.place / "outcome.json").read_text())
         except (OSError, ValueError):
-            said = {}
-        if said.get("attempt") == attempt:
-            return said["status"]
+            said = None
+        if isinstance(said, dict) and said.get("attempt") == attempt and isinstance(said.get("status"), int):
+            return int(said["status"])
         return EXIT_STOPPED if code == EXIT_STOPPED else None
 
     def _ask(self, number: int, _: object) -> None:

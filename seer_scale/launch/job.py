@@ -83,6 +83,7 @@ class Job:
         try:
             given = json.loads(record.read_bytes())
             job = cls(**given)
+            _must_be_typed(job)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -132,13 +133,16 @@ class Job:
     # --- its starts
 
     def attempts(self) -> list[dict[str, Any]]:
-        """The lines of attempts.jsonl; a torn one is passed over."""
+        """The lines of attempts.jsonl that say how a start began or ended; torn and foreign ones are passed over."""
         return list(_lines(self.place / "attempts.jsonl"))
 
     def tell(self, **line: Any) -> None:
-        """Add a line to attempts.jsonl; a full disk costs it."""
-        with suppress(OSError), (self.place / "attempts.jsonl").open("a") as file:
-            file.write(to_json(line | {"time": time.time()}) + "\n")
+        """Add a line to attempts.jsonl; a full disk costs it, and one that it has torn takes no other with it."""
+        with suppress(OSError), (self.place / "attempts.jsonl").open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            begin = "" if file.read(1) in (b"", b"\n") else "\n"
+            file.write(f"{begin}{to_json(line | {'time': time.time()})}\n".encode())
 
     def newest_checkpoint(self) -> int:
         """Samples seen by the newest checkpoint, by its name alone; -1 where there is none."""
@@ -151,16 +155,46 @@ def _is_record(path: Path) -> bool:
         given = json.loads(path.read_bytes())
     except ValueError:
         return False
-    return isinstance(given, dict) and {"run_dir", "cluster"} <= set(given)
+    return isinstance(given, dict) and all(isinstance(given.get(key), str) for key in ("run_dir", "cluster"))
+
+
+def _must_be_typed(job: Job) -> None:
+    """launcher has been a number; whatever it is, `is_alive` answers. Raises TypeError."""
+    kinds = {
+        "str": str,
+        "int": int,
+        "float": (int, float),
+        "dict[str, Any]": dict,
+        "list[str]": list,
+        "list[int]": list,
+    }
+    for f in dataclasses.fields(job):
+        if f.name != "launcher" and not isinstance(getattr(job, f.name), kinds[str(f.type)]):
+            raise TypeError(f.name)
+    if not all(isinstance(word, str) for word in job.command) or not all(isinstance(n, int) for n in job.fits):
+        raise TypeError("command, fits")
+
+
+LINES: dict[str, dict[str, Any]] = {
+    "begin": {"attempt": str, "time": (int, float), "samples": int, "ranks": int, "nodes": list},
+    "end": {"attempt": str, "time": (int, float), "samples": int, "cause": str},
+}
+"""What a line of attempts.jsonl holds, by its event."""
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return
+    for line in content.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and "event" in record:
+        event = record.get("event") if isinstance(record, dict) else None
+        kinds = LINES.get(event) if isinstance(event, str) else None
+        if kinds and all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
             yield record
 
 
@@ -197,4 +231,5 @@ def process_mark(pid: int) -> str:
 
 def is_alive(mark: str) -> bool:
     """Whether the process of a `process_mark` lives; one on another machine cannot be seen, and counts as gone."""
-    return bool(mark) and process_mark(int(mark.partition(":")[0])) == mark
+    pid = str(mark).partition(":")[0]
+    return pid.isdecimal() and process_mark(int(pid)) == mark

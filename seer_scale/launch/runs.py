@@ -153,7 +153,7 @@ def progress(job: Job) -> str:
     total, batch = (
         re.search(rf"^train:.*?^  {key}: (\d+)", config, re.M | re.S) for key in ("samples", "global_batch")
     )
-    of = f" of {-(-int(total[1]) // int(batch[1])) * int(batch[1]):,}" if total and batch else ""
+    of = f" of {-(-int(total[1]) // int(batch[1])) * int(batch[1]):,}" if total and batch and int(batch[1]) else ""
     return f"{seen:,}{of} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (
         f", {rate:.0f} images/s" if rate else ""
     )
@@ -172,8 +172,11 @@ def _newest_line(job: Job) -> tuple[int, float]:
             row = json.loads(line)
         except ValueError:  # torn
             continue
-        if "step" in row and "event" not in row:
-            return row["samples_seen"], row.get("throughput/img_per_s") or 0.0
+        if not isinstance(row, dict) or "event" in row or not isinstance(row.get("samples_seen"), int):
+            continue
+        if "step" in row:
+            rate = row.get("throughput/img_per_s")
+            return row["samples_seen"], rate if isinstance(rate, int | float) else 0.0
     return 0, 0.0
 
 
@@ -239,7 +242,9 @@ def _print_status(job: Job) -> None:
     for line in job.attempts()[-8:]:
         at = time.strftime("%F %T", time.localtime(line["time"]))
         if line["event"] == "begin":
-            print(f"  {at}  {line['attempt']} began on {counted(line['ranks'], 'rank')} ({', '.join(line['nodes'])})")
+            print(
+                f"  {at}  {line['attempt']} began on {counted(line['ranks'], 'rank')} ({', '.join(map(str, line['nodes']))})"
+            )
         else:
             print(f"  {at}  {line['attempt']} {line['cause']}")
 

@@ -443,6 +443,8 @@ def test_several_runs_are_asked_at_once(tmp_path, monkeypatch, capsys):
         ("\xff", "is torn"),
         ("more", "was written by another version of seer_scale"),
         ("less", "was written by another version of seer_scale"),
+        ("late", "was written by another version of seer_scale"),
+        ("nowhere", "is torn or was written by something else"),
     ],
 )
 def test_a_record_that_is_none_is_said_to_be_that(recipe, content, said, capsys, monkeypatch):
@@ -451,7 +453,9 @@ def test_a_record_that_is_none_is_said_to_be_that(recipe, content, said, capsys,
     job = stow(job, given)
     whole = dataclasses.asdict(job)
     less = {k: v for k, v in whole.items() if k != "fits"}
-    text = {"more": json.dumps(whole | {"colour": 1}), "less": json.dumps(less)}.get(content, content)
+    others = {"more": whole | {"colour": 1}, "less": less}
+    others |= {"late": whole | {"submitted": None}, "nowhere": whole | {"run_dir": None}}
+    text = json.dumps(others[content]) if content in others else content
     job.record.write_bytes(text.encode("latin-1"))
     for read in (Job.read, Job.of):
         with pytest.raises(UserError, match=f"{job.record} {said}"):
@@ -466,6 +470,52 @@ def test_a_record_that_is_none_is_said_to_be_that(recipe, content, said, capsys,
     as_rank = [sys.executable, "-P", "-m", "seer_scale.launch.rank", job.run_dir]
     done = subprocess.run(as_rank, env=os.environ | {ATTEMPT: "7.1"}, capture_output=True, text=True, timeout=60)
     assert Job.read(job.run_dir) is None and done.returncode == 2 and "nothing was launched in" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("launch/attempts.jsonl", b"\xff\xfe\n"),
+        ("launch/attempts.jsonl", b'{"event": "begin"}\n'),
+        ("launch/attempts.jsonl", b'{"event": "end", "attempt": 7, "time": "x"}\n'),
+        ("launch/attempts.jsonl", b'{"event": [], "attempt": "7.0.1", "time": 1}\n'),
+        ("launch/attempts.jsonl", b'{"event": "pause", "attempt": "7.0.1", "time": 1}\n'),
+        ("launch/attempts.jsonl", b'{"event": "begin", "attempt": "7.0.1", "ran'),
+        ("launch/attempts.jsonl", None),
+        ("metrics.jsonl", b"5\n"),
+        ("metrics.jsonl", b'{"step": 5}\n'),
+        ("metrics.jsonl", b'{"step": 5, "samples_seen": "x"}\n'),
+        ("metrics.jsonl", b'{"step": 5, "samples_seen": 40, "throughput/img_per_s": "x"}\n'),
+        ("config.yaml", b"train:\n  samples: 8\n  global_batch: 0\n"),
+    ],
+)
+def test_odd_lines_are_passed_over(tmp_path, monkeypatch, capsys, name, content):
+    """None: a folder in its place. Neither those who look on nor the job itself end by it, and the next line is
+    whole."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "runs" / "a"
+    _, job = run(place, (8, 0, ""))
+    dataclasses.replace(job, cluster="local", job_id="7").write()
+    if content is None:
+        (place / name).unlink()
+        (place / name).mkdir()
+    else:
+        with (place / name).open("ab") as file:
+            file.write(content)
+    for words in (["list"], ["status", "a"]):
+        assert cli.run(words) == 0 and "samples saved" in capsys.readouterr().out
+    status, job = run(place, (16, 75, ""), requeue=lambda: True, ident="7.1")
+    lines = job.attempts()
+    assert status == 0 and (lines[-1]["cause"] == "stopped" if lines else content is None)
+    assert content is None or len([line for line in lines if line["event"] == "begin"]) == 2
+
+
+def test_a_launcher_that_is_no_process_is_gone(tmp_path, monkeypatch, capsys):
+    """An earlier version wrote 0 where there was none."""
+    monkeypatch.chdir(tmp_path)
+    for launcher in ("x", 0, 12, ""):
+        dataclasses.replace(job_of(tmp_path / "a", cluster="local"), launcher=launcher).write()
+        assert cli.run(["status", "a"]) == 0 and "x: never started" in capsys.readouterr().out
 
 
 def test_a_run_is_where_it_lies(recipe, tmp_path, capsys):
@@ -805,6 +855,9 @@ def test_an_outcome_of_another_start_is_none(tmp_path):
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "outcome.json").write_text(json.dumps({"attempt": "6.0.1", "status": 0}))
     assert run(tmp_path, (None, None, "x"), (None, None, "x"))[0] == 1
+    for odd in ("[]", "null", '{"attempt": "8.0.1"}', '{"attempt": "8.0.1", "status": "x"}', "\xff"):
+        (tmp_path / "launch" / "outcome.json").write_bytes(odd.encode("latin-1"))
+        assert run(tmp_path, (None, None, "x"), (None, None, "x"), ident="8.0")[0] == 1
 
 
 def test_ends_are_told_by_name():
