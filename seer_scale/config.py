@@ -145,7 +145,7 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    name: str = opt("regnety_8gf", "backbone: a registered name, or regnety with the six keys below")
+    name: str = opt("regnety_8gf", "backbone: a registered name, timm/NAME, or regnety with the six keys below")
     depth: int | None = opt(None, "regnety: number of blocks", ge=1)
     w0: int | None = opt(None, "regnety: initial width", ge=8)
     wa: float | None = opt(None, "regnety: slope of the width", ge=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,7 +61,19 @@ class UnitRows:
     bound: float
 
 
-Init = Normal | Uniform | Constant | UnitRows
+PlayedStep = tuple[Any, ...]
+"""(an in-place operation of torch's, the run of elements it is applied to or None for all, its numbers ...)."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """Initialise by elementwise operations, as another library's constructor does: the first of all elements, and it is
+    fill_, uniform_ or normal_, as may be those after it."""
+
+    steps: tuple[PlayedStep, ...]
+
+
+Init = Normal | Uniform | Constant | UnitRows | Played
 
 
 def draw(
@@ -79,6 +91,8 @@ def draw(
         first = start // width * width
         rows = draw(Uniform(init.bound), shape, seed, name, first, -(-stop // width) * width)
         return torch.nn.functional.normalize(rows.view(-1, width), dim=1).flatten()[start - first : stop - first]
+    if isinstance(init, Played):
+        return _play(init, shape, seed, name, start, stop)
     out = torch.empty(stop - start, dtype=torch.float32)
     if isinstance(init, Constant):
         return out.fill_(init.value)
@@ -91,3 +105,30 @@ def draw(
         return out.mul_(2 * init.bound).sub_(init.bound)
     # the inverse of the normal distribution, of numbers midway between those drawn: never infinite, at most 5.4 std
     return out.mul_(2).sub_(1 - 2**-24).erfinv_().mul_(init.std * math.sqrt(2))
+
+
+def _or_default(numbers: list[float]) -> tuple[float, float]:
+    """Of uniform_ and normal_, of which the last may be left out."""
+    first, last = [*numbers, *[0.0, 1.0][len(numbers) :]]
+    return first, last
+
+
+def _play(
+    init: Played, shape: torch.Size | tuple[int, ...], seed: int, name: str, start: int, stop: int
+) -> torch.Tensor:
+    out = draw(Constant(0), shape, seed, name, start, stop)
+    for operation, run, *numbers in init.steps:
+        first, last = (max(start, run[0]), min(stop, run[1])) if run else (start, stop)
+        if first >= last:
+            continue
+        part = out[first - start : last - start]
+        if operation == "uniform_":
+            low, high = _or_default(numbers)
+            drawn = draw(Uniform(1.0), shape, seed, name, first, last)
+            part.copy_(drawn.mul_((high - low) / 2).add_((high + low) / 2))
+        elif operation == "normal_":
+            mean, std = _or_default(numbers)
+            part.copy_(draw(Normal(std), shape, seed, name, first, last).add_(mean))
+        else:
+            getattr(part, operation)(*numbers)
+    return out

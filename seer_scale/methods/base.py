@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from seer_scale.config import Config
+from seer_scale.models.norm import BatchNorm
 from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.rng import Init
@@ -123,8 +124,12 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         return [cast(Chain, self.backbone)]
 
     def buffer_kind(self, name: str) -> BufferKind:
-        """Of the buffer of this name: by default the method's own are memory, those of modules within statistics."""
-        return BufferKind.STATISTICS if "." in name else BufferKind.MEMORY
+        """Of the buffer of this name: by default the method's own are memory, BatchNorm's statistics, others
+        constants."""
+        if "." not in name:
+            return BufferKind.MEMORY
+        is_norm = isinstance(self.get_submodule(name.rpartition(".")[0]), BatchNorm)
+        return BufferKind.STATISTICS if is_norm else BufferKind.CONSTANT
 
     @abstractmethod
     def initialisers(self) -> dict[str, Init]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from seer_scale.config import Config
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.sinkhorn import sinkhorn
+from seer_scale.models.backbone import Backbone
 from seer_scale.models.heads import ProjectionHead
 from seer_scale.models.registry import build_backbone
-from seer_scale.models.regnet import RegNetY
 from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.rng import Init, UnitRows
@@ -38,7 +38,7 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
     """Backbone, projection head and prototype sets."""
 
     name = "swav"
-    backbone: RegNetY
+    backbone: Backbone
     queue: Tensor
 
     def __init__(self, config: Config, world: World):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from seer_scale.config import Config
 from seer_scale.cores import Contention, told_threads
-from seer_scale.models.norm import BatchNorm
-from seer_scale.models.regnet import Block, RegNetY
+from seer_scale.models.backbone import Backbone
+from seer_scale.models.registry import reset_buffers
 from seer_scale.world import World
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -87,23 +87,40 @@ def measure(
     """
     batch = config.train.global_batch // world.size // config.accumulation(world.size)
     total = 0.0
-    sizes = [(crop.num * batch, -(-crop.size // 2)) for crop in config.views.crops]
-    for names in cast(RegNetY, backbone).stage_units():
-        sizes = [(n, -(-size // 2)) for n, size in sizes]  # what the stage makes
-        block = cast(Block, backbone.get_submodule(names[-1]))
+    images = [torch.empty(crop.num * batch, 3, crop.size, crop.size, device="meta") for crop in config.views.crops]
+    stages = cast(Backbone, backbone).stage_units()
+    takes = _shapes(backbone, [names[-1] for names in stages], images)
+    for names in stages:
+        block = backbone.get_submodule(names[-1])
         if 4 * sum(p.numel() for p in block.parameters()) > config.parallel.max_unit_gib * 2**30:
             continue
         block = copy.deepcopy(block).to_empty(device=world.device)
         for p in block.parameters():
             nn.init.normal_(p, std=0.01)
-        for layer in block.modules():
-            if isinstance(layer, BatchNorm):
-                layer.reset_running_stats()
-        stride = block.conv2.conv.stride[0]
-        into = [(n, block.conv1.conv.in_channels, size * stride, size * stride) for n, size in sizes]
-        times = [_time(block, into, layout, config, world.device) for _ in range(rounds + 1)]
+        reset_buffers(block)
+        times = [_time(block, takes[names[-1]], layout, config, world.device) for _ in range(rounds + 1)]
         total += statistics.median(times[1:]) * len(names)
     return world.sum_(torch.tensor(total, device=world.device)).item()
+
+
+@torch.no_grad()
+def _shapes(backbone: nn.Module, names: Sequence[str], images: list[Tensor]) -> dict[str, list[tuple[int, ...]]]:
+    """What these units take of images on the meta device, as shapes."""
+    takes: dict[str, list[tuple[int, ...]]] = {}
+
+    def note(name: str, xs: list[Tensor]) -> None:
+        takes[name] = [tuple(x.shape) for x in xs]
+
+    hooks = [
+        backbone.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name in names
+    ]
+    training = backbone.training
+    backbone.eval()(images)
+    backbone.train(training)
+    for hook in hooks:
+        hook.remove()
+    return takes
 
 
 def _time(
@@ -114,7 +131,8 @@ def _time(
     device: torch.device,
 ) -> float:
     dtype = DTYPES[config.train.precision]
-    xs = [torch.randn(s, device=device).to(dtype, memory_format=layout).requires_grad_() for s in shapes]
+    xs = [torch.randn(s, device=device).to(dtype) for s in shapes]
+    xs = [(x.to(memory_format=layout) if x.dim() == 4 else x).requires_grad_() for x in xs]
     _wait(device)
     begin = time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

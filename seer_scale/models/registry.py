@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Protocol
 
@@ -10,31 +10,37 @@ import torch
 from torch import nn
 
 from seer_scale.errors import UserError, nearest
-from seer_scale.models.norm import BatchNorm
+from seer_scale.models.backbone import Backbone
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
+from seer_scale.models.timm_adaptor import PREFIX, build_timm
 from seer_scale.rng import Init, draw
 
 FREE = {f.name: f for f in fields(RegNetSpec) if f.name != "stem_width"}
 
 
 def backbone_names() -> list[str]:
-    """Every name `build_backbone` knows; `regnety` is the one whose generator is given freely."""
+    """Every name `build_backbone` knows beside timm's; `regnety` is the one whose generator is given freely."""
     return [*REGNETY, "regnety"]
 
 
-def build_backbone(name: str, **free: Any) -> RegNetY:
-    """The backbone `name`, on the current default device, its weights not yet drawn (see `initialise`).
+def build_backbone(name: str, **free: Any) -> Backbone:
+    """The backbone `name`, on the current default device, its weights not yet drawn (see `initialise`); of timm/NAME on
+    the meta device.
 
     `regnety` takes depth, w0, wa, wm, group_width and, if wished, se_ratio. Raises UserError for a name or values that
     make no network.
     """
+    if name.startswith(PREFIX):
+        if free:
+            raise UserError(f"{name} is fixed and takes no {', '.join(free)}: use regnety to choose freely.")
+        return build_timm(name)
     if name in REGNETY:
         if free:
             raise UserError(f"{name} is fixed and takes no {', '.join(free)}: use regnety to choose freely.")
         return RegNetY(REGNETY[name])
     if name != "regnety":
         near = nearest(name, backbone_names())
-        all_names = "" if near.startswith("known") else f" (known: {', '.join(backbone_names())})"
+        all_names = "" if near.startswith("known") else f" (known: {', '.join(backbone_names())}; timm/NAME for timm's)"
         raise UserError(f"There is no backbone {name}: {near}{all_names}")
     for key, value in free.items():
         if key not in FREE:
@@ -62,13 +68,33 @@ class Initialised(Protocol):
 
 @torch.no_grad()
 def initialise(module: Initialised, seed: int) -> None:
-    """Fill a module that has `initialisers()` from (seed, parameter name) and reset BatchNorm's buffers, in place.
+    """Fill a module that has `initialisers()` from (seed, parameter name) and reset its buffers, in place.
 
     Parameters must be whole and real: neither sharded nor on the meta device. No collectives.
     """
     inits = module.initialisers()
     for name, parameter in module.named_parameters():
         parameter.copy_(draw(inits[name], parameter.shape, seed, name).view_as(parameter))
+    reset_buffers(module)
+
+
+def reset_buffers(module: nn.Module | Initialised) -> None:
+    """As they are before any training, by the `reset_buffers` of the modules within."""
     for layer in module.modules():
-        if isinstance(layer, BatchNorm):
-            layer.reset_running_stats()
+        if reset := getattr(layer, "reset_buffers", None):
+            reset()
+
+
+def check_sizes(backbone: Backbone, sizes: Mapping[str, int]) -> list[str]:
+    """Sentences on the keys of a recipe whose sizes in pixels a backbone on the meta device does not take."""
+    problems, training = [], backbone.training
+    backbone.eval()
+    for key, size in sizes.items():
+        try:
+            with torch.no_grad():
+                backbone(torch.empty(1, 3, size, size, device="meta"))
+        except Exception as error:  # of another library, which says in its own way what it takes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            problems.append(f"{key} is {size}, which the backbone does not take: {reason.rstrip('.')}.")
+    backbone.train(training)
+    return problems

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from seer_scale.errors import UserError
+from seer_scale.models.backbone import Backbone
 from seer_scale.models.norm import BatchNorm
 from seer_scale.rng import Constant, Init, Normal
 
@@ -160,7 +161,7 @@ class Block(nn.Module):
         return dict(self.named_children())
 
 
-class RegNetY(nn.Module):
+class RegNetY(Backbone):
     """The trunk of a RegNetY up to global average pooling.
 
     Construction draws nothing and works on the meta device; `seer_scale.models.registry.initialise` fills the weights.
@@ -211,12 +212,6 @@ class RegNetY(nn.Module):
             maps = self.chain(names, maps)
             stages.append(maps)
         return stages
-
-    def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
-        """xs through the units `names`, one after the other; `seer_scale.parallel.recompute` puts its own in place."""
-        for name in names:
-            xs = self.get_submodule(name)(xs)
-        return xs
 
     def units(self) -> dict[str, nn.Module]:
         """What an engine shards and recomputes by, in order of use: "stem", "s1.b1", ...; each takes and gives a

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch.autograd.function import FunctionCtx
 
 _Settings: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """Of a convolution: stride, padding, dilation, groups."""
+
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class _Padded(nn.Conv2d):
@@ -29,7 +32,7 @@ class _Padded(nn.Conv2d):
 def keep_parameters_only(method: nn.Module) -> None:
     """Make each convolution and linear layer of `method` thrifty; its values stay what they were."""
     for module in method.modules():
-        if isinstance(module, nn.Linear) or _pads_by_number(module):
+        if _is_plain(module, nn.Linear) or _pads_by_number(module):
             _replace_forward(module, partial(_forward, module))
 
 
@@ -54,8 +57,13 @@ def has_idle_tap(size: int, kernel: int, stride: int, padding: int, dilation: in
     return not all(any(0 <= first + tap * dilation < size for first in starts) for tap in range(kernel))
 
 
+def _is_plain(module: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
+    """A subclass with a forward of its own may make its weights first, as NFNets do."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
 def _pads_by_number(module: nn.Module) -> TypeGuard[_Padded]:
-    return isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return _is_plain(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 def _small_in_fp32(module: _Padded, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from seer_scale.data.sources import kind_of
 from seer_scale.errors import ConfigError, RankLost, UserError, nothing_begun
 from seer_scale.extras import how_to_install
 from seer_scale.methods.registry import build_method
-from seer_scale.models.registry import build_backbone
+from seer_scale.models.registry import build_backbone, check_sizes
 from seer_scale.observe.sinks import read_records
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.recompute import find_segments
@@ -113,7 +113,10 @@ def _shape(config: Config) -> None:
     if config.model.name != "regnety":  # that a fixed one takes no other keys is the recipe's own rule
         config = dataclasses.replace(config, model=Model(name=config.model.name))
     with torch.device("meta"):
-        build_backbone(config.model.name, **config.model.free())
+        backbone = build_backbone(config.model.name, **config.model.free())
+    sizes = {f"views.crops.{i}.size": crop.size for i, crop in enumerate(config.views.crops)}
+    if problems := check_sizes(backbone, sizes | ({"knn.size": config.knn.size} if config.knn.enabled else {})):
+        raise ConfigError(problems)
     method = build_method(config, World())
     for chain in method.recomputable():
         find_segments(config.parallel.activation_checkpoint, chain.stage_units())

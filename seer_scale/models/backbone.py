@@ -1,0 +1,55 @@
+"""What methods take for a backbone: a chain of units over a list of image tensors, one a resolution."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from seer_scale.rng import Init
+
+
+class Backbone(nn.Module, ABC):
+    """Construction draws nothing and works on the meta device."""
+
+    num_features: int
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, xs: Tensor) -> Tensor: ...
+
+        @overload
+        def __call__(self, xs: list[Tensor]) -> list[Tensor]: ...
+
+        def __call__(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+            """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
+
+    def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
+        """xs through the units `names`, one after the other; `seer_scale.parallel.recompute` puts its own in place."""
+        for name in names:
+            xs = self.get_submodule(name)(xs)
+        return xs
+
+    @abstractmethod
+    def units(self) -> dict[str, nn.Module]:
+        """What an engine shards and recomputes by, in order of use; each takes and gives a list."""
+
+    @abstractmethod
+    def stage_units(self) -> list[list[str]]:
+        """The names of the units of each stage."""
+
+    def num_macs(self, size: int) -> int:
+        """Multiply-accumulates of convolutions and products of matrices in one forward of one size x size image."""
+        twin = copy.deepcopy(self).to("meta").eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            twin(torch.empty(1, 3, size, size, device="meta"))
+        return counter.get_total_flops() // 2
+
+    @abstractmethod
+    def initialisers(self) -> dict[str, Init]:
+        """How each parameter starts."""

@@ -1,0 +1,164 @@
+"""timm's networks as backbones: values, names and initial weights are timm's; blocks are units, BatchNorm is ours."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from seer_scale.config import Config, Model, resolve
+from seer_scale.errors import UserError
+from seer_scale.models.layout import measure
+from seer_scale.models.norm import BatchNorm, StatsTape
+from seer_scale.models.registry import build_backbone, check_sizes, initialise
+from seer_scale.parallel.recompute import find_segments, recompute
+from seer_scale.rng import Played, draw
+from seer_scale.train.start import resolve_given
+from seer_scale.world import World
+from tests.tiny import RECIPE
+
+timm = pytest.importorskip("timm")
+SIZES = {
+    "test_resnet": (64, 32), "resnet10t": (64, 32), "resnext50_32x4d": (64,), "regnety_002": (64, 32),
+    "test_convnext": (64, 32), "test_efficientnet": (64, 32), "test_vit": (64, 32),
+    "deit_tiny_distilled_patch16_224": (96,),
+    "test_nfnet": (64, 32), "swin_tiny_patch4_window7_224": (224,), "vit_small_patch16_dinov3": (64,),
+}  # fmt: skip
+"""Images that each is given; the last three are one unit."""
+
+
+def built(name: str) -> nn.Module:
+    """With initial weights, on the CPU."""
+    backbone = build_backbone(f"timm/{name}").to_empty(device="cpu")
+    for buffer in backbone.buffers():
+        buffer.zero_()
+    initialise(backbone, seed=0)
+    return backbone
+
+
+def timms(name: str, like: nn.Module) -> nn.Module:
+    """timm's own, with the same weights and buffers, of images of any size, without stochastic depth."""
+    vit, swin = {"dynamic_img_size": True}, {"drop_path_rate": 0.0}
+    options = swin if name.startswith("swin") else vit if "it_" in name or name.endswith("vit") else {}
+    net = timm.create_model(name, num_classes=0, **options)
+    net.load_state_dict(state(like))
+    return net
+
+
+def state(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    return {k.removeprefix("net."): v for k, v in backbone.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_values_gradients_and_statistics_are_timms(name):
+    ours = built(name)
+    theirs = timms(name, ours)
+    xs = [torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size)) for size in SIZES[name]]
+    for training in (True, False):
+        got, want = ours.train(training)(xs), [theirs.train(training)(x) for x in xs]
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == (2, ours.num_features) and torch.equal(a, b)
+        sum(x.square().mean() for x in got).backward()
+        sum(x.square().mean() for x in want).backward()
+    wanted = dict(theirs.named_parameters())
+    for key, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[key.removeprefix("net.")].grad, msg=key)
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in state(ours).items())
+    norms = [m for m in ours.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(m, BatchNorm) for m in norms)
+    macs = build_backbone(f"timm/{name}").num_macs(SIZES[name][0])
+    assert macs == ours.num_macs(SIZES[name][0]) > 1e6
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "resnet10t", "test_convnext", "test_efficientnet", "test_vit", "test_nfnet"]
+)
+def test_initial_weights_are_distributed_as_timms(name):
+    """And are functions of (seed, name, index): a rank draws its own run alone."""
+    ours, theirs = built(name), timm.create_model(name, num_classes=0)
+    wanted = dict(theirs.named_parameters())
+    for key, init in ours.initialisers().items():
+        p, q = ours.get_parameter(key), wanted[key.removeprefix("net.")]
+        run = draw(init, p.shape, 0, key, p.numel() // 3, p.numel() // 2)
+        assert torch.equal(run, p.detach().flatten()[p.numel() // 3 : p.numel() // 2])
+        if not q.std(correction=0):
+            assert torch.equal(p, q), key
+            continue
+        noise = q.std() / q.numel() ** 0.5
+        assert abs(p.mean() - q.mean()) < 8 * noise and abs(p.std() - q.std()) < 8 * noise, key
+
+
+def test_a_part_that_a_constructor_draws_otherwise():
+    """The gate of a packed SwiGLU begins at one, beside weights and biases that do not."""
+    inits = build_backbone("timm/vit_giant_patch14_dinov2").initialisers()
+    bias = draw(inits["blocks.0.mlp.fc1.bias"], (8192,), 0, "b")
+    weight = draw(inits["blocks.0.mlp.fc1.weight"], (8192, 16), 0, "w")
+    whole = Played(((("normal_", None, 0.0, 1.0)), ("fill_", (3, 5), 2.0), ("mul_", (4, 8), 3.0)))
+    drawn = draw(whole, (10,), 0, "x")
+    assert drawn[3:5].tolist() == [2.0, 6.0]
+    assert torch.equal(draw(whole, (10,), 0, "x", 4, 9), drawn[4:9])
+    assert set(bias.tolist()) == {0.0, 1.0} or len(bias.unique()) > 2
+    assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize("name,stages", [
+    ("test_resnet", [1, 1, 1, 1]), ("resnet50", [3, 4, 6, 3]), ("resnext101_32x8d", [3, 4, 23, 3]),
+    ("regnety_160", [2, 4, 11, 1]), ("convnext_tiny", [4, 4, 10, 4]), ("vit_base_patch16_224", [12]),
+    ("efficientnet_b0", [1, 2, 2, 3, 3, 4, 1]), ("test_nfnet", [1]),
+])  # fmt: skip
+def test_blocks_are_units(name, stages):
+    """Nearly all of a network lies in them, so that nearly all is sharded by them."""
+    backbone = build_backbone(f"timm/{name}")
+    assert [len(names) for names in backbone.stage_units()] == stages
+    units = backbone.units()
+    assert set(units) >= {name for names in backbone.stage_units() for name in names}
+    inside = {id(p) for unit in units.values() for p in unit.parameters()}
+    assert sum(p.numel() for p in backbone.parameters() if id(p) in inside) > 0.89 * sum(
+        p.numel() for p in backbone.parameters()
+    )
+    assert all(p.is_meta for p in backbone.parameters())
+
+
+def test_a_recomputed_network_makes_the_same_gradients_and_moves_statistics_once():
+    made = []
+    for setting in ("none", "every 1"):
+        backbone = built("resnet10t")
+        recompute(backbone, find_segments(setting, backbone.stage_units()))
+        backbone([torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))])[0].square().sum().backward()
+        made.append([p.grad for p in backbone.parameters()] + [b.clone() for b in backbone.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and StatsTape
+
+
+def test_threads_are_measured_on_blocks_of_any_family():
+    given = RECIPE | {"model": {"name": "timm/test_vit"}, "views": {"crops": [{"num": 2, "size": 64}]}}
+    config = resolve(given, world_size=1)
+    backbone = build_backbone("timm/test_vit")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert measure(backbone, config, World(), layout, rounds=1) > 0
+
+
+def test_what_is_no_backbone_of_timm():
+    with pytest.raises(UserError, match="There is no backbone timm/resnet5 in timm .*did you mean resnet5"):
+        build_backbone("timm/resnet5")
+    with pytest.raises(UserError, match="timm/resnet50 is fixed and takes no depth"):
+        build_backbone("timm/resnet50", depth=3)
+    with pytest.raises(UserError, match=r"its net.blocks.0.attn.v.weight starts in a way that cannot be followed"):
+        build_backbone("timm/convit_tiny")
+    (problem,) = check_sizes(build_backbone("timm/test_vit"), {"views.crops.1.size": 50, "knn.size": 64})
+    assert problem.startswith(
+        "views.crops.1.size is 50, which the backbone does not take: Input height (50) should be div"
+    )
+    given = RECIPE | {"model": {"name": "timm/test_vit"}}
+    with pytest.raises(UserError, match="views.crops.0.size is 24, which the backbone does not take"):
+        resolve_given(given, [], 1, looks=False)
+    with pytest.raises(UserError, match="model.depth is given, but model.name is timm/test_vit"):
+        resolve_given(RECIPE | {"model": RECIPE["model"] | {"name": "timm/test_vit"}}, [], 1, looks=False)
+    assert Config(model=Model(name="timm/test_vit")).model.free() == {}
+
+
+def test_without_timm_it_is_said_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"model.name timm/resnet50 needs timm: pip install '?timm"):
+        build_backbone("timm/resnet50")
