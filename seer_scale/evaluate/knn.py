@@ -100,14 +100,16 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
     if problem := _without_classes(bank, bank_path, splits, exclude):
         if c.bank or c.queries:
             raise DataError(
-                f"{problem}, but kNN needs classes: sort the images into one folder a class, or set knn.enabled false."
+                f"{problem}, but kNN needs classes, two at least: sort the images into one folder a class, or leave "
+                "knn.bank and knn.queries out."
             )
         return None
     held = 0
     if queries:
         if problem := _without_classes(queries, queries_path, split_folders(queries_path)):
             raise DataError(
-                f"{problem}, but kNN needs classes of its queries: sort the images into one folder a class."
+                f"{problem}, but kNN needs classes of its queries, two at least: sort the images into one folder a "
+                "class."
             )
         asked = _drawn(queries, 0, c.limit_queries)
     else:
@@ -199,6 +201,8 @@ def _without_classes(source: Source, path: str, splits: Sequence[str], exclude: 
             some = open_source(place, exclude=exclude).unlabelled()
     if some:
         return f"{shown(place)} has not a label for each image: {some}"
+    if not splits and len(alone := folders_in(path, exclude)) == 1 and not source.classes:
+        return f"{shown(path)} has one class alone ({shown(alone[0])})"
     parts = [shown(os.path.basename(folder)) for folder in splits] or [shown(name) for name in source.classes]
     return (
         f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)"

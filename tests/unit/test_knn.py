@@ -364,6 +364,15 @@ def test_splits_without_classes_below_are_none_themselves(tmp_path):
     assert told(folders(tmp_path / "flat", "."))[1] == f"{tmp_path}/flat has no labels"
 
 
+def test_one_class_alone_is_told_as_that(tmp_path):
+    path = folders(tmp_path / "one", "hat")
+    assert told(path) == (None, f"{path} has one class alone (hat)")
+    with pytest.raises(
+        UserError, match="has one class alone .hat., but kNN needs classes of its queries, two at least"
+    ):
+        told(folders(tmp_path / "pets", "cat", "dog"), queries=path)
+
+
 def test_a_bank_that_is_asked_about_itself_is_refused(tmp_path):
     path = folders(tmp_path / "pets", "cat", "dog")
     (tmp_path / "link").symlink_to("pets")
