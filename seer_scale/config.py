@@ -551,16 +551,28 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     return read_yaml(path, "sections of keys, such as 'train:'")
 
 
-def of_other_images(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A shipped recipe's mapping for the images that the command line names, and what to say of it: the labelled images
-    that the recipe names beside its own go with those."""
-    knn, changes = given.get("knn", {}), over.get("data")
-    gone = [k for k in ("bank", "queries") if knn.get(k) and k not in (over.get("knn") or {})]
-    if name not in recipe_names() or not isinstance(changes, dict) or "path" not in changes or not gone:
+SHAPE = tuple(f.name for f in dataclasses.fields(Model) if f.name != "name")
+"""Keys of a network whose shape is given freely."""
+
+
+def as_asked(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A shipped recipe's mapping without what goes with its own images or network, where the command line names others;
+    and what to say of it: the labelled images beside its own, the shape of its own network."""
+    if name not in recipe_names():
         return given, ""
-    keys = " and ".join(f"knn.{k}" for k in gone)
-    note = f"{keys} of the recipe {name} go with its own images, and are left out as data.path names others."
-    return given | {"knn": {k: v for k, v in knn.items() if k not in gone}}, note
+    notes = []
+    for section, keys, changed, of_its_own in (
+        ("knn", ("bank", "queries"), "data.path", "go with its own images, and are left out as data.path names others"),
+        ("model", SHAPE, "model.name", "shape its own network, and are left out as model.name names another"),
+    ):
+        place, key = changed.split(".")
+        changes, own, kept = over.get(place), given.get(section) or {}, over.get(section) or {}
+        gone = [k for k in keys if own.get(k) and k not in kept]
+        is_other = isinstance(changes, dict) and key in changes and changes[key] != "regnety"
+        if is_other and gone:
+            notes.append(f"{' and '.join(f'{section}.{k}' for k in gone)} of the recipe {name} {of_its_own}.")
+            given = given | {section: {k: v for k, v in own.items() if k not in gone}}
+    return given, " ".join(notes)
 
 
 def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from seer_scale.config import Config, Train, load_recipe, merge, of_other_images, parse_overrides, resolve
+from seer_scale.config import Config, Train, as_asked, load_recipe, merge, parse_overrides, resolve
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.files import write_whole
 from seer_scale.launch.job import Job, snapshot
@@ -40,7 +40,7 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
     given, (over, problems) = load_recipe(ask.recipe), parse_overrides(list(ask.overrides))
     if problems:
         resolve_given(given, list(ask.overrides), 1)  # tells them, and all others
-    given, note = of_other_images(ask.recipe, given, over)
+    given, note = as_asked(ask.recipe, given, over)
     given = merge(given, over)
     if ask.name and not (given.get("run") or {}).get("dir"):
         given = merge(given, {"run": {"dir": str(Path("runs") / ask.name)}})

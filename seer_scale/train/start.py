@@ -22,9 +22,9 @@ from seer_scale.config import (
     Data,
     Model,
     all_keys,
+    as_asked,
     checked,
     load_recipe,
-    of_other_images,
     parse_overrides,
     resolve,
 )
@@ -55,7 +55,7 @@ def resolve_recipe(recipe: str, overrides: list[str], world_size: int, *, looks:
 
 def read_recipe(recipe: str, overrides: list[str]) -> dict[str, Any]:
     """The recipe's mapping, for the images that are named. Raises UserError."""
-    return of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[0]
+    return as_asked(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[0]
 
 
 def look_at_recipe(recipe: str, overrides: list[str], world_size: int) -> tuple[Config, list[str]]:
@@ -157,7 +157,7 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
     with nothing_begun():
         info = detect()
         config = resolve_recipe(recipe, overrides, info.size, looks=info.size == 1)
-        if note := of_other_images(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
+        if note := as_asked(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
             print(note, flush=True)
         run_dir = run_dir_of(config, recipe)
     timeouts = Timeouts.of(config)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from seer_scale.cli.train import help_of_train
-from seer_scale.config import RECIPES, Config, all_keys, load_recipe, of_other_images, recipe_names, resolve
+from seer_scale.config import RECIPES, Config, all_keys, as_asked, load_recipe, recipe_names, resolve
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.models.registry import backbone_names, build_backbone
 from seer_scale.train.resume import changes
@@ -216,12 +216,19 @@ def test_a_section_is_not_offered_as_a_key():
 
 def test_labelled_images_of_a_shipped_recipe_go_with_its_own(tmp_path):
     given, other = load_recipe("demo"), {"data": {"path": "mine"}}
-    assert of_other_images("demo", given, {"knn": {"k": 3}}) == (given, "")
-    assert of_other_images("my/demo.yaml", given, other) == (given, "")
-    found, note = of_other_images("demo", given, other)
+    assert as_asked("demo", given, {"knn": {"k": 3}}) == (given, "")
+    assert as_asked("my/demo.yaml", given, other) == (given, "")
+    found, note = as_asked("demo", given, other)
     assert "queries" not in found["knn"] and found["knn"]["size"] == given["knn"]["size"] and "queries" in given["knn"]
     assert note == "knn.queries of the recipe demo go with its own images, and are left out as data.path names others."
-    assert of_other_images("demo", given, other | {"knn": {"queries": "yours"}}) == (given, "")
+    assert as_asked("demo", given, other | {"knn": {"queries": "yours"}}) == (given, "")
+    given = load_recipe("photos_laptop")
+    found, note = as_asked("photos_laptop", given, {"model": {"name": "timm/resnet50"}})
+    assert "name" in found["model"] and len(found["model"]) == 1 and found["data"] == given["data"]
+    assert note.startswith("model.depth and model.w0 and ") and note.endswith(
+        "are left out as model.name names another."
+    )
+    assert as_asked("photos_laptop", given, {"model": {"name": "regnety", "depth": 6}}) == (given, "")
 
 
 def test_only_what_changes_training_is_a_change(tmp_path, monkeypatch):
