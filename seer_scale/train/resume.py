@@ -24,8 +24,8 @@ OF_THE_BEGINNING = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "che
 PLACES = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
 OF_THE_RATE = ("schedule.", "optim.lr", "train.samples", "train.global_batch")
 """What keys begin with that the learning rate follows."""
-OF_THE_SHAPE = ("model.", "swav.")
-"""What keys begin with that make the network."""
+OF_THE_SHAPE = ("model.", "swav.hidden", "swav.dim", "swav.batch_norm", "swav.prototypes")
+"""What keys begin with that make the network: what a checkpoint must have alike."""
 
 
 def _to_stderr(sentence: str) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from seer_scale import console
 from seer_scale.checkpoint.lock import RunLock
-from seer_scale.config import Config
+from seer_scale.config import Config, resolve
 from seer_scale.errors import RankLost, StartStopped, TrainingFailed, UserError
 from seer_scale.files import to_json
-from seer_scale.train import loop, start
+from seer_scale.methods.registry import build_method
+from seer_scale.train import loop, resume, start
 from seer_scale.train.start import run_training
 from seer_scale.world import World
 from tests.e2e.runs import RECIPE, events
+from tests.tiny import RECIPE as TINY
 
 SMALL = RECIPE | {
     "parallel": {"engine": "single"},
@@ -177,6 +182,27 @@ def test_weights_that_do_not_fit_are_refused_before_images_are_listed(given, tmp
     words = ["--checkpoint.init_from", given[1][1], "--swav.prototypes", "[11]"]
     told = refused((given[0], ["--run.dir", str(tmp_path / "other")]), *words)
     assert "give checkpoint.init_part backbone" in told and not listed and not (tmp_path / "other").exists()
+
+
+def test_the_remedy_for_another_network_names_what_makes_it():
+    """A key is named where it changes what is built, and no other."""
+    config = resolve(TINY, [], world_size=1)
+
+    def shapes(config: Config) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in resume.state_of(build_method(config, World())).items()}
+
+    def other(section: str, **keys: Any) -> Config:
+        return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **keys)})
+
+    change = {bool: lambda v: not v, tuple: lambda v: (*v, 9), float: lambda v: 1.5 * v, int: lambda v: v + 8}
+    swav = {key: change[type(value)](value) for key, value in dataclasses.asdict(config.swav).items()}
+    for section, changed in ("swav", swav), ("model", {"depth": 6, "group_width": 4, "se_ratio": 0.5}):
+        for key, value in changed.items():
+            now = other(section, **{key: value})
+            is_named = f"{section}.{key} " in resume.remedy(config.to_dict(), now)
+            assert is_named == (shapes(now) != shapes(config)), key
+    assert "(swav.dim 16 -> 24)" in resume.remedy(config.to_dict(), other("swav", dim=24, temperature=0.3))
 
 
 def test_a_run_keeps_what_it_says_where_no_launcher_does(given, monkeypatch, tmp_path, capsys):
