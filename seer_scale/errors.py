@@ -134,6 +134,7 @@ def complain(error: UserError) -> int:
         where = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
         print(f"seer-scale{where}: {error}", file=sys.stderr, flush=True)
     if isinstance(error, StartStopped):
+        exec("")  # else python -m ends by SIGINT where KeyboardInterrupt has passed through one, as a dataclass has
         return EXIT_STOPPED
     return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_BAD_INPUT
 
