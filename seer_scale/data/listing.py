@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from seer_scale.data.sources import Source
-from seer_scale.errors import UserError
+from seer_scale.errors import StartStopped, UserError
 from seer_scale.files import written_whole
 from seer_scale.world import World
 
@@ -44,16 +44,17 @@ def share(
     if world.size == 1:
         return make()
     made: list[T] = []  # none where it failed
-    parcel, problem = None, None
+    parcel: tuple[bytes, Path, list[int]] | None = None
+    problem: UserError | None = None
     if world.is_main:
         try:
             made = [make()]
             parcel = _publish(folder, made[0], name)
         except UserError as error:
-            problem = str(error)
+            problem = error
     parcel, problem = world.broadcast_object((parcel, problem))
     if problem:
-        raise UserError(problem)
+        raise problem
     assert parcel is not None
     pickled, path, ends = parcel
     if not world.is_main:
@@ -62,12 +63,13 @@ def share(
             for source in sources(made[0]):
                 source.arrive()
         except UserError as error:
-            problem = f"{error} (on {socket.gethostname()})"
+            is_stop = isinstance(error, StartStopped)
+            problem = error if is_stop else UserError(f"{error} (on {socket.gethostname()})")
     problems = world.gather_objects(problem)
     if world.is_main and ends[-1] < MAPPED_FROM:
         path.unlink(missing_ok=True)
     if any(problems):
-        raise UserError(next(p for p in problems if p))
+        raise next(p for p in problems if p)
     return made[0]
 
 

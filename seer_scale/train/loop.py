@@ -149,8 +149,9 @@ class Trainer:
         self._top1 = self._scored()
 
     def _open(self, saved: dict[str, Any] | None) -> tuple[Course, Labelled | None]:
-        course = open_course(self.config, self.run_dir, saved)
-        return course, labelled_images(self.config, course.source)
+        with self.stop.ends("images were listed"):
+            course = open_course(self.config, self.run_dir, saved)
+            return course, labelled_images(self.config, course.source)
 
     @property
     def source(self) -> Source:

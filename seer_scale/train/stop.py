@@ -10,11 +10,14 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from seer_scale.errors import ECHO_S, STOP_SIGNALS, stop_signals
+from seer_scale.data.sources import remote
+from seer_scale.errors import ECHO_S, STOP_SIGNALS, StartStopped, stop_signals
 from seer_scale.world import World
 
 LOOK_S = 0.25
@@ -34,6 +37,7 @@ class StopRequest:
         self._mine = 0
         self._asked_at, self._looked_at, self._left_word = math.inf, -math.inf, False
         self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
+        self._ends = False
 
     def __enter__(self) -> StopRequest:
         self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
@@ -52,10 +56,35 @@ class StopRequest:
             os.kill(os.getpid(), number)
         elif number == signal.SIGINT:
             self._asked_at = min(self._asked_at, time.monotonic())
+        if self._ends:
+            self._ends = False  # once: what comes while that is ended is one request with it
+            raise KeyboardInterrupt  # which no `except Exception` takes for its own
 
     def asked(self) -> str | None:
         """The name of the signal that this process has got."""
         return signal.Signals(self._mine).name if self._mine else None
+
+    @contextmanager
+    def ends(self, what: str) -> Iterator[None]:
+        """A stop that is asked for before or meanwhile ends what is done in it, by StartStopped: listing images may
+        take long, and a server's answer for ever. For one rank alone, outside collectives."""
+
+        def look() -> None:
+            if self._mine:
+                raise StartStopped(
+                    f"Stopped by {self.asked()} while {what}, so nothing was begun. Start it again and it goes on."
+                )
+
+        before, remote.waiting = remote.waiting, look  # in threads, too, which no signal reaches
+        try:
+            self._ends = True
+            look()
+            yield
+        except KeyboardInterrupt:
+            look()
+            raise
+        finally:
+            self._ends, remote.waiting = False, before
 
     def agreed(self, world: World) -> str | None:
         """The name of the signal some rank had got a moment before the previous call (alone: by now); all ranks call it

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import os
+import signal
+import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,8 @@ from PIL import Image
 from seer_scale import console
 from seer_scale.checkpoint.lock import RunLock
 from seer_scale.config import Config, resolve
-from seer_scale.errors import RankLost, StartStopped, TrainingFailed, UserError
+from seer_scale.data.sources import remote
+from seer_scale.errors import STOP_SIGNALS, RankLost, StartStopped, TrainingFailed, UserError
 from seer_scale.files import to_json
 from seer_scale.methods.registry import build_method
 from seer_scale.train import loop, resume, start
@@ -83,6 +89,34 @@ def test_an_interrupt_before_anything_is_begun_is_a_stop(given, tmp_path, monkey
     monkeypatch.setattr(start, "resolve_recipe", interrupted)
     with pytest.raises(StartStopped, match="Stopped by SIGINT before anything was begun"):
         run_training(*given)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_stop_is_heard_while_images_are_listed(number, given, tmp_path, monkeypatch):
+    def listed(*args, **how):
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal should have ended this")
+
+    monkeypatch.setattr(loop, "open_course", listed)
+    handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
+    assert refused(given).startswith(f"Stopped by {number.name} while images were listed")
+    assert handlers == [signal.getsignal(s) for s in STOP_SIGNALS] and not (tmp_path / "runs").exists()
+
+
+def test_a_stop_is_heard_while_a_server_says_nothing(given, tmp_path):
+    """Threads ask it, which no signal reaches; their waits end, too."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def stop() -> None:
+            server.accept()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=stop, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(StartStopped, match="Stopped by SIGTERM while images were listed"):
+            run_training(given[0], [*given[1], "--data.path", f"http://127.0.0.1:{server.getsockname()[1]}/a.tar"])
+        assert time.monotonic() - began < remote.READ_TIMEOUT_S
     assert not (tmp_path / "runs").exists()
 
 

@@ -14,7 +14,7 @@ from seer_scale.config import resolve
 from seer_scale.data import listing
 from seer_scale.data.listing import share
 from seer_scale.data.sources import open_source
-from seer_scale.errors import ConfigError, DataError, UserError
+from seer_scale.errors import ConfigError, DataError, StartStopped, UserError
 from seer_scale.evaluate.run import _images
 from seer_scale.world import World
 from tests.processes import hear_questions
@@ -120,6 +120,15 @@ def test_a_reason_of_rank_0_is_every_rank_s(tmp_path, ranks):
 
     for rank in ranks:
         with pytest.raises(UserError, match="no images"):
+            share(rank, tmp_path, opened, lambda s: [s])
+
+
+def test_a_stop_that_ends_the_listing_is_one_on_every_rank(tmp_path, ranks):
+    def opened():
+        raise StartStopped("Stopped by SIGTERM.")
+
+    for rank in ranks:
+        with pytest.raises(StartStopped, match="Stopped by SIGTERM"):  # whose exit status is its own
             share(rank, tmp_path, opened, lambda s: [s])
 
 

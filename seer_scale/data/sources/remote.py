@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
-from seer_scale.errors import DataError, nearest
+from seer_scale.errors import DataError, UserError, nearest
 from seer_scale.extras import how_to_install
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ T = TypeVar("T")
 
 
 def waiting() -> None:
-    """Called every second while a server is waited for; a loader process puts here what tells that it is not stuck."""
+    """Called every second while a server is waited for; a loader process puts here what tells that it is not stuck, a
+    start what ends the wait (by a UserError)."""
 
 
 _filesystems: OrderedDict[tuple[int, str], Any] = OrderedDict()  # the least recently used first
@@ -149,6 +150,8 @@ def problem_of(url: str) -> str | None:
         _call(url, PROBE_TIMEOUT_S, "cat_file", start=0, end=1, is_probe=True)
     except DataError as error:
         return str(error)
+    except UserError:
+        raise
     except Exception as error:  # each filesystem has its own
         return _reason(error, PROBE_TIMEOUT_S)
     return None
@@ -213,7 +216,7 @@ def _retried(url: str, attempt: Callable[[], T], timeout_s: float) -> T:
         tries += 1
         try:
             return attempt()
-        except DataError:
+        except UserError:
             raise
         except Exception as error:  # each filesystem has its own
             cause: BaseException = error
