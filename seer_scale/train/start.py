@@ -88,7 +88,7 @@ def _beyond_config(config: Config, world_size: int, looks: bool) -> list[str]:
 
 
 def _of_data(c: Config) -> dict[str, Callable[[], Any]]:
-    checks: dict[str, Callable[[], Any]] = {"data.path": partial(_data, c.data)}
+    checks: dict[str, Callable[[], Any]] = {"data.path": partial(_data, c.data), "run.dir": partial(_apart, c)}
     if c.knn.enabled:
         checks |= {"knn.bank": partial(_kind_of, c.knn.bank), "knn.queries": partial(_kind_of, c.knn.queries)}
     return checks
@@ -142,6 +142,15 @@ def _data(data: Data) -> None:
                     f"data.{key} has no effect on data.path {data.path}, which is read as {kind}; remove it, "
                     "or give data.kind hub."
                 )
+
+
+def _apart(c: Config) -> None:
+    """The run's folder is not that of its images, among which pictures would be written. Raises UserError."""
+    if c.run.dir and c.data.path and os.path.realpath(c.run.dir) == os.path.realpath(c.data.path):
+        raise UserError(
+            f"run.dir is {c.run.dir}, which is data.path, too, but a run needs a folder of its own; "
+            f"{Path(c.run.dir) / 'runs' / 'first'} would do: folders of runs among the images are left out."
+        )
 
 
 def _kind_of(path: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -118,6 +119,27 @@ def test_a_stop_is_heard_while_a_server_says_nothing(given, tmp_path):
             run_training(given[0], [*given[1], "--data.path", f"http://127.0.0.1:{server.getsockname()[1]}/a.tar"])
         assert time.monotonic() - began < remote.READ_TIMEOUT_S
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_beside_its_images_has_a_folder_of_its_own(given, photos, tmp_path):
+    """Among them it goes on with the same images; in their own folder it is refused."""
+    told = refused((given[0], ["--run.dir", f"{photos}/../{photos.name}"]))
+    assert told.count("  - ") == 1 and "which is data.path, too, but a run needs a folder of its own" in told
+    assert not (photos / ".lock").exists()
+    shutil.copytree(photos, tmp_path / "mine")
+    words = [
+        "--data.path",
+        str(tmp_path / "mine"),
+        "--run.prototype_images",
+        "0",
+        "--run.dir",
+        str(tmp_path / "mine" / "runs" / "r"),
+    ]
+    for samples in ("8", "16"):
+        assert run_training(given[0], [*words, "--train.samples", samples]) == 0
+        assert list((tmp_path / "mine" / "runs" / "r" / "gallery").rglob("*.*"))
+    told = [e["text"] for e in events(tmp_path / "mine" / "runs" / "r", "note")]
+    assert sum("1 folder of a run" in text for text in told) == 2
 
 
 def test_a_checkpoint_that_is_not_there_is_said_to_be_so(given, tmp_path):

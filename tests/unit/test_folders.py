@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from seer_scale.data.sources import kind_of, left_out, open_source
-from seer_scale.data.sources.files import folder
+from seer_scale.data.sources import files, kind_of, left_out, open_source
+from seer_scale.data.sources.files import folder, folders_in
 from seer_scale.errors import DataError
+from seer_scale.evaluate.knn import split_folders
 from seer_scale.extras import how_to_install
 from tests.sources import read_heif
 from tests.unit.test_sources import touch, write_tar
@@ -172,3 +173,49 @@ def test_patterns_of_what_to_leave_out(tmp_path, patterns, kept):
         touch(tmp_path / "d" / name)
     source = open_source(str(tmp_path / "d"), exclude=patterns)
     assert [os.path.relpath(source.name(i), tmp_path / "d") for i in range(len(source))] == kept
+
+
+def make_run(place):
+    """What a run has written by its first update."""
+    for name in (".lock", "config.yaml", "metrics.jsonl", "logs/progress.json", "checkpoints/1/x", "gallery/a/1.jpg"):
+        touch(place / name)
+
+
+def test_runs_among_the_images_are_none_of_them(tmp_path):
+    """Wherever they lie, and however much of them there is."""
+    for name in ("hat/1.jpg", "shoe/2.jpg", "shoe/logs/3.jpg"):
+        touch(tmp_path / "d" / name)
+    touch(tmp_path / "d" / "hat" / "config.yaml")
+    for place in ("runs/one", "runs/two", "three", "hat/four"):
+        make_run(tmp_path / "d" / place)
+    touch(tmp_path / "d" / "runs" / "begins" / ".lock")
+    (tmp_path / "d" / "runs" / "begins" / "logs").mkdir()
+    make_run(tmp_path / "d" / "copied")
+    (tmp_path / "d" / "copied" / ".lock").unlink()
+    source = open_source(str(tmp_path / "d"))
+    names = [os.path.relpath(source.name(i), tmp_path / "d") for i in range(len(source))]
+    assert names == ["hat/1.jpg", "shoe/2.jpg", "shoe/logs/3.jpg"] and source.classes == ["hat", "shoe"]
+    assert source.left_out[left_out.RUNS] == 6 and folders_in(str(tmp_path / "d")) == ["hat", "shoe"]
+    assert "6 folders of runs (the pictures in them are their own)" in left_out.warning(source.left_out)
+    assert left_out.warning({left_out.RUNS: 1}).startswith("Left out: 1 folder of a run (")
+    assert len(open_source(str(tmp_path / "d" / "three" / "gallery"))) == 1  # who names it means it
+
+
+def test_a_run_beside_tars_or_splits_changes_nothing_about_them(tmp_path):
+    touch(tmp_path / "tars" / "1.tar")
+    make_run(tmp_path / "tars" / "runs" / "one")
+    assert kind_of(str(tmp_path / "tars")) == "tar"
+    for name in ("train/a/1.jpg", "train/b/2.jpg", "runs/other.txt"):
+        touch(tmp_path / "d" / name)
+    make_run(tmp_path / "d" / "runs" / "one")
+    assert split_folders(str(tmp_path / "d")) == []
+    (tmp_path / "d" / "runs" / "other.txt").unlink()
+    assert split_folders(str(tmp_path / "d")) == [str(tmp_path / "d" / "train")]
+
+
+def test_many_class_folders_are_not_read_to_see_whether_they_are_runs(tmp_path, monkeypatch):
+    for n in range(300):
+        touch(tmp_path / "d" / "a" / f"{n}.jpg")
+    asked, is_folder = [], files.is_folder
+    monkeypatch.setattr(files, "is_folder", lambda entry: asked.append(entry.name) or is_folder(entry))
+    assert folders_in(str(tmp_path / "d")) == ["a"] and len(asked) == 2

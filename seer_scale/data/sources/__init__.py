@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from seer_scale.config import Data
 from seer_scale.data.sources import hub, remote
 from seer_scale.data.sources.base import Source, Stream, is_image, is_tar, must_exist, subset
-from seer_scale.data.sources.files import folder, is_file, is_folder
+from seer_scale.data.sources.files import folder, is_file, is_folder, is_of_runs
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.data.sources.lists import ListFile
 from seer_scale.data.sources.manifest import SUFFIXES as MANIFEST_SUFFIXES
@@ -103,7 +103,8 @@ def kind_of(path: str) -> str:
         ) from error
     if not any(is_tar(e.name) for e in entries):
         return "folder"
-    other = next((e.name for e in entries if is_folder(e) or is_image(e.name) and is_file(e)), None)
+    folders = (e.name for e in entries if is_folder(e) and not is_of_runs(e.path))
+    other = next(folders, None) or next((e.name for e in entries if is_image(e.name) and is_file(e)), None)
     if other:
         raise DataError(f"{path} holds tars and also {other}; say what is meant by data.kind tar or data.kind folder.")
     return "tar"

@@ -10,6 +10,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 
 import numpy as np
 
@@ -28,17 +29,21 @@ from seer_scale.data.sources.left_out import (
     DANGLING,
     EXCLUDED,
     HIDDEN,
+    RUNS,
     SPECIAL,
     TOO_DEEP,
     UNLISTABLE,
     described,
     is_hidden,
+    is_run,
     kind_of,
 )
 from seer_scale.errors import DataError
 from seer_scale.files import shown
 
 MOST_BYTES = 1 << 30
+FIRST = 100
+"""Entries of a folder that tell whether it is one of runs: more than a run's own has."""
 
 
 class Files(Source):
@@ -100,8 +105,8 @@ def _at_once(path: str, flags: int) -> int:
 
 
 def folder(path: str, exclude: Sequence[str] = ()) -> Files:
-    """Every image below a folder, in sorted order. The first-level subfolders are the classes, where there are at
-    least two; an image outside them has no label. Raises DataError when there is no image.
+    """Every image below a folder, but for those in folders of runs, in sorted order. The first-level subfolders are the
+    classes, where there are at least two; an image outside them has no label. Raises DataError when there is no image.
 
     exclude: patterns (fnmatch) of what is left out: those with a slash of paths below the folder, others of the name of
     a file or of a folder on the way to it.
@@ -136,7 +141,20 @@ def folders_in(path: str, exclude: Sequence[str] = ()) -> list[str]:
         for entry in entries:
             if is_folder(entry) and not is_hidden(entry.name) and not patterns.match("", entry.name):
                 names.append(entry.name)
-    return sorted(names)
+    return sorted(name for name in names if not is_of_runs(os.path.join(path, name)))
+
+
+def is_of_runs(path: str) -> bool:
+    """Whether a folder is that of a run, or holds such and nothing else. Its first entries tell, of however many."""
+    first = _first_entries(path)
+    seen = [entry for name, entry in first.items() if not is_hidden(name)]
+    return is_run(first) or bool(seen) and all(is_folder(e) and is_run(_first_entries(e.path)) for e in seen)
+
+
+def _first_entries(path: str) -> dict[str, os.DirEntry[str]]:
+    with suppress(OSError), os.scandir(path) as entries:
+        return {entry.name: entry for entry in islice(entries, FIRST)}
+    return {}
 
 
 class _Patterns:
@@ -159,7 +177,7 @@ def _walk(root: str, exclude: _Patterns, left_out: Counter[str]) -> Iterator[str
     type. Raises DataError where the root itself cannot be listed."""
     seen: set[tuple[int, int]] = set()
     try:
-        stack = [_listed(root, "", seen)]  # of folders however deep
+        stack = [("", iter(_listed(root, "", seen)))]  # of folders however deep
     except OSError as error:
         raise DataError(f"{root} cannot be listed: make it readable, or give another folder.") from error
     while stack:
@@ -174,9 +192,14 @@ def _walk(root: str, exclude: _Patterns, left_out: Counter[str]) -> Iterator[str
             left_out[HIDDEN] += 1
         elif is_folder(entry):
             try:
-                stack.append(_listed(root, f"{below}{name}/", seen))
+                entries = _listed(root, f"{below}{name}/", seen)
             except OSError as error:
                 left_out[TOO_DEEP if error.errno == errno.ENAMETOOLONG else UNLISTABLE] += 1
+                continue
+            if is_run([e.name for e in entries]):
+                left_out[RUNS] += 1
+            else:
+                stack.append((f"{below}{name}/", iter(entries)))
         elif not is_file(entry):
             left_out[SPECIAL if os.path.exists(entry.path) else DANGLING] += 1
         elif is_image(name):
@@ -199,12 +222,12 @@ def is_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _listed(root: str, below: str, seen: set[tuple[int, int]]) -> tuple[str, Iterator[os.DirEntry[str]]]:
-    """(below, what lies in root/below, sorted; nothing if it was listed before). Raises OSError."""
+def _listed(root: str, below: str, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
+    """What lies in root/below, sorted; nothing if it was listed before. Raises OSError."""
     here = os.path.join(root, below)
     found = os.stat(here)
     if (found.st_dev, found.st_ino) in seen:
-        return below, iter(())
+        return []
     seen.add((found.st_dev, found.st_ino))
     with os.scandir(here) as entries:
-        return below, iter(sorted(entries, key=lambda e: e.name))
+        return sorted(entries, key=lambda e: e.name)

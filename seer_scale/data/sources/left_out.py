@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from seer_scale.extras import how_to_install
 
 HIDDEN, UNLISTABLE, EXCLUDED = "hidden", "folders that cannot be listed", "excluded"
 TOO_DEEP = "folders whose paths are too long for the system"
+RUNS = "folders of runs"
 FOREIGN = "tar members of a type that is not known"
 DANGLING, SPECIAL = "links that lead nowhere", "pipes, sockets or devices"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
@@ -17,8 +18,8 @@ NO_SUFFIX, OTHER = "files without a suffix", "other files"
 HIDDEN_MEMBERS, NO_SUFFIX_MEMBERS = "hidden members of tars", "members of tars without a suffix"
 """No list can name a tar's members."""
 ONE = {
-    TOO_DEEP: "folder whose path is too long for the system", DANGLING: "link that leads nowhere",
-    SPECIAL: "pipe, socket or device", COMMENTS: "line that begins with #",
+    TOO_DEEP: "folder whose path is too long for the system", RUNS: "folder of a run",
+    DANGLING: "link that leads nowhere", SPECIAL: "pipe, socket or device", COMMENTS: "line that begins with #",
 }  # fmt: skip
 """What one of a kind is called, where that is more than its noun without an s."""
 SUFFIXES_OF = {
@@ -34,6 +35,7 @@ ADVICE = {
     HIDDEN: "data.kind list reads what a list names",
     UNLISTABLE: "make them readable",
     TOO_DEEP: "move what is in them further up",
+    RUNS: "the pictures in them are their own",
     DANGLING: "",
     SPECIAL: "no regular files",
     EXCLUDED: "by data.exclude",
@@ -62,11 +64,18 @@ SERVICE_FOLDERS = frozenset(
     {"@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "#recycle", "#snapshot"}
 )
 """What systems put beside images without a dot before the name."""
+OF_A_RUN = (frozenset({".lock", "logs"}), frozenset({"config.yaml", "metrics.jsonl"}))
+"""What lies in the folder of a run from its first moment on; and where a copy has lost what is hidden."""
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name, without its folder, is not meant to be seen."""
     return name.startswith(".") or name in SERVICE_FOLDERS
+
+
+def is_run(names: Collection[str]) -> bool:
+    """Whether a folder that holds things of these names is that of a run, in which lie pictures of its images."""
+    return any(marks.issubset(names) for marks in OF_A_RUN)
 
 
 def kind_of(name: str) -> str:
