@@ -176,14 +176,19 @@ class RunLog:
             if record.get("event") in BEGINNINGS:
                 self._latest["samples_seen"] = record["samples_seen"]
             elif "event" not in record:
-                self._latest |= record
+                self._learn(record)
         for name in ("wall_time", "throughput/img_per_s"):  # of another start, which may have run on other ranks
             self._latest.pop(name, None)
         self._eta.begin(self._latest["samples_seen"])
 
     def _take_in(self, row: dict[str, Any]) -> None:
-        self._latest |= row
+        self._learn(row)
         self._eta.add(row)
+
+    def _learn(self, row: dict[str, Any]) -> None:
+        self._latest |= row
+        if "knn/top1" in row:
+            self._latest["knn/samples"] = row["samples_seen"]
 
     def _append(self, record: dict[str, Any]) -> None:
         """One line by one write: a reader, or a kill, sees all of it or none."""
@@ -248,8 +253,11 @@ class RunLog:
         if (top1 := _number(row, "knn/top1")) is not None:
             error, most = _number(row, "knn/top1_stderr"), _number(row, "knn/majority")
             spread = f" ± {error:.1f}" if error is not None else ""
+            measured = row.get("knn/samples", row["samples_seen"])
+            when = f" at {measured:,} samples" if measured != row["samples_seen"] else ""
             words.append(
-                f"kNN top-1 {top1:.1f} %{spread}" + (f" (commonest class {most:.1f} %)" if most is not None else "")
+                f"kNN top-1 {top1:.1f} %{spread}{when}"
+                + (f" (commonest class {most:.1f} %)" if most is not None else "")
             )
         return words
 

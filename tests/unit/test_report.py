@@ -160,6 +160,15 @@ def test_the_headline_claims_no_more_than_was_measured():
     assert headline([rows[0] | {"knn/measurement": "b"}, rows[1]]) == "kNN top-1: 20.0 % before, 29.0 % after"
 
 
+def test_the_headline_says_where_a_figure_is_from_that_is_not_of_the_end():
+    rows = [{"samples_seen": n, "knn/top1": 20.0 + n, "knn/stage": s} for n, s in ((0, "before"), (9, "after"))]
+    assert headline(rows) == "kNN top-1: 20.0 % before, 29.0 % after"
+    assert headline([*rows, {"samples_seen": 4480}]) == "kNN top-1: 20.0 % before, 29.0 % at 9 samples"
+    during = rows[1] | {"samples_seen": 1280, "knn/stage": "during"}
+    assert headline([rows[0], during]) == "kNN top-1: 20.0 % before, 29.0 % at 1,280 samples"
+    assert headline([during, {"samples_seen": 1281}]) == "kNN top-1: 29.0 % at 1,280 samples"
+
+
 def test_right_and_wrong_neighbours_can_be_told_apart(run_dir):
     html = write_report(run_dir).read_text()
     assert html.count("<figure class=right>") == html.count("<figure class=wrong>") == 2

@@ -244,3 +244,17 @@ def test_tensorboard_has_the_scalars_by_samples_without_the_abandoned_ones(tmp_p
 def test_json_is_strict_whatever_it_holds():
     text = to_json({"a": [math.inf, -math.nan, 1.5], "b": {1: torch.tensor([math.nan, 2.0])}, "c": Path("x")})
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, None, 1.5], "b": {"1": [None, 2.0]}, "c": "x"}
+
+
+def test_a_terminal_shows_of_where_its_knn_is(tmp_path):
+    """Also one that another start has measured."""
+    for row in ({"samples_seen": 320, "knn/top1": 30.0}, {"samples_seen": 640, "loss": 5.0}):
+        with RunLog(tmp_path, 1000, ("nothing", 5.0), active=True) as log:
+            log.log(row)
+            shown = "  ".join(log._values(log._latest))
+    assert "kNN top-1 30.0 % at 320 samples" in shown
+    assert "knn/samples" not in (tmp_path / "metrics.jsonl").read_text()
+    with RunLog(tmp_path, 1000, ("nothing", 5.0), active=True) as log:
+        assert "kNN top-1 30.0 % at 320 samples" in "  ".join(log._values(log._latest))
+        log.log({"samples_seen": 960, "knn/top1": 35.0})
+        assert "kNN top-1 35.0 %" == log._values(log._latest)[-1]

@@ -39,17 +39,24 @@ PAGE = """<!doctype html>
 
 
 def headline(rows: Rows) -> str | None:
-    """`kNN top-1: A % before, B % after`, or what of it is known; None without an evaluation."""
+    """`kNN top-1: A % before, B % after`, or what of it is known; None without an evaluation. What was measured before
+    the last row, or was not meant to be the last, is said to be `at N samples`."""
     known = [r for r in rows if is_number(r.get("knn/top1"))]
     if not known:
         return None
     before = [f"{_percent(r)} before" for r in known[:1] if r["samples_seen"] == 0]
-    after = [f"{_percent(r)} after" for r in known[-1:] if r["samples_seen"] > 0]
+    after = [f"{_percent(r)} {_when(r, rows)}" for r in known[-1:] if r["samples_seen"] > 0]
     if before and after and not compare(known[0], known[-1]):
         return (
             f"kNN top-1: {after[0]} (what stood before, {_percent(known[0])}, was measured with other images or keys)"
         )
     return "kNN top-1: " + ", ".join(before + after)
+
+
+def _when(row: dict[str, Any], rows: Rows) -> str:
+    seen = row["samples_seen"]
+    is_end = row.get("knn/stage", "after") == "after" and seen == rows[-1]["samples_seen"]
+    return "after" if is_end else f"at {counted(seen, 'sample')}"
 
 
 def _percent(row: dict[str, Any]) -> str:
