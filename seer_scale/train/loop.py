@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -642,7 +643,8 @@ class Trainer:
                 "starved",
                 (
                     f"Updates wait for images {100 * share:.0f} % of their time: {more} (seer-scale bench data "
-                    f"{self.config.data.path} says how many a core makes)."
+                    f"{shlex.quote(self.config.data.path)} --recipe {shlex.quote(str(self.run_dir / 'config.yaml'))} "
+                    "says how many a core makes)."
                 ),
             )
 

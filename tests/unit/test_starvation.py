@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
+from seer_scale.bench import data as bench
+from seer_scale.config import recipe_names, resolve
 from seer_scale.data.loader import Batch
 from seer_scale.models.layout import Execution
 from seer_scale.train import loop
@@ -31,6 +34,7 @@ def trainer(workers: int, cores: int, contended: str = "") -> tuple[loop.Trainer
     told: list[str] = []
     made = object.__new__(loop.Trainer)
     made.config = SimpleNamespace(data=SimpleNamespace(path="photos"))
+    made.run_dir = Path("runs/a b")
     made.world, made.cores, made.workers, made._starved = World(), cores, workers, 0
     made.execution = Execution(1, torch.contiguous_format, contended)
     made._tell = lambda kind, text, **_: told.append(f"{kind}: {text}")
@@ -47,7 +51,7 @@ def test_told_once_after_three_lines_in_a_row():
     assert told == [
         (
             "starved: Updates wait for images 30 % of their time: raise data.workers from 2 to 8 (seer-scale bench "
-            "data photos says how many a core makes)."
+            "data photos --recipe 'runs/a b/config.yaml' says how many a core makes)."
         )
     ]
 
@@ -65,3 +69,11 @@ def test_what_to_change_where_all_cores_load():
     for _ in range(9):
         made._watch_for_starvation(0.9)
     assert not told
+
+
+def test_the_tool_that_is_named_takes_the_crops_of_the_run(tmp_path):
+    sections = {"views": {"crops": [{"num": 2, "size": 32}]}, "swav": {"prototypes": [8]}}
+    config = resolve(sections | {"data": {"path": "x"}, "train": {"samples": 8}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    assert bench._views(str(tmp_path / "config.yaml")) == config.views
+    assert all(bench._views(name).crops for name in recipe_names())
