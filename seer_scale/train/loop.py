@@ -230,11 +230,13 @@ class Trainer:
         read: dict[str, float] = {}
         if self.resumed_from:
             if self.samples_seen >= c.train.samples:
+                fewer = f" train.samples asks for {c.train.samples:,}, fewer than this run has seen: nothing is undone."
+                fewer *= self.samples_seen - c.train.samples >= c.train.global_batch  # batches are whole
                 self.log.event(
                     "resume",
                     (
                         f"{self.resumed_from} is complete: all {self.samples_seen:,} samples were seen, so there "
-                        "is nothing to train. More train.samples would go on."
+                        f"is nothing to train.{fewer} More train.samples would go on."
                     ),
                     **facts,
                 )
@@ -312,6 +314,12 @@ class Trainer:
                 f"There are {len(self.source):,} images, fewer than train.global_batch ({train.global_batch:,}): "
                 f"each update sees an image {times:.1f} times, which teaches little; lower train.global_batch, or "
                 "give more images.",
+            )
+        if self.labelled and self.config.knn.k > (voters := len(self.labelled.bank_indices)):
+            self._tell(
+                "note",
+                f"knn.k is {self.config.knn.k:,}, but {counted(voters, 'image')} can vote in kNN: all of them do, "
+                "each time.",
             )
         if left_out := warning(self.source.left_out):
             self._tell("note", left_out)

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -284,3 +285,14 @@ def test_a_crash_leaves_what_it_said(given, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         run_training(*given)
     assert (tmp_path / "runs" / "new" / "logs").is_dir()
+
+
+def test_figures_that_were_asked_for_and_are_not_reached_are_told(given, capsys):
+    """More neighbours than images that vote, fewer samples than were seen."""
+    run_training(given[0], [*given[1], "--knn.enabled", "true", "--knn.k", "500", "--train.samples", "32"])
+    assert re.search(r"knn\.k is 500, but \d+ images can vote in kNN: all of them do", capsys.readouterr().out)
+    run_training(given[0], [*given[1], "--train.samples", "30"])  # whole batches
+    assert "fewer than" not in capsys.readouterr().out
+    run_training(given[0], [*given[1], "--train.samples", "16"])
+    said = capsys.readouterr().out
+    assert "all 32 samples were seen" in said and "train.samples asks for 16, fewer than this run has seen" in said

@@ -111,6 +111,7 @@ def test_clang_builds_them_too(tmp_path):
 def test_a_start_says_so_where_they_are_missing(built, monkeypatch):
     trainer = MagicMock(config=Config(data=Data(path="x")), end=1, samples_seen=1, workers=0, cores=1)
     trainer.execution.contended, trainer.engine.name = "", trainer.config.parallel.engine
+    trainer.execution.threads, trainer.labelled = 1, None
     monkeypatch.setattr(loop, "warning", lambda left_out: "")
     monkeypatch.setattr(loop, "native", lambda: object() if built else None)
     loop.Trainer._tell_notes(trainer)
