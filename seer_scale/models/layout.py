@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,20 +34,23 @@ class Execution:
     contended: str = ""
 
 
-def choose_execution(backbone: nn.Module, config: Config, world: World, cores: int) -> Execution:
+def choose_execution(
+    backbone: nn.Module, config: Config, world: World, cores: int, between: Callable[[], object] = lambda: None
+) -> Execution:
     """What train.threads or OMP_NUM_THREADS, and train.memory_format, name; else what the ranks together run faster.
     Sets the threads. Collective where it measures.
 
     cores: of each rank. Only a gain of more than MARGIN takes fewer threads, or channels_last: a run started twice
-    shall not differ by the noise of a clock. On an accelerator, threads are not measured.
+    shall not differ by the noise of a clock. On an accelerator, threads are not measured. between: called before each
+    timing, as often on every rank; what it raises ends the choice.
     """
     watch = Contention(cores * world.local_size, world.local_size)
     threads = config.train.threads or told_threads()
     if not threads:
-        threads = cores if world.device.type == "cuda" else _fastest_threads(backbone, config, world, cores)
+        threads = cores if world.device.type == "cuda" else _fastest_threads(backbone, config, world, cores, between)
     torch.set_num_threads(threads)
     if config.train.memory_format == "auto":
-        seconds = {name: measure(backbone, config, world, layout) for name, layout in FORMATS.items()}
+        seconds = {name: measure(backbone, config, world, layout, between=between) for name, layout in FORMATS.items()}
         gains = seconds["channels_last"] < (1 - MARGIN) * seconds["contiguous"]
         memory_format = FORMATS["channels_last" if gains else "contiguous"]
     else:
@@ -55,12 +58,15 @@ def choose_execution(backbone: nn.Module, config: Config, world: World, cores: i
     return Execution(threads, memory_format, watch.found())
 
 
-def _fastest_threads(backbone: nn.Module, config: Config, world: World, cores: int) -> int:
+def _fastest_threads(
+    backbone: nn.Module, config: Config, world: World, cores: int, between: Callable[[], object]
+) -> int:
     """Of `cores` and its halves, as long as fewer are faster."""
     best, least_s = cores, float("inf")
     for threads in _halves(cores) if cores > 1 else ():
         torch.set_num_threads(threads)
-        seconds = measure(backbone, config, world, rounds=1)  # on contended cores a round may take long
+        # on contended cores a round may take long
+        seconds = measure(backbone, config, world, rounds=1, between=between)
         if seconds > (1 - MARGIN) * least_s:
             break
         best, least_s = threads, seconds
@@ -79,6 +85,7 @@ def measure(
     world: World,
     layout: torch.memory_format = torch.contiguous_format,
     rounds: int = 3,
+    between: Callable[[], object] = lambda: None,
 ) -> float:
     """Seconds of forward and backward over the backbone (on the meta device) for a micro-batch, of all ranks together.
 
@@ -98,7 +105,10 @@ def measure(
         for p in block.parameters():
             nn.init.normal_(p, std=0.01)
         reset_buffers(block)
-        times = [_time(block, takes[names[-1]], layout, config, world.device) for _ in range(rounds + 1)]
+        times = []
+        for _ in range(rounds + 1):
+            between()
+            times.append(_time(block, takes[names[-1]], layout, config, world.device))
         total += statistics.median(times[1:]) * len(names)
     return world.sum_(torch.tensor(total, device=world.device)).item()
 

@@ -36,7 +36,7 @@ from seer_scale.data.native import MISSING, native
 from seer_scale.data.pool import complain
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.sources.left_out import warning
-from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, DataError, TrainingFailed, UserError
+from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, DataError, StartStopped, TrainingFailed, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
 from seer_scale.evaluate.look import show_crops, show_neighbours, show_prototypes
 from seer_scale.files import shown, write_whole
@@ -118,7 +118,7 @@ class Trainer:
         self.cores = rank_cores(world)
         self.workers = config.data.num_workers(self.cores)
         with progress.doing("measuring how the network runs fastest"):
-            self.execution = choose_execution(method.backbone, config, world, self.cores)
+            self.execution = choose_execution(method.backbone, config, world, self.cores, self._stop_start_if_agreed)
         with progress.doing("building the network"):
             self.engine = build_engine(method, config, world, loaded=resume.brought(config, found))
         self._told_of_health = False
@@ -329,6 +329,12 @@ class Trainer:
                 f"data.workers is {self.workers}, but a rank may use {counted(self.cores, 'core')}: "
                 "more loader processes than that help only where images come from URLs.",
             )
+        if (threads := self.execution.threads) > self.cores:
+            self._tell(
+                "note",
+                f"There are {threads} CPU threads a rank (train.threads or OMP_NUM_THREADS), but a rank may use "
+                f"{counted(self.cores, 'core')}: they stand in each other's way, and fewer are faster.",
+            )
         if self.world.device.type == "cpu" and train.precision != "fp32":
             self._tell(
                 "note",
@@ -394,6 +400,12 @@ class Trainer:
         reason = self.stop.agreed(self.world)
         if reason:
             raise _Stop(reason)
+
+    def _stop_start_if_agreed(self) -> None:
+        """Collective. Raises StartStopped on all ranks."""
+        if reason := self.stop.agreed(self.world):
+            self.world.barrier()  # none leaves before all have heard it
+            raise StartStopped(f"Stopped by {reason} before training began. Start it again and it goes on.")
 
     def _save_at_stop(self) -> str:
         if not self.samples_seen:

@@ -28,6 +28,7 @@ from seer_scale.config import (
     parse_overrides,
     resolve,
 )
+from seer_scale.cores import available_cores
 from seer_scale.data.sources import kind_of
 from seer_scale.errors import ConfigError, RankLost, UserError, nothing_begun
 from seer_scale.extras import how_to_install
@@ -43,6 +44,9 @@ from seer_scale.train.loop import train
 from seer_scale.train.stop import StopRequest
 from seer_scale.train.watchdog import Watchdog
 from seer_scale.world import World
+
+THREADS_A_CORE = 4
+"""The most that train.threads may ask for: hundreds of them keep a machine from everything, a stop among it."""
 
 
 def resolve_recipe(recipe: str, overrides: list[str], world_size: int, *, looks: bool = True) -> Config:
@@ -200,10 +204,20 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
 
 def _check_here(config: Config, info: RankInfo) -> None:
     """What one rank sees, and the others may not. Raises ConfigError."""
-    if problems := check_device(config):
+    if problems := [*check_device(config), *_check_threads(config)]:
         raise ConfigError(problems)
     if info.rank == 0 and info.size > 1:
         look(config)  # a folder of 100,000 tars is listed once, not once a rank
+
+
+def _check_threads(config: Config) -> list[str]:
+    threads, cores = config.train.threads, available_cores()
+    if threads <= THREADS_A_CORE * cores:
+        return []
+    return [
+        f"train.threads is {threads}, but must be at most {THREADS_A_CORE * cores} here, {THREADS_A_CORE} for each "
+        f"core that a rank may use: more only wait for each other; give {cores}, or 0, which measures what is fastest."
+    ]
 
 
 @contextmanager

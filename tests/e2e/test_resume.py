@@ -9,7 +9,9 @@ import signal
 from functools import partial
 
 from seer_scale.launch.job import Job
+from seer_scale.models import layout
 from seer_scale.parallel import engine
+from seer_scale.rank_info import detect
 from seer_scale.rng import draw
 from seer_scale.train.start import run_training
 from tests.e2e import runs
@@ -302,3 +304,25 @@ def test_the_best_by_knn_stays_and_is_measured_by_its_link(tmp_path, photos):
     scores = json.loads(text.strip().splitlines()[-1])
     assert scores["knn/top1"] == top1[best] and scores["samples_seen"] == best and scores["run"] == str(place)
     assert "nor a checkpoint" in run("eval", "knn", link.parent, folder=tmp_path, status=2)
+
+
+def stop_in_third_timing() -> None:
+    """Called in a rank: rank 0 is told to stop while it is measured what runs fastest."""
+    done = []
+
+    def timed(*_: object) -> float:
+        done.append(1)
+        if len(done) == 3 and detect().rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    layout._time = timed
+
+
+def test_all_ranks_leave_together_while_it_is_measured_what_runs_fastest(tmp_path, photos):
+    given = recipe(tmp_path, photos, train={"memory_format": "auto"})
+    stopped = start(
+        "train", given, "--run.dir", tmp_path / "run", ranks=2, folder=tmp_path, console=stop_in_third_timing
+    )
+    assert stopped.wait() == [75, 75], stopped.text
+    assert "Stopped by SIGTERM before training began" in stopped.text and not (tmp_path / "run").exists()

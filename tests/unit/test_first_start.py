@@ -26,6 +26,7 @@ from seer_scale.data.sources import remote
 from seer_scale.errors import STOP_SIGNALS, RankLost, StartStopped, TrainingFailed, UserError
 from seer_scale.files import to_json
 from seer_scale.methods.registry import build_method
+from seer_scale.models import layout
 from seer_scale.train import loop, resume, start
 from seer_scale.train.start import run_training
 from seer_scale.world import World
@@ -167,6 +168,33 @@ def test_links_that_lead_nowhere_are_not_offered_as_themselves(given, tmp_path):
             assert told.endswith(why) and "?." not in told, (key, told)
     run_training(*given)
     refused(given, "--checkpoint.resume", str(tmp_path / "loop"))  # compared with what the run holds
+
+
+def test_a_stop_while_it_is_measured_what_runs_fastest_ends_the_start(given, tmp_path, monkeypatch):
+    done = []
+
+    def timed(*_):
+        done.append(1)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    monkeypatch.setattr(layout, "_time", timed)
+    with pytest.raises(StartStopped, match="Stopped by SIGTERM before training began. Start it again"):
+        run_training(given[0], [*given[1], "--train.memory_format", "auto"])
+    assert len(done) == 2 and not (tmp_path / "runs").exists()
+
+
+def test_threads_that_only_wait_for_each_other(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(start, "available_cores", lambda: 1)
+    told = refused(given, "--train.threads", "5")
+    assert "train.threads is 5, but must be at most 4 here, 4 for each core" in told and "give 1, or 0" in told
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr(loop, "rank_cores", lambda world: 1)
+    run_training(given[0], [*given[1], "--train.threads", "2"])
+    assert "There are 2 CPU threads a rank (train.threads" in (said := capsys.readouterr().out)
+    assert "but a rank may use 1 core: they stand" in said
+    torch.set_num_threads(1)
 
 
 def test_what_one_rank_makes_of_an_engine_is_said(given, capsys):

@@ -69,6 +69,20 @@ def test_what_is_named_is_not_measured(monkeypatch, no_threads_told):
     )  # the recipe's own word
 
 
+@pytest.mark.parametrize("train", [{"threads": 1}, {"memory_format": "contiguous"}])
+def test_what_is_asked_between_two_timings_may_end_them(monkeypatch, train, no_threads_told):
+    done = []
+    times(monkeypatch, lambda threads, _: done.append(threads) or 1.0)
+
+    def stop():
+        if len(done) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        layout.choose_execution(*backbone_of(**train), WORLD, 4, stop)
+    assert len(done) == 3
+
+
 def test_measuring_runs_every_stage_and_leaves_the_model_on_the_meta_device(no_threads_told):
     backbone, config = backbone_of()
     assert layout.measure(backbone, config, WORLD, rounds=1) > 0

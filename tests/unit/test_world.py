@@ -72,7 +72,7 @@ def sockets():
 """
 
 
-def forks(folder: Path, body: str, limit_s: float = 30.0) -> tuple[Any, str]:
+def forks(folder: Path, body: str, limit_s: float = 120.0) -> tuple[Any, str]:
     """What `body` leaves in `found`, and what was written to stderr. No rank outlives it, however it ends."""
     script = [sys.executable, "-c", FORKS + body + "\nprint(json.dumps(found))", str(folder)]
     with subprocess.Popen(script, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as parent:
