@@ -160,7 +160,7 @@ def _is_record(path: Path) -> bool:
 
 def _must_be_typed(job: Job) -> None:
     """launcher has been a number; whatever it is, `is_alive` answers. Raises TypeError."""
-    kinds = {
+    kinds: dict[str, Any] = {
         "str": str,
         "int": int,
         "float": (int, float),
@@ -209,12 +209,15 @@ def snapshot(place: Path, *, write: bool = True) -> str:
     final = place / f"code-{digest.hexdigest()[:12]}"
     if write and not final.is_dir():
         aside = place / f".code-{secrets.token_hex(4)}"
-        for path in files:
-            (copy := aside / path.relative_to(package.parent)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
         try:
+            for path in files:
+                (copy := aside / path.relative_to(package.parent)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
             os.rename(aside, final)
-        except OSError:  # another launch was first
+        except OSError:
+            if not final.is_dir():  # else another launch was first
+                raise
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
     return str(final)
 

@@ -95,8 +95,12 @@ def grid(recipe: str, name: str, array: Sequence[str]) -> list[tuple[str, str, l
         overrides = [word for key, value in point if key != "recipe" for word in (f"--{key}", value)]
         marks = [Path(value).stem if key == "recipe" else _mark(key, value) for key, value in point]
         runs.append((next((v for k, v in point if k == "recipe"), recipe), "-".join([base, *marks]), overrides))
-    if len({name for _, name, _ in runs}) < len(runs):
-        raise UserError("--array gives two runs of one name: leave out what is given twice.")
+    names = [name for _, name, _ in runs]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise UserError(
+            f"--array gives two runs of one name, {twice}: leave out values that are alike, or alike but for signs "
+            "that a name does not hold."
+        )
     return runs
 
 

@@ -16,6 +16,7 @@ import os  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from seer_scale import console  # noqa: E402
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLost, UserError, complain  # noqa: E402
@@ -36,6 +37,7 @@ def main(run_dir: str) -> int:
     if job.cluster == "local":
         threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
     try:
+        _must_be_copy(job.code)
         from seer_scale.train.start import run_training
 
         status, tells = run_training(str(job.recipe), [], attempt), rank == 0
@@ -51,6 +53,16 @@ def main(run_dir: str) -> int:
         except OSError:
             return status
     return EXIT_DONE if status == EXIT_STOPPED else status
+
+
+def _must_be_copy(code: str) -> None:
+    """What runs here is the copy of the code that travels with the job. Raises UserError."""
+    package = Path(__file__).parents[1]
+    if os.path.realpath(package) != os.path.realpath(Path(code) / package.name):
+        raise UserError(
+            f"The ranks run the code in {package}, not the run's copy in {code}: see that nothing comes before that "
+            "on PYTHONPATH."
+        )
 
 
 def _stop_without(controller: int) -> None:

@@ -242,9 +242,8 @@ def _print_status(job: Job) -> None:
     for line in job.attempts()[-8:]:
         at = time.strftime("%F %T", time.localtime(line["time"]))
         if line["event"] == "begin":
-            print(
-                f"  {at}  {line['attempt']} began on {counted(line['ranks'], 'rank')} ({', '.join(map(str, line['nodes']))})"
-            )
+            nodes = ", ".join(map(str, line["nodes"]))
+            print(f"  {at}  {line['attempt']} began on {counted(line['ranks'], 'rank')} ({nodes})")
         else:
             print(f"  {at}  {line['attempt']} {line['cause']}")
 

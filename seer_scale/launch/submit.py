@@ -101,8 +101,14 @@ def _prepare_all(options: Options) -> list[Prepared]:
     if problems:
         raise UserError(*(line for problem in dict.fromkeys(problems) for line in problem.splitlines()))
     folders = [job.run_dir for job, _, _ in prepared]
-    if percent := next((folder for folder in folders if "%" in folder and options.cluster == "slurm"), None):
-        raise UserError(f"run.dir is {percent}, but SLURM replaces what follows a %: choose another.")
+    replaces, marks = ("SLURM", r"%") if options.cluster == "slurm" else ("submitit", "%[jtAa]")
+    if percent := next((folder for folder in folders if re.search(marks, folder)), None):
+        raise UserError(f"run.dir is {percent}, but {replaces} replaces what follows a %: choose another.")
+    if split := next((folder for folder in folders if os.pathsep in folder), None):
+        raise UserError(
+            f"run.dir is {split}, but the copy of the code in it is found by PYTHONPATH, whose folders are "
+            f"parted by {os.pathsep} signs: choose another."
+        )
     names = [*folders, *(job.folder for job, _, _ in prepared)] if options.cluster == "slurm" else []
     if odd := next((name for name in names if "\n" in name or any("\udc80" <= c <= "\udcff" for c in name)), None):
         raise UserError(

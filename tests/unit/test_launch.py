@@ -209,6 +209,42 @@ def test_a_grid_in_one_folder_is_refused(recipe, tmp_path):
         cli.run(["launch", recipe, "--cluster", "slurm", "--profile", "p.yaml", "--dry-run", "--time", "2"])
 
 
+@pytest.mark.parametrize(
+    "place, said",
+    [
+        ("runs/t10:30", "whose folders are parted by : signs: choose another"),
+        ("runs/d%j", "submitit replaces what follows a %"),
+        ("runs/%a/x", "submitit replaces what follows a %"),
+    ],
+)
+def test_folders_of_which_others_read_a_part(recipe, place, said):
+    with pytest.raises(UserError, match=said):
+        cli.run(["launch", recipe, "--cluster", "local", "--run.dir", place])
+    assert not Path("runs").exists()
+
+
+def test_ranks_run_the_copy_and_no_other_code(tmp_path):
+    """The record names it; a rank that finds itself elsewhere says so before it loads torch."""
+    job = job_of(tmp_path / "run", cluster="local", code=str(tmp_path / "copy"))
+    job.write()
+    as_rank = [sys.executable, "-P", "-m", "seer_scale.launch.rank", job.run_dir]
+    done = subprocess.run(as_rank, env=os.environ | {ATTEMPT: "7.1"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"not the run's copy in {job.code}" in done.stderr
+    assert json.loads((job.place / "outcome.json").read_text()) == {"attempt": "7.1", "status": 2}
+
+
+def test_a_copy_that_does_not_come_to_be_leaves_nothing(tmp_path, monkeypatch):
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("copyfile", "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os if name == "rename" else shutil, name, no_space)
+            with pytest.raises(OSError, match="No space left"):
+                snapshot(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_process_is_known_again_and_no_other(monkeypatch):
     mark = process_mark(os.getpid())
     assert is_alive(mark) and not is_alive("") and not process_mark(2**22 + 1)
@@ -223,7 +259,8 @@ def test_a_grid_of_runs():
     for wrong, said in (
         (["optim.lr"], "must name a key"),
         (["optim.lr=1"], "at least two values"),
-        (["optim.lr=1,1"], "two runs of one name"),
+        (["optim.lr=1,1"], "two runs of one name, sweep-lr-1: leave out values that are alike"),
+        (["data.path=a/b,a_b"], "two runs of one name, sweep-path-a_b: .* alike but for signs"),
     ):
         with pytest.raises(UserError, match=said):
             grid("a.yaml", "sweep", wrong)
