@@ -23,7 +23,7 @@ from typing import Any
 from seer_scale.errors import UserError
 from seer_scale.files import to_json, write_whole
 
-FOLDER, RECORD = "launch", "job.json"
+FOLDER, RECORD, CLAIM = "launch", "job.json", ".claim"
 ATTEMPT = "SEER_SCALE_ATTEMPT"
 """The environment variable by which ranks know which start they are part of."""
 

@@ -144,6 +144,11 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
                 for k, v in value.items()
                 if v is None or v is False and key == "sbatch"
             ]
+            problems += [
+                f"{key}.{k} is read as {v!r}, which is no text; put it in quotes as it is meant."
+                for k, v in value.items()
+                if isinstance(v, list | dict) or isinstance(v, bool) and key == "environment"
+            ]
         else:
             what = "a list of lines" if key == "before" else "a mapping of names to values"
             problems.append(f"{key} is {value!r}, but must be {what}.")
@@ -152,6 +157,8 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
         for k in values["environment"]
         if not re.fullmatch(r"[A-Za-z_]\w*", k)
     ]
+    if "" in (k.lstrip("-") for k in values["sbatch"]):
+        problems.append("sbatch has an option without a name; remove it.")
     problems += [
         f"sbatch.{k} is short for an option; write the long one, as in nodelist for w."
         for k in values["sbatch"]

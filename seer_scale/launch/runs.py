@@ -17,9 +17,9 @@ from typing import Any
 
 from seer_scale import console
 from seer_scale.errors import EXIT_DONE, UserError, nearest
-from seer_scale.files import to_json
+from seer_scale.files import shown, to_json
 from seer_scale.formatting import counted
-from seer_scale.launch.job import Job
+from seer_scale.launch.job import CLAIM, FOLDER, RECORD, Job
 from seer_scale.launch.job import is_alive as process_is_alive
 
 FOLLOW_S = 0.5
@@ -44,7 +44,7 @@ def find(name: str) -> Job:
 
 
 def _matching(name: str) -> list[Job]:
-    if not set("*?[") & set(name):
+    if not set("*?[") & set(name) or _read(name):
         return [_named(name)]
     patterns = (name, f"runs/{name}")  # which the shell has not expanded
     places = {p for q in patterns for p in (Path("/").glob(q[1:]) if q[0] == "/" else Path().glob(q))}
@@ -56,10 +56,14 @@ def _matching(name: str) -> list[Job]:
     return jobs
 
 
+def _read(name: str) -> Job | None:
+    """The run that lies in a folder of this very name, here or in runs/."""
+    return next((job for place in (Path(name), Path("runs") / name) if (job := Job.read(place))), None)
+
+
 def _named(name: str) -> Job:
-    for place in (Path(name), Path("runs") / name):
-        if job := Job.read(place):
-            return job
+    if job := _read(name):
+        return job
     for place in (Path(name), Path("runs") / name):
         if (place / "metrics.jsonl").is_file():
             raise UserError(
@@ -74,9 +78,10 @@ def _named(name: str) -> Job:
 
 
 def _below(folder: Path) -> list[tuple[Job | None, str]]:
-    """All runs below a folder, in order; of one whose record cannot be read, None and why."""
+    """All runs below a folder, linked ones too, in order; of one whose record cannot be read, None and why."""
     jobs: list[tuple[Job | None, str]] = []
-    for place in sorted(p.parents[1] for p in folder.glob("**/launch/job.json")):
+    there = (Path(at) / name for at, folders, _ in os.walk(folder) for name in folders)  # links are not followed
+    for place in sorted(p for p in (folder, *there) if os.path.exists(p / FOLDER / RECORD)):
         try:
             jobs.append((Job.read(place), ""))
         except UserError as problem:
@@ -85,29 +90,33 @@ def _below(folder: Path) -> list[tuple[Job | None, str]]:
 
 
 def command_here() -> str:
-    """How the commands of this package are given from here."""
+    """How the commands of this package are given from here, as a shell reads them."""
     script = Path(sys.executable).parent / "seer-scale"
     known = shutil.which("seer-scale")
     if known and Path(known).absolute() == script:
         return "seer-scale"
     place = script if script.exists() else Path(sys.executable)
     short = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
-    return str(short) if place is script else f"{short} -m seer_scale"
+    word = shlex.quote(str(short))
+    return word if place is script else f"{word} -m seer_scale"
 
 
 def called(job: Job) -> str:
-    """The shortest word by which `find` finds it from here."""
+    """The shortest word by which `find` finds it from here, as it may be shown."""
     place = Path(job.run_dir)
     if place.parent == Path("runs").absolute():
-        return place.name
-    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)
+        return shown(place.name)
+    return shown(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
 
 
 # ------------------------------------------------------------------------------------------------ how they are
 
 
 def is_running(job: Job) -> bool:
-    """Raises NoAnswer, a UserError, where SLURM does not say."""
+    """Whether the job is on its way, and this the folder it works in. Raises NoAnswer, a UserError, where SLURM does
+    not say."""
+    if _is_copy(job):
+        return False
     if job.cluster == "local":
         return process_is_alive(job.launcher)
     from seer_scale.launch import slurm
@@ -117,7 +126,10 @@ def is_running(job: Job) -> bool:
 
 def state(job: Job) -> str:
     attempts, there = [line for line in job.attempts() if line["attempt"].startswith(f"{job.job_id}.")], True
-    if job.cluster == "slurm":
+    if _is_copy(job):
+        if not attempts or attempts[-1]["event"] == "begin":
+            return "a copy, made before that job had ended"
+    elif job.cluster == "slurm":
         from seer_scale.launch import slurm
 
         try:
@@ -203,14 +215,11 @@ def list_runs(folder: Path) -> int:
         raise UserError(f"There is no folder {folder}: give the one that holds the runs' folders.")
     runs = _below(folder)
     if not runs:
-        print(f"No run below {folder} was launched (seer-scale inspect RUN tells of a run that train started).")
+        print(f"No run below {shown(folder)} was launched (seer-scale inspect RUN tells of a run that train started).")
     width = max((len(called(job)) for job, _ in runs if job), default=0)
     for job, problem in runs:
-        print(
-            f"{called(job):{width}}  {job.cluster:6} {job.job_id:18} {progress(job):44} {state(job)}"
-            if job
-            else problem
-        )
+        line = job and f"{called(job):{width}}  {job.cluster:6} {job.job_id:18} {progress(job):44} {state(job)}"
+        print(shown(line or problem))
     return EXIT_DONE
 
 
@@ -235,26 +244,46 @@ def _facts(job: Job) -> dict[str, Any]:
 
 
 def _print_status(job: Job) -> None:
-    print(f"{job.name}: {state(job)}, job {job.job_id} ({job.cluster}), submitted {ago(job.submitted)} ago")
-    print(f"  {job.run_dir}, {progress(job)}")
+    lines = [f"{job.name}: {state(job)}, job {job.job_id} ({job.cluster}), submitted {ago(job.submitted)} ago"]
+    lines.append(f"  {job.run_dir}, {progress(job)}")
     if job.launched_in:
-        print(f"  {'a copy of' if _is_copy(job) else 'moved from'} {job.launched_in}, where it was launched")
+        lines.append(f"  {'a copy of' if _is_copy(job) else 'moved from'} {job.launched_in}, where it was launched")
     for line in job.attempts()[-8:]:
         at = time.strftime("%F %T", time.localtime(line["time"]))
         if line["event"] == "begin":
             nodes = ", ".join(map(str, line["nodes"]))
-            print(f"  {at}  {line['attempt']} began on {counted(line['ranks'], 'rank')} ({nodes})")
+            lines.append(f"  {at}  {line['attempt']} began on {counted(line['ranks'], 'rank')} ({nodes})")
         else:
-            print(f"  {at}  {line['attempt']} {line['cause']}")
+            lines.append(f"  {at}  {line['attempt']} {line['cause']}")
+    print("\n".join(map(shown, lines)))
 
 
 def _is_copy(job: Job) -> bool:
-    """Whether the folder it was launched in still holds that launch."""
-    try:
-        there = Job.read(job.launched_in) if job.launched_in else None
-    except UserError:
+    """Whether another folder is the one that was launched: that in which it was launched still holds that launch, or
+    has been moved while the launcher of a local run has its claim open."""
+    if not job.launched_in:
         return False
-    return there is not None and there.job_id == job.job_id and there.submitted == job.submitted
+    try:
+        there = Job.read(job.launched_in)
+        if there and os.path.samefile(job.launched_in, job.run_dir):  # by another mount
+            return False
+    except (UserError, OSError):
+        return False
+    if there is not None:
+        return there.job_id == job.job_id and there.submitted == job.submitted
+    return job.cluster == "local" and process_is_alive(job.launcher) and not _has_claimed(job)
+
+
+def _has_claimed(job: Job) -> bool:
+    """Whether the launcher of a local run holds this very folder's claim (submit.claimed)."""
+    open_files = Path("/proc") / job.launcher.partition(":")[0] / "fd"
+    with suppress(OSError):
+        own = (job.place / CLAIM).stat()
+        for file in open_files.iterdir():
+            with suppress(OSError):  # closed meanwhile
+                if os.path.samestat(own, file.stat()):
+                    return True
+    return False
 
 
 def print_logs(job: Job, *, follow: bool) -> int:
@@ -279,7 +308,7 @@ def print_logs(job: Job, *, follow: bool) -> int:
         time.sleep(FOLLOW_S)
         show()
     if not any(read.values()):
-        print(f"{job.name} has said nothing yet: {state(job)}.")
+        print(shown(f"{job.name} has said nothing yet: {state(job)}."))
     return EXIT_DONE
 
 
@@ -296,7 +325,7 @@ def cancel(jobs: Sequence[Job], *, now: bool) -> int:
     problems = []
     for job in jobs:
         try:
-            print(_cancel(job, now=now))
+            print(shown(_cancel(job, now=now)))
         except UserError as problem:  # the others are cancelled all the same
             problems.append(str(problem))
     if problems:
@@ -341,7 +370,7 @@ def words_again(job: Job, *, nodes: str, time: str) -> list[str]:
     if not Path(job.folder).is_dir():
         raise UserError(
             f"{job.name} was launched from {job.folder}, which is no more: give its command from where its recipe "
-            f"and images are now: {shlex.join([command_here(), 'launch', *words])}"
+            f"and images are now: {command_here()} launch {shlex.join(words)}"
         )
     return words
 

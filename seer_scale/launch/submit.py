@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from seer_scale.config import recipe_names
 from seer_scale.errors import EXIT_DONE, UserError, nearest
 from seer_scale.files import shown
 from seer_scale.formatting import counted
-from seer_scale.launch.job import Job, snapshot
+from seer_scale.launch.job import CLAIM, Job, snapshot
 from seer_scale.launch.options import (
     CLUSTERS,
     NEEDS_QUEUE,
@@ -161,7 +162,8 @@ def _submit(prepared: list[Prepared]) -> int:
                 for job in slurm.submit([stow(job, recipe) for job, recipe, _ in alike]):
                     nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
                     where = f"{nodes} node{'s' * (nodes != '1')} of {counted(job.ranks_per_node, 'rank')}"
-                    print(f"Submitted {job.name} as job {job.job_id} on {where}: {command_here()} status {called(job)}")
+                    look = f"{command_here()} status {shlex.quote(called(job))}"
+                    print(shown(f"Submitted {job.name} as job {job.job_id} on {where}: {look}"))
         finally:
             for job in mine:
                 if job.run_dir not in before and not job.record.exists():
@@ -182,7 +184,7 @@ def claimed(job: Job) -> Iterator[None]:
     """Nobody else starts this run meanwhile. Raises UserError where it is in use."""
     try:
         job.place.mkdir(parents=True, exist_ok=True)
-        claim = os.open(job.place / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
+        claim = os.open(job.place / CLAIM, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"{job.run_dir} cannot hold a run ({error.strerror}): choose another run.dir.") from error
     try:
@@ -212,5 +214,5 @@ def _must_be_free(job: Job) -> None:
     if before and is_running(before):
         raise UserError(
             f"The run {job.name} is in use by job {before.job_id}, submitted {ago(before.submitted)} ago: "
-            f"cancel it ({command_here()} cancel {called(job)}), or give another --name."
+            f"cancel it ({command_here()} cancel {shlex.quote(called(job))}), or give another --name."
         )

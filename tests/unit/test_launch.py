@@ -80,6 +80,25 @@ def test_all_that_is_wrong_with_a_profile_is_told(tmp_path):
     assert not read_profile({})[1]
 
 
+def test_what_yaml_takes_for_more_than_text_is_no_variable(tmp_path):
+    """X: off would be False to the ranks; numbers stay as they are."""
+    (tmp_path / "p.yaml").write_text(
+        "environment: {A: off, B: yes, C: [1, 2], D: {e: 1}, F: 8, G: 'off'}\nsbatch: {'': x, comment: [1], hold: yes}"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_profile(str(tmp_path / "p.yaml"))
+    for part in (
+        "environment.A is read as False, which is no text; put it in quotes",
+        "environment.B is read as True",
+        "environment.C is read as [1, 2]",
+        "environment.D is read as {'e': 1}",
+        "sbatch.comment is read as [1]",
+        "sbatch has an option without a name",
+        "The profile has 6 problems",
+    ):
+        assert part in str(caught.value), caught.value
+
+
 # ------------------------------------------------------------------------------------------------ what is submitted
 
 
@@ -589,6 +608,73 @@ def test_a_run_is_where_it_lies(recipe, tmp_path, capsys):
     gone = dataclasses.replace(Job.of(place), folder=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=f"a was launched from {tmp_path}/gone, which is no more: .* --run.dir {place}"):
         runs.words_again(gone, nodes="", time="")
+
+
+def test_a_copy_of_a_running_run_is_not_running(tmp_path, monkeypatch, capsys):
+    """A launch in it is taken, and no signal goes to the job that it names; also once the original has been moved."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "runs" / "a" / "launch"
+    place.mkdir(parents=True)
+    with (place / ".claim").open("w") as claim, subprocess.Popen(["cat"], stdin=-1, stdout=claim) as launcher:
+        job = job_of(tmp_path / "runs" / "a", cluster="local", launcher=process_mark(launcher.pid), job_id="7")
+        job.write()
+        job.tell(event="begin", attempt="7.1", ranks=1, nodes=["n"], samples=-1)
+        shutil.copytree(job.run_dir, "runs/copy")
+        heard: list[int] = []
+        monkeypatch.setattr(os, "kill", lambda pid, number: heard.append(number))
+        for _ in range(2):
+            assert cli.run(["status", "copy"]) == 0
+            told = capsys.readouterr().out
+            assert "x: a copy, made before that job had ended" in told and "a copy of" in told
+            with pytest.raises(UserError, match="copy is a copy of"):
+                cli.run(["cancel", "copy"])
+            with submit.claimed(dataclasses.replace(job, run_dir=str(tmp_path / "runs" / "copy"))):
+                pass
+            if os.path.exists("runs/a"):
+                os.rename("runs/a", "runs/moved")
+        assert not heard and cli.run(["cancel", "moved"]) == 0 and heard == [signal.SIGUSR2]
+
+
+def test_a_folder_by_another_mount_is_no_copy_of_itself(tmp_path, monkeypatch):
+    job = job_of(tmp_path / "a", cluster="local", launcher=process_mark(os.getpid()))
+    job.write()
+    (tmp_path / "mount").symlink_to(tmp_path / "a")
+    monkeypatch.setattr(os.path, "realpath", os.path.abspath)
+    there = Job.of(tmp_path / "mount")
+    assert there.launched_in == job.run_dir and not runs._is_copy(there) and runs.is_running(there)
+
+
+def test_names_of_any_signs_are_found_and_shown_on_one_line(tmp_path, monkeypatch, capsys):
+    """Those of patterns, of escapes and line ends, of bytes; and of a run that a link leads to."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a[1]", "what?", "red\x1b[31m\nline", "caf\udce9"):
+        job = dataclasses.replace(job_of(tmp_path / "runs" / name, cluster="local"), name=name)
+        job.write()
+        assert runs.find(name) == runs.find(f"runs/{name}") == job
+        assert cli.run(["status", name]) == 0
+    job_of(tmp_path / "scratch" / "q", cluster="local").write()
+    (tmp_path / "runs" / "q").symlink_to(tmp_path / "scratch" / "q")
+    (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
+    told = capsys.readouterr().out
+    assert "red\\x1b[31m\\nline: never started" in told and "caf\\xe9: never started" in told
+    assert cli.run(["list"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in listed.splitlines()] == [
+        "a[1]", "caf\\xe9", "scratch/q", "red\\x1b[31m\\nline", "what?"
+    ]  # fmt: skip
+    assert (told + listed).isascii() and "\x1b" not in told + listed
+
+
+def test_commands_that_are_told_can_be_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "python"))
+    job = dataclasses.replace(job_of(tmp_path / "runs" / "b c", cluster="local"), command=["x.yaml", "--name", "b c"])
+    with pytest.raises(UserError) as caught:
+        runs.words_again(dataclasses.replace(job, folder="gone"), nodes="", time="")
+    assert str(caught.value).endswith(": 'my env/python' -m seer_scale launch x.yaml --name 'b c'")
+    dataclasses.replace(job, launcher=process_mark(os.getpid())).write()
+    with pytest.raises(UserError, match="cancel 'b c'"), submit.claimed(job):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ control
