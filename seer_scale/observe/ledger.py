@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def read_ledger(run_dir: Path) -> Ledger:
     ledger = Ledger()
     kept: list[_Stretch] = []
     is_gone = _is_gone(run_dir)
-    lives, attempts = _lives(read_records(run_dir)), _attempts(run_dir)
+    timed = [r for r in read_records(run_dir) if isinstance(r.get("wall_time"), int | float)]
+    lives, attempts = _lives(timed), _attempts(run_dir)
     silent, saved = _silent(lives, attempts), 0
     for number, records in enumerate(lives):
         following = lives[number + 1] if number + 1 < len(lives) else None
@@ -150,7 +152,7 @@ def _silent(lives: list[list[dict]], attempts: list[dict]) -> list[tuple[float, 
 def _is_gone(run_dir: Path) -> bool:
     """Whether the process that holds the run's lock, or held it last, was of this machine and is no more."""
     try:
-        owner = re.match(r"pid (\d+) on (\S+?),", (Path(run_dir) / ".lock").read_text())
+        owner = re.match(r"pid (\d+) on (\S+?),", (Path(run_dir) / ".lock").read_text(errors="replace"))
     except OSError:
         return False
     if owner is None or owner[2] != socket.gethostname():
@@ -293,13 +295,14 @@ def _began(records: list[dict]) -> float:
 
 
 def _attempts(run_dir: Path) -> list[dict]:
-    path, out = Path(run_dir) / "launch" / "attempts.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            out.append(json.loads(line))
-        except ValueError:  # torn
-            continue
-    return [a for a in out if isinstance(a, dict) and {"event", "time"} <= a.keys()]
+    """What the launcher has told of its starts; what is torn, or is none of its lines, is passed over."""
+    out = []
+    with suppress(OSError):
+        for line in (Path(run_dir) / "launch" / "attempts.jsonl").read_bytes().splitlines():
+            with suppress(ValueError):
+                out.append(json.loads(line))
+    kinds = {"event": str, "attempt": str, "time": int | float}
+    return [a for a in out if isinstance(a, dict) and all(isinstance(a.get(k), kind) for k, kind in kinds.items())]
 
 
 def text(ledger: Ledger) -> str:

@@ -309,3 +309,22 @@ def test_inspect_of_a_run_that_has_logged_nothing_yet_says_what_it_is_at(tmp_pat
             time.sleep(0.01)
         assert main(["inspect", str(tmp_path)]) == 0
     assert "Nothing was logged yet. Listing the images of photos, for " in capsys.readouterr().out
+
+
+def test_odd_lines_of_any_record_are_passed_over(tmp_path):
+    log = Log(tmp_path)
+    log.attempt("begin")
+    log.begin(0, takes=30)
+    log.now += 10
+    log.attempt("end", cause="killed")
+    expected = read_ledger(tmp_path)
+    odd = b'\xff\n5\n[]\n{"event": "end"}\n{"event": 3, "time": 1, "attempt": "x"}\n{"event": "begin", "time": "x"}\n'
+    with (tmp_path / "launch" / "attempts.jsonl").open("ab") as file:
+        file.write(odd + b'{"event": "be')
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(odd + b'{"samples_seen": 5}\n{"samples_seen": 5, "wall_time": "x"}\n{"samples')
+    (tmp_path / ".lock").write_bytes(b"\xff")
+    assert read_ledger(tmp_path) == expected
+    (tmp_path / "launch" / "attempts.jsonl").unlink()
+    (tmp_path / "launch" / "attempts.jsonl").mkdir()
+    assert read_ledger(tmp_path).lives
