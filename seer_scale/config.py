@@ -9,7 +9,9 @@ the papers do, and what BatchNorm then normalises over is that many ranks' share
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
+import os
 import sys
 import types
 import typing
@@ -532,18 +534,18 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if name_or_path in recipe_names():
         path = RECIPES / f"{name_or_path}.yaml"
-    elif path.is_dir() or path.is_file() and path.suffix.lower() not in (".yaml", ".yml", ".json", ""):
+    elif os.path.isdir(path) or os.path.isfile(path) and path.suffix.lower() not in (".yaml", ".yml", ".json", ""):
         raise UserError(
             f"{name_or_path} is no recipe: to train on images there give a recipe's name and their path, such as "
             f"photos_laptop --data.path {name_or_path}"
         )
-    elif not path.is_file() and (path.suffix in (".yaml", ".yml") or "/" in name_or_path):
-        beside = sorted(str(p) for p in path.parent.glob("*.y*ml"))
+    elif not os.path.isfile(path) and (path.suffix in (".yaml", ".yml") or "/" in name_or_path):
+        beside = sorted(glob.glob(os.path.join(glob.escape(str(path.parent)), "*.y*ml")))
         raise UserError(
             f"There is no file {name_or_path}; "
             f"{nearest(name_or_path, beside) if beside else 'nor any recipe beside it.'}"
         )
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise UserError(
             f"There is no recipe {name_or_path!r}: give a YAML file or a shipped name; "
             f"{nearest(name_or_path, recipe_names())}"
@@ -583,7 +585,7 @@ def parse_overrides(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            quote = " A pattern goes in quotes, as in --data.path 'DIR/*.tar'." if Path(word).exists() else ""
+            quote = " A pattern goes in quotes, as in --data.path 'DIR/*.tar'." if os.path.exists(word) else ""
             problems.append(f"{word!r} stands alone; overrides are written --section.key value.{quote}")
             continue
         key, given, value = word[2:].partition("=")

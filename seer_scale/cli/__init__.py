@@ -14,7 +14,9 @@ from seer_scale import __version__, console
 from seer_scale.cli import data, evaluate, launch, look, train
 from seer_scale.cli.parser import Parser, split_overrides
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain, stop_signals
+from seer_scale.files import shown
 
+UNSEEN = (errno.EACCES, errno.ENAMETOOLONG)
 DESCRIPTION = "Self-supervised pretraining of large convnets, from a laptop to 512 GPUs."
 EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all of them.
 Exit status: 0 done (or submitted), 1 failed, 2 bad input, 75 stopped with its state saved."""
@@ -58,7 +60,12 @@ def run(words: Sequence[str]) -> int:
     args.overrides = overrides
     if not args.is_run:
         console.wait_for_readers()
-    status = args.run(args)
+    try:
+        status = args.run(args)
+    except OSError as error:  # pathlib's questions let out what says no otherwise than by "there is none"
+        if args.is_run or error.errno not in UNSEEN or not error.filename:
+            raise
+        raise UserError(f"{shown(error.filename)} cannot be looked at ({error.strerror}).") from error
     sys.stdout.flush()
     problem = console.lost(sys.stdout)
     if problem and problem.errno != errno.EPIPE and status == EXIT_DONE and not args.is_run:  # | head has read enough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -97,7 +98,7 @@ LONGEST_GRACE_S = 65535
 def load_profile(path: str) -> Profile:
     """A profile's file. Raises ConfigError with all that is wrong with it, UserError where there is none."""
     place = Path(path)
-    if not place.is_file():
+    if not os.path.isfile(place):
         there = sorted(p.as_posix() for p in FOLDER.glob("*.yaml"))
         raise UserError(
             f"--profile {path} is no file; "

@@ -67,6 +67,15 @@ def test_paths_below_what_cannot_be_looked_into(tmp_path, photos, capsys):
         told = told_by(capsys, words)
         assert "cannot be read (File name too long)" in told and f"there is: {tmp_path}" in told
         assert not (tmp_path / "run").exists()
+    for words in (
+        ("inspect", place),
+        ("report", place),
+        ("eval", "knn", place),
+        ("data", "refresh", place, "--manifest", place),
+    ):
+        assert main([str(word) for word in words]) == 2
+        assert "File name too long" in (told := capsys.readouterr().err) and told.count("\n") == 1, told
+    assert "There is no file" in told_by(capsys, ("train", f"{place}.yaml"))
     sentence = f"{place} cannot hold a run (File name too long): choose another run.dir."
     assert sentence in told_by(capsys, ("train", given, "--run.dir", place))
     assert main(["launch", given, "--cluster", "local", "--run.dir", str(place)]) == 2
