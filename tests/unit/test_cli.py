@@ -20,7 +20,7 @@ import yaml
 from seer_scale import __version__
 from seer_scale.cli import main
 from seer_scale.cli.look import BENCHES
-from seer_scale.config import load_recipe, recipe_names, resolve
+from seer_scale.config import RECIPES, load_recipe, recipe_names, resolve
 from seer_scale.errors import EXIT_STOPPED
 
 COMMANDS = (
@@ -318,7 +318,9 @@ def test_nor_for_what_a_command_starts(tmp_path, monkeypatch):
     assert subprocess.run(child, cwd=tmp_path).returncode == 0
 
 
-def test_a_fixed_backbone_with_keys_of_a_free_one_is_one_problem(capsys, photos):
-    assert main(["train", "photos_laptop", "--data.path", str(photos), "--model.name", "regnety_200mf"]) == 2
+def test_a_fixed_backbone_with_keys_of_a_free_one_is_one_problem(tmp_path, capsys, photos):
+    (tmp_path / "mine.yaml").write_text((RECIPES / "photos_laptop.yaml").read_text())
+    words = ["--data.path", str(photos), "--model.name", "regnety_200mf"]
+    assert main(["train", str(tmp_path / "mine.yaml"), *words]) == 2
     told = capsys.readouterr().err
     assert "The recipe has 1 problem:" in told and "--model.depth null" in told and told.count("model.name") == 2
