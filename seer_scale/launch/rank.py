@@ -56,9 +56,10 @@ def main(run_dir: str) -> int:
 
 
 def _must_be_copy(code: str) -> None:
-    """What runs here is the copy of the code that travels with the job. Raises UserError."""
+    """What runs here is the copy of the code that travels with the job, which its contents name: the runs of an array
+    share the first one's. Raises UserError."""
     package = Path(__file__).parents[1]
-    if os.path.realpath(package) != os.path.realpath(Path(code) / package.name):
+    if package.parent.name != Path(code).name:
         raise UserError(
             f"The ranks run the code in {package}, not the run's copy in {code}: see that nothing comes before that "
             "on PYTHONPATH."

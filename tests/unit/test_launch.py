@@ -20,7 +20,7 @@ import yaml
 from seer_scale import cli
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.launch import control as control_module
-from seer_scale.launch import local, runs, slurm, submit
+from seer_scale.launch import local, rank, runs, slurm, submit
 from seer_scale.launch.control import Control, Limits, _ended
 from seer_scale.launch.job import ATTEMPT, Job, is_alive, process_mark, snapshot
 from seer_scale.launch.options import grid
@@ -250,6 +250,13 @@ def test_ranks_run_the_copy_and_no_other_code(tmp_path):
     done = subprocess.run(as_rank, env=os.environ | {ATTEMPT: "7.1"}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and f"not the run's copy in {job.code}" in done.stderr
     assert json.loads((job.place / "outcome.json").read_text()) == {"attempt": "7.1", "status": 2}
+
+
+def test_the_runs_of_an_array_share_a_copy(tmp_path):
+    code = Path(rank.__file__).parents[2]
+    rank._must_be_copy(str(tmp_path / "other" / "launch" / code.name))
+    with pytest.raises(UserError, match="not the run's copy"):
+        rank._must_be_copy(str(code / "code-123"))
 
 
 def test_a_copy_that_does_not_come_to_be_leaves_nothing(tmp_path, monkeypatch):
