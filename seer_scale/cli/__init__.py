@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import platform
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,7 +12,7 @@ from importlib import metadata
 from seer_scale import __version__, console
 from seer_scale.cli import data, evaluate, launch, look, train
 from seer_scale.cli.parser import Parser, split_overrides
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain, stop_signals
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain
 from seer_scale.files import shown
 
 UNSEEN = (errno.EACCES, errno.ENAMETOOLONG)
@@ -28,8 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.install()
     if argv is None:
         os.environ["PYTHONSAFEPATH"] = "1"  # of whatever Python is started from here
-        if words[:1] == ["train"]:  # until the run can answer, which takes seconds of loading, or minutes
-            signal.pthread_sigmask(signal.SIG_BLOCK, {*stop_signals()} - {signal.SIGINT})
     try:
         return run(words)
     except UserError as error:

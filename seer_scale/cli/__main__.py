@@ -2,7 +2,7 @@
 
 import sys
 
-from seer_scale.cli import main
+from seer_scale.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())
