@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ def alike(names: Sequence[str], of: Callable[[str], KeyT]) -> list[tuple[KeyT, P
     return [(key, Pick(some)) for key, some in places.items()]
 
 
+class _Step(NamedTuple):
+    """What one update takes of the pieces that are not frozen: their names and gradients; their places, `chosen`, among
+    all, of which `norms` are; the rest as `Optimizer.update` has it."""
+
+    names: list[str]
+    grads: list[Tensor]
+    lr: float
+    norms: Tensor
+    chosen: list[int]
+    found_inf: Tensor
+
+
 class Optimizer:
     """`pieces`: name -> what this rank updates of a parameter (fp32; may be empty). `vectors`: names of parameters with
     fewer than two dimensions. `groups`: of those with multipliers. `state`: "name/slot" -> tensor like the piece."""
@@ -93,17 +105,10 @@ class Optimizer:
         chosen = [i for i, n in enumerate(self.pieces) if n not in frozen]
         names = list(self.pieces)
         if chosen:
-            self._update([names[i] for i in chosen], [grads[i] for i in chosen], lr, norms, chosen, found_inf)
+            picked = [names[i] for i in chosen], [grads[i] for i in chosen]
+            self._update(_Step(*picked, lr, norms, chosen, found_inf))
 
-    def _update(
-        self,
-        names: list[str],
-        grads: list[Tensor],
-        lr: float,
-        norms: Tensor,
-        chosen: list[int],
-        found_inf: Tensor,
-    ) -> None:
+    def _update(self, step: _Step) -> None:
         raise NotImplementedError
 
     def _slot(self, names: list[str], slot: str) -> list[Tensor]:
@@ -125,15 +130,8 @@ class SGD(Optimizer):
         unscaled = [n in self.excluded or self.config.name != "lars" for n in self.pieces]
         self._unscaled = torch.tensor(unscaled, device=device)
 
-    def _update(
-        self,
-        names: list[str],
-        grads: list[Tensor],
-        lr: float,
-        norms: Tensor,
-        chosen: list[int],
-        found_inf: Tensor,
-    ) -> None:
+    def _update(self, step: _Step) -> None:
+        names, grads, lr, norms, chosen, found_inf = step
         c, params = self.config, [self.pieces[n] for n in names]
         p, g = norms
         zero = (p == 0) | (g == 0) if c.name == "lars" else torch.zeros_like(self._unscaled)
@@ -162,15 +160,8 @@ class AdamW(Optimizer):
     def _begin(self) -> None:
         self.state |= {f"{n}/step": torch.zeros((), device=p.device) for n, p in self.pieces.items()}
 
-    def _update(
-        self,
-        names: list[str],
-        grads: list[Tensor],
-        lr: float,
-        norms: Tensor,
-        chosen: list[int],
-        found_inf: Tensor,
-    ) -> None:
+    def _update(self, step: _Step) -> None:
+        names, grads, lr, found_inf = step.names, step.grads, step.lr, step.found_inf
         c, params = self.config, [self.pieces[n] for n in names]
         for (rate, decay), pick in alike(names, lambda n: (self.rates[n], self.decays[n])):
             steps = self._slot(pick(names), "step")
