@@ -570,7 +570,7 @@ def as_asked(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[di
         place, key = changed.split(".")
         changes, own, kept = over.get(place), given.get(section) or {}, over.get(section) or {}
         gone = [k for k in keys if own.get(k) and k not in kept]
-        is_other = isinstance(changes, dict) and key in changes and changes[key] != "regnety"
+        is_other = isinstance(changes, dict) and key in changes and (changed, changes[key]) != ("model.name", "regnety")
         if is_other and gone:
             notes.append(f"{' and '.join(f'{section}.{k}' for k in gone)} of the recipe {name} {of_its_own}.")
             given = given | {section: {k: v for k, v in own.items() if k not in gone}}

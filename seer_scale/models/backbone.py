@@ -43,6 +43,19 @@ class Backbone(nn.Module, ABC):
     def stage_units(self) -> list[list[str]]:
         """The names of the units of each stage."""
 
+    def refuses(self, size: int) -> str:
+        """Why it takes no size x size images, as a clause; empty where it does. Asked of one on the meta device."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                self(torch.empty(1, 3, size, size, device="meta"))
+        except Exception as error:  # of another library, which says in its own way what it takes
+            return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        finally:
+            self.train(training)
+        return ""
+
     def num_macs(self, size: int) -> int:
         """Multiply-accumulates of convolutions and products of matrices in one forward of one size x size image."""
         twin = copy.deepcopy(self).to("meta").eval()

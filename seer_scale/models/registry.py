@@ -87,14 +87,5 @@ def reset_buffers(module: nn.Module | Initialised) -> None:
 
 def check_sizes(backbone: Backbone, sizes: Mapping[str, int]) -> list[str]:
     """Sentences on the keys of a recipe whose sizes in pixels a backbone on the meta device does not take."""
-    problems, training = [], backbone.training
-    backbone.eval()
-    for key, size in sizes.items():
-        try:
-            with torch.no_grad():
-                backbone(torch.empty(1, 3, size, size, device="meta"))
-        except Exception as error:  # of another library, which says in its own way what it takes
-            reason = " ".join(str(error).split()) or type(error).__name__
-            problems.append(f"{key} is {size}, which the backbone does not take: {reason.rstrip('.')}.")
-    backbone.train(training)
-    return problems
+    asked = ((key, size, backbone.refuses(size)) for key, size in sizes.items())
+    return [f"{key} is {size}, which the backbone does not take: {why}." for key, size, why in asked if why]

@@ -227,6 +227,10 @@ class RegNetY(Backbone):
         """The unit of a stage that has this name."""
         return cast(Block, self.get_submodule(name))
 
+    def refuses(self, size: int) -> str:
+        """Nothing: stages halve whatever is left."""
+        return ""
+
     def num_macs(self, size: int) -> int:
         """Multiply-accumulates of the convolutions in one forward of one size x size image."""
         size = math.ceil(size / 2)
