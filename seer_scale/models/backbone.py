@@ -29,6 +29,20 @@ class Backbone(nn.Module, ABC):
         def __call__(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
             """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
 
+    @overload
+    def forward(self, xs: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, xs: list[Tensor]) -> list[Tensor]: ...
+
+    def forward(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+        """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
+        return self.pooled_features([xs])[0] if isinstance(xs, Tensor) else self.pooled_features(xs)
+
+    @abstractmethod
+    def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
+        """Images [N_r, 3, H_r, W_r], one tensor a resolution -> features [N_r, num_features]."""
+
     def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
         """xs through the units `names`, one after the other; `seer_scale.parallel.recompute` puts its own in place."""
         for name in names:

@@ -181,16 +181,7 @@ class RegNetY(Backbone):
             self.add_module(f"s{s}", stage)
         self.num_features = in_width
 
-    @overload
-    def forward(self, xs: Tensor) -> Tensor: ...
-
-    @overload
-    def forward(self, xs: list[Tensor]) -> list[Tensor]: ...
-
-    def forward(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
-        """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
-        if isinstance(xs, Tensor):
-            return self.forward([xs])[0]
+    def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
         for names in (["stem"], *self.stage_units()):
             xs = self.chain(names, xs)
         return [x.mean((2, 3)) for x in xs]

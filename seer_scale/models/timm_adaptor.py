@@ -108,9 +108,7 @@ class TimmBackbone(Backbone):
     inits: dict[str, Init]
     forward_head: Callable[..., Tensor]
 
-    def forward(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
-        if isinstance(xs, Tensor):
-            return self.forward([xs])[0]
+    def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
         before, stages, after = self.steps
         for names in (*([name] for name in before), *stages, *([name] for name in after)):
             step = attrgetter(names[0])(self)
