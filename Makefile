@@ -10,7 +10,7 @@ RUN := OMP_NUM_THREADS=1
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py seer_scale/data/pixels.c
+$(VENV)/installed: pyproject.toml setup.py seer_scale/data/transforms/pixels.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
@@ -32,7 +32,7 @@ test-slurm: install
 # Where there is a GPU: what the CPU cannot show.
 test-gpu: install
 	$(RUN) $(BIN)/python -m pytest -q -rs --durations=10 tests/gpu tests/distributed/test_norm.py \
-		tests/unit/test_batched.py $(PYTEST_ARGS)
+		tests/unit/test_on_device.py $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check seer_scale tests tools setup.py

@@ -1,4 +1,4 @@
-"""The kernels of pixels.c, once for each instruction set; data/native.py takes the best that the machine has.
+"""The kernels of pixels.c, once for each instruction set; data/transforms/native.py takes the best that runs here.
 
 All else is in pyproject.toml. Without a compiler the installation succeeds, and a start says what it does without.
 """
@@ -18,7 +18,7 @@ SETS = X86 if platform.machine().lower() in ("x86_64", "amd64") else {"plain": [
 
 
 def kernels(name: str, flags: list[str]) -> Extension:
-    source, place = "seer_scale/data/pixels.c", f"seer_scale.data._pixels_{name}"
+    source, place = "seer_scale/data/transforms/pixels.c", f"seer_scale.data.transforms._pixels_{name}"
     return Extension(place, [source], extra_compile_args=FLAGS + flags, libraries=["m"], optional=True)
 
 

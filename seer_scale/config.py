@@ -48,7 +48,7 @@ def opt(
 class Run:
     dir: str = opt("", "folder of the run: config, metrics, logs, checkpoints, report; empty = runs/<recipe name>")
     seed: int = opt(0, "seed of weights, image order and crops", ge=0)
-    hang_s: float = opt(
+    hang_timeout_s: float = opt(
         1200.0,
         (
             "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = "
@@ -140,7 +140,7 @@ class Views:
     flip: float = opt(0.5, "probability of a horizontal flip", ge=0, le=1)
     jitter: tuple[float, float, float, float] = opt((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue", ge=0)
     jitter_p: float = opt(0.8, "probability of colour jitter", ge=0, le=1)
-    grey_p: float = opt(0.2, "probability of dropping colour", ge=0, le=1)
+    grayscale_p: float = opt(0.2, "probability of dropping colour", ge=0, le=1)
     blur_p: float = opt(0.5, "probability of a Gaussian blur", ge=0, le=1)
     blur_sigma: tuple[float, float] = opt((0.1, 2.0), "standard deviation of the blur in pixels, from and to", gt=0)
 
@@ -155,7 +155,7 @@ class Model:
     group_width: int | None = opt(None, "regnety: channels a group", ge=1)
     se_ratio: float | None = opt(None, "regnety: squeeze-and-excitation ratio to the block's input width", gt=0)
 
-    def free(self) -> dict[str, Any]:
+    def explicit_keys(self) -> dict[str, Any]:
         """The keys of a free `regnety`, those given."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "name" and v is not None}
 
@@ -163,7 +163,7 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class SwAV:
     hidden: tuple[int, ...] = opt((4096, 4096), "widths of the projection head's hidden layers", ge=1)
-    dim: int = opt(256, "width of the embedding", ge=2)
+    embedding_dim: int = opt(256, "width of the embedding", ge=2)
     batch_norm: bool = opt(True, "BatchNorm in the projection head")
     prototypes: tuple[int, ...] = opt((16000,), "number of prototypes of each set", ge=2)
     temperature: float = opt(0.1, "softmax temperature of the prediction", gt=0)
@@ -183,7 +183,7 @@ class Optim:
     )
     momentum: float = opt(0.9, "SGD and LARS momentum", ge=0, lt=1)
     weight_decay: float = opt(1e-5, "weight decay", ge=0)
-    trust: float = opt(0.001, "LARS trust coefficient", gt=0)
+    trust_coefficient: float = opt(0.001, "LARS trust coefficient", gt=0)
     exclude_vectors: bool = opt(False, "no LARS scaling and no weight decay for biases and normalisation parameters")
     betas: tuple[float, float] = opt((0.9, 0.999), "AdamW", ge=0, lt=1)
     clip_norm: float = opt(0.0, "gradients longer than this are shortened to it; 0 = never", ge=0)
@@ -198,7 +198,7 @@ class Schedule:
     warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
     final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
     decay_samples: int = opt(
-        0, "cosine: samples after which the rate is at its end, and stays there; 0 = train.samples", ge=0
+        0, "cosine: samples after which the rate is at its end, and stays there; 0 = train.total_samples", ge=0
     )
     plateau_factor: float = opt(0.5, "plateau: multiply the rate by this", gt=0, lt=1)
     plateau_samples: int = opt(
@@ -209,7 +209,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    samples: int = opt(0, "length of the run: images seen (an image seen in two epochs counts twice)", ge=1)
+    total_samples: int = opt(0, "length of the run: images seen (an image seen in two epochs counts twice)", ge=1)
     global_batch: int = opt(256, "images an update, over all ranks", ge=1)
     micro_batch: int = opt(
         0,
@@ -247,8 +247,8 @@ class Parallel:
     )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute; auto = GPUs where there are any")
     ranks: int = opt(1, "ranks the recipe was written for; a run may use another number", ge=1)
-    replicate: int = opt(1, "fsdp: copies of the sharded model (HSDP: replicate x shard ranks)", ge=1)
-    shard: int = opt(0, "fsdp: ranks one copy of the model is spread over; 0 = ranks / replicate", ge=0)
+    replicate_degree: int = opt(1, "fsdp: copies of the sharded model (HSDP: replicate x shard ranks)", ge=1)
+    shard_degree: int = opt(0, "fsdp: ranks one copy of the model is spread over; 0 = ranks / replicate", ge=0)
     reshard_after_forward: bool = opt(True, "fsdp: free gathered weights between forward and backward")
     max_unit_gib: float = opt(
         2.0, "fsdp, zero3: most GiB gathered at once; larger units are split into their layers", gt=0
@@ -320,7 +320,7 @@ class Config:
     swav: SwAV = SwAV()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
-    train: Train = dataclasses.field(default_factory=lambda: Train(samples=1))
+    train: Train = dataclasses.field(default_factory=lambda: Train(total_samples=1))
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     knn: Knn = Knn()
@@ -332,9 +332,9 @@ class Config:
         return o.lr * self.train.global_batch / o.lr_batch if o.lr_batch else o.lr
 
     def end(self, samples_seen: int = 0) -> int:
-        """Samples seen at the end of a run that has seen so many: whole batches are trained, until train.samples are
-        seen."""
-        left, batch = max(0, self.train.samples - samples_seen), self.train.global_batch
+        """Samples seen at the end of a run that has seen so many: whole batches are trained, until
+        train.total_samples are seen."""
+        left, batch = max(0, self.train.total_samples - samples_seen), self.train.global_batch
         return samples_seen + -(-left // batch) * batch
 
     @property
@@ -455,7 +455,7 @@ def read_section(cls: type, given: Any, prefix: str, problems: list[str]) -> Any
             values.pop(name, None)
             problems.append(f"{key} is {value!r}, but {bad}{'' if str(bad).endswith(('?', '.')) else '.'}")
     if cls is Train:  # where it is missing or wrong, no other rule shall be broken by its default
-        values.setdefault("samples", sys.maxsize)
+        values.setdefault("total_samples", sys.maxsize)
     return cls(**values)
 
 
@@ -655,8 +655,8 @@ def checked(
     over, problems = (overrides, []) if isinstance(overrides, dict) else parse_overrides(list(overrides))
     merged = merge(given, over)
     config = read_section(Config, merged, "", problems)
-    if not isinstance(merged.get("train"), dict) or "samples" not in merged["train"]:
-        problems.append("train.samples is missing: give the number of images the run sees, such as 1000000.")
+    if not isinstance(merged.get("train"), dict) or "total_samples" not in merged["train"]:
+        problems.append("train.total_samples is missing: give the number of images the run sees, such as 1000000.")
     is_read = not problems
     if not config.data.path:
         problems.append(
@@ -675,7 +675,7 @@ def checked(
 def without_effect(c: Config) -> list[str]:
     """Keys that differ from their default but that nothing would read: nothing given is silently ignored."""
     needs = {
-        "optim.trust": (c.optim.name == "lars", "optim.name lars"),
+        "optim.trust_coefficient": (c.optim.name == "lars", "optim.name lars"),
         "optim.momentum": (c.optim.name != "adamw", "optim.name lars or sgd"),
         "optim.betas": (c.optim.name == "adamw", "optim.name adamw"),
         "schedule.final": (c.schedule.name == "cosine", "schedule.name cosine"),
@@ -735,28 +735,29 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
         fail(
             True,
             (
-                f"parallel.sync_bn_group is {p.sync_bn_group}, but must divide the number of ranks ({world_size}); "
-                f"nearest: {closest}."
+                f"parallel.sync_bn_group is {p.sync_bn_group}, but must divide the number of ranks "
+                f"({world_size}); nearest: {closest}."
             ),
         )
-    if world_size % p.replicate:
-        closest = max(d for d in range(1, p.replicate + 1) if world_size % d == 0)
+    if world_size % p.replicate_degree:
+        closest = max(d for d in range(1, p.replicate_degree + 1) if world_size % d == 0)
         fail(
             True,
             (
-                f"parallel.replicate is {p.replicate}, but must divide the number of ranks ({world_size}); "
-                f"nearest: {closest}."
+                f"parallel.replicate_degree is {p.replicate_degree}, but must divide the number of ranks "
+                f"({world_size}); nearest: {closest}."
             ),
         )
-    elif p.shard and p.replicate * p.shard != world_size:
+    elif p.shard_degree and p.replicate_degree * p.shard_degree != world_size:
         fail(
             True,
             (
-                f"parallel.replicate x parallel.shard is {p.replicate} x {p.shard} = {p.replicate * p.shard}, but "
-                f"there are {world_size} ranks; nearest: shard {world_size // p.replicate}."
+                f"parallel.replicate_degree x parallel.shard_degree is {p.replicate_degree} x {p.shard_degree} = "
+                f"{p.replicate_degree * p.shard_degree}, but there are {world_size} ranks; "
+                f"nearest: shard_degree {world_size // p.replicate_degree}."
             ),
         )
-    for key, value in (("replicate", p.replicate > 1), ("shard", p.shard > 0)):
+    for key, value in (("replicate_degree", p.replicate_degree > 1), ("shard_degree", p.shard_degree > 0)):
         fail(
             value and p.engine not in ("fsdp", "auto"),
             (
@@ -791,10 +792,10 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
             ),
         )
     fail(
-        c.data.workers != 0 and 0 < c.run.hang_s < 10 * c.data.timeout_s,
+        c.data.workers != 0 and 0 < c.run.hang_timeout_s < 10 * c.data.timeout_s,
         (
-            f"run.hang_s is {c.run.hang_s:g}, but a rank may wait {10 * c.data.timeout_s:g} s for another's loader "
-            f"(10 x data.timeout_s); nearest: {10 * c.data.timeout_s:g}, or 0 for none."
+            f"run.hang_timeout_s is {c.run.hang_timeout_s:g}, but a rank may wait {10 * c.data.timeout_s:g} s for "
+            f"another's loader (10 x data.timeout_s); nearest: {10 * c.data.timeout_s:g}, or 0 for none."
         ),
     )
     for k in s.prototypes:
@@ -843,10 +844,10 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
         f"{c.schedule.warmup_samples} samples; nearest: {c.schedule.warmup_samples}.",
     )
     fail(
-        c.schedule.warmup_samples > c.train.samples,
+        c.schedule.warmup_samples > c.train.total_samples,
         (
-            f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.samples} samples; "
-            f"nearest: {c.train.samples}, or less, as in --schedule.warmup_samples {c.train.samples // 10}."
+            f"schedule.warmup_samples is {c.schedule.warmup_samples}, but the run has {c.train.total_samples} samples; "
+            f"nearest: {c.train.total_samples}, or less, as in --schedule.warmup_samples {c.train.total_samples // 10}."
         ),
     )
     fail(
@@ -854,7 +855,7 @@ def cross_checks(c: Config, world_size: int) -> list[str]:
         f"schedule.plateau_samples is {c.schedule.plateau_samples}, but a window needs at least one update; "
         f"nearest: {batch} (train.global_batch).",
     )
-    free = c.model.free()
+    free = c.model.explicit_keys()
     fail(
         c.model.name != "regnety" and bool(free),
         (

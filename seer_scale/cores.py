@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it loads torch, which loader processes never see
-    from seer_scale.world import World
+    from seer_scale.distributed import World
 
 ROOT = Path("/")
 

@@ -36,9 +36,9 @@ request."""
 class UserError(Exception):
     """Something given by the user cannot work; the message says what to do instead."""
 
-    is_local = False
+    single_rank = False
     """Raised on this rank alone, which therefore has to tell it."""
-    may_pass = False
+    retryable = False
     """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded
     number of times."""
 
@@ -64,7 +64,7 @@ class ConfigError(UserError):
 class RankError(UserError):
     """Who this process is among the ranks is unclear, or the others do not come: whoever finds it tells it."""
 
-    is_local = True
+    single_rank = True
 
 
 class DataError(UserError):
@@ -79,11 +79,11 @@ class CheckpointError(UserError):
     """A checkpoint cannot be used as asked."""
 
 
-class TrainingFailed(UserError):
+class TrainingError(UserError):
     """The run cannot go on (the loss is not finite any more, say). Exit status 1: the recipe itself was valid."""
 
 
-class RankLost(TrainingFailed):
+class RankLostError(TrainingError):
     """Another rank is gone; started again, the run goes on."""
 
 
@@ -121,7 +121,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
 
 
-def complain(error: UserError) -> int:
+def print_error(error: UserError) -> int:
     """Print a user's error, once a machine, and return the exit status it deserves."""
     rank, place = (
         next((os.environ[name] for name in names if name in os.environ), "0")
@@ -130,13 +130,13 @@ def complain(error: UserError) -> int:
             ("LOCAL_RANK", "SLURM_LOCALID"),
         )
     )
-    if rank == "0" or place == "0" or error.is_local:
+    if rank == "0" or place == "0" or error.single_rank:
         where = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
         print(f"seer-scale{where}: {error}", file=sys.stderr, flush=True)
     if isinstance(error, StartStopped):
         exec("")  # else python -m ends by SIGINT where KeyboardInterrupt has passed through one, as a dataclass has
         return EXIT_STOPPED
-    return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_BAD_INPUT
+    return EXIT_FAILED if isinstance(error, TrainingError) else EXIT_BAD_INPUT
 
 
 ABSENT, DANGLING = "does not exist", "is a link that leads nowhere"

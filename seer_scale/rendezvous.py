@@ -87,7 +87,7 @@ def _device_problem(info: RankInfo, own: str, first: str) -> UserError | None:
         f"Rank {info.rank}, on {socket.gethostname()}, would compute on {own}, but a rank before it on {first}: see "
         "whether each machine has its GPUs (nvidia-smi), or give parallel.device cpu."
     )
-    problem.may_pass = True  # on other machines
+    problem.retryable = True  # on other machines
     return problem
 
 

@@ -13,7 +13,7 @@ from seer_scale.config import Config
 class Timeouts:
     """Seconds. The watchdog judges all but the first; 0 there is no limit.
 
-    meet: until all ranks are there. update: between two updates (run.hang_s, which is at least ten times
+    meet: until all ranks are there. update: between two updates (run.hang_timeout_s, which is at least ten times
     data.timeout_s, the time a loader may be stuck). lock: for what ran in this folder before to end. start: listing,
     verifying, building, loading. compile: a first update that compiles. save: a disk, for a checkpoint.
     """
@@ -27,7 +27,7 @@ class Timeouts:
 
     @classmethod
     def of(cls, config: Config) -> Timeouts:
-        return cls(update_s=config.run.hang_s)
+        return cls(update_s=config.run.hang_timeout_s)
 
     @property
     def groups(self) -> timedelta:

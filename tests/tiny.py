@@ -8,19 +8,19 @@ import torch
 import torch.distributed as dist
 
 from seer_scale.config import Config, resolve
+from seer_scale.distributed import World
 from seer_scale.methods.registry import build_method
 from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import Engine
-from seer_scale.world import World
 
 RECIPE = {
     "data": {"path": "unused"},
     "model": {"name": "regnety", "depth": 5, "w0": 8, "wa": 12.0, "wm": 2.0, "group_width": 8},
     "views": {"crops": [{"num": 2, "size": 24}, {"num": 2, "size": 16, "scale": [0.05, 0.14]}]},
-    "swav": {"hidden": [32], "dim": 16, "prototypes": [12, 7], "iterations": 3},
+    "swav": {"hidden": [32], "embedding_dim": 16, "prototypes": [12, 7], "iterations": 3},
     "optim": {"name": "lars", "lr": 0.6, "lr_batch": 0},
     "schedule": {"warmup_samples": 32, "warmup_from": 0.1},
-    "train": {"samples": 160, "global_batch": 8},
+    "train": {"total_samples": 160, "global_batch": 8},
 }
 
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seer_scale.config import Config, resolve
+from seer_scale.distributed import World
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.models.registry import build_backbone
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.parallel.engine import Engine
 from seer_scale.rng import Constant, Init, Normal, Uniform, numpy_generator
-from seer_scale.world import World
 from tests.tiny import RECIPE, sections
 
 SIZE, PATCH, WIDTH, HEADS = 8, 4, 24, 2
@@ -63,19 +63,19 @@ class Backbone(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def units(self) -> dict[str, nn.Module]:
+    def shard_units(self) -> dict[str, nn.Module]:
         return {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
 
     def stage_units(self) -> list[list[str]]:
-        return [list(self.units())]
+        return [list(self.shard_units())]
 
-    def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
+    def forward_units(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
         for name in names:
-            xs = self.units()[name](xs)
+            xs = self.shard_units()[name](xs)
         return xs
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        return self.chain(list(self.units()), xs)
+        return self.forward_units(list(self.shard_units()), xs)
 
 
 def patches(x: Tensor) -> Tensor:
@@ -134,7 +134,9 @@ class Toy(Simple):
 
     def shard_units(self) -> dict[str, nn.Module]:
         return (
-            {"embed": self.embed} | {f"backbone.{n}": u for n, u in self.backbone.units().items()} | {"head": self.head}
+            {"embed": self.embed}
+            | {f"backbone.{n}": u for n, u in self.backbone.shard_units().items()}
+            | {"head": self.head}
         )
 
     def _tokens(self, views: list[Tensor]) -> list[Tensor]:
@@ -163,7 +165,7 @@ class Classifier(Simple):
         self.fc = nn.Linear(self.backbone.num_features, 3)
 
     def shard_units(self) -> dict[str, nn.Module]:
-        return {f"backbone.{n}": u for n, u in self.backbone.units().items()} | {"fc": self.fc}
+        return {f"backbone.{n}": u for n, u in self.backbone.shard_units().items()} | {"fc": self.fc}
 
     def initialisers(self) -> dict[str, Init]:
         own = {f"backbone.{n}": init for n, init in self.backbone.initialisers().items()}
@@ -191,8 +193,8 @@ class Student(nn.Module):
         tokens = self.embed(patches(x)) + self.position
         return self.backbone([tokens if index is None else pick(tokens, index)])[0]
 
-    def units(self) -> dict[str, nn.Module]:
-        return {"embed": self.embed} | {f"backbone.{n}": u for n, u in self.backbone.units().items()}
+    def shard_units(self) -> dict[str, nn.Module]:
+        return {"embed": self.embed} | {f"backbone.{n}": u for n, u in self.backbone.shard_units().items()}
 
 
 UNIT_ROWS = "student.backbone.blocks.1.down.weight"
@@ -212,7 +214,7 @@ class Taught(Simple, Method[list[Tensor], list[Tensor]]):
 
     def shard_units(self) -> dict[str, nn.Module]:
         both = {"student": self.student, "teacher": self.teacher}
-        return {f"{who}.{n}": u for who, module in both.items() for n, u in module.units().items()}
+        return {f"{who}.{n}": u for who, module in both.items() for n, u in module.shard_units().items()}
 
     def parameter_groups(self) -> dict[str, ParameterGroup]:
         own = super().parameter_groups()
@@ -268,8 +270,8 @@ class Autoencoder(Simple):
         return [self.backbone, self.decoder]
 
     def shard_units(self) -> dict[str, nn.Module]:
-        ours = {f"backbone.{n}": u for n, u in self.backbone.units().items()}
-        ours |= {f"decoder.{n}": u for n, u in self.decoder.units().items()}
+        ours = {f"backbone.{n}": u for n, u in self.backbone.shard_units().items()}
+        ours |= {f"decoder.{n}": u for n, u in self.decoder.shard_units().items()}
         return {"embed": self.embed} | ours | {"out": self.out}
 
     def loss(

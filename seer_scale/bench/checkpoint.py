@@ -17,9 +17,9 @@ import torch
 
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.saver import Saver
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.files import to_json
-from seer_scale.world import World
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def measure(folder: Path, state: store.State, rounds: int) -> dict[str, list[flo
         begin = time.perf_counter()
         store.save(folder / "blocking", state, meta, world)
         blocking = time.perf_counter() - begin
-        store.retain(folder / "blocking", 1, 0, world)
+        store.prune(folder / "blocking", 1, 0, world)
         alone = [step() for _ in range(20)]
         begin = time.perf_counter()
         saver.begin(state, meta)

@@ -22,11 +22,11 @@ import torch
 
 from seer_scale.config import Crop, Data, Views, load_recipe, resolve
 from seer_scale.cores import available_cores
-from seer_scale.data.decode import decode
-from seer_scale.data.loader import loader
-from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.loading.loader import train_batches
+from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.sources import Source, open_source
-from seer_scale.data.views import MEAN, STD, load_views
+from seer_scale.data.transforms.decode import decode
+from seer_scale.data.transforms.views import MEAN, STD, load_views
 from seer_scale.errors import DataError, UserError
 from seer_scale.files import to_json
 
@@ -73,7 +73,7 @@ def reference(views: Views, seed: int) -> Callable[[bytes], list[torch.Tensor]]:
     def pipeline(crop: Crop) -> Callable[[Image.Image], torch.Tensor]:
         return T.Compose([
             T.RandomResizedCrop(crop.size, scale=crop.scale), T.RandomHorizontalFlip(views.flip),
-            T.RandomApply([T.ColorJitter(*views.jitter)], views.jitter_p), T.RandomGrayscale(views.grey_p),
+            T.RandomApply([T.ColorJitter(*views.jitter)], views.jitter_p), T.RandomGrayscale(views.grayscale_p),
             T.Lambda(blur), T.ToTensor(), T.Normalize(MEAN, STD),
         ])  # fmt: skip
 
@@ -87,7 +87,7 @@ def reference(views: Views, seed: int) -> Callable[[bytes], list[torch.Tensor]]:
 
 
 def geometry_only(views: Views) -> Views:
-    return Views(crops=views.crops, flip=views.flip, jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+    return Views(crops=views.crops, flip=views.flip, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
 
 
 def pick(source: Source, num: int) -> list[bytes]:
@@ -127,9 +127,11 @@ def time_each(things: dict[str, Callable[[bytes], object]], images: list[bytes],
 def rate_of_workers(source: Source, views: Views, workers: int, batch: int, batches: int) -> float:
     """Images/s of a loader of so many workers, once all of them have begun."""
     data = Data(workers=workers, prefetch=2)
-    sampler = ElasticSampler([Era(0, (("all", len(source)),))], 0, batch)
+    sampler = ElasticSampler([DataVersion(0, (("all", len(source)),))], 0, batch)
     skipped = 2 * (data.prefetch + 1)
-    stream = loader(source, data, views, sampler, rank=0, world_size=1, start=0, stop=(skipped + batches) * batch)
+    stream = train_batches(
+        source, data, views, sampler, rank=0, world_size=1, start=0, stop=(skipped + batches) * batch
+    )
     for _ in range(skipped):
         next(stream)
     begin = time.perf_counter()
@@ -245,7 +247,7 @@ def _views(recipe: str) -> Views:
     if not recipe:
         return Views()
     views = load_recipe(recipe).get("views") or {}
-    others = {"data": {"path": "unused"}, "train": {"samples": 1 << 40}, "swav": {"prototypes": [8]}}  # but valid
+    others = {"data": {"path": "unused"}, "train": {"total_samples": 1 << 40}, "swav": {"prototypes": [8]}}  # but valid
     return resolve({"views": views, **others}).views
 
 

@@ -40,12 +40,12 @@ from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.bench.ranks import run_ranks, seconds, wait, where
 from seer_scale.bench.step import fake_views, read_crops, small_recipe
 from seer_scale.config import ZERO, Config, resolve
+from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, UserError, nearest
 from seer_scale.files import to_json
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel import ENGINES
 from seer_scale.parallel.engine import Engine
-from seer_scale.world import World
 
 FEATURES = (
     "activation_checkpoint", "reshard_after_forward", "min_unit_mib", "replicate", "precision", "sync_bn_group",
@@ -129,7 +129,7 @@ def list_cases(args: argparse.Namespace, ranks: int) -> tuple[list[Case], list[s
     feature("reshard_after_forward", "reshard_after_forward false", {"parallel": {"reshard_after_forward": False}})
     feature("min_unit_mib", "min_unit_mib 0 (each unit alone)", {"parallel": {"min_unit_mib": 0.0}})
     if ranks >= 4:
-        feature("replicate", "replicate 2", {"parallel": {"replicate": 2}})
+        feature("replicate", "replicate 2", {"parallel": {"replicate_degree": 2}})
     elif "replicate" in chosen:
         out.append(f"replicate is left out: two copies, each spread over ranks, need 4 ranks, not {ranks}.")
     for precision in ("fp32", "bf16", "fp16"):

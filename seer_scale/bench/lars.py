@@ -21,14 +21,14 @@ from torch import Tensor
 
 from seer_scale.bench.ranks import run_ranks, seconds, where
 from seer_scale.config import Config, Optim, load_recipe, resolve
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.swav.method import SwAV
 from seer_scale.optim.optimizers import LARS_EPS, build_optimizer
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.shard import Shard
-from seer_scale.world import World
 
-OPTIM = Optim(name="lars", momentum=0.9, weight_decay=1e-5, trust=0.001)
+OPTIM = Optim(name="lars", momentum=0.9, weight_decay=1e-5, trust_coefficient=0.001)
 LR = 9.6
 
 
@@ -90,7 +90,7 @@ class Loop:
             p_norm, g_norm = (self.norm(t, spread) for t in (p, g))
             if p_norm != 0 and g_norm != 0:
                 g.add_(p, alpha=OPTIM.weight_decay)
-                g.mul_(OPTIM.trust * p_norm / (g_norm + OPTIM.weight_decay * p_norm + LARS_EPS))
+                g.mul_(OPTIM.trust_coefficient * p_norm / (g_norm + OPTIM.weight_decay * p_norm + LARS_EPS))
         self.sgd.step()
 
     def norm(self, t: Tensor, spread: bool) -> float:

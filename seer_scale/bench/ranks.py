@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from seer_scale.distributed import World, joined
 from seer_scale.errors import UserError
-from seer_scale.world import World, joined
 
 
 def run_ranks(measure: Callable[[World, Any], Any], given: Any, *, ranks: int, device: str) -> Any:

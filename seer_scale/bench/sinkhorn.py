@@ -21,9 +21,9 @@ from torch import Tensor
 
 from seer_scale.bench.ranks import run_ranks, seconds, where
 from seer_scale.bench.step import textbook_sinkhorn
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
-from seer_scale.methods.sinkhorn import ABSORB, sinkhorn
-from seer_scale.world import World
+from seer_scale.methods.losses.sinkhorn import ABSORB, sinkhorn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

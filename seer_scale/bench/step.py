@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from seer_scale.bench.ranks import wait
 from seer_scale.config import Config, Crop, load_recipe, resolve
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.extras import how_to_install
-from seer_scale.methods.swav import SwAV
-from seer_scale.models.norm import BatchNorm
+from seer_scale.methods.swav.method import SwAV
+from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import COMPUTE
-from seer_scale.world import World
 
 TIMM = {
     "200mf": "002",
@@ -95,9 +95,9 @@ def small_recipe(model: str, crops: list[dict[str, int]], batch: int, prototypes
     """A recipe for timing; the data are never read."""
     return {
         "data": {"path": "-"}, "model": {"name": model}, "views": {"crops": crops},
-        "swav": {"hidden": [512], "dim": 128, "prototypes": [prototypes], "iterations": 3},
+        "swav": {"hidden": [512], "embedding_dim": 128, "prototypes": [prototypes], "iterations": 3},
         "optim": {"name": "lars", "lr": 0.03, "lr_batch": 0}, "schedule": {"warmup_samples": 0},
-        "train": {"samples": 10**6, "global_batch": batch, "precision": precision},
+        "train": {"total_samples": 10**6, "global_batch": batch, "precision": precision},
     }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def configure(args: argparse.Namespace) -> Config:
         given = load_recipe(args.recipe)
         over = {
             "data": {"path": "-"},
-            "parallel": {"engine": "single", "ranks": 1, "replicate": 1, "shard": 0, "sync_bn_group": 0},
+            "parallel": {"engine": "single", "ranks": 1, "replicate_degree": 1, "shard_degree": 0, "sync_bn_group": 0},
         }
         over |= {"model": {"name": args.model}} if args.model else {}
         over |= {"views": {"crops": read_crops(args.crops)}} if args.crops else {}
@@ -166,7 +166,7 @@ class Reference(nn.Module):
                 raise TypeError(f"a projection head has a {type(layer).__name__}")
         self.head = nn.Sequential(*layers)
         self.head.load_state_dict(ours.head.state_dict())
-        self.prototypes = nn.Linear(ours.config.dim, ours.config.prototypes[0], bias=False)
+        self.prototypes = nn.Linear(ours.config.embedding_dim, ours.config.prototypes[0], bias=False)
         self.prototypes.load_state_dict(ours.prototypes[0].state_dict())
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -276,7 +276,7 @@ def run(args: argparse.Namespace) -> str:
     lines = [f"{name}, crops {crops}, batch {batch}, {precision}, {place}, torch {torch.__version__}"]
     recomputed = config.parallel.activation_checkpoint
     if args.recipe or recomputed != "none":
-        s, widths = config.swav, " x ".join(map(str, [*config.swav.hidden, config.swav.dim]))
+        s, widths = config.swav, " x ".join(map(str, [*config.swav.hidden, config.swav.embedding_dim]))
         norm, told = (
             " with BatchNorm" if s.batch_norm else "",
             recomputed if isinstance(recomputed, str) else [list(r) for r in recomputed],

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale.checkpoint import store
+from seer_scale.distributed import World
 from seer_scale.formatting import counted
-from seer_scale.world import World
 
 
 def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
             for name, (dtype, shape, nbytes) in tensors.items()
         },
         "verified": "contents" if verify else "sizes",
-        "flaw": store.flaw(path, World(), contents=verify),
+        "flaw": store.validate(path, World(), contents=verify),
     }
 
 
@@ -51,7 +51,7 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
     }[found["verified"]]
     written = time.strftime("%F %T", time.localtime(found["time"])) if "time" in found else "at an unknown time"
     train, seen = config.get("train", {}), found["samples_seen"]
-    asked, batch = train.get("samples", 0), train.get("global_batch", 1)
+    asked, batch = train.get("total_samples", 0), train.get("global_batch", 1)
     end = max(seen, -(-asked // batch) * batch)  # whole updates, as the run tells it
     rows = [
         ("samples seen", f"{seen:,} of {end:,}, in {counted(found.get('step', 0), 'update')}"),

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seer_scale.distributed import World
 from seer_scale.parallel.shard import Shard
-from seer_scale.world import World
 
 SHARE = 64 << 20
 """Bytes that one rank writes of what several hold alike before the next one joins in: each more is one more file to

@@ -10,8 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
-from seer_scale.world import World
 
 POLL_S = 1.0
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -37,7 +37,7 @@ class RunLock:
         refusal = world.broadcast_object(refusal)
         if refusal:
             error = UserError(refusal)
-            error.may_pass = _job() != "" and _job() in refusal  # what is left of an earlier start of this job
+            error.retryable = _job() != "" and _job() in refusal  # what is left of an earlier start of this job
             raise error
 
     def _take(self, run_dir: Path) -> str | None:

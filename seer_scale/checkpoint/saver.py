@@ -18,8 +18,8 @@ from torch import Tensor
 
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.staging import Staging
+from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError
-from seer_scale.world import World
 
 CLOSE_S = 60.0
 """Seconds a run that has failed waits for its last checkpoint."""
@@ -82,11 +82,11 @@ class Saver:
         self._thread = None
         return self._outcome.result()
 
-    def retain(self) -> None:
+    def prune(self) -> None:
         """Delete what need not be kept, as a save does at its end; nothing may be in flight. Collective."""
         assert self._thread is None, "a save in flight retains by itself"
         with suppress(CheckpointError):
-            store.retain(self._folder, *self._keep, self._world)
+            store.prune(self._folder, *self._keep, self._world)
 
     def close(self, seconds: float = CLOSE_S) -> None:
         """Let what is in flight end, where it still can; on its own, for other ranks may be gone."""
@@ -104,7 +104,7 @@ class Saver:
                 problem = str(error)
             if path:
                 try:
-                    store.retain(self._folder, *self._keep, self._world)
+                    store.prune(self._folder, *self._keep, self._world)
                 except CheckpointError as error:
                     kept = f"Old checkpoints in {self._folder} cannot be deleted: {error}."
             self._outcome.set_result(Saved(meta["samples_seen"], path, problem, kept, time.perf_counter() - begin))

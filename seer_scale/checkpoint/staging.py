@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from seer_scale.checkpoint.layout import Layout, local_of, run_of
+from seer_scale.distributed import World
 from seer_scale.parallel.shard import Shard
-from seer_scale.world import World
 
 
 class Staging:

@@ -31,15 +31,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
+from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, why_missing
 from seer_scale.files import sync_folder
 from seer_scale.formatting import ended
-from seer_scale.world import World
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, TENSORS, BEST = "manifest.json", "tensors.json", "best"
 _NAME = re.compile(r"samples-(\d{12,})(?:-(\d+))?")
 
@@ -112,7 +112,7 @@ def _publish(aside: Path, meta: dict[str, Any], files: dict[str, dict[str, int]]
     os.rename(aside, final)
     sync_folder(final.parent)
     for replaced in same:
-        with suppress(OSError):  # what is left of it is older than `final`, and falls to `retain`
+        with suppress(OSError):  # what is left of it is older than `final`, and falls to `prune`
             _discard(replaced)
     return final.name
 
@@ -154,7 +154,7 @@ def _bytes_of(tensor: torch.Tensor, part: Part) -> memoryview:
 # ------------------------------------------------------------------------------------------------ finding
 
 
-def newest(
+def latest(
     folder: Path, world: World, *, verify: bool = True, warn: Callable[[str], None] = warnings.warn
 ) -> Path | None:
     """The newest valid checkpoint in `folder`, the same on all ranks; None if there is none.
@@ -164,7 +164,7 @@ def newest(
     cannot be read.
     """
     for name in _names(folder, world):
-        problem = flaw(folder / name, world, contents=verify)
+        problem = validate(folder / name, world, contents=verify)
         if problem is None:
             return folder / name
         if world.is_main:
@@ -172,7 +172,7 @@ def newest(
     return None
 
 
-def flaw(path: Path, world: World, *, contents: bool = True) -> str | None:
+def validate(path: Path, world: World, *, contents: bool = True) -> str | None:
     """What is wrong with the checkpoint `path`, as a clause; None if it is whole. The ranks share out its files.
 
     Without `contents`, checksums are left alone. Collective.
@@ -255,7 +255,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_layout(path: Path, world: World = World()) -> Layout:
-    """Names, shapes and dtypes of a checkpoint, and where they lie; reads no tensor. Rank 0 reads it for all of
+    """StringArray, shapes and dtypes of a checkpoint, and where they lie; reads no tensor. Rank 0 reads it for all of
     `world`, if one is given: collective. Raises CheckpointError."""
     text = world.from_main(lambda: _read_tensors_json(path))
     try:
@@ -292,9 +292,9 @@ def load(
     Returns the bytes this rank has read. otherwise: what to do if they do not fit.
 
     Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read. Rank 0 reads
-    the layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `newest` has,
-    `flaw` does. Collective. Raises CheckpointError on all ranks; after one that says "could not be read" the tensors
-    are not to be used.
+    the layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `latest` has,
+    `validate` does. Collective. Raises CheckpointError on all ranks; after one that says "could not be read" the
+    tensors are not to be used.
     """
     wanted = {k: v for k, v in state.items() if k.startswith(only)}
     layout = read_layout(path, world)
@@ -305,11 +305,13 @@ def load(
             return _read(path, wanted, layout)
     except CheckpointError as problem:
         error = CheckpointError(f"{path} could not be read ({problem}); choose another.")
-        error.may_pass = True
+        error.retryable = True
         raise error from problem
 
 
-def must_fit(path: Path, state: State, world: World = World(), *, only: str = "", otherwise: str = OTHERWISE) -> None:
+def check_compatible(
+    path: Path, state: State, world: World = World(), *, only: str = "", otherwise: str = OTHERWISE
+) -> None:
     """That the tensors under `only` in the checkpoint `path` have the names, shapes and dtypes of `state` (which may be
     on the meta device). otherwise: what to do if not. Collective, if a world is given; reads no tensor. Raises
     CheckpointError."""
@@ -373,7 +375,7 @@ def _word(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------------ keeping few
 
 
-def retain(folder: Path, keep_last: int, keep_every_samples: int, world: World) -> None:
+def prune(folder: Path, keep_last: int, keep_every_samples: int, world: World) -> None:
     """Delete checkpoints, but not the newest `keep_last`, nor the first at or past each multiple of
     `keep_every_samples` (0 = none), nor the best (`mark_best`), nor the newest valid one, which is verified before
     anything goes.
@@ -386,7 +388,7 @@ def retain(folder: Path, keep_last: int, keep_every_samples: int, world: World) 
         milestones[_samples(Path(name)) // keep_every_samples] = name
     milestones.pop(0, None)
     old = [name for name in names[keep_last:] if name not in milestones.values()]
-    if not old or (valid := newest(folder, world, warn=lambda _: None)) is None:
+    if not old or (valid := latest(folder, world, warn=lambda _: None)) is None:
         return
     with _agreement(world):
         if world.is_main:

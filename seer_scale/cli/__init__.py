@@ -12,7 +12,7 @@ from importlib import metadata
 from seer_scale import __version__, console
 from seer_scale.cli import data, evaluate, launch, look, train
 from seer_scale.cli.parser import Parser, split_overrides
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, complain
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, print_error
 from seer_scale.files import shown
 
 UNSEEN = (errno.EACCES, errno.ENAMETOOLONG)
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(words)
     except UserError as error:
-        return complain(error)
+        return print_error(error)
     except KeyboardInterrupt:
         lost = ": what was done since the newest checkpoint, if anything, is lost" if words[:1] == ["train"] else ""
         print(f"Stopped at once{lost}.", file=sys.stderr, flush=True)

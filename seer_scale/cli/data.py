@@ -35,21 +35,21 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 
 def refresh(args: argparse.Namespace) -> int:
-    from seer_scale import world as worlds
+    from seer_scale import distributed
     from seer_scale.checkpoint import store
-    from seer_scale.train.course import ask_refresh
+    from seer_scale.training.data_history import ask_refresh
 
     if not (args.run_dir / "config.yaml").is_file():
         raise UserError(f"{args.run_dir} is not a run's folder (it has no config.yaml): give one, such as runs/demo.")
-    found = store.newest(
-        args.run_dir / "checkpoints", worlds.World(), warn=lambda sentence: print(sentence, file=sys.stderr)
+    found = store.latest(
+        args.run_dir / "checkpoints", distributed.World(), warn=lambda sentence: print(sentence, file=sys.stderr)
     )
     print(ask_refresh(args.run_dir, args.manifest, store.read_meta(found)["data"] if found else None))
     return EXIT_DONE
 
 
 def demo(args: argparse.Namespace) -> int:
-    from seer_scale.data.demo import write_demo_corpus
+    from seer_scale.corpus.demo import write_demo_corpus
 
     write_demo_corpus(args.folder)
     print(f"The demo corpus is in {args.folder}.")

@@ -29,13 +29,13 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 
 def knn(args: argparse.Namespace) -> int:
-    from seer_scale import world as worlds
+    from seer_scale import distributed
     from seer_scale.evaluate.run import evaluated_config, knn_of, run_dir_of
 
     config = evaluated_config(args.path, args.overrides)
-    world = worlds.start(run_dir_of(args.path) / "logs", device=config.parallel.device)
+    world = distributed.init(run_dir_of(args.path) / "logs", device=config.parallel.device)
     scores = knn_of(args.path, config, world)
-    worlds.stop(world)
+    distributed.shutdown(world)
     if world.is_main:
         print(to_json(scores) if args.json else in_words(scores))
     return EXIT_DONE

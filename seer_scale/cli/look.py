@@ -54,7 +54,8 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from seer_scale.observe import ledger, progress
+    from seer_scale.observe import progress
+    from seer_scale.observe import time_account as time_account
 
     if (args.path / "metrics.jsonl").is_file():
         if args.verify or args.tensors:
@@ -62,8 +63,8 @@ def inspect(args: argparse.Namespace) -> int:
                 f"{args.path} is a run, and --verify and --tensors are for checkpoints, such as those in "
                 f"{args.path / 'checkpoints'}."
             )
-        found = ledger.read_ledger(args.path)
-        print(to_json(found.to_dict(), indent=1) if args.json else ledger.text(found))
+        found = time_account.read_time_account(args.path)
+        print(to_json(found.to_dict(), indent=1) if args.json else time_account.text(found))
         return EXIT_DONE
     if not args.path.exists():
         below = (
@@ -73,7 +74,7 @@ def inspect(args: argparse.Namespace) -> int:
         )
         raise UserError(f"There is no {args.path}: {below}")
     if any((args.path / name).exists() for name in ("launch", "config.yaml", progress.FILE)):  # a run that starts
-        print(ledger.text(ledger.read_ledger(args.path)))
+        print(time_account.text(time_account.read_time_account(args.path)))
         return EXIT_DONE
     from seer_scale.checkpoint import inspect as checkpoints  # and torch with it
 

@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         same = [key for key in keys if key.rpartition(".")[2] == name.lstrip("-").replace("-", "_")]
         hint = f"did you mean {same[0]}?" if same else nearest(name, (*options, *keys))
         raise UserError(
-            f"{name} is no option of {self.prog}, and keys of a recipe have a dot, as in --train.samples; {hint}"
+            f"{name} is no option of {self.prog}, and keys of a recipe have a dot, as in --train.total_samples; {hint}"
         )
 
 

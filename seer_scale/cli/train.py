@@ -13,7 +13,7 @@ import yaml
 from seer_scale import __version__
 from seer_scale.cli.parser import add_command
 from seer_scale.config import RECIPES, all_keys, load_recipe, recipe_names
-from seer_scale.errors import EXIT_DONE, ConfigError, complain, nothing_begun
+from seer_scale.errors import EXIT_DONE, ConfigError, nothing_begun, print_error
 from seer_scale.files import shown, to_json
 from seer_scale.rank_info import detect
 
@@ -43,12 +43,12 @@ def train(args: argparse.Namespace) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         if not args.print_config:
             _tell_start(args.recipe)
-        from seer_scale.train import start  # takes seconds to load
+        from seer_scale.training import start  # takes seconds to load
 
     if args.print_config:
         config, problems = start.look_at_recipe(args.recipe, args.overrides, detect().size)
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="", flush=True)
-        return complain(ConfigError(problems)) if problems else EXIT_DONE
+        return print_error(ConfigError(problems)) if problems else EXIT_DONE
     return start.run_training(args.recipe, args.overrides)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seer_scale.data.batched import to_float
-from seer_scale.data.loader import decoded
+from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.sources import Source
-from seer_scale.world import World, all_gather
+from seer_scale.data.transforms.on_device import to_float
+from seer_scale.distributed import World, all_gather
 
 Represent = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Normalised images [N, 3, S, S] -> features [N, D] and embeddings [N, dim]; all ranks call it equally often."""
@@ -27,7 +27,7 @@ def features(
     out yields empty batches. Images that cannot be read are left out.
     """
     mine = indices[world.rank :: world.size]
-    batches = decoded(source, mine, size, batch=batch, workers=workers)
+    batches = eval_batches(source, mine, size, batch=batch, workers=workers)
     rounds = math.ceil(math.ceil(len(indices) / world.size) / batch)
     none = torch.empty(0, dtype=torch.int64)
     nothing = torch.zeros(1, 3, size, size, dtype=torch.uint8), none, none  # for the collectives all the same

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from seer_scale.config import Config, Knn
-from seer_scale.data.order import permute
+from seer_scale.data.sampling.order import permute
 from seer_scale.data.sources import Source, open_data, open_source
 from seer_scale.data.sources.files import folders_in
+from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, DataError
 from seer_scale.evaluate.features import Represent, features, gather_rows
 from seer_scale.files import shown
 from seer_scale.formatting import counted
-from seer_scale.world import World
 
 
 @dataclass(frozen=True)

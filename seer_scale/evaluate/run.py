@@ -11,13 +11,13 @@ import torch
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, load_recipe, resolve
 from seer_scale.cores import rank_cores, told_threads
-from seer_scale.data.listing import share
+from seer_scale.data.loading.listing import share
+from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, ConfigError, DataError, UserError
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
 from seer_scale.methods.registry import build_method
 from seer_scale.observe.progress import Progress
 from seer_scale.parallel import build_engine, check_device
-from seer_scale.world import World
 
 
 def run_dir_of(path: Path) -> Path:
@@ -63,10 +63,10 @@ def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
     UserError."""
     is_run = (path / "config.yaml").is_file()
     images = _images(config, run_dir_of(path), world)
-    found = store.newest(path / "checkpoints", world) if is_run else path
+    found = store.latest(path / "checkpoints", world) if is_run else path
     if found is None:
         raise UserError(f"{path} has no valid checkpoint yet: train it first.")
-    if not is_run and (problem := store.flaw(path, world)):
+    if not is_run and (problem := store.validate(path, world)):
         raise CheckpointError(f"{path} cannot be used as a checkpoint: {problem}.")
     engine = build_engine(build_method(config, world), config, world, loaded=("",))
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}

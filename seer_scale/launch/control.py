@@ -28,8 +28,8 @@ from seer_scale.errors import (
     QUEUE_SIGNALS,
     STOP_SIGNALS,
     UserError,
-    complain,
     ends_at_once,
+    print_error,
     stop_signals,
 )
 from seer_scale.launch.job import ATTEMPT, Job, is_alive
@@ -107,7 +107,7 @@ class LocalRanks:
         if all(code is not None for code in codes):
             return self._first
         if self._lost_at and time.monotonic() - self._lost_at > (HUNG_GRACE_S if EXIT_HUNG in codes else GRACE_S):
-            say(f"{sum(c is not None for c in codes)} of {len(codes)} ranks have ended; ending the others.")
+            log(f"{sum(c is not None for c in codes)} of {len(codes)} ranks have ended; ending the others.")
             self.signal(signal.SIGKILL)
         return None
 
@@ -168,9 +168,9 @@ class Control:
                 signal.signal(s, handler)
 
     def _run(self) -> int:
-        job, in_vain = self.job, 0
+        job, without_checkpoint = self.job, 0
         if self._requeue and (returns := len(self._starts_in_vain())) > job.requeues:
-            say(
+            log(
                 f"{returns} starts of this job brought no new checkpoint, so the run ends here (requeues "
                 f"{job.requeues})."
             )
@@ -194,19 +194,23 @@ class Control:
                 return EXIT_DONE if not for_good and self._goes_on() else EXIT_STOPPED
             if for_good:
                 return EXIT_FAILED
-            in_vain = 0 if now > samples else in_vain + 1
-            if in_vain > job.restarts or self._limits.should_stop():
+            without_checkpoint = 0 if now > samples else without_checkpoint + 1
+            if without_checkpoint > job.restarts or self._limits.should_stop():
                 if self._goes_on():
                     return EXIT_DONE
-                tries = f"{in_vain} starts in a row" if in_vain > 1 else "the last start"
-                say(
+                tries = f"{without_checkpoint} starts in a row" if without_checkpoint > 1 else "the last start"
+                log(
                     f"{problem}. As {tries} brought no new checkpoint, the run ends "
                     f"here{'' if now < 0 else '; the newest checkpoint stands'}."
                 )
                 return EXIT_FAILED
             where = f"from the checkpoint at {now:,} samples" if now >= 0 else "from the beginning"
-            bound = f" (start {in_vain} of {job.restarts} without a new checkpoint)" if in_vain else ""
-            say(f"{problem}. Starting the ranks again, {where}{bound}.")
+            bound = (
+                f" (start {without_checkpoint} of {job.restarts} without a new checkpoint)"
+                if without_checkpoint
+                else ""
+            )
+            log(f"{problem}. Starting the ranks again, {where}{bound}.")
         raise AssertionError
 
     def _unfinished(self, problem: str, before: int, now: int) -> str:
@@ -235,7 +239,7 @@ class Control:
                 ranks.signal(signal.SIGUSR2)
             if not given_up and self._limits.is_over():
                 given_up = True
-                say(
+                log(
                     "The time limit has nearly come and the ranks have not saved: what was done since the "
                     "newest checkpoint is lost."
                 )
@@ -254,7 +258,7 @@ class Control:
         if not self._requeue or self._limits.is_cancelled():
             return False
         if (starts := len(self._starts_in_vain())) > self.job.requeues:
-            say(
+            log(
                 f"{starts} starts of this job brought no new checkpoint: it does not go back to the queue "
                 f"(requeues {self.job.requeues})."
             )
@@ -293,7 +297,7 @@ class Control:
             self._asked, self._asked_at, self._number = self._asked + 1, time.monotonic(), number
 
 
-def say(sentence: str) -> None:
+def log(sentence: str) -> None:
     """To the job's log."""
     print(sentence, file=sys.stderr, flush=True)
 
@@ -307,7 +311,7 @@ def control_local(run_dir: str, visible: str | None) -> int:
     try:
         job = Job.of(run_dir)
     except UserError as error:
-        return complain(error)
+        return print_error(error)
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible

@@ -102,7 +102,7 @@ class _Watch:
                 self._passed_on = self._asked
 
     def _follow(self) -> None:
-        """Print what the log has grown by; what all ranks complain of is told once."""
+        """Print what the log has grown by; what all ranks print_error of is told once."""
         for path, to in ((self.job.paths.stdout, sys.stdout), (self.job.paths.stderr, sys.stderr)):
             if not path.exists():
                 continue

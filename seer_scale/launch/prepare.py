@@ -17,8 +17,8 @@ from seer_scale.errors import ConfigError, UserError
 from seer_scale.files import write_whole
 from seer_scale.launch.job import Job, snapshot
 from seer_scale.launch.profile import Profile
-from seer_scale.train import resume
-from seer_scale.train.start import resolve_given, run_dir_of
+from seer_scale.training import resume
+from seer_scale.training.start import resolve_given, run_dir_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +35,18 @@ class Request:
     profile: Profile = Profile()
 
 
-def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], list[str]]:
+def prepare(request: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], list[str]]:
     """(the job, the recipe that travels with it, what the user should know). Writes nothing. Raises UserError."""
-    given, (over, problems) = load_recipe(ask.recipe), parse_overrides(list(ask.overrides))
+    given, (over, problems) = load_recipe(request.recipe), parse_overrides(list(request.overrides))
     if problems:
-        resolve_given(given, list(ask.overrides), 1)  # tells them, and all others
-    given, note = as_asked(ask.recipe, given, over)
+        resolve_given(given, list(request.overrides), 1)  # tells them, and all others
+    given, note = as_asked(request.recipe, given, over)
     given = merge(given, over)
-    if ask.name and not (given.get("run") or {}).get("dir"):
-        given = merge(given, {"run": {"dir": str(Path("runs") / ask.name)}})
+    if request.name and not (given.get("run") or {}).get("dir"):
+        given = merge(given, {"run": {"dir": str(Path("runs") / request.name)}})
     ranks = _ranks(given)
-    each = ask.ranks or ask.profile.ranks_a_node or ranks
-    if ask.nodes is None and ranks % each and ask.cluster != "local":
+    each = request.ranks or request.profile.ranks_a_node or ranks
+    if request.nodes is None and ranks % each and request.cluster != "local":
         problem = (
             f"parallel.ranks is {ranks}, which fill no whole nodes of {each}: give --nodes, such as "
             f"{-(-ranks // each)}."
@@ -56,27 +56,27 @@ def prepare(ask: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], 
         except ConfigError as others:
             raise ConfigError([*others.problems, problem]) from others
         raise UserError(problem)
-    config, fits, notes = _fits(given, ask.nodes or (max(1, ranks // each),) * 2, each, ask.cluster != "local")
-    run_dir = run_dir_of(config, ask.recipe)
-    notes += filter(None, [note, resume.foresee(config, run_dir)])
+    config, fits, notes = _fits(given, request.nodes or (max(1, ranks // each),) * 2, each, request.cluster != "local")
+    run_dir = run_dir_of(config, request.recipe)
+    notes += filter(None, [note, resume.validate_resume(config, run_dir)])
     job = Job(
-        name=ask.name or run_dir.name,
+        name=request.name or run_dir.name,
         run_dir=os.path.abspath(run_dir),
-        cluster=ask.cluster,
+        cluster=request.cluster,
         command=list(command),
         folder=os.getcwd(),
         code="",
         ranks_per_node=each,
         fits=fits,
-        restarts=ask.profile.restarts,
-        requeues=ask.profile.requeues,
-        profile=dataclasses.asdict(ask.profile),
+        restarts=request.profile.restarts,
+        requeues=request.profile.requeues,
+        profile=dataclasses.asdict(request.profile),
         submitted=time.time(),
     )
     return job, merge(given, {"run": {"dir": str(run_dir)}}), notes
 
 
-def stow(job: Job, recipe: dict[str, Any]) -> Job:
+def write_job(job: Job, recipe: dict[str, Any]) -> Job:
     """Write what travels with the job, its code and its recipe; the job that knows where. Raises UserError."""
     try:
         job.place.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from seer_scale import console  # noqa: E402
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLost, UserError, complain  # noqa: E402
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLostError, UserError, print_error  # noqa: E402
 from seer_scale.files import write_whole  # noqa: E402
 from seer_scale.launch.job import ATTEMPT, Job  # noqa: E402
 from seer_scale.rank_info import detect  # noqa: E402
@@ -31,20 +31,20 @@ def main(run_dir: str) -> int:
     try:
         job, attempt, rank = Job.of(run_dir), os.environ[ATTEMPT], detect().rank
     except UserError as error:
-        return complain(error)
+        return print_error(error)
     console.install(f"[rank {rank}] " if rank else "", drop=f"[rank{rank}]: ")  # torch's tracebacks begin with that
     os.chdir(job.folder)
     if job.cluster == "local":
         threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
     try:
         _must_be_copy(job.code)
-        from seer_scale.train.start import run_training
+        from seer_scale.training.start import run_training
 
         status, tells = run_training(str(job.recipe), [], attempt), rank == 0
-    except RankLost as error:  # the one that was lost knows why, or nobody does
-        return complain(error)
+    except RankLostError as error:  # the one that was lost knows why, or nobody does
+        return print_error(error)
     except UserError as error:
-        status, tells = complain(error), (rank == 0 or error.is_local) and not error.may_pass
+        status, tells = print_error(error), (rank == 0 or error.single_rank) and not error.retryable
     except KeyboardInterrupt:  # a second Ctrl-C, of which the launcher tells
         return EXIT_FAILED
     if tells:

@@ -361,7 +361,9 @@ def _signal(job: Job, number: int) -> None:
 def words_again(job: Job, *, nodes: str, time: str) -> list[str]:
     """The words after `seer-scale launch` that start this run again, where it lies now. Raises UserError."""
     if state(job) == "done":
-        raise UserError(f"{job.name} is done: it has seen all its samples. Start it with more train.samples to go on.")
+        raise UserError(
+            f"{job.name} is done: it has seen all its samples. Start it with more train.total_samples to go on."
+        )
     words = list(job.command)
     changes = {"--nodes": nodes, "--time": time, "--run.dir": job.run_dir if job.launched_in else ""}
     for option, value in changes.items():

@@ -18,8 +18,8 @@ from typing import Any
 import submitit
 
 from seer_scale import console
-from seer_scale.errors import EXIT_HUNG, UserError, complain
-from seer_scale.launch.control import Control, Limits, say, signal_name
+from seer_scale.errors import EXIT_HUNG, UserError, print_error
+from seer_scale.launch.control import Control, Limits, log, signal_name
 from seer_scale.launch.job import ATTEMPT, Job
 from seer_scale.launch.profile import Profile
 from seer_scale.rank_info import LAUNCHER, SLURM, without_rank_variables
@@ -155,12 +155,12 @@ def control_slurm(run_dir: str) -> None:
         else:
             job = Job.of(run_dir)
     except UserError as error:
-        sys.exit(complain(error))
+        sys.exit(print_error(error))
     nodes, each = max(n for n in job.fits if n <= got), job.ranks_per_node
     ident = f"{_own_id()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     names = (_answer("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]) or "").split()[:nodes]
     if nodes < got:
-        say(f"This job has {got} nodes, of which the recipe can use {nodes}.")
+        log(f"This job has {got} nodes, of which the recipe can use {nodes}.")
     control = Control(
         job, lambda attempt: SrunRanks(job, attempt, nodes, each), ident=ident, ranks=nodes * each, nodes=names,
         requeue=_requeue, limits=SlurmLimits(job),
@@ -290,17 +290,17 @@ def _requeue() -> bool:
         shown = _answer("scontrol", "-o", "show", "job", _own_id()) or ""
         was, reason = (re.search(r"JobState=(\w+)", shown) or ["", ""])[1], "scontrol does not answer"
         if was and was != "RUNNING":  # cancelled, or preempted: SLURM has decided already
-            say(f"SLURM has this job as {was}, so it is left to it.")
+            log(f"SLURM has this job as {was}, so it is left to it.")
             return False
         if was:
             done = subprocess.run(["scontrol", "requeue", _own_id()], capture_output=True, text=True)
             if done.returncode == 0:
-                say("Back to the queue.")
+                log("Back to the queue.")
                 time.sleep(KILLED_S)
                 return True
             reason = done.stderr.strip()
         if time.monotonic() > until:
-            say(f"SLURM does not put the job back into its queue ({reason}): start it again, and it goes on.")
+            log(f"SLURM does not put the job back into its queue ({reason}): start it again, and it goes on.")
             return False
         time.sleep(ASK_S)
 

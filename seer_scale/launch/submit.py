@@ -126,13 +126,13 @@ def _prepare_all(options: Options) -> list[Prepared]:
 
 def _run_here(prepared: list[Prepared]) -> int:
     from seer_scale.launch.local import run_here
-    from seer_scale.launch.prepare import stow
+    from seer_scale.launch.prepare import write_job
 
     if len(prepared) > 1:
         raise UserError("--array needs a queue: with --cluster local start one run after the other.")
     job, recipe, _ = prepared[0]
     with claimed(job):
-        return run_here(stow(job, recipe))
+        return run_here(write_job(job, recipe))
 
 
 def _print_scripts(prepared: list[Prepared]) -> int:
@@ -148,7 +148,7 @@ def _print_scripts(prepared: list[Prepared]) -> int:
 
 def _submit(prepared: list[Prepared]) -> int:
     from seer_scale.launch import slurm
-    from seer_scale.launch.prepare import stow
+    from seer_scale.launch.prepare import write_job
 
     slurm.must_be_there()
     before = {job.run_dir for job, _, _ in prepared if os.path.exists(job.run_dir)}
@@ -159,7 +159,7 @@ def _submit(prepared: list[Prepared]) -> int:
                 claims.enter_context(claimed(job))
                 mine.append(job)
             for alike in _group_by_nodes(prepared):
-                for job in slurm.submit([stow(job, recipe) for job, recipe, _ in alike]):
+                for job in slurm.submit([write_job(job, recipe) for job, recipe, _ in alike]):
                     nodes = "-".join(map(str, dict.fromkeys((job.fits[0], job.fits[-1]))))
                     where = f"{nodes} node{'s' * (nodes != '1')} of {counted(job.ranks_per_node, 'rank')}"
                     look = f"{command_here()} status {shlex.quote(called(job))}"

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from seer_scale.config import Config
-from seer_scale.models.norm import BatchNorm
+from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.rng import Init
@@ -61,14 +61,14 @@ class Chain(Protocol):
 
     training: bool
 
-    def units(self) -> dict[str, nn.Module]:
+    def shard_units(self) -> dict[str, nn.Module]:
         """Name -> module of what is sharded and recomputed by, in forward order; each takes and gives a list of
         tensors."""
 
     def stage_units(self) -> list[list[str]]:
         """Names of the units of each stage; what is recomputed together lies within one."""
 
-    def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
+    def forward_units(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
         """xs through the units `names`, one after the other."""
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from seer_scale.config import Config
+from seer_scale.distributed import World
 from seer_scale.methods.base import Method
-from seer_scale.methods.swav import SwAV
-from seer_scale.world import World
+from seer_scale.methods.swav.method import SwAV
 
 METHODS: dict[str, type[Method[Any, Any]]] = {SwAV.name: SwAV}
 

@@ -43,14 +43,14 @@ class Backbone(nn.Module, ABC):
     def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
         """Images [N_r, 3, H_r, W_r], one tensor a resolution -> features [N_r, num_features]."""
 
-    def chain(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
-        """xs through the units `names`, one after the other; `seer_scale.parallel.recompute` puts its own in place."""
+    def forward_units(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
+        """xs through the units `names`, one after the other (`parallel.activation_checkpoint` may stand before it)."""
         for name in names:
             xs = self.get_submodule(name)(xs)
         return xs
 
     @abstractmethod
-    def units(self) -> dict[str, nn.Module]:
+    def shard_units(self) -> dict[str, nn.Module]:
         """What an engine shards and recomputes by, in order of use; each takes and gives a list."""
 
     @abstractmethod

@@ -15,7 +15,7 @@ from torch.nn.functional import relu
 
 from seer_scale.errors import UserError
 from seer_scale.models.backbone import Backbone
-from seer_scale.models.norm import BatchNorm
+from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.rng import Constant, Init, Normal
 
 
@@ -183,7 +183,7 @@ class RegNetY(Backbone):
 
     def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
         for names in (["stem"], *self.stage_units()):
-            xs = self.chain(names, xs)
+            xs = self.forward_units(names, xs)
         return [x.mean((2, 3)) for x in xs]
 
     @overload
@@ -200,11 +200,11 @@ class RegNetY(Backbone):
         maps: list[Tensor] = self.stem(xs)
         stages = []
         for names in self.stage_units():
-            maps = self.chain(names, maps)
+            maps = self.forward_units(names, maps)
             stages.append(maps)
         return stages
 
-    def units(self) -> dict[str, nn.Module]:
+    def shard_units(self) -> dict[str, nn.Module]:
         """What an engine shards and recomputes by, in order of use: "stem", "s1.b1", ...; each takes and gives a
         list."""
         blocks = {name: self.get_submodule(name) for stage in self.stage_units() for name in stage}

@@ -22,7 +22,7 @@ from seer_scale.errors import UserError, nearest
 from seer_scale.extras import how_to_install
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.constructor import Constructor
-from seer_scale.models.norm import BatchNorm
+from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.rng import Init
 
 PREFIX = "timm/"
@@ -112,13 +112,13 @@ class TimmBackbone(Backbone):
         before, stages, after = self.steps
         for names in (*([name] for name in before), *stages, *([name] for name in after)):
             step = attrgetter(names[0])(self)
-            xs = self.chain(names, xs) if isinstance(step, (OfLists, BatchNorm)) else [step(x) for x in xs]
+            xs = self.forward_units(names, xs) if isinstance(step, (OfLists, BatchNorm)) else [step(x) for x in xs]
         return xs
 
     def pooled(self, x: Tensor) -> Tensor:
         return self.forward_head(x, pre_logits=True)
 
-    def units(self) -> dict[str, nn.Module]:
+    def shard_units(self) -> dict[str, nn.Module]:
         before, stages, after = self.steps
         steps = {name: attrgetter(name)(self) for names in (before, *stages, after) for name in names}
         return {name: step for name, step in steps.items() if isinstance(step, OfLists)}

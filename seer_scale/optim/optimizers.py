@@ -135,7 +135,7 @@ class SGD(Optimizer):
         c, params = self.config, [self.pieces[n] for n in names]
         p, g = norms
         zero = (p == 0) | (g == 0) if c.name == "lars" else torch.zeros_like(self._unscaled)
-        ratio = torch.where(self._unscaled | zero, 1.0, c.trust * p / (g + self._decay * p + LARS_EPS))
+        ratio = torch.where(self._unscaled | zero, 1.0, c.trust_coefficient * p / (g + self._decay * p + LARS_EPS))
         shrink = torch.where(zero, 0.0, self._decay * ratio)
         ratios, shrinks = ratio.unbind(), shrink.unbind()
         for i, q, grad in zip(chosen, params, grads):

@@ -29,7 +29,7 @@ class LearningRate:
 
     def __init__(self, config: Config):
         self.config, self.peak = config.schedule, config.peak_lr
-        self.total, self._batch = config.schedule.decay_samples or config.train.samples, config.train.global_batch
+        self.total, self._batch = config.schedule.decay_samples or config.train.total_samples, config.train.global_batch
         self.state: PlateauState = {"cuts": 0, "best": None, "sum": 0.0, "count": 0.0}
 
     def __call__(self, samples_seen: int) -> float:

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from seer_scale.config import Config
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.extras import how_to_install
 from seer_scale.methods.base import Method
 from seer_scale.parallel.engine import COMPUTE, Engine
-from seer_scale.world import World
 
 ENGINES = {
     "single": ("engine", "Engine"),
     "ddp": ("ddp", "DDP"),
     "fsdp": ("fsdp", "FSDP"),
-    "zero1": ("zero", "Zero1"),
-    "zero2": ("zero", "Zero2"),
-    "zero3": ("zero", "Zero3"),
+    "zero1": ("deepspeed.engine", "Zero1"),
+    "zero2": ("deepspeed.engine", "Zero2"),
+    "zero3": ("deepspeed.engine", "Zero3"),
     "fairscale": ("fairscale", "Fairscale"),
 }
 """Module and class of each, imported where used: DeepSpeed and fairscale take seconds."""
@@ -66,7 +66,7 @@ def choose_engine(method: Method[Any, Any], config: Config, world: World) -> str
         return "single"
     if p.engine != "auto":
         return p.engine
-    if p.replicate > 1 or p.shard:
+    if p.replicate_degree > 1 or p.shard_degree:
         return "fsdp"
     slots = 2 if config.optim.name == "adamw" else 1
     groups = method.parameter_groups()

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from seer_scale.config import Config, EngineName
+from seer_scale.distributed import World
 from seer_scale.methods.base import BufferKind, Features, LossOutput, Method
-from seer_scale.models.norm import keep_eager, running_statistics_kept, share_statistics
+from seer_scale.models.layers.norm import keep_eager, running_statistics_kept, share_statistics
 from seer_scale.optim.optimizers import build_optimizer
 from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, normalized_parameters
-from seer_scale.parallel.recompute import find_segments, recompute
-from seer_scale.parallel.scaling import LossScaler
+from seer_scale.parallel.activation_checkpoint import find_segments, recompute
+from seer_scale.parallel.loss_scaler import LossScaler
+from seer_scale.parallel.recast_linear import compute_small_maps_in_fp32
 from seer_scale.parallel.shard import Shard
-from seer_scale.parallel.thrifty import compute_small_maps_in_fp32
 from seer_scale.rng import draw
-from seer_scale.world import World
 
 COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -79,20 +79,20 @@ class Engine:
             compile_units(method)
         for chain in method.recomputable():
             recompute(chain, find_segments(parallel.activation_checkpoint, chain.stage_units()), self._recomputing)
-        module = self._wrap(method)
+        module = self._shard_on_meta(method)
         if self.world.device.type == "cpu" and self.dtype != torch.float32:
             compute_small_maps_in_fp32(method)
         self._materialise()
         self.buffers = Buffers(method, self.world.device)
-        return self._finish(module)
+        return self._wrap_materialised(module)
 
     # --- what the engines differ in
 
-    def _wrap(self, method: Method[Any, Any]) -> nn.Module:
+    def _shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
         """Shard the method, still on the meta device."""
         return method
 
-    def _finish(self, module: nn.Module) -> nn.Module:
+    def _wrap_materialised(self, module: nn.Module) -> nn.Module:
         """Wrap the materialised method."""
         return module
 
@@ -132,7 +132,7 @@ class Engine:
             out.append(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad)
         return out
 
-    def _around(self, apply: Callable[[], None]) -> None:
+    def _step_within(self, apply: Callable[[], None]) -> None:
         """Average what backward has not, `apply` the update to the shards, and bring it to where forward reads."""
         apply()
 
@@ -218,7 +218,7 @@ class Engine:
         """
         stats: dict[str, Tensor] = {}
         frozen = frozen_parameters(self.groups, samples_seen)
-        self._around(lambda: stats.update(self._apply(lr, frozen)))
+        self._step_within(lambda: stats.update(self._apply(lr, frozen)))
         if self.averages:
             self._average(stats["skipped"], self.method.average_momentum(samples_seen))
         self._drop_gradients()

@@ -16,8 +16,8 @@ from fairscale.nn.data_parallel import ShardedDataParallel
 from fairscale.optim.oss import OSS
 from torch import Tensor, nn
 
+from seer_scale.parallel.delegating_optimizer import DelegatingOptimizer, aligned
 from seer_scale.parallel.engine import Engine
-from seer_scale.parallel.handed import Handed, aligned
 from seer_scale.parallel.shard import Shard
 
 
@@ -25,12 +25,12 @@ class Fairscale(Engine):
     name = "fairscale"
     module: ShardedDataParallel
 
-    def _finish(self, module: nn.Module) -> nn.Module:
+    def _wrap_materialised(self, module: nn.Module) -> nn.Module:
         trained = (p for p in module.parameters() if p.requires_grad)
         largest_first = sorted(trained, key=lambda p: p.numel(), reverse=True)
         root = logging.getLogger()
         handlers = root.handlers[:]
-        self.oss = OSS(largest_first, optim=lambda groups: Handed(groups))
+        self.oss = OSS(largest_first, optim=lambda groups: DelegatingOptimizer(groups))
         # freezing is ours, so nothing about the parameters changes that fairscale should look for
         wrapped = ShardedDataParallel(
             module, self.oss, broadcast_buffers=False, sync_models_at_startup=False, auto_refresh_trainable=False
@@ -68,7 +68,7 @@ class Fairscale(Engine):
     def _gradient(self, p: Tensor) -> Tensor:
         return torch.zeros_like(p) if p.grad is None else p.grad
 
-    def _around(self, apply: Callable[[], None]) -> None:
+    def _step_within(self, apply: Callable[[], None]) -> None:
         self.oss.optim.apply = apply
         self.oss.step()
 

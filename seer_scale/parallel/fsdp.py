@@ -2,9 +2,9 @@
 ones, at a time.
 
 Vectors (BatchNorm, biases: about a thousandth of the parameters) are not sharded: they stay fp32 on every rank, are
-never gathered, and their gradients are averaged by one stacked all-reduce. With `parallel.replicate` N the ranks form
-an N x (ranks / N) mesh (HSDP): sharded within a row, averaged across rows. On GPUs, where collectives run beside
-computing, reduce-scatters have a communicator of their own, lest the next gather wait for them.
+never gathered, and their gradients are averaged by one stacked all-reduce. With `parallel.replicate_degree` N the
+ranks form an N x (ranks / N) mesh (HSDP): sharded within a row, averaged across rows. On GPUs, where collectives
+run beside computing, reduce-scatters have a communicator of their own, lest the next gather wait for them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from seer_scale.distributed import World
 from seer_scale.methods.base import Method
 from seer_scale.parallel.engine import COMPUTE, Engine
 from seer_scale.parallel.units import compute_type, joined_units
-from seer_scale.world import World
 
 
 def overlaps(world: World) -> bool:
@@ -75,8 +75,8 @@ class ReduceScatterOver:
 class FSDP(Engine):
     name = "fsdp"
 
-    def _wrap(self, method: Method[Any, Any]) -> nn.Module:
-        self.mesh = build_mesh(self.world, self.config.parallel.replicate)
+    def _shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
+        self.mesh = build_mesh(self.world, self.config.parallel.replicate_degree)
         vectors = {p for p in method.parameters() if p.ndim < 2}
         groups = joined_units(method, self.config)
         for units in groups:
@@ -110,7 +110,7 @@ class FSDP(Engine):
     def _is_spread(self, name: str) -> bool:
         return name not in self.vectors
 
-    def _around(self, apply: Callable[[], None]) -> None:
+    def _step_within(self, apply: Callable[[], None]) -> None:
         vectors = [p.grad for n, p in self.method.named_parameters() if n in self.vectors and p.grad is not None]
         if vectors:
             flat = torch.cat([g.flatten() for g in vectors])

@@ -41,7 +41,7 @@ GPUS, GPU_HOURS = 512, 50_700
 Z95 = statistics.NormalDist().inv_cdf(0.975)
 FEWEST_RUNS, FEWEST_FAILURES = 30, 30
 """Of fewer, a mean is not yet normally distributed and its 95 % interval means nothing."""
-MOST_EVENTS = 20_000_000
+MAX_EVENTS = 20_000_000
 """Of all replays: half a minute, about."""
 SMALLEST, LARGEST = 1e-6, 1e18
 """Between these no figure overflows."""
@@ -377,15 +377,15 @@ def _check_events(f: Failures, interval_s: float, given: dict) -> None:
     """Refuse a replay that would take minutes, or for ever."""
     takes_s = expected_s(f, interval_s, given["days"] * DAY_S)
     events = takes_s * (3 / (interval_s + f.stall_s) + 2 / f.mtbf_s)
-    if given["runs"] * events > MOST_EVENTS:
-        most = int(MOST_EVENTS / events)
+    if given["runs"] * events > MAX_EVENTS:
+        most = int(MAX_EVENTS / events)
         nearest = (
             f"{most}, or 0 for the formula alone"
             if most >= FEWEST_RUNS
             else "0, for the formula alone, or fewer --days"
         )
         raise UserError(
-            f"--runs is {given['runs']}, but so many runs of {given['days']:g} days have more than {MOST_EVENTS:,} "
+            f"--runs is {given['runs']}, but so many runs of {given['days']:g} days have more than {MAX_EVENTS:,} "
             f"checkpoints and failures to replay; nearest: {nearest}."
         )
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from seer_scale.methods.swav import SwAV
-from seer_scale.world import World
+from seer_scale.distributed import World
+from seer_scale.methods.swav.method import SwAV
 from tests.ranks import run_ranks
 from tests.tiny import losses_of, tiny, world_of
 

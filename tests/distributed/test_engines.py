@@ -17,14 +17,14 @@ import torch.distributed as dist
 
 from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.checkpoint import store
-from seer_scale.methods.sinkhorn import sinkhorn
-from seer_scale.methods.swav import SwAV
-from seer_scale.models.norm import BatchNorm
+from seer_scale.distributed import World
+from seer_scale.methods.losses.sinkhorn import sinkhorn
+from seer_scale.methods.swav.method import SwAV
+from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.optim.parameter_groups import normalized_parameters
 from seer_scale.parallel import load
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import joined_units, sharded_units
-from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import losses_of, micro_batches, tiny, world_of
 
@@ -65,8 +65,8 @@ ENGINES = {
         "parallel.min_unit_mib": 16 / 1024,
     },
     "fsdp whole": {"parallel.engine": "fsdp", "parallel.min_unit_mib": 8.0},  # backbone, head, prototypes
-    "hsdp": {"parallel.engine": "fsdp", "parallel.replicate": 2},
-    "hsdp joined": {"parallel.engine": "fsdp", "parallel.replicate": 2, "parallel.min_unit_mib": 16 / 1024},
+    "hsdp": {"parallel.engine": "fsdp", "parallel.replicate_degree": 2},
+    "hsdp joined": {"parallel.engine": "fsdp", "parallel.replicate_degree": 2, "parallel.min_unit_mib": 16 / 1024},
     "zero1": {"parallel.engine": "zero1"},
     "zero2": {"parallel.engine": "zero2"},
     "zero3": {"parallel.engine": "zero3"},
@@ -158,7 +158,7 @@ def single(case: str, updates: int = 0) -> dict:
 
 def everything(rank: int, size: int, folder: str) -> dict:
     world = world_of(rank, size)
-    load("zero")
+    load("deepspeed.engine")
     gc.freeze()  # a million objects of libraries, through which zero3 would have gc look at each start
     out = {key: run_case(world, key[1], ENGINES[key[0]]) for key in WITH[size]}
     if rank:  # the parent compares rank 0's, and that the others' losses are the same
@@ -257,7 +257,7 @@ CHAIN = ("zero3", "fairscale", "fsdp in parts", "fsdp joined", "zero1 offloaded"
 
 def handed_on(world: World, folder: Path) -> list[float]:
     """An update by each engine of CHAIN, which goes on from what the one before has saved."""
-    losses, path = [], store.newest(folder, world)
+    losses, path = [], store.latest(folder, world)
     first = store.read_meta(path)["samples_seen"] // 8 if path else 0
     for i, name in enumerate(CHAIN):
         config, engine = tiny(world, **ENGINES[name], **CASES["queue"])

@@ -16,8 +16,8 @@ from tests.tiny import losses_of, micro_batches, tiny, world_of
 ENGINES = {
     "ddp": {"parallel.engine": "ddp"},
     "fsdp": {"parallel.engine": "fsdp"},
-    "hsdp": {"parallel.engine": "fsdp", "parallel.replicate": 2},
-    "replicas alone": {"parallel.engine": "fsdp", "parallel.replicate": 4},
+    "hsdp": {"parallel.engine": "fsdp", "parallel.replicate_degree": 2},
+    "replicas alone": {"parallel.engine": "fsdp", "parallel.replicate_degree": 4},
     "grouped": {"parallel.engine": "fsdp", "parallel.sync_bn_group": 2},
 }
 

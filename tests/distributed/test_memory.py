@@ -10,18 +10,18 @@ import torch
 
 from seer_scale.bench.engines import LiveBytes
 from seer_scale.config import resolve
-from seer_scale.methods.swav import SwAV
+from seer_scale.distributed import World
+from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel import build_engine
 from seer_scale.parallel import engine as frame
 from seer_scale.parallel.fsdp import FSDP
-from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import RECIPE, micro_batches, world_of
 from tests.toy import Toy, toy
 
 WIDE = {
     "model": {"name": "regnety", "depth": 5, "w0": 64, "wa": 96.0, "wm": 2.0, "group_width": 32},
-    "swav": {"hidden": [512, 512], "dim": 64, "prototypes": [32], "iterations": 3, "batch_norm": False},
+    "swav": {"hidden": [512, 512], "embedding_dim": 64, "prototypes": [32], "iterations": 3, "batch_norm": False},
 }
 """4 million parameters, of which a part of a thousand is in vectors, so that buffers of fixed size do not matter."""
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3", "fairscale")
@@ -60,7 +60,7 @@ def held() -> int:
 
 def build(world: World, engine: str, optimizer: str, precision: str = "fp32") -> tuple:
     over = {
-        "parallel": {"engine": "fsdp", "replicate": 2} if engine == "hsdp" else {"engine": engine},
+        "parallel": {"engine": "fsdp", "replicate_degree": 2} if engine == "hsdp" else {"engine": engine},
         "optim": {"name": optimizer, "lr": 1e-3},
         "train": {"precision": precision},
     }

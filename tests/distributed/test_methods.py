@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from seer_scale.checkpoint import store
+from seer_scale.distributed import World
 from seer_scale.parallel import ENGINES, load
-from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import losses_of, tiny, world_of
 from tests.toy import make, toy
 
 CASES = {
-    "ddp": {}, "fsdp": {}, "hsdp": {"parallel.replicate": 2}, "zero1": {}, "zero2": {}, "zero3": {}, "fairscale": {},
+    "ddp": {}, "fsdp": {}, "hsdp": {"parallel.replicate_degree": 2}, "zero1": {}, "zero2": {}, "zero3": {},
+    "fairscale": {},
     "zero2 offloaded": {"parallel.offload": True}, "zero3 offloaded": {"parallel.offload": True},
     "zero3 recomputed": {"parallel.activation_checkpoint": "every 1"},
     "fsdp recomputed": {"parallel.activation_checkpoint": "every 1"}, "fsdp accumulated": {"train.micro_batch": 2},

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from seer_scale.bench.collectives import CollectiveCounter
-from seer_scale.models.norm import BatchNorm, StatsTape
+from seer_scale.models.layers.norm import BatchNorm, StatsTape
 from seer_scale.models.regnet import Block
 from tests.ranks import run_ranks
 

@@ -14,9 +14,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.layout import local_of
 from seer_scale.checkpoint.lock import RunLock
+from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.parallel.shard import Shard as Run
-from seer_scale.world import World
 from tests.ranks import run_ranks
 
 SHAPES = {"even": (8, 3), "uneven": (7, 5), "fewer_rows_than_ranks": (2, 6), "one": (1,)}
@@ -61,7 +61,7 @@ def on_four(rank: int, size: int, folder: Path) -> None:
     world = world_of(rank, size)
     mesh = init_device_mesh("cpu", (size,))
     path = store.save(folder, sharded(mesh, [Shard(0)], torch.clone), META, world)
-    assert path == folder / "samples-000000000640" and store.newest(folder, world) == path
+    assert path == folder / "samples-000000000640" and store.latest(folder, world) == path
     opened, whole_open = [], Path.open
     Path.open = lambda self, *a, **k: (opened.append(self.name), whole_open(self, *a, **k))[1]
     check_load(path, world, mesh, [Shard(0)])
@@ -83,13 +83,13 @@ def on_four(rank: int, size: int, folder: Path) -> None:
             content = victim.read_bytes()
             victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"x")
         world.barrier()
-        assert victim.name in store.flaw(hybrid_path, world)
-        assert store.newest(folder / "hybrid", world, warn=lambda _: None) is None
+        assert victim.name in store.validate(hybrid_path, world)
+        assert store.latest(folder / "hybrid", world, warn=lambda _: None) is None
         world.barrier()
         if world.is_main:
             victim.write_bytes(content)
         world.barrier()
-    assert store.flaw(hybrid_path, world) is None
+    assert store.validate(hybrid_path, world) is None
 
     # One rank's disk is full: all hear the same sentence, and what was there stays.
     for broken in range(size):
@@ -101,7 +101,7 @@ def on_four(rank: int, size: int, folder: Path) -> None:
         store._Checksummed = whole_writer
         sentences = set(world.gather_objects(str(caught.value)))
         assert len(sentences) == 1 and "No space left on device" in sentences.pop()
-        assert store.newest(folder, world) == path and sorted(os.listdir(folder)) == ["hybrid", path.name]
+        assert store.latest(folder, world) == path and sorted(os.listdir(folder)) == ["hybrid", path.name]
         world.barrier()
 
     # One rank holds another shape: all are told, none waits.
@@ -118,9 +118,9 @@ def on_four(rank: int, size: int, folder: Path) -> None:
         RunLock(folder, world)
 
     store.save(folder, sharded(mesh, [Shard(0)], torch.zeros_like), META | {"samples_seen": 1000}, world)
-    store.retain(folder, 1, 600, world)
+    store.prune(folder, 1, 600, world)
     assert path.exists()
-    store.retain(folder, 1, 0, world)
+    store.prune(folder, 1, 0, world)
     assert not path.exists()
     store.save(folder, sharded(mesh, [Shard(0)], torch.clone), META | {"samples_seen": 1280}, world)
     world.barrier()
@@ -142,7 +142,7 @@ def on_three(rank: int, size: int, path: Path) -> None:
 
 def test_saved_on_four_ranks_loads_on_any_other_and_failures_are_shared(tmp_path):
     run_ranks(4, on_four, tmp_path)
-    path = store.newest(tmp_path, World())
+    path = store.latest(tmp_path, World())
     assert path.name == "samples-000000001280"
     run_ranks(3, on_three, path)
     state = {f"model/{n}": torch.zeros(s) for n, s in SHAPES.items()}  # and on one that knows nothing of ranks

@@ -33,11 +33,11 @@ RECIPE = {
     "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8},
     "data": {"workers": 0},
     "views": {"crops": [{"num": 2, "size": 32, "scale": [0.3, 1.0]}, {"num": 1, "size": 24, "scale": [0.1, 0.3]}]},
-    "swav": {"hidden": [32], "dim": 16, "prototypes": [12], "iterations": 3},
+    "swav": {"hidden": [32], "embedding_dim": 16, "prototypes": [12], "iterations": 3},
     # BatchNorm over so few images magnifies rounding: at this rate twenty updates keep it near 1e-6
     "optim": {"name": "lars", "lr": 0.02, "lr_batch": 0},
     "schedule": {"warmup_samples": 8, "warmup_from": 0.1},
-    "train": {"samples": 160, "global_batch": 8, "log_every": 1, "threads": 1, "memory_format": "contiguous"},
+    "train": {"total_samples": 160, "global_batch": 8, "log_every": 1, "threads": 1, "memory_format": "contiguous"},
     "parallel": {"engine": "fsdp"},
     "checkpoint": {"every_samples": 24, "keep_last": 3},
     "knn": {"size": 32, "k": 3, "batch": 8},
@@ -128,8 +128,8 @@ def _rank(
     if console:
         console()
     from seer_scale import cli
-    from seer_scale.errors import UserError, complain
-    from seer_scale.train.start import run_training
+    from seer_scale.errors import UserError, print_error
+    from seer_scale.training.start import run_training
 
     if limit_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
@@ -140,7 +140,7 @@ def _rank(
     try:
         sys.exit(run_training(words[1], words[2:], attempt))
     except UserError as error:
-        sys.exit(complain(error))
+        sys.exit(print_error(error))
 
 
 # ------------------------------------------------------------------------------------------------ consoles that are

@@ -130,7 +130,7 @@ def test_ranks_tell_once(tmp_path, photos):
 def test_one_rank_without_images(tmp_path, photos, monkeypatch):
     """A rank that alone runs out of readable images says so, and does not leave the others waiting."""
     broken = write_photos(tmp_path / "broken")
-    given = recipe(tmp_path, broken, knn={"enabled": False}, train={"samples": 80_000})
+    given = recipe(tmp_path, broken, knn={"enabled": False}, train={"total_samples": 80_000})
     r = start("train", given, "--run.dir", tmp_path / "run", ranks=2, folder=tmp_path)
     until(lambda: steps(tmp_path / "run"), lambda: r.text)
     for path in broken.rglob("*.jpg"):
@@ -140,7 +140,7 @@ def test_one_rank_without_images(tmp_path, photos, monkeypatch):
 
 
 def test_a_second_run_is_told_the_owner(tmp_path, photos, capsys):
-    given, place = recipe(tmp_path, photos, train={"samples": 80_000}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, train={"total_samples": 80_000}), tmp_path / "run"
     first = start("train", given, "--run.dir", place, folder=tmp_path)
     until(reaches(place, 24), lambda: first.text)
     told = told_by(capsys, ("train", given, "--run.dir", place))
@@ -150,16 +150,19 @@ def test_a_second_run_is_told_the_owner(tmp_path, photos, capsys):
 
 
 def test_another_architecture(tmp_path, photos):
-    given, place = recipe(tmp_path, photos, train={"samples": 24}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, train={"total_samples": 24}), tmp_path / "run"
     run("train", given, "--run.dir", place, folder=tmp_path)
     for words, part in (
-        (("--swav.dim", 24), "give back what the checkpoint has (swav.dim 16 -> 24), or begin in another run.dir"),
+        (
+            ("--swav.embedding_dim", 24),
+            "give back what the checkpoint has (swav.embedding_dim 16 -> 24), or begin in another run.dir",
+        ),
         (("--model.se_ratio", 0.5), "is of another architecture"),
         (("--optim.name", "adamw"), "optim.name is adamw"),
         (("--run.seed", 3), "run.seed is 3"),
         (("--data.path", photos / "class0"), "data.path has 8 images, but this run's checkpoint was trained on 24"),
     ):
-        text = run("train", given, "--run.dir", place, "--train.samples", 48, *words, folder=tmp_path, status=2)
+        text = run("train", given, "--run.dir", place, "--train.total_samples", 48, *words, folder=tmp_path, status=2)
         assert part in text and text.count("seer-scale: ") == 1 and "Traceback" not in text
     text = run(
         "train",
@@ -168,14 +171,14 @@ def test_another_architecture(tmp_path, photos):
         tmp_path / "new",
         "--checkpoint.init_from",
         place / "checkpoints" / checkpoints(place)[-1],
-        "--swav.dim",
+        "--swav.embedding_dim",
         24,
         folder=tmp_path,
         status=2,
     )
     assert "is of another architecture" in text
     assert checkpoints(place) == ["samples-000000000024"]
-    run("train", given, "--run.dir", place, "--train.samples", 32, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.total_samples", 32, folder=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, photos):
@@ -192,10 +195,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, photos):
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path, photos):
     """Checkpoints cannot be written, the log can: training goes on, and the end says what to do."""
-    given, place = recipe(tmp_path, photos, train={"samples": 32}, knn={"enabled": False}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, train={"total_samples": 32}, knn={"enabled": False}), tmp_path / "run"
     run("train", given, "--run.dir", place, folder=tmp_path)
     before = checkpoints(place)
-    words = ("train", given, "--run.dir", place, "--train.samples", 64)
+    words = ("train", given, "--run.dir", place, "--train.total_samples", 64)
     text = run(*words, folder=tmp_path, status=1, limit_bytes=100_000)
     assert max(steps(place)) == 64 and checkpoints(place) == before
     assert text.count("could not be written to") == 2 and "earlier checkpoints are untouched" in text
@@ -211,7 +214,7 @@ def test_unreadable_images_among_good_ones(tmp_path):
     (photos / "class1" / "5.jpg").write_bytes(whole[: len(whole) // 3])
     (photos / "class2" / "1.jpg").write_bytes(os.urandom(500))
     given, place = recipe(tmp_path, photos, data={"workers": 1}), tmp_path / "run"
-    words = ("train", given, "--knn.enabled", "false", "--train.samples", 48, "--run.dir")
+    words = ("train", given, "--knn.enabled", "false", "--train.total_samples", 48, "--run.dir")
     text = run(*words, place, ranks=2, folder=tmp_path)
     rows = steps(place)
     assert sum(r["data/unreadable"] for r in rows.values()) >= 6  # three in each of two epochs

@@ -75,7 +75,7 @@ def test_what_a_new_start_would_change_is_told_when_it_is_asked_for(straight, tm
 
 
 def test_torchrun(tmp_path, photos):
-    given, place = recipe(tmp_path, photos, train={"samples": 48}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, train={"total_samples": 48}), tmp_path / "run"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

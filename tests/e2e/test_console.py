@@ -11,7 +11,7 @@ from tests.e2e.runs import checkpoints, events, reaches, recipe, start, steps, u
 
 def test_a_run_goes_on_without_its_console(tmp_path, photos):
     """All kinds at once, to the end; and stopped in the middle, which saves."""
-    given = recipe(tmp_path, photos, train={"samples": 48})
+    given = recipe(tmp_path, photos, train={"total_samples": 48})
     places = {lost: tmp_path / lost.__name__ for lost in runs.lost_consoles}
     started = {
         place: start("train", given, "--run.dir", place, folder=tmp_path, console=lost)
@@ -25,7 +25,7 @@ def test_a_run_goes_on_without_its_console(tmp_path, photos):
         assert r.text == ""
         assert "Done: 48 samples" in (place / "logs" / "console-0.txt").read_text()
 
-    given = recipe(tmp_path, photos, train={"samples": 80_000})
+    given = recipe(tmp_path, photos, train={"total_samples": 80_000})
     ways = (runs.lost_terminal, signal.SIGINT), (runs.full_pipe, signal.SIGTERM)
     stopped = [(tmp_path / number.name, number, console) for console, number in ways]
     running = [
@@ -46,12 +46,12 @@ def test_what_is_said_of_the_length_is_what_is_done(tmp_path, photos):
     """Whole batches, in every line alike; given again, nothing has changed. In a folder that an ASCII console cannot
     spell."""
     given, place = (
-        recipe(tmp_path, photos, train={"samples": 40, "global_batch": 32}, knn={"enabled": False}),
+        recipe(tmp_path, photos, train={"total_samples": 40, "global_batch": 32}, knn={"enabled": False}),
         tmp_path / "r\xe9sum\xe9",
     )
     first = start("train", given, "--run.dir", place, folder=tmp_path, console=runs.ascii_console)
     assert first.wait() == [0], first.text
-    assert "train.samples is 40, and updates take 32 images each: the run ends at 64." in first.text
+    assert "train.total_samples is 40, and updates take 32 images each: the run ends at 64." in first.text
     assert "There are 24 images, fewer than train.global_batch (32): each update sees an image 1.3 times" in first.text
     assert re.findall(r"samples (\S+)", first.text)[-1] == "64/64" or "samples 64/64" in first.text
     assert "32/64" in first.text and "Done: 64 samples in 2 updates." in first.text and "/40" not in first.text

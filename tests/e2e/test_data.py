@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.sources.base import is_image
 from tests.e2e.runs import RECIPE, assert_same_path, events, reaches, recipe, run, start, steps, until
 from tests.processes import workers
@@ -54,17 +54,17 @@ def test_a_refreshed_run_goes_on_the_same_way_after_any_kill_and_resize(tmp_path
     given = recipe(tmp_path, first)
     places = [tmp_path / "straight", tmp_path / "other"]
     for place in places:
-        run("train", given, "--run.dir", place, "--train.samples", 72, folder=tmp_path)
+        run("train", given, "--run.dir", place, "--train.total_samples", 72, folder=tmp_path)
         said = run("data", "refresh", place, "--manifest", second, folder=tmp_path)
         assert "2 parts with 70 images (1 new with 30; 1 gone)" in said
-    run("train", given, "--run.dir", places[0], "--train.samples", 240, folder=tmp_path)
+    run("train", given, "--run.dir", places[0], "--train.total_samples", 240, folder=tmp_path)
 
-    other = start("train", given, "--run.dir", places[1], "--train.samples", 240, ranks=2, folder=tmp_path)
+    other = start("train", given, "--run.dir", places[1], "--train.total_samples", 240, ranks=2, folder=tmp_path)
     until(reaches(places[1], 120), lambda: other.text)
     for rank in (0, 1):
         other.kill(signal.SIGKILL, rank)
     other.wait()
-    run("train", given, "--run.dir", places[1], "--train.samples", 240, folder=tmp_path)
+    run("train", given, "--run.dir", places[1], "--train.total_samples", 240, folder=tmp_path)
     assert_same_path(places[1], places[0])
 
     (told,) = events(places[0], "refresh")
@@ -93,7 +93,7 @@ def test_one_part_however_it_is_spelled(tmp_path, monkeypatch, first, part):
         for name in "ab":
             write_tar(tmp_path / "old" / f"{name}.tar", {f"{i}.jpg": jpeg(i) for i in range(10)})
     place, new = tmp_path / "run", manifest(tmp_path / "new" / "m.yaml", part, "../autumn")
-    run("train", recipe(tmp_path, first), "--run.dir", place, "--train.samples", 16, folder=tmp_path)
+    run("train", recipe(tmp_path, first), "--run.dir", place, "--train.total_samples", 16, folder=tmp_path)
     assert "2 parts with 28 images (1 new with 8; 0 gone)" in run(
         "data", "refresh", place, "--manifest", new, folder=tmp_path
     )
@@ -107,7 +107,7 @@ def test_a_running_run_takes_up_a_refresh(tmp_path):
         given,
         "--run.dir",
         place,
-        "--train.samples",
+        "--train.total_samples",
         8000,
         "--checkpoint.every_samples",
         800,
@@ -130,11 +130,11 @@ def test_a_running_run_takes_up_a_refresh(tmp_path):
 def test_what_cannot_be_refreshed_is_one_sentence(tmp_path):
     a = write(tmp_path / "a", 10, 1)
     place, given = tmp_path / "run", recipe(tmp_path, manifest(tmp_path / "1.yaml", a))
-    run("train", given, "--run.dir", place, "--train.samples", 24, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.total_samples", 24, folder=tmp_path)
     (a / "more.jpg").write_bytes(jpeg(7))
     said = run("data", "refresh", place, "--manifest", tmp_path / "1.yaml", folder=tmp_path, status=2)
     assert "has 11 images, and had 10" in said
-    said = run("train", given, "--run.dir", place, "--train.samples", 48, folder=tmp_path, status=2)
+    said = run("train", given, "--run.dir", place, "--train.total_samples", 48, folder=tmp_path, status=2)
     assert "has 11 images, but this run's checkpoint was trained on 10" in said
     assert "is not a run's folder" in run(
         "data", "refresh", tmp_path, "--manifest", tmp_path / "1.yaml", folder=tmp_path, status=2
@@ -169,7 +169,7 @@ def test_every_format_is_trained_on(tmp_path):
         recipe(tmp_path, folder, data={"workers": 2}),
         "--run.dir",
         place,
-        "--train.samples",
+        "--train.total_samples",
         samples,
         folder=tmp_path,
     )
@@ -197,7 +197,16 @@ def test_a_stream_goes_on_on_other_ranks(tmp_path):
     assert_same_path(places[1], places[0])
     assert sum(r["data/unreadable"] for r in steps(places[1]).values()) >= 2
     said = run(
-        "train", given, "--run.dir", places[1], "--train.samples", 240, "--data.buffer", 9, folder=tmp_path, status=2
+        "train",
+        given,
+        "--run.dir",
+        places[1],
+        "--train.total_samples",
+        240,
+        "--data.buffer",
+        9,
+        folder=tmp_path,
+        status=2,
     )
     assert "data.buffer is 9, but this run mixes its stream through 16 images" in said
     said = run(
@@ -227,7 +236,7 @@ def test_a_run_that_waits_for_images_says_so(tmp_path):
     given = recipe(
         tmp_path, folder, data={"workers": 1, "prefetch": 1}, checkpoint={"every_samples": 0}
     )  # while one is written, images gather
-    run("train", given, "--run.dir", place, "--train.samples", 64, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.total_samples", 64, folder=tmp_path)
     assert sorted(r["time/data_wait_frac"] for r in steps(place).values())[4] > 0.05
     (event,) = events(place, "starved")
     assert "Updates wait for images" in event["text"] and "seer-scale bench data" in event["text"]
@@ -243,7 +252,7 @@ def test_a_source_of_which_five_percent_are_broken(tmp_path):
         (folder / f"{i:03d}.jpg").write_bytes(jpeg(i)[:200])
     place = tmp_path / "run"
     run("train", recipe(tmp_path, folder, data={"workers": 2}), "--run.dir", place, folder=tmp_path)
-    sampler, expected = ElasticSampler([Era(0, (("photos", n),))], 0, 8), 0
+    sampler, expected = ElasticSampler([DataVersion(0, (("photos", n),))], 0, 8), 0
     for p in range(160):
         epoch, offset = divmod(p, n)
         while int(sampler.at(epoch, np.array([offset % n]))[0]) in broken:
@@ -265,7 +274,16 @@ def test_tars_in_blocks_on_other_ranks_and_workers(tmp_path):
     run("train", given, "--run.dir", places[1], "--data.workers", 1, folder=tmp_path)
     assert_same_path(places[1], places[0])
     said = run(
-        "train", given, "--run.dir", places[1], "--train.samples", 240, "--data.block", 4, folder=tmp_path, status=2
+        "train",
+        given,
+        "--run.dir",
+        places[1],
+        "--train.total_samples",
+        240,
+        "--data.block",
+        4,
+        folder=tmp_path,
+        status=2,
     )
     assert "data.block is 4, but this run reads its images in blocks of 5" in said
 
@@ -288,7 +306,10 @@ def test_loaders_killed_all_the_time(straight, tmp_path, photos):
 
 def test_distorted_on_the_device_is_distorted_all_the_same(tmp_path, photos):
     """A pixel differs by its rounding, and codes that do not magnify that make the same loss of it."""
-    calm = {"swav": RECIPE["swav"] | {"epsilon": 0.5, "temperature": 0.5}, "train": RECIPE["train"] | {"samples": 8}}
+    calm = {
+        "swav": RECIPE["swav"] | {"epsilon": 0.5, "temperature": 0.5},
+        "train": RECIPE["train"] | {"total_samples": 8},
+    }
     first = {}
     for where in ("cpu", "device"):
         given, place = (

@@ -11,7 +11,7 @@ from tests.e2e.runs import assert_same_path, events, reaches, recipe, run, start
 def test_a_run_changes_engine_and_number_of_ranks_as_it_goes_on(tmp_path, photos):
     """zero3 on 4 ranks, stopped; fsdp on 3; zero1 and fairscale on 2; ddp on 1, to the end: the path of the run never
     stopped."""
-    given, place = recipe(tmp_path, photos, train={"global_batch": 12, "samples": 240}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, train={"global_batch": 12, "total_samples": 240}), tmp_path / "run"
     run("train", given, "--run.dir", tmp_path / "straight", folder=tmp_path)
     for engine, ranks, until_samples in (("zero3", 4, 36), ("fsdp", 3, 84), ("zero1", 2, 132), ("fairscale", 2, 180)):
         part = start("train", given, "--run.dir", place, "--parallel.engine", engine, ranks=ranks, folder=tmp_path)
@@ -34,7 +34,9 @@ def test_one_rank_can_offload(straight, tmp_path, photos):
 
 def test_what_the_engine_taken_does_not_read_is_said(tmp_path, photos):
     given, place = (
-        recipe(tmp_path, photos, train={"samples": 16}, parallel={"engine": "auto", "reshard_after_forward": False}),
+        recipe(
+            tmp_path, photos, train={"total_samples": 16}, parallel={"engine": "auto", "reshard_after_forward": False}
+        ),
         tmp_path / "run",
     )
     run("train", given, "--run.dir", place, ranks=2, folder=tmp_path)
@@ -46,7 +48,7 @@ def test_micro_batches_and_auto_are_said_in_the_log(tmp_path, photos):
         recipe(
             tmp_path,
             photos,
-            train={"samples": 16, "micro_batch": 2, "memory_format": "auto"},
+            train={"total_samples": 16, "micro_batch": 2, "memory_format": "auto"},
             parallel={"engine": "auto"},
         ),
         tmp_path / "run",

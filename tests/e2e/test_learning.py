@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from seer_scale.config import RECIPES
-from seer_scale.data.demo import write_demo_corpus
+from seer_scale.corpus.demo import write_demo_corpus
 from seer_scale.observe.sinks import read_metrics
-from seer_scale.train.start import run_training
+from seer_scale.training.start import run_training
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def corpus(tmp_path_factory):
 
 def run(corpus, run_dir, *overrides, samples=5120):
     """80 updates of the demo recipe on one rank; its metric lines and events."""
-    words = ["--data.path", str(corpus / "train"), "--run.dir", str(run_dir), "--train.samples", str(samples)]
+    words = ["--data.path", str(corpus / "train"), "--run.dir", str(run_dir), "--train.total_samples", str(samples)]
     words += [
         "--schedule.warmup_samples",
         "1000",

@@ -29,7 +29,7 @@ def test_ranks_other_than_the_first_ask_nothing_of_a_folder_of_tars(tmp_path, ph
     (tmp_path / "tars").mkdir()
     for n in range(TARS):
         write_tar(tmp_path / "tars" / f"{n:05d}.tar", {f"{n}.jpg": image})
-    given = recipe(tmp_path, tmp_path / "tars", data={"workers": 1}, train={"samples": 16})
+    given = recipe(tmp_path, tmp_path / "tars", data={"workers": 1}, train={"total_samples": 16})
     trained = start("train", given, "--run.dir", tmp_path / "run", ranks=2, folder=tmp_path, console=count_questions)
     assert trained.wait() == [0, 0], trained.text
     assert f"{TARS} images" in trained.text and "has no labels, so there is no kNN" in trained.text

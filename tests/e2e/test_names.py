@@ -23,7 +23,7 @@ def test_names_of_any_bytes_end_nothing(tmp_path):
         (folder / f"broken {name}.jpg").write_bytes(b"no image")
     given, place = recipe(tmp_path, photos, data={"workers": 1}), tmp_path / f"r{ODD[0]}" / f"{ODD[1]}{ODD[2]}"
     for samples in (40, 80):
-        text = run("train", given, "--run.dir", place, "--train.samples", samples, folder=tmp_path)
+        text = run("train", given, "--run.dir", place, "--train.total_samples", samples, folder=tmp_path)
         assert "Report: " in text and "Traceback" not in text
         assert "with 27 images on" in text or samples == 40
         assert "; 3 classes: " in text, "each start names the classes"

@@ -9,11 +9,11 @@ import signal
 from functools import partial
 
 from seer_scale.launch.job import Job
-from seer_scale.models import layout
+from seer_scale.models import execution as layout
 from seer_scale.parallel import engine
 from seer_scale.rank_info import detect
 from seer_scale.rng import draw
-from seer_scale.train.start import run_training
+from seer_scale.training.start import run_training
 from tests.e2e import runs
 from tests.e2e.runs import (
     LAUNCH,
@@ -112,7 +112,7 @@ def test_launcher_passes_stops_on(straight, tmp_path, photos):
 def test_a_rank_that_hangs_ends_all_and_they_start_again(straight, tmp_path, photos):
     """Stopped by SIGSTOP, as by a dead file system: the other one tells where it waits."""
     given, place = (
-        recipe(tmp_path, photos, data={"workers": 1, "timeout_s": 0.4}, run={"hang_s": 10.0}),
+        recipe(tmp_path, photos, data={"workers": 1, "timeout_s": 0.4}, run={"hang_timeout_s": 10.0}),
         tmp_path / "run",
     )
     launcher = command(*LAUNCH, given, "--cluster", "local", "--ranks", 2, "--run.dir", place, folder=tmp_path)
@@ -120,7 +120,7 @@ def test_a_rank_that_hangs_ends_all_and_they_start_again(straight, tmp_path, pho
     os.kill(runs.ranks_of(launcher)[1], signal.SIGSTOP)
     assert launcher.wait() == 0, launcher.text
     assert (
-        re.search(r"\[rank 0\] no progress for \d+ s \(run.hang_s 10\)", launcher.text)
+        re.search(r"\[rank 0\] no progress for \d+ s \(run.hang_timeout_s 10\)", launcher.text)
         and "[rank 0] thread MainThread:" in launcher.text
     )
     assert "Rank 0 hung and was ended by its watchdog. Starting the ranks again" in launcher.text
@@ -177,20 +177,20 @@ def test_plateau_is_that_of_a_run_never_stopped(tmp_path, photos):
 
 
 def test_second_signal_ends_at_once(tmp_path, photos):
-    given, place = recipe(tmp_path, photos, train={"samples": 80_000}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, train={"total_samples": 80_000}), tmp_path / "run"
     r = start("train", given, "--run.dir", place, folder=tmp_path)
     until(reaches(place, 24), lambda: r.text)
     r.kill(signal.SIGINT)
     r.kill(signal.SIGINT)
     assert r.wait()[0] in (1, 75), r.text  # the kernel may make one of two signals
     assert "Traceback" not in r.text and "Stopped " in r.text
-    run("train", given, "--run.dir", place, "--train.samples", max(runs.steps(place)) + 8, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.total_samples", max(runs.steps(place)) + 8, folder=tmp_path)
 
 
 def test_a_stop_during_evaluation_does_not_wait_for_its_end(tmp_path, photos):
     """Before the first update there is nothing to save; during the run there is."""
     given, place = (
-        recipe(tmp_path, photos, knn={"every_samples": 8, "batch": 1}, train={"samples": 80_000}),
+        recipe(tmp_path, photos, knn={"every_samples": 8, "batch": 1}, train={"total_samples": 80_000}),
         tmp_path / "run",
     )
     r = start("train", given, "--run.dir", place, ranks=2, folder=tmp_path)
@@ -202,7 +202,7 @@ def test_a_stop_during_evaluation_does_not_wait_for_its_end(tmp_path, photos):
 
 def test_torn_checkpoint_is_passed_over(straight, tmp_path, photos):
     given, place = recipe(tmp_path, photos), tmp_path / "run"
-    run("train", given, "--run.dir", place, "--train.samples", 72, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.total_samples", 72, folder=tmp_path)
     whole, torn = checkpoints(place)[-2:]
     file = next((place / "checkpoints" / torn).glob("*.safetensors"))
     os.truncate(file, file.stat().st_size // 2)
@@ -212,7 +212,7 @@ def test_torn_checkpoint_is_passed_over(straight, tmp_path, photos):
 
 
 def test_resume_and_init_from_are_different_words(tmp_path, photos):
-    given, place = recipe(tmp_path, photos, train={"samples": 48}), tmp_path / "run"
+    given, place = recipe(tmp_path, photos, train={"total_samples": 48}), tmp_path / "run"
     run("train", given, "--run.dir", place, folder=tmp_path)
     old, new = (place / "checkpoints" / name for name in checkpoints(place)[-2:])
 
@@ -222,15 +222,15 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     assert "give another run.dir" in text and len(checkpoints(place)) == 2
 
     # an older one goes on in a run.dir of its own, and the same command, given again, goes on there
-    words = ("train", given, "--run.dir", tmp_path / "branch", "--checkpoint.resume", old, "--train.samples")
+    words = ("train", given, "--run.dir", tmp_path / "branch", "--checkpoint.resume", old, "--train.total_samples")
     run(*words, 56, folder=tmp_path)
     (begun,) = events(tmp_path / "branch", "resume")
-    assert begun["samples_seen"] == 24 and "train.samples 48 -> 56" in begun["text"]
-    assert "The learning rate goes from 0.0131 to 0.015, because of train.samples" in begun["text"]
+    assert begun["samples_seen"] == 24 and "train.total_samples 48 -> 56" in begun["text"]
+    assert "The learning rate goes from 0.0131 to 0.015, because of train.total_samples" in begun["text"]
     run(*words, 64, folder=tmp_path)
     assert [e["samples_seen"] for e in events(tmp_path / "branch", "resume")] == [24, 56]
     assert list(runs.steps(tmp_path / "branch")) == [32, 40, 48, 56, 64]
-    run("train", given, "--run.dir", place, "--checkpoint.resume", new, "--train.samples", 56, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--checkpoint.resume", new, "--train.total_samples", 56, folder=tmp_path)
 
     run("train", given, "--run.dir", tmp_path / "fresh", "--checkpoint.init_from", new, folder=tmp_path)
     rows = runs.read_metrics(tmp_path / "fresh")[0]
@@ -243,11 +243,11 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
     assert rows[0]["knn/top1"] == after["knn/top1"]
 
     # of a run's newest, into another projection head: refused as a whole, taken without it
-    words = ("train", given, "--run.dir", tmp_path / "part", "--checkpoint.init_from", place, "--swav.dim", 8)
+    words = ("train", given, "--run.dir", tmp_path / "part", "--checkpoint.init_from", place, "--swav.embedding_dim", 8)
     text = run(*words, ranks=2, folder=tmp_path, status=2)
     assert "in this run; give checkpoint.init_part backbone, which draws all else anew" in text
     assert not (tmp_path / "part").exists()
-    run(*words, "--checkpoint.init_part", "backbone", "--train.samples", 8, folder=tmp_path)
+    run(*words, "--checkpoint.init_part", "backbone", "--train.total_samples", 8, folder=tmp_path)
     (begun,) = events(tmp_path / "part", "start")
     assert f"Its backbone is that of {place}/checkpoints/samples-000000000056 and all else drawn anew" in begun["text"]
     assert (
@@ -256,13 +256,13 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
 
 
 def test_a_start_that_goes_on_draws_no_initial_value(tmp_path, photos, monkeypatch):
-    given, place = recipe(tmp_path, photos, train={"samples": 16}, knn={"enabled": False}), str(tmp_path / "run")
+    given, place = recipe(tmp_path, photos, train={"total_samples": 16}, knn={"enabled": False}), str(tmp_path / "run")
     drawn = []
     monkeypatch.setattr(engine, "draw", lambda *args: drawn.append(args) or draw(*args))
     assert run_training(given, ["--run.dir", place]) == 0
     assert drawn
     drawn.clear()
-    assert run_training(given, ["--run.dir", place, "--train.samples", "24"]) == 0
+    assert run_training(given, ["--run.dir", place, "--train.total_samples", "24"]) == 0
     assert not drawn and list(runs.steps(tmp_path / "run")) == [8, 16, 24]
     words = ["--checkpoint.init_from", place, "--checkpoint.init_part"]
     for part, anew in (("all", set()), ("backbone", {"head", "prototypes"})):
@@ -274,13 +274,13 @@ def test_a_start_that_goes_on_draws_no_initial_value(tmp_path, photos, monkeypat
 def test_precision_and_queue_may_change_on_a_resume(tmp_path, photos):
     """The loss scale begins anew with another precision; a queue that was not there is filled before it joins."""
     given, place = recipe(tmp_path, photos), tmp_path / "run"
-    run("train", given, "--run.dir", place, "--train.samples", 24, folder=tmp_path)
-    changed = ("--train.precision", "fp16", "--swav.queue", 16, "--train.samples", 64)
+    run("train", given, "--run.dir", place, "--train.total_samples", 24, folder=tmp_path)
+    changed = ("--train.precision", "fp16", "--swav.queue", 16, "--train.total_samples", 64)
     text = run("train", given, "--run.dir", place, *changed, folder=tmp_path)
     assert "train.precision" in text and "swav.queue" in text  # the log names what changed
     rows = runs.steps(place)
     assert rows[24]["loss_scale"] == 1.0 and rows[64]["loss_scale"] >= 2**10
-    run("train", given, "--run.dir", place, "--train.samples", 80, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.total_samples", 80, folder=tmp_path)
     assert runs.steps(place)[80]["loss_scale"] == 1.0
 
 
@@ -288,8 +288,8 @@ def test_the_best_by_knn_stays_and_is_measured_by_its_link(tmp_path, photos):
     """At each evaluation that is the best so far, with checkpoints at no other moment; over a stop, too."""
     kept = {"every_samples": 0, "keep_last": 1, "keep_best": True}
     given, place = recipe(tmp_path, photos, checkpoint=kept, knn={"every_samples": 16}), tmp_path / "run"
-    run("train", given, "--run.dir", place, "--train.samples", 48, "--train.log_every", 100, folder=tmp_path)
-    run("train", given, "--run.dir", place, "--train.samples", 112, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.total_samples", 48, "--train.log_every", 100, folder=tmp_path)
+    run("train", given, "--run.dir", place, "--train.total_samples", 112, folder=tmp_path)
     top1 = {
         r["samples_seen"]: r["knn/top1"] for r in runs.read_metrics(place)[0] if "knn/top1" in r and r["samples_seen"]
     }

@@ -19,10 +19,10 @@ import torch.multiprocessing as mp
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.saver import Saver
 from seer_scale.config import resolve
-from seer_scale.methods.swav import SwAV
+from seer_scale.distributed import World
+from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel import ENGINES, load
 from seer_scale.parallel.engine import Engine
-from seer_scale.world import World
 from tests.tiny import RECIPE, micro_batches, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -160,7 +160,7 @@ def test_a_checkpoint_written_beside_training_is_the_state_it_was_begun_with(tmp
 
 WIDE = {
     "model": {"name": "regnety", "depth": 5, "w0": 128, "wa": 192.0, "wm": 2.0, "group_width": 64},
-    "swav": {"hidden": [1024, 1024], "dim": 64, "prototypes": [32], "iterations": 3, "batch_norm": False},
+    "swav": {"hidden": [1024, 1024], "embedding_dim": 64, "prototypes": [32], "iterations": 3, "batch_norm": False},
 }
 
 

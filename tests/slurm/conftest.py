@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.lab import LAB_DIR, Cluster, obstacle
+from tests.slurm.virtual_cluster import LAB_DIR, Cluster, obstacle
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.e2e.runs import ROOT, assert_same_path, events, reaches, recipe, run, steps
-from tests.slurm.lab import Cluster
+from tests.slurm.virtual_cluster import Cluster
 
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
 PROFILE = {
@@ -118,7 +118,9 @@ def test_killed_stopped_and_cut_off_it_is_the_same_run(lab, straight):
 def test_whatever_nodes_there_are(lab, tmp_path, photos):
     """One job of 2 to 4 nodes, a rank each: on 4, after a power cut on 2, preempted, then on 3, each with every image
     once."""
-    lab.recipe = recipe(tmp_path, photos, train={"global_batch": 12, "samples": 192}, checkpoint={"every_samples": 24})
+    lab.recipe = recipe(
+        tmp_path, photos, train={"global_batch": 12, "total_samples": 192}, checkpoint={"every_samples": 24}
+    )
     run("train", lab.recipe, "--run.dir", tmp_path / "straight", folder=tmp_path)
     job = lab.submit("elastic", "--nodes", "2-4", "--ranks", 1)
     place = lab.place("elastic")
@@ -165,7 +167,7 @@ def test_a_rank_hangs_and_who_looks_after_the_ranks_is_killed(lab, straight):
     """SIGSTOP of a rank, for which the other waits; kill -9 of srun, whose ranks go on without it; then of the process
     that started it, without which the batch job ends."""
     job, place = (
-        lab.submit("alone", "--nodes", 1, "--data.workers", 1, "--data.timeout_s", 0.8, "--run.hang_s", 8),
+        lab.submit("alone", "--nodes", 1, "--data.workers", 1, "--data.timeout_s", 0.8, "--run.hang_timeout_s", 8),
         lab.place("alone"),
     )
 
@@ -210,7 +212,7 @@ def test_a_time_limit_and_beside_it_plain_srun(lab, straight, tmp_path):
     """Two minutes, of which the last is for saving: saved, back to the queue, on. And `srun seer-scale train` without
     us."""
     lab.profile(time=2, grace_s=60)
-    job, place = lab.submit("limit", "--nodes", 1, "--train.samples", 80000), lab.place("limit")
+    job, place = lab.submit("limit", "--nodes", 1, "--train.total_samples", 80000), lab.place("limit")
     words = [
         "srun",
         "--nodes=1",
@@ -238,7 +240,7 @@ def test_a_time_limit_and_beside_it_plain_srun(lab, straight, tmp_path):
 
 def test_cancelled_it_stays_away(lab):
     """Before the ranks can hear of it."""
-    job = lab.submit("cancelled", "--nodes", 1, "--train.samples", 80000)
+    job = lab.submit("cancelled", "--nodes", 1, "--train.total_samples", 80000)
     said = lab.launch(
         lab.recipe, "--cluster", "slurm", "--profile", "lab.yaml", "--name", "cancelled", "--nodes", 1, status=2
     )
@@ -269,7 +271,7 @@ def test_an_array_is_a_run_each(lab):
         "lab.yaml",
         "--nodes",
         1,
-        "--train.samples",
+        "--train.total_samples",
         16,
         "--array",
         "optim.lr=0.01,0.02",

@@ -13,18 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seer_scale.bench import checkpoint, data, engines, lars, sinkhorn, step
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
-from seer_scale.methods import sinkhorn as ours
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.losses import sinkhorn as ours
+from seer_scale.methods.swav.method import SwAV
 from seer_scale.models.registry import build_backbone
-from seer_scale.world import World
 from tests.pictures import encode, photo
 
 RECIPE = """
 model: {name: regnety_200mf}
 views: {crops: [{num: 2, size: 32}, {num: 2, size: 16}]}
-swav: {hidden: [24, 16], dim: 8, batch_norm: false, prototypes: [48], epsilon: 0.03, iterations: 2}
-train: {samples: 1000, global_batch: 16, precision: bf16}
+swav: {hidden: [24, 16], embedding_dim: 8, batch_norm: false, prototypes: [48], epsilon: 0.03, iterations: 2}
+train: {total_samples: 1000, global_batch: 16, precision: bf16}
 parallel: {ranks: 2, sync_bn_group: 2, activation_checkpoint: every 2}
 """
 

@@ -56,7 +56,7 @@ COMMANDS = (
         ),
         (
             ["train", "demo", "--lr", "3"],
-            "keys of a recipe have a dot, as in --train.samples; did you mean --optim.lr?",
+            "keys of a recipe have a dot, as in --train.total_samples; did you mean --optim.lr?",
         ),
         (["train", "demo", "--print-confg"], "did you mean --print-config?"),
         (["train", "no/recipe.yaml", "--help"], "There is no file no/recipe.yaml"),
@@ -71,7 +71,7 @@ COMMANDS = (
         (["data", "demo", "a", "b"], "'b' is not expected here: seer-scale data demo --help says what is."),
         (["recipes", "zzz"], "'zzz' is not expected here: seer-scale recipes"),
         (["recipes", "--jsn"], "did you mean --json?"),
-        (["recipes", "--train.samples", "3"], "--train.samples has no effect with seer-scale recipes"),
+        (["recipes", "--train.total_samples", "3"], "--train.total_samples has no effect with seer-scale recipes"),
         (["report", "folder", "extra"], "'extra' is not expected here"),
         (["report", "folder"], "folder is not a run's folder (it has neither config.yaml nor metrics.jsonl)"),
         (["eval", "knn", "--json"], "eval knn needs RUN"),
@@ -124,7 +124,7 @@ def test_the_help_of_a_recipe_shows_what_it_sets(capsys):
     for words in (["train", "demo", "--help"], ["help", "train", "demo"], ["train", "--help", "demo"]):
         assert main(words) == 0
         told = capsys.readouterr().out
-        samples = load_recipe("demo")["train"]["samples"]
+        samples = load_recipe("demo")["train"]["total_samples"]
         assert f"(default none; demo: {samples})" in told or f"(default 0; demo: {samples})" in told
         assert told.count("; demo: ") == sum(len(section) for section in load_recipe("demo").values())
 
@@ -212,7 +212,7 @@ class Asked:
     def find_spec(name, *_):
         if name == moment:
             exec("os.kill(os.getpid(), number)")  # as in what makes a dataclass
-        if name == "seer_scale.train.start" and number != signal.SIGINT:
+        if name == "seer_scale.training.start" and number != signal.SIGINT:
             os._exit(number in signal.sigpending())
 door, moment, number = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
 sys.meta_path.insert(0, Asked)
@@ -221,7 +221,7 @@ sys.exit(getattr(importlib.import_module(module), name)())
 """
 
 
-@pytest.mark.parametrize("moment", ["seer_scale.cli", "yaml", "seer_scale.train.start"])
+@pytest.mark.parametrize("moment", ["seer_scale.cli", "yaml", "seer_scale.training.start"])
 def test_a_stop_is_noted_from_the_first_moment(moment, tmp_path):
     """By the installed script's function; of SIGINT the start ends, the others wait until a run can save."""
     door = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]["seer-scale"]
@@ -275,8 +275,8 @@ def test_commands_start_in_a_moment(tmp_path):
 
 
 def test_a_start_is_told_before_torch_is_loaded(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "seer_scale.train.start", None)  # which would load it
-    monkeypatch.delattr("seer_scale.train.start", raising=False)
+    monkeypatch.setitem(sys.modules, "seer_scale.training.start", None)  # which would load it
+    monkeypatch.delattr("seer_scale.training.start", raising=False)
     with pytest.raises(ImportError):
         main(["train", "demo"])
     assert capsys.readouterr().out == f"seer-scale {__version__}: starting demo ...\n"

@@ -13,9 +13,9 @@ from seer_scale.cli.train import help_of_train
 from seer_scale.config import RECIPES, Config, all_keys, as_asked, load_recipe, recipe_names, resolve
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.models.registry import backbone_names, build_backbone
-from seer_scale.train.resume import changes
+from seer_scale.training.resume import changes
 
-SMALL = {"data": {"path": "images"}, "train": {"samples": 640, "global_batch": 64}, "swav": {"prototypes": [30]}}
+SMALL = {"data": {"path": "images"}, "train": {"total_samples": 640, "global_batch": 64}, "swav": {"prototypes": [30]}}
 
 
 def problems(given: dict, overrides: list[str] = (), **options) -> list[str]:
@@ -33,9 +33,9 @@ def test_problems_reach_another_process_whole():
 
 
 def test_defaults_below_recipe_below_command_line():
-    given = SMALL | {"optim": {"momentum": 0.8, "trust": 0.01}}
-    optim = resolve(given, ["--optim.trust", "0.02", "--optim.weight_decay=0"]).optim
-    assert (optim.lr, optim.momentum, optim.trust, optim.weight_decay) == (0.3, 0.8, 0.02, 0.0)
+    given = SMALL | {"optim": {"momentum": 0.8, "trust_coefficient": 0.01}}
+    optim = resolve(given, ["--optim.trust_coefficient", "0.02", "--optim.weight_decay=0"]).optim
+    assert (optim.lr, optim.momentum, optim.trust_coefficient, optim.weight_decay) == (0.3, 0.8, 0.02, 0.0)
 
 
 @pytest.mark.parametrize("word, number", [("1e-6", 1e-6), ("1.0e-6", 1e-6), ("1E6", 1e6), ("3", 3.0), (".5", 0.5)])
@@ -44,7 +44,7 @@ def test_numbers_as_people_write_them(word, number):
     assert (
         resolve(given).optim.weight_decay == resolve(SMALL, ["--optim.weight_decay", word]).optim.weight_decay == number
     )
-    assert resolve(SMALL, ["--train.samples", "1e6"]).train.samples == 1_000_000
+    assert resolve(SMALL, ["--train.total_samples", "1e6"]).train.total_samples == 1_000_000
 
 
 def test_text_stays_text():
@@ -71,7 +71,10 @@ def test_text_stays_text():
         ),
         ("--swav.prototypes=[3000]", ["swav.prototypes is 3000", "at most 4 times as many", "nearest: 256"]),
         ("--swav.queue=100", ["swav.queue is 100", "a multiple of train.global_batch (64)", "nearest: 128"]),
-        ("--parallel.replicate=3", ["parallel.replicate is 3", "divide the number of ranks (4)", "nearest: 2"]),
+        (
+            "--parallel.replicate_degree=3",
+            ["parallel.replicate_degree is 3", "divide the number of ranks (4)", "nearest: 2"],
+        ),
         ("--parallel.engine=single", ["parallel.engine is single", "4 ranks", "use ddp or fsdp"]),
         ("--views.jitter=[0.4, 0.4]", ["views.jitter", "[0.4, 0.4]", "needs 4 values"]),
         ("--views.crops=[{size: 4}]", ["views.crops[0].size is 4", "at least 8"]),
@@ -99,7 +102,7 @@ def test_all_problems_at_once():
         "'alone'",
         "fp8",
         "--swav.queue has no value",
-        "train.samples is missing",
+        "train.total_samples is missing",
         "data.path is empty",
         "divide evenly",
         "room above",
@@ -134,7 +137,7 @@ def test_recipes_that_are_none(tmp_path):
     (tmp_path / "a.yaml").write_text("train: [")
     with pytest.raises(UserError, match=r"a\.yaml is not YAML: line 1, column 9: while parsing [^\n^]*, expected"):
         load_recipe(str(tmp_path / "a.yaml"))
-    (tmp_path / "c.yaml").write_text("train: {samples: 1}\ntrain: {global_batch: 2}\n")
+    (tmp_path / "c.yaml").write_text("train: {total_samples: 1}\ntrain: {global_batch: 2}\n")
     with pytest.raises(UserError, match="has train twice"):
         load_recipe(str(tmp_path / "c.yaml"))
     (tmp_path / "b.yaml").write_text("- a\n")
@@ -167,7 +170,7 @@ def test_help_names_every_key():
 def test_what_would_have_no_effect_is_refused():
     """Rule 7: nothing given is ever silently ignored."""
     for key, value, need in (
-        ("optim.trust", "0.5", "optim.name lars"),
+        ("optim.trust_coefficient", "0.5", "optim.name lars"),
         ("optim.betas", "[0.1, 0.2]", "optim.name adamw"),
         ("schedule.plateau_factor", "0.1", "schedule.name plateau"),
         ("swav.queue_from_samples", "64", "a swav.queue"),
@@ -180,10 +183,10 @@ def test_what_would_have_no_effect_is_refused():
 
 
 def test_a_short_hang_s_needs_no_loader_processes():
-    given = load_recipe("photos_laptop") | {"run": {"hang_s": 60}}
-    with pytest.raises(ConfigError, match="run.hang_s is 60"):
+    given = load_recipe("photos_laptop") | {"run": {"hang_timeout_s": 60}}
+    with pytest.raises(ConfigError, match="run.hang_timeout_s is 60"):
         resolve(given, {"data": {"path": "-", "workers": 1}})
-    assert resolve(given, {"data": {"path": "-", "workers": 0}}).run.hang_s == 60
+    assert resolve(given, {"data": {"path": "-", "workers": 0}}).run.hang_timeout_s == 60
 
 
 def test_a_run_ends_with_a_whole_batch():
@@ -197,7 +200,7 @@ def test_a_run_ends_with_a_whole_batch():
         words = [
             "--data.path",
             "-",
-            "--train.samples",
+            "--train.total_samples",
             str(samples),
             "--train.global_batch",
             str(batch),
@@ -211,7 +214,9 @@ def test_a_run_ends_with_a_whole_batch():
 def test_a_section_is_not_offered_as_a_key():
     with pytest.raises(ConfigError) as caught:
         resolve(load_recipe("photos_laptop"), ["--data.path", "-", "--swvav.dim", "3"])
-    assert "swvav is not a key; did you mean the section swav, with its keys hidden, dim, " in str(caught.value)
+    assert "swvav is not a key; did you mean the section swav, with its keys hidden, embedding_dim, " in str(
+        caught.value
+    )
 
 
 def test_labelled_images_of_a_shipped_recipe_go_with_its_own(tmp_path):
@@ -236,7 +241,7 @@ def test_only_what_changes_training_is_a_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(load_recipe("photos_laptop"), ["--data.path", "images"])
     then = json.loads(json.dumps(config.to_dict()))
-    del then["run"]["hang_s"], then["train"]["compile"]  # of a time before these keys
+    del then["run"]["hang_timeout_s"], then["train"]["compile"]  # of a time before these keys
     then["schedule"]["gone"] = 1
     words = ["--run.dir", "elsewhere", "--checkpoint.resume", "x", "--checkpoint.keep_last", "2"]
     for path in ("images", "./images/", str(tmp_path / "images")):

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from seer_scale.config import Config, Data, Knn
+from seer_scale.distributed import World
 from seer_scale.evaluate.knn import labelled_images
-from seer_scale.world import World
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 

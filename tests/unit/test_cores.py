@@ -11,7 +11,7 @@ import pytest
 from seer_scale import cores
 from seer_scale.config import Data
 from seer_scale.cores import Contention, available_cores, cgroup_quota, rank_cores, told_threads
-from seer_scale.world import World
+from seer_scale.distributed import World
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin, features
 
-from seer_scale.data import decode as decoding
-from seer_scale.data.decode import decode
+from seer_scale.data.transforms import decode as decoding
+from seer_scale.data.transforms.decode import decode
 from seer_scale.errors import DataError
 from tests.pictures import apart, encode, photo
 
@@ -561,7 +561,7 @@ def test_memory_a_pixel_is_what_the_limit_counts_on(tmp_path):
     code = """
 import os, sys
 from pathlib import Path
-from seer_scale.data import decode as d
+from seer_scale.data.transforms import decode as d
 
 def most():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -702,8 +702,8 @@ import json, resource
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 from pathlib import Path
 from seer_scale.config import Crop, Views
-from seer_scale.data.decode import decode
-from seer_scale.data.views import load_views
+from seer_scale.data.transforms.decode import decode
+from seer_scale.data.transforms.views import load_views
 from seer_scale.errors import DataError
 views = Views(crops=(Crop(num=2, size=32), Crop(num=1, size=24)))
 for entry in json.loads(Path({str(HOSTILE / "manifest.json")!r}).read_text())["files"]:

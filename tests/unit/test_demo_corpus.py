@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from seer_scale.data import demo
-from seer_scale.data.decode import decode
-from seer_scale.data.demo import CLASSES, TEXTURES, photograph, write_demo_corpus
+from seer_scale.corpus import demo
+from seer_scale.corpus.demo import CLASSES, TEXTURES, photograph, write_demo_corpus
 from seer_scale.data.sources import open_source
-from seer_scale.data.views import resize_centre
+from seer_scale.data.transforms.decode import decode
+from seer_scale.data.transforms.views import resize_centre
 from seer_scale.errors import DataError
 from seer_scale.rng import numpy_generator
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from seer_scale.distributed import World
 from seer_scale.observe.progress import Progress
-from seer_scale.train import loop
-from seer_scale.world import World
+from seer_scale.training import loop
 
 
 def at_end(run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 30, stream: bool = False) -> list[str]:
@@ -21,12 +21,12 @@ def at_end(run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 3
     made.workers = 0
     made.world, made.run_dir, made.samples_seen, made.progress = World(), run_dir, 640, Progress(active=False)
     source = type("Images", (), {"__len__": lambda _: images, "is_stream": stream})()
-    made.course = SimpleNamespace(source=source)
+    made.data_history = SimpleNamespace(source=source)
     made.engine = SimpleNamespace(whole=lambda name: name, method=SimpleNamespace(anchors="prototypes"))
     made._evaluate = told.append
     made.labelled = SimpleNamespace(measurement=lambda c: "now")
     monkeypatch.setattr(loop, "show_prototypes", lambda *_, num, **__: told.append(f"looked at {num}"))
-    made._tell = lambda kind, text, **_: told.append(kind)
+    made._log_event = lambda kind, text, **_: told.append(kind)
     made._evaluate_at_end()
     return told
 
@@ -82,7 +82,7 @@ def test_whether_the_best_is_saved_is_rank_0_s_to_say(monkeypatch, says):
         made.config = SimpleNamespace(knn=None, checkpoint=SimpleNamespace(keep_best=True, background=True))
         made.labelled = SimpleNamespace(measurement=lambda c: "", query_indices=[1], bank_indices=[2])
         made.engine, made.log = SimpleNamespace(average_buffers=lambda: None), SimpleNamespace(log=lambda row: None)
-        made._top1, made._tell = {320: 10.0}, lambda *_, **__: None
+        made._top1, made._log_event = {320: 10.0}, lambda *_, **__: None
         made._save = lambda in_background: saved.append(in_background)
         monkeypatch.setattr(loop, "knn", lambda *_, **__: ({"knn/top1": top1}, None))  # noqa: B023
         made._evaluate("during")

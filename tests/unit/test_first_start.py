@@ -23,19 +23,19 @@ from seer_scale import console
 from seer_scale.checkpoint.lock import RunLock
 from seer_scale.config import Config, resolve
 from seer_scale.data.sources import remote
-from seer_scale.errors import STOP_SIGNALS, RankLost, StartStopped, TrainingFailed, UserError
+from seer_scale.distributed import World
+from seer_scale.errors import STOP_SIGNALS, RankLostError, StartStopped, TrainingError, UserError
 from seer_scale.files import to_json
 from seer_scale.methods.registry import build_method
-from seer_scale.models import layout
-from seer_scale.train import loop, resume, start
-from seer_scale.train.start import run_training
-from seer_scale.world import World
+from seer_scale.models import execution as layout
+from seer_scale.training import loop, resume, start
+from seer_scale.training.start import run_training
 from tests.e2e.runs import RECIPE, events
 from tests.tiny import RECIPE as TINY
 
 SMALL = RECIPE | {
     "parallel": {"engine": "single"},
-    "train": RECIPE["train"] | {"samples": 8},
+    "train": RECIPE["train"] | {"total_samples": 8},
     "knn": {"enabled": False},
 }
 
@@ -101,7 +101,7 @@ def test_a_stop_is_heard_while_images_are_listed(number, given, tmp_path, monkey
         os.kill(os.getpid(), number)
         raise AssertionError("the signal should have ended this")
 
-    monkeypatch.setattr(loop, "open_course", listed)
+    monkeypatch.setattr(loop, "open_data_history", listed)
     handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
     assert refused(given).startswith(f"Stopped by {number.name} while images were listed")
     assert handlers == [signal.getsignal(s) for s in STOP_SIGNALS] and not (tmp_path / "runs").exists()
@@ -146,7 +146,7 @@ def test_a_run_beside_its_images_has_a_folder_of_its_own(given, photos, tmp_path
         str(tmp_path / "mine" / "runs" / "r"),
     ]
     for samples in ("8", "16"):
-        assert run_training(given[0], [*words, "--train.samples", samples]) == 0
+        assert run_training(given[0], [*words, "--train.total_samples", samples]) == 0
         assert list((tmp_path / "mine" / "runs" / "r" / "gallery").rglob("*.*"))
     told = [e["text"] for e in events(tmp_path / "mine" / "runs" / "r", "note")]
     assert sum("1 folder of a run" in text for text in told) == 2
@@ -207,7 +207,7 @@ def test_threads_that_only_wait_for_each_other(given, tmp_path, monkeypatch, cap
 
 def test_what_one_rank_makes_of_an_engine_is_said(given, capsys):
     """Beside the keys of that engine, which have no effect then."""
-    words = ["--parallel.engine", "fsdp", "--parallel.min_unit_mib", "5", "--train.samples", "8"]
+    words = ["--parallel.engine", "fsdp", "--parallel.min_unit_mib", "5", "--train.total_samples", "8"]
     run_training(given[0], [*given[1], *words])
     said = capsys.readouterr().out
     assert "There is one rank, so nothing is shared out: parallel.engine fsdp computes as single here." in said
@@ -236,10 +236,10 @@ def test_what_is_anothers_is_left_alone(given, tmp_path, monkeypatch):
     [
         (KeyboardInterrupt(), False, False),  # SIGINT for the second time
         (StartStopped("Stopped by SIGTERM"), False, False),
-        (RankLost("Another rank has ended"), False, True),  # which has crashed, as far as this one knows
+        (RankLostError("Another rank has ended"), False, True),  # which has crashed, as far as this one knows
         (RuntimeError("out of memory"), False, True),
         (KeyboardInterrupt(), True, True),
-        (TrainingFailed("The loss is not finite"), True, True),
+        (TrainingError("The loss is not finite"), True, True),
     ],
     ids=repr,
 )
@@ -295,7 +295,9 @@ def test_the_remedy_for_another_network_names_what_makes_it():
             now = other(section, **{key: value})
             is_named = f"{section}.{key} " in resume.remedy(config.to_dict(), now)
             assert is_named == (shapes(now) != shapes(config)), key
-    assert "(swav.dim 16 -> 24)" in resume.remedy(config.to_dict(), other("swav", dim=24, temperature=0.3))
+    assert "(swav.embedding_dim 16 -> 24)" in resume.remedy(
+        config.to_dict(), other("swav", embedding_dim=24, temperature=0.3)
+    )
 
 
 def test_a_run_keeps_what_it_says_where_no_launcher_does(given, monkeypatch, tmp_path, capsys):
@@ -325,10 +327,12 @@ def test_a_crash_leaves_what_it_said(given, tmp_path, monkeypatch):
 
 def test_figures_that_were_asked_for_and_are_not_reached_are_told(given, capsys):
     """More neighbours than images that vote, fewer samples than were seen."""
-    run_training(given[0], [*given[1], "--knn.enabled", "true", "--knn.k", "500", "--train.samples", "32"])
+    run_training(given[0], [*given[1], "--knn.enabled", "true", "--knn.k", "500", "--train.total_samples", "32"])
     assert re.search(r"knn\.k is 500, but \d+ images can vote in kNN: all of them do", capsys.readouterr().out)
-    run_training(given[0], [*given[1], "--train.samples", "30"])  # whole batches
+    run_training(given[0], [*given[1], "--train.total_samples", "30"])  # whole batches
     assert "fewer than" not in capsys.readouterr().out
-    run_training(given[0], [*given[1], "--train.samples", "16"])
+    run_training(given[0], [*given[1], "--train.total_samples", "16"])
     said = capsys.readouterr().out
-    assert "all 32 samples were seen" in said and "train.samples asks for 16, fewer than this run has seen" in said
+    assert (
+        "all 32 samples were seen" in said and "train.total_samples asks for 16, fewer than this run has seen" in said
+    )

@@ -17,7 +17,7 @@ from PIL import Image
 
 datasets = pytest.importorskip("datasets")
 
-from seer_scale.data.inspect import format_of  # noqa: E402
+from seer_scale.corpus.describe import format_of  # noqa: E402
 from seer_scale.data.sources import hub, kind_of, open_source  # noqa: E402
 from seer_scale.errors import DataError  # noqa: E402
 from seer_scale.extras import how_to_install  # noqa: E402

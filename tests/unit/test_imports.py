@@ -14,10 +14,11 @@ ROOMS = [
     "cli",
     "bench",
     "launch",
-    "train",
+    "training",
     "evaluate",
     "plan",
     "checkpoint",
+    "corpus",
     "parallel",
     "methods",
     "models",
@@ -34,7 +35,7 @@ CORE = {
     "extras",
     "files",
     "formatting",
-    "world",
+    "distributed",
     "rng",
     "rank_info",
     "rendezvous",
@@ -90,7 +91,7 @@ def test_what_writes_json_says_that_it_is_strict(path):
     """files.to_json does, for values of any kind; JSON that other programs read has no NaN."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
-            shows = path.parts[-2:] in (("parallel", "ds_config.py"), ("train", "resume.py"))  # a value in a sentence
+            shows = path.parts[-2:] in (("deepspeed", "config.py"), ("training", "resume.py"))  # a value in a sentence
             assert shows or "allow_nan" in [k.arg for k in node.keywords], (
                 f"line {node.lineno} may write NaN or Infinity"
             )

@@ -15,15 +15,15 @@ import yaml
 from PIL import Image
 
 from seer_scale.config import Config, Data, Knn
-from seer_scale.data.batched import to_float
-from seer_scale.data.loader import decoded
+from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.sources import Source, open_source
+from seer_scale.data.transforms.on_device import to_float
+from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, UserError
+from seer_scale.evaluate.gallery_pictures import show_neighbours, show_prototypes
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
-from seer_scale.evaluate.look import show_neighbours, show_prototypes
 from seer_scale.evaluate.run import evaluated_config, knn_of
 from seer_scale.observe.gallery import read_gallery
-from seer_scale.world import World
 from tests.ranks import run_ranks
 from tests.tiny import world_of
 from tests.unit.test_sources import write_tar
@@ -55,7 +55,7 @@ def images_of(folder):
 
 def brute_force(images):
     def whole(source, indices):
-        parts = list(decoded(source, indices, KNN.size, batch=100, workers=0))
+        parts = list(eval_batches(source, indices, KNN.size, batch=100, workers=0))
         return torch.nn.functional.normalize(represent(to_float(parts[0][0]))[0], dim=1), parts[0][1]
 
     q, qy = whole(images.queries, images.query_indices)
@@ -208,7 +208,7 @@ def test_pictures_of_prototypes_look_at_so_many_images_and_no_more(tmp_path):
 
 def test_eval_of_a_run_that_evaluated_nothing(tmp_path):
     write_corpus(tmp_path)
-    recipe = {"data": {"path": str(tmp_path / "train")}, "train": {"samples": 8}, "knn": {"enabled": False}}
+    recipe = {"data": {"path": str(tmp_path / "train")}, "train": {"total_samples": 8}, "knn": {"enabled": False}}
     recipe |= {"swav": {"prototypes": [8]}, "parallel": {"ranks": 1}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match="has no valid checkpoint yet"):
@@ -219,7 +219,7 @@ def test_prototypes_shown_are_apart_from_each_other():
     """Where many prototypes share a place, one of them is shown."""
     import torch
 
-    from seer_scale.evaluate.look import _apart
+    from seer_scale.evaluate.gallery_pictures import _apart
 
     directions = torch.eye(8)[:4]
     prototypes = torch.cat(

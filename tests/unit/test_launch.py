@@ -24,7 +24,7 @@ from seer_scale.launch import local, rank, runs, slurm, submit
 from seer_scale.launch.control import Control, Limits, _ended
 from seer_scale.launch.job import ATTEMPT, Job, is_alive, process_mark, snapshot
 from seer_scale.launch.options import grid
-from seer_scale.launch.prepare import Request, prepare, stow
+from seer_scale.launch.prepare import Request, prepare, write_job
 from seer_scale.launch.profile import Profile, load_profile, minutes, read_profile
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def recipe(tmp_path, photos, monkeypatch):
         "model": {"name": "regnety", "depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_width": 8},
         "data": {"path": str(photos)},
         "swav": {"prototypes": [12]},
-        "train": {"samples": 96, "global_batch": 24},
+        "train": {"total_samples": 96, "global_batch": 24},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given))
     return "tiny.yaml"
@@ -190,11 +190,11 @@ def test_the_script_says_what_was_asked_for(recipe):
 def test_code_and_recipe_travel(recipe, tmp_path):
     job, given, _ = prepare(ask(recipe, nodes=(1, 1), overrides=["--optim.lr", "0.5"]), ["words"])
     assert not Path(job.run_dir).exists()
-    job = stow(job, given)
+    job = write_job(job, given)
     job.write()
     assert Job.read(job.run_dir) == job and yaml.safe_load(job.recipe.read_text())["optim"]["lr"] == 0.5
     code = Path(job.code)
-    assert (code / "seer_scale" / "data" / "pixels.c").is_file() and (
+    assert (code / "seer_scale" / "data" / "transforms" / "pixels.c").is_file() and (
         code / "seer_scale" / "ds_configs" / "zero3.json"
     ).is_file()
     assert (code / "seer_scale" / "recipes" / "demo.yaml").is_file() and not list(code.rglob("*.pyc"))
@@ -326,8 +326,8 @@ def test_runs_that_want_other_nodes_are_arrays_of_their_own(recipe, tmp_path, ca
         (["status"], "status needs NAME"),
         (["logs", "a", "b"], "'b' is not expected here"),
         (["logs", "a", "--now"], "--now is no option of seer-scale logs"),
-        (["list", "--train.samples", "3"], "--train.samples has no effect with seer-scale list"),
-        (["resubmit", "a", "--train.samples", "3"], "resubmit repeats the run as it was"),
+        (["list", "--train.total_samples", "3"], "--train.total_samples has no effect with seer-scale list"),
+        (["resubmit", "a", "--train.total_samples", "3"], "resubmit repeats the run as it was"),
     ],
 )
 def test_words_that_cannot_be_meant(words, said, recipe):
@@ -511,7 +511,7 @@ def test_several_runs_are_asked_at_once(tmp_path, monkeypatch, capsys):
 def test_a_record_that_is_none_is_said_to_be_that(recipe, content, said, capsys, monkeypatch):
     """It is not taken for "nothing was launched", nor for a job by those who need one."""
     job, given, _ = prepare(ask(recipe, nodes=(1, 1)), [])
-    job = stow(job, given)
+    job = write_job(job, given)
     whole = dataclasses.asdict(job)
     less = {k: v for k, v in whole.items() if k != "fits"}
     others = {"more": whole | {"colour": 1}, "less": less}
@@ -547,7 +547,7 @@ def test_a_record_that_is_none_is_said_to_be_that(recipe, content, said, capsys,
         ("metrics.jsonl", b'{"step": 5}\n'),
         ("metrics.jsonl", b'{"step": 5, "samples_seen": "x"}\n'),
         ("metrics.jsonl", b'{"step": 5, "samples_seen": 40, "throughput/img_per_s": "x"}\n'),
-        ("config.yaml", b"train:\n  samples: 8\n  global_batch: 0\n"),
+        ("config.yaml", b"train:\n  total_samples: 8\n  global_batch: 0\n"),
     ],
 )
 def test_odd_lines_are_passed_over(tmp_path, monkeypatch, capsys, name, content):
@@ -587,7 +587,7 @@ def test_a_run_is_where_it_lies(recipe, tmp_path, capsys):
         request,
         [recipe, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1", "--name", "a", "--run.dir", "runs/a"],
     )
-    dataclasses.replace(stow(job, given), job_id="7", log_dir=str(job.logs)).write()
+    dataclasses.replace(write_job(job, given), job_id="7", log_dir=str(job.logs)).write()
     (job.logs / "7_0.out").write_text("said there\n")
     before = Path(job.run_dir)
     shutil.copytree(before, tmp_path / "copy")

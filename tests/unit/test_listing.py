@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from seer_scale.config import resolve
-from seer_scale.data import listing
-from seer_scale.data.listing import share
+from seer_scale.data.loading import listing
+from seer_scale.data.loading.listing import share
 from seer_scale.data.sources import open_source
+from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, StartStopped, UserError
 from seer_scale.evaluate.run import _images
-from seer_scale.world import World
 from tests.processes import hear_questions
 from tests.unit.test_sources import cache, contents, numbered_tars, touch  # noqa: F401  the cache is a fixture
 
@@ -153,7 +153,7 @@ def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, mon
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "listing-1.bin").touch()
     config = resolve(
-        {"train": {"samples": 64}, "swav": {"prototypes": [16]}, "data": {"path": str(tmp_path / "data")}},
+        {"train": {"total_samples": 64}, "swav": {"prototypes": [16]}, "data": {"path": str(tmp_path / "data")}},
         {},
         world_size=1,
     )
@@ -169,7 +169,7 @@ def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, mon
     assert (tmp_path / "logs" / "listing-1.bin").exists()
 
     config = resolve(
-        {"train": {"samples": 64}, "swav": {"prototypes": [16]}, "data": {"path": str(tmp_path / "data" / "c0")}},
+        {"train": {"total_samples": 64}, "swav": {"prototypes": [16]}, "data": {"path": str(tmp_path / "data" / "c0")}},
         {},
         world_size=1,
     )

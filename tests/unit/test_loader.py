@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from seer_scale.config import Crop, Data, Views
-from seer_scale.data import jobs
-from seer_scale.data import loader as module
-from seer_scale.data.loader import decoded, loader
-from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.loading import loader as module
+from seer_scale.data.loading import tasks as jobs
+from seer_scale.data.loading.loader import eval_batches, train_batches
+from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.sources import open_source
-from seer_scale.data.views import load_views
+from seer_scale.data.transforms.views import load_views
 from seer_scale.errors import STOP_SIGNALS, DataError, SourceEnded
 from tests import processes
 from tests.sources import Counted, Endless, Passing, Waiting
@@ -56,12 +56,12 @@ def batches(
     seed=3,
     global_batch=BATCH,
     block=1,
-    lanes=1,
+    interleave=1,
     timeout_s=300.0,
 ):
-    sampler = ElasticSampler([Era(0, (("all", len(source)),), block, lanes)], seed, global_batch)
+    sampler = ElasticSampler([DataVersion(0, (("all", len(source)),), block, interleave)], seed, global_batch)
     part = dict(rank=rank, world_size=world_size, start=start, stop=stop)
-    return list(loader(source, Data(workers=workers, prefetch=2, timeout_s=timeout_s), VIEWS, sampler, **part))
+    return list(train_batches(source, Data(workers=workers, prefetch=2, timeout_s=timeout_s), VIEWS, sampler, **part))
 
 
 def same(a, b):
@@ -242,8 +242,8 @@ def test_a_stream_that_ends_early_ends_the_run_with_its_own_words(photos, worker
 
 def test_a_stream_whose_loader_is_killed(photos, capfd):
     made, killed = [], False
-    sampler = ElasticSampler([Era(0, (("all", N),), 0, 1)], 3, BATCH)
-    for b in loader(
+    sampler = ElasticSampler([DataVersion(0, (("all", N),), 0, 1)], 3, BATCH)
+    for b in train_batches(
         Passing(photos), Data(workers=2, prefetch=2), VIEWS, sampler, rank=0, world_size=1, start=0, stop=5 * BATCH
     ):
         made.append(b)
@@ -259,12 +259,12 @@ def test_a_stream_whose_loader_is_killed(photos, capfd):
 
 @pytest.mark.parametrize("world_size,workers", [(1, 0), (1, 3), (3, 2), (6, 1)])
 def test_blocks_are_read_once_each_whoever_reads(photos, broken, tmp_path, world_size, workers):
-    """30 images in blocks of 5, 6 lanes, batches of 6: six blocks an epoch (one run each, two for the one that goes on
-    at image 0), and the same batches as image by image; a broken image's replacement is read by itself."""
+    """30 images in blocks of 5, 6 interleaved, batches of 6: six blocks an epoch (one run each, two for the one that
+    goes on at image 0), and the same batches as image by image; a broken image's replacement is read by itself."""
     for source, name in ((photos, "whole"), (broken, "broken")):
         counts = tmp_path / name
         counts.touch()
-        options = dict(global_batch=6, block=5, lanes=6, stop=60)
+        options = dict(global_batch=6, block=5, interleave=6, stop=60)
         alone = batches(source, **options)
         parts = [
             batches(Counted(source, counts), rank=r, world_size=world_size, workers=workers, **options)
@@ -282,7 +282,7 @@ def test_blocks_are_read_once_each_whoever_reads(photos, broken, tmp_path, world
 
 def test_what_is_read_ahead_is_bounded(photos, tmp_path, monkeypatch):
     """At the limit images are read one by one: the same batches, and no block that is thrown away before its use."""
-    options = dict(global_batch=6, block=5, lanes=6, stop=60)
+    options = dict(global_batch=6, block=5, interleave=6, stop=60)
     expected = batches(photos, **options)
     (tmp_path / "counts").touch()
     size = max(len(photos.read(i)) for i in range(N))
@@ -301,20 +301,26 @@ def test_what_is_read_ahead_is_bounded(photos, tmp_path, monkeypatch):
 def test_an_epoch_is_whole_whoever_loads_it_and_however_often_it_stops(photos, data):
     """Two epochs in legs of any length, each on other ranks and workers, in blocks or not: every image once an
     epoch."""
-    block, lanes = data.draw(st.sampled_from([(1, 1), (5, 6), (2, 12), (10, 6)]))
+    block, interleave = data.draw(st.sampled_from([(1, 1), (5, 6), (2, 12), (10, 6)]))
     at, seen, views = 0, [], []
     while at < 2 * N:
         stop = data.draw(st.integers(at // 6 + 1, 2 * N // 6)) * 6
         world_size, workers = data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(0, 2))
         options = dict(
-            world_size=world_size, workers=workers, start=at, stop=stop, global_batch=6, block=block, lanes=lanes
+            world_size=world_size,
+            workers=workers,
+            start=at,
+            stop=stop,
+            global_batch=6,
+            block=block,
+            interleave=interleave,
         )
         for b in joined([batches(photos, rank=r, **options) for r in range(world_size)]):
             seen += b.indices.tolist()
             views.append(b.views[0])
         at = stop
     assert sorted(seen[:N]) == sorted(seen[N:]) == list(range(N)) and seen[:N] != seen[N:]
-    alone = batches(photos, stop=2 * N, global_batch=6, block=block, lanes=lanes)
+    alone = batches(photos, stop=2 * N, global_batch=6, block=block, interleave=interleave)
     assert all(torch.equal(v, b.views[0]) for v, b in zip(views, alone, strict=True))
 
 
@@ -326,8 +332,8 @@ def test_a_loader_takes_the_same_memory_whatever_the_length_of_the_list(tmp_path
     for num in (2_000, 2_000_000):
         (tmp_path / f"{num}.txt").write_text(f"{tmp_path}/1.jpg\n" * num)
         source = open_source(str(tmp_path / f"{num}.txt"))
-        sampler = ElasticSampler([Era(0, (("all", num),))], 0, BATCH)
-        made = loader(
+        sampler = ElasticSampler([DataVersion(0, (("all", num),))], 0, BATCH)
+        made = train_batches(
             source, Data(workers=1, prefetch=1), VIEWS, sampler, rank=0, world_size=1, start=0, stop=40 * BATCH
         )
         for _ in range(20):
@@ -346,11 +352,11 @@ def test_a_loader_takes_the_same_memory_whatever_the_length_of_the_list(tmp_path
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_decoded_is_in_order_and_leaves_out_the_broken(photos, broken, workers):
-    got = list(decoded(photos, [4, 2, 9, 1, 0], 32, batch=2, workers=workers))
+    got = list(eval_batches(photos, [4, 2, 9, 1, 0], 32, batch=2, workers=workers))
     assert [i.tolist() for _, _, i in got] == [[4, 2], [9, 1], [0]]
     assert all(images.shape == (len(i), 3, 32, 32) and images.dtype == torch.uint8 for images, _, i in got)
     assert all(labels.tolist() == [photos.label(n) for n in i.tolist()] for _, labels, i in got)
-    got = list(decoded(broken, [4, 5, 11, 17, 23, 6], 32, batch=2, workers=workers))
+    got = list(eval_batches(broken, [4, 5, 11, 17, 23, 6], 32, batch=2, workers=workers))
     assert [i.tolist() for _, _, i in got] == [[4], [6]] and all((lab == -1).all() for _, lab, _ in got)
 
 
@@ -359,13 +365,13 @@ def test_decoded_is_in_order_and_leaves_out_the_broken(photos, broken, workers):
 RUN = """
 import sys, os
 from seer_scale.config import Data
-from seer_scale.data.loader import loader
-from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.loading.loader import train_batches
+from seer_scale.data.sampling.sampler import ElasticSampler, DataVersion
 from seer_scale.data.sources import open_source
 from tests.unit.test_loader import VIEWS
 source = open_source(sys.argv[1])
-sampler = ElasticSampler([Era(0, (("all", len(source)),))], 0, 4)
-it = loader(source, Data(workers=2), VIEWS, sampler, rank=0, world_size=1, start=0, stop=10**9)
+sampler = ElasticSampler([DataVersion(0, (("all", len(source)),))], 0, 4)
+it = train_batches(source, Data(workers=2), VIEWS, sampler, rank=0, world_size=1, start=0, stop=10**9)
 next(it)
 print(os.getpid(), flush=True)
 for line in sys.stdin:

@@ -18,9 +18,9 @@ from PIL import Image
 
 import seer_scale
 from seer_scale.config import Config, Crop, Data, Views
-from seer_scale.data import native as n
-from seer_scale.data import photometric, views
-from seer_scale.train import loop
+from seer_scale.data.transforms import native as n
+from seer_scale.data.transforms import photometric, views
+from seer_scale.training import loop
 from tests.pictures import apart, encode, photo
 
 PACKAGE = Path(seer_scale.__file__).parent
@@ -28,18 +28,18 @@ ROOT = PACKAGE.parent
 BUILT = [name for name in n.SETS if n.load(name)]
 
 
-def made(kernels, image: np.ndarray, size: int, how: photometric.Distortion) -> tuple[np.ndarray, np.ndarray]:
+def made(kernels, image: np.ndarray, size: int, how: photometric.PhotometricParams) -> tuple[np.ndarray, np.ndarray]:
     """What resizing gives, and what is distorted of it, by these kernels (None: by torch)."""
     with pytest.MonkeyPatch.context() as m:
         for module in (photometric, views):
             m.setattr(module, "native", lambda: kernels)
         small, planes = views.resize(image, size), np.empty((3, size, size), np.uint8)
-        photometric.distort(small, how, planes)
+        photometric.apply_photometric(small, how, planes)
     return small, planes
 
 
 distortions = st.builds(
-    lambda flip, ops, sigma: photometric.Distortion(
+    lambda flip, ops, sigma: photometric.PhotometricParams(
         flip, tuple((op, f / 4 if op == photometric.HUE else f) for op, f in ops), sigma
     ),
     st.booleans(),
@@ -131,16 +131,16 @@ import sys
 sys.path[0] = {str(tmp_path)!r}
 import numpy as np
 from seer_scale.config import Config, Crop, Data, Views
-from seer_scale.data.loader import loader
-from seer_scale.data.native import native
-from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.loading.loader import train_batches
+from seer_scale.data.transforms.native import native
+from seer_scale.data.sampling.sampler import ElasticSampler, DataVersion
 from seer_scale.data.sources import open_source
 assert native() is None
 views = Views(crops=(Crop(num=2, size=48), Crop(num=2, size=24, scale=(0.05, 0.14))))
 source = open_source({str(tmp_path / "images")!r})
-sampler = ElasticSampler([Era(0, (("all", 4),))], 0, 4)
+sampler = ElasticSampler([DataVersion(0, (("all", 4),))], 0, 4)
 for workers in (0, 1):
-    batch = next(loader(source, Data(workers=workers), views, sampler, rank=0, world_size=1, start=0, stop=4))
+    batch = next(train_batches(source, Data(workers=workers), views, sampler, rank=0, world_size=1, start=0, stop=4))
     made = [v.numpy() for v in batch.views]
     np.savez({str(tmp_path)!r} + f"/made{{workers}}.npz", *made, indices=batch.indices.numpy())
 """)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seer_scale.models.norm import BatchNorm, StatsTape, _affine, _combine, _input_gradient, _moments, _sums
+from seer_scale.models.layers.norm import BatchNorm, StatsTape, _affine, _combine, _input_gradient, _moments, _sums
 from seer_scale.models.registry import build_backbone, initialise
 
 SHAPES = [(3, 4, 5, 5), (6, 4, 3, 2), (5, 4)]
@@ -97,7 +97,7 @@ def test_recomputing_every_unit_changes_no_bit():
     model = build_backbone("regnety", depth=5, w0=8, wa=12.0, wm=2.0, group_width=8)
     initialise(model, 0)
     recomputed = copy.deepcopy(model)
-    for unit in recomputed.units().values():
+    for unit in recomputed.shard_units().values():
         forward = unit.forward
         unit.forward = lambda xs, forward=forward: checkpoint(
             forward, xs, use_reentrant=False, context_fn=StatsTape.contexts

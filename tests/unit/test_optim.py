@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from seer_scale.config import Optim, resolve
 from seer_scale.optim.optimizers import build_optimizer
 from seer_scale.optim.schedules import LearningRate
-from seer_scale.train.resume import rate_change
+from seer_scale.training.resume import rate_change
 from tests.tiny import RECIPE
 
 SHAPES = {"conv": (4, 3, 3, 3), "vector": (5,), "matrix": (6, 2)}
@@ -44,13 +44,13 @@ def larc(params, momentum, lr, c):
     for n, p in params.items():
         g, pn, gn = p.grad.clone(), p.norm(), p.grad.norm()
         if pn != 0 and gn != 0:
-            g = (g + c.weight_decay * p) * (c.trust * pn / (gn + pn * c.weight_decay + 1e-8))
+            g = (g + c.weight_decay * p) * (c.trust_coefficient * pn / (gn + pn * c.weight_decay + 1e-8))
         momentum[n] = c.momentum * momentum[n] + g
         p -= lr * momentum[n]
 
 
 def test_lars_is_larc_without_clip():
-    config = Optim(name="lars", weight_decay=0.1, trust=0.02)
+    config = Optim(name="lars", weight_decay=0.1, trust_coefficient=0.02)
     ours, theirs = draw_params(), draw_params()
     ours["vector"].zero_(), theirs["vector"].zero_()  # a zero norm: no scaling, no decay
     optimizer, momentum = build_optimizer(ours, {"vector"}, config), {n: torch.zeros(s) for n, s in SHAPES.items()}
@@ -88,7 +88,7 @@ def test_equal_to_torch(name, exclude):
 @pytest.mark.parametrize("name", ["lars", "sgd"])
 def test_without_momentum_an_update_is_the_last_gradient_and_momentum_may_come_back(name):
     """v <- 0 v + g: what a checkpoint then holds is what a resume with momentum goes on from."""
-    with_momentum = Optim(name=name, weight_decay=0.1, trust=0.02, momentum=0.9)
+    with_momentum = Optim(name=name, weight_decay=0.1, trust_coefficient=0.02, momentum=0.9)
     without = dataclasses.replace(with_momentum, momentum=0.0)
     ours, theirs, velocity = draw_params(), draw_params(), {n: torch.zeros(s) for n, s in SHAPES.items()}
     optimizer = build_optimizer(ours, {"vector"}, with_momentum)
@@ -99,7 +99,7 @@ def test_without_momentum_an_update_is_the_last_gradient_and_momentum_may_come_b
         for n, p in theirs.items():
             g = p.grad + config.weight_decay * p
             if name == "lars":
-                g *= config.trust * p.norm() / (p.grad.norm() + p.norm() * config.weight_decay + 1e-8)
+                g *= config.trust_coefficient * p.norm() / (p.grad.norm() + p.norm() * config.weight_decay + 1e-8)
             velocity[n] = config.momentum * velocity[n] + g
             p -= 0.5 * velocity[n]
     for n in SHAPES:
@@ -135,7 +135,7 @@ def test_frozen_names_are_left_alone(name):
 def schedule_of(**over):
     nested = {
         "schedule": {"warmup_samples": 1000} | over,
-        "train": {"samples": 10000},
+        "train": {"total_samples": 10000},
         "optim": {"lr": 0.4, "lr_batch": 16},
     }
     return LearningRate(resolve(RECIPE, nested))
@@ -156,18 +156,18 @@ def test_a_longer_run_may_keep_its_cosine():
 
 def test_going_on_with_another_rate_is_said_with_what_changed_it():
     def config(samples, **schedule):
-        return resolve(RECIPE, {"train": {"samples": samples}, "schedule": schedule})
+        return resolve(RECIPE, {"train": {"total_samples": samples}, "schedule": schedule})
 
     then = config(160)
     meta = {"config": then.to_dict(), "samples_seen": 160, "schedule": LearningRate(then).state}
     assert rate_change(meta, then) == rate_change(meta, config(160, final=0.001)) == ""
     longer = rate_change(meta, config(320))
     assert longer.startswith(
-        "The learning rate goes from 0.0006 to 0.352, because of train.samples (schedule.decay_samples 160 keeps"
+        "The learning rate goes from 0.0006 to 0.352, because of train.total_samples (schedule.decay_samples 160 keeps"
     )
     assert rate_change(meta, config(320, decay_samples=160)) == ""
     assert rate_change(meta, config(320, name="plateau", plateau_samples=40)).endswith(
-        "because of schedule.name, schedule.plateau_samples, train.samples."
+        "because of schedule.name, schedule.plateau_samples, train.total_samples."
     )
 
 

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seer_scale.data import inspect
-from seer_scale.data import pack as module
-from seer_scale.data.decode import decode
-from seer_scale.data.order import permute
+from seer_scale.corpus import describe as inspect
+from seer_scale.corpus import pack as module
+from seer_scale.data.sampling.order import permute
 from seer_scale.data.sources import open_source
 from seer_scale.data.sources.base import Source
+from seer_scale.data.transforms.decode import decode
 from seer_scale.errors import DataError
 from tests.pictures import apart, encode, photo
 from tests.sources import Fatal

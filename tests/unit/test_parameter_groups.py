@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from seer_scale.distributed import World
 from seer_scale.optim.parameter_groups import ParameterGroup, check_groups
 from seer_scale.parallel.engine import Engine
-from seer_scale.world import World
 from tests.tiny import fake_views, losses_of
 from tests.toy import UNIT_ROWS, Taught, toy
 

@@ -8,8 +8,8 @@ import torch
 from torchvision.transforms import functional as tv
 
 from seer_scale.config import Views
-from seer_scale.data import photometric as p
-from seer_scale.data.views import DRAWS
+from seer_scale.data.transforms import photometric as p
+from seer_scale.data.transforms.views import DRAWS
 from tests.pictures import apart, photo
 
 OPS = {"brightness": p.BRIGHTNESS, "contrast": p.CONTRAST, "saturation": p.SATURATION, "hue": p.HUE}
@@ -25,7 +25,7 @@ def kernel(request, monkeypatch):
 
 def distorted(image: np.ndarray, flip=False, ops=(), sigma=0.0) -> np.ndarray:
     planes = np.full((3, *image.shape[:2]), 77, np.uint8)
-    p.distort(image, p.Distortion(flip, tuple(ops), sigma), planes)
+    p.apply_photometric(image, p.PhotometricParams(flip, tuple(ops), sigma), planes)
     return planes
 
 
@@ -77,7 +77,7 @@ def test_every_step_happens_as_often_as_asked(kernel):
     """Shares of flipped, grey and blurred crops within 5 standard errors of their probabilities, alone and together."""
     left = np.zeros((16, 16, 3), np.uint8)
     left[:, :8] = (200, 60, 20)
-    asked = Views(jitter_p=0.0, flip=0.3, grey_p=0.2, blur_p=0.6, blur_sigma=(1.0, 2.0))
+    asked = Views(jitter_p=0.0, flip=0.3, grayscale_p=0.2, blur_p=0.6, blur_sigma=(1.0, 2.0))
     n = 3000
     draws = np.random.default_rng(1).random((n, DRAWS)).tolist()
     crops = [distorted(left, *p.draw(asked, iter(d))).astype(int).transpose(1, 2, 0) for d in draws]
@@ -97,7 +97,7 @@ def test_every_step_happens_as_often_as_asked(kernel):
 def test_jitter_factors_are_torchvisions_ranges_in_any_order():
     seen: dict[int, list[float]] = {n: [] for n in range(5)}
     orders = set()
-    views = Views(jitter=(0.8, 1.5, 0.0, 0.2), jitter_p=0.8, grey_p=0.0)
+    views = Views(jitter=(0.8, 1.5, 0.0, 0.2), jitter_p=0.8, grayscale_p=0.0)
     for d in np.random.default_rng(2).random((4000, DRAWS)).tolist():
         ops = p.draw(views, iter(d)).ops
         orders.add(tuple(op for op, _ in ops))

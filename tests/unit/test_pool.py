@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seer_scale.data import pool as module
-from seer_scale.data.pool import stream
+from seer_scale.data.loading import pool as module
+from seer_scale.data.loading.pool import iterate_batches
 from seer_scale.errors import DataError
-from tests.numbers import ROWS, Numbers, Unpicklable, die, hang
+from tests.counting_task import ROWS, Numbers, Unpicklable, die, hang
 from tests.processes import descendants, families, workers
 
 
@@ -39,9 +39,9 @@ def check(got, num, missing=()):
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 20])
 def test_all_rows_in_order(tmp_path, workers):
-    got = taken(stream(Numbers(tmp_path), range(12), workers=workers, prefetch=2))
+    got = taken(iterate_batches(Numbers(tmp_path), range(12), workers=workers, prefetch=2))
     check(got, 12)
-    assert not taken(stream(Numbers(tmp_path), range(0), workers=workers))
+    assert not taken(iterate_batches(Numbers(tmp_path), range(0), workers=workers))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_all_rows_in_order(tmp_path, workers):
 )
 def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path, capfd, what, options, said):
     trouble = dict.fromkeys([0, 304, 306, 501], what)
-    check(taken(stream(Numbers(tmp_path, trouble), range(8), workers=2, prefetch=3, **options)), 8)
+    check(taken(iterate_batches(Numbers(tmp_path, trouble), range(8), workers=2, prefetch=3, **options)), 8)
     told = capfd.readouterr().err
     assert told.count("another takes its place") == 4 and all(
         f"{said} at number {i};" in told or f"{said} at number {i}" in told for i in trouble
@@ -64,7 +64,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path, capfd, what, options,
 def test_killed_at_random_by_somebody_else(tmp_path):
     """Any worker, at any moment, several at once: the same batches."""
     draw, job = np.random.default_rng(0), Numbers(tmp_path)
-    batches, got = stream(job, range(40), workers=3, prefetch=2), []
+    batches, got = iterate_batches(job, range(40), workers=3, prefetch=2), []
     for batch in batches:
         got.append(copied(batch))
         if len(got) % 4 == 0:
@@ -74,17 +74,21 @@ def test_killed_at_random_by_somebody_else(tmp_path):
 
 
 def test_an_item_that_ends_its_worker_twice_is_refused(tmp_path, capfd):
-    check(taken(stream(Numbers(tmp_path, {203: die}, times=99), range(6), workers=2)), 6, missing={203})
+    check(taken(iterate_batches(Numbers(tmp_path, {203: die}, times=99), range(6), workers=2)), 6, missing={203})
     assert capfd.readouterr().err.count("another takes its place") == module.SUSPECT_TWICE
 
 
 def test_any_number_of_such_items_in_one_batch(tmp_path):
     fatal = {200, 201, 202, 203, 204, 205, 303}
-    check(taken(stream(Numbers(tmp_path, dict.fromkeys(fatal, die), times=99), range(5), workers=1)), 5, missing=fatal)
+    check(
+        taken(iterate_batches(Numbers(tmp_path, dict.fromkeys(fatal, die), times=99), range(5), workers=1)),
+        5,
+        missing=fatal,
+    )
 
 
 def test_a_fork_of_ours_keeps_no_host_alive(tmp_path):
-    batches = stream(Numbers(tmp_path), range(100), workers=1)
+    batches = iterate_batches(Numbers(tmp_path), range(100), workers=1)
     next(batches)
     [host] = {host for _, host, _ in families(os.getpid())}
     fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,), daemon=True)
@@ -99,12 +103,12 @@ def test_a_fork_of_ours_keeps_no_host_alive(tmp_path):
 
 def test_workers_that_cannot_live_end_the_run(tmp_path):
     class Dying(Numbers):
-        def fill(self, key, row, out, guard):
-            guard.enter(int(time.monotonic_ns()))  # never the same
+        def fill(self, key, row, out, tracker):
+            tracker.begin(int(time.monotonic_ns()))  # never the same
             die()
 
     with pytest.raises(DataError, match="so did 5 before it .* lower data.workers or data.prefetch"):
-        taken(stream(Dying(tmp_path), range(3), workers=1))
+        taken(iterate_batches(Dying(tmp_path), range(3), workers=1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -114,7 +118,7 @@ def test_errors_come_in_their_turn(tmp_path, workers):
 
     got = []
     with pytest.raises(DataError, match="not this one"):
-        for batch in stream(Numbers(tmp_path, {402: refuse}), range(8), workers=workers):
+        for batch in iterate_batches(Numbers(tmp_path, {402: refuse}), range(8), workers=workers):
             got.append(copied(batch))
     check(got, 4)
 
@@ -122,12 +126,12 @@ def test_errors_come_in_their_turn(tmp_path, workers):
         raise KeyError("a bug")
 
     with pytest.raises((RuntimeError, KeyError), match="a bug"):
-        taken(stream(Numbers(tmp_path, {406: bug}), range(8), workers=workers))
+        taken(iterate_batches(Numbers(tmp_path, {406: bug}), range(8), workers=workers))
 
 
 @pytest.mark.parametrize("which", ["the host", "the server", "both"])
 def test_what_holds_the_workers_may_be_killed_too(tmp_path, capfd, which):
-    batches, got = stream(Numbers(tmp_path), range(30), workers=2, prefetch=2), []
+    batches, got = iterate_batches(Numbers(tmp_path), range(30), workers=2, prefetch=2), []
     for batch in batches:
         got.append(copied(batch))
         if len(got) in (7, 19) and (loaders := families(os.getpid())):  # none are below us once their server is dead
@@ -137,11 +141,11 @@ def test_what_holds_the_workers_may_be_killed_too(tmp_path, capfd, which):
             if which != "the server":
                 os.kill(host, signal.SIGKILL)
     check(got, 30)
-    check(taken(stream(Numbers(tmp_path), range(3), workers=2)), 3)
+    check(taken(iterate_batches(Numbers(tmp_path), range(3), workers=2)), 3)
 
 
 def test_no_process_outlives_the_iterator(tmp_path):
-    batches = stream(Numbers(tmp_path), range(100), workers=3)
+    batches = iterate_batches(Numbers(tmp_path), range(100), workers=3)
     next(batches)
     assert len(workers(os.getpid())) == 3
     batches.close()
@@ -154,7 +158,7 @@ def test_no_process_outlives_the_iterator(tmp_path):
 def test_workers_are_small(tmp_path):
     """They have not what this process has grown to, torch least of all."""
     ballast = np.ones(1 << 26)
-    batches = stream(Numbers(tmp_path), range(100), workers=2)
+    batches = iterate_batches(Numbers(tmp_path), range(100), workers=2)
     next(batches)
     for pid in workers(os.getpid()):
         status = Path(f"/proc/{pid}/status").read_text()
@@ -168,7 +172,7 @@ def test_a_job_that_cannot_be_had_is_told(tmp_path):
     job = Numbers(tmp_path)
     job.odd = Unpicklable()
     with pytest.raises(RuntimeError, match="(?s)cannot be started.*no such thing here"):
-        taken(stream(job, range(3), workers=1))
+        taken(iterate_batches(job, range(3), workers=1))
 
 
 def test_what_lies_in_the_current_folder_stands_in_for_nothing(tmp_path, monkeypatch):
@@ -179,7 +183,7 @@ def test_what_lies_in_the_current_folder_stands_in_for_nothing(tmp_path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(module, "_server", module._Server())
             patch.syspath_prepend(first) if first else patch.setattr("sys.path", ["", *sys.path])
-            check(taken(stream(Numbers(tmp_path), range(4), workers=2)), 4)
+            check(taken(iterate_batches(Numbers(tmp_path), range(4), workers=2)), 4)
     shadow = tmp_path / "shadow"
     shadow.mkdir()
     (tmp_path / "random.py").rename(shadow / "random.py")
@@ -189,14 +193,17 @@ def test_what_lies_in_the_current_folder_stands_in_for_nothing(tmp_path, monkeyp
         with pytest.raises(
             DataError, match=f"cannot be started: ImportError: homework \\({shadow}/random.py, line 1\\)."
         ):
-            taken(stream(Numbers(tmp_path), range(4), workers=2))
+            taken(iterate_batches(Numbers(tmp_path), range(4), workers=2))
 
 
 def test_a_server_whose_process_has_gone_says_nothing():
     """As after kill -9 in the first seconds: there is nobody left whom a traceback would help."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    for program in (module.SERVER, "import sys; sys.modules['seer_scale.data.worker'] = None\n" + module.SERVER):
+    for program in (
+        module.SERVER,
+        "import sys; sys.modules['seer_scale.data.loading.worker'] = None\n" + module.SERVER,
+    ):
         ours, theirs = socket.socketpair()
         ours.close()
         words = [sys.executable, "-P", "-c", program.format(path=sys.path, fd=theirs.fileno(), parent=gone.pid)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seer_scale.world import World
+from seer_scale.distributed import World
 from tests.tiny import tiny
 
 PRODUCTS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")

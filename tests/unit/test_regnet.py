@@ -8,7 +8,7 @@ import timm
 import torch
 
 from seer_scale.errors import UserError
-from seer_scale.models.norm import BatchNorm
+from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.models.registry import backbone_names, build_backbone, initialise
 from seer_scale.models.regnet import REGNETY, RegNetY, stage_plan
 
@@ -60,8 +60,10 @@ def test_every_row(name):
     assert time.process_time() - start < 1
     parameters = dict(model.named_parameters())
     assert model.initialisers().keys() == parameters.keys()
-    assert [f"{unit}.{p}" for unit, m in model.units().items() for p, _ in m.named_parameters()] == list(parameters)
-    assert ["stem", *sum(model.stage_units(), [])] == list(model.units())
+    assert [f"{unit}.{p}" for unit, m in model.shard_units().items() for p, _ in m.named_parameters()] == list(
+        parameters
+    )
+    assert ["stem", *sum(model.stage_units(), [])] == list(model.shard_units())
 
 
 @pytest.mark.parametrize("size", TIMM)
@@ -102,13 +104,13 @@ def test_multiply_accumulates_are_those_of_the_convolutions_run():
 def test_a_list_is_one_call_an_entry_and_enters_each_unit_once(training):
     together, apart = tiny().train(training), tiny().train(training)
     calls = []
-    for name, unit in together.units().items():
+    for name, unit in together.shard_units().items():
         unit.register_forward_hook(lambda *_, name=name: calls.append(name))
     xs = [torch.randn(3, 3, 64, 64), torch.randn(5, 3, 40, 48)]
     for y, x in zip(together(xs), xs, strict=True):
         assert y.shape == (len(x), together.num_features)
         assert torch.equal(y, apart(x))
-    assert calls == list(together.units())
+    assert calls == list(together.shard_units())
     assert all(torch.equal(a, b) for a, b in zip(together.buffers(), apart.buffers()))
 
 

@@ -25,8 +25,8 @@ import pytest
 from PIL import Image
 
 from seer_scale.config import Crop, Data, Views
-from seer_scale.data.loader import loader
-from seer_scale.data.sampler import ElasticSampler, Era
+from seer_scale.data.loading.loader import train_batches
+from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.sources import kind_of, lists, open_source, remote, tars
 from seer_scale.errors import DataError
 from tests.sources import Impatient
@@ -324,7 +324,7 @@ def test_what_never_ends_is_cut_off_at_the_limit(server, monkeypatch):
     with pytest.raises(DataError, match="has more than the 1,000,000 bytes that are taken"):
         remote.read(f"{server.url}/a.jpg", most=1_000_000)
     assert server.left.wait(20) and server.written < 30_000_000 and len(server.asked) == 1
-    monkeypatch.setattr(remote, "MOST_UNTOLD", 500_000)
+    monkeypatch.setattr(remote, "MAX_UNTOLD", 500_000)
     with pytest.raises(DataError, match="has more than the 500,000 bytes"):
         remote.read(f"{server.url}/a.jpg", most=1_000_000_000)
     monkeypatch.setattr(remote, "READ_TIMEOUT_S", 5)
@@ -431,13 +431,13 @@ def test_of_many_hosts_little_is_kept(server):
         remote._filesystem(f"http://h{n}.example/a.bin")
         remote._filesystem(f"memory://bucket{n}/a.bin")
     mine = [key for key in remote._filesystems if key[0] == os.getpid()]
-    assert len(mine) <= remote.MOST_FILESYSTEMS and sum(key[1] == "http" for key in mine) <= 1
+    assert len(mine) <= remote.MAX_FILESYSTEMS and sum(key[1] == "http" for key in mine) <= 1
 
 
 def test_threads_that_never_end_are_few(monkeypatch):
     """Of a filesystem that cannot be told to stop."""
     monkeypatch.setattr(remote, "READ_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(remote, "MOST_STUCK", 3)
+    monkeypatch.setattr(remote, "MAX_STUCK", 3)
     monkeypatch.setattr(remote, "_stuck", [])
     over = threading.Event()
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", lambda *_, **__: over.wait(60))
@@ -465,9 +465,9 @@ def test_loader_workers_read_after_the_parent_did_and_replace_what_fails(server,
     source.read_run(0, 24)
 
     def batches():
-        sampler = ElasticSampler([Era(0, (("all", len(source)),), 1, 1)], 1, 12)
+        sampler = ElasticSampler([DataVersion(0, (("all", len(source)),), 1, 1)], 1, 12)
         part = dict(rank=0, world_size=1, start=0, stop=48)
-        return list(loader(source, Data(workers=2, prefetch=2), VIEWS, sampler, **part))
+        return list(train_batches(source, Data(workers=2, prefetch=2), VIEWS, sampler, **part))
 
     whole = batches()
     assert sum(len(b.indices) for b in whole) == 48 and not any(b.unreadable for b in whole)

@@ -9,12 +9,12 @@ import pytest
 from matplotlib.axes import Axes
 
 from seer_scale.config import resolve
+from seer_scale.distributed import World
 from seer_scale.methods.registry import build_method
 from seer_scale.observe.gallery import Gallery, read_gallery
 from seer_scale.observe.report import headline, page, write_report
 from seer_scale.observe.report.plots import COLOURS, Plot, metric, short, smoothed, svg
 from seer_scale.observe.sinks import RunLog, read_metrics
-from seer_scale.world import World
 from tests.tiny import RECIPE
 
 SECTIONS = [
@@ -50,7 +50,7 @@ def run_dir(tmp_path, monkeypatch):
     run.mkdir()
     (run / "config.yaml").write_text(
         "model: {name: regnety_400mf}\nswav: {prototypes: [64]}\n"
-        "train: {samples: 6400, global_batch: 64}\nparallel: {engine: fsdp}\n"
+        "train: {total_samples: 6400, global_batch: 64}\nparallel: {engine: fsdp}\n"
     )
 
     def stretch(log, steps):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from seer_scale.config import load_recipe, resolve
-from seer_scale.methods.swav import SwAV
+from seer_scale.distributed import World
+from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel import build_engine
 from seer_scale.parallel import engine as frame
 from seer_scale.rng import Constant, Normal, Uniform, UnitRows, draw
-from seer_scale.world import World
 from tests.tiny import tiny
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)

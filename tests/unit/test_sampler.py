@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seer_scale.data.order import Order, permute
-from seer_scale.data.sampler import ElasticSampler, Era, needed
+from seer_scale.data.sampling.order import Order, permute
+from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler, needed
 
 
-def sampler_of(n, seed, global_batch, block=1, lanes=1):
-    return ElasticSampler([Era(0, (("all", n),), block, lanes)], seed, global_batch)
+def sampler_of(n, seed, global_batch, block=1, interleave=1):
+    return ElasticSampler([DataVersion(0, (("all", n),), block, interleave)], seed, global_batch)
 
 
 small = st.integers(1, 3000)
@@ -61,12 +61,12 @@ def test_order_looks_random(n):
 
 @settings(deadline=None)
 @given(
-    n=st.integers(1, 500), seed=seeds, block=st.integers(0, 9), lanes=st.integers(1, 30),
+    n=st.integers(1, 500), seed=seeds, block=st.integers(0, 9), interleave=st.integers(1, 30),
     worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=12),
 )  # fmt: skip
-def test_every_image_once_an_epoch_over_any_resizes(n, seed, block, lanes, worlds):
+def test_every_image_once_an_epoch_over_any_resizes(n, seed, block, interleave, worlds):
     """Batches of 12 by another number of ranks each step: the same images as on one rank, each once an epoch."""
-    sampler = sampler_of(n, seed, 12, block, lanes)
+    sampler = sampler_of(n, seed, 12, block, interleave)
     got = []
     for step, world in enumerate(worlds):
         parts = [sampler.slots(12 * step, rank, world) for rank in range(world)]
@@ -114,27 +114,27 @@ blocks = st.integers(1, 40)
 
 
 @settings(deadline=None)
-@given(n=small, seed=seeds, epoch=st.integers(0, 100), block=blocks, lanes=blocks)
-def test_an_order_by_blocks_is_a_bijection(n, seed, epoch, block, lanes):
-    order = Order(n, seed, block, lanes)
+@given(n=small, seed=seeds, epoch=st.integers(0, 100), block=blocks, interleave=blocks)
+def test_an_order_by_blocks_is_a_bijection(n, seed, epoch, block, interleave):
+    order = Order(n, seed, block, interleave)
     images = order.at(epoch, np.arange(n))
     assert np.array_equal(np.sort(images), np.arange(n))
     assert np.array_equal(images[::-7], order.at(epoch, np.arange(n)[::-7]))  # by index, whatever else is asked for
 
 
 @settings(deadline=None)
-@given(n=st.integers(40, 20_000), seed=seeds, block=st.integers(2, 40), lanes=blocks)
-def test_a_lane_reads_one_block_after_the_other(n, seed, block, lanes):
-    """Every lanes-th position: block for block, each whole; the last rows, without a full set of lanes, excepted."""
-    order = Order(n, seed, block, lanes)
-    images, window = order.at(1, np.arange(n)), lanes * min(block, n)
+@given(n=st.integers(40, 20_000), seed=seeds, block=st.integers(2, 40), interleave=blocks)
+def test_a_lane_reads_one_block_after_the_other(n, seed, block, interleave):
+    """Every interleave-th position: block for block, each whole; the last rows, of fewer blocks, excepted."""
+    order = Order(n, seed, block, interleave)
+    images, window = order.at(1, np.arange(n)), interleave * min(block, n)
     for start in range(0, n // window * window, window):
-        for lane in {0, lanes // 2, lanes - 1}:
-            places = start + lane + lanes * np.arange(order.block)
-            first, num, _ = order.run_of(1, int(places[0]), int(images[places[0]]))
+        for lane in {0, interleave // 2, interleave - 1}:
+            places = start + lane + interleave * np.arange(order.block)
+            first, num, _ = order.block_of(1, int(places[0]), int(images[places[0]]))
             assert num == order.block and sorted((images[places] - first) % n) == list(range(num))
-            assert [order.run_of(1, int(p), int(images[p])) for p in places] == [(first, num, n) for n in range(num)]
-    assert all(order.run_of(1, p, int(images[p])) is None for p in range(n // window * window, n))
+            assert [order.block_of(1, int(p), int(images[p])) for p in places] == [(first, num, n) for n in range(num)]
+    assert all(order.block_of(1, p, int(images[p])) is None for p in range(n // window * window, n))
 
 
 def test_how_well_blocks_are_mixed():
@@ -176,16 +176,16 @@ def test_every_image_once_an_epoch_over_any_refreshes(seed, data):
     """Parts come, go, come back and change places in mid-epoch, several times: no image twice in an epoch, and none
     forgotten but those that were gone for a while."""
     batch, numbers, names = data.draw(st.integers(1, 20)), st.integers(1, 60), iter(range(10**6))
-    known, eras, sampler, seen, shown, was, gone, before = {}, [], None, 0, [], -1.0, {}, set()
+    known, versions, sampler, seen, shown, was, gone, before = {}, [], None, 0, [], -1.0, {}, set()
     for _ in range(data.draw(st.integers(1, 5))):
         kept = [p for p in known.items() if data.draw(st.booleans())]
         new = [(f"part {next(names)}", data.draw(numbers)) for _ in range(data.draw(st.integers(0 if kept else 1, 2)))]
         parts = data.draw(st.permutations([*kept, *new]))
         known |= dict(new)
         reading = tuple(parts), data.draw(st.integers(0, 6)), batch
-        eras = needed((*eras, sampler.next_era(seen, *reading))) if eras else [Era(0, *reading)]
-        assert eras[0].rest == 0 or eras[0].epoch < eras[-1].epoch or len(eras) == 1
-        sampler = ElasticSampler(eras, seed, batch)
+        versions = needed((*versions, sampler.next_version(seen, *reading))) if versions else [DataVersion(0, *reading)]
+        assert versions[0].remaining == 0 or versions[0].epoch < versions[-1].epoch or len(versions) == 1
+        sampler = ElasticSampler(versions, seed, batch)
         epoch = int(sampler.locate(np.array([seen]))[0][0])
         for name in before - dict(parts).keys():
             gone.setdefault(epoch, set()).add(name)
@@ -206,14 +206,14 @@ def test_every_image_once_an_epoch_over_any_refreshes(seed, data):
         assert int(sampler.progress(seen)) == epoch
 
 
-def refreshed(eras, seed, batch, since, parts, block=1, lanes=1):
-    before = ElasticSampler(eras, seed, batch)
-    return ElasticSampler((*eras, before.next_era(since, parts, block, lanes)), seed, batch)
+def refreshed(versions, seed, batch, since, parts, block=1, interleave=1):
+    before = ElasticSampler(versions, seed, batch)
+    return ElasticSampler((*versions, before.next_version(since, parts, block, interleave)), seed, batch)
 
 
 def test_new_and_old_parts_come_in_proportion():
     old, new = 40_000, 10_000
-    sampler = refreshed([Era(0, (("old", old),))], 0, 100, 20_000, (("old", old), ("new", new)))
+    sampler = refreshed([DataVersion(0, (("old", old),))], 0, 100, 20_000, (("old", old), ("new", new)))
     images = sampler.at(0, np.arange(sampler.size(0)))
     share = (images.reshape(-1, 300) >= old).mean(axis=1)
     assert len(images) == 30_000 and np.all(np.abs(share - 1 / 3) < 0.01)
@@ -221,20 +221,20 @@ def test_new_and_old_parts_come_in_proportion():
 
 
 def test_what_follows_a_stream_is_shuffled():
-    sampler = refreshed([Era(0, (("stream", 1000),), 0)], 0, 8, 64, (("a", 500), ("b", 500)))
+    sampler = refreshed([DataVersion(0, (("stream", 1000),), 0)], 0, 8, 64, (("a", 500), ("b", 500)))
     images = sampler.at(0, np.arange(200))
     assert abs((images < 500).mean() - 0.5) < 0.2 and np.mean(np.diff(images) == 1) < 0.1
 
 
 def test_a_part_that_goes_is_counted_once_and_not_stored():
-    eras = [Era(0, (("a", 300_000), ("b", 300_000)))]
-    sampler = refreshed(eras, 3, 64, 1024, (("b", 300_000),))
+    versions = [DataVersion(0, (("a", 300_000), ("b", 300_000)))]
+    sampler = refreshed(versions, 3, 64, 1024, (("b", 300_000),))
     sampler.slots(1024, 0, 1)
     begin = time.perf_counter()
     for p in range(2000):  # as loaders ask, one by one
         sampler.at(0, np.array([p]))
-    assert time.perf_counter() - begin < 2 and sampler._rest._counts.nbytes < 4000
-    again = refreshed([*sampler.eras], 3, 64, 64 * 10_000, (("b", 300_000), ("c", 10)))  # epochs later
-    assert needed(again.eras)[0].since == 1024 and again.era.epoch == 2
-    late = refreshed(needed(again.eras), 3, 64, 64 * 30_000, (("b", 300_000),))
-    assert [e.since for e in needed(late.eras)] == [64 * 10_000, 64 * 30_000]
+    assert time.perf_counter() - begin < 2 and sampler._partial_epoch._counts.nbytes < 4000
+    again = refreshed([*sampler.versions], 3, 64, 64 * 10_000, (("b", 300_000), ("c", 10)))  # epochs later
+    assert needed(again.versions)[0].since == 1024 and again.version.epoch == 2
+    late = refreshed(needed(again.versions), 3, 64, 64 * 30_000, (("b", 300_000),))
+    assert [e.since for e in needed(late.versions)] == [64 * 10_000, 64 * 30_000]

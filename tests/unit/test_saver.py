@@ -18,9 +18,9 @@ from seer_scale.checkpoint import saver, store
 from seer_scale.checkpoint.layout import Layout, run_of
 from seer_scale.checkpoint.saver import Saver
 from seer_scale.checkpoint.staging import Staging
+from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError
 from seer_scale.parallel.shard import Shard
-from seer_scale.world import World
 
 META = {"samples_seen": 8}
 
@@ -177,7 +177,7 @@ def test_what_is_written_is_the_moment_of_begin(tmp_path, monkeypatch):
     assert background.ended() is None
     may_write.set()
     saved = background.wait()
-    assert saved.path == store.newest(tmp_path, World()) and saved.samples_seen == 8 and not saved.problem
+    assert saved.path == store.latest(tmp_path, World()) and saved.samples_seen == 8 and not saved.problem
     assert background.wait() is None and background.ended() is None
     loaded = at(0.0)
     store.load(saved.path, loaded, World())
@@ -197,7 +197,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_works(tmp_path, monkeypatch)
         background.begin(state, META)
         assert background.wait() == saver.Saved(8, None, "the disk is full", "", pytest.approx(0, abs=5))
     with monkeypatch.context() as m:
-        m.setattr(saver.store, "retain", full)
+        m.setattr(saver.store, "prune", full)
         background.begin(state, META)
         saved = background.wait()
         assert saved.path.name == "samples-000000000008" and "the disk is full" in saved.kept_old

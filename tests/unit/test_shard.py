@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from seer_scale.checkpoint import store
+from seer_scale.distributed import World
 from seer_scale.parallel.shard import Shard
-from seer_scale.world import World
 
 
 def test_any_run_loads_from_a_whole_tensor_and_back(tmp_path):

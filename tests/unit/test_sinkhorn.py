@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seer_scale.bench.step import textbook_sinkhorn
-from seer_scale.methods.sinkhorn import sinkhorn
-from seer_scale.world import World
+from seer_scale.distributed import World
+from seer_scale.methods.losses.sinkhorn import sinkhorn
 
 
 def reference(scores: torch.Tensor, epsilon: float, iterations: int) -> torch.Tensor:

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from seer_scale.methods.swav import SwAV
-from seer_scale.train import skips
-from seer_scale.train.skips import MAX_TOLD, SkipMonitor
-from seer_scale.train.start import run_training
-from seer_scale.world import World
+from seer_scale.distributed import World
+from seer_scale.methods.swav.method import SwAV
+from seer_scale.training import skips
+from seer_scale.training.skips import MAX_TOLD, SkipMonitor
+from seer_scale.training.start import run_training
 from tests.e2e.runs import events, recipe, steps
 from tests.tiny import micro_batches, tiny
 
@@ -117,7 +117,11 @@ def test_a_run_says_so(tmp_path, photos, monkeypatch):
 
     monkeypatch.setattr(SwAV, "_swapped", sometimes)
     given = recipe(
-        tmp_path, photos, train={"samples": 40, "log_every": 5}, knn={"enabled": False}, checkpoint={"every_samples": 0}
+        tmp_path,
+        photos,
+        train={"total_samples": 40, "log_every": 5},
+        knn={"enabled": False},
+        checkpoint={"every_samples": 0},
     )
     assert run_training(given, ["--run.dir", str(tmp_path / "run")]) == 0
     (event,) = events(tmp_path / "run", "skipped")

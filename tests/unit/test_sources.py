@@ -578,7 +578,7 @@ def test_a_tar_replaced_while_in_use_gives_no_other_image(tmp_path):
 
 
 def test_no_member_takes_more_memory_than_an_image_may(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "MOST_BYTES", 5000)
+    monkeypatch.setattr(tars, "MAX_BYTES", 5000)
     monkeypatch.setattr(tars, "LONGEST_READ", 2500)  # as in truth, far less
     source = open_source(
         str(write_tar(tmp_path / "x.tar", {"1.jpg": b"a" * 5000, "2.jpg": b"b" * 5001, "3.jpg": b"c"}))

@@ -10,17 +10,17 @@ import yaml
 
 from seer_scale.bench import data as bench
 from seer_scale.config import recipe_names, resolve
-from seer_scale.data.loader import Batch
-from seer_scale.models.layout import Execution
-from seer_scale.train import loop
-from seer_scale.train.window import Window
-from seer_scale.world import World
+from seer_scale.data.loading.loader import Batch
+from seer_scale.distributed import World
+from seer_scale.models.execution import Execution
+from seer_scale.training import loop
+from seer_scale.training.metric_window import MetricWindow
 
 
 def test_the_share_is_that_of_the_clock(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    window = Window(World(), Path())
+    window = MetricWindow(World(), Path())
     for _ in range(4):
         now += 0.05
         window.waited_s += 0.03
@@ -37,7 +37,7 @@ def trainer(workers: int, cores: int, contended: str = "") -> tuple[loop.Trainer
     made.run_dir = Path("runs/a b")
     made.world, made.cores, made.workers, made._starved = World(), cores, workers, 0
     made.execution = Execution(1, torch.contiguous_format, contended)
-    made._tell = lambda kind, text, **_: told.append(f"{kind}: {text}")
+    made._log_event = lambda kind, text, **_: told.append(f"{kind}: {text}")
     return made, told
 
 
@@ -73,7 +73,7 @@ def test_what_to_change_where_all_cores_load():
 
 def test_the_tool_that_is_named_takes_the_crops_of_the_run(tmp_path):
     sections = {"views": {"crops": [{"num": 2, "size": 32}]}, "swav": {"prototypes": [8]}}
-    config = resolve(sections | {"data": {"path": "x"}, "train": {"samples": 8}})
+    config = resolve(sections | {"data": {"path": "x"}, "train": {"total_samples": 8}})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     assert bench._views(str(tmp_path / "config.yaml")) == config.views
     assert all(bench._views(name).crops for name in recipe_names())

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seer_scale.data.loader import Batch
-from seer_scale.train.window import Window
-from seer_scale.world import World
+from seer_scale.data.loading.loader import Batch
+from seer_scale.distributed import World
+from seer_scale.training.metric_window import MetricWindow
 from tests.tiny import losses_of, micro_batches, tiny
 
 WORLD = World()
@@ -38,7 +38,7 @@ class _Reads(TorchDispatchMode):
 def test_no_value_is_read_between_metrics(optimizer, over):
     config, engine = tiny(WORLD, **{"parallel.engine": "single", "optim.name": optimizer}, **over)
     losses_of(engine, config, WORLD, range(1))
-    window = Window(WORLD, Path())
+    window = MetricWindow(WORLD, Path())
     for step in range(1, 4):  # frozen and not, queue filling and full
         parts = micro_batches(config, step, WORLD)
         batch = Batch([], [], torch.arange(8), 8 * step, [])

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.lock import RunLock
 from seer_scale.checkpoint.saver import Saver
+from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.world import World
 
 ALONE = World()
 
@@ -49,7 +49,7 @@ def value_of(path: Path, size: int = 4096) -> float:
 
 def find(folder: Path, **options) -> tuple[str | None, list[str]]:
     warnings: list[str] = []
-    path = store.newest(folder, ALONE, warn=warnings.append, **options)
+    path = store.latest(folder, ALONE, warn=warnings.append, **options)
     return path and path.name, warnings
 
 
@@ -130,7 +130,7 @@ def test_newest_is_by_samples_and_a_second_save_at_the_same_count_replaces_the_f
     assert find(tmp_path) == ("samples-10000000000000", [])
     for again in range(12):
         path = save(tmp_path, 10**13, value=again)
-        assert store.newest(tmp_path, ALONE) == path and value_of(path) == again
+        assert store.latest(tmp_path, ALONE) == path and value_of(path) == again
     assert len(os.listdir(tmp_path)) == 3
 
 
@@ -188,7 +188,7 @@ DAMAGE = {
     "empty folder": (lambda p: [f.unlink() for f in p.iterdir()], "has no manifest.json"),
     "a file": (lambda p: ([f.unlink() for f in p.iterdir()], p.rmdir(), p.write_text("")), "has no manifest.json"),
     "newer format": (_another_format(99), "format 99"),
-    "older format": (_another_format(1, best=math.inf), "format 1, but this version reads format 3"),
+    "older format": (_another_format(1, best=math.inf), "format 1, but this version reads format 4"),
 }
 
 
@@ -217,7 +217,7 @@ def test_any_flipped_bit_is_found(tmp_path_factory, name, at, bit):
     content = bytearray((path / name).read_bytes())
     content[at % len(content)] ^= 1 << bit
     (path / name).write_bytes(content)
-    assert store.flaw(path, ALONE) is not None
+    assert store.validate(path, ALONE) is not None
 
 
 def test_without_verify_sizes_must_do(tmp_path):
@@ -291,7 +291,7 @@ def test_no_failing_file_operation_costs_what_was_published(tmp_path, monkeypatc
             except CheckpointError as e:
                 assert "No space left on device" in str(e) or "is not there" in str(e), str(e)
             met_all, left[0] = left[0] > 0, 0
-        survivor = store.newest(folder, ALONE)
+        survivor = store.latest(folder, ALONE)
         assert value_of(survivor) == (2 if survivor != old else 1)
         assert value_of(old) == 1
         save(folder, 1, 1)  # what is left hinders nothing, and goes with the next save
@@ -299,7 +299,7 @@ def test_no_failing_file_operation_costs_what_was_published(tmp_path, monkeypatc
         old = next(p for p in folder.iterdir() if p.name.startswith("samples-000000000001"))
         if met_all:
             break
-    assert 30 < point < 299 and value_of(store.newest(folder, ALONE)) == 2
+    assert 30 < point < 299 and value_of(store.latest(folder, ALONE)) == 2
     assert met >= {
         "open of data",
         "write",
@@ -364,7 +364,7 @@ def test_killed_at_any_instant_what_was_saved_is_there(tmp_path):
         child.join()
         last = int(acknowledged.read_text())
         unfinished += any(folder.glob(".tmp-*"))
-        value = value_of(store.newest(folder, ALONE))
+        value = value_of(store.latest(folder, ALONE))
         assert value in (last, last + 1)
         start = value + 1
     assert unfinished > KILLS / 4  # the moments are those of saving
@@ -452,11 +452,11 @@ def kept(folder: Path) -> list[int]:
 def test_the_last_and_the_milestones_stay(tmp_path):
     for samples in range(30, 400, 30):
         save(tmp_path, samples, size=8)
-        store.retain(tmp_path, 2, 100, ALONE)
+        store.prune(tmp_path, 2, 100, ALONE)
     assert kept(tmp_path) == [120, 210, 300, 360, 390]
-    store.retain(tmp_path, 1, 0, ALONE)
+    store.prune(tmp_path, 1, 0, ALONE)
     assert kept(tmp_path) == [390]
-    store.retain(tmp_path / "absent", 1, 0, ALONE)
+    store.prune(tmp_path / "absent", 1, 0, ALONE)
 
 
 @settings(max_examples=200, deadline=None)
@@ -466,20 +466,20 @@ def test_the_last_and_the_milestones_stay(tmp_path):
     every=st.integers(0, 60),
 )
 def test_retention_as_one_goes_keeps_what_it_would_keep_at_the_end(tmp_path_factory, counts, keep_last, every):
-    def fake_retain(names: list[str]) -> list[str]:
+    def fake_prune(names: list[str]) -> list[str]:
         dropped: list[str] = []
         with pytest.MonkeyPatch.context() as m:
             m.setattr(store, "_names", lambda *_: names[::-1])
-            m.setattr(store, "newest", lambda *_, **__: Path(names[-1]))
+            m.setattr(store, "latest", lambda *_, **__: Path(names[-1]))
             m.setattr(store, "_discard", lambda path: dropped.append(path.name))
-            store.retain(Path("nowhere"), keep_last, every, ALONE)
+            store.prune(Path("nowhere"), keep_last, every, ALONE)
         return [n for n in names if n not in dropped]
 
     all_names = [f"samples-{c:012d}" for c in counts]
     going: list[str] = []
     for name in all_names:
-        going = fake_retain([*going, name])
-    assert going == fake_retain(all_names)
+        going = fake_prune([*going, name])
+    assert going == fake_prune(all_names)
     assert going[-keep_last:] == all_names[-keep_last:]
 
 
@@ -488,11 +488,11 @@ def test_the_newest_valid_one_is_never_deleted(tmp_path):
         save(tmp_path, samples)
     for bad in (3, 4):
         _flip(tmp_path / f"samples-{bad:012d}" / "state-00000.safetensors", 0.5)
-    store.retain(tmp_path, 1, 0, ALONE)
+    store.prune(tmp_path, 1, 0, ALONE)
     assert kept(tmp_path) == [2, 4]
     assert find(tmp_path)[0] == "samples-000000000002"
     _flip(tmp_path / "samples-000000000002" / "tensors.json", 0.5)
-    store.retain(tmp_path, 1, 0, ALONE)
+    store.prune(tmp_path, 1, 0, ALONE)
     assert kept(tmp_path) == [2, 4], "nothing is valid: nothing goes"
 
 
@@ -572,4 +572,4 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "iterdir", refused)
     with pytest.raises(CheckpointError, match=f"^{tmp_path} cannot be listed \\(Permission denied\\): make it"):
-        store.newest(tmp_path, ALONE)
+        store.latest(tmp_path, ALONE)

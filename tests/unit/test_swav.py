@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from seer_scale.bench.step import textbook_loss, textbook_sinkhorn
-from seer_scale.methods import swav
-from seer_scale.methods.sinkhorn import sinkhorn
-from seer_scale.methods.swav import SwAV
-from seer_scale.world import World
+from seer_scale.distributed import World
+from seer_scale.methods.losses.sinkhorn import sinkhorn
+from seer_scale.methods.swav import method as swav
+from seer_scale.methods.swav.method import SwAV
 from tests.tiny import fake_views, losses_of, micro_batches, tiny
 
 WORLD = World()

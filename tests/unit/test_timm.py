@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from seer_scale.config import Config, Model, resolve
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
-from seer_scale.models.layout import measure
-from seer_scale.models.norm import BatchNorm, StatsTape
+from seer_scale.models.execution import measure
+from seer_scale.models.layers.norm import BatchNorm, StatsTape
 from seer_scale.models.registry import build_backbone, check_sizes, initialise
-from seer_scale.parallel.recompute import find_segments, recompute
+from seer_scale.parallel.activation_checkpoint import find_segments, recompute
 from seer_scale.rng import Played, draw
-from seer_scale.train.start import resolve_given
-from seer_scale.world import World
+from seer_scale.training.start import resolve_given
 from tests.tiny import RECIPE
 
 timm = pytest.importorskip("timm")
@@ -112,7 +112,7 @@ def test_blocks_are_units(name, stages):
     """Nearly all of a network lies in them, so that nearly all is sharded by them."""
     backbone = build_backbone(f"timm/{name}")
     assert [len(names) for names in backbone.stage_units()] == stages
-    units = backbone.units()
+    units = backbone.shard_units()
     assert set(units) >= {name for names in backbone.stage_units() for name in names}
     inside = {id(p) for unit in units.values() for p in unit.parameters()}
     assert sum(p.numel() for p in backbone.parameters() if id(p) in inside) > 0.89 * sum(
@@ -155,7 +155,7 @@ def test_what_is_no_backbone_of_timm():
         resolve_given(given, [], 1, looks=False)
     with pytest.raises(UserError, match="model.depth is given, but model.name is timm/test_vit"):
         resolve_given(RECIPE | {"model": RECIPE["model"] | {"name": "timm/test_vit"}}, [], 1, looks=False)
-    assert Config(model=Model(name="timm/test_vit")).model.free() == {}
+    assert Config(model=Model(name="timm/test_vit")).model.explicit_keys() == {}
 
 
 def test_without_timm_it_is_said_how_to_install_it(monkeypatch):

@@ -9,11 +9,11 @@ import torch
 
 from seer_scale import parallel
 from seer_scale.config import ConfigError, load_recipe, resolve
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
-from seer_scale.methods.swav import SwAV
+from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel.units import compute_type, joined_units, matrix_numel, sharded_units
-from seer_scale.train.start import resolve_recipe
-from seer_scale.world import World
+from seer_scale.training.start import resolve_recipe
 from tests.tiny import RECIPE
 
 
@@ -98,14 +98,14 @@ def test_small_units_are_gathered_together(recipe, least):
             "parallel.offload is true, but parallel.engine is ddp, which offloads nothing",
         ),
         (
-            ["--parallel.engine", "fsdp", "--parallel.replicate", "2", "--parallel.shard", "3"],
-            "2 x 3 = 6, but there are 4 ranks; nearest: shard 2",
+            ["--parallel.engine", "fsdp", "--parallel.replicate_degree", "2", "--parallel.shard_degree", "3"],
+            "2 x 3 = 6, but there are 4 ranks; nearest: shard_degree 2",
         ),
         (
-            ["--parallel.engine", "fsdp", "--parallel.replicate", "3"],
-            "parallel.replicate is 3, but must divide the number of ranks (4); nearest: 2",
+            ["--parallel.engine", "fsdp", "--parallel.replicate_degree", "3"],
+            "parallel.replicate_degree is 3, but must divide the number of ranks (4); nearest: 2",
         ),
-        (["--parallel.engine", "zero2", "--parallel.replicate", "2"], "has no mesh of replicas and shards"),
+        (["--parallel.engine", "zero2", "--parallel.replicate_degree", "2"], "has no mesh of replicas and shards"),
         (["--parallel.engine", "zero"], "parallel.engine is 'zero', but must be one of"),
         (["--parallel.activation_checkpoint", "every 0"], "nearest: every 1"),
         (["--parallel.activation_checkpoint", "[[1], [1]]"], "must have one for each of the 4 stages"),
@@ -138,7 +138,7 @@ def test_small_units_are_gathered_together(recipe, least):
             ["--parallel.engine", "zero4", "--parallel.offload", "true"],
             "parallel.engine is 'zero4', but must be one of",
         ),
-        (["--train.samples", "64", "--train.samples", "128"], "--train.samples is given twice"),
+        (["--train.total_samples", "64", "--train.total_samples", "128"], "--train.total_samples is given twice"),
         (["--train.micro_batch", "1", "--parallel.sync_bn_group", "1"], "leaves BatchNorm 1 image to normalise over"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_deepspeed_files_problems_are_told_together(tmp_path):
     )
     config = resolve(RECIPE, {"parallel": {"engine": "zero2", "ds_config": str(tmp_path / "ds.json")}}, world_size=4)
     with pytest.raises(ConfigError) as problem:
-        parallel.load("ds_config").deepspeed_config(config, 4)
+        parallel.load("deepspeed.config").deepspeed_config(config, 4)
     assert len(problem.value.problems) == 5
 
 
@@ -227,12 +227,12 @@ def test_a_deepspeed_file_may_say_what_the_recipe_says_and_keeps_the_shipped_res
     config = resolve(
         RECIPE, {"parallel": {"engine": "zero2", "offload": True, "ds_config": str(tmp_path / "ds.json")}}, world_size=4
     )
-    made = parallel.load("ds_config").deepspeed_config(config, 4)
+    made = parallel.load("deepspeed.config").deepspeed_config(config, 4)
     assert made["zero_optimization"]["use_multi_rank_bucket_allreduce"] is False and made["train_batch_size"] == 8
 
 
 def test_a_deepspeed_file_adds_what_the_recipe_does_not_say(tmp_path):
-    ds_config = parallel.load("ds_config")
+    ds_config = parallel.load("deepspeed.config")
     (tmp_path / "ds.json").write_text(
         json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 77}, "prescale_gradients": True})
     )
@@ -284,7 +284,13 @@ def test_auto_takes_ddp_while_it_fits_and_shards_beyond(monkeypatch):
         assert parallel.choose_engine(method, config, world) == engine
     assert parallel.choose_engine(method, config, World()) == "single"
     _, hsdp = method_of(
-        "seer_regnety_8gf", "--parallel.engine", "auto", "--parallel.replicate", "2", "--parallel.sync_bn_group", "0"
+        "seer_regnety_8gf",
+        "--parallel.engine",
+        "auto",
+        "--parallel.replicate_degree",
+        "2",
+        "--parallel.sync_bn_group",
+        "0",
     )
     assert parallel.choose_engine(method, hsdp, world) == "fsdp"
 
@@ -292,7 +298,7 @@ def test_auto_takes_ddp_while_it_fits_and_shards_beyond(monkeypatch):
 def test_prototypes_count_in_fp32_whatever_the_precision():
     over = {
         "train": {"precision": "fp16"},
-        "swav": {"dim": 256, "prototypes": [32]},
+        "swav": {"embedding_dim": 256, "prototypes": [32]},
         "parallel": {"engine": "zero3", "max_unit_gib": 20_000 / 2**30},
     }
     config = resolve(RECIPE, over, world_size=2)

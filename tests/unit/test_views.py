@@ -14,9 +14,9 @@ from torchvision.transforms import functional as tv
 
 from seer_scale.bench.data import reference
 from seer_scale.config import Crop, Views
-from seer_scale.data import views as v
-from seer_scale.data.batched import to_float
-from seer_scale.data.decode import decode
+from seer_scale.data.transforms import views as v
+from seer_scale.data.transforms.decode import decode
+from seer_scale.data.transforms.on_device import to_float
 from tests.pictures import apart, encode, photo
 
 KINDS = Views(crops=(Crop(num=2, size=64), Crop(num=3, size=32, scale=(0.05, 0.14))))
@@ -104,7 +104,7 @@ SMALL = Views(
     crops=(Crop(num=2, size=32, scale=(0.3, 1.0)), Crop(num=2, size=16, scale=(0.1, 0.3))),
     jitter_p=0.0,
     blur_p=0.0,
-    grey_p=0.0,
+    grayscale_p=0.0,
 )
 
 

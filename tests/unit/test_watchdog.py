@@ -15,7 +15,7 @@ from seer_scale.errors import EXIT_HUNG
 
 SCRIPT = """
 import ctypes, threading, time
-from seer_scale.train import watchdog
+from seer_scale.training import watchdog
 watchdog.GRACE_S = 0.3
 def hangs_here(): {body}
 with watchdog.Watchdog({limit}, "[rank 3] ") as w:
@@ -41,7 +41,7 @@ def test_stacks_are_written_and_the_process_ends(body):
     done = outcome(body)
     assert done.returncode == EXIT_HUNG, done.stderr
     first, *others = done.stderr.splitlines()
-    assert first.startswith("[rank 3] no progress for ") and "(run.hang_s 0.6) in process " in first
+    assert first.startswith("[rank 3] no progress for ") and "(run.hang_timeout_s 0.6) in process " in first
     assert any("hangs_here" in line for line in others) and all(line.startswith("[rank 3] ") for line in others)
 
 

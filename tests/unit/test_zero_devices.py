@@ -15,8 +15,8 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils
 
-from seer_scale.parallel.zero import _accelerator
-from seer_scale.world import World
+from seer_scale.distributed import World
+from seer_scale.parallel.deepspeed.engine import _accelerator
 from tests.tiny import losses_of, tiny
 
 

@@ -137,7 +137,7 @@ class _Subset(Source):
 # ------------------------------------------------------------------------------------------- names and labels
 
 
-class Names:
+class StringArray:
     """Immutable names in two arrays: `blob` uint8, their bytes, and `ends` int64 [n], where each one ends. They come as
     the system's calls take them (os.fsdecode), not as they may be shown."""
 
@@ -159,8 +159,8 @@ class NamesBuilder:
         self._blob += os.fsencode(name)
         self._ends.append(len(self._blob))
 
-    def build(self) -> Names:
-        return Names(np.frombuffer(bytes(self._blob), np.uint8), np.array(self._ends, np.int64))
+    def build(self) -> StringArray:
+        return StringArray(np.frombuffer(bytes(self._blob), np.uint8), np.array(self._ends, np.int64))
 
 
 class LabelsBuilder:
@@ -174,7 +174,7 @@ class LabelsBuilder:
         self.codes.append(-1 if value is None else self.values.setdefault(value, len(self.values)))
 
 
-def number(
+def encode_labels(
     codes: np.ndarray, values: Sequence[str], classes: Sequence[str], where: str
 ) -> tuple[np.ndarray, list[str]]:
     """Labels int32 and class names from codes into `values`: the number n is line n of classes.txt, counted from 0.
@@ -214,7 +214,7 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
-def few(paths: Sequence[str]) -> str:
+def shorten(paths: Sequence[str]) -> str:
     return paths[0] if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
 
 
@@ -226,7 +226,7 @@ def must_exist(path: str) -> None:
 # ------------------------------------------------------------------------------------------------------ caching
 
 
-def stamp_of(path: str) -> tuple[int, int]:
+def file_version(path: str) -> tuple[int, int]:
     """(size in bytes, a number that changes with the content) of a file or URL. Raises DataError."""
     if remote.is_url(path):
         size, stamp = remote.stat(path)
@@ -246,7 +246,7 @@ def cached_index(
     the user's cache folder. stamp: the file's, where it is known. only: the arrays that are needed, where not all are.
     is_stale: whether another must be built although the file is the same.
     Raises DataError where the file cannot be read."""
-    size, mark = stamp or stamp_of(path)
+    size, mark = stamp or file_version(path)
     wanted = np.array([version, size, mark], np.int64)
     is_url = remote.is_url(path)
     places: list[Callable[[], Path]] = [] if is_url else [lambda: Path(f"{path}.index.npz")]

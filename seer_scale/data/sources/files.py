@@ -18,9 +18,9 @@ from seer_scale.data.sources import remote
 from seer_scale.data.sources.base import (
     SUFFIXES,
     LabelsBuilder,
-    Names,
     NamesBuilder,
     Source,
+    StringArray,
     first_folder,
     is_image,
     must_exist,
@@ -41,7 +41,7 @@ from seer_scale.data.sources.left_out import (
 from seer_scale.errors import DataError
 from seer_scale.files import shown
 
-MOST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 FIRST = 100
 """Entries of a folder that tell whether it is one of runs: more than a run's own has."""
 
@@ -53,7 +53,12 @@ class Files(Source):
     classes: Sequence[str] = ()
 
     def __init__(
-        self, root: str, names: Names, labels: np.ndarray | None, classes: Sequence[str], left_out: Mapping[str, int]
+        self,
+        root: str,
+        names: StringArray,
+        labels: np.ndarray | None,
+        classes: Sequence[str],
+        left_out: Mapping[str, int],
     ):
         self._root, self._names, self.labels, self.classes = root, names, labels, classes
         self.left_out = left_out
@@ -77,16 +82,16 @@ class Files(Source):
 def read_file(path: str) -> bytes:
     """The whole of a file or URL. Raises DataError."""
     if remote.is_url(path):
-        return remote.read(path, most=MOST_BYTES)
+        return remote.read(path, most=MAX_BYTES)
     try:
         with open(path, "rb", buffering=0, opener=_at_once) as file:
             found = os.fstat(file.fileno())
             size = found.st_size
             if not stat.S_ISREG(found.st_mode):
                 raise DataError(f"{shown(path)} cannot be read (it is no regular file).")
-            if size > MOST_BYTES:
+            if size > MAX_BYTES:
                 raise DataError(
-                    f"{shown(path)} cannot be read (its {size:,} bytes are more than the {MOST_BYTES:,} that an "
+                    f"{shown(path)} cannot be read (its {size:,} bytes are more than the {MAX_BYTES:,} that an "
                     "image may have)."
                 )
             return file.readall()

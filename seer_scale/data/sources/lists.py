@@ -20,10 +20,10 @@ from seer_scale.data.sources.base import (
     Source,
     cache_place,
     cached_index,
+    encode_labels,
+    file_version,
     is_image,
     must_exist,
-    number,
-    stamp_of,
 )
 from seer_scale.data.sources.files import read_file
 from seer_scale.data.sources.left_out import COLUMNS, COMMENTS, HEADERS, described
@@ -167,7 +167,7 @@ class ListFile(Source):
         for block in range(len(self._starts) - 1):
             for line in self._lines(block):
                 seen.add(os.fsdecode(_label(line)) or None)
-        return number(np.array(seen.codes, np.int32), list(seen.values), (), self._path)
+        return encode_labels(np.array(seen.codes, np.int32), list(seen.values), (), self._path)
 
     def _lines(self, block: int) -> list[bytes]:
         """The lines of one block, read anew: a mapped file that somebody cuts would end the process."""
@@ -244,9 +244,9 @@ def _spread(total: int, num: int) -> list[int]:
 def _fetched(url: str) -> str:
     """This machine's copy of a list; another one when the list has changed."""
     try:
-        size, mark = stamp_of(url)
+        size, mark = file_version(url)
     except remote.NoSize:
-        data = remote.read(url, most=remote.MOST_UNTOLD)
+        data = remote.read(url, most=remote.MAX_UNTOLD)
         return _kept(url, len(data), zlib.crc32(data), [data])
     parts = (remote.read(url, offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK))
     return _kept(url, size, mark, parts)

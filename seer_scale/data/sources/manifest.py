@@ -38,7 +38,7 @@ class Part:
     exclude: tuple[str, ...] = ()
 
 
-class Joined(Source):
+class ConcatSource(Source):
     """The images of all parts, one part after the other.
 
     Labels are there if every part has them; classes of one name are one class. parts: (name, number of images).
@@ -107,7 +107,7 @@ def absolute(path: str, root: str = "") -> str:
     return ",".join(p if is_url(p) else os.path.abspath(p) for p in parts)
 
 
-def open_manifest(path: str, open_source: Callable[..., Source]) -> Joined:
+def open_manifest(path: str, open_source: Callable[..., Source]) -> ConcatSource:
     """Raises DataError, naming the part, for a manifest or a part that cannot be read."""
     parts, sources = read_manifest(path), []
     for part in parts:
@@ -116,7 +116,7 @@ def open_manifest(path: str, open_source: Callable[..., Source]) -> Joined:
             sources.append(open_source(part.path, part.kind, **more))
         except DataError as error:
             raise DataError(f"{path}, part {part.name}: {error}") from error
-    return Joined(sources, [part.name for part in parts])
+    return ConcatSource(sources, [part.name for part in parts])
 
 
 def read_manifest(path: str) -> list[Part]:

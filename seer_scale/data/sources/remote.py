@@ -37,11 +37,11 @@ NO_TRY_AFTER_S = 60.0
 """Seconds after which what has failed is not tried again."""
 STALL_S, STALL_BYTES = 15.0, 1 << 14
 """Seconds in which at least so many bytes must come, or a transfer is ended."""
-MOST_UNTOLD = 1 << 28
+MAX_UNTOLD = 1 << 28
 """Bytes that are taken of what does not tell its size."""
-MOST_FILESYSTEMS, MOST_CONNECTIONS, IDLE_S = 16, 64, 4.0
+MAX_FILESYSTEMS, MAX_CONNECTIONS, IDLE_S = 16, 64, 4.0
 """What a process keeps: filesystems (one for all of http, one a bucket), connections of http, and for how long idle."""
-MOST_STUCK = 8
+MAX_STUCK = 8
 """Threads of filesystems without a way to cancel that may hang, before such are not asked any more."""
 READAHEAD = 1 << 20
 COMMON = ("s3", "gs", "az", "hf", "http", "https", "file")
@@ -262,7 +262,7 @@ def _bounded_read(fs: Any, path: str, start: int | None, end: int | None) -> byt
 async def _get(fs: Any, url: str, start: int | None, end: int | None, is_probe: bool) -> bytes:
     """Bytes start .. end - 1 by HTTP, or one more chunk where there are more; of a probe only the first chunk."""
     start, session, options = start or 0, await fs.set_session(), dict(fs.kwargs)
-    if start or end is not None and end < MOST_UNTOLD or is_probe:  # an image is asked for whole
+    if start or end is not None and end < MAX_UNTOLD or is_probe:  # an image is asked for whole
         options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{'' if end is None else end - 1}"}
     most = None if end is None else end - start
     async with session.get(fs.encode_url(url), **options) as answer:
@@ -272,7 +272,7 @@ async def _get(fs: Any, url: str, start: int | None, end: int | None, is_probe: 
         is_plain = answer.headers.get("Content-Encoding", "identity").lower() in ("identity", "")
         told = answer.content_length if is_plain else None  # which, though none was asked for, is that of fewer bytes
         if told is None:
-            most = min(MOST_UNTOLD, most or MOST_UNTOLD)
+            most = min(MAX_UNTOLD, most or MAX_UNTOLD)
         if is_probe:
             return await answer.content.readany()
         if told and most is not None and told > most:
@@ -305,7 +305,7 @@ async def _next_chunk(answer: Any, timeout_s: float) -> bytes | None:
 def _in_thread(call: Callable[[], T]) -> Future[T]:
     """call() in a thread that is left behind when it takes too long, for a filesystem that cannot be told to stop."""
     _stuck[:] = [future for future in _stuck if not future.done()]
-    if len(_stuck) >= MOST_STUCK:
+    if len(_stuck) >= MAX_STUCK:
         raise OSError(f"{len(_stuck)} transfers before it have never ended")
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
@@ -367,7 +367,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         if is_http:  # compressed on the way, bytes would have other places
             made.kwargs["headers"] = {"Accept-Encoding": "identity", **made.kwargs.get("headers", {})}
         _filesystems[key] = made
-        while len(_filesystems) > MOST_FILESYSTEMS:
+        while len(_filesystems) > MAX_FILESYSTEMS:
             _filesystems.popitem(last=False)
     return made, made._strip_protocol(url)
 
@@ -376,5 +376,5 @@ async def _client(**options: Any) -> Any:
     """A session of http for however many hosts: it keeps no cookies, and idle connections not for long."""
     import aiohttp
 
-    connector = aiohttp.TCPConnector(limit=MOST_CONNECTIONS, keepalive_timeout=IDLE_S)
+    connector = aiohttp.TCPConnector(limit=MAX_CONNECTIONS, keepalive_timeout=IDLE_S)
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), **options)

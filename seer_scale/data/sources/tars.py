@@ -31,23 +31,23 @@ from seer_scale.data.sources.base import (
     HEIF,
     SUFFIXES,
     LabelsBuilder,
-    Names,
     NamesBuilder,
     Source,
+    StringArray,
     cache_place,
     cached_index,
     digest,
-    few,
+    encode_labels,
+    file_version,
     first_folder,
     is_image,
     is_tar,
     load_arrays,
     must_exist,
-    number,
     save_arrays,
-    stamp_of,
+    shorten,
 )
-from seer_scale.data.sources.files import MOST_BYTES, read_file
+from seer_scale.data.sources.files import MAX_BYTES, read_file
 from seer_scale.data.sources.left_out import (
     FOREIGN,
     HIDDEN_MEMBERS,
@@ -68,7 +68,7 @@ from seer_scale.files import shown
 from seer_scale.formatting import counted
 
 if TYPE_CHECKING:
-    from seer_scale.data.worker import Guard
+    from seer_scale.data.loading.worker import ItemTracker
 
 OUTSIDE_BRACES = r",(?![^{}]*\})"
 """Commas that part one path from the next."""
@@ -91,7 +91,7 @@ THREADS = 32
 ALONE_BELOW_TARS, ALONE_BELOW_BYTES = 32, 1 << 30
 """So little is indexed before other processes have started."""
 TELL_EVERY_S = 10.0
-MOST_IN_BRACES = 10_000_000
+MAX_IN_BRACES = 10_000_000
 PLACES = ("offset", "size", "names", "name_ends")
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
@@ -110,7 +110,7 @@ class Tars(Source):
         in any."""
         self._stamps, sums = _survey(paths)
         self._starts = np.cumsum([0, *sums[:, 0]])
-        self._few = few(paths)
+        self._few = shorten(paths)
         if not self._starts[-1]:
             others = dict(zip(KINDS, sums[:, 4:].sum(axis=0).tolist()))
             more = f" It holds {words}." if (words := described(others)) else ""
@@ -159,7 +159,7 @@ class Tars(Source):
 
     def arrive(self) -> None:
         """A node may have copies of its own, of other dates; they must be of the same sizes."""
-        if remote.is_url(self._paths[0]) or stamp_of(self._paths[0]) == tuple(self._stamps[0].tolist()):
+        if remote.is_url(self._paths[0]) or file_version(self._paths[0]) == tuple(self._stamps[0].tolist()):
             return
         paths = [self._paths[shard] for shard in range(len(self._paths))]
         stamps = _all_stamps(paths)
@@ -190,7 +190,7 @@ class Tars(Source):
             index = self._index(shard)
         except DataError:  # a log needs a name all the same
             return f"{shown(path)}::{i}"
-        return f"{shown(path)}::{shown(Names(index['names'], index['name_ends'])[i])}"
+        return f"{shown(path)}::{shown(StringArray(index['names'], index['name_ends'])[i])}"
 
     def _read_in(self, shard: int, first: int, num: int) -> list[bytes | DataError]:
         try:
@@ -202,9 +202,9 @@ class Tars(Source):
         out: list[bytes | DataError] = []
         for a, b in _joined(begins, ends):
             try:
-                if ends[a] - begins[a] > MOST_BYTES:
+                if ends[a] - begins[a] > MAX_BYTES:
                     raise DataError(
-                        f" cannot be read (its {ends[a] - begins[a]:,} bytes are more than the {MOST_BYTES:,} "
+                        f" cannot be read (its {ends[a] - begins[a]:,} bytes are more than the {MAX_BYTES:,} "
                         "that an image may have)."
                     )
                 data = self._range(shard, begins[a], ends[b - 1] - begins[a])
@@ -232,7 +232,7 @@ class Tars(Source):
 
     def _load(self, shard: int, only: Sequence[str]) -> dict[str, np.ndarray]:
         path = self._paths[shard]
-        stamp = stamp_of(path)
+        stamp = file_version(path)
         if stamp != tuple(self._stamps[shard].tolist()):
             raise DataError(f"{path} changed after it was indexed: start again.")
         index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only)
@@ -277,9 +277,9 @@ class Tars(Source):
             return None, ()
         only = [f"{self._labelled_by}{part}" for part in ("", "_values", "_ends")]
         indexes = (self._load(shard, only) for shard in range(len(self._paths)))
-        told = _told("Reading the labels of tars", indexes, len(self._paths))
+        told = with_progress("Reading the labels of tars", indexes, len(self._paths))
         codes, values = merge(told, self._labelled_by)
-        return number(codes, values, _read_classes(self._paths[0]), self._few)
+        return encode_labels(codes, values, _read_classes(self._paths[0]), self._few)
 
 
 def _joined(begins: list[int], ends: list[int]) -> Iterator[tuple[int, int]]:
@@ -302,7 +302,7 @@ def merge(indexes: Iterable[dict[str, np.ndarray]], source: str) -> tuple[np.nda
 
 
 def _texts(index: dict[str, np.ndarray], source: str) -> list[str]:
-    names = Names(index[f"{source}_values"], index[f"{source}_ends"])
+    names = StringArray(index[f"{source}_values"], index[f"{source}_ends"])
     return [names[i] for i in range(len(names))]
 
 
@@ -373,8 +373,8 @@ def _without_braces(path: str) -> list[str]:
     if not (braces := BRACES.search(path)):
         return [path]
     first, last, words = braces.groups()
-    if words is None and not 0 <= int(last) - int(first) < MOST_IN_BRACES:
-        raise DataError(f"{path}: {braces[0]} must count up, by at most {MOST_IN_BRACES:,}.")
+    if words is None and not 0 <= int(last) - int(first) < MAX_IN_BRACES:
+        raise DataError(f"{path}: {braces[0]} must count up, by at most {MAX_IN_BRACES:,}.")
     options = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)] if words is None else words.split(",")
     rests = _without_braces(path[braces.end() :])
     return [path[: braces.start()] + option + rest for option in options for rest in rests]
@@ -397,7 +397,7 @@ def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     todo = np.flatnonzero(~is_known).tolist()
     if todo:
         jobs = [(paths[i], tuple(stamps[i].tolist())) for i in todo]
-        for row, i in zip(_told("Indexing tars", _index_all(jobs), len(jobs)), todo):
+        for row, i in zip(with_progress("Indexing tars", _index_all(jobs), len(jobs)), todo):
             sums[i] = row
         save_arrays([place], {"stamps": stamps, "sums": sums})
     return stamps, sums
@@ -412,7 +412,7 @@ def _all_stamps(paths: Sequence[str]) -> np.ndarray:
 
 
 def _stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
-    return list(map(stamp_of, paths))
+    return list(map(file_version, paths))
 
 
 def _index_all(jobs: list[tuple[str, tuple[int, int]]]) -> Iterator[tuple[int, ...]]:
@@ -425,10 +425,12 @@ def _index_all(jobs: list[tuple[str, tuple[int, int]]]) -> Iterator[tuple[int, .
     if cores == 1 or len(jobs) < ALONE_BELOW_TARS and sum(size for _, (size, _) in jobs) < ALONE_BELOW_BYTES:
         yield from map(_sums, jobs)
         return
-    from seer_scale.data.pool import stream  # which stands above the sources, and forks nothing from this process
+    from seer_scale.data.loading.pool import (
+        iterate_batches,  # which stands above the sources, and forks nothing from this process
+    )
 
     indexing = _Indexing(jobs, max(cores, min(8 * cores, len(jobs) // 8)))
-    for (sums,), _ in stream(indexing, indexing.keys(), workers=cores, timeout_s=INDEXING_TIMEOUT_S):
+    for (sums,), _ in iterate_batches(indexing, indexing.keys(), workers=cores, timeout_s=INDEXING_TIMEOUT_S):
         yield from map(tuple, sums.tolist())
 
 
@@ -448,9 +450,9 @@ class _Indexing:
     def rows(self, key: int) -> int:
         return min(self.batch, len(self.jobs) - key)
 
-    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: Guard) -> None:
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], tracker: ItemTracker) -> None:
         try:
-            guard.enter(key + row)
+            tracker.begin(key + row)
         except DataError as error:
             raise DataError(f"{self.describe(key + row)} cannot be indexed ({error}): remove it.") from error
         out[0][row] = _sums(self.jobs[key + row])
@@ -489,7 +491,7 @@ def _unlabelled(sums: np.ndarray) -> tuple[int, int, str]:
     return int(lacking.sum()), int((lacking > 0).argmax()), "cls" if by_cls else "folder"
 
 
-def _told(what: str, results: Iterable, total: int) -> Iterator:
+def with_progress(what: str, results: Iterable, total: int) -> Iterator:
     """The results, with a word now and then on how many have come."""
     told = time.monotonic()
     for count, result in enumerate(results, 1):

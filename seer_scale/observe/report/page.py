@@ -21,12 +21,12 @@ from seer_scale import __version__
 from seer_scale.config import load_recipe
 from seer_scale.files import shown, write_whole
 from seer_scale.formatting import counted
-from seer_scale.observe.ledger import CAUSES, Ledger, duration, read_ledger
 from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.observe.report.parts import section, table
 from seer_scale.observe.report.pictures import Pictures
 from seer_scale.observe.report.plots import BLUE, FAINT, GREEN, INK, ORANGE, Plot, Rows, is_number, metric, short, svg
 from seer_scale.observe.sinks import BEGINNINGS, compare, read_metrics, speed_text
+from seer_scale.observe.time_account import CATEGORIES, TimeAccount, duration, read_time_account
 
 MAX_EVENTS = 40
 PAGE = """<!doctype html>
@@ -70,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
     rows, events = read_metrics(run_dir)
     config_path = run_dir / "config.yaml"
     config = load_recipe(str(config_path)) if config_path.exists() else {}
-    pictures, ledger = Pictures(run_dir), read_ledger(run_dir)
+    pictures, ledger = Pictures(run_dir), read_time_account(run_dir)
     restarts = max(0, len(ledger.lives) - 1)
     body = "\n".join(
         [
@@ -145,7 +145,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
     if is_number(begun.get("parameters")):
         facts["Parameters"] = short(begun["parameters"])
     if rows:
-        total = begun.get("end", get("train.samples"))
+        total = begun.get("end", get("train.total_samples"))
         seen = rows[-1]["samples_seen"]
         of = f" of {total:,}" if is_number(total) and total > seen else ""
         epoch = next((r["epoch"] for r in reversed(rows) if is_number(r.get("epoch"))), None)
@@ -317,7 +317,7 @@ def _curves(rows: Rows, events: Rows) -> str:
     )
 
 
-def _life(ledger: Ledger) -> str:
+def _life(ledger: TimeAccount) -> str:
     """How far the run was at each hour, and what its time went into."""
     if not ledger.lives or ledger.total_s <= 0:
         return ""
@@ -338,7 +338,7 @@ def _life(ledger: Ledger) -> str:
     picture = svg(Plot([], "images seen", "hours" if hour == 3600 else "minutes", (0, None), draw=climb))
     spent = [
         (words, duration(ledger.seconds[cause]), f"{100 * ledger.seconds[cause] / ledger.total_s:.1f} %")
-        for cause, words in CAUSES.items() if ledger.seconds[cause] > 0
+        for cause, words in CATEGORIES.items() if ledger.seconds[cause] > 0
     ]  # fmt: skip
     lives = [
         (time.strftime("%F %T", time.localtime(life.began)), life.on, f"{life.seen[0]:,} to {life.seen[1]:,}",

@@ -1,0 +1,93 @@
+"""What is done to the colours of a crop: flip, colour jitter, grey, Gaussian blur (SwAV's order and distributions).
+
+`draw` says what is to be done, as numbers; `apply_photometric` does it to one crop on the CPU: in one or two
+passes in C (pixels.c), or as on_device.py does it where that was not built, the same to a level of 255. The operations
+are torchvision's, without its rounding in between. `encode` makes numbers of it, for on_device.py to do a whole
+batch's on the accelerator."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from seer_scale.config import Views
+from seer_scale.data.transforms.native import native, scratch
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY = range(5)
+
+
+class PhotometricParams(NamedTuple):
+    """What happens to one crop, in this order."""
+
+    flip: bool
+    ops: tuple[tuple[int, float], ...]
+    """(operation, factor) one after the other; for HUE the factor is the turn, as a share of the colour circle."""
+    sigma: float
+    """The blur's standard deviation in pixels; 0 = none."""
+
+
+NOTHING = PhotometricParams(False, (), 0.0)
+MAX_OPS = 5
+PARAMS_PER_CROP = 2 + 2 * MAX_OPS
+"""Numbers a packed crop takes."""
+
+
+def encode(how: PhotometricParams) -> np.ndarray:
+    """float32 [PARAMS_PER_CROP]: flip, (operation, factor) for each of MAX_OPS in order, (-1, 0) where there are fewer,
+    sigma."""
+    none = [(-1, 0.0)] * (MAX_OPS - len(how.ops))
+    return np.array([how.flip, *sum((*how.ops, *none), ()), how.sigma], np.float32)
+
+
+def draw(views: Views, u: Iterator[float]) -> PhotometricParams:
+    """One crop's distortion; `u` iterates over uniform numbers in [0, 1)."""
+    flip, ops, sigma = next(u) < views.flip, [], 0.0
+    if next(u) < views.jitter_p:
+        order = sorted(range(4), key=[next(u) for _ in range(4)].__getitem__)
+        where = [next(u) for _ in range(4)]
+        for op in order:
+            strength = views.jitter[op]
+            low, high = (-strength, strength) if op == HUE else (max(0.0, 1 - strength), 1 + strength)
+            if strength:
+                ops.append((op, low + (high - low) * where[op]))
+    if next(u) < views.grayscale_p:
+        ops.append((GREY, 0.0))
+    if next(u) < views.blur_p:
+        low, high = views.blur_sigma
+        sigma = low + (high - low) * next(u)
+    return PhotometricParams(flip, tuple(ops), sigma)
+
+
+def apply_photometric(crop: np.ndarray, how: PhotometricParams, planes: np.ndarray) -> None:
+    """RGB uint8 [S, S, 3] distorted into `planes`, uint8 [3, S, S], contiguous."""
+    kernel = native()
+    if kernel is None:
+        from seer_scale.data.transforms import on_device  # loads torch, which loader processes otherwise do without
+
+        planes[:] = on_device.apply_on_cpu(crop, how)
+        return
+    size, num = len(crop), len(how.ops)
+    crop = np.ascontiguousarray(crop)
+    ops = (ctypes.c_int * num)(*(op for op, _ in how.ops))
+    factors = (ctypes.c_float * num)(*(factor for _, factor in how.ops))
+    kernel.photometric(crop.ctypes.data, size, how.flip, num, ops, factors, planes.ctypes.data)
+    if how.sigma:
+        weights = gaussian(how.sigma)
+        kernel.blur(
+            planes.ctypes.data,
+            size,
+            len(weights) // 2,
+            weights.ctypes.data,
+            scratch(size * size + size + len(weights)).ctypes.data,
+        )
+
+
+def gaussian(sigma: float) -> np.ndarray:
+    """Weights [2 ceil(3 sigma) + 1] of a Gaussian cut at three standard deviations, which sum to 1."""
+    radius = math.ceil(3 * sigma)
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return (weights / weights.sum()).astype(np.float32)

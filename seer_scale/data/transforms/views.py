@@ -1,0 +1,162 @@
+"""From pixels to views: every crop cut from one decoded image, resized and distorted, all as uint8 on the CPU.
+
+Order and distributions are SwAV's (FACTS; torchvision's RandomResizedCrop and ColorJitter): random resized crop, flip,
+colour jitter, grey, Gaussian blur. The views of an image are a pure function of (image, views, seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from seer_scale.config import Crop, Views
+from seer_scale.data.transforms import photometric
+from seer_scale.data.transforms.decode import decode
+from seer_scale.data.transforms.native import native, scratch
+from seer_scale.rng import numpy_generator
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, of values in [0, 1]."""
+
+Box = tuple[int, int, int, int]
+"""(top, left, height, width)"""
+
+DRAWS = 64
+"""Uniform numbers a crop may use; a fixed number keeps each crop's independent of what the others needed."""
+
+
+def load_views(
+    data: bytes, views: Views, seed: int, epoch: int, index: int, out: Sequence[np.ndarray] | None = None
+) -> Sequence[np.ndarray]:
+    """`make_views` of an encoded image, decoded at 1/2, 1/4 or 1/8 where every crop is at least as large there as it
+    will be (JPEG: fewer coefficients are transformed). Raises DataError for what is no whole image.
+
+    out: arrays to write into instead of new ones, and to return. If there are twice as many, the others are float32
+    [num, photometric.PARAMS_PER_CROP], and take each crop's distortion, which is then not done.
+    """
+    draws = _draws(views, seed, epoch, index)
+    full: list[int] = []
+
+    def at_least(height: int, width: int) -> tuple[int, int]:
+        full[:] = height, width
+        share = max(kind.size / min(box[2:]) for kind, _, box in _boxes(views, draws, height, width))
+        return math.ceil(height * share), math.ceil(width * share)
+
+    image = decode(data, at_least)
+    return _cut(image, views, draws, full, _arrays(views) if out is None else out)
+
+
+def make_views(image: np.ndarray, views: Views, seed: int, epoch: int, index: int) -> list[np.ndarray]:
+    """The crops of RGB uint8 [H, W, 3], one uint8 array [num, 3, size, size] for each kind in views.crops."""
+    out = _arrays(views)
+    _cut(image, views, _draws(views, seed, epoch, index), image.shape[:2], out)
+    return out
+
+
+def _arrays(views: Views) -> list[np.ndarray]:
+    return [np.empty((kind.num, 3, kind.size, kind.size), np.uint8) for kind in views.crops]
+
+
+def _draws(views: Views, seed: int, epoch: int, index: int) -> list[list[float]]:
+    return numpy_generator(seed, "views", epoch, index).random((sum(c.num for c in views.crops), DRAWS)).tolist()
+
+
+def _boxes(
+    views: Views, draws: list[list[float]], height: int, width: int
+) -> Iterator[tuple[Crop, Iterator[float], Box]]:
+    """For each crop its kind, what is left of its draws, and its box in an image of this size."""
+    kinds = (kind for kind in views.crops for _ in range(kind.num))
+    for kind, u in zip(kinds, map(iter, draws)):
+        yield kind, u, crop_box(height, width, kind.scale, u)
+
+
+def _cut(
+    image: np.ndarray, views: Views, draws: list[list[float]], full: Sequence[int], out: Sequence[np.ndarray]
+) -> Sequence[np.ndarray]:
+    """full: (height, width) of the image that `image` is a smaller copy of; boxes are chosen there."""
+    planes = (p for kind in out[: len(views.crops)] for p in kind)
+    packed = (p for kind in out[len(views.crops) :] for p in kind)
+    down, right = image.shape[0] / full[0], image.shape[1] / full[1]
+    for to, (kind, u, (top, left, height, width)) in zip(planes, _boxes(views, draws, *full)):
+        rows = slice(round(top * down), max(round(top * down) + 1, round((top + height) * down)))
+        columns = slice(round(left * right), max(round(left * right) + 1, round((left + width) * right)))
+        crop, how = resize(image[rows, columns], kind.size), photometric.draw(views, u)
+        if (later := next(packed, None)) is not None:
+            later[:], how = photometric.encode(how), photometric.NOTHING
+        photometric.apply_photometric(crop, how, to)
+    return out
+
+
+def crop_box(height: int, width: int, scale: tuple[float, float], u: Iterator[float]) -> Box:
+    """(top, left, height, width) of a random resized crop; `u` iterates over uniform numbers in [0, 1).
+
+    The distribution is that of torchvision's RandomResizedCrop.get_params with ratios 3/4 to 4/3.
+    """
+    log_ratio = math.log(4 / 3)
+    for _ in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * next(u))
+        ratio = math.exp(log_ratio * (2 * next(u) - 1))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(next(u) * (height - h + 1)), int(next(u) * (width - w + 1)), h, w
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] to [size, size, 3], bilinear, antialiased along an axis that shrinks: Pillow's, to one level."""
+    kernels = native()
+    if kernels is None:
+        return _resized(image, size)
+    height, width = image.shape[:2]
+    if image.strides[1:] != (3, 1):
+        image = np.ascontiguousarray(image)
+    out = np.empty((size, size, 3), np.uint8)
+    taps = sum(2 * math.ceil(max(1, n / size)) + 2 for n in (height, width))
+    floats = scratch(size * taps + 16 * (3 * width + 8) + 4 * size)
+    kernels.resize(image.ctypes.data, image.strides[0], height, width, size, out.ctypes.data, floats.ctypes.data)
+    return out
+
+
+def _resized(image: np.ndarray, size: int) -> np.ndarray:
+    """`resize` without the kernels: their sums in their order, so the same bytes."""
+    height, width = image.shape[:2]
+    first, num, weights = _triangle(height, size)
+    odd = num % 2 > 0  # rows are added two by two, an odd one before them
+    place = np.arange(weights.shape[1] + weights.shape[1] % 2 + 2) - odd[:, None]
+    weights = np.pad(weights, ((0, 0), (1, 3)))[np.arange(size)[:, None], place + 1]
+    rows = (first[:, None] + place).clip(0, height - 1)
+    down = np.zeros((size, width, 3), np.float32)
+    for k in range(0, place.shape[1], 2):
+        one, two = (weights[:, j, None, None] * image[rows[:, j]].astype(np.float32) for j in (k, k + 1))
+        down += one + two
+    first, _, weights = _triangle(width, size)
+    across = np.zeros((size, size, 3), np.float32)
+    for k in range(weights.shape[1]):
+        across += weights[:, k, None] * down[:, (first + k).clip(0, width - 1)]
+    return (across + np.float32(0.5)).astype(np.uint8)
+
+
+def _triangle(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where `size` outputs of `n` inputs look, and how much they weigh: first, num [size], weights float32 [size,
+    taps]."""
+    scale = n / size
+    reach = max(scale, 1.0)
+    centre = (np.arange(size) + 0.5) * scale
+    first, end = np.maximum((centre - reach + 0.5).astype(int), 0), np.minimum((centre + reach + 0.5).astype(int), n)
+    at = first[:, None] + np.arange((end - first).max())
+    away = np.abs((at - centre[:, None] + 0.5) / reach)
+    weights = np.where((away < 1) & (at < end[:, None]), 1 - away, 0).astype(np.float32)
+    return first, end - first, (weights / weights.cumsum(1, np.float64)[:, -1:]).astype(np.float32)
+
+
+def resize_centre(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [3, size, size] for evaluation: what centre-cropping leaves once the short side is round(size * 8/7)."""
+    height, width = image.shape[:2]
+    side = max(1, round(min(height, width) * size / round(size * 8 / 7)))  # cut first: no huge image on the way
+    top, left = (height - side) // 2, (width - side) // 2
+    crop = resize(image[top : top + side, left : left + side], size)
+    return np.ascontiguousarray(crop.transpose(2, 0, 1))

@@ -1,0 +1,107 @@
+"""Pictures of what was learned, for the report: crops, nearest neighbours, and what prototypes collect."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from seer_scale.config import Views
+from seer_scale.data.loading.loader import Batch
+from seer_scale.data.sources import Source
+from seer_scale.data.transforms.decode import decode
+from seer_scale.data.transforms.on_device import apply_photometric
+from seer_scale.data.transforms.views import resize_centre
+from seer_scale.distributed import World
+from seer_scale.errors import DataError
+from seer_scale.evaluate.features import Represent, features, gather_rows
+from seer_scale.evaluate.knn import Labelled, Neighbours
+from seer_scale.observe.gallery import Gallery
+
+SHOWN, ROW, PIXELS = 6, 8, 96
+"""Queries or prototypes shown, images in a row, and their height and width."""
+
+
+def show_crops(run_dir: Path, batch: Batch, views: Views) -> None:
+    """The crops of the first few images of a batch, as the network sees them."""
+    gallery, num = Gallery(run_dir), len(batch.indices)
+    for row in range(min(SHOWN, num)):
+        crops = []
+        for n, kind in enumerate(views.crops):
+            own = batch.views[n][row::num]
+            if batch.distortions:
+                own = apply_photometric(own, batch.distortions[n][row::num]).round_().clamp_(0, 255).to(torch.uint8)
+            assert len(own) == kind.num
+            crops += list(own.numpy())
+        gallery.add_crops(int(batch.indices[row]), crops)
+    gallery.save()
+
+
+def show_neighbours(run_dir: Path, stage: Literal["before", "after"], images: Labelled, found: Neighbours) -> None:
+    """The nearest bank images of a few queries, the same queries at every stage."""
+    gallery = Gallery(run_dir)
+    for row in np.linspace(0, len(found.queries) - 1, SHOWN).round().astype(int).tolist():
+        query = int(found.queries[row])
+        label = images.queries.class_of(query)
+        near: list[tuple[np.ndarray, str | None, float]] = [
+            (image, images.bank.class_of(i), s)
+            for i, s in zip(found.bank[row, :ROW].tolist(), found.similarity[row, :ROW].tolist())
+            for image in _small(images.bank, [i])
+        ]
+        for image in _small(images.queries, [query] if near else []):
+            gallery.add_neighbours(stage, image, label, near)
+    gallery.save()
+
+
+@torch.no_grad()
+def show_prototypes(
+    run_dir: Path, represent: Represent, prototypes: torch.Tensor, source: Source, *,
+    num: int, size: int, batch: int, workers: int, world: World,
+) -> None:  # fmt: skip
+    """How the images are shared out among the prototypes, and those nearest to a few prototypes that hold theirs close
+    and are far from each other. Collective; rank 0 writes. prototypes [K, dim]; num: images looked at, spread over
+    all."""
+    indices = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(np.int64)
+    stream = features(represent, source, indices, size=size, batch=batch, workers=workers, world=world)
+    parts = [(z, i) for _, z, _, i in stream]
+    z, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
+    if not world.is_main or len(ids) < ROW:
+        return
+    similarity = z @ prototypes.to(z).T
+    share = torch.bincount(similarity.argmax(1), minlength=len(prototypes)) / len(z)
+    top = similarity.topk(ROW, dim=0)
+    gallery = Gallery(run_dir)
+    gallery.set_use(share.tolist())
+    for k in _apart(prototypes, torch.where(share > 0, top.values.mean(0), -1), SHOWN):
+        if pictures := _small(source, ids[top.indices[:, k]].tolist()):
+            gallery.add_prototype(k, share[k].item(), pictures)
+    gallery.save()
+
+
+def _apart(prototypes: torch.Tensor, closeness: torch.Tensor, num: int) -> list[int]:
+    """`num` prototypes or fewer, the closest first and then each the farthest from those before it, among the closest 8
+    num.
+
+    Several prototypes often share one group of images, and would show the same ones. prototypes [K, dim], closeness
+    [K]."""
+    among = closeness.topk(min(8 * num, int((closeness > -1).sum()))).indices
+    vectors = torch.nn.functional.normalize(prototypes[among].float(), dim=1)
+    nearest = torch.full((len(among),), -2.0, device=vectors.device)
+    chosen: list[int] = []
+    for _ in range(min(num, len(among))):
+        nearest[chosen] = 2.0
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, vectors @ vectors[chosen[-1]])
+    return among[chosen].tolist()
+
+
+def _small(source: Source, indices: list[int]) -> list[np.ndarray]:
+    """Thumbnails of those images that can still be read: files vanish while a run lasts."""
+    images = []
+    for index in indices:
+        with contextlib.suppress(DataError):
+            images.append(resize_centre(decode(source.read(index)), PIXELS))
+    return images

@@ -1,0 +1,103 @@
+"""Activation checkpointing of segments: units that are recomputed together.
+
+A recomputed segment keeps its inputs in forward and runs again in backward. The second run takes BatchNorm's
+statistics from a tape of the first, so it repeats no exchange of them and updates no running statistics; nothing in a
+unit draws random numbers. What the second run gathers stays for the backward of that unit or part: FSDP2 does so by
+itself (FSDPParamGroup.post_forward), other engines by `during`. So it gathers only what backward needs anyway, and all
+of a segment at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seer_scale.errors import UserError
+from seer_scale.methods.base import Chain
+from seer_scale.models.layers.norm import StatsTape
+
+OPTION = "parallel.activation_checkpoint"
+
+
+def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[str]]) -> list[list[str]]:
+    """Names of consecutive units that are recomputed together; a segment lies within one of `stages`.
+
+    setting: "none"; "every N", segments of N units, and what is left at the end of a stage; or for each stage the
+    numbers, from 1, of the units that end a segment (VISSL's REGNET.stage_checkpoints): units after the last number are
+    a segment too, and a stage without numbers is not recomputed. Raises UserError for anything else.
+    """
+    if setting == "none":
+        return []
+    if isinstance(setting, str):
+        word, _, number = setting.partition(" ")
+        if word != "every" or not number.isdecimal() or int(number) < 1:
+            raise UserError(f'{OPTION} is "{setting}", but must be none, every N or a list a stage; nearest: every 1.')
+        setting = tuple((*range(int(number), len(names), int(number)), len(names)) for names in stages)
+    if len(setting) != len(stages):
+        raise UserError(f"{OPTION} has {len(setting)} lists, but must have one for each of the {len(stages)} stages.")
+    out = []
+    for stage, (names, ends) in enumerate(zip(stages, setting), 1):
+        near = sorted({min(max(end, 1), len(names)) for end in ends})
+        if list(ends) != near:
+            rule = f"stage {stage} needs rising numbers from 1 to {len(names)}"
+            raise UserError(f"{OPTION} has {list(ends)}, but {rule}, the blocks that end a segment; nearest: {near}.")
+        out += [names[a:b] for a, b in pairwise((0, *ends, len(names))) if ends and a < b]
+    return out
+
+
+During = Callable[[list[nn.Module]], AbstractContextManager[None]]
+Lists = Callable[[list[Tensor]], list[Tensor]]
+
+
+def recompute(backbone: Chain, segments: list[list[str]], during: During = lambda units: nullcontext()) -> None:
+    """Make each segment run again in the backward pass while training; call once, before sharding.
+
+    during: makes a context around the second run of a segment of such units.
+    A segment of one unit runs again inside that unit's forward, where its sharded parameters are gathered already.
+    """
+    units, plain = backbone.shard_units(), backbone.forward_units
+    for names in segments:
+        if len(names) == 1:
+            unit = units[names[0]]
+            unit.forward = _recomputing(backbone, unit.forward, partial(during, [unit]))
+    longer = [names for names in segments if len(names) > 1]
+    runs = {
+        names[0]: _recomputing(backbone, partial(plain, names), partial(during, [units[n] for n in names]))
+        for names in longer
+    }
+    lengths = {names[0]: len(names) for names in longer}
+
+    def forward_units(names: list[str], xs: list[Tensor]) -> list[Tensor]:
+        while names:
+            run = runs.get(names[0])
+            xs = run(xs) if run else plain(names[:1], xs)
+            names = names[lengths.get(names[0], 1) :]
+        return xs
+
+    vars(backbone)["forward_units"] = forward_units  # before that of its class
+
+
+def _recomputing(backbone: Chain, forward: Lists, during: Callable[[], AbstractContextManager[None]]) -> Lists:
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        first, again = StatsTape.contexts()
+        return first, _both(again, during)
+
+    def recomputing(xs: list[Tensor]) -> list[Tensor]:
+        if not backbone.training:
+            return forward(xs)
+        return checkpoint(forward, xs, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+
+    return recomputing
+
+
+@contextmanager
+def _both(one: AbstractContextManager[None], other: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(one)
+        stack.enter_context(other())
+        yield

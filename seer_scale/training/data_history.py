@@ -1,0 +1,170 @@
+"""What a run's images are, from its first sample on: which source, in which order, and how a refresh changes both."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seer_scale.config import Config
+from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler, needed
+from seer_scale.data.sources import Source, open_data, open_source
+from seer_scale.data.sources.manifest import SUFFIXES, ConcatSource, Part, absolute, read_manifest
+from seer_scale.errors import DataError, UserError
+from seer_scale.formatting import counted
+
+FOLDER = "manifests"
+
+
+class DataHistory:
+    """The versions of a run's data, the source of the one that holds now, and the sampler over them."""
+
+    def __init__(self, source: Source, versions: Sequence[DataVersion], refreshes: int, config: Config):
+        self.source, self.refreshes, self._config = source, refreshes, config
+        self.sampler = ElasticSampler(versions, config.run.seed, config.train.global_batch)
+
+    @property
+    def versions(self) -> tuple[DataVersion, ...]:
+        return self.sampler.versions
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {
+            "versions": [asdict(e) for e in self.versions],
+            "refreshes": self.refreshes,
+            "buffer": self.source.buffer,
+        }
+
+    def refreshed(self, source: Source, number: int, samples_seen: int) -> DataHistory:
+        """The data history from `samples_seen` on, over `source`. Raises DataError for a part that changed its size."""
+        parts, block, interleave = _reading(source, self._config)
+        _check_sizes(dict(self.versions[-1].parts), parts)
+        version = self.sampler.next_version(samples_seen, parts, block, interleave)
+        return DataHistory(source, needed((*self.versions, version)), number, self._config)
+
+
+def open_data_history(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> DataHistory:
+    """The data history of a new run, or of one that goes on from a checkpoint's `saved` state. Raises UserError."""
+    if saved is None:
+        source = open_data(config.data)
+        return DataHistory(source, [DataVersion(0, *_reading(source, config))], 0, config)
+    versions = [DataVersion(**{**e, "parts": tuple(map(tuple, e["parts"]))}) for e in saved["versions"]]
+    number, now = saved["refreshes"], versions[-1]
+    source = open_source(str(manifest_of(run_dir, number))) if number else open_data(config.data)
+    what = f"manifest {number} of {run_dir}" if number else "data.path"
+    if len(source) != now.n:
+        raise UserError(
+            f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their "
+            "order depends on the number, so bring the same images, add others by seer-scale data refresh, or "
+            "start another run.dir with checkpoint.init_from."
+        )
+    if config.data.block and _reading(source, config)[1] != now.block:
+        raise UserError(
+            f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which "
+            f"their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from."
+        )
+    if bool(source.buffer) != bool(saved.get("buffer", source.buffer)):
+        one, other = ("by number", "as a stream") if source.buffer else ("as a stream", "by number")
+        raise UserError(
+            f"This run has read its images {one}, but data.path is now read {other}: give --data.kind as "
+            "before, or start another run.dir with checkpoint.init_from."
+        )
+    if source.buffer != (before := saved.get("buffer", source.buffer)):  # older checkpoints do not say
+        raise UserError(
+            f"data.buffer is {source.buffer}, but this run mixes its stream through {before} images, which "
+            "their order follows; use that, or start another run.dir with checkpoint.init_from."
+        )
+    parts = _parts(source, config)
+    if len(parts) == len(now.parts) == 1:  # the same images may have moved
+        versions[-1] = replace(now, parts=parts)
+    elif parts != now.parts:
+        (was, num), (name, there) = next(
+            (a, b) for a, b in zip((*now.parts, ("nothing", 0)), (*parts, ("nothing", 0))) if a != b
+        )
+        raise UserError(
+            f"{what} has {name} ({there:,} images) where this run's checkpoint was trained on {was} ({num:,} "
+            "images), and the order follows the parts, their sizes and their order: bring them as they were, "
+            "change them by seer-scale data refresh, or start another run.dir with checkpoint.init_from."
+        )
+    return DataHistory(source, versions, number, config)
+
+
+def _check_sizes(known: dict[str, int], parts: Sequence[tuple[str, int]]) -> None:
+    for name, num in parts:
+        if known.get(name, num) != num:
+            raise DataError(
+                f"The part {name} has {num:,} images, and had {known[name]:,}: its images cannot be told "
+                "apart, so list the new ones as a part of their own, or give it another name."
+            )
+
+
+def _reading(source: Source, config: Config) -> tuple[tuple[tuple[str, int], ...], int, int]:
+    """(parts, block, interleave) of an version over `source`."""
+    parts, n, interleave = _parts(source, config), len(source), config.train.global_batch
+    if source.is_stream:
+        return parts, 0, 1
+    # an eighth of an epoch at most is without whole rows of interleave
+    block = min(n, config.data.block or max(1, min(source.locality, n // (8 * interleave))))
+    return parts, block, interleave if block > 1 else 1
+
+
+def _parts(source: Source, config: Config) -> tuple[tuple[str, int], ...]:
+    """A source that is no manifest is one part, called by its path."""
+    own = getattr(source, "parts", None)
+    if own is not None:
+        return own
+    return ((absolute(config.data.path), len(source)),)
+
+
+# ------------------------------------------------------------------------------------------------ manifests
+
+
+def manifest_of(run_dir: Path, number: int) -> Path:
+    return run_dir / FOLDER / f"{number:04d}.yaml"
+
+
+def newest_manifest(run_dir: Path) -> int:
+    """The number of the newest manifest that a run was given; 0 for none."""
+    try:
+        names = os.listdir(run_dir / FOLDER)
+    except OSError:
+        return 0
+    return max((int(m[1]) for name in names if (m := re.fullmatch(r"(\d{4,})\.yaml", name))), default=0)
+
+
+def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> str:
+    """Give a run a new manifest, which it takes up at its next metric line or start; a sentence that says so.
+
+    saved: the data's state in the run's newest checkpoint, to compare with. Raises UserError.
+    """
+    parts = read_manifest(manifest)
+    joined = open_source(manifest)
+    if not isinstance(joined, ConcatSource):
+        raise UserError(f"{manifest} is read as no manifest: its name must end in {' or '.join(SUFFIXES)}.")
+    known = dict(map(tuple, saved["versions"][-1]["parts"])) if saved else {}
+    _check_sizes(known, joined.parts)
+    folder = run_dir / FOLDER
+    folder.mkdir(exist_ok=True)
+    text = yaml.safe_dump(
+        {"parts": [{k: v for k, v in vars(p).items() if v != getattr(Part, k, None)} for p in parts]}, sort_keys=False
+    )
+    number = newest_manifest(run_dir) + 1
+    aside = folder / f".{os.getpid()}.tmp"
+    aside.write_text(text)
+    while True:  # another refresh may be asked for at the same time
+        try:
+            os.link(aside, manifest_of(run_dir, number))
+            break
+        except FileExistsError:
+            number += 1
+    aside.unlink()
+    new = [num for name, num in joined.parts if name not in known]
+    gone = sorted(set(known) - {name for name, _ in joined.parts})
+    compared = f" ({len(new)} new with {sum(new):,}; {len(gone)} gone)" if saved else ""
+    said = f"{counted(len(joined.parts), 'part')} with {counted(len(joined), 'image')}{compared}"
+    return f"{run_dir} will read {manifest}, {said}, from its next metric line on, or from its next start."

@@ -1,0 +1,245 @@
+"""From a recipe's name to a run: what every rank does, however it was started."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seer_scale import distributed
+from seer_scale.checkpoint.lock import RunLock
+from seer_scale.config import (
+    ZERO,
+    Config,
+    Data,
+    Model,
+    all_keys,
+    as_asked,
+    checked,
+    load_recipe,
+    parse_overrides,
+    resolve,
+)
+from seer_scale.cores import available_cores
+from seer_scale.data.sources import kind_of
+from seer_scale.distributed import World
+from seer_scale.errors import ConfigError, RankLostError, UserError, nothing_begun
+from seer_scale.extras import how_to_install
+from seer_scale.methods.registry import build_method
+from seer_scale.models.registry import build_backbone, check_sizes
+from seer_scale.observe.sinks import read_records
+from seer_scale.parallel import check_device, load
+from seer_scale.parallel.activation_checkpoint import find_segments
+from seer_scale.parallel.units import sharded_units
+from seer_scale.rank_info import RankInfo, detect
+from seer_scale.timeouts import Timeouts
+from seer_scale.training.loop import train
+from seer_scale.training.stop import StopRequest
+from seer_scale.training.watchdog import Watchdog
+
+THREADS_A_CORE = 4
+"""The most that train.threads may ask for: hundreds of them keep a machine from everything, a stop among it."""
+
+
+def resolve_recipe(recipe: str, overrides: list[str], world_size: int, *, looks: bool = True) -> Config:
+    """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError.
+
+    looks: whether at what lies in data.path, too, and in kNN's folders; else `look` is for whoever does.
+    """
+    return resolve_given(read_recipe(recipe, overrides), overrides, world_size, looks=looks)
+
+
+def read_recipe(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """The recipe's mapping, for the images that are named. Raises UserError."""
+    return as_asked(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[0]
+
+
+def look_at_recipe(recipe: str, overrides: list[str], world_size: int) -> tuple[Config, list[str]]:
+    """As `resolve_recipe`, with the problems beside the Config. Raises UserError where a value cannot be read."""
+    also = partial(_beyond_config, world_size=world_size, looks=True)
+    return checked(read_recipe(recipe, overrides), overrides, world_size=world_size, also=also)
+
+
+def resolve_given(
+    given: dict[str, Any], overrides: list[str] | dict[str, Any], world_size: int, *, looks: bool = True
+) -> Config:
+    """As `resolve_recipe`, of a recipe that has been read."""
+    also = partial(_beyond_config, world_size=world_size, looks=looks)
+    return resolve(given, overrides, world_size=world_size, also=also)
+
+
+def look(config: Config) -> None:
+    """That what lies in data.path and in kNN's folders is what the recipe says. Raises ConfigError."""
+    if problems := _problems(_of_data(config)):
+        raise ConfigError(problems)
+
+
+def _beyond_config(config: Config, world_size: int, looks: bool) -> list[str]:
+    """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
+    c = config
+    checks: dict[str, Callable[[], Any]] = {"model": partial(_shape, c)}
+    if c.parallel.engine in ZERO:
+        checks["parallel.ds_config"] = partial(load("deepspeed.config").deepspeed_config, c, world_size)
+    return _problems(checks | (_of_data(c) if looks else {}))
+
+
+def _of_data(c: Config) -> dict[str, Callable[[], Any]]:
+    checks: dict[str, Callable[[], Any]] = {"data.path": partial(_data, c.data), "run.dir": partial(_apart, c)}
+    if c.knn.enabled:
+        checks |= {"knn.bank": partial(_kind_of, c.knn.bank), "knn.queries": partial(_kind_of, c.knn.queries)}
+    return checks
+
+
+def _problems(checks: dict[str, Callable[[], Any]]) -> list[str]:
+    """What the checks of these keys raise, as sentences that name a key."""
+    problems = []
+    for key, check in checks.items():
+        try:
+            check()
+        except ConfigError as several:
+            problems += several.problems
+        except UserError as problem:
+            names_one = any(k in str(problem) for k, *_ in all_keys())
+            problems.append(str(problem) if names_one else f"{key}: {problem}")
+    return problems
+
+
+def _shape(config: Config) -> None:
+    """The model can be built, cut into units and recomputed as the recipe says. Raises UserError."""
+    if config.model.name != "regnety":  # that a fixed one takes no other keys is the recipe's own rule
+        config = dataclasses.replace(config, model=Model(name=config.model.name))
+    with torch.device("meta"):
+        backbone = build_backbone(config.model.name, **config.model.explicit_keys())
+    sizes = {f"views.crops.{i}.size": crop.size for i, crop in enumerate(config.views.crops)}
+    if problems := check_sizes(backbone, sizes | ({"knn.size": config.knn.size} if config.knn.enabled else {})):
+        raise ConfigError(problems)
+    method = build_method(config, World())
+    for chain in method.recomputable():
+        find_segments(config.parallel.activation_checkpoint, chain.stage_units())
+    sharded_units(method, config)
+
+
+def _data(data: Data) -> None:
+    """The kind of data.path is known, and reads the keys that were given. Raises UserError."""
+    kind = kind_of(data.path) if data.kind == "auto" and data.path else data.kind
+    if kind in ("hub", "stream") and not find_spec("datasets"):
+        raise UserError(
+            f"data.path needs the Python package datasets, which is not installed: {how_to_install('datasets')}."
+        )
+    if data.exclude and kind != "folder":
+        raise UserError(
+            f"data.exclude has no effect on data.path {data.path}, which is read as {kind}: it serves folders; "
+            "remove it."
+        )
+    if kind not in ("auto", "hub", "stream"):
+        for key, given in (("split", data.split != Data.split), ("image_key", bool(data.image_key))):
+            if given:
+                raise UserError(
+                    f"data.{key} has no effect on data.path {data.path}, which is read as {kind}; remove it, "
+                    "or give data.kind hub."
+                )
+
+
+def _apart(c: Config) -> None:
+    """The run's folder is not that of its images, among which pictures would be written. Raises UserError."""
+    if c.run.dir and c.data.path and os.path.realpath(c.run.dir) == os.path.realpath(c.data.path):
+        raise UserError(
+            f"run.dir is {c.run.dir}, which is data.path, too, but a run needs a folder of its own; "
+            f"{Path(c.run.dir) / 'runs' / 'first'} would do: folders of runs among the images are left out."
+        )
+
+
+def _kind_of(path: str) -> None:
+    if path:
+        kind_of(path)
+
+
+def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
+    """Resolve the recipe for the ranks the environment tells of, join them, train; returns the exit status.
+
+    attempt: a word all ranks of this start share (see distributed.init). Raises UserError.
+    """
+    with nothing_begun():
+        info = detect()
+        config = resolve_recipe(recipe, overrides, info.size, looks=info.size == 1)
+        if note := as_asked(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
+            print(note, flush=True)
+        run_dir = run_dir_of(config, recipe)
+    timeouts = Timeouts.of(config)
+    with (
+        _no_empty_run(run_dir, info),
+        StopRequest() as stop,
+        Watchdog(timeouts.update_s, f"[rank {info.rank}] " if info.size > 1 else "") as watchdog,
+    ):
+        with watchdog.patient(timeouts.start_s):
+            world = distributed.init(
+                run_dir / "logs",
+                attempt,
+                device=config.parallel.device,
+                timeouts=timeouts,
+                asked_to_stop=stop.asked,
+                check=partial(_check_here, config, info),
+            )
+        try:
+            status = train(config, world, run_dir, stop, watchdog, attempt)
+        except RuntimeError as error:
+            if world.size > 1 and distributed.is_peer_failure(error):
+                cause = str(error).strip().splitlines()[0]
+                raise RankLostError(
+                    "Another rank has ended, so this one cannot go on; see what that one said. The newest "
+                    f"checkpoint stands: start the run again. ({cause})"
+                ) from error
+            raise
+    distributed.shutdown(world)  # not after an error, when the other ranks may wait in another collective
+    return status
+
+
+def _check_here(config: Config, info: RankInfo) -> None:
+    """What one rank sees, and the others may not. Raises ConfigError."""
+    if problems := [*check_device(config), *_check_threads(config)]:
+        raise ConfigError(problems)
+    if info.rank == 0 and info.size > 1:
+        look(config)  # a folder of 100,000 tars is listed once, not once a rank
+
+
+def _check_threads(config: Config) -> list[str]:
+    threads, cores = config.train.threads, available_cores()
+    if threads <= THREADS_A_CORE * cores:
+        return []
+    return [
+        f"train.threads is {threads}, but must be at most {THREADS_A_CORE * cores} here, {THREADS_A_CORE} for each "
+        f"core that a rank may use: more only wait for each other; give {cores}, or 0, which measures what is fastest."
+    ]
+
+
+@contextmanager
+def _no_empty_run(run_dir: Path, info: RankInfo) -> Iterator[None]:
+    """A start that is refused before the run has begun, which the first line of its log tells, leaves no folder that
+    was not there before. What crashes leaves what it said."""
+    made = [place for place in (run_dir, *run_dir.parents) if not os.path.exists(place)] if info.rank == 0 else []
+    try:
+        yield
+    except (UserError, KeyboardInterrupt) as error:
+        if made and os.path.exists(run_dir) and not isinstance(error, RankLostError):
+            with (
+                suppress(UserError),
+                RunLock(run_dir) as lock,
+            ):  # of a start that is refused because of another it is not
+                if not lock.note and not read_records(run_dir):
+                    shutil.rmtree(run_dir, ignore_errors=True)
+            with suppress(OSError):
+                for place in made[1:]:
+                    place.rmdir()
+        raise
+
+
+def run_dir_of(config: Config, recipe: str) -> Path:
+    return Path(config.run.dir or Path("runs") / Path(recipe).stem)

@@ -1,0 +1,115 @@
+"""Stopping on request: signals set a flag, and all ranks agree at a step boundary.
+
+A rank that is asked leaves word in the store of rank 0, which sends the word to all beside an update, down a tree: no
+update waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from seer_scale.data.sources import remote
+from seer_scale.distributed import World
+from seer_scale.errors import ECHO_S, STOP_SIGNALS, StartStopped, stop_signals
+
+LOOK_S = 0.25
+"""Seconds between two looks of rank 0 at what others were asked."""
+KEY = "asked to stop"
+
+
+class StopRequest:
+    """A context in which STOP_SIGNALS ask the run to stop; SIGINT again, a second later, ends the process, while the
+    others may come as often as a queue likes.
+
+    Enter it before ranks join: a signal that comes while they wait for each other ends that, and a later one is
+    honoured at the first boundary. Signals that a launcher had blocked until now are let in.
+    """
+
+    def __init__(self) -> None:
+        self._mine = 0
+        self._asked_at, self._looked_at, self._left_word = math.inf, -math.inf, False
+        self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
+        self._ends = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _ask(self, number: int, _: object) -> None:
+        self._mine = number
+        if number == signal.SIGINT and time.monotonic() - self._asked_at > ECHO_S:
+            # not the handler before ours: submitit's would start the ranks anew
+            signal.signal(number, signal.default_int_handler)
+            os.kill(os.getpid(), number)
+        elif number == signal.SIGINT:
+            self._asked_at = min(self._asked_at, time.monotonic())
+        if self._ends:
+            self._ends = False  # once: what comes while that is ended is one request with it
+            raise KeyboardInterrupt  # which no `except Exception` takes for its own
+
+    def asked(self) -> str | None:
+        """The name of the signal that this process has got."""
+        return signal.Signals(self._mine).name if self._mine else None
+
+    @contextmanager
+    def ends(self, what: str) -> Iterator[None]:
+        """A stop that is asked for before or meanwhile ends what is done in it, by StartStopped: listing images may
+        take long, and a server's answer for ever. For one rank alone, outside collectives."""
+
+        def look() -> None:
+            if self._mine:
+                raise StartStopped(
+                    f"Stopped by {self.asked()} while {what}, so nothing was begun. Start it again and it goes on."
+                )
+
+        before, remote.waiting = remote.waiting, look  # in threads, too, which no signal reaches
+        try:
+            self._ends = True
+            look()
+            yield
+        except KeyboardInterrupt:
+            look()
+            raise
+        finally:
+            self._ends, remote.waiting = False, before
+
+    def stop_signal(self, world: World) -> str | None:
+        """The name of the signal some rank had got a moment before the previous call (alone: by now); all ranks call it
+        as often."""
+        self._tell_and_ask(world)
+        flag = torch.tensor([self._mine])
+        if world.size > 1:
+            work = dist.broadcast(flag, src=0, group=world.control, async_op=True)
+            earlier, self._pending = self._pending, (work, flag)
+            if earlier is None:
+                return None
+            sent, flag = earlier
+            if sent is not None:  # as it is for ranks of the group
+                sent.wait()
+        number = int(flag)
+        return signal.Signals(number).name if number else None
+
+    def _tell_and_ask(self, world: World) -> None:
+        """Leave word of a signal for rank 0, which looks now and then."""
+        if world.store is None:
+            return
+        if self._mine and not world.is_main and not self._left_word:
+            world.store.set(KEY, str(self._mine))
+            self._left_word = True
+        elif not self._mine and world.is_main and time.monotonic() - self._looked_at > LOOK_S:
+            self._looked_at = time.monotonic()
+            if world.store.check([KEY]):
+                self._mine = int(world.store.get(KEY))
