@@ -1,7 +1,8 @@
 """Errors a user can act on, and what a process and those who started it say to each other: signals and exit statuses.
 
-`UserError` is one sentence that names the thing, the value, the rule and the nearest fix; the command line prints
-it without a traceback and exits with status 2. `ConfigError` carries every problem of a recipe at once.
+`Problem` is what cannot work as data: the key, its value, the rule and the nearest fix. `UserError` carries it, is one
+sentence that says it, and is printed without a traceback, with exit status 2. `ConfigError` carries every problem of a
+recipe at once.
 Anything else that escapes is a defect of ours and keeps its traceback (exit status 1).
 """
 
@@ -13,9 +14,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from seer_scale.files import shown
 from seer_scale.formatting import counted
@@ -33,8 +36,61 @@ ECHO_S = 1.0
 request."""
 
 
+class _Nothing:
+    """The type of NOTHING, a Problem's value where none was given."""
+
+    def __repr__(self) -> str:
+        return "NOTHING"
+
+    def __reduce__(self) -> str:
+        return "NOTHING"  # the one there is, in another process, too
+
+
+NOTHING = _Nothing()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that cannot work, as data; its text is made here and never read back.
+
+    key: a recipe's key, an option, an environment variable, or what else is at fault: a file, a checkpoint.
+    value: what was given for it; NOTHING where nothing was, or where the key says it all. rule: what holds of it, a
+    clause: "KEY is VALUE, but RULE", or "KEY RULE" without a value. nearest: the value that would do, or several; a
+    string is a clause that says what to do instead.
+    """
+
+    key: str
+    value: Any
+    rule: str
+    nearest: Any = ""
+
+    def __str__(self) -> str:
+        if not self.key:  # a sentence
+            return self.rule
+        begin = (
+            f"{self.key} {self.rule}"
+            if self.value is NOTHING
+            else f"{self.key} is {_said(self.value)}, but {self.rule}"
+        )
+        if self.nearest == "" or self.nearest is None:
+            return f"{begin}."
+        several = self.nearest if isinstance(self.nearest, (tuple, set)) else (self.nearest,)
+        fix = self.nearest if isinstance(self.nearest, str) else f"nearest: {' or '.join(_said(n) for n in several)}"
+        return f"{begin}; {fix.rstrip('.')}." if not fix.endswith("?") else f"{begin}; {fix}"
+
+    @classmethod
+    def of(cls, said: str | Problem) -> Problem:
+        """A sentence as a Problem without a key."""
+        return said if isinstance(said, Problem) else cls("", NOTHING, said)
+
+
+def _said(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else f"{value}"
+
+
 class UserError(Exception):
-    """Something given by the user cannot work; the message says what to do instead."""
+    """Something given by the user cannot work; the message says what to do instead. problems: what of it is known as
+    data."""
 
     single_rank = False
     """Raised on this rank alone, which therefore has to tell it."""
@@ -42,8 +98,9 @@ class UserError(Exception):
     """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded
     number of times."""
 
-    def __init__(self, *sentences: str):
-        super().__init__("\n".join(map(shown, sentences)))  # a line each, whatever the names in it
+    def __init__(self, *told: str | Problem):
+        self.problems: list[Problem] = [problem for problem in told if isinstance(problem, Problem)]
+        super().__init__("\n".join(shown(str(line)) for line in told))  # a line each, whatever the names in it
 
     def __reduce__(self) -> tuple:
         return (
@@ -54,11 +111,11 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """All problems of one recipe (or of `what` else), each a sentence."""
+    """All problems of one recipe (or of `what` else)."""
 
-    def __init__(self, problems: list[str], what: str = "The recipe"):
-        self.problems = [shown(problem) for problem in problems]
-        super().__init__(f"{what} has {counted(len(problems), 'problem')}:", *(f"  - {p}" for p in self.problems))
+    def __init__(self, problems: Sequence[str | Problem], what: str = "The recipe"):
+        super().__init__(f"{what} has {counted(len(problems), 'problem')}:", *(f"  - {p}" for p in problems))
+        self.problems = [Problem.of(problem) for problem in problems]
 
 
 class RankError(UserError):

@@ -104,7 +104,7 @@ def _fits(
         try:
             configs.append(resolve_given(given, {}, num * each))
         except ConfigError as error:
-            problems[num] = error.problems
+            problems[num] = [str(problem) for problem in error.problems]
     if problems:
         several = list(dict.fromkeys(p for of_one in problems.values() for p in of_one))
         batch = _batch(given)
@@ -154,5 +154,5 @@ def _problems(given: dict[str, Any], world_size: int) -> set[str]:
     try:
         resolve(given, {}, world_size=world_size)
     except ConfigError as error:
-        return set(error.problems)
+        return {str(problem) for problem in error.problems}
     return set()

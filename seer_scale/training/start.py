@@ -105,7 +105,7 @@ def _problems(checks: dict[str, Callable[[], Any]]) -> list[str]:
         try:
             check()
         except ConfigError as several:
-            problems += several.problems
+            problems += map(str, several.problems)
         except UserError as problem:
             names_one = any(k in str(problem) for k, *_ in all_keys())
             problems.append(str(problem) if names_one else f"{key}: {problem}")

@@ -21,7 +21,7 @@ SMALL = {"data": {"path": "images"}, "train": {"total_samples": 640, "global_bat
 def problems(given: dict, overrides: list[str] = (), **options) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         resolve(given, overrides, **options)
-    return caught.value.problems
+    return list(map(str, caught.value.problems))
 
 
 def test_problems_reach_another_process_whole():

@@ -181,4 +181,7 @@ def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, mon
 
 def test_problems_of_a_recipe_reach_other_ranks_as_they_are():
     error = pickle.loads(pickle.dumps(ConfigError(["one.", "two."], "The request")))
-    assert error.problems == ["one.", "two."] and str(error) == "The request has 2 problems:\n  - one.\n  - two."
+    assert (
+        list(map(str, error.problems)) == ["one.", "two."]
+        and str(error) == "The request has 2 problems:\n  - one.\n  - two."
+    )
