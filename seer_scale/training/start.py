@@ -100,7 +100,7 @@ def _of_data(c: Config) -> dict[str, Callable[[], Any]]:
 
 def _problems(checks: dict[str, Callable[[], Any]]) -> list[str]:
     """What the checks of these keys raise, as sentences that name a key."""
-    problems = []
+    problems: list[str] = []
     for key, check in checks.items():
         try:
             check()
