@@ -64,6 +64,9 @@ class Run:
         ),
         ge=0,
     )
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = opt(
+        ("tensorboard",), "where metrics go beside metrics.jsonl and the console; [] = nowhere else"
+    )
     prototype_images: int = opt(
         512, "images looked at, after training, for the report's pictures of prototypes; 0 = no such pictures", ge=0
     )

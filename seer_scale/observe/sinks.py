@@ -11,9 +11,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from seer_scale.errors import NOTHING, ConfigError, Problem
+from seer_scale.extras import how_to_install
 from seer_scale.files import plain, shown, to_json
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
@@ -88,6 +91,18 @@ def speed_text(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
+def check_installed(sinks: Sequence[str]) -> None:
+    """That what run.sinks names can be imported. Raises ConfigError."""
+    if missing := [sink for sink in sinks if not find_spec(sink)]:
+        raise ConfigError(
+            [
+                Problem("run.sinks", NOTHING, f"needs the Python package {sink}, which is not installed", fix)
+                for sink in missing
+                for fix in [how_to_install(sink)]
+            ]
+        )
+
+
 class RunLog:
     """The log of a run, held open by rank 0; with `active` False every call does nothing.
 
@@ -99,14 +114,14 @@ class RunLog:
 
     def __init__(
         self, run_dir: Path, total_samples: int, baseline: tuple[str, float], *, active: bool,
-        progress: Progress | None = None, eta: Eta | None = None,
+        progress: Progress | None = None, eta: Eta | None = None, sinks: Sequence[str] = ("tensorboard",),
     ):  # fmt: skip
         self.run_dir, self.total_samples, self.baseline, self.active = Path(run_dir), total_samples, baseline, active
         self._eta = eta or Eta(total_samples)
         self._latest: dict[str, Any] = {"samples_seen": 0}
         self._fd, self._silent = -1, False
         self._tensorboard: SummaryWriter | None = None
-        self._no_tensorboard = False
+        self._no_tensorboard = "tensorboard" not in sinks
         self._own_progress = progress is None
         self._progress = progress or Progress(active=active)
 

@@ -134,7 +134,9 @@ class Trainer:
             self._loaded = self._read(weights, only=part)
         self.end = config.end(self.samples_seen)
         eta = Eta(self.end, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
-        self.log = RunLog(run_dir, self.end, method.baseline, active=world.is_main, progress=progress, eta=eta)
+        self.log = RunLog(
+            run_dir, self.end, method.baseline, active=world.is_main, progress=progress, eta=eta, sinks=config.run.sinks
+        )
         self.saver = Saver(
             self.folder,
             self.engine.state(),

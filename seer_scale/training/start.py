@@ -35,7 +35,7 @@ from seer_scale.errors import ConfigError, RankLostError, UserError, nothing_beg
 from seer_scale.extras import how_to_install
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import build_backbone, check_sizes
-from seer_scale.observe.sinks import read_records
+from seer_scale.observe.sinks import check_installed, read_records
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.activation_checkpoint import find_segments
 from seer_scale.parallel.units import sharded_units
@@ -85,7 +85,10 @@ def look(config: Config) -> None:
 def _beyond_config(config: Config, world_size: int, looks: bool) -> list[str]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
     c = config
-    checks: dict[str, Callable[[], Any]] = {"model": partial(_shape, c)}
+    checks: dict[str, Callable[[], Any]] = {
+        "model": partial(_shape, c),
+        "run.sinks": partial(check_installed, c.run.sinks),
+    }
     if c.parallel.engine in ZERO:
         checks["parallel.ds_config"] = partial(load("deepspeed.config").deepspeed_config, c, world_size)
     return _problems(checks | (_of_data(c) if looks else {}))
