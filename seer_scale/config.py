@@ -23,7 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from seer_scale.cores import loads_in_processes
-from seer_scale.errors import ConfigError, UserError, nearest
+from seer_scale.errors import ConfigError, UserError, closest, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 ZERO = ("zero1", "zero2", "zero3")
@@ -382,8 +382,8 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[str]) -> Any:
         return _coerce((kinds or args)[0], value, key, problems)
     if origin is Literal:
         if value not in args:
-            hint = nearest(str(value), args)
-            raise _Bad(f"must be one of {', '.join(map(str, args))}" + f"; {hint}" * hint.endswith("?"))
+            found = closest(str(value), args)
+            raise _Bad(f"must be one of {', '.join(map(str, args))}" + (f"; did you mean {found}?" if found else ""))
         return value
     if origin is tuple:
         if isinstance(value, str) and "," in value and args[0] is not str:
@@ -441,9 +441,8 @@ def read_section(cls: type, given: Any, prefix: str, problems: list[str]) -> Any
         if name not in fields:
             known = [f"{prefix}.{n}" if prefix else n for n in fields]
             everywhere = {k.rsplit(".", 1)[-1]: k for k, *_ in all_keys()}
-            near = nearest(key, known)
-            section = near.removeprefix("did you mean ").rstrip("?")
-            if cls is Config and section in fields:
+            near, section = nearest(key, known), closest(key, known)
+            if cls is Config and section:
                 near = (
                     f"did you mean the section {section}, with its keys "
                     f"{', '.join(f.name for f in dataclasses.fields(hints[section]))}?"

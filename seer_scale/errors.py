@@ -70,27 +70,27 @@ class Problem:
         begin = (
             f"{self.key} {self.rule}"
             if self.value is NOTHING
-            else f"{self.key} is {_said(self.value)}, but {self.rule}"
+            else f"{self.key} is {_as_text(self.value)}, but {self.rule}"
         )
         if self.nearest == "" or self.nearest is None:
             return f"{begin}."
         several = self.nearest if isinstance(self.nearest, (tuple, set)) else (self.nearest,)
-        fix = self.nearest if isinstance(self.nearest, str) else f"nearest: {' or '.join(_said(n) for n in several)}"
+        fix = self.nearest if isinstance(self.nearest, str) else f"nearest: {' or '.join(_as_text(n) for n in several)}"
         return f"{begin}; {fix.rstrip('.')}." if not fix.endswith("?") else f"{begin}; {fix}"
 
     @classmethod
-    def of(cls, said: str | Problem) -> Problem:
+    def of(cls, problem: str | Problem) -> Problem:
         """A sentence as a Problem without a key."""
-        return said if isinstance(said, Problem) else cls("", NOTHING, said)
+        return problem if isinstance(problem, Problem) else cls("", NOTHING, problem)
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else f"{value}"
 
 
 class UserError(Exception):
-    """Something given by the user cannot work; the message says what to do instead. problems: what of it is known as
-    data."""
+    """Something given by the user cannot work; the message says what to do instead. args: its lines. problems: the
+    same as data; a plain sentence is one without a key."""
 
     single_rank = False
     """Raised on this rank alone, which therefore has to tell it."""
@@ -98,9 +98,27 @@ class UserError(Exception):
     """Not the input's fault as far as one can see (it was read before): a launched run is started again, a bounded
     number of times."""
 
-    def __init__(self, *told: str | Problem):
-        self.problems: list[Problem] = [problem for problem in told if isinstance(problem, Problem)]
-        super().__init__("\n".join(shown(str(line)) for line in told))  # a line each, whatever the names in it
+    def __init__(self, *problems: str | Problem):
+        self.problems: list[Problem] = [Problem.of(problem) for problem in problems]
+        super().__init__(*(shown(str(problem)) for problem in problems))  # a line each, whatever the names in it
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+    @classmethod
+    def joined(cls, errors: Iterable[UserError]) -> UserError:
+        """Several as one: the lines of each, and the problems of all; what comes twice is told once."""
+        several = list({error.args: error for error in errors}.values())
+        whole = cls()
+        whole.args = tuple(line for error in several for line in error.args)
+        whole.problems = [problem for error in several for problem in error.problems]
+        return whole
+
+    def within(self, where: str) -> UserError:
+        """The same, told of one of several."""
+        error = UserError()
+        error.args, error.problems = (f"{shown(where)}: {self.args[0]}", *self.args[1:]), self.problems
+        return error
 
     def __reduce__(self) -> tuple:
         return (
@@ -171,11 +189,16 @@ def ends_at_once(number: int) -> bool:
     return number in (signal.SIGINT, signal.SIGTERM)
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is most like this one; None where none is."""
+    return next(iter(difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)), None)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A clause that names the closest known word, or all of them when none is close."""
+    """A Problem's clause that names the closest known word, or all of them where none is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
+    found = closest(word, known)
+    return f"did you mean {found}?" if found else f"known: {', '.join(known)}."
 
 
 def print_error(error: UserError) -> int:
@@ -209,11 +232,11 @@ def why_missing(path: str | os.PathLike) -> str:
     if cause == ABSENT and os.path.lexists(missing):  # on the way, and no folder
         return f"{cause}; {missing} {DANGLING if os.path.islink(missing) else 'is no folder'}."
     try:
-        close = nearest(missing.name, os.listdir(missing.parent))
+        found = closest(missing.name, os.listdir(missing.parent))
     except OSError:
-        close = ""
-    if close.startswith("did") and cause == ABSENT:
-        hint = f"did you mean {missing.parent / close.removeprefix('did you mean ')}"
+        found = None
+    if found and cause == ABSENT:
+        hint = f"did you mean {missing.parent / found}?"
     else:
         hint = f"the nearest folder there is: {missing.parent.absolute()}."
     return f"{cause}; {hint}"

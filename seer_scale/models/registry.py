@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from seer_scale.errors import UserError, nearest
+from seer_scale.errors import UserError, closest, nearest
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
 from seer_scale.models.timm_adaptor import PREFIX, build_timm
@@ -39,9 +39,10 @@ def build_backbone(name: str, **free: Any) -> Backbone:
             raise UserError(f"{name} is fixed and takes no {', '.join(free)}: use regnety to choose freely.")
         return RegNetY(REGNETY[name])
     if name != "regnety":
-        near = nearest(name, backbone_names())
-        all_names = "" if near.startswith("known") else f" (known: {', '.join(backbone_names())}; timm/NAME for timm's)"
-        raise UserError(f"There is no backbone {name}: {near}{all_names}")
+        near = f"did you mean {found}? " if (found := closest(name, backbone_names())) else ""
+        raise UserError(
+            f"There is no backbone {name}: {near}(known: {', '.join(backbone_names())}; timm/NAME for timm's)"
+        )
     for key, value in free.items():
         if key not in FREE:
             raise UserError(f"regnety takes no {key}: {nearest(key, FREE)}")

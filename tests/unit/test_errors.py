@@ -1,0 +1,45 @@
+"""Problems as data, and the sentences made of them."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from seer_scale.errors import NOTHING, ConfigError, DataError, Problem, UserError, closest, nearest
+
+
+def test_the_closest_word_is_data_and_the_clause_is_made_of_it():
+    assert closest("slrum", ["local", "slurm"]) == "slurm" and closest("x", ["local", "slurm"]) is None
+    assert nearest("slrum", ["local", "slurm"]) == "did you mean slurm?"
+    assert nearest("x", ["slurm", "local"]) == "known: local, slurm."
+
+
+@pytest.mark.parametrize(
+    "problem, text",
+    [
+        (Problem("--ranks", 0, "must be at least 1", (1,)), "--ranks is 0, but must be at least 1; nearest: 1."),
+        (Problem("train.lr", NOTHING, "is missing"), "train.lr is missing."),
+        (Problem("--nodes", "5", "does not fit", (4, 6)), "--nodes is 5, but does not fit; nearest: 4 or 6."),
+        (Problem("a", "x", "is none", "did you mean y?"), "a is x, but is none; did you mean y?"),
+        (Problem.of("A sentence."), "A sentence."),
+    ],
+)
+def test_the_sentence_of_a_problem(problem, text):
+    assert str(problem) == text == str(UserError(problem)) and UserError(problem).problems == [problem]
+
+
+def test_several_errors_are_one_that_keeps_their_lines_and_problems():
+    first, second = Problem("a", 1, "is odd"), Problem("b", [2], "is a list")
+    of_recipe = ConfigError([second])
+    whole = UserError.joined([UserError(first), of_recipe.within("run-2"), UserError(first)])
+    assert whole.problems == [first, second]
+    assert str(whole).splitlines() == [str(first), "run-2: The recipe has 1 problem:", f"  - {second}"]
+    again = pickle.loads(pickle.dumps(whole))
+    assert (str(again), again.problems) == (str(whole), whole.problems)
+
+
+def test_an_error_of_a_name_with_line_ends_keeps_its_lines_when_pickled():
+    error = DataError("a\nb", Problem("c", "d\x1b", "is odd"))
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "a\\nb\nc is d\\x1b, but is odd." and type(again) is DataError
