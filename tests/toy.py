@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from seer_scale.config import Config, resolve
 from seer_scale.distributed import World
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
+from seer_scale.models.init import Constant, Init, Normal, Uniform
 from seer_scale.models.registry import build_backbone
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.parallel.engine import Engine
-from seer_scale.rng import Constant, Init, Normal, Uniform, numpy_generator
+from seer_scale.rng import numpy_generator
 from tests.tiny import RECIPE, sections
 
 SIZE, PATCH, WIDTH, HEADS = 8, 4, 24, 2
@@ -266,7 +267,7 @@ class Autoencoder(Simple):
         self.position, self.mask = (nn.Parameter(torch.empty(1, n, WIDTH)) for n in (NUM_TOKENS, 1))
         self.backbone, self.decoder = Backbone(Block() for _ in range(2)), Backbone([Block()])
 
-    def recomputable(self) -> list[nn.Module]:
+    def checkpointed_sequences(self) -> list[nn.Module]:
         return [self.backbone, self.decoder]
 
     def shard_units(self) -> dict[str, nn.Module]:

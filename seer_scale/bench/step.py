@@ -24,9 +24,9 @@ from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.extras import how_to_install
 from seer_scale.methods.swav.method import SwAV
+from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.parallel import build_engine
-from seer_scale.parallel.engine import COMPUTE
 
 TIMM = {
     "200mf": "002",
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--crops", default="", help="number x size of each kind of crop; 2x96,4x64 where there is no recipe"
     )
     parser.add_argument("--prototypes", type=int, default=0, help="32 where there is no recipe")
-    parser.add_argument("--precision", default="", choices=["", *COMPUTE], help="fp32 where there is no recipe")
+    parser.add_argument("--precision", default="", choices=["", *COMPUTE_DTYPES], help="fp32 where there is no recipe")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5, help="rounds of updates, ours and the reference's in turn")
     parser.add_argument("--updates", type=int, default=4, help="updates a round")
@@ -208,7 +208,7 @@ def textbook_loss(scores: Tensor, config: Config) -> Tensor:
 
 class ReferenceLoop:
     def __init__(self, ours: SwAV, config: Config, device: torch.device):
-        self.config, self.device, self.dtype = config, device, COMPUTE[config.train.precision]
+        self.config, self.device, self.dtype = config, device, COMPUTE_DTYPES[config.train.precision]
         self.model = Reference(ours, config.model.name).to(device)
         o = config.optim
         self.optimizer = torch.optim.SGD(

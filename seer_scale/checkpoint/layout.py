@@ -20,16 +20,16 @@ from torch import Tensor
 from seer_scale.distributed import World
 from seer_scale.parallel.shard import Shard
 
-SHARE = 64 << 20
+BYTES_A_WRITER = 64 << 20
 """Bytes that one rank writes of what several hold alike before the next one joins in: each more is one more file to
 open."""
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """The words of safetensors."""
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_WORDS = {dtype: word for word, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class Part(NamedTuple):
@@ -147,7 +147,7 @@ class Layout:
             if edges[0] or any(a >= b for a, b in zip(edges, edges[1:])):
                 raise ValueError(f"its parts of {name} do not tile it")
             parts = [Part(start, stop, file, offset) for (start, file, offset), stop in zip(row["parts"], edges[1:])]
-            tensors[name] = Stored(DTYPES[row["dtype"]], shape, parts)
+            tensors[name] = Stored(SAFETENSORS_DTYPES[row["dtype"]], shape, parts)
         return cls(tensors)
 
 
@@ -176,7 +176,7 @@ def _share_out(runs: np.ndarray, itemsizes: list[int]) -> list[list[tuple[int, i
     for key, items in alike.items():
         ranks = np.frombuffer(key, dtype=np.intp).tolist()
         nbytes = sum((stop - start) * itemsizes[i] for i, start, stop in items)
-        share = -(-nbytes // min(len(ranks), -(-nbytes // SHARE)))
+        share = -(-nbytes // min(len(ranks), -(-nbytes // BYTES_A_WRITER)))
         done = 0
         for i, start, stop in items:
             while start < stop:

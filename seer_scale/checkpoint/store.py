@@ -281,25 +281,25 @@ def contents(path: Path) -> dict[str, tuple[str, torch.Size, int]]:
     return {k: (_word(t.dtype), t.shape, t.shape.numel() * t.dtype.itemsize) for k, t in tensors.items()}
 
 
-OTHERWISE = "choose the recipe that wrote it, or another checkpoint"
+DEFAULT_REMEDY = "choose the recipe that wrote it, or another checkpoint"
 
 
 def load(
-    path: Path, state: State, world: World, *, only: str | tuple[str, ...] = "", otherwise: str = OTHERWISE
+    path: Path, state: State, world: World, *, prefixes: str | tuple[str, ...] = "", remedy: str = DEFAULT_REMEDY
 ) -> int:
-    """Fill the tensors of `state`, those whose name begins with `only`, in place from the checkpoint `path`.
+    """Fill the tensors of `state`, those whose name begins with one of `prefixes`, in place from the checkpoint `path`.
 
-    Returns the bytes this rank has read. otherwise: what to do if they do not fit.
+    Returns the bytes this rank has read. remedy: what to do if they do not fit.
 
     Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read. Rank 0 reads
     the layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `latest` has,
     `validate` does. Collective. Raises CheckpointError on all ranks; after one that says "could not be read" the
     tensors are not to be used.
     """
-    wanted = {k: v for k, v in state.items() if k.startswith(only)}
+    wanted = {k: v for k, v in state.items() if k.startswith(prefixes)}
     layout = read_layout(path, world)
     with _agreement(world):
-        _compare(path, wanted, layout, only, otherwise)
+        _compare(path, wanted, layout, prefixes, remedy)
     try:
         with _agreement(world):
             return _read(path, wanted, layout)
@@ -310,12 +310,14 @@ def load(
 
 
 def check_compatible(
-    path: Path, state: State, world: World = World(), *, only: str = "", otherwise: str = OTHERWISE
+    path: Path, state: State, world: World = World(), *, prefixes: str = "", remedy: str = DEFAULT_REMEDY
 ) -> None:
-    """That the tensors under `only` in the checkpoint `path` have the names, shapes and dtypes of `state` (which may be
-    on the meta device). otherwise: what to do if not. Collective, if a world is given; reads no tensor. Raises
+    """That the tensors under `prefixes` in the checkpoint `path` have the names, shapes and dtypes of `state`, which
+    may be on the meta device. remedy: what to do if not. Collective, if a world is given; reads no tensor. Raises
     CheckpointError."""
-    _compare(path, {k: v for k, v in state.items() if k.startswith(only)}, read_layout(path, world), only, otherwise)
+    _compare(
+        path, {k: v for k, v in state.items() if k.startswith(prefixes)}, read_layout(path, world), prefixes, remedy
+    )
 
 
 def _read(path: Path, wanted: State, layout: Layout) -> int:
@@ -353,18 +355,18 @@ def _fill(raw: io.FileIO, tensor: torch.Tensor) -> None:
         left = left[count:]
 
 
-def _compare(path: Path, wanted: State, layout: Layout, only: str | tuple[str, ...], otherwise: str) -> None:
+def _compare(path: Path, wanted: State, layout: Layout, prefixes: str | tuple[str, ...], remedy: str) -> None:
     """Raises CheckpointError with a sentence on the first tensor that differs between the run and the checkpoint."""
     here = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in wanted.items()}
-    there = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in layout.tensors.items() if k.startswith(only)}
+    there = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in layout.tensors.items() if k.startswith(prefixes)}
     if not here and not there:
-        raise CheckpointError(f"{path} holds nothing under {only!r}.")
+        raise CheckpointError(f"{path} holds nothing under {prefixes!r}.")
     for key in sorted(here | there):
         if here.get(key) != there.get(key):
             kind = "is of another architecture" if key.startswith("model/") else "does not fit this recipe"
             raise CheckpointError(
                 f"{path} {kind}: {key} is {there.get(key, 'absent')} in the checkpoint and "
-                f"{here.get(key, 'absent')} in this run; {otherwise}."
+                f"{here.get(key, 'absent')} in this run; {remedy}."
             )
 
 

@@ -70,7 +70,7 @@ def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be used as a checkpoint: {problem}.")
     engine = build_engine(build_method(config, world), config, world, loaded=("",))
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
-    store.load(found, state, world, only="model/")
+    store.load(found, state, world, prefixes="model/")
     engine.refresh()
     total, cores = len(images.query_indices) + len(images.bank_indices), rank_cores(world)
     torch.set_num_threads(told_threads() or cores)

@@ -14,10 +14,10 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from seer_scale.config import Config
+from seer_scale.models.init import Init
 from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.optim.parameter_groups import ParameterGroup
-from seer_scale.rng import Init
 
 InputsT = TypeVar("InputsT")
 TargetsT = TypeVar("TargetsT")
@@ -56,7 +56,7 @@ class BufferKind(Enum):
     CONSTANT = "constant"
 
 
-class Chain(Protocol):
+class UnitSequence(Protocol):
     """A module of units that follow one another, such as a backbone."""
 
     training: bool
@@ -81,7 +81,7 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
 
     name: str
     backbone: nn.Module
-    """A `Chain` that turns a list of images into a list of features [N_r, num_features]."""
+    """A `UnitSequence` that turns a list of images into a list of features [N_r, num_features]."""
 
     def forward(self, entrance: str, *args: Any, **kwargs: Any) -> Any:
         """What wrappers of modules know as the only entrance; engines alone call it."""
@@ -119,9 +119,9 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         """Units whose weights take part in fp32 whatever the precision of the rest."""
         return frozenset()
 
-    def recomputable(self) -> Sequence[Chain]:
+    def checkpointed_sequences(self) -> Sequence[UnitSequence]:
         """What parallel.activation_checkpoint is about."""
-        return [cast(Chain, self.backbone)]
+        return [cast(UnitSequence, self.backbone)]
 
     def buffer_kind(self, name: str) -> BufferKind:
         """Of the buffer of this name: by default the method's own are memory, BatchNorm's statistics, others

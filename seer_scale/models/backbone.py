@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from seer_scale.rng import Init
+from seer_scale.models.init import Init
 
 
 class Backbone(nn.Module, ABC):

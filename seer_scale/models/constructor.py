@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seer_scale.errors import UserError
-from seer_scale.rng import Init, Played, PlayedStep
+from seer_scale.models.init import Init, Played, PlayedStep
 
 FILLED = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
 DRAWN = {"randn": ("normal_", 0.0, 1.0), "rand": ("uniform_", 0.0, 1.0)}

@@ -19,9 +19,9 @@ from seer_scale.distributed import World
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.registry import reset_buffers
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MARGIN = 0.05
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,13 @@ def choose_execution(
         threads = cores if world.device.type == "cuda" else _fastest_threads(backbone, config, world, cores, between)
     torch.set_num_threads(threads)
     if config.train.memory_format == "auto":
-        seconds = {name: measure(backbone, config, world, layout, between=between) for name, layout in FORMATS.items()}
+        seconds = {
+            name: measure(backbone, config, world, form, between=between) for name, form in MEMORY_FORMATS.items()
+        }
         gains = seconds["channels_last"] < (1 - MARGIN) * seconds["contiguous"]
-        memory_format = FORMATS["channels_last" if gains else "contiguous"]
+        memory_format = MEMORY_FORMATS["channels_last" if gains else "contiguous"]
     else:
-        memory_format = FORMATS[config.train.memory_format]
+        memory_format = MEMORY_FORMATS[config.train.memory_format]
     return Execution(threads, memory_format, watch.found())
 
 
@@ -83,7 +85,7 @@ def measure(
     backbone: nn.Module,
     config: Config,
     world: World,
-    layout: torch.memory_format = torch.contiguous_format,
+    memory_format: torch.memory_format = torch.contiguous_format,
     rounds: int = 3,
     between: Callable[[], object] = lambda: None,
 ) -> float:
@@ -108,7 +110,7 @@ def measure(
         times = []
         for _ in range(rounds + 1):
             between()
-            times.append(_time(block, takes[names[-1]], layout, config, world.device))
+            times.append(_time(block, takes[names[-1]], memory_format, config, world.device))
         total += statistics.median(times[1:]) * len(names)
     return world.sum_(torch.tensor(total, device=world.device)).item()
 
@@ -136,13 +138,13 @@ def _shapes(backbone: nn.Module, names: Sequence[str], images: list[Tensor]) -> 
 def _time(
     block: nn.Module,
     shapes: Sequence[tuple[int, ...]],
-    layout: torch.memory_format,
+    memory_format: torch.memory_format,
     config: Config,
     device: torch.device,
 ) -> float:
-    dtype = DTYPES[config.train.precision]
+    dtype = COMPUTE_DTYPES[config.train.precision]
     xs = [torch.randn(s, device=device).to(dtype) for s in shapes]
-    xs = [(x.to(memory_format=layout) if x.dim() == 4 else x).requires_grad_() for x in xs]
+    xs = [(x.to(memory_format=memory_format) if x.dim() == 4 else x).requires_grad_() for x in xs]
     _wait(device)
     begin = time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

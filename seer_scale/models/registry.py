@@ -11,11 +11,11 @@ from torch import nn
 
 from seer_scale.errors import UserError, closest, nearest
 from seer_scale.models.backbone import Backbone
+from seer_scale.models.init import Init, initial_values
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
 from seer_scale.models.timm_adaptor import PREFIX, build_timm
-from seer_scale.rng import Init, draw
 
-FREE = {f.name: f for f in fields(RegNetSpec) if f.name != "stem_width"}
+GENERATOR_FIELDS = {f.name: f for f in fields(RegNetSpec) if f.name != "stem_width"}
 
 
 def backbone_names() -> list[str]:
@@ -23,7 +23,7 @@ def backbone_names() -> list[str]:
     return [*REGNETY, "regnety"]
 
 
-def build_backbone(name: str, **free: Any) -> Backbone:
+def build_backbone(name: str, **generator: Any) -> Backbone:
     """The backbone `name`, on the current default device, its weights not yet drawn (see `initialise`); of timm/NAME on
     the meta device.
 
@@ -31,27 +31,27 @@ def build_backbone(name: str, **free: Any) -> Backbone:
     make no network.
     """
     if name.startswith(PREFIX):
-        if free:
-            raise UserError(f"{name} is fixed and takes no {', '.join(free)}: use regnety to choose freely.")
+        if generator:
+            raise UserError(f"{name} is fixed and takes no {', '.join(generator)}: use regnety to choose freely.")
         return build_timm(name)
     if name in REGNETY:
-        if free:
-            raise UserError(f"{name} is fixed and takes no {', '.join(free)}: use regnety to choose freely.")
+        if generator:
+            raise UserError(f"{name} is fixed and takes no {', '.join(generator)}: use regnety to choose freely.")
         return RegNetY(REGNETY[name])
     if name != "regnety":
         near = f"did you mean {found}? " if (found := closest(name, backbone_names())) else ""
         raise UserError(
             f"There is no backbone {name}: {near}(known: {', '.join(backbone_names())}; timm/NAME for timm's)"
         )
-    for key, value in free.items():
-        if key not in FREE:
-            raise UserError(f"regnety takes no {key}: {nearest(key, FREE)}")
-        kind = int if FREE[key].type == "int" else (int, float)
+    for key, value in generator.items():
+        if key not in GENERATOR_FIELDS:
+            raise UserError(f"regnety takes no {key}: {nearest(key, GENERATOR_FIELDS)}")
+        kind = int if GENERATOR_FIELDS[key].type == "int" else (int, float)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"regnety cannot have {key} {value!r}: it must be {FREE[key].type}.")
-    if missing := [key for key, f in FREE.items() if f.default is MISSING and key not in free]:
+            raise UserError(f"regnety cannot have {key} {value!r}: it must be {GENERATOR_FIELDS[key].type}.")
+    if missing := [key for key, f in GENERATOR_FIELDS.items() if f.default is MISSING and key not in generator]:
         raise UserError(f"regnety also needs {', '.join(missing)}.")
-    return RegNetY(RegNetSpec(**free))
+    return RegNetY(RegNetSpec(**generator))
 
 
 class Initialised(Protocol):
@@ -75,7 +75,7 @@ def initialise(module: Initialised, seed: int) -> None:
     """
     inits = module.initialisers()
     for name, parameter in module.named_parameters():
-        parameter.copy_(draw(inits[name], parameter.shape, seed, name).view_as(parameter))
+        parameter.copy_(initial_values(inits[name], parameter.shape, seed, name).view_as(parameter))
     reset_buffers(module)
 
 

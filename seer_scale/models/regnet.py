@@ -15,8 +15,8 @@ from torch.nn.functional import relu
 
 from seer_scale.errors import UserError
 from seer_scale.models.backbone import Backbone
+from seer_scale.models.init import Constant, Init, Normal
 from seer_scale.models.layers.norm import BatchNorm
-from seer_scale.rng import Constant, Init, Normal
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Conv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Draws nothing: initial values come from `RegNetY.initialisers` through seer_scale.rng."""
+        """Draws nothing: initial values come from `RegNetY.initialisers` through seer_scale.models.init."""
 
     def num_macs(self, size: int) -> int:
         """Multiply-accumulates to make one size x size output."""

@@ -22,8 +22,8 @@ from seer_scale.errors import UserError, nearest
 from seer_scale.extras import how_to_install
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.constructor import Constructor
+from seer_scale.models.init import Init
 from seer_scale.models.layers.norm import BatchNorm
-from seer_scale.rng import Init
 
 PREFIX = "timm/"
 Steps = tuple[Sequence[str], list[list[str]], Sequence[str]]

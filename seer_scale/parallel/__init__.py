@@ -14,7 +14,8 @@ from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.extras import how_to_install
 from seer_scale.methods.base import Method
-from seer_scale.parallel.engine import COMPUTE, Engine
+from seer_scale.models.execution import COMPUTE_DTYPES
+from seer_scale.parallel.engine import Engine
 
 ENGINES = {
     "single": ("engine", "Engine"),
@@ -87,7 +88,7 @@ def check_device(config: Config) -> list[str]:
         return ["parallel.device is cuda, but there is no GPU here; use parallel.device cpu or auto."]
     precision = config.train.precision
     if config.parallel.device == "cpu" or not torch.cuda.is_available():
-        if precision != "fp32" and (why := _refusal_of_cpu(COMPUTE[precision])):
+        if precision != "fp32" and (why := _refusal_of_cpu(COMPUTE_DTYPES[precision])):
             return [f"train.precision is {precision}, but this CPU does not compute in it ({why}); use fp32."]
         return []
     for name, needed, fix in (("fp16", (5, 3), "fp32"), ("bf16", (8, 0), "fp16")):

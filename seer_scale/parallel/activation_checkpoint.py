@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seer_scale.errors import UserError
-from seer_scale.methods.base import Chain
+from seer_scale.methods.base import UnitSequence
 from seer_scale.models.layers.norm import StatsTape
 
 OPTION = "parallel.activation_checkpoint"
@@ -54,7 +54,9 @@ During = Callable[[list[nn.Module]], AbstractContextManager[None]]
 Lists = Callable[[list[Tensor]], list[Tensor]]
 
 
-def recompute(backbone: Chain, segments: list[list[str]], during: During = lambda units: nullcontext()) -> None:
+def apply_activation_checkpointing(
+    backbone: UnitSequence, segments: list[list[str]], during: During = lambda units: nullcontext()
+) -> None:
     """Make each segment run again in the backward pass while training; call once, before sharding.
 
     during: makes a context around the second run of a segment of such units.
@@ -82,7 +84,7 @@ def recompute(backbone: Chain, segments: list[list[str]], during: During = lambd
     vars(backbone)["forward_units"] = forward_units  # before that of its class
 
 
-def _recomputing(backbone: Chain, forward: Lists, during: Callable[[], AbstractContextManager[None]]) -> Lists:
+def _recomputing(backbone: UnitSequence, forward: Lists, during: Callable[[], AbstractContextManager[None]]) -> Lists:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         first, again = StatsTape.contexts()
         return first, _both(again, during)

@@ -20,16 +20,15 @@ from torch.distributed.tensor import DTensor
 from seer_scale.config import Config, EngineName
 from seer_scale.distributed import World
 from seer_scale.methods.base import BufferKind, Features, LossOutput, Method
+from seer_scale.models.execution import COMPUTE_DTYPES
+from seer_scale.models.init import initial_values
 from seer_scale.models.layers.norm import keep_eager, running_statistics_kept, share_statistics
 from seer_scale.optim.optimizers import build_optimizer
 from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, normalized_parameters
-from seer_scale.parallel.activation_checkpoint import find_segments, recompute
+from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing, find_segments
 from seer_scale.parallel.loss_scaler import LossScaler
 from seer_scale.parallel.recast_linear import compute_small_maps_in_fp32
 from seer_scale.parallel.shard import Shard
-from seer_scale.rng import draw
-
-COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Batch = Callable[[], list[Tensor]]
 """Makes the views of one micro-batch, for each resolution [num * B, 3, S, S], crop-major, float, normalised."""
@@ -48,7 +47,7 @@ class Engine:
         self.averages = {n: group.average_of for n, group in self.groups.items() if group.average_of}
         for name in self.averages:
             method.get_parameter(name).requires_grad_(False)
-        self.dtype = COMPUTE[config.train.precision]
+        self.dtype = COMPUTE_DTYPES[config.train.precision]
         keep_fp32_products()
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
         self.shapes = {n: p.shape for n, p in method.named_parameters()}
@@ -77,8 +76,10 @@ class Engine:
         share_statistics(method, self.world.group("batch_norm", parallel.sync_bn_group or self.world.size))
         if self.config.train.compile:
             compile_units(method)
-        for chain in method.recomputable():
-            recompute(chain, find_segments(parallel.activation_checkpoint, chain.stage_units()), self._recomputing)
+        for chain in method.checkpointed_sequences():
+            apply_activation_checkpointing(
+                chain, find_segments(parallel.activation_checkpoint, chain.stage_units()), self._recomputing
+            )
         module = self._shard_on_meta(method)
         if self.world.device.type == "cpu" and self.dtype != torch.float32:
             compute_small_maps_in_fp32(method)
@@ -299,7 +300,9 @@ class Engine:
         else:
             source = self.averages.get(name, name)  # a moving average begins as what it follows
             init, seed = self._initialisers[source], self.config.run.seed
-            local.copy_(draw(init, self.shapes[name], seed, source, start, start + local.numel()).view_as(local))
+            local.copy_(
+                initial_values(init, self.shapes[name], seed, source, start, start + local.numel()).view_as(local)
+            )
 
     def _reset_buffers(self) -> None:
         for _, buffer in self.method.named_buffers():
@@ -343,7 +346,7 @@ class Engine:
                 out[f"{place}/{name}"] = buffer
         for slot, t in self.optimizer.state.items():
             shard = self.shards[slot.rpartition("/")[0]]
-            out[f"optim/{slot}"] = shard.like(t) if t.shape == shard.local.shape else t
+            out[f"optim/{slot}"] = shard.with_local(t) if t.shape == shard.local.shape else t
         return out | self.scaler.state()
 
 

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from seer_scale.distributed import World
 from seer_scale.methods.base import Method
-from seer_scale.parallel.engine import COMPUTE, Engine
+from seer_scale.models.execution import COMPUTE_DTYPES
+from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import compute_type, joined_units
 
 
@@ -81,7 +82,7 @@ class FSDP(Engine):
         groups = joined_units(method, self.config)
         for units in groups:
             dtype = compute_type(next(iter(units)), method, self.config)  # of all in the group
-            self._shard(list(units.values()), COMPUTE[dtype], vectors)
+            self._shard(list(units.values()), COMPUTE_DTYPES[dtype], vectors)
         # told nothing, the first group's backward would gather what ran before it: the last of a look at the batch
         first = cast(FSDPModule, next(iter(groups[0].values())))
         first.set_modules_to_backward_prefetch([first])

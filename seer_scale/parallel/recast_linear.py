@@ -30,7 +30,7 @@ class _Padded(nn.Conv2d):
 
 
 def keep_parameters_only(method: nn.Module) -> None:
-    """Make each convolution and linear layer of `method` thrifty; its values stay what they were."""
+    """Let each convolution and linear layer of `method` keep no cast copy of its weight for backward."""
     for module in method.modules():
         if _is_plain(module, nn.Linear) or _pads_by_number(module):
             _replace_forward(module, partial(_forward, module))

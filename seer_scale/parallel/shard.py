@@ -56,7 +56,7 @@ class Shard(Tensor):
         first = min(rows * mesh.get_local_rank(mesh.ndim - 1), tensor.shape[0])
         return cls(local, first * math.prod(tensor.shape[1:]), tensor.shape)
 
-    def like(self, local: Tensor) -> Shard:
+    def with_local(self, local: Tensor) -> Shard:
         """The same run of another tensor of this shape, such as a parameter's momentum."""
         return Shard(local, self.start, self.shape)
 

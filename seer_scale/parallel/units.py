@@ -11,7 +11,7 @@ from torch import nn
 from seer_scale.config import Config
 from seer_scale.errors import UserError
 from seer_scale.methods.base import Method
-from seer_scale.parallel.engine import COMPUTE
+from seer_scale.models.execution import COMPUTE_DTYPES
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ def sharded_units(method: Method[Any, Any], config: Config) -> dict[str, nn.Modu
     needs: dict[str, tuple[float, str]] = {}
     for name, unit in method.shard_units().items():
         dtype = compute_type(name, method, config)
-        width = COMPUTE[dtype].itemsize
+        width = COMPUTE_DTYPES[dtype].itemsize
         parts = split_units({name: unit}, int(most * 2**30 / width))
         units |= parts
         needs |= {part: (matrix_numel(module) * width / 2**30, dtype) for part, module in parts.items()}
@@ -58,7 +58,7 @@ def joined_units(method: Method[Any, Any], config: Config) -> list[dict[str, nn.
     size, last = 0, None
     for name, unit in sharded_units(method, config).items():
         dtype = compute_type(name, method, config)
-        kind, more = (name.partition(".")[0], dtype), COMPUTE[dtype].itemsize * matrix_numel(unit)
+        kind, more = (name.partition(".")[0], dtype), COMPUTE_DTYPES[dtype].itemsize * matrix_numel(unit)
         if kind != last or size >= least or size + more > most:
             groups.append({})
             size, last = 0, kind
@@ -68,7 +68,7 @@ def joined_units(method: Method[Any, Any], config: Config) -> list[dict[str, nn.
 
 
 def compute_type(name: str, method: Method[Any, Any], config: Config) -> str:
-    """Of a unit, or of a part of one: a key of COMPUTE."""
+    """Of a unit, or of a part of one: a key of COMPUTE_DTYPES."""
     is_fp32 = any(f"{name}.".startswith(f"{unit}.") for unit in method.fp32_units)
     return "fp32" if is_fp32 else config.train.precision
 

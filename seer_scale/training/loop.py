@@ -131,7 +131,7 @@ class Trainer:
         self.resumed_from = self._restore(found) if found else None
         self._initialised_from = (weights, part) if weights else None
         if weights:
-            self._loaded = self._read(weights, only=part)
+            self._loaded = self._read(weights, prefixes=part)
         self.end = config.end(self.samples_seen)
         eta = Eta(self.end, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples)
         self.log = RunLog(
@@ -179,8 +179,8 @@ class Trainer:
         then = meta["config"]
         goes_on = self.engine.method.load_state(meta["method"]["state"], then, meta["samples_seen"])
         memory = ("memory/",) if goes_on else ()
-        only = ("model/", "optim/", "scaler/", *memory)
-        self._loaded = self._read(path, only, otherwise=resume.remedy(then, self.config))
+        prefixes = ("model/", "optim/", "scaler/", *memory)
+        self._loaded = self._read(path, prefixes, remedy=resume.remedy(then, self.config))
         self.samples_seen, self.step = meta["samples_seen"], meta["step"]
         self.schedule.state |= meta["schedule"]
         self._told_of_health = meta["told_of_health"]
@@ -190,12 +190,14 @@ class Trainer:
         self._rate_change = resume.rate_change(meta, self.config)
         return path
 
-    def _read(self, path: Path, only: str | tuple[str, ...], otherwise: str = store.OTHERWISE) -> dict[str, float]:
+    def _read(
+        self, path: Path, prefixes: str | tuple[str, ...], remedy: str = store.DEFAULT_REMEDY
+    ) -> dict[str, float]:
         """Take over what of a checkpoint has names that begin so; what that took. Collective."""
         begin = time.perf_counter()
         with self.progress.doing(f"loading {shown(path)}"):
             nbytes = self.world.gather_objects(
-                store.load(path, self.engine.state(), self.world, only=only, otherwise=otherwise)
+                store.load(path, self.engine.state(), self.world, prefixes=prefixes, remedy=remedy)
             )
         self.engine.refresh()
         return {"load_s": time.perf_counter() - begin, "load_bytes": sum(nbytes), "load_bytes_most": max(nbytes)}

@@ -100,11 +100,11 @@ def find_weights(
 def check_weights(config: Config, path: Path, state: store.State, world: World = World()) -> str:
     """That what checkpoint.init_part names of `path` fits into `state`; what the names of those tensors begin with.
     Collective. Raises CheckpointError."""
-    store.check_compatible(path, state, world, only=BACKBONE)
+    store.check_compatible(path, state, world, prefixes=BACKBONE)
     if config.checkpoint.init_part == "backbone":
         return BACKBONE
-    otherwise = "give checkpoint.init_part backbone, which draws all else anew, or choose another checkpoint"
-    store.check_compatible(path, state, world, only="model/", otherwise=otherwise)
+    anew = "give checkpoint.init_part backbone, which draws all else anew, or choose another checkpoint"
+    store.check_compatible(path, state, world, prefixes="model/", remedy=anew)
     return "model/"
 
 
@@ -147,7 +147,7 @@ def validate_resume(config: Config, run_dir: Path) -> str:
         check_weights(config, find_weights(config, World(), contents=False, warn=lambda _: None), state)
         return ""
     meta = check_resumable(path, config)
-    store.check_compatible(path, state, only="model/", otherwise=remedy(meta["config"], config))
+    store.check_compatible(path, state, prefixes="model/", remedy=remedy(meta["config"], config))
     changed, rate = changes(meta["config"], config), rate_change(meta, config)
     return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}.{' ' * bool(rate)}{rate}" if changed else ""
 
@@ -156,7 +156,7 @@ def remedy(then: dict[str, Any], config: Config) -> str:
     """What to do where the network of a checkpoint with the recipe `then` is another than this recipe's: a clause."""
     shapes = [change for change in changes(then, config) if change.startswith(OF_THE_SHAPE)]
     if not shapes:
-        return store.OTHERWISE
+        return store.DEFAULT_REMEDY
     return (
         f"give back what the checkpoint has ({', '.join(shapes)}), or begin in another run.dir with "
         "checkpoint.init_from and, where only the backbone is the same, checkpoint.init_part backbone"

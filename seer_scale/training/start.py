@@ -125,7 +125,7 @@ def _shape(config: Config) -> None:
     if problems := check_sizes(backbone, sizes | ({"knn.size": config.knn.size} if config.knn.enabled else {})):
         raise ConfigError(problems)
     method = build_method(config, World())
-    for chain in method.recomputable():
+    for chain in method.checkpointed_sequences():
         find_segments(config.parallel.activation_checkpoint, chain.stage_units())
     sharded_units(method, config)
 

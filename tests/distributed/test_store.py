@@ -146,5 +146,5 @@ def test_saved_on_four_ranks_loads_on_any_other_and_failures_are_shared(tmp_path
     assert path.name == "samples-000000001280"
     run_ranks(3, on_three, path)
     state = {f"model/{n}": torch.zeros(s) for n, s in SHAPES.items()}  # and on one that knows nothing of ranks
-    store.load(path, state, World(), only="model/")
+    store.load(path, state, World(), prefixes="model/")
     assert all(torch.equal(state[f"model/{n}"], whole(n)) for n in SHAPES)

@@ -10,9 +10,9 @@ from functools import partial
 
 from seer_scale.launch.job import Job
 from seer_scale.models import execution as layout
+from seer_scale.models.init import initial_values
 from seer_scale.parallel import engine
 from seer_scale.rank_info import detect
-from seer_scale.rng import draw
 from seer_scale.training.start import run_training
 from tests.e2e import runs
 from tests.e2e.runs import (
@@ -258,7 +258,7 @@ def test_resume_and_init_from_are_different_words(tmp_path, photos):
 def test_a_start_that_goes_on_draws_no_initial_value(tmp_path, photos, monkeypatch):
     given, place = recipe(tmp_path, photos, train={"total_samples": 16}, knn={"enabled": False}), str(tmp_path / "run")
     drawn = []
-    monkeypatch.setattr(engine, "draw", lambda *args: drawn.append(args) or draw(*args))
+    monkeypatch.setattr(engine, "initial_values", lambda *args: drawn.append(args) or initial_values(*args))
     assert run_training(given, ["--run.dir", place]) == 0
     assert drawn
     drawn.clear()

@@ -15,7 +15,7 @@ from seer_scale.errors import UserError
 from seer_scale.models.layers.heads import ProjectionHead
 from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.models.regnet import RegNetY
-from seer_scale.parallel.activation_checkpoint import find_segments, recompute
+from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing, find_segments
 from seer_scale.parallel.units import matrix_numel, split_units
 
 STAGES = [["s1.b1"], ["s2.b1", "s2.b2"], ["s3.b1", "s3.b2", "s3.b3", "s3.b4"], ["s4.b1", "s4.b2"]]
@@ -35,7 +35,7 @@ def tiny() -> RegNetY:
 
 def recomputed(form) -> RegNetY:
     model = tiny()
-    recompute(model, find_segments(form, model.stage_units()))
+    apply_activation_checkpointing(model, find_segments(form, model.stage_units()))
     return model
 
 

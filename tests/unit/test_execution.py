@@ -8,7 +8,7 @@ import torch
 from seer_scale.config import resolve
 from seer_scale.distributed import World
 from seer_scale.methods.swav.method import SwAV
-from seer_scale.models import execution as layout
+from seer_scale.models import execution
 from tests.tiny import RECIPE, fake_views, tiny
 
 WORLD = World()
@@ -31,16 +31,16 @@ def no_threads_told(monkeypatch):
 def times(monkeypatch, seconds):
     """Have each measurement of a block take seconds(threads, format)."""
     monkeypatch.setattr(
-        layout, "_time", lambda block, shapes, form, config, device: seconds(torch.get_num_threads(), form)
+        execution, "_time", lambda block, shapes, form, config, device: seconds(torch.get_num_threads(), form)
     )
 
 
-@pytest.mark.parametrize("faster", list(layout.FORMATS))
+@pytest.mark.parametrize("faster", list(execution.MEMORY_FORMATS))
 def test_auto_takes_the_format_that_ran_faster(monkeypatch, faster, no_threads_told):
-    times(monkeypatch, lambda _, form: 0.5 if form == layout.FORMATS[faster] else 1.0)
+    times(monkeypatch, lambda _, form: 0.5 if form == execution.MEMORY_FORMATS[faster] else 1.0)
     backbone, config = backbone_of()
-    assert layout.choose_execution(backbone, config, WORLD, 1).memory_format == layout.FORMATS[faster]
-    assert layout.measure(backbone, config, WORLD, layout.FORMATS[faster]) == 0.5 * 5  # five blocks
+    assert execution.choose_execution(backbone, config, WORLD, 1).memory_format == execution.MEMORY_FORMATS[faster]
+    assert execution.measure(backbone, config, WORLD, execution.MEMORY_FORMATS[faster]) == 0.5 * 5  # five blocks
 
 
 @pytest.mark.parametrize(
@@ -54,18 +54,20 @@ def test_auto_takes_the_format_that_ran_faster(monkeypatch, faster, no_threads_t
 )
 def test_threads_are_measured(monkeypatch, seconds, chosen, no_threads_told):
     times(monkeypatch, lambda threads, _: seconds[threads])
-    assert layout.choose_execution(*backbone_of(), WORLD, 4).threads == chosen == torch.get_num_threads()
+    assert execution.choose_execution(*backbone_of(), WORLD, 4).threads == chosen == torch.get_num_threads()
 
 
 def test_what_is_named_is_not_measured(monkeypatch, no_threads_told):
-    monkeypatch.setattr(layout, "measure", lambda *_: pytest.fail("measured"))
-    for name, form in layout.FORMATS.items():
-        assert layout.choose_execution(*backbone_of(memory_format=name, threads=3), WORLD, 8).memory_format == form
+    monkeypatch.setattr(execution, "measure", lambda *_: pytest.fail("measured"))
+    for name, form in execution.MEMORY_FORMATS.items():
+        assert execution.choose_execution(*backbone_of(memory_format=name, threads=3), WORLD, 8).memory_format == form
     assert torch.get_num_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert layout.choose_execution(*backbone_of(memory_format=name), WORLD, 8).threads == 2 == torch.get_num_threads()
     assert (
-        layout.choose_execution(*backbone_of(memory_format=name, threads=3), WORLD, 8).threads == 3
+        execution.choose_execution(*backbone_of(memory_format=name), WORLD, 8).threads == 2 == torch.get_num_threads()
+    )
+    assert (
+        execution.choose_execution(*backbone_of(memory_format=name, threads=3), WORLD, 8).threads == 3
     )  # the recipe's own word
 
 
@@ -79,19 +81,19 @@ def test_what_is_asked_between_two_timings_may_end_them(monkeypatch, train, no_t
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        layout.choose_execution(*backbone_of(**train), WORLD, 4, stop)
+        execution.choose_execution(*backbone_of(**train), WORLD, 4, stop)
     assert len(done) == 3
 
 
 def test_measuring_runs_every_stage_and_leaves_the_model_on_the_meta_device(no_threads_told):
     backbone, config = backbone_of()
-    assert layout.measure(backbone, config, WORLD, rounds=1) > 0
+    assert execution.measure(backbone, config, WORLD, rounds=1) > 0
     assert all(p.is_meta for p in backbone.parameters())
 
 
 def test_the_format_changes_no_loss():
     losses = []
-    for form in layout.FORMATS.values():
+    for form in execution.MEMORY_FORMATS.values():
         config, engine = tiny(WORLD, **{"parallel.engine": "single"})
         out = []
         for step in range(4):

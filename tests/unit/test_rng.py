@@ -15,9 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from seer_scale.config import load_recipe, resolve
 from seer_scale.distributed import World
 from seer_scale.methods.swav.method import SwAV
+from seer_scale.models.init import Constant, Normal, Uniform, UnitRows, initial_values
 from seer_scale.parallel import build_engine
 from seer_scale.parallel import engine as frame
-from seer_scale.rng import Constant, Normal, Uniform, UnitRows, draw
 from tests.tiny import tiny
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
@@ -28,24 +28,29 @@ def test_any_run_is_cut_from_the_whole(init, shape, data):
     numel = math.prod(shape)
     start = data.draw(st.integers(0, numel))
     stop = data.draw(st.integers(start, numel))
-    whole = draw(init, shape, 3, "a.weight")
-    assert whole.shape == (numel,) and torch.equal(draw(init, shape, 3, "a.weight", start, stop), whole[start:stop])
+    whole = initial_values(init, shape, 3, "a.weight")
+    assert whole.shape == (numel,) and torch.equal(
+        initial_values(init, shape, 3, "a.weight", start, stop), whole[start:stop]
+    )
 
 
 def test_values_are_those_of_the_distribution_and_differ_by_seed_and_name():
     n, inits = 2**20, (Normal(0.5), Uniform(0.25))
     for init in inits:
-        x, others = draw(init, (n,), 0, "a"), [draw(init, (n,), 1, "a"), draw(init, (n,), 0, "b")]
+        x, others = (
+            initial_values(init, (n,), 0, "a"),
+            [initial_values(init, (n,), 1, "a"), initial_values(init, (n,), 0, "b")],
+        )
         assert all((torch.corrcoef(torch.stack([x, y]))[0, 1] * math.sqrt(n)).abs() < 5 for y in others)
         assert (x.mean() / x.std() * math.sqrt(n)).abs() < 5
-    normal, uniform = (draw(init, (n,), 0, "a") for init in inits)
+    normal, uniform = (initial_values(init, (n,), 0, "a") for init in inits)
     z = (normal / 0.5).double()
     for k, moment, of_its_square in ((2, 1, 3), (4, 3, 105), (6, 15, 10395)):
         error = math.sqrt((of_its_square - moment**2) / n)
         assert abs(z.pow(k).mean().item() - moment) < 5 * error
     assert z.isfinite().all() and 4.5 < z.abs().max() < 5.5
     assert uniform.abs().max() <= 0.25 and uniform.std().item() == pytest.approx(0.25 / math.sqrt(3), rel=5e-3)
-    rows = draw(UnitRows(0.1), (50, 16), 0, "p").view(50, 16)
+    rows = initial_values(UnitRows(0.1), (50, 16), 0, "p").view(50, 16)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(50))
 
 
@@ -55,11 +60,11 @@ def drawn(monkeypatch) -> list[int]:
     numels = []
 
     def counted(init, *args):
-        out = draw(init, *args)
+        out = initial_values(init, *args)
         numels.append(0 if isinstance(init, Constant) else out.numel())
         return out
 
-    monkeypatch.setattr(frame, "draw", counted)
+    monkeypatch.setattr(frame, "initial_values", counted)
     return numels
 
 

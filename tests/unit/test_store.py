@@ -393,13 +393,13 @@ def test_a_difference_is_told_before_anything_is_read(tmp_path):
     assert "model/w is float32 [4096] in the checkpoint and absent" in refusal({}, without="model/w")
     assert "int64 [4096] in this run" in refusal({"model/w": torch.zeros(4096, dtype=torch.int64)})
     assert "does not fit this recipe: scaler/scale is absent" in refusal({"scaler/scale": torch.ones(())})
-    assert "holds nothing under 'modle/'" in refusal({}, only="modle/")
+    assert "holds nothing under 'modle/'" in refusal({}, prefixes="modle/")
 
 
 def test_only_a_prefix(tmp_path):
     path = save(tmp_path, 1)
     state = state_of(0) | {"optim/other": torch.zeros(1)}
-    store.load(path, state, ALONE, only="model/")
+    store.load(path, state, ALONE, prefixes="model/")
     assert torch.equal(state["model/w"], state_of(1)["model/w"])
     assert not state["optim/w/momentum"].any()
 

@@ -12,10 +12,10 @@ from seer_scale.config import Config, Model, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.models.execution import measure
+from seer_scale.models.init import Played, initial_values
 from seer_scale.models.layers.norm import BatchNorm, StatsTape
 from seer_scale.models.registry import build_backbone, check_sizes, initialise
-from seer_scale.parallel.activation_checkpoint import find_segments, recompute
-from seer_scale.rng import Played, draw
+from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing, find_segments
 from seer_scale.training.start import resolve_given
 from tests.tiny import RECIPE
 
@@ -81,7 +81,7 @@ def test_initial_weights_are_distributed_as_timms(name):
     wanted = dict(theirs.named_parameters())
     for key, init in ours.initialisers().items():
         p, q = ours.get_parameter(key), wanted[key.removeprefix("net.")]
-        run = draw(init, p.shape, 0, key, p.numel() // 3, p.numel() // 2)
+        run = initial_values(init, p.shape, 0, key, p.numel() // 3, p.numel() // 2)
         assert torch.equal(run, p.detach().flatten()[p.numel() // 3 : p.numel() // 2])
         if not q.std(correction=0):
             assert torch.equal(p, q), key
@@ -93,12 +93,12 @@ def test_initial_weights_are_distributed_as_timms(name):
 def test_a_part_that_a_constructor_draws_otherwise():
     """The gate of a packed SwiGLU begins at one, beside weights and biases that do not."""
     inits = build_backbone("timm/vit_giant_patch14_dinov2").initialisers()
-    bias = draw(inits["blocks.0.mlp.fc1.bias"], (8192,), 0, "b")
-    weight = draw(inits["blocks.0.mlp.fc1.weight"], (8192, 16), 0, "w")
+    bias = initial_values(inits["blocks.0.mlp.fc1.bias"], (8192,), 0, "b")
+    weight = initial_values(inits["blocks.0.mlp.fc1.weight"], (8192, 16), 0, "w")
     whole = Played(((("normal_", None, 0.0, 1.0)), ("fill_", (3, 5), 2.0), ("mul_", (4, 8), 3.0)))
-    drawn = draw(whole, (10,), 0, "x")
+    drawn = initial_values(whole, (10,), 0, "x")
     assert drawn[3:5].tolist() == [2.0, 6.0]
-    assert torch.equal(draw(whole, (10,), 0, "x", 4, 9), drawn[4:9])
+    assert torch.equal(initial_values(whole, (10,), 0, "x", 4, 9), drawn[4:9])
     assert set(bias.tolist()) == {0.0, 1.0} or len(bias.unique()) > 2
     assert weight.isfinite().all()
 
@@ -125,7 +125,7 @@ def test_a_recomputed_network_makes_the_same_gradients_and_moves_statistics_once
     made = []
     for setting in ("none", "every 1"):
         backbone = built("resnet10t")
-        recompute(backbone, find_segments(setting, backbone.stage_units()))
+        apply_activation_checkpointing(backbone, find_segments(setting, backbone.stage_units()))
         backbone([torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))])[0].square().sum().backward()
         made.append([p.grad for p in backbone.parameters()] + [b.clone() for b in backbone.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and StatsTape

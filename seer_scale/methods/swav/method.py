@@ -15,11 +15,11 @@ from seer_scale.distributed import World, all_gather
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.losses.sinkhorn import sinkhorn
 from seer_scale.models.backbone import Backbone
+from seer_scale.models.init import Init, UnitRows
 from seer_scale.models.layers.heads import ProjectionHead
 from seer_scale.models.registry import build_backbone
 from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.optim.parameter_groups import ParameterGroup
-from seer_scale.rng import Init, UnitRows
 
 UNDECIDED, NEAR_BASELINE = 0.95, 0.02
 """Codes of so high an entropy beside a loss so near ln K, as shares of ln K, say that nothing is being learned."""

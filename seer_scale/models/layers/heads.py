@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor, nn
 
+from seer_scale.models.init import Constant, Init, Uniform
 from seer_scale.models.layers.norm import BatchNorm
-from seer_scale.rng import Constant, Init, Uniform
 
 
 class ProjectionHead(nn.Sequential):

@@ -9,7 +9,7 @@ from typing import Any
 from seer_scale.config import Config
 from seer_scale.errors import ConfigError, nearest
 
-FOLDER = Path(__file__).parents[2] / "ds_configs"
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 ALL = int(1e12)
 """More elements than any model has: one bucket or sub-group for everything."""
 BUCKET = 50_000_000
@@ -31,7 +31,7 @@ RECIPE_SAYS = {
     "zero_optimization.offload_optimizer": "parallel.offload",
 }
 """Keys of DeepSpeed's whose matter the recipe settles, and where."""
-FREE = (
+MEASURING_KEYS = (
     "communication_data_type",
     "prescale_gradients",
     "comms_logger",
@@ -47,11 +47,11 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int = 0) -
     """DeepSpeed's configuration for a recipe: what the recipe says, over what a file of the user's says, over the
     shipped file. Raises ConfigError with all that is wrong: a file that cannot be read, keys or values DeepSpeed does
     not take, and what says other than the recipe."""
-    shipped = FOLDER / f"{config.parallel.engine}.json"
+    shipped = DS_CONFIGS / f"{config.parallel.engine}.json"
     path = Path(config.parallel.ds_config or shipped)
     given, usual = _read(path), _read(shipped)
     ours = from_recipe(config, world_size)
-    top, zero = set(ours) | set(FREE), set(_fields())
+    top, zero = set(ours) | set(MEASURING_KEYS), set(_fields())
     problems = [
         *_wrong(path, config, given, ours, top, ""),
         *_wrong(

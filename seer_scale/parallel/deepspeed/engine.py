@@ -28,9 +28,10 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from seer_scale.methods.base import Method
+from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.parallel.deepspeed.config import deepspeed_config
 from seer_scale.parallel.delegating_optimizer import DelegatingOptimizer, aligned
-from seer_scale.parallel.engine import COMPUTE, Engine
+from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.recast_linear import keep_parameters_only
 from seer_scale.parallel.shard import Shard
 from seer_scale.parallel.units import compute_type, sharded_units
@@ -98,10 +99,10 @@ class Zero(Engine):
         return method
 
     def _wrap_materialised(self, module: nn.Module) -> nn.Module:
-        self.handed = DelegatingOptimizer(aligned(p for p in module.parameters() if p.requires_grad))
+        self.delegate = DelegatingOptimizer(aligned(p for p in module.parameters() if p.requires_grad))
         with _reduction_by_parameter():
             self.deepspeed, self.zero, *_ = deepspeed.initialize(
-                model=module, optimizer=self.handed, config=self.ds_config, dist_init_required=False
+                model=module, optimizer=self.delegate, config=self.ds_config, dist_init_required=False
             )
         self._silence()
         self.flat = self._flat()
@@ -169,7 +170,7 @@ class Zero(Engine):
         return [grad[at : at + k] for _, at, k in self.places.values()]
 
     def _step_within(self, apply: Callable[[], None]) -> None:
-        self.handed.apply = apply
+        self.delegate.apply = apply
         self.zero.step()
 
     def _drop_gradients(self) -> None:
@@ -238,7 +239,7 @@ class Zero3(Zero):
     def _wrap_materialised(self, module: nn.Module) -> nn.Module:
         for name, unit in self.units.items():
             vars(unit)["_z3_leaf"] = True
-            dtype = COMPUTE[compute_type(name, self.method, self.config)]
+            dtype = COMPUTE_DTYPES[compute_type(name, self.method, self.config)]
             for p in map(_known, unit.parameters()):
                 if len(p.ds_shape) > 1:
                     p.comm_dtype = dtype
