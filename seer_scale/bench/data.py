@@ -2,7 +2,7 @@
 
 The reference is the one of SwAV and VISSL: Pillow decodes, torchvision v1 and Pillow's blur make each view of the whole
 image, ToTensor and Normalize end it. Ours ends in uint8, as it leaves normalising to the device. All read the same
-files from memory, with the recipe's crops and distortions, in turn in one process with one thread; ratios are medians
+files from memory, with the recipe's crops and photometrics, in turn in one process with one thread; ratios are medians
 over rounds. Workers are then measured as in training, each a process.
 """
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=200, help="how many of them, spread over all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--recipe", default="", help="whose crops and distortions to use (default: SEER's, 2 x 224 + 4 x 96)"
+        "--recipe", default="", help="whose crops and photometrics to use (default: SEER's, 2 x 224 + 4 x 96)"
     )
     parser.add_argument("--workers", default="", help="also loaders of so many workers, such as 1,2,4")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long a round measures each number of workers")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reference(views: Views, seed: int) -> Callable[[bytes], list[torch.Tensor]]:
-    """SwAV's multi-crop pipeline (src/multicropdataset.py) with the recipe's crops and distortions.
+    """SwAV's multi-crop pipeline (src/multicropdataset.py) with the recipe's crops and photometrics.
 
     Raises UserError where torchvision is missing.
     """

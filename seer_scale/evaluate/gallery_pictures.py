@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from seer_scale.config import Views
-from seer_scale.data.loading.loader import Batch
+from seer_scale.data.batch import Batch
 from seer_scale.data.sources import Source
 from seer_scale.data.transforms.decode import decode
-from seer_scale.data.transforms.on_device import apply_photometric
+from seer_scale.data.transforms.on_device import apply_and_round
 from seer_scale.data.transforms.views import resize_centre
 from seer_scale.distributed import World
 from seer_scale.errors import DataError
@@ -32,8 +32,8 @@ def show_crops(run_dir: Path, batch: Batch, views: Views) -> None:
         crops = []
         for n, kind in enumerate(views.crops):
             own = batch.views[n][row::num]
-            if batch.distortions:
-                own = apply_photometric(own, batch.distortions[n][row::num]).round_().clamp_(0, 255).to(torch.uint8)
+            if batch.photometric_params:
+                own = apply_and_round(own, batch.photometric_params[n][row::num])
             assert len(own) == kind.num
             crops += list(own.numpy())
         gallery.add_crops(int(batch.indices[row]), crops)

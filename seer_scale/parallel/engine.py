@@ -30,7 +30,7 @@ from seer_scale.parallel.loss_scaler import LossScaler
 from seer_scale.parallel.recast_linear import compute_small_maps_in_fp32
 from seer_scale.parallel.shard import Shard
 
-Batch = Callable[[], list[Tensor]]
+MicroBatch = Callable[[], list[Tensor]]
 """Makes the views of one micro-batch, for each resolution [num * B, 3, S, S], crop-major, float, normalised."""
 
 
@@ -169,7 +169,7 @@ class Engine:
 
     # --- the step
 
-    def gradients(self, batches: Sequence[Batch], *, samples_seen: int, with_metrics: bool = False) -> LossOutput:
+    def gradients(self, batches: Sequence[MicroBatch], *, samples_seen: int, with_metrics: bool = False) -> LossOutput:
         """Forward and backward of this rank's share of the global batch, in micro-batches of equal size.
 
         Returns the method's loss over it, detached. With several micro-batches a forward without gradients comes first,

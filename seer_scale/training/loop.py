@@ -13,7 +13,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,14 @@ from seer_scale.checkpoint.lock import RunLock
 from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config, without_effect
 from seer_scale.cores import rank_cores
+from seer_scale.data.batch import Batch
 from seer_scale.data.loading.listing import share
-from seer_scale.data.loading.loader import Batch, train_batches
+from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.loading.pool import warn
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.sources.left_out import warning
 from seer_scale.data.transforms.native import MISSING, native
-from seer_scale.data.transforms.on_device import apply_photometric, to_float
+from seer_scale.data.transforms.on_device import micro_batches
 from seer_scale.distributed import World, limit_groups
 from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, DataError, StartStopped, TrainingError, UserError
 from seer_scale.evaluate.gallery_pictures import show_crops, show_neighbours, show_prototypes
@@ -438,7 +439,7 @@ class Trainer:
         c, engine = self.config, self.engine
         window, begun = MetricWindow(self.world, self.run_dir), self.step
         self._refresh(self.world.broadcast_object(newest_manifest(self.run_dir)))
-        batches, self._trained = self._batches(window), False
+        batches, self._trained, accumulation = self._batches(window), False, c.accumulation(self.world.size)
         while batch := next(batches, None):
             seen = self.samples_seen
             if not seen and self.world.is_main:
@@ -447,7 +448,10 @@ class Trainer:
             due = self._should_log(seen)
             lr = self.schedule(seen)
             with self.watchdog.patient(self.timeouts.compile_s if c.train.compile and self.step == begun else 0.0):
-                loss, metrics = engine.gradients(self._micro_batches(batch), samples_seen=seen, with_metrics=due)
+                parts = micro_batches(
+                    batch, c.views.crops, accumulation, self.world.device, self.execution.memory_format
+                )
+                loss, metrics = engine.gradients(parts, samples_seen=seen, with_metrics=due)
             stats = engine.update(lr, seen)
             self.watchdog.beat()
             self.progress.advance(c.train.global_batch)
@@ -503,24 +507,6 @@ class Trainer:
                 if batch is None:
                     return
                 yield batch
-
-    def _micro_batches(self, batch: Batch) -> list[Callable[[], list[torch.Tensor]]]:
-        """What makes each micro-batch: for each resolution float32 [num * B, 3, S, S] on the device."""
-        num, crops = self.config.accumulation(self.world.size), self.config.views.crops
-        views = [v.to(self.world.device, non_blocking=True) for v in batch.views]
-        parts = [[p.flatten(0, 1) for p in v.unflatten(0, (c.num, -1)).chunk(num, dim=1)] for v, c in zip(views, crops)]
-        how = [
-            [p.flatten(0, 1) for p in d.unflatten(0, (c.num, -1)).chunk(num, dim=1)]
-            for d, c in zip(batch.distortions, crops)
-        ]
-
-        def micro_batch(i: int) -> list[torch.Tensor]:
-            pixels = [p[i] for p in parts]
-            if how:
-                pixels = [apply_photometric(p, d[i]) for p, d in zip(pixels, how)]
-            return [to_float(p).contiguous(memory_format=self.execution.memory_format) for p in pixels]
-
-        return [partial(micro_batch, i) for i in range(num)]
 
     def _refresh(self, number: int) -> bool:
         """Go on with manifest `number` of this run, if it is newer than the one in use; whether that was done."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from seer_scale.data.loading.loader import Batch
+from seer_scale.data.batch import Batch
 from seer_scale.data.sampling.order import mix
 from seer_scale.distributed import World
 from seer_scale.training.data_history import newest_manifest

@@ -1,5 +1,5 @@
-"""The data of a run: refreshed in its course, broken in part, in blocks of tars, distorted on the device, its loaders
-killed."""
+"""The data of a run: refreshed in its course, broken in part, in blocks of tars, its photometrics on the device, its
+loaders killed."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_loaders_killed_all_the_time(straight, tmp_path, photos):
     assert_same_path(place, straight)
 
 
-def test_distorted_on_the_device_is_distorted_all_the_same(tmp_path, photos):
+def test_photometrics_on_the_device_are_those_of_the_cpu(tmp_path, photos):
     """A pixel differs by its rounding, and codes that do not magnify that make the same loss of it."""
     calm = {
         "swav": RECIPE["swav"] | {"epsilon": 0.5, "temperature": 0.5},

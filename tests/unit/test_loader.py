@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from seer_scale.config import Crop, Data, Views
-from seer_scale.data.loading import loader as module
+from seer_scale.data.batch import Batch
 from seer_scale.data.loading import tasks as jobs
 from seer_scale.data.loading.loader import eval_batches, train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
@@ -80,7 +80,7 @@ def joined(parts):
             for c, kind in zip(VIEWS.crops, zip(*(r.views for r in ranks)))
         ]
         told = [line for r in ranks for line in r.unreadable]
-        out.append(module.Batch(views, [], torch.cat([r.indices for r in ranks]), ranks[0].samples_seen, told))
+        out.append(Batch(views, [], torch.cat([r.indices for r in ranks]), ranks[0].samples_seen, told))
     return out
 
 

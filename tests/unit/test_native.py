@@ -29,7 +29,7 @@ BUILT = [name for name in n.SETS if n.load(name)]
 
 
 def made(kernels, image: np.ndarray, size: int, how: photometric.PhotometricParams) -> tuple[np.ndarray, np.ndarray]:
-    """What resizing gives, and what is distorted of it, by these kernels (None: by torch)."""
+    """What resizing gives, and what photometrics make of it, by these kernels (None: by torch)."""
     with pytest.MonkeyPatch.context() as m:
         for module in (photometric, views):
             m.setattr(module, "native", lambda: kernels)
@@ -38,7 +38,7 @@ def made(kernels, image: np.ndarray, size: int, how: photometric.PhotometricPara
     return small, planes
 
 
-distortions = st.builds(
+some_params = st.builds(
     lambda flip, ops, sigma: photometric.PhotometricParams(
         flip, tuple((op, f / 4 if op == photometric.HUE else f) for op, f in ops), sigma
     ),
@@ -54,7 +54,7 @@ distortions = st.builds(
     width=st.integers(1, 300),
     size=st.integers(1, 70),
     seed=st.integers(0, 99),
-    how=distortions,
+    how=some_params,
 )
 def test_every_instruction_set_gives_the_same_bytes_and_torch_the_same_to_one_level(height, width, size, seed, how):
     image = (
@@ -64,10 +64,10 @@ def test_every_instruction_set_gives_the_same_bytes_and_torch_the_same_to_one_le
     )
     small, planes = made(n.native(), image, size, how)
     for name in BUILT[1:]:
-        other, distorted = made(n.load(name), image, size, how)
-        assert np.array_equal(small, other) and np.array_equal(planes, distorted), name
-    other, distorted = made(None, image, size, how)
-    assert np.array_equal(small, other) and apart(planes, distorted) <= 1
+        other, other_planes = made(n.load(name), image, size, how)
+        assert np.array_equal(small, other) and np.array_equal(planes, other_planes), name
+    other, other_planes = made(None, image, size, how)
+    assert np.array_equal(small, other) and apart(planes, other_planes) <= 1
 
 
 def build(folder: Path, **environment: str) -> set[str]:

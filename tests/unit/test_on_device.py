@@ -1,5 +1,5 @@
-"""A batch distorted at once: each crop to one level what the CPU makes of it alone, and no crop's pixels asked for on
-the way."""
+"""Photometrics of a whole batch at once: each crop to one level what the CPU makes of it alone, and no crop's pixels
+asked for on the way; and a batch as the engine takes it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.transforms import functional as tv
 
-from seer_scale.config import Views
-from seer_scale.data.transforms import on_device as batched
+from seer_scale.config import Crop, Views
+from seer_scale.data.batch import Batch
+from seer_scale.data.transforms import on_device
 from seer_scale.data.transforms import photometric as p
 from seer_scale.data.transforms.views import DRAWS
 from tests.pictures import apart, photo
@@ -23,7 +24,7 @@ from tests.pictures import apart, photo
 NOTHING = p.PhotometricParams(False, (), 0.0)
 
 
-def packed(hows) -> torch.Tensor:
+def encoded(hows) -> torch.Tensor:
     return torch.from_numpy(np.stack([p.encode(how) for how in hows]))
 
 
@@ -32,7 +33,7 @@ def stacked(images) -> torch.Tensor:
 
 
 def at_once(images, hows) -> np.ndarray:
-    return batched.apply_photometric(stacked(images), packed(hows)).numpy()
+    return on_device.apply_photometric(stacked(images), encoded(hows)).numpy()
 
 
 def one_by_one(images, hows) -> np.ndarray:
@@ -93,7 +94,7 @@ def test_each_operation_is_the_cpus_to_one_level():
 
 def test_blur_weights_are_the_cpus():
     sigmas = np.float32([0.1, 0.34, 0.5, 1.0, 1.43, 2.0, 9.0])
-    for sigma, line in zip(sigmas, batched.gaussians(torch.from_numpy(sigmas)).numpy()):
+    for sigma, line in zip(sigmas, on_device.gaussians(torch.from_numpy(sigmas)).numpy()):
         theirs = p.gaussian(float(sigma))
         margin = (len(line) - len(theirs)) // 2
         assert len(line) == 2 * 27 + 1 and not line[:margin].any() and not line[len(line) - margin :].any()
@@ -155,7 +156,7 @@ def test_a_crop_does_not_depend_on_its_batch(seed, hows, a_time):
     for i, (image, how) in enumerate(zip(images, hows)):
         assert apart(at_once([image], [how])[0], together[i]) < 2e-3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batched, "CHUNK", a_time * 3 * 24 * 24)
+        patch.setattr(on_device, "CHUNK", a_time * 3 * 24 * 24)
         assert apart(at_once([images[i] for i in order], [hows[i] for i in order]), together[order]) < 2e-3
 
 
@@ -187,7 +188,7 @@ def test_packed_says_all_that_is_drawn():
 
 def test_no_crops():
     none = torch.empty(0, 3, 16, 16, dtype=torch.uint8)
-    assert batched.apply_photometric(none, torch.empty(0, p.PARAMS_PER_CROP)).shape == none.shape
+    assert on_device.apply_photometric(none, torch.empty(0, p.PARAMS_PER_CROP)).shape == none.shape
 
 
 def test_half_precision_is_refused():
@@ -221,7 +222,7 @@ def test_pixels_are_never_asked_for_and_memory_is_bounded(num, size, copies):
     """Crops without data ("meta") refuse whatever needs a value on the host; a large batch is held but once."""
     crops = torch.empty(num, 3, size, size, dtype=torch.uint8, device="meta")
     with Alive("meta") as alive:
-        out = batched.apply_photometric(crops, packed(drawn(num, 5)))
+        out = on_device.apply_photometric(crops, encoded(drawn(num, 5)))
     assert out.device.type == "meta" and out.shape == crops.shape and out.dtype == torch.float32
     assert alive.peak <= copies * 4 * crops.numel()
 
@@ -229,11 +230,34 @@ def test_pixels_are_never_asked_for_and_memory_is_bounded(num, size, copies):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_host_never_waits_for_a_gpu():
     images, hows = [photo(64, 64, i) for i in range(48)], drawn(48, 1)
-    crops, how = stacked(images).cuda(), packed(hows)
-    batched.apply_photometric(crops, how)
+    crops, how = stacked(images).cuda(), encoded(hows)
+    on_device.apply_photometric(crops, how)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ours = batched.apply_photometric(crops, how)
+        ours = on_device.apply_photometric(crops, how)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert apart(ours.cpu(), at_once(images, hows)) <= 0.05
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["views are done", "photometrics here"])
+def test_micro_batches_are_equal_parts_of_the_images(later):
+    """Of each kind all crops of an image are in one part; parts hold what the whole batch would, crop-major."""
+    crops, b = (Crop(num=2, size=16), Crop(num=3, size=8)), 6
+    generator = torch.Generator().manual_seed(0)
+    pixels = [torch.randint(256, (c.num * b, 3, c.size, c.size), generator=generator, dtype=torch.uint8) for c in crops]
+    params = [encoded(drawn(c.num * b, seed)) for seed, c in enumerate(crops)] if later else []
+    batch = Batch(pixels, params, torch.arange(b), 0, [])
+
+    def views(num: int) -> list[list[torch.Tensor]]:
+        cpu, form = torch.device("cpu"), torch.channels_last
+        return [make() for make in on_device.micro_batches(batch, crops, num, cpu, form)]
+
+    [whole], parts = views(1), views(3)
+    for kind, c in enumerate(crops):
+        expected = on_device.apply_photometric(pixels[kind], params[kind]) if later else pixels[kind]
+        assert torch.equal(whole[kind], on_device.to_float(expected))
+        assert whole[kind].is_contiguous(memory_format=torch.channels_last)
+        joined = torch.cat([part[kind].unflatten(0, (c.num, -1)) for part in parts], dim=1).flatten(0, 1)
+        assert [len(part[kind]) for part in parts] == [c.num * b // 3] * 3
+        assert torch.allclose(joined, whole[kind], atol=1e-4)

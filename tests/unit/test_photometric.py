@@ -23,7 +23,7 @@ def kernel(request, monkeypatch):
         pytest.skip("the kernels were not built")
 
 
-def distorted(image: np.ndarray, flip=False, ops=(), sigma=0.0) -> np.ndarray:
+def changed(image: np.ndarray, flip=False, ops=(), sigma=0.0) -> np.ndarray:
     planes = np.full((3, *image.shape[:2]), 77, np.uint8)
     p.apply_photometric(image, p.PhotometricParams(flip, tuple(ops), sigma), planes)
     return planes
@@ -42,7 +42,7 @@ def test_jitter_is_torchvisions_to_two_levels(kernel, name, factors):
     for image in (photo(64, 64), rng.integers(0, 256, (61, 61, 3)).astype(np.uint8), photo(600, 600)):
         for factor in factors:
             theirs = 255 * getattr(tv, f"adjust_{name}")(exact(image), factor).numpy()
-            assert apart(distorted(image, ops=[(OPS[name], factor)]), theirs) <= 2
+            assert apart(changed(image, ops=[(OPS[name], factor)]), theirs) <= 2
 
 
 def test_operations_follow_one_another(kernel):
@@ -54,7 +54,7 @@ def test_operations_follow_one_another(kernel):
         for op, factor in (how[i] for i in order):
             name = {v: k for k, v in OPS.items()}.get(op)
             theirs = getattr(tv, f"adjust_{name}")(theirs, factor) if name else tv.rgb_to_grayscale(theirs, 3)
-        ours = distorted(image, ops=[how[i] for i in order])
+        ours = changed(image, ops=[how[i] for i in order])
         assert np.abs(ours - 255 * theirs.numpy()).mean() < 1 and apart(ours, 255 * theirs.numpy()) <= 5
 
 
@@ -63,14 +63,14 @@ def test_blur_is_torchvisions_to_two_levels(kernel, sigma):
     image = photo(80, 80)
     width = 2 * int(np.ceil(3 * sigma)) + 1
     theirs = 255 * tv.gaussian_blur(exact(image), [width, width], [sigma, sigma]).numpy()
-    assert apart(distorted(image, sigma=sigma), theirs) <= 2
+    assert apart(changed(image, sigma=sigma), theirs) <= 2
 
 
 def test_flip_and_nothing(kernel):
     image = photo(50, 50)
-    assert np.array_equal(distorted(image), image.transpose(2, 0, 1))
-    assert np.array_equal(distorted(image, flip=True), image[:, ::-1].transpose(2, 0, 1))
-    assert np.array_equal(distorted(image[::-1]), image[::-1].transpose(2, 0, 1))  # not contiguous
+    assert np.array_equal(changed(image), image.transpose(2, 0, 1))
+    assert np.array_equal(changed(image, flip=True), image[:, ::-1].transpose(2, 0, 1))
+    assert np.array_equal(changed(image[::-1]), image[::-1].transpose(2, 0, 1))  # not contiguous
 
 
 def test_every_step_happens_as_often_as_asked(kernel):
@@ -80,7 +80,7 @@ def test_every_step_happens_as_often_as_asked(kernel):
     asked = Views(jitter_p=0.0, flip=0.3, grayscale_p=0.2, blur_p=0.6, blur_sigma=(1.0, 2.0))
     n = 3000
     draws = np.random.default_rng(1).random((n, DRAWS)).tolist()
-    crops = [distorted(left, *p.draw(asked, iter(d))).astype(int).transpose(1, 2, 0) for d in draws]
+    crops = [changed(left, *p.draw(asked, iter(d))).astype(int).transpose(1, 2, 0) for d in draws]
     flipped = np.array([c[0, 0].sum() < c[0, -1].sum() for c in crops])
     grey = np.array([np.ptp(c, axis=2).max() == 0 for c in crops])
     blurred = np.array([0 < c[8, 6:10].sum(1).min() or len({*c[8, :, 0]}) > 2 for c in crops])

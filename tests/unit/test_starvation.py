@@ -10,7 +10,7 @@ import yaml
 
 from seer_scale.bench import data as bench
 from seer_scale.config import recipe_names, resolve
-from seer_scale.data.loading.loader import Batch
+from seer_scale.data.batch import Batch
 from seer_scale.distributed import World
 from seer_scale.models.execution import Execution
 from seer_scale.training import loop

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seer_scale.data.loading.loader import Batch
+from seer_scale.data.batch import Batch
 from seer_scale.distributed import World
 from seer_scale.training.metric_window import MetricWindow
 from tests.tiny import losses_of, micro_batches, tiny

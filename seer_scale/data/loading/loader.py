@@ -9,34 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from seer_scale.config import Data, Views
 from seer_scale.cores import available_cores
+from seer_scale.data.batch import Batch
 from seer_scale.data.loading.pool import iterate_batches, warn
 from seer_scale.data.loading.tasks import EvalBatches, TrainBatches
 from seer_scale.data.sampling.sampler import ElasticSampler
 from seer_scale.data.sources import Source
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's part of a global batch of b images a rank.
-
-    views: for each kind of crop uint8 [num * b, 3, size, size], all images' first crop, then all their second.
-    distortions: for each kind float32 [num * b, photometric.PARAMS_PER_CROP], to be done on the device; or none, where
-    the views are done. indices: int64 [b], the images really used. samples_seen: global samples before this batch.
-    unreadable: "name: reason" of each image that was replaced.
-    """
-
-    views: list[torch.Tensor]
-    distortions: list[torch.Tensor]
-    indices: torch.Tensor
-    samples_seen: int
-    unreadable: list[str]
 
 
 def train_batches(
@@ -51,15 +34,15 @@ def train_batches(
     """
     if start < stop:
         sampler.slots(start, rank, world_size)  # counted here what an epoch in progress still shows
-    job = TrainBatches(source, views, sampler, rank, world_size, on_device)
+    task = TrainBatches(source, views, sampler, rank, world_size, on_device)
     keys = range(start, stop, sampler.global_batch)
     workers = data.num_workers(available_cores())
-    made = iterate_batches(job, keys, workers=workers, prefetch=data.prefetch, timeout_s=data.timeout_s, tell=tell)
+    made = iterate_batches(task, keys, workers=workers, prefetch=data.prefetch, timeout_s=data.timeout_s, tell=tell)
     with closing(made):
-        for samples_seen, (arrays, told) in zip(keys, made):
+        for samples_seen, (arrays, results) in zip(keys, made):
             flat, num = [_own(a, pin).flatten(0, 1) for a in arrays], len(views.crops)
-            indices = torch.tensor([index for index, _ in told], dtype=torch.int64)
-            yield Batch(flat[:num], flat[num:], indices, samples_seen, [line for _, lines in told for line in lines])
+            indices = torch.tensor([index for index, _ in results], dtype=torch.int64)
+            yield Batch(flat[:num], flat[num:], indices, samples_seen, [line for _, lines in results for line in lines])
 
 
 def _own(array: np.ndarray, pin: bool) -> torch.Tensor:
@@ -74,9 +57,9 @@ def eval_batches(
 
     b is at most `batch`. Images that cannot be read are left out; the label is -1 where there is none.
     """
-    job = EvalBatches(source, np.asarray(indices, np.int64), size, batch)
-    for (images, labels), told in iterate_batches(job, range(0, len(indices), batch), workers=workers):
-        rows = [row for row, index in enumerate(told) if index is not None]
+    task = EvalBatches(source, np.asarray(indices, np.int64), size, batch)
+    for (images, labels), results in iterate_batches(task, range(0, len(indices), batch), workers=workers):
+        rows = [row for row, index in enumerate(results) if index is not None]
         if rows:
-            numbers = torch.tensor([told[row] for row in rows], dtype=torch.int64)
+            numbers = torch.tensor([results[row] for row in rows], dtype=torch.int64)
             yield torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]), numbers

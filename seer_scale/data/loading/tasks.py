@@ -53,8 +53,8 @@ class TrainBatches:
     def buffers(self) -> list[Spec]:
         b, crops = self.rows(0), self.views.crops
         pixels: list[Spec] = [((c.num, b, 3, c.size, c.size), np.uint8) for c in crops]
-        distortions: list[Spec] = [((c.num, b, photometric.PARAMS_PER_CROP), np.float32) for c in crops]
-        return pixels + distortions * self.on_device
+        params: list[Spec] = [((c.num, b, photometric.PARAMS_PER_CROP), np.float32) for c in crops]
+        return pixels + params * self.on_device
 
     def rows(self, key: int) -> int:
         return self.sampler.global_batch // self.world_size

@@ -1,20 +1,23 @@
-"""What is done to a batch on its device: it is normalised, before that `photometric` is done to it, all
-crops at once.
+"""What is done to a batch on its device: flip, colours and blur of all crops at once, then normalisation.
 
-What each crop needs is known to the host, so no step waits for the device: numbers and indices go there in one small
-copy a chunk. Flip, hue and blur are done to the crops that have them. Every other operation blends a crop with black,
-with the mean of its grey image or with that image, which differ in coefficients alone: each step is one formula for
-all."""
+This is the second implementation of the kernels of pixels.c, equal to a level, and stands in for them on a CPU where
+they were not built. What each crop needs is known to the host, so no step waits for the device: numbers and indices go
+there in one small copy a chunk. Flip, hue and blur are done to the crops that have them. Every other operation blends a
+crop with black, with the mean of its grey image or with that image, which differ in coefficients alone: each step is
+one formula for all."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from seer_scale.config import Crop
+from seer_scale.data.batch import Batch
 from seer_scale.data.transforms.photometric import (
     CONTRAST,
     GREY,
@@ -27,39 +30,44 @@ from seer_scale.data.transforms.photometric import (
 from seer_scale.data.transforms.views import MEAN, STD
 
 CHUNK = 2**24
-"""Values distorted at a time, at most (or one crop): 64 MiB, of which about four copies are alive at once."""
+"""Values taken at a time, at most (or one crop): 64 MiB, of which about four copies are alive at once."""
 
 
 @torch.no_grad()
-def apply_photometric(crops: Tensor, how: Tensor) -> Tensor:
-    """uint8 [N, 3, S, S] as `how`, float32 [N, PARAMS_PER_CROP] on the CPU, says: float32 in [0, 255], not rounded.
+def apply_photometric(crops: Tensor, params: Tensor) -> Tensor:
+    """uint8 [N, 3, S, S] by `params`, float32 [N, PARAMS_PER_CROP] on the CPU: float32 in [0, 255], not rounded.
 
     To one level `photometric.apply_photometric` of each, which rounds twice: before the blur and after it. Raises under
     autocast, which would blur in half precision.
     """
-    assert how.shape == (len(crops), PARAMS_PER_CROP) and how.device.type == "cpu", (how.shape, how.device)
+    assert params.shape == (len(crops), PARAMS_PER_CROP) and params.device.type == "cpu", (params.shape, params.device)
     out = crops.to(torch.float32)
     num = max(1, CHUNK // crops.shape[1:].numel())
-    for x, numbers in zip(out.split(num), how.split(num)):
-        _in_place(x, numbers)
+    for x, its_params in zip(out.split(num), params.split(num)):
+        _in_place(x, its_params)
     return out
 
 
-def apply_on_cpu(crop: np.ndarray, how: PhotometricParams) -> np.ndarray:
+def apply_and_round(crops: Tensor, params: Tensor) -> Tensor:
+    """`apply_photometric` as uint8."""
+    return apply_photometric(crops, params).add_(0.5).to(torch.uint8)
+
+
+def apply_on_cpu(crop: np.ndarray, params: PhotometricParams) -> np.ndarray:
     """RGB uint8 [S, S, 3] as uint8 [3, S, S]: `photometric.apply_photometric` without kernels in C."""
     planes = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))[None]
-    return apply_photometric(planes, torch.from_numpy(encode(how))[None])[0].add_(0.5).to(torch.uint8).numpy()
+    return apply_and_round(planes, torch.from_numpy(encode(params))[None])[0].numpy()
 
 
-def _in_place(x: Tensor, how: Tensor) -> None:
-    ops, factors = how[:, 1:-1:2].T, how[:, 2:-1:2].T  # [MAX_OPS, n]
-    flipped, blurred = how[:, 0].nonzero()[:, 0], how[:, -1].nonzero()[:, 0]
+def _in_place(x: Tensor, params: Tensor) -> None:
+    ops, factors = params[:, 1:-1:2].T, params[:, 2:-1:2].T  # [MAX_OPS, n]
+    flipped, blurred = params[:, 0].nonzero()[:, 0], params[:, -1].nonzero()[:, 0]
     steps = []
     for op, factor in zip(ops, factors):
         if (op >= 0).any():
             turned = (op == HUE).nonzero()[:, 0]
             steps += [_shares(op, factor), turned, _thirds(factor[turned])]
-    weights = gaussians(how[blurred, -1])
+    weights = gaussians(params[blurred, -1])
     flipped, blurred, weights, *steps = _ship([flipped, blurred, weights, *steps], x.device)
 
     if len(flipped):
@@ -161,3 +169,68 @@ def to_float(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [N, 3, H, W] on any device as `dtype`, normalised with ImageNet's mean and standard deviation."""
     mean, scale = _mean_std(x.device)
     return x.to(torch.float32).sub_(mean).mul_(scale).to(dtype)
+
+
+def micro_batches(
+    batch: Batch, crops: Sequence[Crop], num: int, device: torch.device, memory_format: torch.memory_format
+) -> list[Callable[[], list[Tensor]]]:
+    """What makes the views of each of `num` equal parts of a batch: for each kind of crop float32 [kind.num * b / num,
+    3, S, S], on `device`, photometrics applied and normalised.
+
+    All of the uint8 goes to the device at once; floats exist a part at a time, where one is asked for.
+    """
+
+    def parts(kinds: list[Tensor]) -> list[list[Tensor]]:
+        """Of each kind the rows of each part: all its images' first crop, then all their second."""
+        return [
+            [part.flatten(0, 1) for part in rows.unflatten(0, (kind.num, -1)).chunk(num, dim=1)]
+            for rows, kind in zip(kinds, crops)
+        ]
+
+    pixels = parts([views.to(device, non_blocking=True) for views in batch.views])
+    params = parts(batch.photometric_params)
+
+    def make(part: int) -> list[Tensor]:
+        views = [kind[part] for kind in pixels]
+        if params:
+            views = [apply_photometric(own, kind[part]) for own, kind in zip(views, params)]
+        return [to_float(own).contiguous(memory_format=memory_format) for own in views]
+
+    return [partial(make, part) for part in range(num)]
+
+
+# --------------------------------------------------------------------------------------------- resizing
+
+
+def resize_on_cpu(image: np.ndarray, size: int) -> np.ndarray:
+    """`views.resize` without kernels in C: their sums in their order, so the same bytes."""
+    height, width = image.shape[:2]
+    pixels = torch.from_numpy(np.ascontiguousarray(image))
+    first, num, weights = _triangle(height, size)
+    odd = num % 2  # rows are added two by two, an odd one before them
+    taps = int(num.max())
+    place = torch.arange(taps + taps % 2 + 2) - odd[:, None]
+    weights = F.pad(weights, (1, 3)).gather(1, place + 1)[..., None, None]
+    rows = (first[:, None] + place).clamp_(0, height - 1)
+    down = torch.zeros(size, width, 3)
+    for k in range(0, place.shape[1], 2):
+        down += weights[:, k] * pixels[rows[:, k]] + weights[:, k + 1] * pixels[rows[:, k + 1]]
+    first, num, weights = _triangle(width, size)
+    across = torch.zeros(size, size, 3)
+    for k in range(int(num.max())):
+        across += weights[:, k, None] * down[:, (first + k).clamp_(0, width - 1)]
+    return across.add_(0.5).to(torch.uint8).numpy()
+
+
+def _triangle(n: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where `size` outputs of `n` inputs look, and how much they weigh: first, num int64 [size], weights float32 [size,
+    taps]."""
+    scale = n / size
+    reach = max(scale, 1.0)
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * scale
+    first, end = (centre - reach + 0.5).long().clamp_(min=0), (centre + reach + 0.5).long().clamp_(max=n)
+    at = first[:, None] + torch.arange(int((end - first).max()))
+    away = ((at - centre[:, None] + 0.5) / reach).abs()
+    weights = torch.where((away < 1) & (at < end[:, None]), 1 - away, 0.0).float()
+    total = weights.double().cumsum(1)[:, -1:]
+    return first, end - first, (weights / total).float()

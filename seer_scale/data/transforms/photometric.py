@@ -1,9 +1,9 @@
-"""What is done to the colours of a crop: flip, colour jitter, grey, Gaussian blur (SwAV's order and distributions).
+"""Photometric augmentation of a crop: flip, colour jitter, grey, Gaussian blur (SwAV's order and distributions).
 
-`draw` says what is to be done, as numbers; `apply_photometric` does it to one crop on the CPU: in one or two
-passes in C (pixels.c), or as on_device.py does it where that was not built, the same to a level of 255. The operations
-are torchvision's, without its rounding in between. `encode` makes numbers of it, for on_device.py to do a whole
-batch's on the accelerator."""
+`draw` draws the parameters; `apply_photometric` applies them to one crop on the CPU: in one or two passes in C
+(pixels.c), or as on_device.py does where that was not built, the same to a level of 255. The operations are
+torchvision's, without its rounding in between. `encode` makes an array of the parameters, for on_device.py to apply a
+whole batch's on the accelerator."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class PhotometricParams(NamedTuple):
 NOTHING = PhotometricParams(False, (), 0.0)
 MAX_OPS = 5
 PARAMS_PER_CROP = 2 + 2 * MAX_OPS
-"""Numbers a packed crop takes."""
+"""Numbers that encode a crop's."""
 
 
-def encode(how: PhotometricParams) -> np.ndarray:
+def encode(params: PhotometricParams) -> np.ndarray:
     """float32 [PARAMS_PER_CROP]: flip, (operation, factor) for each of MAX_OPS in order, (-1, 0) where there are fewer,
     sigma."""
-    none = [(-1, 0.0)] * (MAX_OPS - len(how.ops))
-    return np.array([how.flip, *sum((*how.ops, *none), ()), how.sigma], np.float32)
+    none = [(-1, 0.0)] * (MAX_OPS - len(params.ops))
+    return np.array([params.flip, *sum((*params.ops, *none), ()), params.sigma], np.float32)
 
 
 def draw(views: Views, u: Iterator[float]) -> PhotometricParams:
-    """One crop's distortion; `u` iterates over uniform numbers in [0, 1)."""
+    """One crop's parameters; `u` iterates over uniform numbers in [0, 1)."""
     flip, ops, sigma = next(u) < views.flip, [], 0.0
     if next(u) < views.jitter_p:
         order = sorted(range(4), key=[next(u) for _ in range(4)].__getitem__)
@@ -62,21 +62,21 @@ def draw(views: Views, u: Iterator[float]) -> PhotometricParams:
     return PhotometricParams(flip, tuple(ops), sigma)
 
 
-def apply_photometric(crop: np.ndarray, how: PhotometricParams, planes: np.ndarray) -> None:
-    """RGB uint8 [S, S, 3] distorted into `planes`, uint8 [3, S, S], contiguous."""
+def apply_photometric(crop: np.ndarray, params: PhotometricParams, planes: np.ndarray) -> None:
+    """RGB uint8 [S, S, 3] by `params` into `planes`, uint8 [3, S, S], contiguous."""
     kernel = native()
     if kernel is None:
         from seer_scale.data.transforms import on_device  # loads torch, which loader processes otherwise do without
 
-        planes[:] = on_device.apply_on_cpu(crop, how)
+        planes[:] = on_device.apply_on_cpu(crop, params)
         return
-    size, num = len(crop), len(how.ops)
+    size, num = len(crop), len(params.ops)
     crop = np.ascontiguousarray(crop)
-    ops = (ctypes.c_int * num)(*(op for op, _ in how.ops))
-    factors = (ctypes.c_float * num)(*(factor for _, factor in how.ops))
-    kernel.photometric(crop.ctypes.data, size, how.flip, num, ops, factors, planes.ctypes.data)
-    if how.sigma:
-        weights = gaussian(how.sigma)
+    ops = (ctypes.c_int * num)(*(op for op, _ in params.ops))
+    factors = (ctypes.c_float * num)(*(factor for _, factor in params.ops))
+    kernel.photometric(crop.ctypes.data, size, params.flip, num, ops, factors, planes.ctypes.data)
+    if params.sigma:
+        weights = gaussian(params.sigma)
         kernel.blur(
             planes.ctypes.data,
             size,

@@ -1,6 +1,6 @@
-"""From pixels to views: every crop cut from one decoded image, resized and distorted, all as uint8 on the CPU.
+"""From pixels to views: every crop cut from one decoded image, resized, its colours changed, all as uint8 on the CPU.
 
-Order and distributions are SwAV's (FACTS; torchvision's RandomResizedCrop and ColorJitter): random resized crop, flip,
+Order and distributions are SwAV's (torchvision's RandomResizedCrop and ColorJitter): random resized crop, flip,
 colour jitter, grey, Gaussian blur. The views of an image are a pure function of (image, views, seed, epoch, index).
 """
 
@@ -34,7 +34,7 @@ def load_views(
     will be (JPEG: fewer coefficients are transformed). Raises DataError for what is no whole image.
 
     out: arrays to write into instead of new ones, and to return. If there are twice as many, the others are float32
-    [num, photometric.PARAMS_PER_CROP], and take each crop's distortion, which is then not done.
+    [num, photometric.PARAMS_PER_CROP], and take each crop's photometric parameters, which are then not applied.
     """
     draws = _draws(views, seed, epoch, index)
     full: list[int] = []
@@ -77,15 +77,15 @@ def _cut(
 ) -> Sequence[np.ndarray]:
     """full: (height, width) of the image that `image` is a smaller copy of; boxes are chosen there."""
     planes = (p for kind in out[: len(views.crops)] for p in kind)
-    packed = (p for kind in out[len(views.crops) :] for p in kind)
+    encoded = (p for kind in out[len(views.crops) :] for p in kind)
     down, right = image.shape[0] / full[0], image.shape[1] / full[1]
     for to, (kind, u, (top, left, height, width)) in zip(planes, _boxes(views, draws, *full)):
         rows = slice(round(top * down), max(round(top * down) + 1, round((top + height) * down)))
         columns = slice(round(left * right), max(round(left * right) + 1, round((left + width) * right)))
-        crop, how = resize(image[rows, columns], kind.size), photometric.draw(views, u)
-        if (later := next(packed, None)) is not None:
-            later[:], how = photometric.encode(how), photometric.NOTHING
-        photometric.apply_photometric(crop, how, to)
+        crop, params = resize(image[rows, columns], kind.size), photometric.draw(views, u)
+        if (later := next(encoded, None)) is not None:
+            later[:], params = photometric.encode(params), photometric.NOTHING
+        photometric.apply_photometric(crop, params, to)
     return out
 
 
@@ -110,7 +110,9 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [H, W, 3] to [size, size, 3], bilinear, antialiased along an axis that shrinks: Pillow's, to one level."""
     kernels = native()
     if kernels is None:
-        return _resized(image, size)
+        from seer_scale.data.transforms import on_device  # loads torch, which loader processes otherwise do without
+
+        return on_device.resize_on_cpu(image, size)
     height, width = image.shape[:2]
     if image.strides[1:] != (3, 1):
         image = np.ascontiguousarray(image)
@@ -119,38 +121,6 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     floats = scratch(size * taps + 16 * (3 * width + 8) + 4 * size)
     kernels.resize(image.ctypes.data, image.strides[0], height, width, size, out.ctypes.data, floats.ctypes.data)
     return out
-
-
-def _resized(image: np.ndarray, size: int) -> np.ndarray:
-    """`resize` without the kernels: their sums in their order, so the same bytes."""
-    height, width = image.shape[:2]
-    first, num, weights = _triangle(height, size)
-    odd = num % 2 > 0  # rows are added two by two, an odd one before them
-    place = np.arange(weights.shape[1] + weights.shape[1] % 2 + 2) - odd[:, None]
-    weights = np.pad(weights, ((0, 0), (1, 3)))[np.arange(size)[:, None], place + 1]
-    rows = (first[:, None] + place).clip(0, height - 1)
-    down = np.zeros((size, width, 3), np.float32)
-    for k in range(0, place.shape[1], 2):
-        one, two = (weights[:, j, None, None] * image[rows[:, j]].astype(np.float32) for j in (k, k + 1))
-        down += one + two
-    first, _, weights = _triangle(width, size)
-    across = np.zeros((size, size, 3), np.float32)
-    for k in range(weights.shape[1]):
-        across += weights[:, k, None] * down[:, (first + k).clip(0, width - 1)]
-    return (across + np.float32(0.5)).astype(np.uint8)
-
-
-def _triangle(n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where `size` outputs of `n` inputs look, and how much they weigh: first, num [size], weights float32 [size,
-    taps]."""
-    scale = n / size
-    reach = max(scale, 1.0)
-    centre = (np.arange(size) + 0.5) * scale
-    first, end = np.maximum((centre - reach + 0.5).astype(int), 0), np.minimum((centre + reach + 0.5).astype(int), n)
-    at = first[:, None] + np.arange((end - first).max())
-    away = np.abs((at - centre[:, None] + 0.5) / reach)
-    weights = np.where((away < 1) & (at < end[:, None]), 1 - away, 0).astype(np.float32)
-    return first, end - first, (weights / weights.cumsum(1, np.float64)[:, -1:]).astype(np.float32)
 
 
 def resize_centre(image: np.ndarray, size: int) -> np.ndarray:
