@@ -43,6 +43,7 @@ from seer_scale.config import ZERO, Config, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, UserError, nearest
 from seer_scale.files import to_json
+from seer_scale.formatting import memory_size
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel import ENGINES
 from seer_scale.parallel.engine import Engine
@@ -379,13 +380,9 @@ def aligned(table: list[dict]) -> list[str]:
     for r in table:
         ratios = [f"{r[k]:.3f}" if r["case"] != r["against"] else "" for k in ("speed", "peak", "held")]
         to = r["against"] if r["case"] != r["against"] else ""
-        moved = str(r["calls"]), size(r["moved_bytes"]), f"{100 * r['alone']:.1f} %"
-        memory = size(r["peak_bytes"]), ratios[1], size(r["held_bytes"]), ratios[2]
+        moved = str(r["calls"]), memory_size(r["moved_bytes"]), f"{100 * r['alone']:.1f} %"
+        memory = memory_size(r["peak_bytes"]), ratios[1], memory_size(r["held_bytes"]), ratios[2]
         lines.append((r["case"], f"{r['images_per_s']:.2f}", ratios[0], *moved, *memory, to))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     sides = "<" + ">" * 9 + "<"
     return ["  ".join(f"{w:{side}{n}}" for w, side, n in zip(line, sides, widths)).rstrip() for line in lines]
-
-
-def size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

@@ -9,7 +9,7 @@ from typing import Any
 
 from seer_scale.checkpoint import store
 from seer_scale.distributed import World
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, memory_size
 
 
 def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
             f"{written} by {found.get('engine', 'unknown')} on {counted(found.get('world_size', 1), 'rank')}, "
             f"seer_scale {found.get('seer_scale')}, torch {found.get('torch')}"
         )),
-        ("size", f"{in_bytes(found['bytes'])} in {counted(found['files'], 'file')}"),
+        ("size", f"{memory_size(found['bytes'])} in {counted(found['files'], 'file')}"),
         ("whole", f"no: {found['flaw']}" if found["flaw"] else f"yes: {how}"),
     ]  # fmt: skip
     lines = [
@@ -70,14 +70,14 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
         f"  {'part':14}{'tensors':>8}{'elements':>16}{'size':>12}",
     ]
     lines += [
-        f"  {name:14}{p['tensors']:>8,}{p['elements']:>16,}{in_bytes(p['bytes']):>12}"
+        f"  {name:14}{p['tensors']:>8,}{p['elements']:>16,}{memory_size(p['bytes']):>12}"
         for name, p in found["parts"].items()
     ]
     if tensors:
         largest = sorted(found["tensors"].items(), key=lambda item: -item[1]["bytes"])[:tensors]
         lines += [
             "",
-            *(f"  {t['dtype']:9}{str(t['shape']):22}{in_bytes(t['bytes']):>12}  {name}" for name, t in largest),
+            *(f"  {t['dtype']:9}{str(t['shape']):22}{memory_size(t['bytes']):>12}  {name}" for name, t in largest),
         ]
     sections = {section: values for section, values in config.items() if isinstance(values, dict)}
     lines += [""] * bool(sections) + [
@@ -85,12 +85,6 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
         for section, values in sections.items()
     ]
     return "\n".join(lines)
-
-
-def in_bytes(nbytes: float) -> str:
-    """A number of bytes in the unit that suits it."""
-    power = min(4, int(math.log(max(nbytes, 1), 1024)))
-    return f"{nbytes / 1024**power:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def _short(value: Any) -> str:

@@ -34,7 +34,7 @@ from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, why_missing
 from seer_scale.files import sync_folder
-from seer_scale.formatting import ended
+from seer_scale.formatting import memory_size, with_full_stop
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -251,7 +251,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as e:
         inside = [*_published(path), *_published(path / "checkpoints")]
         hint = f"; did you mean {inside[0]}?" if inside else "; choose another" if os.path.exists(path) else ""
-        raise CheckpointError(f"{path} cannot be used as a checkpoint: {ended(f'{e}{hint}')}") from None
+        raise CheckpointError(f"{path} cannot be used as a checkpoint: {with_full_stop(f'{e}{hint}')}") from None
 
 
 def read_layout(path: Path, world: World = World()) -> Layout:
@@ -493,9 +493,9 @@ def _remove(path: Path) -> None:
 
 
 def _space(folder: Path, layout: Layout) -> str:
-    needed = sum(t.shape.numel() * t.dtype.itemsize for t in layout.tensors.values()) / 2**20
+    needed = sum(t.shape.numel() * t.dtype.itemsize for t in layout.tensors.values())
     try:
-        free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free / 2**20
+        free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
     except OSError:
-        return f"{needed:.1f} MiB are needed"
-    return f"{free:.1f} MiB are free there and {needed:.1f} MiB are needed"
+        return f"{memory_size(needed)} are needed"
+    return f"{memory_size(free)} are free there and {memory_size(needed)} are needed"

@@ -36,7 +36,7 @@ from seer_scale.data.transforms import decode as decoders
 from seer_scale.data.transforms.decode import decode
 from seer_scale.errors import DataError
 from seer_scale.files import shown, to_json, written_whole
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, file_size, rough_duration
 
 SAMPLE = 2000
 KEPT = 1 << 22
@@ -376,7 +376,7 @@ class Progress:
         if now - self._told < TELL_EVERY_S:
             return
         self._told, taken = now, now - self._begin
-        left = f"{duration(taken * (self._total / done - 1))} left" if done else "no telling how long"
+        left = f"{rough_duration(taken * (self._total / done - 1))} left" if done else "no telling how long"
         print(
             f"{self._what}: {done:,} of {self._total:,}, {images / taken:,.0f} images/s, {left}.",
             file=sys.stderr,
@@ -468,9 +468,9 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
         (
             "bytes",
             (
-                f"{amount(sizes['total'])} {'together' if sample == facts['images'] else 'estimated for all'}; an "
-                f"image {amount(sizes['median'])} (median), {amount(sizes['p1'])} (1 %), {amount(sizes['p99'])} "
-                "(99 %)"
+                f"{file_size(sizes['total'])} {'together' if sample == facts['images'] else 'estimated for all'}; an "
+                f"image {file_size(sizes['median'])} (median), {file_size(sizes['p1'])} (1 %), "
+                f"{file_size(sizes['p99'])} (99 %)"
             ),
         ),
         (
@@ -507,19 +507,3 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
             *written,
         ]
     )
-
-
-def amount(num: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num < 999.5:
-            return f"{num:.3g} {unit}"
-        num /= 1000
-    return f"{num:,.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    for unit, size in ("d", 86400), ("h", 3600), ("min", 60):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -35,7 +35,6 @@ from seer_scale.corpus.describe import (
     Progress,
     Sample,
     add_source_arguments,
-    amount,
     complaint,
     format_of,
     header,
@@ -52,7 +51,7 @@ from seer_scale.data.sources.remote import is_url
 from seer_scale.data.transforms.decode import decode
 from seer_scale.errors import DataError
 from seer_scale.files import UNFINISHED, to_json, written_whole
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, file_size
 
 VERSION = 1
 MEASURED = 500
@@ -480,7 +479,7 @@ def _summary(dst: Path, images: int) -> str:
         raise DataError(f"{dst} holds no image: of {images:,}, those that cannot be read are {listed}.") from error
     left_out = f"; {images - packed:,} that cannot be read left out, {listed}" if packed < images else ""
     return (
-        f"{counted(len(sizes), 'tar')}, {counted(packed, 'image')}, {amount(sum(sizes))}{left_out}.\nTrain on them "
+        f"{counted(len(sizes), 'tar')}, {counted(packed, 'image')}, {file_size(sum(sizes))}{left_out}.\nTrain on them "
         f"with --data.path {dst}"
     )
 

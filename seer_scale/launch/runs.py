@@ -18,7 +18,7 @@ from typing import Any
 from seer_scale import console
 from seer_scale.errors import EXIT_DONE, UserError, nearest
 from seer_scale.files import shown, to_json
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, rough_duration
 from seer_scale.launch.job import CLAIM, FOLDER, RECORD, Job
 from seer_scale.launch.job import is_alive as process_is_alive
 
@@ -138,7 +138,7 @@ def state(job: Job) -> str:
             return "unknown, as SLURM does not answer"
         word, reason = found.get("JobState", ""), found.get("Reason", "None")
         if word in slurm.ALIVE and job.is_cancelled():
-            return f"{word.lower()}, asked to stop {ago(job.cancelled_at())} ago"
+            return f"{word.lower()}, asked to stop {ago(job.cancelled_at())}"
         if word in slurm.ALIVE:
             return word.lower() + (f" ({reason})" if word == "PENDING" and reason != "None" else "")
         if not attempts and word:
@@ -200,11 +200,7 @@ def _text(path: Path) -> str:
 
 
 def ago(then: float) -> str:
-    seconds = max(0, time.time() - then)
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= size:
-            return counted(round(seconds / size), unit)
-    return f"{seconds:.0f} s"
+    return f"{rough_duration(time.time() - then)} ago"
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -244,7 +240,7 @@ def _facts(job: Job) -> dict[str, Any]:
 
 
 def _print_status(job: Job) -> None:
-    lines = [f"{job.name}: {state(job)}, job {job.job_id} ({job.cluster}), submitted {ago(job.submitted)} ago"]
+    lines = [f"{job.name}: {state(job)}, job {job.job_id} ({job.cluster}), submitted {ago(job.submitted)}"]
     lines.append(f"  {job.run_dir}, {progress(job)}")
     if job.launched_in:
         lines.append(f"  {'a copy of' if _is_copy(job) else 'moved from'} {job.launched_in}, where it was launched")

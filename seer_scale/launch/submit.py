@@ -213,6 +213,6 @@ def _must_be_free(job: Job) -> None:
     before = Job.read(job.run_dir)
     if before and is_running(before):
         raise UserError(
-            f"The run {job.name} is in use by job {before.job_id}, submitted {ago(before.submitted)} ago: "
+            f"The run {job.name} is in use by job {before.job_id}, submitted {ago(before.submitted)}: "
             f"cancel it ({command_here()} cancel {shlex.quote(called(job))}), or give another --name."
         )

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from seer_scale import console as consoles
 from seer_scale.files import to_json, write_whole
+from seer_scale.formatting import elapsed
 
 FIRST_S = 10.0
 """Seconds after which something that takes long is told for the first time."""
@@ -41,8 +42,8 @@ class Task:
     def text(self, now: float) -> str:
         of = f": {min(self.done, self.total):,} of {self.total:,} {self.unit}" if self.total else ""
         still = now - self.advanced
-        idle = f", the last {_span(still)} ago" if self.total and self.done and still >= FIRST_S else ""
-        return f"{self.what[:1].upper()}{self.what[1:]}{of}, for {_span(now - self.since)}{idle}"
+        idle = f", the last {elapsed(still)} ago" if self.total and self.done and still >= FIRST_S else ""
+        return f"{self.what[:1].upper()}{self.what[1:]}{of}, for {elapsed(now - self.since)}{idle}"
 
 
 class _Recorded(Console):
@@ -184,9 +185,3 @@ def read_progress(run_dir: Path, now: float | None = None) -> dict[str, Any] | N
         return found | {"text": task.text(found["time"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # torn, or another's
         return None
-
-
-def _span(seconds: float) -> str:
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d} h" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from rich.text import Text
 from seer_scale.errors import NOTHING, ConfigError, Problem
 from seer_scale.extras import how_to_install
 from seer_scale.files import plain, shown, to_json
+from seer_scale.formatting import countdown, rate
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
 
@@ -84,11 +84,6 @@ def compare(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether kNN figures of two rows are of one measurement, as far as they tell (logs of old do not)."""
     marks = [r["knn/measurement"] for r in (row, other) if r.get("knn/measurement")]
     return len(set(marks)) < 2
-
-
-def speed_text(rate: float) -> str:
-    """A rate in images a second, as many digits as mean something."""
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def check_installed(sinks: Sequence[str]) -> None:
@@ -277,12 +272,12 @@ class RunLog:
         return words
 
     def _speed(self, row: dict[str, Any], idle_s: float = 0) -> list[str]:
-        words, rate, eta = [], _number(row, "throughput/img_per_s"), self.eta_s()
-        if rate is not None:
-            words.append(f"{speed_text(rate)} img/s")
+        words, speed, eta = [], _number(row, "throughput/img_per_s"), self.eta_s()
+        if speed is not None:
+            words.append(f"{rate(speed)} img/s")
         if eta is not None:
             about = "about " * self._eta.is_rough
-            words.append(f"ETA {about}{timedelta(seconds=round(max(0, eta - idle_s)))}")
+            words.append(f"ETA {about}{countdown(eta - idle_s)}")
         return words
 
     def _sentence(self, row: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, duration
 from seer_scale.observe.progress import read_progress
 from seer_scale.observe.sinks import BEGINNINGS, read_records
 
@@ -363,11 +363,3 @@ def _bar(life: Attempt, ledger: TimeAccount) -> str:
     begin = min(round((life.began - first) / each), WIDTH - 1)
     end = min(max(round((life.ended - first) / each), begin + 1), WIDTH)
     return " " * begin + "".join(map(what, range(begin, end))) + " " * (WIDTH - end)
-
-
-def duration(seconds: float) -> str:
-    """In seconds up to ten minutes, then in hours and days."""
-    if seconds < 600:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours // 24} d {hours % 24:02d}:{minutes:02d} h" if hours >= 24 else f"{hours}:{minutes:02d} h"

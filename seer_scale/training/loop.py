@@ -24,7 +24,6 @@ import yaml
 
 from seer_scale import __version__, console
 from seer_scale.checkpoint import store
-from seer_scale.checkpoint.inspect import in_bytes
 from seer_scale.checkpoint.lock import RunLock
 from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config, without_effect
@@ -42,7 +41,7 @@ from seer_scale.errors import EXIT_DONE, EXIT_STOPPED, DataError, StartStopped, 
 from seer_scale.evaluate.gallery_pictures import show_crops, show_neighbours, show_prototypes
 from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
 from seer_scale.files import shown, write_whole
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, memory_size
 from seer_scale.methods.base import Features
 from seer_scale.methods.registry import build_method
 from seer_scale.models.execution import choose_execution
@@ -228,7 +227,7 @@ class Trainer:
             parameters=sum(shape.numel() for shape in self.engine.shapes.values()),
             staging_bytes=max(w.gather_objects(self.saver.nbytes)),
         )
-        copies = f" Checkpoints are copied to {in_bytes(facts['staging_bytes'])} of memory a rank first."
+        copies = f" Checkpoints are copied to {memory_size(facts['staging_bytes'])} of memory a rank first."
         knn_told = f" kNN: {self.labelled.protocol}" if self.labelled else ""
         if w.is_main and not self.labelled and c.knn.enabled:  # it asks the file system
             knn_told = f" {why_unlabelled(c, self.source)}, so there is no kNN."
@@ -256,8 +255,8 @@ class Trainer:
             )
             read = self._loaded | {"verify_s": self._verify_s}
             loaded = (
-                f" Verified in {self._verify_s:.1f} s, then read {in_bytes(read['load_bytes'])} in "
-                f"{read['load_s']:.1f} s, {in_bytes(read['load_bytes_most'])} at most a rank."
+                f" Verified in {self._verify_s:.1f} s, then read {memory_size(read['load_bytes'])} in "
+                f"{read['load_s']:.1f} s, {memory_size(read['load_bytes_most'])} at most a rank."
             )
             self.log.event(
                 "resume",
@@ -278,8 +277,8 @@ class Trainer:
                 else f"Its weights are those of {path}"
             )
             took = (
-                f"{in_bytes(read['load_bytes'])} read in {read['load_s']:.1f} s, "
-                f"{in_bytes(read['load_bytes_most'])} at most a rank"
+                f"{memory_size(read['load_bytes'])} read in {read['load_s']:.1f} s, "
+                f"{memory_size(read['load_bytes_most'])} at most a rank"
             )
             copies = f" {whose}: {took}.{copies}"
         started = (

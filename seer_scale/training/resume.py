@@ -14,7 +14,7 @@ from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_section
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.formatting import ended
+from seer_scale.formatting import with_full_stop
 from seer_scale.methods.base import BufferKind, Method
 from seer_scale.methods.registry import build_method
 from seer_scale.optim.schedules import LearningRate
@@ -45,7 +45,7 @@ def find_checkpoint(
         if found and _lies_at(path, store.read_meta(found, world)["config"]["checkpoint"]["resume"]):
             return found
         if problem := store.validate(path, world, contents=contents):
-            raise CheckpointError(f"checkpoint.resume {path} cannot be used: {ended(problem)}")
+            raise CheckpointError(f"checkpoint.resume {path} cannot be used: {with_full_stop(problem)}")
         if found and not _lies_at(path, found):
             raise UserError(
                 f"checkpoint.resume is {path}, but {run_dir} already holds {found.name}, and a run.dir holds "
@@ -93,7 +93,7 @@ def find_weights(
         if found := store.latest(folder, world, verify=contents, warn=warn):
             return found
     if problem := store.validate(path, world, contents=contents):
-        raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {ended(problem)}")
+        raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {with_full_stop(problem)}")
     return path
 
 

@@ -1,9 +1,20 @@
-"""Nouns agree with their numbers."""
+"""Numbers, sizes and durations are written one way; nouns agree with their numbers."""
 
 from __future__ import annotations
 
 from seer_scale.data.sources.left_out import COMMENTS, KINDS, NO_SUFFIX, described
-from seer_scale.formatting import counted
+from seer_scale.formatting import (
+    countdown,
+    counted,
+    duration,
+    elapsed,
+    file_size,
+    memory_size,
+    rate,
+    rough_duration,
+    short_number,
+    with_full_stop,
+)
 
 
 def test_nouns_are_counted():
@@ -22,3 +33,35 @@ def test_what_is_left_out_is_counted():
         "2 lines that begin"
     )
     assert not any(words.split()[1].endswith("s") for words in told.split(", ") if words[:2] == "1 "), told
+
+
+def test_numbers_and_rates():
+    assert [short_number(n) for n in (0, 0.05, 999, 1000, 1234567, 2e9, 999_900)] == [
+        "0", "0.05", "999", "1k", "1.23M", "2B", "1M",
+    ]  # fmt: skip
+    assert [rate(n) for n in (0.0521, 9.94, 10, 12345.6)] == ["0.052", "9.9", "10", "12,346"]
+
+
+def test_sizes():
+    assert [memory_size(n) for n in (0, 512, 1536, 3 * 2**30, 5000 * 2**40)] == [
+        "0 B", "512 B", "1.5 KiB", "3.0 GiB", "5000.0 TiB",
+    ]  # fmt: skip
+    assert [file_size(n) for n in (0, 512, 1500, 999_600, 2.5e15)] == ["0 B", "512 B", "1.5 kB", "1 MB", "2.5e+03 TB"]
+
+
+def test_durations():
+    seconds = (-1, 0.4, 59, 119, 185, 7100, 11_100, 190_000)
+    assert [elapsed(s) for s in seconds] == [
+        "0 s", "0 s", "59 s", "1 min 59 s", "3 min 5 s", "1:58 h", "3:05 h", "52:46 h",
+    ]  # fmt: skip
+    assert [rough_duration(s) for s in seconds] == [
+        "0 s", "0 s", "59 s", "119 s", "3 minutes", "118 minutes", "3 hours", "2 days",
+    ]  # fmt: skip
+    assert [duration(s) for s in seconds[1:]] == [
+        "0.4 s", "59.0 s", "119.0 s", "185.0 s", "1:58 h", "3:05 h", "2 d 04:47 h",
+    ]  # fmt: skip
+    assert [countdown(s) for s in (-5, 477.4, 100_000)] == ["0:00:00", "0:07:57", "1 day, 3:46:40"]
+
+
+def test_a_question_ends_its_sentence():
+    assert [with_full_stop(c) for c in ("did you mean x?", "give one")] == ["did you mean x?", "give one."]

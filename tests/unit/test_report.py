@@ -13,7 +13,7 @@ from seer_scale.distributed import World
 from seer_scale.methods.registry import build_method
 from seer_scale.observe.gallery import Gallery, read_gallery
 from seer_scale.observe.report import headline, page, write_report
-from seer_scale.observe.report.plots import COLOURS, Plot, metric, short, smoothed, svg
+from seer_scale.observe.report.plots import COLOURS, Plot, metric, smoothed, svg
 from seer_scale.observe.sinks import RunLog, read_metrics
 from tests.tiny import RECIPE
 
@@ -259,18 +259,6 @@ def test_values_show_under_the_pointer_and_colours_follow_the_reader():
 def test_a_single_evaluation_has_an_axis_that_begins_at_0():
     picture = svg(Plot([metric([{"samples_seen": 0, "knn/top1": 30.0}], "knn/top1", "kNN", COLOURS["green"])], until=1))
     assert "-" not in "".join(re.findall(r"<text[^>]*>([^<]*)</text>", picture)).replace("kNN top-1", "")
-
-
-def test_numbers_are_written_one_way():
-    assert [short(n) for n in (0, 0.05, 999, 1000, 1234567, 2e9, 999_900)] == [
-        "0",
-        "0.05",
-        "999",
-        "1k",
-        "1.23M",
-        "2B",
-        "1M",
-    ]
 
 
 def test_the_commonest_class_is_in_the_picture_where_it_is_right_more_often_than_the_network(run_dir, monkeypatch):

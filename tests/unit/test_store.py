@@ -243,7 +243,7 @@ def test_a_disk_that_takes_no_more_ends_the_save_with_a_sentence(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         message = str(caught.value)
         assert str(tmp_path) in message and "2 samples" in message and os.strerror(errno.EFBIG) in message
-        assert "MiB are free" in message and "3.0 MiB are needed" in message and "training can go on" in message
+        assert "are free there" in message and "3.0 MiB are needed" in message and "training can go on" in message
         assert "\n" not in message and message.endswith(".")
         assert os.listdir(tmp_path) == [old.name] and value_of(old) == 1
 

@@ -20,13 +20,13 @@ from matplotlib.axes import Axes
 from seer_scale import __version__
 from seer_scale.config import load_recipe
 from seer_scale.files import shown, write_whole
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, duration, rate, short_number
 from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.observe.report.parts import section, table
 from seer_scale.observe.report.pictures import Pictures
-from seer_scale.observe.report.plots import BLUE, FAINT, GREEN, INK, ORANGE, Plot, Rows, is_number, metric, short, svg
-from seer_scale.observe.sinks import BEGINNINGS, compare, read_metrics, speed_text
-from seer_scale.observe.time_account import CATEGORIES, TimeAccount, duration, read_time_account
+from seer_scale.observe.report.plots import BLUE, FAINT, GREEN, INK, ORANGE, Plot, Rows, is_number, metric, svg
+from seer_scale.observe.sinks import BEGINNINGS, compare, read_metrics
+from seer_scale.observe.time_account import CATEGORIES, TimeAccount, read_time_account
 
 MAX_EVENTS = 40
 PAGE = """<!doctype html>
@@ -143,7 +143,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
     if get("model.name"):
         facts["Backbone"] = get("model.name")
     if is_number(begun.get("parameters")):
-        facts["Parameters"] = short(begun["parameters"])
+        facts["Parameters"] = short_number(begun["parameters"])
     if rows:
         total = begun.get("end", get("train.total_samples"))
         seen = rows[-1]["samples_seen"]
@@ -161,7 +161,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
         facts["From first to last line"] = duration(seconds)
     speed = [r["throughput/img_per_s"] for r in steps if is_number(r.get("throughput/img_per_s"))]
     if speed:
-        facts["Throughput"] = f"{speed_text(statistics.median(speed))} images/s"
+        facts["Throughput"] = f"{rate(statistics.median(speed))} images/s"
     peak = [r["mem/peak_gib"] for r in steps if is_number(r.get("mem/peak_gib"))]
     if peak:
         facts[_memory(events)] = f"{max(peak):.2f} GiB a rank"
@@ -333,7 +333,7 @@ def _life(ledger: TimeAccount) -> str:
             if following and following.seen[0] < life.seen[1]:
                 back = [max(x[-1], (following.began - first) / hour)] * 2
                 ax.plot([x[-1], *back], [life.seen[1], life.seen[1], following.seen[0]], color=ORANGE, linestyle=":")
-        ax.yaxis.set_major_formatter(short)
+        ax.yaxis.set_major_formatter(short_number)
 
     picture = svg(Plot([], "images seen", "hours" if hour == 3600 else "minutes", (0, None), draw=climb))
     spent = [

@@ -23,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from seer_scale.formatting import short_number
+
 if TYPE_CHECKING:  # a name that older versions lack
     from matplotlib.typing import RcKeyType
 
@@ -67,14 +69,6 @@ STYLE: dict[RcKeyType, str | float | bool] = {
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def short(number: float, _: Any = None) -> str:
-    """1234567 -> 1.23M: thousands, millions and billions, as everywhere in the report."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.9995 * size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 @dataclass(frozen=True)
@@ -182,7 +176,7 @@ def _one(plot: Plot, size: str) -> str:
             ax.axvline(place, color=INK, alpha=0.5, linestyle=":", linewidth=1.1, zorder=0)
         ax.set_xlabel(plot.along)
         ax.set_ylabel(plot.unit)
-        ax.xaxis.set_major_formatter(FuncFormatter(short))
+        ax.xaxis.set_major_formatter(FuncFormatter(short_number))
         ax.xaxis.set_major_locator(MaxNLocator(6 if size == "wide" else 4))
         ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.tick_params(length=0)
