@@ -13,36 +13,28 @@ time the job comes up. It then takes M in the mean until it fails and, with the 
 mean, is the share of a long run: goodput = (interval / M) exp(-(R + L) / M) / (exp(c / M) - 1). With L = 0 this is
 Daly's complete cost function (A higher order estimate of the optimum checkpoint interval for restart dumps, FGCS 22,
 2006), his dump being the stall; with L it is Vaidya's (Impact of checkpoint latency on overhead ratio of a
-checkpointing scheme, IEEE
-Transactions on Computers 46(8), 1997). Neither R nor L moves the best interval, but none may be shorter than the save.
+checkpointing scheme, IEEE Transactions on Computers 46(8), 1997). Neither R nor L moves the best interval, but none may
+be shorter than the save.
 
-`replay` shares nothing with the formula: it draws failures and goes from event to event. The aim, 97 %, is the best
-effective training time that has been published.
+`tests/unit/test_failures.py` holds it against replays that draw failures and go from event to event. The aim, 97 %, is
+the best effective training time that has been published.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
-import numpy as np
-
-from seer_scale.errors import UserError
+from seer_scale.errors import Problem, UserError
 from seer_scale.files import to_json
 
-HOUR_S, DAY_S = 3600, 86400
+HOUR_S = 3600
 TARGET = 0.97
 """The best effective training time that has been published."""
 GPUS, GPU_HOURS = 512, 50_700
 """GPU-hours between two failures: Llama 3's training (Dubey et al., 2024)."""
-Z95 = statistics.NormalDist().inv_cdf(0.975)
-FEWEST_RUNS, FEWEST_FAILURES = 30, 30
-"""Of fewer, a mean is not yet normally distributed and its 95 % interval means nothing."""
-MAX_EVENTS = 20_000_000
-"""Of all replays: half a minute, about."""
 SMALLEST, LARGEST = 1e-6, 1e18
 """Between these no figure overflows."""
 
@@ -63,11 +55,9 @@ class Failures:
             p for x in fields(self) for p in _wrong(x.name, getattr(self, x.name), above=x.name in ("mtbf_s", "save_s"))
         ]
         if not problems and self.save_s < self.stall_s:
-            problems = [
-                f"A save of {_shown(self.save_s)} would end before its own stall of {_shown(self.stall_s)}, "
-                f"but a checkpoint is safe no sooner than that; nearest save: {_shown(self.stall_s)}."
-            ]
-        _complain(problems)
+            rule = f"a checkpoint is safe no sooner than its stall of {_shown(self.stall_s)} ends"
+            problems = [Problem("save_s", self.save_s, rule, self.stall_s)]
+        _refuse(problems)
 
     @property
     def down_s(self) -> float:
@@ -78,186 +68,94 @@ class Failures:
 # ------------------------------------------------------------------------------------------------ the formula
 
 
-def goodput(f: Failures, interval_s: float) -> float:
+def goodput(failures: Failures, interval_s: float) -> float:
     """The share of a long run's time that ends up in kept steps. Raises UserError."""
-    _check_interval(f, interval_s)
-    return math.exp(_log_goodput(f, interval_s))
+    _check_interval(failures, interval_s)
+    return math.exp(_log_goodput(failures, interval_s))
 
 
-def breakdown(f: Failures, interval_s: float) -> dict[str, float]:
+def breakdown(failures: Failures, interval_s: float) -> dict[str, float]:
     """Shares of a long run's time, whose sum is 1: goodput, stalled (kept or not), work that was lost, down."""
-    kept, up = goodput(f, interval_s), math.exp(-f.down_s / f.mtbf_s)
+    kept, up = goodput(failures, interval_s), math.exp(-failures.down_s / failures.mtbf_s)
     # in the mean M (exp(stall / M) - 1) / (exp(c / M) - 1) of a life of M is stalled
     stalled = (
         up
-        * math.exp(-interval_s / f.mtbf_s)
-        * math.expm1(-f.stall_s / f.mtbf_s)
-        / math.expm1(-(interval_s + f.stall_s) / f.mtbf_s)
+        * math.exp(-interval_s / failures.mtbf_s)
+        * math.expm1(-failures.stall_s / failures.mtbf_s)
+        / math.expm1(-(interval_s + failures.stall_s) / failures.mtbf_s)
     )
     return {"goodput": kept, "stalled": stalled, "lost": max(0.0, up - stalled - kept), "down": 1 - up}
 
 
-def expected_s(f: Failures, interval_s: float, work_s: float) -> float:
-    """Seconds a run is expected to take for whole intervals of at least `work_s`, the last save being waited for.
-
-    Exact for any length: n intervals take n times what one takes in a long run, and M exp(R / M) (exp(L / M) - 1) once
-    for the last save. It solves t(n) = E[min(T, n c + L)] + sum_j P(j intervals are safe at a failure T) (E[down] + t(n
-    - j))."""
-    _complain(_wrong("work_s", work_s, above=True))
-    share, up = goodput(f, interval_s), math.exp(-(f.down_s + f.save_s - f.stall_s) / f.mtbf_s)
-    if min(share, up) == 0:
-        return math.inf
-    wait = f.mtbf_s * -math.expm1((f.stall_s - f.save_s) / f.mtbf_s) / up
-    return _intervals(interval_s, work_s) * interval_s / share + wait
-
-
-def young(f: Failures) -> float:
+def young(failures: Failures) -> float:
     """Young's first-order best interval in seconds, whatever a save takes (CACM 17(9), 1974)."""
-    return math.sqrt(2 * f.stall_s * f.mtbf_s)
+    return math.sqrt(2 * failures.stall_s * failures.mtbf_s)
 
 
-def daly(f: Failures) -> float:
+def daly(failures: Failures) -> float:
     """Daly's higher-order best interval in seconds, whatever a save takes (FGCS 22, 2006)."""
-    half = f.stall_s / (2 * f.mtbf_s)
-    return f.mtbf_s if half >= 1 else young(f) * (1 + math.sqrt(half) / 3 + half / 9) - f.stall_s
+    half = failures.stall_s / (2 * failures.mtbf_s)
+    return failures.mtbf_s if half >= 1 else young(failures) * (1 + math.sqrt(half) / 3 + half / 9) - failures.stall_s
 
 
-def best_interval(f: Failures) -> float:
+def best_interval(failures: Failures) -> float:
     """Seconds of useful work between checkpoints at which `goodput` is highest; a golden section, it has one
     maximum."""
 
     def at(log_s: float) -> float:
-        return max(f.save_s, math.exp(log_s))
+        return max(failures.save_s, math.exp(log_s))
 
     ratio = (math.sqrt(5) - 1) / 2
-    low, high = math.log(f.save_s), math.log(max(f.save_s, f.mtbf_s))  # more than the MTBF is never best
+    low = math.log(failures.save_s)
+    high = math.log(max(failures.save_s, failures.mtbf_s))  # more than the MTBF is never best
     while high - low > 1e-8:
         left, right = high - ratio * (high - low), low + ratio * (high - low)
-        if _log_goodput(f, at(left)) < _log_goodput(f, at(right)):
+        if _log_goodput(failures, at(left)) < _log_goodput(failures, at(right)):
             low = left
         else:
             high = right
-    return max(f.save_s, at(low), key=lambda s: _log_goodput(f, s))
+    return max(failures.save_s, at(low), key=lambda s: _log_goodput(failures, s))
 
 
-def _log_goodput(f: Failures, interval_s: float) -> float:
+def _log_goodput(failures: Failures, interval_s: float) -> float:
     """The logarithm, which stays finite where no work is ever kept."""
-    m, cycle_s = f.mtbf_s, interval_s + f.stall_s
-    return math.log(interval_s / m / -math.expm1(-cycle_s / m)) - (f.down_s + f.save_s - f.stall_s + cycle_s) / m
-
-
-def _intervals(interval_s: float, work_s: float) -> int:
-    """How many it takes; at least 1, as an interval may be longer than the work."""
-    return math.ceil(work_s / interval_s)
-
-
-def _check_interval(f: Failures, interval_s: float) -> None:
-    if not f.save_s <= interval_s < math.inf:
-        raise UserError(
-            f"An interval of {_shown(interval_s)} cannot be with a save of {_shown(f.save_s)}: one checkpoint "
-            f"at most is in flight; nearest: {_shown(f.save_s)}."
-        )
-
-
-# ------------------------------------------------------------------------------------------------ the replay
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """One run as it happened: its seconds are kept, lost, stalled (the wait for the last save too) or down."""
-
-    goodput: float
-    failures: int
-    kept_s: float
-    lost_s: float
-    stalled_s: float
-    down_s: float
-    elapsed_s: float
-
-
-def replay(f: Failures, interval_s: float, work_s: float, seed: int | Sequence[int]) -> Replay:
-    """Go through one run until whole intervals of at least `work_s` are safe. Raises UserError."""
-    _check_interval(f, interval_s)
-    _complain(_wrong("work_s", work_s, above=True))
-    random, wanted = np.random.default_rng(seed), _intervals(interval_s, work_s)
-    spent = {"work": 0.0, "stall": 0.0, "down": 0.0}
-    now, phase, until = 0.0, "work", interval_s
-    failure, safe_at = random.exponential(f.mtbf_s), math.inf
-    begun = safe = failures = 0
-    unsafe_s = lost_s = 0.0
-    while safe < wanted:
-        event = min(failure, safe_at, until)
-        spent[phase] += event - now
-        unsafe_s += event - now if phase == "work" else 0.0
-        now = event
-        if now == failure:
-            failures, failure = failures + 1, now + random.exponential(f.mtbf_s)
-            lost_s, unsafe_s = lost_s + unsafe_s, 0.0
-            begun, safe_at = safe, math.inf
-            phase, until = "down", now + f.detect_s + f.restart_s
-        elif now == safe_at:
-            safe, safe_at, unsafe_s = begun, math.inf, unsafe_s - interval_s
-        elif phase == "work":
-            begun, safe_at = begun + 1, now + f.save_s
-            phase, until = "stall", now + (f.save_s if begun == wanted else f.stall_s)
-        else:
-            phase, until = "work", now + interval_s
-    kept_s = safe * interval_s
-    return Replay(
-        goodput=kept_s / now,
-        failures=failures,
-        kept_s=kept_s,
-        lost_s=lost_s,
-        stalled_s=spent["stall"],
-        down_s=spent["down"],
-        elapsed_s=now,
+    mtbf_s, cycle_s = failures.mtbf_s, interval_s + failures.stall_s
+    return (
+        math.log(interval_s / mtbf_s / -math.expm1(-cycle_s / mtbf_s))
+        - (failures.down_s + failures.save_s - failures.stall_s + cycle_s) / mtbf_s
     )
 
 
-def replays(f: Failures, interval_s: float, work_s: float, runs: int, seed: int) -> dict:
-    """`runs` replays together: mean goodput (kept over mean elapsed time) with its 95 % interval, and whether the
-    formula is in it."""
-    done = [replay(f, interval_s, work_s, [seed, n]) for n in range(runs)]
-    took, failures = [r.elapsed_s for r in done], sum(r.failures for r in done)
-    mean, off = statistics.fmean(took), Z95 * statistics.stdev(took) / math.sqrt(runs)
-    kept, formula = done[0].kept_s, done[0].kept_s / expected_s(f, interval_s, work_s)
-    low, high = kept / (mean + off), kept / max(mean - off, kept)
-    agrees = low <= formula <= high if failures >= FEWEST_FAILURES else None
-    return {
-        "runs": runs,
-        "goodput": kept / mean,
-        "low": low,
-        "high": high,
-        "formula": formula,
-        "agrees": agrees,
-        "failures": failures,
-    }
+def _check_interval(failures: Failures, interval_s: float, key: str = "interval_s") -> None:
+    if not failures.save_s <= interval_s < math.inf:
+        rule = f"one checkpoint at most is in flight, and a save takes {_shown(failures.save_s)}"
+        raise UserError(Problem(key, interval_s, rule, failures.save_s))
 
 
 # ------------------------------------------------------------------------------------------------ the target
 
 
-def reaching(f: Failures, interval_s: float, target: float = TARGET) -> dict:
+def reaching(failures: Failures, interval_s: float, target: float = TARGET) -> dict:
     """What reaches a goodput, each value with the others as they are; None where nothing does.
 
     `reached`: whether this interval does. `intervals_s`: the shortest and the longest that do. `down_s`: the longest
     detection and restart together, at this interval; `best_down_s`: at the best. `mtbf_s`: the shortest MTBF, at its
     own best interval.
     """
-    best = best_interval(f)
+    best = best_interval(failures)
 
     def reached(interval: float) -> bool:
-        return _log_goodput(f, interval) >= math.log(target)
+        return _log_goodput(failures, interval) >= math.log(target)
 
     def longest_down(interval: float) -> float | None:
-        down = f.down_s + f.mtbf_s * (_log_goodput(f, interval) - math.log(target))
+        down = failures.down_s + failures.mtbf_s * (_log_goodput(failures, interval) - math.log(target))
         return down if down >= 0 else None
 
     def reached_with(mtbf_s: float) -> bool:
-        g = replace(f, mtbf_s=mtbf_s)
-        return _log_goodput(g, best_interval(g)) >= math.log(target)
+        other = replace(failures, mtbf_s=mtbf_s)
+        return _log_goodput(other, best_interval(other)) >= math.log(target)
 
-    rare = max(f.mtbf_s, f.save_s + f.down_s)
+    rare = max(failures.mtbf_s, failures.save_s + failures.down_s)
     while not reached_with(rare):
         rare *= 2
     often = rare
@@ -265,7 +163,7 @@ def reaching(f: Failures, interval_s: float, target: float = TARGET) -> dict:
         often /= 2
     return {
         "reached": reached(interval_s) and reached(best),
-        "intervals_s": (_edge(reached, best, f.save_s), _edge(reached, best, max(best, f.mtbf_s)))
+        "intervals_s": (_edge(reached, best, failures.save_s), _edge(reached, best, max(best, failures.mtbf_s)))
         if reached(best)
         else None,
         "down_s": longest_down(interval_s),
@@ -295,15 +193,12 @@ OPTIONS: dict[str, tuple[float | None, str]] = {
     "save": (60.0, "seconds from a checkpoint's begin until it is safe"),
     "detect": (600.0, "seconds until the job sees a failure"),
     "restart": (300.0, "seconds from there to the next useful step: requeue, start, load"),
-    "days": (21.0, "days of useful steps in a replayed run"),
-    "runs": (200, f"replayed runs, at least {FEWEST_RUNS}; 0 = the formula alone"),
-    "seed": (0, "seed of the first run"),
     "images_per_second": (
         None,
         "images that the job trains on in a second, to tell the interval as checkpoint.every_samples",
     ),
 }
-ABOVE_ZERO, WHOLE = ("mtbf_hours", "gpus", "gpu_hours", "save", "days", "images_per_second"), ("gpus", "runs", "seed")
+ABOVE_ZERO, WHOLE = ("mtbf_hours", "gpus", "gpu_hours", "save", "images_per_second"), ("gpus",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -321,28 +216,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Weigh the run; returns the lines to print. Raises UserError."""
-    f, given = _read(args)
-    best = best_interval(f)
+    failures, given = _read(args)
+    best = best_interval(failures)
     interval_s = given.get("interval", best)
-    shares, reach = breakdown(f, interval_s), reaching(f, interval_s)
-    work_s, runs = given["days"] * DAY_S, given["runs"]
-    _check_events(f, interval_s, given)
-    found = replays(f, interval_s, work_s, runs, given["seed"]) if runs else None
-    facts = asdict(f) | {"interval_s": interval_s, "shares": shares}
+    shares, reach = breakdown(failures, interval_s), reaching(failures, interval_s)
+    facts = asdict(failures) | {"interval_s": interval_s, "shares": shares}
     facts |= {
-        "best_interval_s": {"ours": best, "young": young(f), "daly": daly(f)},
-        "best_goodput": goodput(f, best),
-        "days": given["days"],
+        "best_interval_s": {"ours": best, "young": young(failures), "daly": daly(failures)},
+        "best_goodput": goodput(failures, best),
+        "target": {"goodput": TARGET} | reach,
     }
-    facts |= {"replay": found, "target": {"goodput": TARGET} | reach}
     if "images_per_second" in given:
         facts["every_samples"] = round(interval_s * given["images_per_second"])
-    return to_json(facts, indent=1) if args.json else "\n".join(_table(f, facts))
+    return to_json(facts, indent=1) if args.json else "\n".join(_table(failures, facts))
 
 
-def _read(args: argparse.Namespace) -> tuple[Failures, dict]:
+def _read(args: argparse.Namespace) -> tuple[Failures, dict[str, float]]:
     """(the model, the other values) of a command line. Raises UserError with every problem."""
-    given, problems = {}, []
+    given: dict[str, float] = {}
+    problems: list[Problem] = []
     texts = {name: getattr(args, name) for name in [*OPTIONS, *(["interval"] if args.interval != "best" else [])]}
     for name, text in texts.items():
         if text is None:
@@ -350,51 +242,29 @@ def _read(args: argparse.Namespace) -> tuple[Failures, dict]:
         try:
             given[name] = float(text)
         except ValueError:
-            problems.append(
-                f"{_option(name)} is {text!r}, but must be a number{' or best' if name == 'interval' else ''}."
-            )
+            rule = f"must be a number{' or best' if name == 'interval' else ''}"
+            problems.append(Problem(_option(name), text, rule))
             continue
         problems += _wrong(_option(name), given[name], above=name in ABOVE_ZERO, whole=name in WHOLE)
     if "mtbf_hours" in given and (twice := [_option(n) for n in ("gpus", "gpu_hours") if n in given]):
-        problems.append(
-            f"--mtbf-hours and {' and '.join(twice)} are both given, but each says how often the job fails: "
-            "leave one out."
-        )
-    if 0 < given.get("runs", 0) < FEWEST_RUNS:
-        problems.append(
-            f"--runs is {given['runs']:g}, but a 95 % interval needs at least {FEWEST_RUNS}; nearest: "
-            f"{FEWEST_RUNS}, or 0 for the formula alone."
-        )
-    _complain(problems)
+        rule = f"says how often the job fails, as {' and '.join(twice)} do{'es' * (len(twice) == 1)}, too"
+        problems.append(Problem("--mtbf-hours", given["mtbf_hours"], rule, "leave one out"))
+    _refuse(problems)
     hours = given.get("mtbf_hours", given.get("gpu_hours", GPU_HOURS) / given.get("gpus", GPUS))
-    f = Failures(mtbf_s=hours * HOUR_S, **{f"{n}_s": given[n] for n in ("stall", "save", "detect", "restart")})
+    failures = Failures(mtbf_s=hours * HOUR_S, **{f"{n}_s": given[n] for n in ("stall", "save", "detect", "restart")})
     if "interval" in given:
-        _check_interval(f, given["interval"])
-    return f, given | {n: int(given[n]) for n in ("runs", "seed")}
+        _check_interval(failures, given["interval"], "--interval")
+    return failures, given
 
 
-def _check_events(f: Failures, interval_s: float, given: dict) -> None:
-    """Refuse a replay that would take minutes, or for ever."""
-    takes_s = expected_s(f, interval_s, given["days"] * DAY_S)
-    events = takes_s * (3 / (interval_s + f.stall_s) + 2 / f.mtbf_s)
-    if given["runs"] * events > MAX_EVENTS:
-        most = int(MAX_EVENTS / events)
-        nearest = (
-            f"{most}, or 0 for the formula alone"
-            if most >= FEWEST_RUNS
-            else "0, for the formula alone, or fewer --days"
-        )
-        raise UserError(
-            f"--runs is {given['runs']}, but so many runs of {given['days']:g} days have more than {MAX_EVENTS:,} "
-            f"checkpoints and failures to replay; nearest: {nearest}."
-        )
-
-
-def _table(f: Failures, facts: dict) -> list[str]:
-    shares, best, found, interval_s = facts["shares"], facts["best_interval_s"], facts["replay"], facts["interval_s"]
+def _table(failures: Failures, facts: dict) -> list[str]:
+    shares, best, interval_s = facts["shares"], facts["best_interval_s"], facts["interval_s"]
     lines = [
-        f"one failure in {_shown(f.mtbf_s / HOUR_S, 'hours')}, seen after {_shown(f.detect_s)}, restarted in "
-        f"{_shown(f.restart_s)}; a checkpoint stalls for {_shown(f.stall_s)} and is safe after {_shown(f.save_s)}",
+        (
+            f"one failure in {_shown(failures.mtbf_s / HOUR_S, 'hours')}, seen after {_shown(failures.detect_s)}, "
+            f"restarted in {_shown(failures.restart_s)}; a checkpoint stalls for {_shown(failures.stall_s)} and is "
+            f"safe after {_shown(failures.save_s)}"
+        ),
         (
             f"goodput        {_percent(shares['goodput'])} expected with a checkpoint every {_shown(interval_s)} "
             "of useful work"
@@ -410,21 +280,10 @@ def _table(f: Failures, facts: dict) -> list[str]:
     ]
     if "every_samples" in facts:
         lines.append(f"in a recipe    --checkpoint.every_samples {facts['every_samples']}")
-    if found:
-        lies = {
-            True: "lies in it",
-            False: "lies outside it",
-            None: f"cannot be judged by {found['failures']} failures in all",
-        }[found["agrees"]]
-        lines.append(
-            f"replay         {_percent(found['goodput'], 3)}, 95 % interval {_percent(found['low'], 3)} to "
-            f"{_percent(found['high'], 3)}, in the mean of {found['runs']} runs of {facts['days']:g} days; the "
-            f"formula, {_percent(found['formula'], 3)} at this length, {lies}"
-        )
-    return [*lines, f"aim            {_verdict(f, facts)}"]
+    return [*lines, f"aim            {_verdict(failures, facts)}"]
 
 
-def _verdict(f: Failures, facts: dict) -> str:
+def _verdict(failures: Failures, facts: dict) -> str:
     target = facts["target"]
     name, rarer = f"{100 * target['goodput']:g} %", f"one failure in {_shown(target['mtbf_s'] / HOUR_S, 'hours')}"
     if target["reached"]:
@@ -441,7 +300,7 @@ def _verdict(f: Failures, facts: dict) -> str:
         if down_s is not None:
             return (
                 f"{name} is not reached, but would be with a detection and restart of {_shown(down_s)} together, not "
-                f"{_shown(f.down_s)}, at {place} interval, or with {rarer} at its best interval"
+                f"{_shown(failures.down_s)}, at {place} interval, or with {rarer} at its best interval"
             )
     return (
         f"{name} is not reached, nor would it be with no time at all for detection and restart: it takes {rarer}, "
@@ -453,23 +312,22 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _percent(share: float, digits: int = 2) -> str:
-    return f"{100 * share:.{digits}f} %"
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def _shown(value: float, unit: str = "s") -> str:
     return f"{value:,.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"
 
 
-def _wrong(name: str, value: float, *, above: bool = False, whole: bool = False) -> list[str]:
-    """What is wrong with a number, as at most one sentence."""
+def _wrong(key: str, value: float, *, above: bool = False, whole: bool = False) -> list[Problem]:
+    """What is wrong with a number, if anything."""
     least = 1 if whole and above else SMALLEST if above else 0
-    fits = least <= value <= LARGEST and (not whole or value == int(value))
-    return (
-        [] if fits else [f"{name} is {value:g}, but must be a {'whole ' * whole}number from {least:g} to {LARGEST:g}."]
-    )
+    if least <= value <= LARGEST and (not whole or value == int(value)):
+        return []
+    return [Problem(key, value, f"must be a {'whole ' * whole}number from {least:g} to {LARGEST:g}")]
 
 
-def _complain(problems: list[str]) -> None:
+def _refuse(problems: list[Problem]) -> None:
     if problems:
         raise UserError(*problems)
