@@ -44,7 +44,7 @@ KEPT = 1 << 22
 SHARE = 2
 """Images of one worker in a batch: so few that a worker's replacements always get past those that end workers."""
 FIRST_REASONS = 10
-TELL_EVERY_S = 5.0
+LOG_EVERY_S = 5.0
 COLUMNS, ROWS, SIDE = 12, 8, 112
 """The contact sheet: crops across, crops down, pixels of one."""
 OPTIONS: dict[str, tuple[Callable[[str], Any], tuple[str, ...], str]] = {
@@ -64,8 +64,8 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], tuple[str, ...], str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="images, as data.path takes them")
     add_source_arguments(parser)
-    parser.add_argument("--sample", type=int, help="images to look at, spread over all (default: 2000)")
-    parser.add_argument("--all", action="store_true", help="look at every image")
+    parser.add_argument("--sample", type=int, help="images to scan, spread over all (default: 2000)")
+    parser.add_argument("--all", action="store_true", help="scan every image")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one a core)")
     parser.add_argument(
         "--sheet", metavar="FILE.jpg", help=f"also write up to {COLUMNS * ROWS} of the images, small, into one picture"
@@ -77,13 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `opened` takes besides a path."""
+    """What `open_from_arguments` takes besides a path."""
     parser.add_argument("--kind", default="auto", help="as data.kind takes it (default: auto)")
     for name, (kind, _, meaning) in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
 
 
-def opened(path: str, args: argparse.Namespace) -> tuple[str, Source, dict[str, Any]]:
+def open_from_arguments(path: str, args: argparse.Namespace) -> tuple[str, Source, dict[str, Any]]:
     """(kind, source or stream, the options that were given) of a path. Raises DataError."""
     kind = kind_of(path) if args.kind == "auto" else args.kind
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
@@ -96,7 +96,7 @@ def opened(path: str, args: argparse.Namespace) -> tuple[str, Source, dict[str, 
 
 
 def run(args: argparse.Namespace) -> str:
-    """Look at the images; returns the lines to print. Raises DataError."""
+    """Scan the images; returns the lines to print. Raises DataError."""
     if args.sample is not None and args.sample < 1:
         raise DataError(f"--sample is {args.sample}, but must be at least 1.")
     if args.workers < 0:
@@ -109,22 +109,22 @@ def run(args: argparse.Namespace) -> str:
     if args.all and args.sample is not None:
         raise DataError("--all and --sample are both given: leave one out.")
     sample = SAMPLE if args.sample is None else args.sample
-    (kind, source, _), images = opened(args.path, args), None
+    (kind, source, _), images = open_from_arguments(args.path, args), None
     if isinstance(source, Stream):
         if args.all:
             raise DataError(
-                f"{args.path} is a stream, of which the first images are looked at: leave out --all, or give a "
+                f"{args.path} is a stream, of which the first images are scanned: leave out --all, or give a "
                 "larger --sample."
             )
         images, source = len(source), InMemorySource(source, sample)
     with _listing(args.unreadable) as listing:
-        tally, rate = look(source, len(source) if args.all else sample, args.workers, listing)
+        stats, rate = scan(source, len(source) if args.all else sample, args.workers, listing)
     if args.sheet:
-        write_sheet(Path(args.sheet), source, tally.readable(COLUMNS * ROWS) * len(source) // tally.num, args.workers)
+        write_sheet(Path(args.sheet), source, stats.readable(COLUMNS * ROWS) * len(source) // stats.num, args.workers)
     images = images or len(source)
     facts = {"path": shown(args.path), "kind": kind, "images": images, "labels": _labels(source)}
     facts |= {"left_out": {what: num for what, num in source.left_out.items() if num}}
-    facts |= tally.facts(images) | {"images_per_s": round(rate, 1), "workers": args.workers}
+    facts |= stats.facts(images) | {"images_per_s": round(rate, 1), "workers": args.workers}
     return to_json(facts, indent=1) if args.json else shown(_table(facts, args), keep="\n")
 
 
@@ -145,13 +145,13 @@ MAGIC = (
     ("AVIF", 4, b"ftypavis"),
     *(("PPM", 0, b"P%d" % n) for n in range(1, 7)),
 )
-FORMATS = (*dict.fromkeys(name for name, _, _ in MAGIC), "a web page", "a Git LFS pointer", "no bytes", "unknown")
+FORMAT_NAMES = (*dict.fromkeys(name for name, _, _ in MAGIC), "a web page", "a Git LFS pointer", "no bytes", "unknown")
 MODES = ("RGB", "1", "L", "LA", "I;16", "I", "P", "PA", "RGBA", "CMYK", "other")
 GREY = ("1", "L", "LA", "I;16", "I")
 
 
 def format_of(data: bytes) -> str:
-    """One of FORMATS, by the first bytes."""
+    """One of FORMAT_NAMES, by the first bytes."""
     for name, at, magic in MAGIC:
         if data.startswith(magic, at):
             return name
@@ -174,7 +174,7 @@ def header(data: bytes) -> Header | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(io.BytesIO(data), formats=decoders.FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=decoders.PILLOW_FORMATS) as image:
                 width, height = image.size
                 try:
                     orientation = image.getexif().get(0x0112, 1)
@@ -185,7 +185,7 @@ def header(data: bytes) -> Header | None:
             return None
 
 
-def complaint(name: str, error: DataError) -> str:
+def unreadable_line(name: str, error: DataError) -> str:
     """The line "name: reason" of an image that cannot be read."""
     return f"{name}: {str(error).removeprefix(f'{name} ')}"
 
@@ -222,24 +222,24 @@ BYTES, HASH, FORMAT, MODE, ROTATED, HEIGHT, WIDTH = range(7)
 
 
 class _Facts(Sample):
-    """Numbers int64 [7] of each image, -1 where they are not known; tells why one cannot be read."""
+    """Numbers int64 [7] of each image, -1 where they are not known; and why one cannot be read."""
 
     def buffers(self) -> list[tuple[tuple[int, ...], type]]:
         return [((self.batch, 7), np.int64)]
 
-    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: ItemTracker) -> str | None:
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], tracker: ItemTracker) -> str | None:
         index, facts = self.at(key + row), out[0][row]
         facts[:] = -1
         try:
-            guard.begin(index)
+            tracker.begin(index)
             data = self.source.read(index)
             digest = hashlib.blake2b(data, digest_size=8).digest()
-            facts[:3] = len(data), int.from_bytes(digest, "little", signed=True), FORMATS.index(format_of(data))
+            facts[:3] = len(data), int.from_bytes(digest, "little", signed=True), FORMAT_NAMES.index(format_of(data))
             height, width = _whole_size(data)
             mode, orientation, *_ = header(data) or ("other", 1)
             facts[3:] = MODES.index(mode if mode in MODES else "other"), orientation in range(2, 9), height, width
         except DataError as error:
-            return complaint(self.source.name(index), error)
+            return unreadable_line(self.source.name(index), error)
         return None
 
 
@@ -257,7 +257,7 @@ def _whole_size(data: bytes) -> tuple[int, int]:
 
 
 class CorpusStats:
-    """What is known of the images looked at so far: sums over all, single values of at most KEPT."""
+    """What is known of the images scanned so far: sums over all, single values of at most KEPT."""
 
     def __init__(self, num: int):
         self.num, self.every, self.seen = num, -(-num // KEPT), 0
@@ -267,7 +267,7 @@ class CorpusStats:
         """Bytes, height and width of every `every`-th image."""
         self._hashes = array("q")
         """Of the images whose hash `every` divides: of equal images all, or none."""
-        self._formats, self._modes = np.zeros(len(FORMATS), np.int64), np.zeros(len(MODES), np.int64)
+        self._formats, self._modes = np.zeros(len(FORMAT_NAMES), np.int64), np.zeros(len(MODES), np.int64)
         self._bytes = self._rotated = self._slow = 0
         self._sides: list[tuple[int, ...]] = []
         """The smallest image and the largest."""
@@ -282,12 +282,12 @@ class CorpusStats:
         read, whole = facts[facts[:, BYTES] >= 0], facts[facts[:, HEIGHT] >= 0]
         self._bytes += int(read[:, BYTES].sum())
         self._hashes.extend(read[read[:, HASH] % self.every == 0, HASH].tolist())
-        self._formats += np.bincount(read[:, FORMAT], minlength=len(FORMATS))
+        self._formats += np.bincount(read[:, FORMAT], minlength=len(FORMAT_NAMES))
         if not len(whole):
             return
         self._modes += np.bincount(whole[:, MODE], minlength=len(MODES))
         self._rotated += int(whole[:, ROTATED].sum())
-        self._slow += int((whole[:, FORMAT] != FORMATS.index("JPEG")).sum())
+        self._slow += int((whole[:, FORMAT] != FORMAT_NAMES.index("JPEG")).sum())
         area = whole[:, HEIGHT] * whole[:, WIDTH]
         sides = [tuple(whole[i, [HEIGHT, WIDTH]].tolist()) for i in (area.argmin(), area.argmax())]
         by_area = sorted([*self._sides, *sides], key=math.prod)
@@ -308,7 +308,7 @@ class CorpusStats:
             "sample": self.num,
             "unreadable": {"count": self.unreadable, "first": self.reasons},
             "bytes": {"total": round(self._bytes / self.num * images), "median": median, "p1": low, "p99": high},
-            "formats": {name: int(n) for name, n in zip(FORMATS, self._formats) if n},
+            "formats": {name: int(n) for name, n in zip(FORMAT_NAMES, self._formats) if n},
             "slow_decoder": self._slow,
             "pixels": {
                 "median": np.median(sides, axis=0).astype(int).tolist() if len(sides) else None,
@@ -322,26 +322,27 @@ class CorpusStats:
         }
 
 
-def look(source: Source, sample: int, workers: int, listing: BinaryIO | None = None) -> tuple[CorpusStats, float]:
-    """Read and decode up to `sample` images; returns the tally and images/s. listing: takes all complaints."""
-    job = _Facts(source, min(sample, len(source)), workers)
-    tally, progress = CorpusStats(job.num), Progress("Images looked at", job.num)
+def scan(source: Source, sample: int, workers: int, listing: BinaryIO | None = None) -> tuple[CorpusStats, float]:
+    """Read and decode up to `sample` images; returns their statistics and images/s. listing: takes the line of each
+    that cannot be read."""
+    task = _Facts(source, min(sample, len(source)), workers)
+    stats, progress = CorpusStats(task.num), Progress("Images scanned", task.num)
     waiting: list[np.ndarray] = []
     begin, seen = time.monotonic(), 0
-    for key, (arrays, told) in zip(job.keys(), iterate_batches(job, job.keys(), workers=workers, prefetch=16)):
-        waiting.append(arrays[0][: len(told)].copy())
-        for line in filter(None, told):
-            tally.unreadable += 1
-            if len(tally.reasons) < FIRST_REASONS:
-                tally.reasons.append(line)
+    for key, (arrays, reasons) in zip(task.keys(), iterate_batches(task, task.keys(), workers=workers, prefetch=16)):
+        waiting.append(arrays[0][: len(reasons)].copy())
+        for line in filter(None, reasons):
+            stats.unreadable += 1
+            if len(stats.reasons) < FIRST_REASONS:
+                stats.reasons.append(line)
             if listing:
                 listing.write(os.fsencode(line) + b"\n")
-        seen = key + len(told)
-        if len(waiting) >= 256 or seen == job.num:
-            tally.add(np.concatenate(waiting))
+        seen = key + len(reasons)
+        if len(waiting) >= 256 or seen == task.num:
+            stats.add(np.concatenate(waiting))
             waiting.clear()
-        progress.tell(seen, seen)
-    return tally, seen / (time.monotonic() - begin)
+        progress.update(seen, seen)
+    return stats, seen / (time.monotonic() - begin)
 
 
 class InMemorySource(Source):
@@ -368,15 +369,15 @@ class Progress:
 
     def __init__(self, what: str, total: int):
         self._what, self._total, self._begin = what, total, time.monotonic()
-        self._told = self._begin
+        self._logged = self._begin
 
-    def tell(self, done: int, images: int) -> None:
+    def update(self, done: int, images: int) -> None:
         """done: of the total; images: dealt with since the beginning."""
         now = time.monotonic()
-        if now - self._told < TELL_EVERY_S:
+        if now - self._logged < LOG_EVERY_S:
             return
-        self._told, taken = now, now - self._begin
-        left = f"{rough_duration(taken * (self._total / done - 1))} left" if done else "no telling how long"
+        self._logged, taken = now, now - self._begin
+        left = f"{rough_duration(taken * (self._total / done - 1))} left" if done else "no estimate yet"
         print(
             f"{self._what}: {done:,} of {self._total:,}, {images / taken:,.0f} images/s, {left}.",
             file=sys.stderr,
@@ -391,7 +392,7 @@ def write_sheet(path: Path, source: Source, indices: np.ndarray, workers: int) -
     made = iterate_batches(
         EvalBatches(source, indices, SIDE, COLUMNS), range(0, len(indices), COLUMNS), workers=workers
     )
-    tiles = (tile for (images, _), told in made for tile, index in zip(images, told) if index is not None)
+    tiles = (tile for (images, _), indices in made for tile, index in zip(images, indices) if index is not None)
     for n, tile in enumerate(tiles):
         top, left = n // COLUMNS * SIDE, n % COLUMNS * SIDE
         sheet[top : top + SIDE, left : left + SIDE] = tile.transpose(1, 2, 0)

@@ -31,14 +31,14 @@ from PIL import Image
 
 from seer_scale.cores import available_cores
 from seer_scale.corpus.describe import (
-    FORMATS,
+    FORMAT_NAMES,
     Progress,
     Sample,
     add_source_arguments,
-    complaint,
     format_of,
     header,
-    opened,
+    open_from_arguments,
+    unreadable_line,
 )
 from seer_scale.data.loading.pool import iterate_batches
 from seer_scale.data.loading.worker import ItemTracker
@@ -59,7 +59,7 @@ MEASURED = 500
 NAMED = 1000
 """Images whose names tell one source from another."""
 QUALITY = 95
-EXTENSIONS = dict(zip(FORMATS, (".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".jp2", ".avif", ".ppm")))
+EXTENSIONS = dict(zip(FORMAT_NAMES, (".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".jp2", ".avif", ".ppm")))
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 WORDS = {
     "version": "layout",
@@ -111,18 +111,18 @@ def run(args: argparse.Namespace) -> str:
         raise DataError(f"--workers is {args.workers} and --max-side {args.max_side}, but at least 0 and 1 are needed.")
     dst = Path(args.dst)
     _must_be_apart(args.src, dst)
-    kind, source, options = opened(args.src, args)
-    how = _PackOptions(args.max_side, args.check)
+    kind, source, source_options = open_from_arguments(args.src, args)
+    options = _PackOptions(args.max_side, args.check)
     where = os.path.abspath(args.src) if os.path.exists(args.src) else args.src
     plan = {
         "version": VERSION,
         "source": where,
         "kind": kind,
-        "options": options,
+        "options": source_options,
         "images": len(source),
         "size": size,
-        "max_side": how.max_side,
-        "check": how.check,
+        "max_side": options.max_side,
+        "check": options.check,
     }
     with _alone_in(dst):
         if isinstance(source, Stream):
@@ -130,20 +130,20 @@ def run(args: argparse.Namespace) -> str:
             plan |= {"shuffle": None, "content": None}
             _tars_planned(dst, plan)
             _write_plan(dst, plan)
-            _pack_stream(source, dst, size, how)
+            _pack_stream(source, dst, size, options)
         else:
             if left_out := warning(source.left_out):
                 print(left_out, file=sys.stderr)
             labels = source.labels  # read here once: a source may make them anew for every process
             plan |= {"shuffle": seed, "content": _content(source, labels)}
             num = _tars_planned(dst, plan) or min(
-                len(source), math.ceil(_measure(source, how, labels, args.workers) / size)
+                len(source), math.ceil(_measure(source, options, labels, args.workers) / size)
             )
             _write_plan(dst, plan | {"tars": num})
             if labels is not None:
                 names = (" ".join(name.splitlines()).strip() or "?" for name in source.classes)
                 _write(dst / "classes.txt", b"".join(os.fsencode(name) + b"\n" for name in names))
-            TarWriter(source, dst, num, seed, labels, how, max(1, args.workers)).pack(args.workers)
+            TarWriter(source, dst, num, seed, labels, options, max(1, args.workers)).pack(args.workers)
         _gather(dst)
         return _summary(dst, len(source))
 
@@ -229,26 +229,27 @@ def _alone_in(dst: Path) -> Iterator[None]:
 class _Sizes(Sample):
     """Bytes in a tar that images of a sample take."""
 
-    how: _PackOptions
+    options: _PackOptions
 
     def buffers(self) -> list[tuple[tuple[int, ...], type]]:
         return [((self.batch,), np.int64)]
 
-    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: ItemTracker) -> None:
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], tracker: ItemTracker) -> None:
         out[0][row] = 0
         with contextlib.suppress(DataError):
-            guard.begin(self.at(key + row))
-            data = self.how.prepared(self.source.read(self.at(key + row)))
+            tracker.begin(self.at(key + row))
+            data = self.options.prepared(self.source.read(self.at(key + row)))
             out[0][row] = tarfile.BLOCKSIZE + _padded(len(data))
 
 
-def _measure(source: Source, how: _PackOptions, labels: np.ndarray | None, workers: int) -> int:
+def _measure(source: Source, options: _PackOptions, labels: np.ndarray | None, workers: int) -> int:
     """Bytes that all tars will have, estimated; at least 1."""
-    job = _Sizes(source, min(MEASURED, len(source)), workers, how)
+    task = _Sizes(source, min(MEASURED, len(source)), workers, options)
     total = sum(
-        int(sizes[: len(told)].sum()) for [sizes], told in iterate_batches(job, job.keys(), workers=workers, prefetch=8)
+        int(sizes[: len(rows)].sum())
+        for [sizes], rows in iterate_batches(task, task.keys(), workers=workers, prefetch=8)
     )
-    return max(1, total * len(source) // job.num + (0 if labels is None else 2 * tarfile.BLOCKSIZE * len(source)))
+    return max(1, total * len(source) // task.num + (0 if labels is None else 2 * tarfile.BLOCKSIZE * len(source)))
 
 
 # ------------------------------------------------------------------------------------------------ one image
@@ -266,8 +267,8 @@ class _PackOptions:
         if not data:
             raise DataError("the file is empty")
         if self.max_side:
-            told = header(data)
-            if told and min(told.height, told.width) > self.max_side:
+            head = header(data)
+            if head and min(head.height, head.width) > self.max_side:
                 return _shrunk(data, self.max_side)
         if self.check:
             decode(data)
@@ -304,7 +305,7 @@ class TarWriter:
     num: int
     seed: int | None
     labels: np.ndarray | None
-    how: _PackOptions
+    options: _PackOptions
     group: int
 
     def pack(self, workers: int) -> None:
@@ -317,9 +318,9 @@ class TarWriter:
             0,
             0,
         )
-        for _, told in iterate_batches(self, keys, workers=workers, prefetch=8):
-            done, images = done + len(told), images + sum(told)
-            progress.tell(done, images)
+        for _, sizes in iterate_batches(self, keys, workers=workers, prefetch=8):
+            done, images = done + len(sizes), images + sum(sizes)
+            progress.update(done, images)
 
     def buffers(self) -> list[tuple[tuple[int, ...], type]]:
         return []
@@ -327,20 +328,20 @@ class TarWriter:
     def rows(self, key: int) -> int:
         return min(self.group, len(self.todo) - key)
 
-    def fill(self, key: int, row: int, out: Sequence[np.ndarray], guard: ItemTracker) -> int:
+    def fill(self, key: int, row: int, out: Sequence[np.ndarray], tracker: ItemTracker) -> int:
         """Write one tar; returns the number of its places."""
         t, n, left_out = self.todo[key + row], len(self.source), []
         places = np.arange(t * n // self.num, (t + 1) * n // self.num)
         indices = (places if self.seed is None else permute(places, n, self.seed, 0)).tolist()
         with _whole(_tar(self.dst, t)) as file:
-            for place, index, data in zip(places.tolist(), indices, self._read(indices, guard)):
+            for place, index, data in zip(places.tolist(), indices, self._read(indices, tracker)):
                 try:
-                    guard.begin(index)
+                    tracker.begin(index)
                     if isinstance(data, DataError):
                         raise data
-                    data = self.how.prepared(data)
+                    data = self.options.prepared(data)
                 except DataError as error:
-                    left_out.append(complaint(self.source.name(index), error))
+                    left_out.append(unreadable_line(self.source.name(index), error))
                     continue
                 extension = EXTENSIONS.get(format_of(data)) or _suffix(self.source.name(index))
                 _add(file, place, n, extension, data, -1 if self.labels is None else int(self.labels[index]))
@@ -348,11 +349,11 @@ class TarWriter:
         _index(_tar(self.dst, t))
         return len(places)
 
-    def _read(self, indices: list[int], guard: ItemTracker) -> Iterator[bytes | DataError]:
+    def _read(self, indices: list[int], tracker: ItemTracker) -> Iterator[bytes | DataError]:
         run = self.source.locality if self.seed is None else 1
         for first in range(0, len(indices), run):
             try:
-                guard.begin(indices[first])
+                tracker.begin(indices[first])
                 yield from self.source.read_run(indices[first], min(run, len(indices) - first))
             except DataError as error:  # it ended a worker before: read the others of its run alone
                 yield error
@@ -362,7 +363,7 @@ class TarWriter:
         return self.source.name(item)
 
 
-def _pack_stream(source: Stream, dst: Path, size: int, how: _PackOptions) -> None:
+def _pack_stream(source: Stream, dst: Path, size: int, options: _PackOptions) -> None:
     """Tars cut at `size` bytes, after those that are whole: the stream is read again up to there."""
     n, t, left_out = len(source), next(t for t in count() if not _tar(dst, t).exists()), []
     first = _last_place(_tar(dst, t - 1)) + 1 if t else 0
@@ -373,11 +374,11 @@ def _pack_stream(source: Stream, dst: Path, size: int, how: _PackOptions) -> Non
             try:
                 if isinstance(data, DataError):
                     raise data
-                data = how.prepared(data)
+                data = options.prepared(data)
             except DataError as error:
-                left_out.append(complaint(f"image {place}", error))
+                left_out.append(unreadable_line(f"image {place}", error))
                 continue
-            progress.tell(place - first, place - first)
+            progress.update(place - first, place - first)
             yield place, data
 
     images = usable() if first < n else iter(())
@@ -429,7 +430,7 @@ def _padded(size: int) -> int:
 
 
 def _close(file: BinaryIO, dst: Path, t: int, left_out: list[str]) -> None:
-    """End a tar. What was left out is told before the tar appears, so that it is never forgotten."""
+    """End a tar. What was left out is written before the tar appears, so that it is never forgotten."""
     file.write(bytes(2 * tarfile.BLOCKSIZE + -(file.tell() + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE))
     record = dst / ".unreadable" / f"{t:06d}.txt"
     record.unlink(missing_ok=True)
@@ -438,7 +439,7 @@ def _close(file: BinaryIO, dst: Path, t: int, left_out: list[str]) -> None:
 
 
 def _index(tar: Path) -> None:
-    cached_index(str(tar), tars.INDEX_VERSION, partial(tars._index_tar, str(tar)))
+    cached_index(str(tar), tars.INDEX_VERSION, partial(tars.index_tar, str(tar)))
 
 
 @contextlib.contextmanager

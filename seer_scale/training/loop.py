@@ -492,7 +492,7 @@ class Trainer:
             stop=c.train.total_samples,
             pin=w.device.type == "cuda",
             on_device=c.data.on_device(w.device.type),
-            tell=partial(self._tell_of_rank, "loader"),
+            log=partial(self._tell_of_rank, "loader"),
         )
         with closing(batches):  # and its processes with it
             while True:

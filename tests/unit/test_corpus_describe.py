@@ -168,7 +168,7 @@ def test_progress(monkeypatch, capsys):
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
     progress = module.Progress("Images looked at", 4000)
     for done in (100, 1000, 1500, 3000):
-        progress.tell(done, done)
+        progress.update(done, done)
     assert capsys.readouterr().err.splitlines() == [
         "Images looked at: 1,000 of 4,000, 167 images/s, 18 s left.",
         "Images looked at: 3,000 of 4,000, 250 images/s, 4 s left.",

@@ -322,19 +322,19 @@ def test_what_never_ends_is_cut_off_at_the_limit(server, monkeypatch):
     (server.root / "a.jpg").touch()
     server.faults["a.jpg"] = ["endless"] * 9
     with pytest.raises(DataError, match="has more than the 1,000,000 bytes that are taken"):
-        remote.read(f"{server.url}/a.jpg", most=1_000_000)
+        remote.read(f"{server.url}/a.jpg", max_bytes=1_000_000)
     assert server.left.wait(20) and server.written < 30_000_000 and len(server.asked) == 1
-    monkeypatch.setattr(remote, "MAX_UNTOLD", 500_000)
+    monkeypatch.setattr(remote, "MAX_UNDECLARED_BYTES", 500_000)
     with pytest.raises(DataError, match="has more than the 500,000 bytes"):
-        remote.read(f"{server.url}/a.jpg", most=1_000_000_000)
+        remote.read(f"{server.url}/a.jpg", max_bytes=1_000_000_000)
     monkeypatch.setattr(remote, "READ_TIMEOUT_S", 5)
     server.faults["a.jpg"] = ["huge"] * 9  # of what tells its length, no byte is waited for
     with pytest.raises(DataError, match="has more than the 1,000 bytes"):
-        remote.read(f"{server.url}/a.jpg", most=1000)
+        remote.read(f"{server.url}/a.jpg", max_bytes=1000)
     (server.root / "a.jpg").write_bytes(bytes(2_000_000))
     server.faults["a.jpg"] = ["zipped"] * 9  # a length that is not the image's own is none
     with pytest.raises(DataError, match="has more than the 500,000 bytes"):
-        remote.read(f"{server.url}/a.jpg", most=1_000_000_000)
+        remote.read(f"{server.url}/a.jpg", max_bytes=1_000_000_000)
 
 
 def test_an_image_is_held_once_while_it_comes(server):
@@ -342,7 +342,7 @@ def test_an_image_is_held_once_while_it_comes(server):
     server.faults["a.jpg"] = ["long"]
     tracemalloc.start()
     try:
-        assert len(remote.read(f"{server.url}/a.jpg", most=1 << 30)) == LONG
+        assert len(remote.read(f"{server.url}/a.jpg", max_bytes=1 << 30)) == LONG
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -355,7 +355,7 @@ def test_what_comes_byte_by_byte_is_given_up(server, monkeypatch):
     (server.root / "a.jpg").touch()
     server.faults["a.jpg"] = ["drip"] * 9
     with pytest.raises(DataError, match=r"fewer than 16,384 bytes in 0\.3 s; [12] tries"):
-        remote.read(f"{server.url}/a.jpg", most=1_000_000)
+        remote.read(f"{server.url}/a.jpg", max_bytes=1_000_000)
     assert server.left.wait(20), "the transfer was ended, not left behind"
 
 
@@ -365,7 +365,7 @@ def test_what_comes_steadily_may_take_long(server, monkeypatch):
     monkeypatch.setattr(remote, "STALL_BYTES", 4096)
     (server.root / "a.jpg").touch()
     server.faults["a.jpg"] = ["steady"]
-    assert len(remote.read(f"{server.url}/a.jpg", most=1_000_000)) == 25 * 4096
+    assert len(remote.read(f"{server.url}/a.jpg", max_bytes=1_000_000)) == 25 * 4096
 
 
 class Slow:

@@ -327,7 +327,7 @@ def test_labels_are_counted_without_reading_an_index(tmp_path, monkeypatch):
 
 
 def test_long_work_is_told(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tars, "TELL_EVERY_S", 0)
+    monkeypatch.setattr(tars, "LOG_EVERY_S", 0)
     numbered_tars(tmp_path / "d", 2)
     open_source(str(tmp_path / "d"))
     assert capfd.readouterr().err == "Indexing tars: 1 of 2.\nIndexing tars: 2 of 2.\n"

@@ -24,20 +24,20 @@ from seer_scale.data.sources import Source
 
 def train_batches(
     source: Source, data: Data, views: Views, sampler: ElasticSampler, *, rank: int, world_size: int, start: int,
-    stop: int, pin: bool = False, on_device: bool = False, tell: Callable[[str], None] = warn,
+    stop: int, pin: bool = False, on_device: bool = False, log: Callable[[str], None] = warn,
 ) -> Generator[Batch, None, None]:  # fmt: skip
     """This rank's batches for the global samples start, start + sampler.global_batch, ... below `stop`.
 
     on_device: leave colour, flip and blur to the device. Workers live as long as the iterator, keep data.prefetch
-    batches ready, and are replaced when they die or hang, of which `tell` is told. Raises DataError when GIVE_UP_AFTER
-    images in a row cannot be read.
+    batches ready, and are replaced when they die or hang, which `log` gets a
+    sentence about. Raises DataError when tasks.MAX_UNREADABLE_IN_A_ROW images in a row cannot be read.
     """
     if start < stop:
         sampler.slots(start, rank, world_size)  # counted here what an epoch in progress still shows
     task = TrainBatches(source, views, sampler, rank, world_size, on_device)
     keys = range(start, stop, sampler.global_batch)
     workers = data.num_workers(available_cores())
-    made = iterate_batches(task, keys, workers=workers, prefetch=data.prefetch, timeout_s=data.timeout_s, tell=tell)
+    made = iterate_batches(task, keys, workers=workers, prefetch=data.prefetch, timeout_s=data.timeout_s, log=log)
     with closing(made):
         for samples_seen, (arrays, results) in zip(keys, made):
             flat, num = [_own(a, pin).flatten(0, 1) for a in arrays], len(views.crops)

@@ -32,12 +32,12 @@ from seer_scale.errors import DataError
 
 SUSPECT_TWICE = 2
 """Workers that one item has ended before it is refused: one may have been killed for any reason."""
-GIVE_UP_AFTER = 5
+MAX_REPLACEMENTS = 5
 """Replacements of one worker in a row, without a batch from it or an item that is known for it, that end the run."""
 MAX_REFUSED = 100
 """Items refused in a row, without a batch from their worker, that end the run: then it is not the items."""
-START_S = 120.0
-"""Seconds a worker may take until it begins, for the host has to take in the job before."""
+WORKER_START_S = 120.0
+"""Seconds a worker may take until it begins, for the host has to load the task before."""
 
 
 def warn(sentence: str) -> None:
@@ -45,34 +45,33 @@ def warn(sentence: str) -> None:
 
 
 def iterate_batches(
-    job: BatchTask,
+    task: BatchTask,
     keys: Sequence[Any],
     *,
     workers: int,
     prefetch: int = 2,
     timeout_s: float = 120.0,
-    tell: Callable[[str], None] = warn,
+    log: Callable[[str], None] = warn,
 ) -> Generator[tuple[list[np.ndarray], list[Any]], None, None]:
     """For each key in turn the batch's arrays (of the largest size) and what `fill` returned by row.
 
     The arrays are the caller's until it asks for the next batch. workers: processes; 0 fills here, and so does any
     number without Linux. prefetch: batches that may be ready or in the making, besides the one given out. timeout_s: a
-    worker that takes longer over one item while somebody waits for it is replaced, and `tell` gets a sentence.
-    Processes live as long as the iterator. Raises
-    DataError as `fill` does, or when a worker cannot be kept alive.
+    worker that takes longer over one item while somebody waits for it is replaced, and `log` gets a sentence.
+    Processes live as long as the iterator. Raises DataError as `fill` does, or when a worker cannot be kept alive.
     """
-    workers = min(workers, max((job.rows(k) for k in (keys[0], keys[-1])), default=0) if keys else 0)
+    workers = min(workers, max((task.rows(k) for k in (keys[0], keys[-1])), default=0) if keys else 0)
     if not workers or not loads_in_processes():
         tracker = ItemTracker(np.zeros(4, np.int64))
-        arrays: list[np.ndarray] = [np.zeros(shape, kind) for shape, kind in job.buffers()]
+        arrays: list[np.ndarray] = [np.zeros(shape, kind) for shape, kind in task.buffers()]
         for key in keys:
-            yield arrays, [job.fill(key, row, arrays, tracker) for row in range(job.rows(key))]
+            yield arrays, [task.fill(key, row, arrays, tracker) for row in range(task.rows(key))]
         return
-    pool = _Pool(job, keys, workers, prefetch + 1, timeout_s, tell)
+    pool = _Pool(task, keys, workers, prefetch + 1, timeout_s, log)
     try:
         for n in range(len(keys)):
-            told = pool.wait_for(n)
-            yield pool.arrays(n), told
+            results = pool.wait_for(n)
+            yield pool.arrays(n), results
             pool.free(n)
     finally:
         pool.close()
@@ -93,22 +92,22 @@ class _Worker:
 class _Pool:
     def __init__(
         self,
-        job: BatchTask,
+        task: BatchTask,
         keys: Sequence[Any],
         workers: int,
         depth: int,
         timeout_s: float,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ):
-        self.job, self.keys, self.depth, self.timeout_s, self._tell = job, keys, min(depth, len(keys)), timeout_s, tell
-        specs = job.buffers()
+        self.task, self.keys, self.depth, self.timeout_s, self._log = task, keys, min(depth, len(keys)), timeout_s, log
+        specs = task.buffers()
         self._memory = os.memfd_create("batches")  # unlike /dev/shm, limited by memory alone
-        self._seats, *arrays = shared_arrays(self._memory, [((workers, 4), np.int64), *specs * self.depth])
+        self._slots, *arrays = shared_arrays(self._memory, [((workers, 4), np.int64), *specs * self.depth])
         self._ring = [arrays[i * len(specs) : (i + 1) * len(specs)] for i in range(self.depth)]
-        self._told: dict[int, dict[int, tuple[list[Any], DataError | str | None]]] = {}
+        self._results: dict[int, dict[int, tuple[list[Any], DataError | str | None]]] = {}
         self._freed, self._waited_s = 0, 0.0
         self._suspects: Counter[int] = Counter()
-        self._fruitless = [0] * (workers + 1)  # the last one is the host
+        self._failures_without_progress = [0] * (workers + 1)  # the last one is the host
         self._workers: list[_Worker] = []
         self._control = self._ask_host()
         self._workers = [self._start(slot, 0) for slot in range(workers)]
@@ -117,9 +116,9 @@ class _Pool:
         return self._ring[n % self.depth]
 
     def wait_for(self, n: int) -> list[Any]:
-        """What the rows of batch n told, once all are written."""
+        """What `fill` returned for the rows of batch n, once all are written."""
         begin, before = time.monotonic(), self._waited_s
-        while late := [slot for slot, w in enumerate(self._workers) if w.next <= n]:
+        while late := [slot for slot, worker in enumerate(self._workers) if worker.next <= n]:
             waited_for = [self._workers[s].connection for s in late]
             ready = wait([*waited_for, self._control], timeout=min(1.0, self.timeout_s / 4))
             self._waited_s = before + time.monotonic() - begin
@@ -131,26 +130,26 @@ class _Pool:
                     self._receive(slot)
                 elif self._hangs(slot):
                     self._replace(slot, f"has been at it for {self.timeout_s:g} s")
-        told = []
-        for _, (rows, failure) in sorted(self._told.pop(n).items()):
+        results = []
+        for _, (rows, failure) in sorted(self._results.pop(n).items()):
             if isinstance(failure, DataError):
                 raise failure
             if failure:
                 raise RuntimeError(f"A loader process failed:\n{failure}")
-            told += rows
-        return told
+            results += rows
+        return results
 
     def free(self, n: int) -> None:
         """Batch n was copied: its memory serves batch n + depth."""
         self._freed = n + 1
-        for w in self._workers:
-            with suppress(OSError):  # it died: its replacement is told how far it may go
-                w.connection.send_bytes(b"1")
+        for worker in self._workers:
+            with suppress(OSError):  # it died: its replacement is sent how far it may go
+                worker.connection.send_bytes(b"1")
 
     def close(self) -> None:
-        for slot, w in enumerate(self._workers):
+        for slot, worker in enumerate(self._workers):
             self._kill(slot)
-            w.connection.close()
+            worker.connection.close()
         with suppress(OSError):
             self._control.send(None)  # to close it is not enough where a fork of this process holds it open
         self._control.close()
@@ -163,7 +162,7 @@ class _Pool:
         _server.ask(theirs)
         with theirs, suppress(OSError):
             ours.send(
-                (sys.path, dict(os.environ), cloudpickle.dumps(self.job), self.keys, self.depth, len(self._seats))
+                (sys.path, dict(os.environ), cloudpickle.dumps(self.task), self.keys, self.depth, len(self._slots))
             )
             send_handle(ours, self._memory, None)
         return ours
@@ -172,7 +171,7 @@ class _Pool:
         refused = [item for item, times in self._suspects.items() if times >= SUSPECT_TWICE]
         ours, theirs = Pipe()
         with theirs:
-            self._seats[slot] = 0, -1, 0, 0
+            self._slots[slot] = 0, -1, 0, 0
             with suppress(OSError):  # the host is gone, which whoever waits will see
                 self._control.send((slot, first, self._freed + self.depth, refused))
                 send_handle(self._control, theirs.fileno(), None)
@@ -181,13 +180,13 @@ class _Pool:
     def _receive(self, slot: int) -> None:
         worker = self._workers[slot]
         try:
-            n, told, failure = worker.connection.recv()
+            n, results, failure = worker.connection.recv()
         except (EOFError, OSError):
             self._replace(slot, self._how_it_ended(slot))
             return
-        self._told.setdefault(n, {})[slot] = told, failure
+        self._results.setdefault(n, {})[slot] = results, failure
         worker.next, worker.since = n + 1, self._waited_s
-        self._fruitless[slot] = self._fruitless[-1] = 0
+        self._failures_without_progress[slot] = self._failures_without_progress[-1] = 0
         for item in worker.suspects:  # they were made after all
             if self._suspects[item] < SUSPECT_TWICE:
                 del self._suspects[item]
@@ -196,7 +195,7 @@ class _Pool:
     def _how_it_ended(self, slot: int) -> str:
         deadline = time.monotonic() + 5
         while (
-            not (status := int(self._seats[slot, STATUS])) and time.monotonic() < deadline and not self._control.poll()
+            not (status := int(self._slots[slot, STATUS])) and time.monotonic() < deadline and not self._control.poll()
         ):
             time.sleep(0.001)
         if not status:
@@ -204,56 +203,58 @@ class _Pool:
         return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status - 1}"
 
     def _hangs(self, slot: int) -> bool:
-        worker, progress = self._workers[slot], int(self._seats[slot, PROGRESS])
+        worker, progress = self._workers[slot], int(self._slots[slot, PROGRESS])
         if progress != worker.progress:
             worker.progress, worker.since = progress, self._waited_s
         again = max(self.timeout_s / 4, min(self.timeout_s, 10.0))  # several in one batch: other ranks are waiting
         limit = (
-            (again if worker.suspects else self.timeout_s) if self._seats[slot, PID] else max(START_S, self.timeout_s)
+            (again if worker.suspects else self.timeout_s)
+            if self._slots[slot, PID]
+            else max(WORKER_START_S, self.timeout_s)
         )
         return self._waited_s - worker.since > limit
 
     def _kill(self, slot: int) -> None:
-        pid = int(self._seats[slot, PID])
-        if pid and not self._seats[slot, STATUS]:
+        pid = int(self._slots[slot, PID])
+        if pid and not self._slots[slot, STATUS]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def _replace(self, slot: int, what: str) -> None:
-        worker, item = self._workers[slot], int(self._seats[slot, ITEM])
+        worker, item = self._workers[slot], int(self._slots[slot, ITEM])
         self._kill(slot)
         worker.connection.close()
-        where = f" at {self.job.describe(item)}" if item >= 0 else ""
+        where = f" at {self.task.describe(item)}" if item >= 0 else ""
         self._suspects[item] += item >= 0
         if self._suspects[item] == SUSPECT_TWICE and len(worker.suspects | {item}) <= MAX_REFUSED:
-            self._fruitless[slot] = 0  # the next one passes it by
+            self._failures_without_progress[slot] = 0  # the next one passes it by
         else:
             self._count(slot, f"Loader process {slot} {what}{where}")
-        self._tell(f"Loader process {slot} {what}{where}; another takes its place, and no image is lost or repeated.")
+        self._log(f"Loader process {slot} {what}{where}; another takes its place, and no image is lost or repeated.")
         self._workers[slot] = self._start(slot, worker.next, worker.suspects | ({item} - {-1}))
 
     def _restart_host(self) -> None:
-        """The host has died, and the workers with it: another one holds the job and forks them anew."""
+        """The host has died, and the workers with it: another one holds the task and forks them anew."""
         try:
             raise RuntimeError(f"Loader processes cannot be started:\n{self._control.recv()}")
         except (EOFError, OSError):
             pass
-        _server.must_live()
+        _server.raise_if_failed()
         self._count(-1, "The host of the loader processes was ended")
-        self._tell(
+        self._log(
             "The host of the loader processes was ended; another takes its place, and no image is lost or repeated."
         )
-        for w in self._workers:
-            w.connection.close()
+        for worker in self._workers:
+            worker.connection.close()
         self._control.close()
         self._control = self._ask_host()
-        self._workers = [self._start(slot, w.next) for slot, w in enumerate(self._workers)]
+        self._workers = [self._start(slot, worker.next) for slot, worker in enumerate(self._workers)]
 
     def _count(self, slot: int, what: str) -> None:
-        self._fruitless[slot] += 1
-        if self._fruitless[slot] > GIVE_UP_AFTER:
+        self._failures_without_progress[slot] += 1
+        if self._failures_without_progress[slot] > MAX_REPLACEMENTS:
             raise DataError(
-                f"{what}, and so did {GIVE_UP_AFTER} before it without making a batch: if memory is short "
+                f"{what}, and so did {MAX_REPLACEMENTS} before it without making a batch: if memory is short "
                 "(signal SIGKILL), lower data.workers or data.prefetch; if reads hang, raise data.timeout_s."
             )
 
@@ -271,11 +272,11 @@ except BaseException as error:
     where = f"{{trace.tb_frame.f_code.co_filename}}, line {{trace.tb_lineno}}"
     try:
         os.write({fd}, f"{{type(error).__name__}}: {{error}} ({{where}})".encode(errors="backslashreplace"))
-    except OSError:  # nobody is there to be told
+    except OSError:  # nobody listens
         pass
     os._exit(1)
 """
-"""The server's program, which says by its socket, and nowhere else, why it cannot serve."""
+"""The server's program, which writes to its socket, and nowhere else, why it cannot serve."""
 
 
 class _Server:
@@ -287,20 +288,20 @@ class _Server:
     def __init__(self) -> None:
         self._owner = 0  # no process's: there is no server yet
 
-    def must_live(self) -> None:
-        """Raises DataError where it has said why it could not begin to serve."""
+    def raise_if_failed(self) -> None:
+        """Raises DataError where it has written why it could not begin to serve."""
         try:
-            said = self._socket.recv(1 << 16, socket.MSG_DONTWAIT).decode(errors="replace")
+            reason = self._socket.recv(1 << 16, socket.MSG_DONTWAIT).decode(errors="replace")
         except OSError:
             return
-        if said:
-            raise DataError(f"Loader processes cannot be started: {said}.")
+        if reason:
+            raise DataError(f"Loader processes cannot be started: {reason}.")
 
     def ask(self, theirs: Connection) -> None:
         """Have it fork a host that listens to `theirs`."""
         if self._owner != os.getpid() or self._process.poll() is not None:
             if self._owner == os.getpid():
-                self.must_live()
+                self.raise_if_failed()
             self._begin()
         try:
             socket.send_fds(self._socket, [b"1"], [theirs.fileno()])

@@ -27,7 +27,7 @@ READ_AHEAD = 256 << 20
 """Bytes of images read ahead with which a loader process reads no further ones."""
 STREAM_PATIENCE_S = 1800.0
 """Seconds that a stream's next image may take before its loader process counts as stuck."""
-GIVE_UP_AFTER = 100
+MAX_UNREADABLE_IN_A_ROW = 100
 """Unreadable images in a row that end a run: then it is not the images."""
 
 
@@ -64,8 +64,9 @@ class TrainBatches:
             self._slots = key, self.sampler.slots(key, self.rank, self.world_size)
         epoch, offset, index = (int(x[row]) for x in self._slots[1])
         unreadable: list[str] = []
-        most = GIVE_UP_AFTER if self.source.is_stream else min(GIVE_UP_AFTER, len(self.source))
-        for step in range(most):
+        limit = MAX_UNREADABLE_IN_A_ROW
+        max_steps = limit if self.source.is_stream else min(limit, len(self.source))
+        for step in range(max_steps):
             at, size = offset + step, self.sampler.size(epoch)
             if at >= size:  # a stream's beginning has gone by: of what came last, the nearest before
                 at = (offset - 1 - (at - size) if self.source.is_stream else at) % size
@@ -82,7 +83,7 @@ class TrainBatches:
                 name = self.source.name(index)
                 unreadable.append(f"{name}: {str(error).removeprefix(f'{name} ') or 'there is no memory for it'}")
         first = "; ".join(unreadable[:3])
-        which = f"{most} images in a row" if most < len(self.source) else f"All {most:,} images"
+        which = f"{max_steps} images in a row" if max_steps < len(self.source) else f"All {max_steps:,} images"
         raise DataError(f"{which} cannot be read, so check data.path; the first: {first}.")
 
     def describe(self, item: int) -> str:
@@ -96,14 +97,14 @@ class _ReadAhead:
         self._source, self._sampler = source, sampler
         self._blocks: dict[tuple[int, int], dict[int, bytes | DataError]] = {}
         self._bytes = self._largest = 0
-        self._most = 2 * max(1, sampler.order.interleave // world_size)  # twice this rank's lanes
+        self._max_blocks = 2 * max(1, sampler.order.interleave // world_size)  # twice what this rank reads side by side
 
     def read(self, epoch: int, offset: int, index: int, tracker: ItemTracker, *, is_own: bool) -> bytes:
         """is_own: this row is the image's own, not one where it replaces another, and so reads on in its block."""
-        run = self._sampler.block_of(epoch, offset, index)
-        if run is None:
+        found = self._sampler.block_of(epoch, offset, index)
+        if found is None:
             return self._source.read(index)
-        first, num, before = run
+        first, num, before = found
         block = self._blocks.get((epoch, first))
         if block is None:
             # another row's block would be kept for nothing, and of one begun before a part; and memory has an end
@@ -112,7 +113,7 @@ class _ReadAhead:
             block = self._blocks[epoch, first] = self._fetch(first, num)
             self._bytes += _size(block)
             self._largest = max(self._largest, _size(block) // num)
-            while len(self._blocks) > self._most:  # one with an image that is refused is never used up
+            while len(self._blocks) > self._max_blocks:  # one with an image that is refused is never used up
                 self._bytes -= _size(self._blocks.pop(next(iter(self._blocks))))
         data = block.pop(index, None)
         self._bytes -= _size({index: data})
@@ -137,28 +138,28 @@ def _size(images: dict[int, Any]) -> int:
 
 
 class _Stream:
-    """A stream that is read in order, with what of it went by lately."""
+    """A stream that is read in order, with its most recent images."""
 
     def __init__(self, source: Stream, sampler: ElasticSampler):
         self._source, self._seed = source, sampler.seed
         self._epoch, self._next = -1, 0
         self._images: Iterator[tuple[int, bytes | DataError]] = iter(())
-        self._lately: dict[int, bytes | DataError] = {}
+        self._recent: dict[int, bytes | DataError] = {}
 
     def read(self, epoch: int, offset: int, index: int, tracker: ItemTracker, *, is_own: bool) -> bytes:
-        if epoch != self._epoch or offset < self._next and offset not in self._lately:
-            self._epoch, self._next, self._lately = epoch, offset, {}
+        if epoch != self._epoch or offset < self._next and offset not in self._recent:
+            self._epoch, self._next, self._recent = epoch, offset, {}
             self._images = self._source.iterate(self._seed, epoch, offset, tracker.heartbeat)
-        while offset not in self._lately:
+        while offset not in self._recent:
             try:
                 with _alive(tracker):
                     position, data = next(self._images)
             except DataError as error:
                 raise SourceEnded(str(error)) from error
-            self._lately[position], self._next = data, position + 1
-            if len(self._lately) > GIVE_UP_AFTER:  # those may be asked for again, to replace others
-                del self._lately[next(iter(self._lately))]
-        data = self._lately[offset]
+            self._recent[position], self._next = data, position + 1
+            if len(self._recent) > MAX_UNREADABLE_IN_A_ROW:  # those may be asked for again, to replace others
+                del self._recent[next(iter(self._recent))]
+        data = self._recent[offset]
         if isinstance(data, DataError):
             raise data
         return data

@@ -2,7 +2,7 @@
 decoders, and the source are all they need, so each takes some ten megabytes of its own.
 
 A server, one for each training process, has imported everything; it forks a host for each stream of batches, and the
-host, which holds the job, forks the workers, again when one has to be replaced. Nothing is forked from the training
+host, which holds the task, forks the workers, again when one has to be replaced. Nothing is forked from the training
 process, whose threads and accelerator would not survive it.
 """
 
@@ -43,26 +43,26 @@ class ItemTracker:
     """Tells which item a worker is busy with, and refuses those that have ended workers before."""
 
     def __init__(self, slot: np.ndarray, refused: Sequence[int] = ()):
-        self._seat, self._refused = slot, frozenset(refused)
+        self._slot, self._refused = slot, frozenset(refused)
 
     def begin(self, item: int) -> None:
         """To be called before item number `item` is read. Raises DataError for one that is refused."""
-        self._seat[PROGRESS] += 1
-        self._seat[ITEM] = item
+        self._slot[PROGRESS] += 1
+        self._slot[ITEM] = item
         if item in self._refused:
             raise DataError("it ended or stopped its loader twice")
 
     def heartbeat(self) -> None:
         """Still at it, and getting somewhere."""
-        self._seat[PROGRESS] += 1
+        self._slot[PROGRESS] += 1
 
     def end(self) -> None:
         """What was entered is done."""
-        self._seat[ITEM] = -1
+        self._slot[ITEM] = -1
 
 
 class BatchTask(Protocol):
-    """What the batches are. Every worker has a copy of the job, made before its first row, and may keep things open."""
+    """What the batches are. Every worker has a copy of it, made before its first row, and may keep things open."""
 
     def buffers(self) -> list[Spec]:
         """Shape and numpy type of each array of a batch of the largest size."""
@@ -107,19 +107,19 @@ def serve(fd: int, parent: int) -> None:
         gone = os.pidfd_open(parent)
     except ProcessLookupError:  # it ended while this one was loading
         return
-    with socket.socket(fileno=fd) as asked:
-        while gone not in wait([asked, gone]):
-            said, sockets, _, _ = socket.recv_fds(asked, 1, 1)
-            if not said:
+    with socket.socket(fileno=fd) as requests:
+        while gone not in wait([requests, gone]):
+            message, sockets, _, _ = socket.recv_fds(requests, 1, 1)
+            if not message:
                 return
             if not os.fork():
-                asked.close()
+                requests.close()
                 host(Connection(sockets[0]), gone)
             os.close(sockets[0])
 
 
 def host(control: Connection, gone: int) -> None:
-    """Hold one stream's job, and fork its workers as they are asked for; never returns.
+    """Hold one stream's task, and fork its workers on request; never returns.
 
     gone: the training process as a file, which can be read once it has ended: the control's other end may be held open
     by a fork of it.
@@ -127,11 +127,11 @@ def host(control: Connection, gone: int) -> None:
     try:
         _ignore_stop_signals()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        path, environment, job, keys, depth, workers = control.recv()
+        path, environment, task, keys, depth, workers = control.recv()
         sys.path[:] = path
         os.environ.update(environment)
-        job = pickle.loads(job)
-        specs, fd = job.buffers(), recv_handle(control)
+        task = pickle.loads(task)
+        specs, fd = task.buffers(), recv_handle(control)
         slots, *arrays = shared_arrays(fd, [((workers, 4), np.int64), *specs * depth])
         ring = [arrays[i * len(specs) : (i + 1) * len(specs)] for i in range(depth)]
         gc.freeze()  # what workers share stays shared: a collection would write into every object
@@ -142,14 +142,23 @@ def host(control: Connection, gone: int) -> None:
                 if ready == gone:
                     raise EOFError
                 if ready is control:
-                    if (asked := control.recv()) is None:
+                    if (request := control.recv()) is None:
                         raise EOFError
-                    slot, first, upto, refused = asked
+                    slot, first, upto, refused = request
                     connection = Connection(recv_handle(control))
                     if not (pid := os.fork()):
                         control.close()
                         _work(
-                            job, keys, first, upto, slot, ring, connection, ItemTracker(slots[slot], refused), slots, me
+                            task,
+                            keys,
+                            first,
+                            upto,
+                            slot,
+                            ring,
+                            connection,
+                            ItemTracker(slots[slot], refused),
+                            slots,
+                            me,
                         )
                     connection.close()
                     alive[os.pidfd_open(pid)] = pid, slot
@@ -168,7 +177,7 @@ def host(control: Connection, gone: int) -> None:
 
 
 def _work(
-    job: BatchTask, keys: Sequence[Any], first: int, upto: int, slot: int, ring: list[list[np.ndarray]],
+    task: BatchTask, keys: Sequence[Any], first: int, upto: int, slot: int, ring: list[list[np.ndarray]],
     connection: Connection, tracker: ItemTracker, slots: np.ndarray, parent: int,
 ) -> None:  # fmt: skip
     """A worker's life: its rows of the batches from `first` on, never beyond `upto`, which each message raises by
@@ -179,24 +188,24 @@ def _work(
     if os.getppid() != parent:  # it died before the line above
         os._exit(0)
     remote.waiting = tracker.heartbeat
-    if "torch" in sys.modules:  # a job of its own brought it
+    if "torch" in sys.modules:  # a task of its own brought it
         sys.modules["torch"].set_num_threads(1)
     try:
         for n in range(first, len(keys)):
             while n >= upto:
                 connection.recv_bytes()
                 upto += 1
-            rows, told = job.rows(keys[n]), []
+            rows, results = task.rows(keys[n]), []
             failure: DataError | str | None = None
             try:
                 for row in range(slot * rows // len(slots), (slot + 1) * rows // len(slots)):
-                    told.append(job.fill(keys[n], row, ring[n % len(ring)], tracker))
+                    results.append(task.fill(keys[n], row, ring[n % len(ring)], tracker))
                     tracker.end()
             except DataError as error:
                 failure = error
             except Exception:
                 failure = traceback.format_exc()
-            connection.send((n, told, failure))
+            connection.send((n, results, failure))
             if failure:
                 break
         while True:  # until the iterator is closed

@@ -73,7 +73,7 @@ class Order:
     def __init__(self, n: int, seed: int, block: int = 1, interleave: int = 1):
         if n < 1 or block < 0 or interleave < 1:
             raise ValueError(
-                f"an order needs at least one image and lane, not {n} and {interleave}, and no block of {block}"
+                f"an order needs n and interleave of at least 1, not {n} and {interleave}, and no block of {block}"
             )
         self.n, self.seed, self.block, self.interleave = n, seed, min(block, n), interleave
 

@@ -24,8 +24,9 @@ COUNTED = 4096
 class DataVersion:
     """The data from global sample `since` on: parts as (name, number of images), and how they are read.
 
-    epoch: the one in progress when they changed, or the next where it was just over. rest: images it then had to show,
-    0 for a whole epoch. done: the share of it that was done. `ElasticSampler.next_version` finds these three.
+    epoch: the one in progress when they changed, or the next where it was just over. remaining: images it then had to
+    show, 0 for a whole epoch. fraction_done: the share of it that was done. `ElasticSampler.next_version` finds
+    these three.
     """
 
     since: int
@@ -141,7 +142,7 @@ class _PartialEpoch:
         starts = dict(zip((name for name, _ in new), np.cumsum([0, *(num for _, num in new)]).tolist()))
         self._old_starts = np.cumsum([0, *(num for _, num in old)])
         self._moved = np.array([starts.get(name, -1) for name, _ in old], np.int64)
-        joined = [(starts[name], num) for name, num in new if name not in _shown(past, now.epoch)]
+        joined = [(starts[name], num) for name, num in new if name not in _parts_shown(past, now.epoch)]
         self._joined = np.array([start for start, _ in joined], np.int64)
         self._joined_starts = np.cumsum([0, *(num for _, num in joined)])
         self._num_joined = int(self._joined_starts[-1])
@@ -149,7 +150,7 @@ class _PartialEpoch:
         left = before.size(self._epoch) - self._offset
         self._counts = self._count(left) if (self._moved < 0).any() else None
         self._num = self._num_joined + (left if self._counts is None else int(self._counts[-1]))
-        self._lately: dict[int, np.ndarray] = {}
+        self._block_numbers: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self._num
@@ -177,12 +178,12 @@ class _PartialEpoch:
 
     def _numbers(self, block: int) -> np.ndarray:
         """New numbers of the images of one block that stay; whoever asks for one asks for its neighbours next."""
-        if block not in self._lately:
-            if len(self._lately) >= 4:
-                self._lately.clear()
+        if block not in self._block_numbers:
+            if len(self._block_numbers) >= 4:
+                self._block_numbers.clear()
             numbers = self._old(self._positions(block))
-            self._lately[block] = numbers[numbers >= 0]
-        return self._lately[block]
+            self._block_numbers[block] = numbers[numbers >= 0]
+        return self._block_numbers[block]
 
     def _old(self, positions: np.ndarray) -> np.ndarray:
         """New numbers of the images at positions of what was left of the old order; -1 for those that are gone."""
@@ -214,7 +215,7 @@ def needed(versions: Sequence[DataVersion]) -> tuple[DataVersion, ...]:
     return tuple(versions[first:])
 
 
-def _shown(past: Sequence[DataVersion], epoch: int) -> set[str]:
+def _parts_shown(past: Sequence[DataVersion], epoch: int) -> set[str]:
     """The parts that have been there in this epoch; one that went and comes back waits for the next."""
     names = set()
     for version in reversed(past):

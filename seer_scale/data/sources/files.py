@@ -42,7 +42,7 @@ from seer_scale.errors import DataError
 from seer_scale.files import shown
 
 MAX_BYTES = 1 << 30
-FIRST = 100
+FOLDER_SAMPLE = 100
 """Entries of a folder that tell whether it is one of runs: more than a run's own has."""
 
 
@@ -82,7 +82,7 @@ class Files(Source):
 def read_file(path: str) -> bytes:
     """The whole of a file or URL. Raises DataError."""
     if remote.is_url(path):
-        return remote.read(path, most=MAX_BYTES)
+        return remote.read(path, max_bytes=MAX_BYTES)
     try:
         with open(path, "rb", buffering=0, opener=_at_once) as file:
             found = os.fstat(file.fileno())
@@ -158,7 +158,7 @@ def is_of_runs(path: str) -> bool:
 
 def _first_entries(path: str) -> dict[str, os.DirEntry[str]]:
     with suppress(OSError), os.scandir(path) as entries:
-        return {entry.name: entry for entry in islice(entries, FIRST)}
+        return {entry.name: entry for entry in islice(entries, FOLDER_SAMPLE)}
     return {}
 
 

@@ -246,7 +246,7 @@ def _fetched(url: str) -> str:
     try:
         size, mark = file_version(url)
     except remote.NoSize:
-        data = remote.read(url, most=remote.MAX_UNTOLD)
+        data = remote.read(url, max_bytes=remote.MAX_UNDECLARED_BYTES)
         return _kept(url, len(data), zlib.crc32(data), [data])
     parts = (remote.read(url, offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK))
     return _kept(url, size, mark, parts)

@@ -37,8 +37,8 @@ NO_TRY_AFTER_S = 60.0
 """Seconds after which what has failed is not tried again."""
 STALL_S, STALL_BYTES = 15.0, 1 << 14
 """Seconds in which at least so many bytes must come, or a transfer is ended."""
-MAX_UNTOLD = 1 << 28
-"""Bytes that are taken of what does not tell its size."""
+MAX_UNDECLARED_BYTES = 1 << 28
+"""Bytes that are taken of what does not declare its size."""
 MAX_FILESYSTEMS, MAX_CONNECTIONS, IDLE_S = 16, 64, 4.0
 """What a process keeps: filesystems (one for all of http, one a bucket), connections of http, and for how long idle."""
 MAX_STUCK = 8
@@ -83,9 +83,9 @@ class Refused(DataError):
 class _TooMuchError(Exception):
     """More bytes came, or were announced, than are taken."""
 
-    def __init__(self, most: int):
-        super().__init__(most)
-        self.most = most
+    def __init__(self, max_bytes: int):
+        super().__init__(max_bytes)
+        self.max_bytes = max_bytes
 
 
 class NoSize(Refused):
@@ -107,18 +107,18 @@ def beside(url: str, suffix: str) -> str:
     return f"{path}{suffix}{mark}{query}"
 
 
-def read(url: str, offset: int = 0, size: int | None = None, most: int | None = None) -> bytes:
-    """The bytes offset .. offset + size - 1, or all, of a file that has no more than `most`. Raises DataError."""
+def read(url: str, offset: int = 0, size: int | None = None, max_bytes: int | None = None) -> bytes:
+    """The bytes offset .. offset + size - 1, or all, of a file that has no more than `max_bytes`. Raises DataError."""
 
     def attempt() -> bytes:
         if size is None:
-            limit, end = most, None if most is None else offset + most + 1
+            limit, end = max_bytes, None if max_bytes is None else offset + max_bytes + 1
             try:
                 data = _call(url, READ_TIMEOUT_S, "cat_file", start=offset or None, end=end)
-                if most is None or len(data) <= most:
+                if max_bytes is None or len(data) <= max_bytes:
                     return data
             except _TooMuchError as error:
-                limit = min(most or error.most, error.most)
+                limit = min(max_bytes or error.max_bytes, error.max_bytes)
             raise Refused(f"{url} cannot be read (it has more than the {limit:,} bytes that are taken).")
         try:
             data = _call(url, READ_TIMEOUT_S, "cat_file", start=offset, end=offset + size)
@@ -262,26 +262,26 @@ def _bounded_read(fs: Any, path: str, start: int | None, end: int | None) -> byt
 async def _get(fs: Any, url: str, start: int | None, end: int | None, is_probe: bool) -> bytes:
     """Bytes start .. end - 1 by HTTP, or one more chunk where there are more; of a probe only the first chunk."""
     start, session, options = start or 0, await fs.set_session(), dict(fs.kwargs)
-    if start or end is not None and end < MAX_UNTOLD or is_probe:  # an image is asked for whole
+    if start or end is not None and end < MAX_UNDECLARED_BYTES or is_probe:  # an image is asked for whole
         options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{'' if end is None else end - 1}"}
-    most = None if end is None else end - start
+    max_bytes = None if end is None else end - start
     async with session.get(fs.encode_url(url), **options) as answer:
         if is_probe and answer.status == 416:  # an empty file
             return b""
         fs._raise_not_found_for_status(answer, url)
         is_plain = answer.headers.get("Content-Encoding", "identity").lower() in ("identity", "")
-        told = answer.content_length if is_plain else None  # which, though none was asked for, is that of fewer bytes
-        if told is None:
-            most = min(MAX_UNTOLD, most or MAX_UNTOLD)
+        declared = answer.content_length if is_plain else None  # of compressed ones it is another
+        if declared is None:
+            max_bytes = min(MAX_UNDECLARED_BYTES, max_bytes or MAX_UNDECLARED_BYTES)
         if is_probe:
             return await answer.content.readany()
-        if told and most is not None and told > most:
-            raise _TooMuchError(most)
+        if declared and max_bytes is not None and declared > max_bytes:
+            raise _TooMuchError(max_bytes)
         data, window, came = io.BytesIO(), time.monotonic() + STALL_S, 0  # gives its bytes without a copy
         while (chunk := await _next_chunk(answer, window - time.monotonic())) != b"":
             came += data.write(chunk or b"")
-            if most is not None and data.tell() > most:
-                raise _TooMuchError(most)
+            if max_bytes is not None and data.tell() > max_bytes:
+                raise _TooMuchError(max_bytes)
             if time.monotonic() >= window:
                 if came < STALL_BYTES:
                     raise _StalledError
@@ -303,7 +303,7 @@ async def _next_chunk(answer: Any, timeout_s: float) -> bytes | None:
 
 
 def _in_thread(call: Callable[[], T]) -> Future[T]:
-    """call() in a thread that is left behind when it takes too long, for a filesystem that cannot be told to stop."""
+    """call() in a thread that is left behind when it takes too long, for a filesystem that cannot be stopped."""
     _stuck[:] = [future for future in _stuck if not future.done()]
     if len(_stuck) >= MAX_STUCK:
         raise OSError(f"{len(_stuck)} transfers before it have never ended")

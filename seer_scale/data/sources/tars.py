@@ -90,7 +90,7 @@ LONGEST_HEADER = 1 << 20
 THREADS = 32
 ALONE_BELOW_TARS, ALONE_BELOW_BYTES = 32, 1 << 30
 """So little is indexed before other processes have started."""
-TELL_EVERY_S = 10.0
+LOG_EVERY_S = 10.0
 MAX_IN_BRACES = 10_000_000
 PLACES = ("offset", "size", "names", "name_ends")
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -110,11 +110,13 @@ class Tars(Source):
         in any."""
         self._stamps, sums = _survey(paths)
         self._starts = np.cumsum([0, *sums[:, 0]])
-        self._few = shorten(paths)
+        self._short_names = shorten(paths)
         if not self._starts[-1]:
             others = dict(zip(KINDS, sums[:, 4:].sum(axis=0).tolist()))
             more = f" It holds {words}." if (words := described(others)) else ""
-            raise DataError(f"{self._few} holds no image: looked for members that end in {', '.join(SUFFIXES)}.{more}")
+            raise DataError(
+                f"{self._short_names} holds no image: looked for members that end in {', '.join(SUFFIXES)}.{more}"
+            )
         builder = NamesBuilder()
         for path in paths:
             builder.add(path)
@@ -127,7 +129,7 @@ class Tars(Source):
     def _begin(self) -> None:
         mean = -(-int(self._starts[-1]) // len(self._paths))
         self._indexes: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()  # the least recently used first
-        self._most_indexes = max(1, KEPT_IMAGES // mean)
+        self._max_indexes = max(1, KEPT_IMAGES // mean)
         self._open = lru_cache(OPEN_TARS)(self._open_tar)  # one that goes is closed once nobody uses it
 
     def __getstate__(self) -> dict:
@@ -177,7 +179,7 @@ class Tars(Source):
     def _index(self, shard: int) -> dict[str, np.ndarray]:
         if shard not in self._indexes:
             self._indexes[shard] = self._load(shard, PLACES)
-            if len(self._indexes) > self._most_indexes:
+            if len(self._indexes) > self._max_indexes:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
@@ -235,7 +237,7 @@ class Tars(Source):
         stamp = file_version(path)
         if stamp != tuple(self._stamps[shard].tolist()):
             raise DataError(f"{path} changed after it was indexed: start again.")
-        index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only)
+        index = cached_index(path, INDEX_VERSION, partial(index_tar, path), stamp, only)
         num = int(self._starts[shard + 1] - self._starts[shard])
         if "offset" in only and not (len(index["offset"]) == len(index["size"]) == num and _inside(index, stamp[0])):
             raise DataError(
@@ -277,9 +279,8 @@ class Tars(Source):
             return None, ()
         only = [f"{self._labelled_by}{part}" for part in ("", "_values", "_ends")]
         indexes = (self._load(shard, only) for shard in range(len(self._paths)))
-        told = with_progress("Reading the labels of tars", indexes, len(self._paths))
-        codes, values = merge(told, self._labelled_by)
-        return encode_labels(codes, values, _read_classes(self._paths[0]), self._few)
+        codes, values = merge(with_progress("Reading the labels of tars", indexes, len(self._paths)), self._labelled_by)
+        return encode_labels(codes, values, _read_classes(self._paths[0]), self._short_names)
 
 
 def _joined(begins: list[int], ends: list[int]) -> Iterator[tuple[int, int]]:
@@ -396,8 +397,8 @@ def _survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         is_known, sums = (saved["stamps"] == stamps).all(axis=1), saved["sums"]
     todo = np.flatnonzero(~is_known).tolist()
     if todo:
-        jobs = [(paths[i], tuple(stamps[i].tolist())) for i in todo]
-        for row, i in zip(with_progress("Indexing tars", _index_all(jobs), len(jobs)), todo):
+        stamped = [(paths[i], tuple(stamps[i].tolist())) for i in todo]
+        for row, i in zip(with_progress("Indexing tars", _index_all(stamped), len(stamped)), todo):
             sums[i] = row
         save_arrays([place], {"stamps": stamps, "sums": sums})
     return stamps, sums
@@ -415,21 +416,21 @@ def _stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
     return list(map(file_version, paths))
 
 
-def _index_all(jobs: list[tuple[str, tuple[int, int]]]) -> Iterator[tuple[int, ...]]:
+def _index_all(stamped: list[tuple[str, tuple[int, int]]]) -> Iterator[tuple[int, ...]]:
     """Local tars by processes, as walking one is work; remote ones by threads, as it is waiting."""
-    if any(remote.is_url(path) for path, _ in jobs):
+    if any(remote.is_url(path) for path, _ in stamped):
         with ThreadPoolExecutor(THREADS) as pool:
-            yield from pool.map(_sums, jobs)
+            yield from pool.map(_sums, stamped)
         return
-    cores = min(available_cores(), len(jobs))
-    if cores == 1 or len(jobs) < ALONE_BELOW_TARS and sum(size for _, (size, _) in jobs) < ALONE_BELOW_BYTES:
-        yield from map(_sums, jobs)
+    cores = min(available_cores(), len(stamped))
+    if cores == 1 or len(stamped) < ALONE_BELOW_TARS and sum(size for _, (size, _) in stamped) < ALONE_BELOW_BYTES:
+        yield from map(_sums, stamped)
         return
     from seer_scale.data.loading.pool import (
         iterate_batches,  # which stands above the sources, and forks nothing from this process
     )
 
-    indexing = _Indexing(jobs, max(cores, min(8 * cores, len(jobs) // 8)))
+    indexing = _Indexing(stamped, max(cores, min(8 * cores, len(stamped) // 8)))
     for (sums,), _ in iterate_batches(indexing, indexing.keys(), workers=cores, timeout_s=INDEXING_TIMEOUT_S):
         yield from map(tuple, sums.tolist())
 
@@ -438,35 +439,35 @@ def _index_all(jobs: list[tuple[str, tuple[int, int]]]) -> Iterator[tuple[int, .
 class _Indexing:
     """The sums of tars, `batch` at a time; a row is a tar."""
 
-    jobs: list[tuple[str, tuple[int, int]]]
+    stamped: list[tuple[str, tuple[int, int]]]
     batch: int
 
     def keys(self) -> range:
-        return range(0, len(self.jobs), self.batch)
+        return range(0, len(self.stamped), self.batch)
 
     def buffers(self) -> list[tuple[tuple[int, ...], type]]:
         return [((self.batch, SUMS), np.int64)]
 
     def rows(self, key: int) -> int:
-        return min(self.batch, len(self.jobs) - key)
+        return min(self.batch, len(self.stamped) - key)
 
     def fill(self, key: int, row: int, out: Sequence[np.ndarray], tracker: ItemTracker) -> None:
         try:
             tracker.begin(key + row)
         except DataError as error:
             raise DataError(f"{self.describe(key + row)} cannot be indexed ({error}): remove it.") from error
-        out[0][row] = _sums(self.jobs[key + row])
+        out[0][row] = _sums(self.stamped[key + row])
 
     def describe(self, item: int) -> str:
-        return shown(self.jobs[item][0])
+        return shown(self.stamped[item][0])
 
 
-def _sums(job: tuple[str, tuple[int, int]]) -> tuple[int, ...]:
+def _sums(stamped_path: tuple[str, tuple[int, int]]) -> tuple[int, ...]:
     """(images, of which have a .cls, of which lie in a folder, a number for that folder or -1 for several, and what is
     left out, by kind) of a tar."""
-    path, stamp = job
+    path, stamp = stamped_path
     only = ("cls", "folder", "folder_values", "folder_ends", "left_out")
-    index = cached_index(path, INDEX_VERSION, partial(_index_tar, path), stamp, only, _is_stale)
+    index = cached_index(path, INDEX_VERSION, partial(index_tar, path), stamp, only, _is_stale)
     folders = _texts(index, "folder")
     folder = digest(*folders) >> 65 if len(folders) == 1 else -1
     labelled, sorted_ = int((index["cls"] >= 0).sum()), int((index["folder"] >= 0).sum())
@@ -492,19 +493,19 @@ def _unlabelled(sums: np.ndarray) -> tuple[int, int, str]:
 
 
 def with_progress(what: str, results: Iterable, total: int) -> Iterator:
-    """The results, with a word now and then on how many have come."""
-    told = time.monotonic()
+    """The results, with a line on stderr now and then on how many have come."""
+    logged = time.monotonic()
     for count, result in enumerate(results, 1):
         yield result
-        if time.monotonic() - told >= TELL_EVERY_S:
-            told = time.monotonic()
+        if time.monotonic() - logged >= LOG_EVERY_S:
+            logged = time.monotonic()
             print(f"{what}: {count:,} of {total:,}.", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------- one tar's index
 
 
-def _index_tar(path: str, size: int) -> dict[str, np.ndarray]:
+def index_tar(path: str, size: int) -> dict[str, np.ndarray]:
     if remote.is_url(path):
         try:
             index = load_arrays(BytesIO(remote.read(remote.beside(path, ".index.npz"))))

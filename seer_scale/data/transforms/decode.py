@@ -49,14 +49,14 @@ SWAPPED = (5, 6, 7, 8)
 STRIP = 1 << 18
 """Pixels that are turned into RGB together, or one row: a whole image would be in memory several times."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", *HEIF)
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", *HEIF)
 """What Pillow may open; its rarer decoders (EPS starts a program) have no place before uncurated files."""
 
 BITS, PHOTOMETRIC, WHITE, PLANES, SAMPLE_FORMAT, SIGNED_WHITE = 258, 262, 281, 284, 339, 341
 """TIFF tags."""
 WHITE_IS_ZERO = 0
 RANGES = ((0, 255), (2048, 4095), (0, 65535), (0, 2**24 - 1), (0, 2**32 - 1))
-"""What the grey values of a TIFF that does not tell may span, whatever holds them, and the least that the largest of
+"""What the grey values of a TIFF that does not say may span, whatever holds them, and the least that the largest of
 them must then reach: 8 bits; 12, as cameras of science give, half used at least; 16, 24 and 32. Any other is a dark
 image."""
 WIDENED = (256, 257)
@@ -74,8 +74,8 @@ def decode(data: bytes, at_least: AtLeast | None = None) -> np.ndarray:
     """The image in `data` as RGB uint8 [H, W, 3], upright as its EXIF orientation asks.
 
     16-bit values are scaled, palettes resolved, transparency laid on white, the first frame of an animation taken.
-    at_least: told (H, W), the least (H, W) that will do; a JPEG may then come smaller, by 2 at least, others never do.
-    What it is told last is the size of the whole.
+    at_least: of (H, W), the least (H, W) that will do; a JPEG may then come smaller, by 2 at least, others never do.
+    Its last argument is the size of the whole.
     Raises DataError with the reason for anything that is not a whole image of at most MAX_PIXELS and MAX_BYTES, as far
     as decoders notice that a part is missing.
     """
@@ -137,9 +137,9 @@ def _checksum(data: bytes, space: str) -> tuple[int | None, str]:
 
 
 def _check_size(width: int, height: int, bytes_a_pixel: float) -> None:
-    most = min(MAX_PIXELS, int(MAX_BYTES / bytes_a_pixel))
-    if width * height > most:
-        raise DataError(f"it announces {width} x {height} pixels, more than {most}")
+    max_pixels = min(MAX_PIXELS, int(MAX_BYTES / bytes_a_pixel))
+    if width * height > max_pixels:
+        raise DataError(f"it announces {width} x {height} pixels, more than {max_pixels}")
 
 
 def _decode_pillow(data: bytes) -> np.ndarray:
@@ -152,7 +152,7 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about sizes below our limit, and about metadata nobody reads
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
                 _check_size(image.width, image.height, BYTES_A_PIXEL.get(image.format or "", 7))
                 if isinstance(image, TiffImageFile):
                     _check_blocks(image)
@@ -239,7 +239,7 @@ def _check_tiff(image: TiffImageFile, is_deep: bool) -> None:
 
 def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
     """What makes 8 bits of an image's grey values of more. They fill their 16 bits, but in TIFF, where they may be
-    wider, or narrower than what holds them: there the tag for it tells, or the largest of them."""
+    wider, or narrower than what holds them: there the tag for it says, or the largest of them."""
     tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     unsigned = tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
     white, clear = 65535, image.info.get("transparency")
@@ -254,9 +254,9 @@ def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
         extremes = [(int(v.min()), int(v.max())) for v in (values(part) for _, part in _strips(image))]
         if min(low for low, _ in extremes) < 0:
             raise DataError("its values are signed, and have no defined range")
-        most = max(high for _, high in extremes)
-        white = _told_white(tags, most) or next(
-            upto for at_least, upto in RANGES if at_least <= most <= upto and not (at_least and is_widened())
+        highest = max(high for _, high in extremes)
+        white = _declared_white(tags, highest) or next(
+            upto for at_least, upto in RANGES if at_least <= highest <= upto and not (at_least and is_widened())
         )
 
     def turn(part: Image.Image) -> np.ndarray:
@@ -271,13 +271,13 @@ def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
     return turn
 
 
-def _told_white(tags: Mapping[int, tuple], most: int) -> int:
-    """The value of white that a TIFF tells, as a largest one or by its bits (Pillow unpacks 12 to the lower ones); 0
-    where it tells none, or one below its largest value."""
-    told = [v for tag in (WHITE, SIGNED_WHITE) for v in tags.get(tag, ()) if isinstance(v, (int, float))]
+def _declared_white(tags: Mapping[int, tuple], highest: int) -> int:
+    """The value of white that a TIFF declares, as a largest one or by its bits (Pillow unpacks 12 to the lower ones); 0
+    where it has none, or one below its largest value."""
+    declared = [v for tag in (WHITE, SIGNED_WHITE) for v in tags.get(tag, ()) if isinstance(v, (int, float))]
     if tags.get(BITS) == (12,):
-        told.append(4095)
-    return next((int(v) for v in told if most <= v < 2**32 and v >= 1), 0)
+        declared.append(4095)
+    return next((int(v) for v in declared if highest <= v < 2**32 and v >= 1), 0)
 
 
 def _of_cmyk(pixels: np.ndarray) -> np.ndarray:

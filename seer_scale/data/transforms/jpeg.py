@@ -127,14 +127,14 @@ def _exif_orientation(data: bytes, tiff: int) -> int | None:
     return None
 
 
-def scans(data: bytes, header: Header, most: int) -> int:
-    """How many scans it has, counted no further than one beyond `most`."""
-    if data.count(b"\xff\xda", header.first_scan) <= most:
-        return most  # not more, whatever of them are scans: not worth a walk
+def scans(data: bytes, header: Header, max_scans: int) -> int:
+    """How many scans it has, counted no further than one beyond `max_scans`."""
+    if data.count(b"\xff\xda", header.first_scan) <= max_scans:
+        return max_scans  # not more, whatever of them are scans: not worth a walk
     found = 0
     for marker, _, _ in _markers(data, header.first_scan):
         found += marker == SOS
-        if marker == EOI or found > most:
+        if marker == EOI or found > max_scans:
             break
     return found
 

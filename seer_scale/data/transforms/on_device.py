@@ -133,8 +133,8 @@ def gaussians(sigma: Tensor) -> Tensor:
     """`photometric.gaussian` of each of float32 [n] as float32 [n, width], with zeros around the narrower ones."""
     sigma = sigma.double()[:, None]
     radius = (3 * sigma).ceil()
-    most = int(radius.max()) if len(sigma) else 0
-    at = torch.arange(-most, most + 1)
+    widest = int(radius.max()) if len(sigma) else 0
+    at = torch.arange(-widest, widest + 1)
     weights = torch.exp(-0.5 * (at / sigma) ** 2) * (at.abs() <= radius)
     return (weights / weights.sum(1, keepdim=True)).float()
 
