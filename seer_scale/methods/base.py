@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seer_scale.config import Config
 from seer_scale.models.init import Init
-from seer_scale.models.layers.norm import BatchNorm
+from seer_scale.models.layers.stateful import StatefulLayer
 from seer_scale.observe.metric_plot import MetricPlot
 from seer_scale.optim.parameter_groups import ParameterGroup
 
@@ -124,12 +124,12 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         return [cast(UnitSequence, self.backbone)]
 
     def buffer_kind(self, name: str) -> BufferKind:
-        """Of the buffer of this name: by default the method's own are memory, BatchNorm's statistics, others
-        constants."""
+        """Of the buffer of this name: by default the method's own are memory, those of stateful layers (BatchNorm)
+        statistics, others constants."""
         if "." not in name:
             return BufferKind.MEMORY
-        is_norm = isinstance(self.get_submodule(name.rpartition(".")[0]), BatchNorm)
-        return BufferKind.STATISTICS if is_norm else BufferKind.CONSTANT
+        is_stateful = isinstance(self.get_submodule(name.rpartition(".")[0]), StatefulLayer)
+        return BufferKind.STATISTICS if is_stateful else BufferKind.CONSTANT
 
     @abstractmethod
     def initialisers(self) -> dict[str, Init]:

@@ -1,7 +1,7 @@
 """Activation checkpointing of segments: units that are recomputed together.
 
-A recomputed segment keeps its inputs in forward and runs again in backward. The second run takes BatchNorm's
-statistics from a tape of the first, so it repeats no exchange of them and updates no running statistics; nothing in a
+A recomputed segment keeps its inputs in forward and runs again in backward. The second run takes what stateful layers
+(BatchNorm) exchanged from a tape of the first, so it repeats no exchange and moves no running statistics; nothing in a
 unit draws random numbers. What the second run gathers stays for the backward of that unit or part: FSDP2 does so by
 itself (FSDPParamGroup.post_forward), other engines by `during`. So it gathers only what backward needs anyway, and all
 of a segment at once.
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seer_scale.errors import UserError
 from seer_scale.methods.base import UnitSequence
-from seer_scale.models.layers.norm import StatsTape
+from seer_scale.models.layers.stateful import Tape
 
 OPTION = "parallel.activation_checkpoint"
 
@@ -55,21 +55,21 @@ Lists = Callable[[list[Tensor]], list[Tensor]]
 
 
 def apply_activation_checkpointing(
-    backbone: UnitSequence, segments: list[list[str]], during: During = lambda units: nullcontext()
+    sequence: UnitSequence, segments: list[list[str]], during: During = lambda units: nullcontext()
 ) -> None:
     """Make each segment run again in the backward pass while training; call once, before sharding.
 
     during: makes a context around the second run of a segment of such units.
     A segment of one unit runs again inside that unit's forward, where its sharded parameters are gathered already.
     """
-    units, plain = backbone.shard_units(), backbone.forward_units
+    units, plain = sequence.shard_units(), sequence.forward_units
     for names in segments:
         if len(names) == 1:
             unit = units[names[0]]
-            unit.forward = _recomputing(backbone, unit.forward, partial(during, [unit]))
+            unit.forward = _recomputing(sequence, unit.forward, partial(during, [unit]))
     longer = [names for names in segments if len(names) > 1]
     runs = {
-        names[0]: _recomputing(backbone, partial(plain, names), partial(during, [units[n] for n in names]))
+        names[0]: _recomputing(sequence, partial(plain, names), partial(during, [units[n] for n in names]))
         for names in longer
     }
     lengths = {names[0]: len(names) for names in longer}
@@ -81,16 +81,16 @@ def apply_activation_checkpointing(
             names = names[lengths.get(names[0], 1) :]
         return xs
 
-    vars(backbone)["forward_units"] = forward_units  # before that of its class
+    vars(sequence)["forward_units"] = forward_units  # before that of its class
 
 
-def _recomputing(backbone: UnitSequence, forward: Lists, during: Callable[[], AbstractContextManager[None]]) -> Lists:
+def _recomputing(sequence: UnitSequence, forward: Lists, during: Callable[[], AbstractContextManager[None]]) -> Lists:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        first, again = StatsTape.contexts()
+        first, again = Tape.contexts()
         return first, _both(again, during)
 
     def recomputing(xs: list[Tensor]) -> list[Tensor]:
-        if not backbone.training:
+        if not sequence.training:
             return forward(xs)
         return checkpoint(forward, xs, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
 

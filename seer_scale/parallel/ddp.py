@@ -17,7 +17,7 @@ class DDP(Engine):
     name = "ddp"
     module: DistributedDataParallel
 
-    def _wrap_materialised(self, module: nn.Module) -> nn.Module:
+    def wrap_materialised(self, module: nn.Module) -> nn.Module:
         with warnings.catch_warnings():  # newer torch renames broadcast_buffers, older torch knows no other name
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,15 +1,15 @@
 """The engine: what holds a method's parameters, gradients and optimiser state, and makes an update of a batch.
 
-`Engine` is the unsharded engine of one rank and the frame of all others, which override how the method is wrapped,
-how gradients are averaged and over which ranks a tensor is spread. An engine knows no method, but what one declares
-(methods/base.py). What a rank updates of a parameter is a `Shard`, a run of its elements in fp32; state leaves and
-enters in that form, so a run may change engine and size on a resume.
+`Engine` is the unsharded engine of one rank and the frame of all others, which override how the method is wrapped
+(parallelize.py has the order), how gradients are averaged and over which ranks a tensor is spread. An engine knows no
+method, but what one declares (methods/base.py). What a rank updates of a parameter is a `Shard`, a run of its elements
+in fp32; state leaves and enters in that form, so a run may change engine and size on a resume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,12 +22,11 @@ from seer_scale.distributed import World
 from seer_scale.methods.base import BufferKind, Features, LossOutput, Method
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.init import initial_values
-from seer_scale.models.layers.norm import keep_eager, running_statistics_kept, share_statistics
+from seer_scale.models.registry import reset_buffers
 from seer_scale.optim.optimizers import build_optimizer
 from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, normalized_parameters
-from seer_scale.parallel.activation_checkpoint import apply_activation_checkpointing, find_segments
 from seer_scale.parallel.loss_scaler import LossScaler
-from seer_scale.parallel.recast_linear import compute_small_maps_in_fp32
+from seer_scale.parallel.parallelize import parallelize
 from seer_scale.parallel.shard import Shard
 
 MicroBatch = Callable[[], list[Tensor]]
@@ -48,12 +47,11 @@ class Engine:
         for name in self.averages:
             method.get_parameter(name).requires_grad_(False)
         self.dtype = COMPUTE_DTYPES[config.train.precision]
-        keep_fp32_products()
         self.scaler = LossScaler(world.device, dynamic=self.dtype == torch.float16)
         self.shapes = {n: p.shape for n, p in method.named_parameters()}
         check_groups(self.groups, self.shapes)
         self.vectors = {n for n, shape in self.shapes.items() if len(shape) < 2}
-        self.module = self._parallelize()
+        self.module, self.buffers = parallelize(method, config, world, self)
         self.shards: dict[str, Shard] = self._shards()
         trained = {n: s.local for n, s in self.shards.items() if n not in self.averages}
         spread = [self._is_spread(n) for n in trained]
@@ -66,36 +64,27 @@ class Engine:
         self.refresh()
         self._begin_averages()
 
-    def _parallelize(self) -> nn.Module:
-        """From the method on the meta device to what is called in its place, in the one order that works.
-
-        Compiled units are recomputed as a whole, and sharded modules are gathered around both; only what this rank
-        holds is materialised; DDP and its like take materialised tensors alone.
-        """
-        method, parallel = self.method, self.config.parallel
-        share_statistics(method, self.world.group("batch_norm", parallel.sync_bn_group or self.world.size))
-        if self.config.train.compile:
-            compile_units(method)
-        for chain in method.checkpointed_sequences():
-            apply_activation_checkpointing(
-                chain, find_segments(parallel.activation_checkpoint, chain.stage_units()), self._recomputing
-            )
-        module = self._shard_on_meta(method)
-        if self.world.device.type == "cpu" and self.dtype != torch.float32:
-            compute_small_maps_in_fp32(method)
-        self._materialise()
-        self.buffers = Buffers(method, self.world.device)
-        return self._wrap_materialised(module)
-
     # --- what the engines differ in
 
-    def _shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
+    def shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
         """Shard the method, still on the meta device."""
         return method
 
-    def _wrap_materialised(self, module: nn.Module) -> nn.Module:
+    @torch.no_grad()
+    def materialise(self) -> None:
+        """Materialise, and fill what this rank holds of each parameter."""
+        self.method.to_empty(device=self.world.device)
+        for name, shard in Engine._shards(self).items():
+            self._initialise(shard.local, name, shard.start)
+        self._reset_buffers()
+
+    def wrap_materialised(self, module: nn.Module) -> nn.Module:
         """Wrap the materialised method."""
         return module
+
+    def recomputing(self, units: list[nn.Module]) -> AbstractContextManager[None]:
+        """Around the second run of units that are recomputed together."""
+        return nullcontext()
 
     def _shards(self) -> dict[str, Shard]:
         """What this rank updates of each parameter."""
@@ -111,10 +100,6 @@ class Engine:
 
     def _accumulating(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of one of several micro-batches."""
-        return nullcontext()
-
-    def _recomputing(self, units: list[nn.Module]) -> AbstractContextManager:
-        """Around the second run of units that are recomputed together."""
         return nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
@@ -182,7 +167,7 @@ class Engine:
             self._backward(out.loss * self.scaler.scale)
             return LossOutput(out.loss.detach(), out.metrics)
         num, outs = len(batches), []
-        with torch.no_grad(), running_statistics_kept():
+        with torch.no_grad(), self.buffers.unmoved():
             inputs = [
                 self._run("prepare_targets", batch(), samples_seen=samples_seen, part=(i, num))
                 for i, batch in enumerate(batches)
@@ -282,14 +267,6 @@ class Engine:
         norms = torch.stack(torch._foreach_norm([s.local for s in self.shards.values()])).to(self.world.device)
         return bool(self.world.sum_(norms.sum() + self.buffers.all.norm()).isfinite())
 
-    @torch.no_grad()
-    def _materialise(self) -> None:
-        """Materialise, and fill what this rank holds of each parameter."""
-        self.method.to_empty(device=self.world.device)
-        for name, shard in Engine._shards(self).items():
-            self._initialise(shard.local, name, shard.start)
-        self._reset_buffers()
-
     def _initialise(self, local: Tensor, name: str, start: int) -> None:
         """Fill `local`, the elements of a parameter from `start` on: functions of (seed, name, index) alone.
 
@@ -307,16 +284,13 @@ class Engine:
     def _reset_buffers(self) -> None:
         for _, buffer in self.method.named_buffers():
             buffer.zero_()
-        for module in self.method.modules():
-            if reset := getattr(module, "reset_buffers", None):
-                reset()
+        reset_buffers(self.method)
 
     @torch.no_grad()
     def average_buffers(self) -> None:
         """Running statistics become their mean over all ranks; one all-reduce, none where all share them."""
-        if (
-            self.config.parallel.sync_bn_group or self.world.size
-        ) != self.world.size and self.buffers.statistics.numel():
+        shared_by = self.config.parallel.sync_bn_group or self.world.size
+        if shared_by != self.world.size and self.buffers.statistics.numel():
             dist.all_reduce(self.buffers.statistics)
             self.buffers.statistics /= self.world.size
 
@@ -348,69 +322,3 @@ class Engine:
             shard = self.shards[slot.rpartition("/")[0]]
             out[f"optim/{slot}"] = shard.with_local(t) if t.shape == shard.local.shape else t
         return out | self.scaler.state()
-
-
-def keep_fp32_products() -> None:
-    """fp32 means fp32, also beside half precision, where autocast chooses what is not: without this GPUs would round
-    the inputs of scores, Sinkhorn, kNN and fp32 convolutions to TF32, and CPUs to bf16 where the process is told so."""
-    b = torch.backends
-    b.cudnn.allow_tf32 = b.cuda.matmul.allow_tf32 = False  # what libraries ask, which raises where the two disagree
-    settings = [(b.cuda, "matmul"), (b.cudnn, "conv"), (b.cudnn, "rnn")]
-    settings += [(b.mkldnn, kind) for kind in ("matmul", "conv", "rnn")]
-    for backend, kind in settings:  # by name: modules in whose place torch puts objects that have more
-        getattr(backend, kind).fp32_precision = "ieee"
-
-
-def compile_units(method: Method[Any, Any]) -> None:
-    """torch.compile of each unit."""
-    keep_eager(method)
-    # units share their code: every width, stride and mode is one more version of it, and past a limit it would run
-    # eager
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
-    for unit in method.shard_units().values():
-        unit.forward = _compiled_in_training(unit)
-
-
-def _compiled_in_training(unit: nn.Module) -> Callable:
-    """Evaluation comes seldom and in other shapes: it would compile longer than it runs."""
-    plain, compiled = unit.forward, torch.compile(unit.forward, dynamic=False)
-    return lambda xs: (compiled if unit.training else plain)(xs)
-
-
-class Buffers:
-    """A method's float buffers as views of one tensor, so that keeping and restoring them is one copy each.
-
-    `all`: first what is no running statistics (SwAV's queue), then those, which `statistics` is a view of.
-    """
-
-    def __init__(self, method: Method[Any, Any], device: torch.device):
-        floats = {n: b for n, b in method.named_buffers() if b.is_floating_point()}
-        statistics = {n: b for n, b in floats.items() if method.buffer_kind(n) == BufferKind.STATISTICS}
-        ordered = {n: b for n, b in floats.items() if n not in statistics} | statistics
-        self.all = torch.cat([torch.empty(0, device=device), *(b.flatten() for b in ordered.values())])
-        first = 0
-        for (
-            name,
-            b,
-        ) in ordered.items():  # .data: views proper share a version, and autograd would see all change with one
-            module, _, own = name.rpartition(".")
-            setattr(method.get_submodule(module), own, self.all.data[first : first + b.numel()].view_as(b))
-            first += b.numel()
-        self.statistics = self.all.data[first - sum(b.numel() for b in statistics.values()) :]
-        self._before = self.statistics.clone()
-        self._sum = torch.zeros_like(self.statistics)
-
-    def keep(self) -> None:
-        self._before.copy_(self.statistics)
-
-    def restore_where(self, condition: Tensor) -> None:
-        self.statistics.copy_(torch.where(condition, self._before, self.statistics))
-
-    @contextmanager
-    def micro_batch(self, index: int, num: int) -> Iterator[None]:
-        """Each micro-batch starts from the statistics kept; after the last, they are the mean of what each came to."""
-        self.statistics.copy_(self._before)
-        yield
-        self._sum = self.statistics / num + (self._sum if index else 0)  # no trace of the last update, which may be NaN
-        if index == num - 1:
-            self.statistics.copy_(self._sum)

@@ -25,7 +25,7 @@ class Fairscale(Engine):
     name = "fairscale"
     module: ShardedDataParallel
 
-    def _wrap_materialised(self, module: nn.Module) -> nn.Module:
+    def wrap_materialised(self, module: nn.Module) -> nn.Module:
         trained = (p for p in module.parameters() if p.requires_grad)
         largest_first = sorted(trained, key=lambda p: p.numel(), reverse=True)
         root = logging.getLogger()

@@ -76,7 +76,7 @@ class ReduceScatterOver:
 class FSDP(Engine):
     name = "fsdp"
 
-    def _shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
+    def shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
         self.mesh = build_mesh(self.world, self.config.parallel.replicate_degree)
         vectors = {p for p in method.parameters() if p.ndim < 2}
         groups = joined_units(method, self.config)

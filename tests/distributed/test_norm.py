@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from seer_scale.bench.collectives import CollectiveCounter
-from seer_scale.models.layers.norm import BatchNorm, StatsTape
+from seer_scale.models.layers.norm import BatchNorm
+from seer_scale.models.layers.stateful import Tape
 from seer_scale.models.regnet import Block
 from tests.ranks import run_ranks
 
@@ -97,7 +98,7 @@ def recomputing_repeats_nothing(group, device):
         xs = [torch.randn(n, 8, size, size, device=device, requires_grad=True) for n, size in ((2, 6), (3, 4))]
         with CollectiveCounter() as seen:
             if recompute:
-                ys = checkpoint(block, xs, use_reentrant=False, context_fn=StatsTape.contexts)
+                ys = checkpoint(block, xs, use_reentrant=False, context_fn=Tape.contexts)
             else:
                 ys = block(xs)
             loss(ys).backward(retain_graph=True)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seer_scale.models.layers.norm import BatchNorm, StatsTape, _affine, _combine, _input_gradient, _moments, _sums
+from seer_scale.models.layers.norm import BatchNorm, _affine, _combine, _input_gradient, _moments, _sums
+from seer_scale.models.layers.stateful import Tape
 from seer_scale.models.registry import build_backbone, initialise
 
 SHAPES = [(3, 4, 5, 5), (6, 4, 3, 2), (5, 4)]
@@ -100,7 +101,7 @@ def test_recomputing_every_unit_changes_no_bit():
     for unit in recomputed.shard_units().values():
         forward = unit.forward
         unit.forward = lambda xs, forward=forward: checkpoint(
-            forward, xs, use_reentrant=False, context_fn=StatsTape.contexts
+            forward, xs, use_reentrant=False, context_fn=Tape.contexts
         )
     xs = [torch.randn(2, 3, 64, 64), torch.randn(4, 3, 48, 48)]
     for _ in range(2):  # the second step sees the running statistics of the first

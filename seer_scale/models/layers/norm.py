@@ -10,10 +10,6 @@ allocates: few temporaries, and variances in two passes, which are faster than t
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import overload
 
 import torch
@@ -23,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from seer_scale.distributed import all_gather
+from seer_scale.models.layers.stateful import Tape
 
 EMPTY = 1e-30
 """The count an empty entry sends: no weight among others, yet no 0/0 where it comes first."""
@@ -44,6 +41,9 @@ class BatchNorm(nn.BatchNorm2d):
     def reset_buffers(self) -> None:
         self.reset_running_stats()
 
+    def share_statistics(self, group: dist.ProcessGroup | None) -> None:
+        self.process_group = group
+
     @overload
     def forward(self, xs: Tensor) -> Tensor: ...
 
@@ -62,9 +62,9 @@ class BatchNorm(nn.BatchNorm2d):
         mean, var = self.running_mean, self.running_var
         if not self.training:
             return [F.batch_norm(x, mean, var, weight, bias, eps=self.eps) for x in xs]
-        tape: _Pass | None = getattr(_thread, "tape", None)
+        tape = Tape.current()
         replayed = tape if tape is not None and tape.replay else None
-        if replayed is not None or getattr(_thread, "kept", False):
+        if replayed is not None:
             # autograd must find as many saved tensors in a recompute as the first time, so None would not do
             mean, var = mean.clone(), var.clone()
         else:
@@ -72,70 +72,12 @@ class BatchNorm(nn.BatchNorm2d):
         if self.process_group is None or dist.get_world_size(self.process_group) == 1:
             return [F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps) for x in xs]
         if replayed is not None:
-            stats = next(replayed.left)
+            stats = replayed.next()
         else:
             stats = _group_statistics(xs, mean, var, self.momentum, self.eps, self.process_group)
             if tape is not None:
-                tape.stats.append(stats)
+                tape.write(stats)
         return list(_Normalise.apply(self.process_group, self.eps, stats, weight, bias, *xs))
-
-
-def share_statistics(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Every BatchNorm in `module` normalises over the batches of this group of ranks; None: of this rank."""
-    for layer in module.modules():
-        if isinstance(layer, BatchNorm):
-            layer.process_group = group
-
-
-def keep_eager(module: nn.Module) -> None:
-    """torch.compile leaves every BatchNorm in `module` as it is: it counts, exchanges, and plays its tape when
-    recomputed."""
-    layers: list[nn.Module] = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
-    for layer in layers:
-        layer.forward = torch.compiler.disable(layer.forward)
-
-
-_thread = threading.local()
-
-
-@contextmanager
-def running_statistics_kept() -> Iterator[None]:
-    """Forward passes in training mode inside leave this thread's running statistics and batch counts as they are."""
-    _thread.kept = True
-    try:
-        yield
-    finally:
-        _thread.kept = False
-
-
-@dataclass
-class _Pass:
-    """A context in which this thread's BatchNorm layers write their statistics to a list, or read them back."""
-
-    stats: list[tuple[Tensor, Tensor, Tensor]]
-    replay: bool
-    left: Iterator[tuple[Tensor, Tensor, Tensor]] = field(default=iter(()), init=False)
-
-    def __enter__(self) -> None:
-        assert getattr(_thread, "tape", None) is None, "recomputed units do not nest"
-        self.left = iter(self.stats)  # a graph kept for a second backward is recomputed from the first layer again
-        _thread.tape = self
-
-    def __exit__(self, *_: object) -> None:
-        _thread.tape = None
-
-
-class StatsTape:
-    """Lets a block with BatchNorm be recomputed in backward without a second exchange or running-stat update.
-
-    Use: `torch.utils.checkpoint.checkpoint(block, xs, use_reentrant=False, context_fn=StatsTape.contexts)`.
-    """
-
-    @staticmethod
-    def contexts() -> tuple[_Pass, _Pass]:
-        """(first, again): two contexts of a new tape, the first to record a forward and the second to repeat it."""
-        stats: list[tuple[Tensor, Tensor, Tensor]] = []
-        return _Pass(stats, replay=False), _Pass(stats, replay=True)
 
 
 @torch.no_grad()

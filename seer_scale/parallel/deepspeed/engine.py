@@ -88,7 +88,7 @@ def _accelerator(device: torch.device) -> CPU_Accelerator | CUDA_Accelerator:
 class Zero(Engine):
     """Stages 1 and 2: weights are whole on every rank."""
 
-    def _shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
+    def shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
         os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # DeepSpeed wants it to be there
         deepspeed.accelerator.set_accelerator(_accelerator(self.world.device))
         if not dist.is_initialized():  # one rank, with offload
@@ -98,7 +98,7 @@ class Zero(Engine):
         self.ds_config = deepspeed_config(self.config, self.world.size, sum(s.numel() for s in self.shapes.values()))
         return method
 
-    def _wrap_materialised(self, module: nn.Module) -> nn.Module:
+    def wrap_materialised(self, module: nn.Module) -> nn.Module:
         self.delegate = DelegatingOptimizer(aligned(p for p in module.parameters() if p.requires_grad))
         with _reduction_by_parameter():
             self.deepspeed, self.zero, *_ = deepspeed.initialize(
@@ -215,13 +215,13 @@ class Zero3(Zero):
 
     name = "zero3"
 
-    def _shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
+    def shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
         self.units = sharded_units(method, self.config)  # while parameters still have their sizes
         keep_parameters_only(method)
-        return super()._shard_on_meta(method)
+        return super().shard_on_meta(method)
 
     @torch.no_grad()
-    def _materialise(self) -> None:
+    def materialise(self) -> None:
         """A parameter at a time: no rank ever holds more of the model than one of them and its own runs."""
         init = deepspeed.zero.Init(config_dict_or_path=self.ds_config, dtype=torch.float32)
         for prefix, module in self.method.named_modules():
@@ -236,14 +236,14 @@ class Zero3(Zero):
                 setattr(module, name, torch.zeros_like(buffer, device=self.world.device))
         self._reset_buffers()
 
-    def _wrap_materialised(self, module: nn.Module) -> nn.Module:
+    def wrap_materialised(self, module: nn.Module) -> nn.Module:
         for name, unit in self.units.items():
             vars(unit)["_z3_leaf"] = True
             dtype = COMPUTE_DTYPES[compute_type(name, self.method, self.config)]
             for p in map(_known, unit.parameters()):
                 if len(p.ds_shape) > 1:
                     p.comm_dtype = dtype
-        module = super()._wrap_materialised(module)
+        module = super().wrap_materialised(module)
         self.whole_vectors = [_known(p) for n, p in self.method.named_parameters() if n in self.vectors]
         for p in self.whole_vectors:
             p.ds_persist = True
@@ -260,7 +260,7 @@ class Zero3(Zero):
         order.reset_step = lambda: None
 
     @contextmanager
-    def _recomputing(self, units: list[nn.Module]) -> Iterator[None]:
+    def recomputing(self, units: list[nn.Module]) -> Iterator[None]:
         """What the second run gathers stays for backward, which would gather it once more."""
         users = [_known(p).ds_active_sub_modules for unit in units for p in unit.parameters()]
         for u in users:
