@@ -85,6 +85,11 @@ class Problem:
 
 
 def _as_text(value: Any) -> str:
+    """As a recipe would write it."""
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, str) and not value:
+        return "''"
     return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else f"{value}"
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from seer_scale.errors import RankError
+from seer_scale.errors import NOTHING, Problem, RankError
 
 LAUNCHER = "SEER_SCALE_LAUNCHER"
 """Our launchers' mark: which variables they number their ranks with. No other variable counts then."""
@@ -55,18 +55,15 @@ def detect(env: Mapping[str, str] = os.environ) -> RankInfo:
         for name, value in (("RANK", info.rank), ("WORLD_SIZE", info.size)):
             if name in env and env[name] != str(value):
                 other = SLURM_NAMES[TORCH_NAMES.index(name)]
-                raise RankError(
-                    f"{name} is {env[name]!r}, but this is task {info.rank} of the {info.size} that srun has started "
-                    f"({other} is {value}): unset {' and '.join(given)} for a rank a task, or SLURM_PROCID for those "
-                    f"that {' and '.join(given)} count."
-                )
+                rule = f"this is task {info.rank} of the {info.size} that srun has started ({other} is {value})"
+                names = " and ".join(given)
+                fix = f"unset {names} for one rank a task, or SLURM_PROCID for the ranks that {names} count"
+                raise RankError(Problem(name, env[name], rule, fix))
         return info
     if len(given) == 1:
         missing = next(name for name in TORCH_NAMES[:2] if name not in env)
-        raise RankError(
-            f"{given[0]} is {env[given[0]]!r}, but {missing} is not set: set both for one rank of several, or "
-            f"unset {given[0]}."
-        )
+        fix = f"set both for one rank of several, or unset {given[0]}"
+        raise RankError(Problem(given[0], env[given[0]], f"{missing} is not set", fix))
     return _read(env, TORCH_NAMES) if given else RankInfo()
 
 
@@ -75,13 +72,13 @@ def _read(env: Mapping[str, str], names: tuple[str, ...]) -> RankInfo:
     local_rank = _number(env, names[2], 0)
     if names is SLURM_NAMES:  # "8(x64)" or "8,4": tasks on each node
         words = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get(names[3], "1"))
-        each = [int(num) for num, times in words for _ in range(int(times or 1))]
+        tasks_per_node = [int(num) for num, times in words for _ in range(int(times or 1))]
         node = _number(env, "SLURM_NODEID", 0)
-        local_size = each[min(node, len(each) - 1)] if each else 1
+        local_size = tasks_per_node[min(node, len(tasks_per_node) - 1)] if tasks_per_node else 1
     else:
         local_size = _number(env, names[3], 1)
     if not 0 <= rank < size:
-        raise RankError(f"{names[0]} is {rank}, but must be from 0 to {size - 1}, as {names[1]} is {size}.")
+        raise RankError(Problem(names[0], rank, f"must be from 0 to {size - 1}, as {names[1]} is {size}"))
     return RankInfo(rank, size, local_rank, local_size, names[1])
 
 
@@ -89,10 +86,8 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if name not in env and default is not None:
         return default
     if not re.fullmatch(r"\d+", text := env.get(name, "").strip()):
-        said = f"is {env[name]!r}, which is no whole number" if name in env else "is not set"
-        pair = next(names[:2] for names in (TORCH_NAMES, SLURM_NAMES) if name in names or name.startswith(names[0][:5]))
-        raise RankError(
-            f"{name} {said}: {' and '.join(pair)} say which rank of how many this is; set both right, or unset "
-            "both for one rank alone."
-        )
+        pair = " and ".join((SLURM_NAMES if name.startswith("SLURM_") else TORCH_NAMES)[:2])
+        fix = f"{pair} say which rank of how many this is: set both right, or unset both for one rank alone"
+        given, rule = (env[name], "must be a whole number") if name in env else (NOTHING, "is not set")
+        raise RankError(Problem(name, given, rule, fix))
     return int(text)

@@ -1,4 +1,4 @@
-"""The command line: `seer-scale COMMAND`, one tree of commands. Thin: each is one call into the house."""
+"""The command line: `seer-scale COMMAND`, one tree of commands. Each is one call into the package."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from seer_scale import __version__, console
-from seer_scale.cli import data, evaluate, launch, look, train
+from seer_scale.cli import data, evaluate, launch, reports, train
 from seer_scale.cli.parser import Parser, split_overrides
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError, print_error
-from seer_scale.files import shown
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserError, print_error
 
-UNSEEN = (errno.EACCES, errno.ENAMETOOLONG)
+UNREADABLE = (errno.EACCES, errno.ENAMETOOLONG)
 DESCRIPTION = "Self-supervised pretraining of large convnets, from a laptop to 512 GPUs."
 EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all of them.
 Exit status: 0 done (or submitted), 1 failed, 2 bad input, 75 stopped with its state saved."""
@@ -49,20 +48,17 @@ def run(words: Sequence[str]) -> int:
     if more:
         args.parser.unexpected(more, args.takes_overrides)
     if overrides and not args.takes_overrides:
-        raise UserError(
-            args.no_overrides
-            if "no_overrides" in args
-            else f"{overrides[0]} has no effect with {args.parser.prog}; leave it out."
-        )
+        fix = args.instead_of_overrides if "instead_of_overrides" in args else "leave it out"
+        raise UserError(Problem(overrides[0], NOTHING, f"has no effect with {args.parser.prog}", fix))
     args.overrides = overrides
     if not args.is_run:
         console.wait_for_readers()
     try:
         status = args.run(args)
-    except OSError as error:  # pathlib's questions let out what says no otherwise than by "there is none"
-        if args.is_run or error.errno not in UNSEEN or not error.filename:
+    except OSError as error:  # pathlib raises where a path can be neither found nor missing
+        if args.is_run or error.errno not in UNREADABLE or not error.filename:
             raise
-        raise UserError(f"{shown(error.filename)} cannot be looked at ({error.strerror}).") from error
+        raise UserError(Problem(error.filename, NOTHING, f"cannot be looked at ({error.strerror})")) from error
     sys.stdout.flush()
     problem = console.lost(sys.stdout)
     if problem and problem.errno != errno.EPIPE and status == EXIT_DONE and not args.is_run:  # | head has read enough
@@ -76,7 +72,7 @@ def build_parser(words: Sequence[str]) -> Parser:
     parser = Parser(prog="seer-scale", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    for room in (train, launch, evaluate, look, data):
+    for room in (train, launch, evaluate, reports, data):
         room.add_commands(commands, words)
     return parser
 

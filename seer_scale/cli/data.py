@@ -10,7 +10,7 @@ from typing import Any
 
 from seer_scale.cli.modules import add_module_commands
 from seer_scale.cli.parser import add_command
-from seer_scale.errors import EXIT_DONE, UserError
+from seer_scale.errors import EXIT_DONE, Problem, UserError
 
 MODULES = {
     "inspect": "counts, sizes, formats, what cannot be read, a contact sheet",
@@ -40,9 +40,9 @@ def refresh(args: argparse.Namespace) -> int:
     from seer_scale.training.data_history import ask_refresh
 
     if not (args.run_dir / "config.yaml").is_file():
-        raise UserError(f"{args.run_dir} is not a run's folder (it has no config.yaml): give one, such as runs/demo.")
+        raise UserError(Problem("RUN", args.run_dir, "that is no run's folder: it has no config.yaml", ("runs/demo",)))
     found = store.latest(
-        args.run_dir / "checkpoints", distributed.World(), warn=lambda sentence: print(sentence, file=sys.stderr)
+        args.run_dir / "checkpoints", distributed.World(), warn=lambda text: print(text, file=sys.stderr)
     )
     print(ask_refresh(args.run_dir, args.manifest, store.read_meta(found)["data"] if found else None))
     return EXIT_DONE

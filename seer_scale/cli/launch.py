@@ -11,16 +11,15 @@ from typing import Any
 from seer_scale.cli.parser import Parser, Print, add_command
 from seer_scale.launch import runs
 from seer_scale.launch.options import CLUSTERS, Options
-from seer_scale.launch.profile import EXAMPLE, Profile
+from seer_scale.launch.profile import EXAMPLE_PROFILE, Profile
 
 EPILOG = """--section.key value sets a key of the recipe, as with train; seer-scale train RECIPE --help shows all of
 them.
 --cluster local runs the ranks on this machine and follows them: Ctrl-C saves and stops, the same command goes on.
 --cluster slurm submits a job; the command returns when it is in the queue."""
-NAMES = "a run's folder, or its name below runs/; 'sweep-*' means those of an array"
-NO_CHANGES = (
-    "resubmit repeats the run as it was: to change a key, give the run's first command again with it "
-    "(status NAME --json shows that command)."
+NAME_HELP = "a run's folder, or its name below runs/; 'sweep-*' means those of an array"
+CHANGE_A_KEY = (
+    "to change a key of a run, give its first command again with the new value (status NAME --json shows that command)"
 )
 
 
@@ -35,48 +34,52 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         epilog=EPILOG,
     )
     parser.hints = {
-        f"--{key.replace('_', '-')}": f"{key} is a key of the profile." for key in Profile.__dataclass_fields__
+        f"--{key.replace('_', '-')}": f"{key} is a key of the profile" for key in Profile.__dataclass_fields__
     }
     _add_launch_arguments(parser)
 
     parser = add_command(
-        commands, "list", lambda a: runs.list_runs(a.folder), "launched runs below a folder, with their states"
+        commands,
+        "list",
+        lambda args: runs.list_runs(args.folder, as_json=args.json),
+        "launched runs below a folder, with their states",
     )
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="(default: runs)")
+    parser.add_argument("--json", action="store_true", help="a JSON array instead of lines")
 
     parser = add_command(
         commands,
         "status",
-        lambda a: runs.print_status(runs.matching(a.names), as_json=a.json),
+        lambda args: runs.print_status(runs.find_all(args.names), as_json=args.json),
         "of launched runs: the job, how far it is, how it was started",
     )
-    parser.add_argument("names", metavar="NAME", nargs="+", help=NAMES)
+    parser.add_argument("names", metavar="NAME", nargs="+", help=NAME_HELP)
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
 
     parser = add_command(
         commands,
         "logs",
-        lambda a: runs.print_logs(runs.find(a.name), follow=a.follow),
+        lambda args: runs.print_logs(runs.find_one(args.name), follow=args.follow),
         "what a launched run's ranks said",
     )
-    parser.add_argument("name", metavar="NAME", help=NAMES)
+    parser.add_argument("name", metavar="NAME", help=NAME_HELP)
     parser.add_argument("--follow", action="store_true", help="go on until it ends")
 
     parser = add_command(
         commands,
         "cancel",
-        lambda a: runs.cancel(runs.matching(a.names), now=a.now),
+        lambda args: runs.cancel(runs.find_all(args.names), now=args.now),
         "save and stop launched runs",
         is_run=True,
     )
-    parser.add_argument("names", metavar="NAME", nargs="+", help=NAMES)
+    parser.add_argument("names", metavar="NAME", nargs="+", help=NAME_HELP)
     parser.add_argument("--now", action="store_true", help="as scancel does, which leaves seconds to save")
 
     parser = add_command(
         commands, "resubmit", resubmit, "start a launched run again: it goes on from its newest checkpoint", is_run=True
     )
-    parser.set_defaults(no_overrides=NO_CHANGES)
-    parser.add_argument("name", metavar="NAME", help=NAMES)
+    parser.set_defaults(instead_of_overrides=CHANGE_A_KEY)
+    parser.add_argument("name", metavar="NAME", help=NAME_HELP)
     parser.add_argument("--nodes", default="", metavar="N|MIN-MAX", help="other nodes than the run had")
     parser.add_argument("--time", default="", metavar="T", help="another time limit than the run had")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
@@ -90,7 +93,7 @@ def _add_launch_arguments(parser: Parser) -> None:
     add(
         "--print-profile",
         action=Print,
-        text=lambda: EXAMPLE.read_text(encoding="utf-8").rstrip(),
+        text=lambda: EXAMPLE_PROFILE.read_text(encoding="utf-8").rstrip(),
         help="print a profile to fill in, every key explained, and end",
     )
     add(
@@ -129,8 +132,8 @@ def resubmit(args: argparse.Namespace) -> int:
     """The command the run was started with, again, from where it was given."""
     from seer_scale.cli import run
 
-    job = runs.find(args.name)
-    words = runs.words_again(job, nodes=args.nodes, time=args.time)
+    job = runs.find_one(args.name)
+    words = runs.relaunch_words(job, nodes=args.nodes, time=args.time)
     before = os.getcwd()
     os.chdir(job.folder)
     try:

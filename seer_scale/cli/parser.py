@@ -1,5 +1,5 @@
-"""argparse with this house's manners: options in full and once, a mistake as one sentence, keys of a recipe set
-apart."""
+"""argparse with our rules: options are written in full and once, a mistake raises a Problem, and keys of a recipe are
+set apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from seer_scale.config import all_keys
-from seer_scale.errors import UserError, nearest
+from seer_scale.errors import NOTHING, Problem, UserError, closest, nearest
 
 Command = Callable[[argparse.Namespace], int]
 """What a command does; returns the exit status. Raises UserError."""
@@ -18,56 +18,70 @@ Command = Callable[[argparse.Namespace], int]
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would end the process."""
 
-    def __init__(self, **how: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+    def __init__(self, **settings: Any):
+        super().__init__(
+            allow_abbrev=False, exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
+        )
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
         self.given: set[str] = set()
         self.hints: dict[str, str] = {}
-        """Options that are none, with what to say of them."""
+        """Options that do not exist, with a clause on what does."""
+
+    def parse_known_args(  # type: ignore[override]  # typeshed returns the type of `namespace`; nobody gives one
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        try:
+            return super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            if error.argument_name is None:
+                self.error(error.message)
+            rule = f"cannot be taken: {error.message}"
+            raise UserError(Problem(error.argument_name, NOTHING, rule, self._see_help())) from None
 
     def error(self, message: str) -> NoReturn:
-        required = "the following arguments are required: "
-        if message.startswith(required):
-            kinds = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
-            needs = f"one of {', '.join(kinds)}" if kinds else message.removeprefix(required)
-            message = f"{self.prog.removeprefix('seer-scale ')} needs {needs}"
-        raise UserError(f"{message}; {self.prog} --help explains each.")
+        missing = [action for action in self._actions if action.required and action.dest not in self.given]
+        if not missing:
+            raise UserError(Problem(self.prog, NOTHING, f"cannot be run: {message}", self._see_help()))
+        commands = next((a.choices for a in missing if isinstance(a, argparse._SubParsersAction)), None)
+        names = (a.metavar if not a.option_strings else a.option_strings[0] for a in missing)
+        needs = f"one of {', '.join(commands)}" if commands else ", ".join(map(str, names))
+        raise UserError(Problem(self.prog, NOTHING, f"needs {needs}", self._see_help()))
+
+    def _see_help(self) -> str:
+        return f"{self.prog} --help explains each"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse's own names all choices; ours names the nearest."""
         if action.choices is not None and value not in action.choices:
-            what = "no command of" if isinstance(action, argparse._SubParsersAction) else "no value for"
-            of = (
-                self.prog
-                if isinstance(action, argparse._SubParsersAction)
-                else "/".join(action.option_strings) or action.metavar
-            )
-            raise UserError(f"{value!r} is {what} {of}; {nearest(str(value), map(str, action.choices))}")
+            near = nearest(str(value), map(str, action.choices))
+            if isinstance(action, argparse._SubParsersAction):
+                raise UserError(Problem(str(value), NOTHING, f"is no command of {self.prog}", near))
+            name = "/".join(action.option_strings) or str(action.metavar)
+            raise UserError(Problem(name, value, "that is none of its values", near))
 
     def unexpected(self, words: Sequence[str], takes_overrides: bool) -> NoReturn:
         """Raises UserError about words that nothing takes."""
         word = words[0]
         name = word.partition("=")[0]
         if not word.startswith("-"):
-            quote = " A pattern goes in quotes, as in --data.path 'DIR/*.tar'." if Path(word).exists() else ""
-            how = (
-                f"overrides are written --section.key value.{quote}"
-                if takes_overrides
-                else f"{self.prog} --help says what is."
-            )
-            raise UserError(f"{word!r} is not expected here: {how}")
+            fix = f"{self.prog} --help says what is"
+            if takes_overrides:
+                quote = ", and a pattern in quotes, as in --data.path 'DIR/*.tar'" if Path(word).exists() else ""
+                fix = f"write overrides as --section.key value{quote}"
+            raise UserError(Problem(word, NOTHING, "is not expected here", fix))
         options = [o for o in self._option_string_actions if o.startswith("--")]
         if not takes_overrides or name in self.hints:
-            raise UserError(f"{name} is no option of {self.prog}; {self.hints.get(name) or nearest(name, options)}")
+            near = self.hints.get(name) or nearest(name, options)
+            raise UserError(Problem(name, NOTHING, f"is no option of {self.prog}", near))
         keys = [f"--{key}" for key, *_ in all_keys()]
         if of_section := [key for key in keys if key.startswith(f"{name}.")]:
-            raise UserError(f"{name} is a section of the recipe, not a key; its keys are {', '.join(of_section)}.")
+            rule, fix = "is a section of the recipe, not a key", f"its keys are {', '.join(of_section)}"
+            raise UserError(Problem(name, NOTHING, rule, fix))
         same = [key for key in keys if key.rpartition(".")[2] == name.lstrip("-").replace("-", "_")]
-        hint = f"did you mean {same[0]}?" if same else nearest(name, (*options, *keys))
-        raise UserError(
-            f"{name} is no option of {self.prog}, and keys of a recipe have a dot, as in --train.total_samples; {hint}"
-        )
+        found = same[0] if same else closest(name, (*options, *keys))
+        rule = f"is no option of {self.prog}, and keys of a recipe have a dot, as in --train.total_samples"
+        raise UserError(Problem(name, NOTHING, rule, f"did you mean {found}?" if found else self._see_help()))
 
 
 class _Once(argparse.Action):
@@ -77,7 +91,7 @@ class _Once(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         if option_string and self.dest in parser.given:
-            raise UserError(f"{option_string} is given twice; give it once.")
+            raise UserError(Problem(option_string, NOTHING, "is given twice", "give it once"))
         parser.given.add(self.dest)
         setattr(namespace, self.dest, values)
 
@@ -85,7 +99,7 @@ class _Once(argparse.Action):
 class Print(argparse.Action):
     """Prints a text and ends, as --version does."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, *, text: Callable[[], str], help: str):  # noqa: A002
+    def __init__(self, option_strings: Sequence[str], dest: str, *, text: Callable[[], str], help: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
         self._text = text
 
@@ -106,10 +120,10 @@ def add_command(
     *,
     takes_overrides: bool = False,
     is_run: bool = False,
-    **how: Any,  # noqa: A002
+    **settings: Any,
 ) -> Parser:
     """A command of the tree. takes_overrides: of `--section.key value`. is_run: what it prints is not its product."""
-    parser = commands.add_parser(name, help=help, description=how.pop("description", sentence(help)), **how)
+    parser = commands.add_parser(name, help=help, description=settings.pop("description", sentence(help)), **settings)
     parser.set_defaults(run=run, parser=parser, takes_overrides=takes_overrides, is_run=is_run)
     return parser
 

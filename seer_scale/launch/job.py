@@ -20,17 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seer_scale.errors import UserError
+from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.files import to_json, write_whole
 
-FOLDER, RECORD, CLAIM = "launch", "job.json", ".claim"
+LAUNCH_DIR, RECORD, START_LOCK = "launch", "job.json", ".start_lock"
 ATTEMPT = "SEER_SCALE_ATTEMPT"
 """The environment variable by which ranks know which start they are part of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """fits: numbers of nodes the recipe can take, rising; a job that gets another number uses the next lower of these.
+    """node_counts: numbers of nodes the recipe can take, rising; a job that gets another number uses the next lower of
+    these.
 
     log_dir: where the job's own output goes (an array has one). launcher: what `process_mark` says of a local run's
     launcher. restarts, requeues: how often in a row the ranks are started again in the same job, and the job goes back
@@ -44,7 +45,7 @@ class Job:
     folder: str
     code: str
     ranks_per_node: int
-    fits: list[int]
+    node_counts: list[int]
     restarts: int
     requeues: int
     profile: dict[str, Any]
@@ -56,12 +57,12 @@ class Job:
     """The folder it was launched in, where it lies in another one now."""
 
     @property
-    def place(self) -> Path:
-        return Path(self.run_dir) / FOLDER
+    def launch_dir(self) -> Path:
+        return Path(self.run_dir) / LAUNCH_DIR
 
     @property
     def recipe(self) -> Path:
-        return self.place / "recipe.yaml"
+        return self.launch_dir / "recipe.yaml"
 
     @property
     def logs(self) -> Path:
@@ -69,7 +70,7 @@ class Job:
 
     @property
     def record(self) -> Path:
-        return self.place / RECORD
+        return self.launch_dir / RECORD
 
     def write(self) -> None:
         write_whole(self.record, to_json(dataclasses.asdict(self), indent=1))
@@ -79,27 +80,24 @@ class Job:
         """The newest launch of the run in this folder, which may have been moved here since; None where none is
         recorded.
         Raises UserError where what is there is no record."""
-        record = Path(run_dir) / FOLDER / RECORD
+        record = Path(run_dir) / LAUNCH_DIR / RECORD
         try:
             given = json.loads(record.read_bytes())
             job = cls(**given)
-            _must_be_typed(job)
+            _check_types(job)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise UserError(
-                f"{record} cannot be read ({error.strerror}), so it is not known what was launched there."
-            ) from error
+            rule = f"cannot be read ({error.strerror}), so it is not known what was launched there"
+            raise UserError(Problem(str(record), NOTHING, rule)) from error
         except (ValueError, TypeError) as error:
-            what = (
-                "is torn or was written by something else"
-                if not _is_record(record)
-                else "was written by another version of seer_scale"
+            why = "was written by another version of seer_scale" if _is_record(record) else "is damaged, or is not ours"
+            fix = (
+                "if no job of that run is in the queue or running, remove that file and give the run's first command "
+                "again: it resumes from its checkpoints"
             )
-            raise UserError(
-                f"{record} {what}, so it is not known what was launched there: if no job of that run is on its way, "
-                "remove that file; the run goes on from its checkpoints when its first command is given again."
-            ) from error
+            rule = f"{why}, so it is not known what was launched there"
+            raise UserError(Problem(str(record), NOTHING, rule, fix)) from error
         here = os.path.abspath(run_dir)
         if os.path.realpath(here) == os.path.realpath(job.run_dir):
             return job
@@ -112,33 +110,34 @@ class Job:
         """As `read`, of a run that was launched. Raises UserError."""
         if job := cls.read(run_dir):
             return job
-        raise UserError(f"{Path(run_dir) / FOLDER / RECORD} is missing: nothing was launched in {run_dir}.")
+        record = Path(run_dir) / LAUNCH_DIR / RECORD
+        raise UserError(Problem(str(record), NOTHING, f"is missing: nothing was launched in {run_dir}"))
 
-    # --- asked to stop for good
+    # --- cancelled
 
     def cancel(self) -> None:
         """Mark this submission: a later one of the same run is another."""
-        write_whole(self.place / "cancelled", self.job_id)
+        write_whole(self.launch_dir / "cancelled", self.job_id)
 
     def is_cancelled(self) -> bool:
         try:
-            return (self.place / "cancelled").read_text() == self.job_id
+            return (self.launch_dir / "cancelled").read_text() == self.job_id
         except OSError:
             return False
 
     def cancelled_at(self) -> float:
         """Unix time of `cancel`. Raises OSError where there was none."""
-        return (self.place / "cancelled").stat().st_mtime
+        return (self.launch_dir / "cancelled").stat().st_mtime
 
-    # --- its starts
+    # --- its attempts: starts of the ranks
 
     def attempts(self) -> list[dict[str, Any]]:
         """The lines of attempts.jsonl that say how a start began or ended; torn and foreign ones are passed over."""
-        return list(_lines(self.place / "attempts.jsonl"))
+        return list(_lines(self.launch_dir / "attempts.jsonl"))
 
-    def tell(self, **line: Any) -> None:
+    def log_event(self, **line: Any) -> None:
         """Add a line to attempts.jsonl; a full disk costs it, and one that it has torn takes no other with it."""
-        with suppress(OSError), (self.place / "attempts.jsonl").open("a+b") as file:
+        with suppress(OSError), (self.launch_dir / "attempts.jsonl").open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             begin = "" if file.read(1) in (b"", b"\n") else "\n"
@@ -150,6 +149,11 @@ class Job:
         return max((int(words[1]) for words in names if words[1].isdecimal()), default=-1)
 
 
+def cannot_hold_run(run_dir: str, error: OSError) -> UserError:
+    """What to raise where a run's folder cannot be written."""
+    return UserError(Problem("run.dir", run_dir, f"cannot hold a run ({error.strerror})", "choose another"))
+
+
 def _is_record(path: Path) -> bool:
     try:
         given = json.loads(path.read_bytes())
@@ -158,8 +162,8 @@ def _is_record(path: Path) -> bool:
     return isinstance(given, dict) and all(isinstance(given.get(key), str) for key in ("run_dir", "cluster"))
 
 
-def _must_be_typed(job: Job) -> None:
-    """launcher has been a number; whatever it is, `is_alive` answers. Raises TypeError."""
+def _check_types(job: Job) -> None:
+    """`launcher` was a number once; `is_alive` takes anything. Raises TypeError."""
     kinds: dict[str, Any] = {
         "str": str,
         "int": int,
@@ -168,11 +172,11 @@ def _must_be_typed(job: Job) -> None:
         "list[str]": list,
         "list[int]": list,
     }
-    for f in dataclasses.fields(job):
-        if f.name != "launcher" and not isinstance(getattr(job, f.name), kinds[str(f.type)]):
-            raise TypeError(f.name)
-    if not all(isinstance(word, str) for word in job.command) or not all(isinstance(n, int) for n in job.fits):
-        raise TypeError("command, fits")
+    for field in dataclasses.fields(job):
+        if field.name != "launcher" and not isinstance(getattr(job, field.name), kinds[str(field.type)]):
+            raise TypeError(field.name)
+    if not all(isinstance(word, str) for word in job.command) or not all(isinstance(n, int) for n in job.node_counts):
+        raise TypeError("command, node_counts")
 
 
 LINES: dict[str, dict[str, Any]] = {

@@ -41,37 +41,37 @@ def run_here(job: Job) -> int:
     # Blocked and inherited: a stop reaches those who can pass it on, never submitit's controller.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     submitted = executor.submit(control_local, job.run_dir, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    with _Watch(cast("submitit.LocalJob[int]", submitted)) as watch:  # submit is declared for any executor
+    with _LogFollower(cast("submitit.LocalJob[int]", submitted)) as follower:  # submit is declared for any executor
         dataclasses.replace(job, job_id=submitted.job_id).write()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        return watch.until_end()
+        return follower.until_end()
 
 
-class _Watch:
-    """Follows one local job until it ends."""
+class _LogFollower:
+    """Follows one local job, its log and the stop signals sent to the launcher, until it ends."""
 
     def __init__(self, job: submitit.LocalJob[int]):
         self.job = job
-        self._asked, self._asked_at, self._passed_on = 0, 0.0, 0
+        self._requests, self._requested_at, self._passed_on = 0, 0.0, 0
         self._number: int = signal.SIGTERM
         self._shown: set[str] = set()
         self._read: dict[Path, int] = {}
 
-    def __enter__(self) -> _Watch:
-        self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
+    def __enter__(self) -> _LogFollower:
+        self._before = {number: signal.signal(number, self._on_stop_signal) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def until_end(self) -> int:
-        told = 0
+        announced = 0
         while self.job.get_info()["jobState"] == "RUNNING":
             self._follow()
-            if self._asked > told:
-                told = self._asked
-                print(STOPPING if told == 1 else STOPPING_AT_ONCE, file=sys.stderr, flush=True)
+            if self._requests > announced:
+                announced = self._requests
+                print(STOPPING if announced == 1 else STOPPING_AT_ONCE, file=sys.stderr, flush=True)
             self._pass_on()
             time.sleep(0.2)
         self._follow()
@@ -80,14 +80,14 @@ class _Watch:
             left.unlink()
         return status
 
-    def _ask(self, number: int, _: object) -> None:
-        if not self._asked or ends_at_once(number) and time.monotonic() - self._asked_at > ECHO_S:
-            self._asked, self._asked_at, self._number = self._asked + 1, time.monotonic(), number
+    def _on_stop_signal(self, number: int, _: object) -> None:
+        if not self._requests or ends_at_once(number) and time.monotonic() - self._requested_at > ECHO_S:
+            self._requests, self._requested_at, self._number = self._requests + 1, time.monotonic(), number
 
     def _pass_on(self) -> None:
         """Each request once, to the process that starts the ranks, as soon as it is there."""
         process = self.job._process
-        if self._asked == self._passed_on or process is None:  # None: of a job that another process has submitted
+        if self._requests == self._passed_on or process is None:  # None: of a job that another process has submitted
             return
         controller = process.pid
         try:
@@ -99,11 +99,11 @@ class _Watch:
         for pid in children:
             with suppress(ProcessLookupError):
                 os.kill(int(pid), number)
-                self._passed_on = self._asked
+                self._passed_on = self._requests
 
     def _follow(self) -> None:
-        """Print what the log has grown by; what all ranks print_error of is told once."""
-        for path, to in ((self.job.paths.stdout, sys.stdout), (self.job.paths.stderr, sys.stderr)):
+        """Print what the log has grown by; an error that all ranks print is printed once."""
+        for path, stream in ((self.job.paths.stdout, sys.stdout), (self.job.paths.stderr, sys.stderr)):
             if not path.exists():
                 continue
             with path.open("rb") as file:
@@ -112,12 +112,12 @@ class _Watch:
             whole = new[: new.rfind(b"\n") + 1]
             self._read[path] = self._read.get(path, 0) + len(whole)
             for line in whole.decode(errors="replace").splitlines():
-                said = LABEL.sub("", line)
-                if line.startswith("submitit ") or (said != line and said in self._shown):
+                text = LABEL.sub("", line)
+                if line.startswith("submitit ") or (text != line and text in self._shown):
                     continue
-                if to is sys.stderr:
-                    self._shown.add(said)
-                print(line, file=to, flush=True)
+                if stream is sys.stderr:
+                    self._shown.add(text)
+                print(line, file=stream, flush=True)
 
     def _status(self) -> int:
         try:

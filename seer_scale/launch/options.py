@@ -1,4 +1,4 @@
-"""What a launch was asked for, in the user's own words, and how those are read."""
+"""What a launch was asked for, as the user wrote it, and how each option is parsed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from seer_scale.errors import UserError
+from seer_scale.errors import Problem, UserError
 from seer_scale.launch.profile import Profile, minutes
 
 CLUSTERS = ("local", "slurm")
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Texts as they were given, empty where they were not. overrides: `--section.key value` words of the recipe."""
+    """Texts as they were given, empty where they were not. overrides: the words `--section.key value`."""
 
     recipe: str
     cluster: str
@@ -35,90 +35,88 @@ class Options:
     dry_run: bool = False
     overrides: Sequence[str] = ()
 
-    def words(self, recipe: str, name: str, overrides: Sequence[str]) -> list[str]:
-        """The words after `seer-scale launch` that start one run of this, alone."""
-        given = {k: getattr(self, k) for k in ("cluster", "profile", "nodes", "ranks", "time", "restarts")} | {
-            "name": name
-        }
+    def to_words(self, recipe: str, name: str, overrides: Sequence[str]) -> list[str]:
+        """The words after `seer-scale launch` that start one run of these alone."""
+        given = {
+            option: getattr(self, option) for option in ("cluster", "profile", "nodes", "ranks", "time", "restarts")
+        } | {"name": name}
         return [recipe, *(word for key, value in given.items() if value for word in (f"--{key}", value)), *overrides]
 
 
-def read(text: str, reader: Callable[[str], T], otherwise: T, problems: list[str]) -> T:
-    """What `reader` makes of an option; `otherwise` where it was not given, or (then a problem) where it cannot be
-    read."""
+def parse(text: str, parser: Callable[[str], T], default: T, errors: list[UserError]) -> T:
+    """What `parser` makes of an option; `default` where it was not given, or (then an error) where it cannot be
+    parsed."""
     try:
-        return reader(text) if text else otherwise
-    except UserError as problem:
-        problems.append(str(problem))
-        return otherwise
+        return parser(text) if text else default
+    except UserError as error:
+        errors.append(error)
+        return default
 
 
-def whole_number(option: str, value: str, least: int) -> int:
+def parse_whole_number(option: str, value: str, least: int) -> int:
+    """Raises UserError."""
     if not value.isdecimal() or int(value) < least:
-        raise UserError(f"{option} is {value!r}, but must be a whole number of at least {least}, such as 2.")
+        raise UserError(Problem(option, value, f"must be a whole number of at least {least}", (least,)))
     return int(value)
 
 
-def node_range(value: str) -> tuple[int, int]:
+def parse_node_range(value: str) -> tuple[int, int]:
+    """(fewest, most). Raises UserError."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", value)
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= low <= high:
-        raise UserError(f"--nodes is {value!r}, but must be a number of nodes or a range such as 32-64.")
+        raise UserError(Problem("--nodes", value, "must be a number of nodes, or a range such as 32-64"))
     return low, high
 
 
 def with_time(profile: Profile, time: str) -> Profile:
     """The profile with another time limit. Raises UserError."""
     if minutes(time) * 60 <= profile.grace_s:
-        raise UserError(
-            f"--time is {time}, but the profile's grace_s is {profile.grace_s} s, in which the run saves before the "
-            "limit: give more time, or lower grace_s."
-        )
+        rule = f"the run saves in the last {profile.grace_s} s (grace_s of the profile)"
+        raise UserError(Problem("--time", time, rule, "give more time, or lower grace_s"))
     return dataclasses.replace(profile, time=time)
 
 
-def grid(recipe: str, name: str, array: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """(recipe, name, overrides) of each run: one for each element of the grid that `--array` options span."""
+def expand_grid(recipe: str, name: str, array: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+    """(recipe, name, overrides) of each run: one for each point of the grid that the `--array` options span. Raises
+    UserError."""
     axes: list[list[tuple[str, str]]] = []
-    for one in array:
-        key, is_given, values = one.partition("=")
+    for axis in array:
+        key, is_given, values = axis.partition("=")
         listed = split_list(values) if is_given else []
         if len(listed) < 2 or not all(listed):
-            raise UserError(
-                f"--array is {one!r}, but must name a key and at least two values, such as optim.lr=0.1,0.2."
-            )
+            rule = "must name a key and at least two values"
+            raise UserError(Problem("--array", axis, rule, ("optim.lr=0.1,0.2",)))
         axes.append([(key, value) for value in listed])
     if not axes:
         return [(recipe, name, [])]
     runs, base = [], name or Path(recipe).stem
     for point in itertools.product(*axes):
         overrides = [word for key, value in point if key != "recipe" for word in (f"--{key}", value)]
-        marks = [Path(value).stem if key == "recipe" else _mark(key, value) for key, value in point]
-        runs.append((next((v for k, v in point if k == "recipe"), recipe), "-".join([base, *marks]), overrides))
+        labels = [Path(value).stem if key == "recipe" else _label(key, value) for key, value in point]
+        runs.append((next((v for k, v in point if k == "recipe"), recipe), "-".join([base, *labels]), overrides))
     names = [name for _, name, _ in runs]
     if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise UserError(
-            f"--array gives two runs of one name, {twice}: leave out values that are alike, or alike but for signs "
-            "that a name does not hold."
-        )
+        fix = "leave out values that are equal, or differ only in characters that a name cannot hold"
+        raise UserError(Problem("--array", " ".join(array), f"it gives two runs the name {twice}", fix))
     return runs
 
 
-def _mark(key: str, value: str) -> str:
-    """What a value is called in a run's name."""
+def _label(key: str, value: str) -> str:
+    """A value, as part of a run's name."""
     return f"{key.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9.+-]', '_', value)}"
 
 
 def split_list(values: str) -> list[str]:
     """At the commas outside of all brackets and quotes."""
     parts, depth, quote = [""], 0, ""
-    for c in values:
-        if c == "," and not depth and not quote:
+    for char in values:
+        if char == "," and not depth and not quote:
             parts.append("")
             continue
-        parts[-1] += c
-        if quote or c in "'\"":
-            quote = "" if c == quote else quote or c
+        parts[-1] += char
+        if quote or char in "'\"":
+            quote = "" if char == quote else quote or char
         else:
-            depth += (c in "[{(") - (c in ")}]")
+            depth += (char in "[{(") - (char in ")}]")
     return parts

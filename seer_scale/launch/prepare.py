@@ -1,4 +1,4 @@
-"""From a recipe and the launcher's options to a checked `Job`: all that is wrong is told before anything is started."""
+"""From a recipe and the launcher's options to a checked `Job`: all problems are reported before anything is started."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from seer_scale.config import Config, Train, as_asked, load_recipe, merge, parse_overrides, resolve
-from seer_scale.errors import ConfigError, UserError
+from seer_scale.errors import ConfigError, Problem, UserError
 from seer_scale.files import write_whole
-from seer_scale.launch.job import Job, snapshot
+from seer_scale.launch.job import Job, cannot_hold_run, snapshot
 from seer_scale.launch.profile import Profile
 from seer_scale.training import resume
 from seer_scale.training.start import resolve_given, run_dir_of
@@ -23,15 +23,15 @@ from seer_scale.training.start import resolve_given, run_dir_of
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a user asks for. nodes: (fewest, most), or None: what the recipe's parallel.ranks need. ranks: those of one
-    node; 0 = the profile's, or all of the recipe's on one node."""
+    """What a user asks for. node_range: (fewest, most); None: as many as the recipe's parallel.ranks need.
+    ranks_per_node: 0 = the profile's, or else all of the recipe's ranks on one node."""
 
     recipe: str
     overrides: Sequence[str] = ()
     name: str = ""
     cluster: str = "local"
-    nodes: tuple[int, int] | None = None
-    ranks: int = 0
+    node_range: tuple[int, int] | None = None
+    ranks_per_node: int = 0
     profile: Profile = Profile()
 
 
@@ -39,24 +39,23 @@ def prepare(request: Request, command: Sequence[str]) -> tuple[Job, dict[str, An
     """(the job, the recipe that travels with it, what the user should know). Writes nothing. Raises UserError."""
     given, (over, problems) = load_recipe(request.recipe), parse_overrides(list(request.overrides))
     if problems:
-        resolve_given(given, list(request.overrides), 1)  # tells them, and all others
+        resolve_given(given, list(request.overrides), 1)  # raises these and all others
     given, note = as_asked(request.recipe, given, over)
     given = merge(given, over)
     if request.name and not (given.get("run") or {}).get("dir"):
         given = merge(given, {"run": {"dir": str(Path("runs") / request.name)}})
-    ranks = _ranks(given)
-    each = request.ranks or request.profile.ranks_a_node or ranks
-    if request.nodes is None and ranks % each and request.cluster != "local":
-        problem = (
-            f"parallel.ranks is {ranks}, which fill no whole nodes of {each}: give --nodes, such as "
-            f"{-(-ranks // each)}."
-        )
+    ranks, has_nodes = _ranks_of_recipe(given), request.cluster != "local"
+    ranks_per_node = request.ranks_per_node or request.profile.resolved_ranks_per_node or ranks
+    if request.node_range is None and ranks % ranks_per_node and has_nodes:
+        fix = f"give --nodes, such as {-(-ranks // ranks_per_node)}"
+        problem = Problem("parallel.ranks", ranks, f"ranks fill whole nodes of {ranks_per_node}", fix)
         try:
             resolve_given(given, {}, ranks)
         except ConfigError as others:
             raise ConfigError([*others.problems, problem]) from others
         raise UserError(problem)
-    config, fits, notes = _fits(given, request.nodes or (max(1, ranks // each),) * 2, each, request.cluster != "local")
+    node_range = request.node_range or (max(1, ranks // ranks_per_node),) * 2
+    config, node_counts, notes = _resolve_for_nodes(given, node_range, ranks_per_node, has_nodes)
     run_dir = run_dir_of(config, request.recipe)
     notes += filter(None, [note, resume.validate_resume(config, run_dir)])
     job = Job(
@@ -66,8 +65,8 @@ def prepare(request: Request, command: Sequence[str]) -> tuple[Job, dict[str, An
         command=list(command),
         folder=os.getcwd(),
         code="",
-        ranks_per_node=each,
-        fits=fits,
+        ranks_per_node=ranks_per_node,
+        node_counts=node_counts,
         restarts=request.profile.restarts,
         requeues=request.profile.requeues,
         profile=dataclasses.asdict(request.profile),
@@ -79,80 +78,77 @@ def prepare(request: Request, command: Sequence[str]) -> tuple[Job, dict[str, An
 def write_job(job: Job, recipe: dict[str, Any]) -> Job:
     """Write what travels with the job, its code and its recipe; the job that knows where. Raises UserError."""
     try:
-        job.place.mkdir(parents=True, exist_ok=True)
+        job.launch_dir.mkdir(parents=True, exist_ok=True)
         job.logs.mkdir(exist_ok=True)
         write_whole(job.recipe, yaml.safe_dump(recipe, sort_keys=False))
-        return dataclasses.replace(job, code=snapshot(job.place))
+        return dataclasses.replace(job, code=snapshot(job.launch_dir))
     except OSError as error:
-        raise UserError(f"{job.run_dir} cannot hold a run ({error.strerror}): choose another run.dir.") from error
+        raise cannot_hold_run(job.run_dir, error) from error
 
 
-def _ranks(given: dict[str, Any]) -> int:
-    """parallel.ranks, where it is a number; what is wrong with it is told by `resolve`."""
+def _ranks_of_recipe(given: dict[str, Any]) -> int:
+    """parallel.ranks, where it is a number; what is wrong with it is reported by `resolve`."""
     section = given.get("parallel")
     ranks = section.get("ranks", 1) if isinstance(section, dict) else 1
     return ranks if isinstance(ranks, int) and ranks > 0 else 1
 
 
-def _fits(
-    given: dict[str, Any], nodes: tuple[int, int], each: int, has_nodes: bool
+def _resolve_for_nodes(
+    given: dict[str, Any], node_range: tuple[int, int], ranks_per_node: int, has_nodes: bool
 ) -> tuple[Config, list[int], list[str]]:
     """(Config for the fewest nodes, the numbers of nodes that can take the recipe, notes). Raises ConfigError."""
-    problems: dict[int, list[str]] = {}
+    problems: list[Problem] = []
     configs: list[Config] = []
-    for num in dict.fromkeys(nodes):  # all checks for both ends; between them, those of ranks
+    for nodes in dict.fromkeys(node_range):  # all checks for both ends; between them, those of ranks
         try:
-            configs.append(resolve_given(given, {}, num * each))
+            configs.append(resolve_given(given, {}, nodes * ranks_per_node))
         except ConfigError as error:
-            problems[num] = [str(problem) for problem in error.problems]
+            problems += [problem for problem in error.problems if problem not in problems]
+    batch = _batch_of_recipe(given)
+
+    def shares_batch(nodes: int) -> bool:
+        return batch % (nodes * ranks_per_node) == 0
+
     if problems:
-        several = list(dict.fromkeys(p for of_one in problems.values() for p in of_one))
-        batch = _batch(given)
-        num = next((n for n in nodes if batch % (n * each)), 0)
-        below, above = range(min(num - 1, batch // each), 0, -1), range(num + 1, batch // each + 1)
-        here = _problems(given, num * each) if num else set()
-        near = [
-            n
-            for side in (below, above)
-            if (n := next((n for n in side if batch % (n * each) == 0 and _problems(given, n * each) < here), 0))
-        ]
-        if num and near and has_nodes:
-            several.append(
-                f"--nodes is {'-'.join(map(str, dict.fromkeys(nodes)))}, but {num} of {each} ranks each cannot "
-                "share the batch evenly; nearest numbers that the recipe can take: "
-                f"{', '.join(map(str, near))}."
-            )
-        raise ConfigError(several)
-    batch = configs[0].train.global_batch
-    fits = [
+        unfit = next((nodes for nodes in node_range if not shares_batch(nodes)), None)
+        if unfit and has_nodes:
+            here, most = _rules_broken(given, unfit * ranks_per_node), batch // ranks_per_node
+            sides = range(min(unfit - 1, most), 0, -1), range(unfit + 1, most + 1)
+            near = [
+                next((n for n in side if shares_batch(n) and _rules_broken(given, n * ranks_per_node) < here), 0)
+                for side in sides
+            ]
+            if any(near):
+                text = "-".join(map(str, dict.fromkeys(node_range)))
+                rule = f"{unfit} of {ranks_per_node} ranks each cannot share the batch evenly"
+                problems.append(Problem("--nodes", text, rule, tuple(n for n in near if n)))
+        raise ConfigError(problems)
+    low, high = node_range
+    node_counts = [
         n
-        for n in range(nodes[0], nodes[1] + 1)
-        if n in nodes or batch % (n * each) == 0 and not _problems(given, n * each)
+        for n in range(low, high + 1)
+        if n in node_range or shares_batch(n) and not _rules_broken(given, n * ranks_per_node)
     ]
-    left = sorted(set(range(nodes[0], nodes[1] + 1)) - set(fits))
-    notes = (
-        [
-            (
-                f"The recipe can be shared among {', '.join(str(n * each) for n in fits)} ranks: of {nodes[0]} to "
-                f"{nodes[1]} nodes it uses {', '.join(map(str, fits))}, the next lower of these."
-            )
-        ]
-        if left
-        else []
+    if len(node_counts) == high + 1 - low:
+        return configs[0], node_counts, []
+    note = (
+        f"The recipe can be shared among {', '.join(str(n * ranks_per_node) for n in node_counts)} ranks: of {low} to "
+        f"{high} nodes it uses {', '.join(map(str, node_counts))}, the next lower of these."
     )
-    return configs[0], fits, notes
+    return configs[0], node_counts, [note]
 
 
-def _batch(given: dict[str, Any]) -> int:
-    """train.global_batch, where it is a number; what is wrong with it is told by `resolve`."""
+def _batch_of_recipe(given: dict[str, Any]) -> int:
+    """train.global_batch, where it is a number; what is wrong with it is reported by `resolve`."""
     section = given.get("train")
     batch = section.get("global_batch", Train.global_batch) if isinstance(section, dict) else Train.global_batch
     return batch if isinstance(batch, int) and batch > 0 else 1
 
 
-def _problems(given: dict[str, Any], world_size: int) -> set[str]:
+def _rules_broken(given: dict[str, Any], world_size: int) -> set[tuple[str, str]]:
+    """(key, rule) of each problem of the recipe on so many ranks."""
     try:
         resolve(given, {}, world_size=world_size)
     except ConfigError as error:
-        return {str(problem) for problem in error.problems}
+        return {(problem.key, problem.rule) for problem in error.problems}
     return set()

@@ -1,18 +1,19 @@
-"""Cluster profiles: what a SLURM cluster wants to be told, in one YAML file for all recipes."""
+"""Cluster profiles: what has to be known of a SLURM cluster, in one YAML file for all recipes."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from seer_scale.config import opt, read_section, read_yaml
-from seer_scale.errors import ConfigError, UserError, nearest
+from seer_scale.errors import NOTHING, ConfigError, Problem, UserError, nearest
 
-FOLDER = Path("slurm")
-EXAMPLE = Path(__file__).parents[1] / "profiles" / "example.yaml"
+PROFILES_DIR = Path("slurm")
+EXAMPLE_PROFILE = Path(__file__).parents[1] / "profiles" / "example.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Profile:
     )
 
     @property
-    def ranks_a_node(self) -> int:
+    def resolved_ranks_per_node(self) -> int:
         return self.ranks_per_node or self.gpus_per_node
 
     @property
@@ -53,7 +54,7 @@ class Profile:
         return minutes(self.time)
 
 
-OURS = {
+RESERVED_OPTIONS = {
     "nodes",
     "ntasks",
     "ntasks-per-node",
@@ -91,127 +92,109 @@ OURS = {
     "version",
 }
 """Options of sbatch that have a key of their own here, or that the launcher decides."""
-LONGEST_GRACE_S = 65535
-"""sbatch --signal knows no more."""
+FREE_KEYS = ("environment", "sbatch", "before")
+"""Keys whose values have names of the user's own."""
+MAX_GRACE_S = 65535
+"""The most that sbatch --signal takes."""
 
 
 def load_profile(path: str) -> Profile:
     """A profile's file. Raises ConfigError with all that is wrong with it, UserError where there is none."""
-    place = Path(path)
-    if not os.path.isfile(place):
-        there = sorted(p.as_posix() for p in FOLDER.glob("*.yaml"))
-        raise UserError(
-            f"--profile {path} is no file; "
-            f"{nearest(path, there) if there else 'seer-scale launch --print-profile prints one to fill in.'}"
-        )
-    given = read_yaml(place, "keys, such as 'partition: gpu'")
-    profile, problems = read_profile(given)
+    if not os.path.isfile(path):
+        known = sorted(p.as_posix() for p in PROFILES_DIR.glob("*.yaml"))
+        fix = nearest(path, known) if known else "seer-scale launch --print-profile prints one to fill in"
+        raise UserError(Problem("--profile", path, "there is no such file", fix))
+    profile, problems = read_profile(read_yaml(Path(path), "keys, such as 'partition: gpu'"))
     if problems:
-        raise ConfigError([f"{path}: {p}" for p in problems], what="The profile")
+        raise ConfigError(problems, what=f"The profile {path}")
     return profile
 
 
-def read_profile(given: dict[str, Any]) -> tuple[Profile, list[str]]:
-    """The profile of a mapping, with what is wrong with it."""
-    free = ("environment", "sbatch", "before")
-    problems: list[str] = []
-    taken = {k: given[k] for k in given if k in free}
+def read_profile(given: dict[str, Any]) -> tuple[Profile, list[Problem]]:
+    """The profile of a mapping, with all that is wrong with it."""
     known = [f.name for f in fields(Profile)]
-    unknown = [k for k in given if k not in known]
-    problems += [
-        (
-            f"{k} is not a key; "
-            f"{nearest(str(k), known)}{' The keys are ' + ', '.join(known) + '.' if k == unknown[-1] else ''}"
-        )
-        for k in unknown
+    problems = [
+        Problem(str(key), NOTHING, "is not a key", nearest(str(key), known)) for key in given if key not in known
     ]
-    plain = read_section(Profile, {k: v for k, v in given.items() if k in known and k not in free}, "", problems)
-    values = {f.name: getattr(plain, f.name) for f in fields(Profile)}
-    for key, value in taken.items():
-        if key == "before" and isinstance(value, list):
-            values[key] = [str(v) for v in value]
-            problems += [
-                f"{key} holds {v!r}, but must hold lines of shell; quote the line."
-                for v in value
-                if not isinstance(v, str)
-            ]
-        elif key != "before" and isinstance(value, dict):
-            values[key] = {str(k): v if v is True and key == "sbatch" else str(v) for k, v in value.items()}
-            problems += [
-                (
-                    f"{key}.{k} is {'empty' if v is None else str(v).lower()}; give a "
-                    f"value{', or true for an option without one' * (key == 'sbatch')}, or leave it out."
-                )
-                for k, v in value.items()
-                if v is None or v is False and key == "sbatch"
-            ]
-            problems += [
-                f"{key}.{k} is read as {v!r}, which is no text; put it in quotes as it is meant."
-                for k, v in value.items()
-                if isinstance(v, list | dict) or isinstance(v, bool) and key == "environment"
-            ]
-        else:
-            what = "a list of lines" if key == "before" else "a mapping of names to values"
-            problems.append(f"{key} is {value!r}, but must be {what}.")
+    of_section: list[Any] = []
+    plain = {key: value for key, value in given.items() if key in known and key not in FREE_KEYS}
+    section = read_section(Profile, plain, "", of_section)
+    problems += map(Problem.of, of_section)
+    values = {name: getattr(section, name) for name in known}
+    for key in (key for key in given if key in FREE_KEYS):
+        values[key], wrong = _read_lines(given[key]) if key == "before" else _read_mapping(key, given[key])
+        problems += wrong
     problems += [
-        f"environment.{k} is no name of a variable; use letters, digits and _."
-        for k in values["environment"]
-        if not re.fullmatch(r"[A-Za-z_]\w*", k)
+        Problem(f"environment.{name}", NOTHING, "is no name of a variable", "use letters, digits and _")
+        for name in values["environment"]
+        if not re.fullmatch(r"[A-Za-z_]\w*", name)
     ]
-    if "" in (k.lstrip("-") for k in values["sbatch"]):
-        problems.append("sbatch has an option without a name; remove it.")
-    problems += [
-        f"sbatch.{k} is short for an option; write the long one, as in nodelist for w."
-        for k in values["sbatch"]
-        if len(k.lstrip("-")) == 1
-    ]
-    for option in values["sbatch"]:
-        if (name := option.lstrip("-").replace("_", "-")) in OURS:
-            key = name.replace("-", "_")
-            problems.append(
-                f"sbatch.{option} is "
-                f"{'the key ' + key + ' of the profile' if key in known else 'for the launcher to decide'}; remove "
-                "it."
-            )
+    problems += [problem for option in values["sbatch"] for problem in _check_sbatch(option, known)]
     try:
-        limit = minutes(values["time"])
-        if values["grace_s"] > LONGEST_GRACE_S:
-            problems.append(
-                f"grace_s is {values['grace_s']}, but SLURM takes at most {LONGEST_GRACE_S}; nearest: "
-                f"{LONGEST_GRACE_S}."
-            )
-        if limit * 60 <= values["grace_s"]:
-            problems.append(
-                f"grace_s is {values['grace_s']}, but a job has only {limit * 60} s (time); nearest: {limit * 20}."
-            )
+        limit_s = minutes(values["time"]) * 60
     except UserError as error:
-        problems.append(str(error))
+        problems += error.problems
+    else:
+        grace_s = values["grace_s"]
+        if grace_s > MAX_GRACE_S:
+            problems.append(Problem("grace_s", grace_s, f"SLURM takes at most {MAX_GRACE_S}", (MAX_GRACE_S,)))
+        if limit_s <= grace_s:
+            problems.append(Problem("grace_s", grace_s, f"a job has only {limit_s} s (time)", (limit_s // 3,)))
     if not (values["ranks_per_node"] or values["gpus_per_node"]):
-        problems.append("gpus_per_node is 0, so ranks_per_node must say how many processes a node has; nearest: 1.")
+        rule = "must say how many processes a node has, as gpus_per_node is 0"
+        problems.append(Problem("ranks_per_node", NOTHING, rule, (1,)))
     return Profile(**values), problems
+
+
+def _read_lines(value: Any) -> tuple[list[str], list[Problem]]:
+    """The lines of shell of `before`."""
+    if not isinstance(value, list):
+        return [], [Problem("before", value, "must be a list of lines")]
+    lines = [line for line in value if isinstance(line, str)]
+    odd = [line for line in value if not isinstance(line, str)]
+    return lines, [Problem("before", line, "must hold lines of shell", "quote the line") for line in odd]
+
+
+def _read_mapping(key: str, given: Any) -> tuple[dict[str, Any], list[Problem]]:
+    """`environment`, or `sbatch`, whose options may be true, for those without a value."""
+    if not isinstance(given, dict):
+        return {}, [Problem(key, given, "must be a mapping of names to values")]
+    is_sbatch, problems = key == "sbatch", []
+    for name, value in given.items():
+        if value is None or value is False and is_sbatch:
+            fix = f"give a value{', or true for an option without one' * is_sbatch}, or leave it out"
+            problems.append(Problem(f"{key}.{name}", value, "needs a value", fix))
+        elif isinstance(value, list | dict) or isinstance(value, bool) and not is_sbatch:
+            problems.append(Problem(f"{key}.{name}", value, "must be text", "quote it as it is meant"))
+    return {str(k): v if v is True and is_sbatch else str(v) for k, v in given.items()}, problems
+
+
+def _check_sbatch(option: str, known: Sequence[str]) -> list[Problem]:
+    key, name = f"sbatch.{option}", option.lstrip("-").replace("_", "-")
+    if not name:
+        return [Problem("sbatch", NOTHING, "has an option without a name", "remove it")]
+    if len(name) == 1:
+        return [Problem(key, NOTHING, "is short for an option", "write the long one, as in nodelist for w")]
+    if name not in RESERVED_OPTIONS:
+        return []
+    own = name.replace("-", "_")
+    rule = f"is the key {own} of the profile" if own in known else "is for the launcher to decide"
+    return [Problem(key, NOTHING, rule, "remove it")]
 
 
 def minutes(time: str) -> int:
     """SLURM's ways to write a time limit (man sbatch, --time), in minutes, rounded up. Raises UserError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not match:
-        raise UserError(
-            f"time is {time!r}, but must be written as DAYS-HOURS:MINUTES:SECONDS, HOURS:MINUTES:SECONDS or "
-            "minutes, such as 2-00:00:00."
-        )
+        rule = "must be written as DAYS-HOURS:MINUTES:SECONDS, HOURS:MINUTES:SECONDS or minutes"
+        raise UserError(Problem("time", time, rule, ("2-00:00:00",)))
     days, *rest = match.groups()
     parts = [int(p) for p in rest if p is not None]
     if days is not None:
-        hours, mins, secs = (parts + [0, 0])[:3]
-        total = (int(days) * 24 + hours) * 3600 + mins * 60 + secs
-    else:
-        total = (
-            parts[0] * 60
-            if len(parts) == 1
-            else parts[0] * 60 + parts[1]
-            if len(parts) == 2
-            else parts[0] * 3600 + parts[1] * 60 + parts[2]
-        )
-    if total < 60:
-        raise UserError(f"time is {time!r}, but SLURM counts in whole minutes; nearest: 1.")
-    return -(-total // 60)
+        hours, mins, secs = (*parts, 0, 0)[:3]
+    else:  # MINUTES, MINUTES:SECONDS or HOURS:MINUTES:SECONDS
+        hours, mins, secs = parts if len(parts) == 3 else (0, *parts, 0)[:3]
+    seconds = (int(days or 0) * 24 + hours) * 3600 + mins * 60 + secs
+    if seconds < 60:
+        raise UserError(Problem("time", time, "SLURM counts in whole minutes", (1,)))
+    return -(-seconds // 60)

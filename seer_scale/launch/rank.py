@@ -19,7 +19,7 @@ import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from seer_scale import console  # noqa: E402
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RankLostError, UserError, print_error  # noqa: E402
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Problem, RankLostError, UserError, print_error  # noqa: E402
 from seer_scale.files import write_whole  # noqa: E402
 from seer_scale.launch.job import ATTEMPT, Job  # noqa: E402
 from seer_scale.rank_info import detect  # noqa: E402
@@ -35,38 +35,36 @@ def main(run_dir: str) -> int:
     console.install(f"[rank {rank}] " if rank else "", drop=f"[rank{rank}]: ")  # torch's tracebacks begin with that
     os.chdir(job.folder)
     if job.cluster == "local":
-        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_stop_without_controller, args=(os.getppid(),), daemon=True).start()
     try:
-        _must_be_copy(job.code)
+        _check_code_copy(job.code)
         from seer_scale.training.start import run_training
 
-        status, tells = run_training(str(job.recipe), [], attempt), rank == 0
+        status, is_outcome = run_training(str(job.recipe), [], attempt), rank == 0
     except RankLostError as error:  # the one that was lost knows why, or nobody does
         return print_error(error)
     except UserError as error:
-        status, tells = print_error(error), (rank == 0 or error.single_rank) and not error.retryable
-    except KeyboardInterrupt:  # a second Ctrl-C, of which the launcher tells
+        status, is_outcome = print_error(error), (rank == 0 or error.single_rank) and not error.retryable
+    except KeyboardInterrupt:  # a second Ctrl-C, which the launcher reports
         return EXIT_FAILED
-    if tells:
+    if is_outcome:
         try:
-            write_whole(job.place / "outcome.json", to_json({"attempt": attempt, "status": status}))
+            write_whole(job.launch_dir / "outcome.json", to_json({"attempt": attempt, "status": status}))
         except OSError:
             return status
     return EXIT_DONE if status == EXIT_STOPPED else status
 
 
-def _must_be_copy(code: str) -> None:
+def _check_code_copy(code: str) -> None:
     """What runs here is the copy of the code that travels with the job, which its contents name: the runs of an array
     share the first one's. Raises UserError."""
     package = Path(__file__).parents[1]
     if package.parent.name != Path(code).name:
-        raise UserError(
-            f"The ranks run the code in {package}, not the run's copy in {code}: see that nothing comes before that "
-            "on PYTHONPATH."
-        )
+        rule = f"the ranks must run the run's copy in {code}"
+        raise UserError(Problem("seer_scale", package, rule, "remove what comes before that copy on PYTHONPATH"))
 
 
-def _stop_without(controller: int) -> None:
+def _stop_without_controller(controller: int) -> None:
     """Save and stop when the process that started this one is gone."""
     while os.getppid() == controller:
         time.sleep(1.0)

@@ -1,4 +1,4 @@
-"""Runs there are: what they do, what they said, how to end them and how to start them again. No torch is loaded."""
+"""Launched runs: their states and logs, how to cancel them and how to start them again. No torch is loaded."""
 
 from __future__ import annotations
 
@@ -16,76 +16,75 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale import console
-from seer_scale.errors import EXIT_DONE, UserError, nearest
+from seer_scale.errors import EXIT_DONE, NOTHING, Problem, UserError, nearest
 from seer_scale.files import shown, to_json
 from seer_scale.formatting import counted, rough_duration
-from seer_scale.launch.job import CLAIM, FOLDER, RECORD, Job
+from seer_scale.launch.job import LAUNCH_DIR, RECORD, START_LOCK, Job
 from seer_scale.launch.job import is_alive as process_is_alive
 
 FOLLOW_S = 0.5
-NOW_S = 1.5
-"""Seconds between two requests that end a local run at once: more than ECHO_S."""
+SECOND_STOP_S = 1.5
+"""Seconds between two stop requests, of which the second ends a local run at once: more than ECHO_S."""
 
 
 # ------------------------------------------------------------------------------------------------ which
 
 
-def matching(names: Sequence[str]) -> list[Job]:
-    """The runs called so, or those that patterns mean. Raises UserError."""
-    return [job for name in names for job in _matching(name)]
+def find_all(names: Sequence[str]) -> list[Job]:
+    """The runs of these names or patterns. Raises UserError."""
+    return [job for name in names for job in _find_matching(name)]
 
 
-def find(name: str) -> Job:
-    """The one run called so. Raises UserError."""
-    jobs = _matching(name)
+def find_one(name: str) -> Job:
+    """The one run of this name or pattern. Raises UserError."""
+    jobs = _find_matching(name)
     if len(jobs) > 1:
-        raise UserError(f"{name} are {len(jobs)} runs; give one of them: {', '.join(called(job) for job in jobs)}.")
+        names = tuple(display_name(job) for job in jobs)
+        raise UserError(Problem("NAME", name, f"it matches {len(jobs)} runs, and one is needed", names))
     return jobs[0]
 
 
-def _matching(name: str) -> list[Job]:
-    if not set("*?[") & set(name) or _read(name):
-        return [_named(name)]
+def _find_matching(name: str) -> list[Job]:
+    if not set("*?[") & set(name) or _read_record(name):
+        return [_find_named(name)]
     patterns = (name, f"runs/{name}")  # which the shell has not expanded
     places = {p for q in patterns for p in (Path("/").glob(q[1:]) if q[0] == "/" else Path().glob(q))}
     jobs = [job for place in sorted(places) if (job := Job.read(place))]
     if not jobs:
-        raise UserError(
-            f"No launched run is called {name}, here or below runs/: {command_here()} list shows those there are."
-        )
+        rule = "it matches no launched run, here or in runs/"
+        raise UserError(Problem("NAME", name, rule, f"{command_here()} list shows all"))
     return jobs
 
 
-def _read(name: str) -> Job | None:
+def _read_record(name: str) -> Job | None:
     """The run that lies in a folder of this very name, here or in runs/."""
     return next((job for place in (Path(name), Path("runs") / name) if (job := Job.read(place))), None)
 
 
-def _named(name: str) -> Job:
-    if job := _read(name):
+def _find_named(name: str) -> Job:
+    if job := _read_record(name):
         return job
     for place in (Path(name), Path("runs") / name):
         if (place / "metrics.jsonl").is_file():
-            raise UserError(
-                f"{place} was not launched, but started by train: seer-scale inspect {place} tells of it, "
-                f"and {console.file_of(place, 0)} holds what it said."
-            )
-    names = [called(job) for job, _ in _below(Path("runs")) if job]
+            fix = f"seer-scale inspect {place} describes it, and {console.file_of(place, 0)} has its output"
+            raise UserError(Problem(str(place), NOTHING, "was started by train, not by launch", fix))
+    names = [display_name(job) for job in _jobs_below(Path("runs")) if isinstance(job, Job)]
     of_array = [n for n in names if n.startswith(f"{name}-")]
-    hint = f"an array's runs have names of their own: {', '.join(of_array)}." if of_array else "none was launched here."
-    hint = nearest(name, names) if names and not of_array else hint
-    raise UserError(f"There is no launched run {name}: neither {name} nor runs/{name} holds launch/job.json; {hint}")
+    fix = f"each run of an array has its own name: {', '.join(of_array)}" if of_array else "none was launched here"
+    fix = nearest(name, names) if names and not of_array else fix
+    raise UserError(Problem("NAME", name, f"neither it nor runs/{name} is a launched run's folder", fix))
 
 
-def _below(folder: Path) -> list[tuple[Job | None, str]]:
-    """All runs below a folder, linked ones too, in order; of one whose record cannot be read, None and why."""
-    jobs: list[tuple[Job | None, str]] = []
-    there = (Path(at) / name for at, folders, _ in os.walk(folder) for name in folders)  # links are not followed
-    for place in sorted(p for p in (folder, *there) if os.path.exists(p / FOLDER / RECORD)):
+def _jobs_below(folder: Path) -> list[Job | UserError]:
+    """All runs below a folder, linked ones too, in order; of one whose record cannot be read, the error."""
+    jobs: list[Job | UserError] = []
+    subfolders = (Path(at) / name for at, names, _ in os.walk(folder) for name in names)  # links are not followed
+    for place in sorted(p for p in (folder, *subfolders) if os.path.exists(p / LAUNCH_DIR / RECORD)):
         try:
-            jobs.append((Job.read(place), ""))
-        except UserError as problem:
-            jobs.append((None, str(problem)))
+            if job := Job.read(place):
+                jobs.append(job)
+        except UserError as error:
+            jobs.append(error)
     return jobs
 
 
@@ -101,8 +100,8 @@ def command_here() -> str:
     return word if place is script else f"{word} -m seer_scale"
 
 
-def called(job: Job) -> str:
-    """The shortest word by which `find` finds it from here, as it may be shown."""
+def display_name(job: Job) -> str:
+    """The shortest word by which `find_one` finds it from here, safe to print."""
     place = Path(job.run_dir)
     if place.parent == Path("runs").absolute():
         return shown(place.name)
@@ -133,13 +132,13 @@ def state(job: Job) -> str:
         from seer_scale.launch import slurm
 
         try:
-            found, there = slurm.details(job.job_id), slurm.is_there()
+            found, there = slurm.details(job.job_id), slurm.is_installed()
         except slurm.NoAnswer:
             return "unknown, as SLURM does not answer"
         word, reason = found.get("JobState", ""), found.get("Reason", "None")
-        if word in slurm.ALIVE and job.is_cancelled():
+        if word in slurm.ALIVE_STATES and job.is_cancelled():
             return f"{word.lower()}, asked to stop {ago(job.cancelled_at())}"
-        if word in slurm.ALIVE:
+        if word in slurm.ALIVE_STATES:
             return word.lower() + (f" ({reason})" if word == "PENDING" and reason != "None" else "")
         if not attempts and word:
             code = found.get("ExitCode", "unknown")
@@ -161,9 +160,9 @@ def state(job: Job) -> str:
 
 def progress(job: Job) -> str:
     seen, rate = _newest_line(job)
-    config = _text(Path(job.run_dir) / "config.yaml")
+    config = _read_text(Path(job.run_dir) / "config.yaml")
     total, batch = (
-        re.search(rf"^train:.*?^  {key}: (\d+)", config, re.M | re.S) for key in ("samples", "global_batch")
+        re.search(rf"^train:.*?^  {key}: (\d+)", config, re.M | re.S) for key in ("total_samples", "global_batch")
     )
     of = f" of {-(-int(total[1]) // int(batch[1])) * int(batch[1]):,}" if total and batch and int(batch[1]) else ""
     return f"{seen:,}{of} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (
@@ -192,7 +191,7 @@ def _newest_line(job: Job) -> tuple[int, float]:
     return 0, 0.0
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -206,22 +205,30 @@ def ago(then: float) -> str:
 # ------------------------------------------------------------------------------------------------ the commands
 
 
-def list_runs(folder: Path) -> int:
+def list_runs(folder: Path, *, as_json: bool) -> int:
+    """Print a line for each launched run below a folder, or a JSON array. Raises UserError."""
     if not folder.is_dir() and folder != Path("runs"):
-        raise UserError(f"There is no folder {folder}: give the one that holds the runs' folders.")
-    runs = _below(folder)
+        raise UserError(Problem("FOLDER", folder, "there is no such folder", "give the one that holds the runs"))
+    runs = _jobs_below(folder)
+    if as_json:
+        print(to_json([_status_facts(run) if isinstance(run, Job) else {"error": str(run)} for run in runs], indent=1))
+        return EXIT_DONE
     if not runs:
-        print(f"No run below {shown(folder)} was launched (seer-scale inspect RUN tells of a run that train started).")
-    width = max((len(called(job)) for job, _ in runs if job), default=0)
-    for job, problem in runs:
-        line = job and f"{called(job):{width}}  {job.cluster:6} {job.job_id:18} {progress(job):44} {state(job)}"
-        print(shown(line or problem))
+        print(f"No run below {shown(folder)} was launched (seer-scale inspect RUN describes one that train started).")
+    width = max((len(display_name(run)) for run in runs if isinstance(run, Job)), default=0)
+    for run in runs:
+        if isinstance(run, Job):
+            print(
+                shown(f"{display_name(run):{width}}  {run.cluster:6} {run.job_id:18} {progress(run):44} {state(run)}")
+            )
+        else:
+            print(run)
     return EXIT_DONE
 
 
 def print_status(jobs: Sequence[Job], *, as_json: bool) -> int:
     if as_json:
-        facts = [_facts(job) for job in jobs]
+        facts = [_status_facts(job) for job in jobs]
         print(to_json(facts[0] if len(jobs) == 1 else facts, indent=1))
         return EXIT_DONE
     for job in jobs:
@@ -229,11 +236,11 @@ def print_status(jobs: Sequence[Job], *, as_json: bool) -> int:
     return EXIT_DONE
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _status_facts(job: Job) -> dict[str, Any]:
     starts = [line for line in job.attempts() if line["event"] == "begin"]
     return {
         "name": job.name, "state": state(job), "cluster": job.cluster, "job": job.job_id, "run_dir": job.run_dir,
-        "launched_in": job.launched_in or job.run_dir, "nodes": job.fits, "ranks_per_node": job.ranks_per_node,
+        "launched_in": job.launched_in or job.run_dir, "nodes": job.node_counts, "ranks_per_node": job.ranks_per_node,
         "samples_saved": max(0, job.newest_checkpoint()), "starts": len(starts), "now": starts[-1] if starts else None,
         "command": job.command,
     }  # fmt: skip
@@ -256,7 +263,7 @@ def _print_status(job: Job) -> None:
 
 def _is_copy(job: Job) -> bool:
     """Whether another folder is the one that was launched: that in which it was launched still holds that launch, or
-    has been moved while the launcher of a local run has its claim open."""
+    has been moved while the launcher of a local run holds its lock."""
     if not job.launched_in:
         return False
     try:
@@ -267,14 +274,14 @@ def _is_copy(job: Job) -> bool:
         return False
     if there is not None:
         return there.job_id == job.job_id and there.submitted == job.submitted
-    return job.cluster == "local" and process_is_alive(job.launcher) and not _has_claimed(job)
+    return job.cluster == "local" and process_is_alive(job.launcher) and not _holds_start_lock(job)
 
 
-def _has_claimed(job: Job) -> bool:
-    """Whether the launcher of a local run holds this very folder's claim (submit.claimed)."""
+def _holds_start_lock(job: Job) -> bool:
+    """Whether the launcher of a local run holds the lock of this very folder (submit.start_lock)."""
     open_files = Path("/proc") / job.launcher.partition(":")[0] / "fd"
     with suppress(OSError):
-        own = (job.place / CLAIM).stat()
+        own = (job.launch_dir / START_LOCK).stat()
         for file in open_files.iterdir():
             with suppress(OSError):  # closed meanwhile
                 if os.path.samestat(own, file.stat()):
@@ -300,15 +307,15 @@ def print_logs(job: Job, *, follow: bool) -> int:
             sys.stdout.flush()
 
     show()
-    while follow and not console.lost(sys.stdout) and _may_go_on(job):
+    while follow and not console.lost(sys.stdout) and _may_still_run(job):
         time.sleep(FOLLOW_S)
         show()
     if not any(read.values()):
-        print(shown(f"{job.name} has said nothing yet: {state(job)}."))
+        print(shown(f"{job.name} has logged nothing yet: {state(job)}."))
     return EXIT_DONE
 
 
-def _may_go_on(job: Job) -> bool:
+def _may_still_run(job: Job) -> bool:
     from seer_scale.launch import slurm
 
     try:
@@ -318,31 +325,32 @@ def _may_go_on(job: Job) -> bool:
 
 
 def cancel(jobs: Sequence[Job], *, now: bool) -> int:
-    problems = []
+    errors = []
     for job in jobs:
         try:
-            print(shown(_cancel(job, now=now)))
-        except UserError as problem:  # the others are cancelled all the same
-            problems.append(str(problem))
-    if problems:
-        raise UserError(*problems)
+            print(shown(_cancel_one(job, now=now)))
+        except UserError as error:  # the others are cancelled all the same
+            errors.append(error)
+    if errors:
+        raise UserError.joined(errors)
     return EXIT_DONE
 
 
-def _cancel(job: Job, *, now: bool) -> str:
+def _cancel_one(job: Job, *, now: bool) -> str:
     if _is_copy(job):
-        raise UserError(f"{called(job)} is a copy of {job.launched_in}, whose job it names: cancel that one.")
+        rule = f"is a copy of {job.launched_in}, whose job it names"
+        raise UserError(Problem(display_name(job), NOTHING, rule, "cancel the original"))
     if job.cluster == "slurm":
         from seer_scale.launch import slurm
 
         return slurm.cancel(job, now=now or bool(job.launched_in))  # a job looks for the mark where it was launched
     if not is_running(job):
-        raise UserError(f"{job.name} is not running: {state(job)}.")
+        raise UserError(Problem(job.name, NOTHING, f"is not running: {state(job)}"))
     if not now:
         _signal(job, signal.SIGUSR2)  # which, unlike SIGTERM, may come as often as one likes
         return f"{job.name} saves and stops; --now would end it at once."
     _signal(job, signal.SIGTERM)
-    time.sleep(NOW_S)
+    time.sleep(SECOND_STOP_S)
     _signal(job, signal.SIGTERM)
     return f"{job.name} ends at once."
 
@@ -354,26 +362,24 @@ def _signal(job: Job, number: int) -> None:
             os.kill(int(job.launcher.partition(":")[0]), number)
 
 
-def words_again(job: Job, *, nodes: str, time: str) -> list[str]:
+def relaunch_words(job: Job, *, nodes: str, time: str) -> list[str]:
     """The words after `seer-scale launch` that start this run again, where it lies now. Raises UserError."""
     if state(job) == "done":
-        raise UserError(
-            f"{job.name} is done: it has seen all its samples. Start it with more train.total_samples to go on."
-        )
+        fix = "give its command again with more train.total_samples"
+        raise UserError(Problem(job.name, NOTHING, "is done: it has seen all its samples", fix))
     words = list(job.command)
     changes = {"--nodes": nodes, "--time": time, "--run.dir": job.run_dir if job.launched_in else ""}
     for option, value in changes.items():
         if value:
-            words = [*_without(words, option), option, value]
+            words = [*_drop_option(words, option), option, value]
     if not Path(job.folder).is_dir():
-        raise UserError(
-            f"{job.name} was launched from {job.folder}, which is no more: give its command from where its recipe "
-            f"and images are now: {command_here()} launch {shlex.join(words)}"
-        )
+        rule = f"was launched from {job.folder}, which does not exist any more"
+        command = f"{command_here()} launch {shlex.join(words)}"
+        raise UserError(Problem(job.name, NOTHING, rule, f"give {command} from where its recipe and images are now"))
     return words
 
 
-def _without(words: Sequence[str], option: str) -> list[str]:
+def _drop_option(words: Sequence[str], option: str) -> list[str]:
     kept, rest = [], list(words)
     while rest:
         word = rest.pop(0)

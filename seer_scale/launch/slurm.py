@@ -1,4 +1,4 @@
-"""Runs on SLURM: submitted by submitit, started by srun in the batch job, and put back into the queue until done."""
+"""Runs on SLURM: submitted by submitit, started by srun in the batch job, and requeued until done."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import Any
 import submitit
 
 from seer_scale import console
-from seer_scale.errors import EXIT_HUNG, UserError, print_error
+from seer_scale.errors import EXIT_HUNG, NOTHING, Problem, UserError, print_error
 from seer_scale.launch.control import Control, Limits, log, signal_name
 from seer_scale.launch.job import ATTEMPT, Job
 from seer_scale.launch.profile import Profile
 from seer_scale.rank_info import LAUNCHER, SLURM, without_rank_variables
 
-ALIVE = (
+ALIVE_STATES = (
     "PENDING",
     "CONFIGURING",
     "RUNNING",
@@ -39,19 +39,19 @@ ALIVE = (
     "SIGNALING",
     "STAGE_OUT",
 )
-PLAIN = ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
-LAST = 0.2
+PASSED_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
+REQUEUE_FRACTION = 0.2
 """The part of the grace time in which a job that has not saved goes back to the queue without."""
-ASK_S, ANSWER_S = 5.0, 600.0
+SLURM_POLL_S, SLURM_ANSWER_TIMEOUT_S = 5.0, 600.0
 """Seconds between two questions to SLURM, and how long it may leave the question of going on without an answer."""
-BEGIN_S, END_S = 900.0, 120.0
+SRUN_START_TIMEOUT_S, KILL_TIMEOUT_S = 900.0, 120.0
 """Seconds in which srun starts the ranks, and in which those that are to end have ended."""
-AGAIN = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then
+REQUEUE_TRAP = """trap 'c=$?; if [ $c -ge 128 ] && scontrol show job $SLURM_JOB_ID | grep -q JobState=RUNNING; then
 scontrol requeue $SLURM_JOB_ID; fi' EXIT
 trap : USR1 USR2"""
 """Of the batch script: where the process that looks after the ranks was killed, and the job has not been ended, it goes
 back; and USR1 and USR2, which are for the ranks, do not end the script (scancel --full sends them there, too)."""
-KILLED_S = 120.0
+REQUEUE_TIMEOUT_S = 120.0
 """Seconds in which SLURM ends a job that it has put back into the queue."""
 
 
@@ -67,16 +67,19 @@ class _Executor(submitit.SlurmExecutor):
 
 
 def _executor(job: Job) -> _Executor:
-    profile, fits = Profile(**job.profile), job.fits
-    more: dict[str, Any] = {"requeue": True, "nodes": f"{fits[0]}-{fits[-1]}" if len(fits) > 1 else str(fits[0])}
-    more |= {key: value for key in PLAIN if (value := getattr(profile, key))}
+    profile, counts = Profile(**job.profile), job.node_counts
+    more: dict[str, Any] = {
+        "requeue": True,
+        "nodes": f"{counts[0]}-{counts[-1]}" if len(counts) > 1 else str(counts[0]),
+    }
+    more |= {key: value for key in PASSED_OPTIONS if (value := getattr(profile, key))}
     # not tasks a node, which would fix the number of nodes at the first start
     more["mincpus"] = max(1, profile.cpus_per_rank) * job.ranks_per_node
     more |= {k.lstrip("-").replace("_", "-"): v for k, v in profile.sbatch.items()}
     variables = profile.environment | {"PYTHONSAFEPATH": "1"}
     setup = [*profile.before, *(f"export {k}={shlex.quote(v)}" for k, v in variables.items())]
     setup += [
-        AGAIN,
+        REQUEUE_TRAP,
         f'export PYTHONPATH={shlex.quote(job.code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"cd {shlex.quote(job.folder)}",
     ]
@@ -95,25 +98,23 @@ def _executor(job: Job) -> _Executor:
     return executor
 
 
-def script(job: Job, num: int = 1) -> str:
-    """The batch script of a job, or of `num` as one array."""
+def script(job: Job, array_size: int = 1) -> str:
+    """The batch script of a job, or of an array of such jobs."""
     executor = _executor(job)
-    if num > 1:
-        executor.parameters["map_count"] = num  # as submitit itself does
+    if array_size > 1:
+        executor.parameters["map_count"] = array_size  # as submitit itself does
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
-def is_there() -> bool:
+def is_installed() -> bool:
     return shutil.which("scontrol") is not None
 
 
-def must_be_there() -> None:
+def check_installed() -> None:
     """Raises UserError without SLURM's commands."""
     if missing := [c for c in ("sbatch", "srun", "scontrol", "squeue") if not shutil.which(c)]:
-        raise UserError(
-            f"There is no {missing[0]} on the path: give this command on a login node of the cluster (or start "
-            "with --cluster local)."
-        )
+        fix = "give this command on a login node of the cluster, or start with --cluster local"
+        raise UserError(Problem(missing[0], NOTHING, "is not on the path", fix))
 
 
 def submit(jobs: Sequence[Job]) -> list[Job]:
@@ -131,12 +132,13 @@ def submit(jobs: Sequence[Job]) -> list[Job]:
         OSError,
     ) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        told = [line for line in lines if "error:" in line] or lines[-1:] or ["it does not say why"]
-        raise UserError(f"SLURM does not take the job: {' '.join(told)}") from error
-    out = [dataclasses.replace(job, job_id=s.job_id, log_dir=str(jobs[0].logs)) for job, s in zip(jobs, submitted)]
-    for job in out:
+        reason = [line for line in lines if "error:" in line] or lines[-1:] or ["it gives no reason"]
+        raise UserError(Problem("SLURM", NOTHING, f"does not take the job: {' '.join(reason)}")) from error
+    log_dir = str(jobs[0].logs)
+    numbered = [dataclasses.replace(job, job_id=s.job_id, log_dir=log_dir) for job, s in zip(jobs, submitted)]
+    for job in numbered:
         job.write()
-    return out
+    return numbered
 
 
 # ------------------------------------------------------------------------------------------------ in the batch job
@@ -146,7 +148,7 @@ def control_slurm(run_dir: str) -> None:
     """What the batch job runs, on its first node: the ranks of all nodes. Ends the process with the run's exit
     status."""
     console.install()
-    got = int(os.environ["SLURM_JOB_NUM_NODES"])
+    nodes_given = int(os.environ["SLURM_JOB_NUM_NODES"])
     try:
         for _ in range(600):  # the record is written just after sbatch has answered
             if (job := Job.read(run_dir)) and job.job_id == _own_id():
@@ -156,14 +158,14 @@ def control_slurm(run_dir: str) -> None:
             job = Job.of(run_dir)
     except UserError as error:
         sys.exit(print_error(error))
-    nodes, each = max(n for n in job.fits if n <= got), job.ranks_per_node
+    nodes, ranks_per_node = max(n for n in job.node_counts if n <= nodes_given), job.ranks_per_node
     ident = f"{_own_id()}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    names = (_answer("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]) or "").split()[:nodes]
-    if nodes < got:
-        log(f"This job has {got} nodes, of which the recipe can use {nodes}.")
+    names = (_query("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]) or "").split()[:nodes]
+    if nodes < nodes_given:
+        log(f"This job has {nodes_given} nodes, of which the recipe can use {nodes}.")
     control = Control(
-        job, lambda attempt: SrunRanks(job, attempt, nodes, each), ident=ident, ranks=nodes * each, nodes=names,
-        requeue=_requeue, limits=SlurmLimits(job),
+        job, lambda attempt: SrunRanks(job, attempt, nodes, ranks_per_node), ident=ident,
+        ranks=nodes * ranks_per_node, nodes=names, requeue=_requeue, limits=SlurmLimits(job),
     )  # fmt: skip
     sys.exit(control.run())
 
@@ -182,12 +184,12 @@ class SlurmLimits(Limits):
         return self.is_cancelled() or self._is_within(self._grace_s)
 
     def is_over(self) -> bool:
-        return self._is_within(LAST * self._grace_s)
+        return self._is_within(REQUEUE_FRACTION * self._grace_s)
 
     def _is_within(self, seconds: float) -> bool:
         if time.time() < self._end - seconds:
             return False
-        if time.monotonic() - self._asked_at > ASK_S:  # the limit may have been moved
+        if time.monotonic() - self._asked_at > SLURM_POLL_S:  # the limit may have been moved
             self._end, self._asked_at = _end_of(_own_id(), self._end), time.monotonic()
         return time.time() >= self._end - seconds
 
@@ -195,13 +197,13 @@ class SlurmLimits(Limits):
 class SrunRanks:
     """One step of srun: a rank a task."""
 
-    def __init__(self, job: Job, attempt: str, nodes: int, each: int):
+    def __init__(self, job: Job, attempt: str, nodes: int, ranks_per_node: int):
         profile = Profile(**job.profile)
         words = [
             "srun",
             f"--nodes={nodes}",
-            f"--ntasks={nodes * each}",
-            f"--ntasks-per-node={each}",
+            f"--ntasks={nodes * ranks_per_node}",
+            f"--ntasks-per-node={ranks_per_node}",
             "--kill-on-bad-exit=1",
             "--export=ALL",
         ]
@@ -222,7 +224,7 @@ class SrunRanks:
         env = {k: v for k, v in without_rank_variables(os.environ).items() if k != "SLURM_CPUS_PER_TASK"}
         self._step = subprocess.Popen(words, env=env | {ATTEMPT: attempt, LAUNCHER: SLURM}, start_new_session=True)
         self.code, self._problem, self._began = 0, "", time.monotonic()
-        self._looked_at, self._is_there = self._began, False
+        self._looked_at, self._has_begun = self._began, False
 
     def poll(self) -> str | None:
         if (code := self._step.poll()) is None:
@@ -231,16 +233,16 @@ class SrunRanks:
         self.code = code
         if code and not _end_steps():
             self._problem = self._problem or "srun has ended, and its ranks cannot be ended"
-        return self._problem or _of_srun(code)
+        return self._problem or _describe_srun_end(code)
 
     def _must_begin(self) -> None:
         """An srun whose tasks never start, for what another step still holds, waits for ever."""
-        if self._is_there or time.monotonic() - self._looked_at < ASK_S:
+        if self._has_begun or time.monotonic() - self._looked_at < SLURM_POLL_S:
             return
         steps = _steps()
-        self._looked_at, self._is_there = time.monotonic(), bool(steps)
-        if steps == [] and time.monotonic() - self._began > BEGIN_S:
-            self._problem = f"srun has started no rank within {BEGIN_S:.0f} s"
+        self._looked_at, self._has_begun = time.monotonic(), bool(steps)
+        if steps == [] and time.monotonic() - self._began > SRUN_START_TIMEOUT_S:
+            self._problem = f"srun has started no rank within {SRUN_START_TIMEOUT_S:.0f} s"
             self._step.kill()
 
     def signal(self, number: int) -> None:
@@ -249,10 +251,10 @@ class SrunRanks:
             _end_steps()
             self._step.kill()
         elif number == signal.SIGUSR2:
-            _answer("scancel", "--signal=USR2", _own_id())  # to the steps
+            _query("scancel", "--signal=USR2", _own_id())  # to the steps
 
 
-def _of_srun(code: int) -> str:
+def _describe_srun_end(code: int) -> str:
     """Why the step ended, of srun's status."""
     if code in (EXIT_HUNG, 128 + signal.SIGALRM):
         return "A rank hung and was ended by its watchdog"
@@ -267,27 +269,27 @@ def _of_srun(code: int) -> str:
 
 def _steps() -> list[str] | None:
     """The job's steps of ranks that SLURM knows to run; None where it does not answer."""
-    found = _answer("squeue", "--noheader", "--steps", "--jobs", _own_id(), "--format=%i")
+    found = _query("squeue", "--noheader", "--steps", "--jobs", _own_id(), "--format=%i")
     return None if found is None else [step for step in found.split() if step.rpartition(".")[2].isdecimal()]
 
 
 def _end_steps() -> bool:
-    """No rank is left; False where that could not be had in END_S."""
-    until = time.monotonic() + END_S
+    """No rank is left; False where that could not be had in KILL_TIMEOUT_S."""
+    until = time.monotonic() + KILL_TIMEOUT_S
     while (steps := _steps()) != []:
         if time.monotonic() > until:
             return False
         if steps:
-            _answer("scancel", "--signal=KILL", *steps)  # of the job, it would be the job's end
+            _query("scancel", "--signal=KILL", *steps)  # of the job, it would be the job's end
         time.sleep(1.0)
     return True
 
 
 def _requeue() -> bool:
     """Put this job back into the queue, unless it is on its way out; never returns where SLURM then ends it."""
-    until = time.monotonic() + ANSWER_S
+    until = time.monotonic() + SLURM_ANSWER_TIMEOUT_S
     while True:
-        shown = _answer("scontrol", "-o", "show", "job", _own_id()) or ""
+        shown = _query("scontrol", "-o", "show", "job", _own_id()) or ""
         was, reason = (re.search(r"JobState=(\w+)", shown) or ["", ""])[1], "scontrol does not answer"
         if was and was != "RUNNING":  # cancelled, or preempted: SLURM has decided already
             log(f"SLURM has this job as {was}, so it is left to it.")
@@ -296,13 +298,13 @@ def _requeue() -> bool:
             done = subprocess.run(["scontrol", "requeue", _own_id()], capture_output=True, text=True)
             if done.returncode == 0:
                 log("Back to the queue.")
-                time.sleep(KILLED_S)
+                time.sleep(REQUEUE_TIMEOUT_S)
                 return True
             reason = done.stderr.strip()
         if time.monotonic() > until:
             log(f"SLURM does not put the job back into its queue ({reason}): start it again, and it goes on.")
             return False
-        time.sleep(ASK_S)
+        time.sleep(SLURM_POLL_S)
 
 
 def _own_id() -> str:
@@ -318,7 +320,7 @@ class NoAnswer(UserError):
     """SLURM does not answer."""
 
 
-def _answer(*words: str) -> str | None:
+def _query(*words: str) -> str | None:
     """What a command of SLURM's prints: nothing of a job that SLURM does not know; None where it fails otherwise."""
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode == 0:
@@ -330,14 +332,14 @@ def details(job_id: str) -> dict[str, str]:
     """What SLURM still knows of a job, by scontrol's names; of one it has forgotten, the state from its accounting.
     Raises
     NoAnswer."""
-    if not is_there():
+    if not is_installed():
         return {}
-    if (shown := _answer("scontrol", "-o", "show", "job", job_id)) is None:
-        raise NoAnswer(f"SLURM does not answer what became of job {job_id}: ask again when it does.")
+    if (shown := _query("scontrol", "-o", "show", "job", job_id)) is None:
+        raise NoAnswer(Problem("SLURM", NOTHING, f"does not answer about job {job_id}", "try again later"))
     if shown:
         return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=| *$)", shown.splitlines()[0]))
-    told = shutil.which("sacct") and _answer("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State") or ""
-    return {"JobState": told.split()[0]} if told.strip() else {}
+    past = shutil.which("sacct") and _query("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State") or ""
+    return {"JobState": past.split()[0]} if past.strip() else {}
 
 
 def _end_of(job_id: str, otherwise: float = math.inf) -> float:
@@ -354,16 +356,15 @@ def state(job_id: str) -> str:
 
 
 def is_alive(job: Job) -> bool:
-    return state(job.job_id) in ALIVE
+    return state(job.job_id) in ALIVE_STATES
 
 
 def cancel(job: Job, *, now: bool) -> str:
     """Save and stop, or at once; a sentence that says what was done. Raises UserError."""
-    must_be_there()
-    if (was := state(job.job_id)) not in ALIVE:
-        raise UserError(
-            f"{job.name} is not on its way: job {job.job_id} is {was.lower() or 'not known to SLURM any more'}."
-        )
+    check_installed()
+    if (was := state(job.job_id)) not in ALIVE_STATES:
+        now_is = was.lower() or "not known to SLURM any more"
+        raise UserError(Problem(job.name, NOTHING, f"is not running: its job {job.job_id} is {now_is}"))
     try:
         job.cancel()
     except OSError as error:  # without the mark it would come back, but for scancel
@@ -382,4 +383,4 @@ def cancel(job: Job, *, now: bool) -> str:
 def _run(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{' '.join(words)} failed: {done.stderr.strip()}")
+        raise UserError(Problem(" ".join(words), NOTHING, f"failed: {done.stderr.strip()}"))

@@ -101,7 +101,7 @@ def start(
     console: Callable[[], None] | None = None,
 ) -> Run:
     """`seer-scale WORDS` on forked ranks; limit_bytes: no file may grow larger, as if the disk were full. console:
-    called in each rank, it puts something else in the place of descriptors 1 and 2 (see `lost_consoles`)."""
+    display_name in each rank, it puts something else in the place of descriptors 1 and 2 (see `lost_consoles`)."""
     return Run([str(w) for w in words], ranks, folder, limit_bytes, console)
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.cli import main
-from seer_scale.cli.look import BENCHES
+from seer_scale.cli.reports import BENCHES
 from seer_scale.config import RECIPES, load_recipe, recipe_names, resolve
 from seer_scale.errors import EXIT_STOPPED
 
@@ -44,12 +44,12 @@ COMMANDS = (
 @pytest.mark.parametrize(
     "words, part",
     [
-        (["trian"], "'trian' is no command of seer-scale; did you mean train?"),
+        (["trian"], "trian is no command of seer-scale; did you mean train?"),
         (["--verbose"], "seer-scale needs one of train, recipes, launch"),
         (["train"], "train needs RECIPE; seer-scale train --help explains each."),
         (["train", "--data.path", "x"], "train needs RECIPE"),
-        (["train", "demo", "stray"], "'stray' is not expected here: overrides are written --section.key value."),
-        (["train", "demo", "folder"], "A pattern goes in quotes, as in --data.path 'DIR/*.tar'."),
+        (["train", "demo", "stray"], "stray is not expected here; write overrides as --section.key value."),
+        (["train", "demo", "folder"], "and a pattern in quotes, as in --data.path 'DIR/*.tar'."),
         (
             ["train", "demo", "--optim", "3"],
             "--optim is a section of the recipe, not a key; its keys are --optim.name, --optim.lr",
@@ -62,36 +62,36 @@ COMMANDS = (
         (["train", "no/recipe.yaml", "--help"], "There is no file no/recipe.yaml"),
         (["eval"], "eval needs one of knn"),
         (["eval", "knn"], "eval knn needs RUN"),
-        (["eval", "linear", "x"], "'linear' is no command of seer-scale eval"),
+        (["eval", "linear", "x"], "linear is no command of seer-scale eval"),
         (["eval", "knn", "no/run"], "no/run is not a run's folder"),
-        (["report"], "report needs a run's folder, such as runs/demo: there is none below runs."),
-        (["report", "no/run"], "is not a run's folder"),
+        (["report"], "RUN is missing, and there is no run in runs/; nearest: runs/demo."),
+        (["report", "no/run"], "RUN is no/run, but that is no run's folder: it does not exist"),
         (["data", "dem", "x"], "did you mean demo?"),
         (["data", "demo", "--force", "x"], "--force is no option of seer-scale data demo"),
-        (["data", "demo", "a", "b"], "'b' is not expected here: seer-scale data demo --help says what is."),
-        (["recipes", "zzz"], "'zzz' is not expected here: seer-scale recipes"),
+        (["data", "demo", "a", "b"], "b is not expected here; seer-scale data demo --help says what is."),
+        (["recipes", "zzz"], "zzz is not expected here; seer-scale recipes"),
         (["recipes", "--jsn"], "did you mean --json?"),
         (["recipes", "--train.total_samples", "3"], "--train.total_samples has no effect with seer-scale recipes"),
-        (["report", "folder", "extra"], "'extra' is not expected here"),
-        (["report", "folder"], "folder is not a run's folder (it has neither config.yaml nor metrics.jsonl)"),
+        (["report", "folder", "extra"], "extra is not expected here"),
+        (["report", "folder"], "folder, but that is no run's folder: it has neither config.yaml nor metrics.jsonl"),
         (["eval", "knn", "--json"], "eval knn needs RUN"),
-        (["bench", "stop"], "'stop' is no command of seer-scale bench; did you mean step?"),
+        (["bench", "stop"], "stop is no command of seer-scale bench; did you mean step?"),
         (
             ["bench", "checkpoint", "--gib", "x"],
-            "argument --gib: invalid float value: 'x'; seer-scale bench checkpoint --help",
+            "--gib cannot be taken: invalid float value: 'x'; seer-scale bench checkpoint --help",
         ),
         (["plan", "--failures", "--gpu", "512"], "--gpu is no option of seer-scale plan; did you mean --gpus?"),
         (["plan"], "plan needs --failures"),
         (["train", "no/tiny.yaml"], "There is no file no/tiny.yaml; nor any recipe beside it."),
         (["train", "/tmp"], "/tmp is no recipe: to train on images there give a recipe's name and their path, such as"),
         (["train", __file__], "test_cli.py is no recipe: to train on images there"),
-        (["inspect", "no/run"], "There is no no/run: give a run's folder"),
+        (["inspect", "no/run"], "PATH is no/run, but it does not exist; give a run's folder"),
         (["bench"], "bench needs one of step, data, engines"),
         (["data"], "data needs one of inspect, pack, refresh, demo"),
         (["data", "refresh", "folder"], "data refresh needs --manifest"),
         (["launch", "demo"], "--cluster is missing"),
-        (["list", "no/folder"], "There is no folder no/folder"),
-        (["status", "x"], "There is no launched run x"),
+        (["list", "no/folder"], "FOLDER is no/folder, but there is no such folder"),
+        (["status", "x"], "NAME is x, but neither it nor runs/x is a launched run's folder; none was launched here."),
     ],
 )
 def test_a_mistake_is_answered(words, part, capsys, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_run_that_was_not_launched_is_told_by_inspect(tmp_path, monkeypatch, c
     for words in (["status", "mine"], ["logs", "runs/mine"], ["cancel", "mine"]):
         assert main(words) == 2
         assert (
-            "runs/mine was not launched, but started by train: seer-scale inspect runs/mine tells of it, "
+            "runs/mine was started by train, not by launch; seer-scale inspect runs/mine describes it, "
             in capsys.readouterr().err
         )
     assert main(["list"]) == 0 and "seer-scale inspect RUN" in capsys.readouterr().out

@@ -314,29 +314,29 @@ def test_who_numbers_this_rank(env, expected):
     [
         (
             TORCH | {"RANK": "x"},
-            "RANK is 'x', which is no whole number: RANK and WORLD_SIZE say which rank of how many",
+            "RANK is x, but must be a whole number; RANK and WORLD_SIZE say which rank of how many",
         ),
-        (TORCH | {"WORLD_SIZE": "-4"}, "WORLD_SIZE is '-4'"),
+        (TORCH | {"WORLD_SIZE": "-4"}, "WORLD_SIZE is -4"),
         (TORCH | {"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
         (TORCH | {"RANK": "4"}, "RANK is 4, but must be from 0 to 3, as WORLD_SIZE is 4"),
         (
             SRUN | {"SLURM_NTASKS": "many"},
-            "SLURM_NTASKS is 'many', which is no whole number: SLURM_PROCID and SLURM_NTASKS say",
+            "SLURM_NTASKS is many, but must be a whole number; SLURM_PROCID and SLURM_NTASKS say",
         ),
-        ({"RANK": "0"}, "RANK is '0', but WORLD_SIZE is not set"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', but RANK is not set"),
+        ({"RANK": "0"}, "RANK is 0, but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
         ({"TORCHELASTIC_RUN_ID": "none"}, "RANK is not set"),
         (
             SRUN | {"RANK": "0", "WORLD_SIZE": "1"},
             (
-                "RANK is '0', but this is task 3 of the 6 that srun has started (SLURM_PROCID is 3): unset RANK and "
+                "RANK is 0, but this is task 3 of the 6 that srun has started (SLURM_PROCID is 3); unset RANK and "
                 "WORLD_SIZE"
             ),
         ),
         (
             SRUN | {"WORLD_SIZE": "1"},
             (
-                "WORLD_SIZE is '1', but this is task 3 of the 6 that srun has started (SLURM_NTASKS is 6): unset "
+                "WORLD_SIZE is 1, but this is task 3 of the 6 that srun has started (SLURM_NTASKS is 6); unset "
                 "WORLD_SIZE"
             ),
         ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from seer_scale.cli.modules import add_module_commands
 from seer_scale.cli.parser import add_command
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, UserError
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserError
 from seer_scale.files import shown, to_json
 
 BENCHES = {
@@ -54,33 +54,31 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from seer_scale.observe import progress
-    from seer_scale.observe import time_account as time_account
+    from seer_scale.observe import progress, time_account
 
     if (args.path / "metrics.jsonl").is_file():
         if args.verify or args.tensors:
-            raise UserError(
-                f"{args.path} is a run, and --verify and --tensors are for checkpoints, such as those in "
-                f"{args.path / 'checkpoints'}."
-            )
+            option = "--verify" if args.verify else "--tensors"
+            fix = f"give a checkpoint, such as those in {args.path / 'checkpoints'}"
+            raise UserError(Problem(option, NOTHING, f"is for checkpoints, and {args.path} is a run", fix))
         found = time_account.read_time_account(args.path)
         print(to_json(found.to_dict(), indent=1) if args.json else time_account.text(found))
         return EXIT_DONE
     if not args.path.exists():
-        below = (
-            f"did you mean {Path('runs') / args.path}?"
-            if (Path("runs") / args.path).is_dir()
-            else "give a run's folder or one of its checkpoints."
+        is_name = (Path("runs") / args.path).is_dir()
+        fix = (
+            f"did you mean {Path('runs') / args.path}?" if is_name else "give a run's folder or one of its checkpoints"
         )
-        raise UserError(f"There is no {args.path}: {below}")
+        raise UserError(Problem("PATH", args.path, "it does not exist", fix))
     if any((args.path / name).exists() for name in ("launch", "config.yaml", progress.FILE)):  # a run that starts
-        print(time_account.text(time_account.read_time_account(args.path)))
+        found = time_account.read_time_account(args.path)
+        print(to_json(found.to_dict(), indent=1) if args.json else time_account.text(found))
         return EXIT_DONE
     from seer_scale.checkpoint import inspect as checkpoints  # and torch with it
 
-    told = checkpoints.describe(args.path, verify=args.verify)
-    print(to_json(told, indent=1) if args.json else checkpoints.text(told, tensors=args.tensors))
-    return EXIT_FAILED if told["flaw"] else EXIT_DONE
+    facts = checkpoints.describe(args.path, verify=args.verify)
+    print(to_json(facts, indent=1) if args.json else checkpoints.text(facts, tensors=args.tensors))
+    return EXIT_FAILED if facts["flaw"] else EXIT_DONE
 
 
 def report(args: argparse.Namespace) -> int:
@@ -88,8 +86,8 @@ def report(args: argparse.Namespace) -> int:
 
     run_dir = args.run_dir or _newest_run()
     if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        why = "it has neither config.yaml nor metrics.jsonl" if run_dir.is_dir() else "there is none"
-        raise UserError(f"{run_dir} is not a run's folder ({why}): give one, such as runs/demo.")
+        why = "it has neither config.yaml nor metrics.jsonl" if run_dir.is_dir() else "it does not exist"
+        raise UserError(Problem("RUN", run_dir, f"that is no run's folder: {why}", ("runs/demo",)))
     print(shown(write_report(run_dir)))
     return EXIT_DONE
 
@@ -97,7 +95,7 @@ def report(args: argparse.Namespace) -> int:
 def _newest_run() -> Path:
     logs = sorted(Path("runs").glob("*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
     if not logs:
-        raise UserError("report needs a run's folder, such as runs/demo: there is none below runs.")
+        raise UserError(Problem("RUN", NOTHING, "is missing, and there is no run in runs/", ("runs/demo",)))
     return logs[-1].parent
 
 
