@@ -13,8 +13,8 @@ from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE, Problem, UserError
 
 MODULES = {
-    "inspect": "counts, sizes, formats, what cannot be read, a contact sheet",
-    "pack": "balanced tars with an index, from any images",
+    "inspect": ("corpus.describe", "counts, sizes, formats, what cannot be read, a contact sheet"),
+    "pack": ("corpus.pack", "balanced tars with an index, from any images"),
 }
 REFRESH = """Gives a run other images: those of the manifest FILE (docs/data.md explains it), which is copied into the
 run's folder. A run that is under way takes it up at its next metric line, any other at its next start; the epoch goes

@@ -1,5 +1,4 @@
-"""Commands that are modules of a room: `add_arguments(parser)`, `run(args) -> text`, and a description that is their
-help."""
+"""Commands that are modules: each has `add_arguments(parser)`, `run(args) -> text`, and a docstring that is its help."""
 
 from __future__ import annotations
 
@@ -13,15 +12,18 @@ from seer_scale.cli.parser import SETTINGS, add_command, sentence
 from seer_scale.errors import EXIT_DONE
 
 
-def add_module_commands(commands: Any, room: str, what: str, modules: Mapping[str, str], words: Sequence[str]) -> Any:
-    """`seer-scale ROOM MODULE`; a module, which takes seconds to load, is loaded where `words` ask for it."""
-    parser = commands.add_parser(room, help=what, description=sentence(what))
-    kinds = parser.add_subparsers(metavar=room.upper(), required=True)
-    for name, does in modules.items():
-        if list(words[:2]) != [room, name]:
+def add_module_commands(
+    commands: Any, group: str, what: str, modules: Mapping[str, tuple[str, str]], words: Sequence[str]
+) -> Any:
+    """`seer-scale GROUP NAME` for each name of `modules`, which gives its module below seer_scale and what it does. A
+    module takes seconds to import: only the one that `words` ask for is."""
+    parser = commands.add_parser(group, help=what, description=sentence(what))
+    kinds = parser.add_subparsers(metavar=group.upper(), required=True)
+    for name, (path, does) in modules.items():
+        if list(words[:2]) != [group, name]:
             add_command(kinds, name, _run_nothing, does)
             continue
-        module = importlib.import_module(f"seer_scale.{room}.{name}")
+        module = importlib.import_module(f"seer_scale.{path}")
         parser = add_command(kinds, name, partial(_run, module), does, description=module.__doc__)
         module.add_arguments(parser)
     return kinds

@@ -13,12 +13,12 @@ from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserErro
 from seer_scale.files import shown, to_json
 
 BENCHES = {
-    "step": "an update against a plain loop",
-    "data": "images a second that a core makes of your files",
-    "engines": "every engine against ddp, in speed and memory",
-    "checkpoint": "how long training stands still for a checkpoint",
-    "lars": "LARS on sharded parameters",
-    "sinkhorn": "Sinkhorn against the least its traffic could take",
+    "step": ("bench.step", "an update against a plain loop"),
+    "data": ("bench.data", "images a second that a core makes of your files"),
+    "engines": ("bench.engines", "every engine against ddp, in speed and memory"),
+    "checkpoint": ("bench.checkpoint", "how long training stands still for a checkpoint"),
+    "lars": ("bench.lars", "LARS on sharded parameters"),
+    "sinkhorn": ("bench.sinkhorn", "Sinkhorn against the least its traffic could take"),
 }
 INSPECT = (
     "Of a checkpoint: what is in it, who wrote it, whether it is whole; no tensor is read for that. Of a run: "
