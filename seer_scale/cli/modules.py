@@ -1,4 +1,4 @@
-"""Commands that are modules: each has `add_arguments(parser)`, `run(args) -> text`, and a docstring that is its help."""
+"""Commands that are modules: each has `add_arguments(parser)`, `run(args) -> text`, and a docstring, its help."""
 
 from __future__ import annotations
 
