@@ -18,7 +18,7 @@ import torch
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.saver import Saver
 from seer_scale.distributed import World
-from seer_scale.errors import UserError
+from seer_scale.errors import Problem, UserError
 from seer_scale.files import to_json
 
 
@@ -85,8 +85,11 @@ def measure(folder: Path, state: store.State, rounds: int) -> dict[str, list[flo
 
 def run(args: argparse.Namespace) -> str:
     """Measure; returns the lines to print. Raises UserError."""
-    if args.gib <= 0 or args.rounds < 1 or args.tensors < 1:
-        raise UserError("--gib must be above 0, --rounds and --tensors at least 1.")
+    if args.gib <= 0:
+        raise UserError(Problem("--gib", args.gib, "must be above 0", (1,)))
+    for option, number in (("--rounds", args.rounds), ("--tensors", args.tensors)):
+        if number < 1:
+            raise UserError(Problem(option, number, "must be at least 1", (1,)))
     torch.manual_seed(0)
     state = state_of(args.gib, args.tensors)
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:

@@ -27,7 +27,7 @@ from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.transforms.decode import decode
 from seer_scale.data.transforms.views import MEAN, STD, load_views
-from seer_scale.errors import DataError, UserError
+from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.files import to_json
 
 
@@ -58,7 +58,8 @@ def reference(views: Views, seed: int) -> Callable[[bytes], list[torch.Tensor]]:
     try:
         from torchvision import transforms as T
     except ImportError as error:
-        raise UserError("The reference needs torchvision: install it, or give --no-reference.") from error
+        fix = "install it, or give --no-reference"
+        raise UserError(Problem("torchvision", NOTHING, "is what the reference needs", fix)) from error
     from PIL import Image, ImageFilter
 
     draw = random.Random(seed)
@@ -253,5 +254,5 @@ def _views(recipe: str) -> Views:
 
 def _count(word: str) -> int:
     if not word.strip().isdecimal() or not int(word):
-        raise UserError(f"--workers names {word!r}, but needs numbers of at least 1, such as 1,2,4.")
+        raise UserError(Problem("--workers", word, "must be numbers of at least 1", ("1,2,4",)))
     return int(word)

@@ -41,7 +41,7 @@ from seer_scale.bench.ranks import run_ranks, seconds, wait, where
 from seer_scale.bench.step import fake_views, read_crops, small_recipe
 from seer_scale.config import ZERO, Config, resolve
 from seer_scale.distributed import World
-from seer_scale.errors import ConfigError, UserError, nearest
+from seer_scale.errors import ConfigError, Problem, UserError, nearest
 from seer_scale.files import to_json
 from seer_scale.formatting import memory_size
 from seer_scale.methods.swav.method import SwAV
@@ -107,11 +107,11 @@ def list_cases(args: argparse.Namespace, ranks: int) -> tuple[list[Case], list[s
     engines = [e for e in args.engines.split(",") if e and e != "ddp"]
     for engine in engines:
         if engine not in SHARDED:
-            raise UserError(f"--engines names {engine!r}; {nearest(engine, SHARDED)}")
+            raise UserError(Problem("--engines", engine, "there is no such engine", nearest(engine, SHARDED)))
     chosen = {"all": list(FEATURES), "none": []}.get(args.features, args.features.split(","))
     for name in chosen:
         if name not in FEATURES:
-            raise UserError(f"--features names {name!r}; {nearest(name, FEATURES)}")
+            raise UserError(Problem("--features", name, "there is no such feature", nearest(name, FEATURES)))
     cases = [Case(e, {"parallel": {"engine": e}}, "ddp") for e in ["ddp", *engines]]
     out: list[str] = []
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from seer_scale.bench.ranks import run_ranks, seconds, where
 from seer_scale.config import Config, Optim, load_recipe, resolve
 from seer_scale.distributed import World
-from seer_scale.errors import UserError
+from seer_scale.errors import Problem, UserError
+from seer_scale.files import to_json
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.optim.optimizers import LARS_EPS, build_optimizer
 from seer_scale.parallel.engine import Engine
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as-if", type=int, default=512, help="ranks among which the matrices are shared out")
     parser.add_argument("--rounds", type=int, default=7, help="updates timed, ours and the loop's in turn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
 def shapes_of(recipe: str) -> dict[str, torch.Size]:
@@ -137,7 +139,7 @@ def measure(world: World, given: dict) -> dict:
 def run(args: argparse.Namespace) -> str:
     """Measure; returns the lines to print. Raises UserError."""
     if args.as_if < args.ranks:
-        raise UserError(f"--as-if is {args.as_if}, but {args.ranks} ranks are measured; nearest: {args.ranks}.")
+        raise UserError(Problem("--as-if", args.as_if, f"{args.ranks} ranks are measured", (args.ranks,)))
     shapes = shapes_of(args.recipe)
     given = {"shapes": shapes, "rounds": args.rounds, "as_if": args.as_if}
     got = run_ranks(measure, given, ranks=args.ranks, device=args.device)
@@ -146,10 +148,13 @@ def run(args: argparse.Namespace) -> str:
     ours, loop = (statistics.median(got["times"][n]) for n in ("ours", "loop"))
     ratio = statistics.median(b / a for a, b in zip(*got["times"].values()))
     if not got["apart"] <= 1e-4 * got["moved"]:
-        raise UserError(
-            f"The two updates differ by {got['apart']:.1e} where parameters moved by {got['moved']:.1e}: one "
-            "of them is wrong."
-        )
+        raise AssertionError(f"the updates differ by {got['apart']:.1e}; parameters moved by {got['moved']:.1e}")
+    if args.json:
+        return to_json({
+            "recipe": args.recipe, "ranks": args.ranks, "as_if": args.as_if, "where": got["where"],
+            "elements": got["elements"], "seconds": {"ours": ours, "per_tensor_loop": loop}, "speed": ratio,
+            "differ": got["apart"], "moved": got["moved"],
+        }, indent=1)  # fmt: skip
     return "\n".join([
         (
             f"{args.recipe}: {total / 1e6:,.0f}M parameters in {len(shapes)} tensors ({matrices} matrices), "

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from seer_scale.distributed import World, joined
-from seer_scale.errors import UserError
+from seer_scale.errors import Problem, UserError
 
 
 def run_ranks(measure: Callable[[World, Any], Any], given: Any, *, ranks: int, device: str) -> Any:
@@ -24,16 +24,15 @@ def run_ranks(measure: Callable[[World, Any], Any], given: Any, *, ranks: int, d
     `measure` is a module's function, and its result pickles. Raises UserError, also one of rank 0.
     """
     if ranks < 1:
-        raise UserError(f"--ranks is {ranks}, but must be at least 1; nearest: 1.")
+        raise UserError(Problem("--ranks", ranks, "must be at least 1", (1,)))
     if device == "cuda" and ranks > torch.cuda.device_count():
-        raise UserError(
-            f"--ranks is {ranks}, but there are {torch.cuda.device_count()} GPUs here; nearest: that, or --device cpu."
-        )
+        num_gpus = torch.cuda.device_count()
+        raise UserError(Problem("--ranks", ranks, f"there are {num_gpus} GPUs here", (num_gpus, "--device cpu")))
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (folder, ranks, device, measure, given), nprocs=ranks)
-        told, value = pickle.loads((Path(folder) / "result").read_bytes())
-    if told:
-        raise UserError(told)
+        error, value = pickle.loads((Path(folder) / "result").read_bytes())
+    if error:
+        raise error
     return value
 
 
@@ -47,13 +46,13 @@ def _rank(rank: int, folder: str, size: int, device: str, measure: Callable, giv
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     control = joined(dist.new_group(backend="gloo"))
-    told, value = "", None
+    problem, value = None, None
     try:
         value = measure(World(rank, size, rank, size, where, control), given)
     except UserError as error:
-        told = str(error)
+        problem = error
     if rank == 0:
-        (Path(folder) / "result").write_bytes(pickle.dumps((told, value)))
+        (Path(folder) / "result").write_bytes(pickle.dumps((problem, value)))
     dist.barrier(group=control)
     dist.destroy_process_group()
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from seer_scale.bench.ranks import run_ranks, seconds, where
 from seer_scale.bench.step import textbook_sinkhorn
 from seer_scale.distributed import World
-from seer_scale.errors import UserError
+from seer_scale.errors import Problem, UserError
+from seer_scale.files import to_json
 from seer_scale.methods.losses.sinkhorn import ABSORB, sinkhorn
 
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of one call of each thing timed, in turn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
 def passes(iterations: int) -> tuple[int, int]:
@@ -84,10 +86,9 @@ def measure(world: World, given: argparse.Namespace) -> dict:
 def run(args: argparse.Namespace) -> str:
     """Measure; returns the lines to print. Raises UserError."""
     if args.ranks < 1 or args.batch % args.ranks:
-        raise UserError(
-            f"--batch is {args.batch}, but must divide evenly among {args.ranks} ranks; nearest: "
-            f"{max(1, args.batch // max(1, args.ranks)) * max(1, args.ranks)}."
-        )
+        ranks = max(1, args.ranks)
+        near = max(1, args.batch // ranks) * ranks
+        raise UserError(Problem("--batch", args.batch, f"must divide evenly among {args.ranks} ranks", (near,)))
     got = run_ranks(measure, args, ranks=args.ranks, device=args.device)
     times, mib = got["times"], got["bytes"] / 2**20
     reads, copies = passes(args.iterations)
@@ -100,6 +101,12 @@ def run(args: argparse.Namespace) -> str:
     against_bound = statistics.median(o / b for o, b in zip(times["ours"], bounds))
     against_textbook = statistics.median(t / o for o, t in zip(times["ours"], times["textbook"]))
     gb = args.ranks * got["bytes"] / 1e9
+    if args.json:
+        return to_json({
+            "batch": args.batch, "prototypes": args.prototypes, "iterations": args.iterations, "crops": args.crops,
+            "ranks": args.ranks, "where": got["where"], "seconds": mid, "ours_to_bound": against_bound,
+            "textbook_to_ours": against_textbook, "differ": got["apart"],
+        }, indent=1)  # fmt: skip
     return "\n".join([
         (
             f"B = {args.batch:,}, K = {args.prototypes:,}, {args.iterations} iterations, {args.crops} crops, "

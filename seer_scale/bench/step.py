@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from seer_scale.bench.ranks import wait
 from seer_scale.config import Config, Crop, load_recipe, resolve
 from seer_scale.distributed import World
-from seer_scale.errors import UserError
+from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.extras import how_to_install
+from seer_scale.files import to_json
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.layers.norm import BatchNorm
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='parallel.activation_checkpoint of ours, as in "every 1" or "[[2], [7], [9, 17], []]"',
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's default")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
 def read_crops(text: str) -> list[dict[str, int]]:
@@ -88,7 +90,7 @@ def read_crops(text: str) -> list[dict[str, int]]:
     try:
         return [dict(zip(("num", "size"), map(int, kind.split("x")), strict=True)) for kind in text.split(",")]
     except ValueError:
-        raise UserError(f"--crops is {text!r}, but must be number x size of each kind, as in 2x96,4x64.") from None
+        raise UserError(Problem("--crops", text, "must be number x size of each kind", ("2x96,4x64",))) from None
 
 
 def small_recipe(model: str, crops: list[dict[str, int]], batch: int, prototypes: int, precision: str) -> dict:
@@ -151,7 +153,8 @@ class Reference(nn.Module):
         try:
             import timm
         except ImportError as error:
-            raise UserError(f"bench step compares with timm: {how_to_install('timm')}.") from error
+            fix = f"install it ({how_to_install('timm')}), or give --alone"
+            raise UserError(Problem("timm", NOTHING, "is what bench step compares with", fix)) from error
         self.backbone = timm.create_model(f"regnety_{TIMM[name.removeprefix('regnety_')]}", num_classes=0)
         self.backbone.load_state_dict(ours.backbone.state_dict())
         layers: list[nn.Module] = []
@@ -234,9 +237,11 @@ def run(args: argparse.Namespace) -> str:
     config = configure(args)
     name, batch, kinds = config.model.name, args.batch, config.views.crops
     if not args.alone and name.removeprefix("regnety_") not in TIMM:
-        raise UserError(f"timm has no {name}: give --alone, or one of {', '.join('regnety_' + n for n in TIMM)}.")
+        known = ", ".join(f"regnety_{size}" for size in TIMM)
+        raise UserError(Problem("--model", name, "timm has none of that name", f"give --alone, or one of {known}"))
     if not args.alone and len(config.swav.prototypes) > 1:
-        raise UserError("The reference has one set of prototypes: give --alone, or --prototypes.")
+        fix = "give --alone, or --prototypes"
+        raise UserError(Problem("swav.prototypes", config.swav.prototypes, "the reference has one set of them", fix))
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -274,27 +279,29 @@ def run(args: argparse.Namespace) -> str:
     place = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     crops, precision = ",".join(f"{c.num}x{c.size}" for c in kinds), config.train.precision
     lines = [f"{name}, crops {crops}, batch {batch}, {precision}, {place}, torch {torch.__version__}"]
+    rates = {loop: batch * args.updates / statistics.median(seconds) for loop, seconds in times.items()}
+    ratio = statistics.median(r / o for o, r in zip(times["ours"], times["reference"])) if reference else None
+    macs = macs_an_image(method, kinds)
+    if args.json:
+        return to_json({
+            "what": lines[0], "images_per_s": rates, "loss": losses, "peak_gib": peaks, "speed": ratio,
+            "macs_per_image": macs,
+        }, indent=1)  # fmt: skip
     recomputed = config.parallel.activation_checkpoint
     if args.recipe or recomputed != "none":
         s, widths = config.swav, " x ".join(map(str, [*config.swav.hidden, config.swav.embedding_dim]))
-        norm, told = (
-            " with BatchNorm" if s.batch_norm else "",
-            recomputed if isinstance(recomputed, str) else [list(r) for r in recomputed],
-        )
-        lines.append(f"head {widths}{norm}, prototypes {list(s.prototypes)}, {config.optim.name}, recomputed: {told}")
-    for loop, seconds in times.items():
-        line = (
-            f"{loop:9}  {batch * args.updates / statistics.median(seconds):9.2f} images/s   loss after {total} "
-            f"updates {losses[loop]:.6f}"
-        )
+        norm = " with BatchNorm" if s.batch_norm else ""
+        spans = recomputed if isinstance(recomputed, str) else [list(stage) for stage in recomputed]
+        lines.append(f"head {widths}{norm}, prototypes {list(s.prototypes)}, {config.optim.name}, recomputed: {spans}")
+    for loop, rate in rates.items():
+        line = f"{loop:9}  {rate:9.2f} images/s   loss after {total} updates {losses[loop]:.6f}"
         lines.append(line + (f"   peak {peaks[loop]:.1f} GiB" if peaks else ""))
     if reference:
-        ratio = statistics.median(r / o for o, r in zip(times["ours"], times["reference"]))
         lines.append(
             f"ours / reference: {ratio:.3f} times the images/s (median of {args.rounds} interleaved "
             f"rounds{'; peaks hold both models' if peaks else ''})"
         )
-    macs, rate = macs_an_image(method, kinds), batch * args.updates / statistics.median(times["ours"])
+    rate = rates["ours"]
     peak = next((p for n, p in PEAK_TFLOPS.items() if n in place), None)
     share = (
         f", {6e-12 * macs * rate / peak:.1%} of {peak} (model FLOP utilisation)" if peak and precision != "fp32" else ""

@@ -52,7 +52,7 @@ def test_checkpoint(tmp_path):
     assert told["gib"] == pytest.approx(0.0625, rel=0.01) and min(told["seconds"].values()) > 0
     assert told["stall_of_blocking"] < 0.3  # 0.05 on idle cores
     assert "of the blocking save" in checkpoint.run(parser.parse_args(words)) and not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="--gib must be above 0"):
+    with pytest.raises(UserError, match="--gib is .*, but must be above 0"):
         checkpoint.run(parser.parse_args(["--gib", "0"]))
 
 
@@ -139,8 +139,11 @@ def test_lars(recipe):
     assert re.match(r"ours: [\d.]+ times the speed", ratio) and same.startswith("same parameters after 2 updates")
     # the ranks it stands for hold each matrix once
     assert all(sum(lars.held(s, r, 3).numel() for r in range(3)) == s.numel() for s in matrices)
-    with pytest.raises(UserError, match="nearest: 2"):
+    facts = json.loads(lars.run(options(lars, *words, "--json")))
+    assert set(facts["seconds"]) == {"ours", "per_tensor_loop"} and facts["as_if"] == 3
+    with pytest.raises(UserError) as caught:
         lars.run(options(lars, "--as-if", "1"))
+    assert [(p.key, p.value, p.nearest) for p in caught.value.problems] == [("--as-if", 1, (2,))]
 
 
 # --- sinkhorn
@@ -152,8 +155,11 @@ def test_sinkhorn():
     assert title.startswith("B = 32, K = 20, 5 iterations, 1 crops, 2 ranks, CPU") and "GB/s reading (sum)" in speed
     assert "6 all-reduces of 20 floats" in bound and float(textbook.split()[-1]) < 1e-6
     assert re.match(r"ours / bound: [\d.]+; textbook / ours: [\d.]+ \(medians", ratio) and mine.startswith("ours ")
-    with pytest.raises(UserError, match="nearest: 8"):
+    facts = json.loads(sinkhorn.run(options(sinkhorn, *words, "--json")))
+    assert facts["differ"] < 1e-6 and facts["ours_to_bound"] > 0 and {"ours", "bound"} < set(facts["seconds"])
+    with pytest.raises(UserError) as caught:
         sinkhorn.run(options(sinkhorn, "--batch", "9", "--ranks", "4"))
+    assert [(p.key, p.value, p.nearest) for p in caught.value.problems] == [("--batch", 9, (8,))]
 
 
 class _Passes(TorchDispatchMode):
@@ -186,9 +192,10 @@ def test_passes_of_sinkhorn(iterations):
 
 def test_step_of_a_recipe(recipe, monkeypatch):
     monkeypatch.setattr(step, "SEER_V100", ("regnety_200mf", "2x32,2x16", 2.78))
-    title, head, mine, other, ratio, macs, paper = step.run(
-        options(step, "--recipe", recipe, "--batch", "8", "--rounds", "1", "--updates", "1", "--precision", "fp32")
-    ).splitlines()
+    words = ["--recipe", recipe, "--batch", "8", "--rounds", "1", "--updates", "1", "--precision", "fp32"]
+    facts = json.loads(step.run(options(step, *words, "--json")))
+    assert set(facts["images_per_s"]) == {"ours", "reference"} and facts["speed"] > 0
+    title, head, mine, other, ratio, macs, paper = step.run(options(step, *words)).splitlines()
     assert title.startswith("regnety_200mf, crops 2x32,2x16, batch 8, fp32, CPU")
     assert head == "head 24 x 16 x 8, prototypes [48], sgd, recomputed: every 2"
     first, second = (float(line.split()[-1]) for line in (mine, other))
@@ -210,9 +217,9 @@ def test_configuration_of_step():
     listed = step.configure(options(step, "--recipe", "seer_regnety_10b", "--recompute", "[[1], [], [3, 5], []]"))
     assert listed.parallel.activation_checkpoint == ((1,), (), (3, 5), ()) and listed.optim.name == "sgd"
     assert step.configure(options(step)).model.name == "regnety_200mf"
-    with pytest.raises(UserError, match="as in 2x96,4x64"):
+    with pytest.raises(UserError, match="--crops is 96, but must be number x size of each kind; nearest: 2x96,4x64"):
         step.configure(options(step, "--crops", "96"))
-    with pytest.raises(UserError, match="timm has no regnety_10b"):
+    with pytest.raises(UserError, match="--model is regnety_10b, but timm has none of that name"):
         step.run(options(step, "--model", "regnety_10b"))
 
 
@@ -250,5 +257,5 @@ def test_data(tmp_path):
     assert "1000 images/s need" in need and "data.workers" in need
     facts = json.loads(data.run(data_options(*words, "--json")))
     assert set(facts["workers"]["2"]) == {"images_per_s", "of_processes", "to_first", "processes_to_first"}
-    with pytest.raises(UserError, match="--workers names '0'"):
+    with pytest.raises(UserError, match="--workers is 0, but must be numbers"):
         data.run(data_options(str(tmp_path), "--workers", "0"))

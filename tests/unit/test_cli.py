@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from seer_scale import __version__
-from seer_scale.cli import main
+from seer_scale.cli import build_parser, main
 from seer_scale.cli.reports import BENCHES
 from seer_scale.config import RECIPES, load_recipe, recipe_names, resolve
 from seer_scale.errors import EXIT_STOPPED
@@ -136,6 +137,38 @@ def test_a_bench_is_given_what_it_can_send_to_its_ranks(name, monkeypatch):
     monkeypatch.setattr(bench, "run", lambda args: sent.append(pickle.loads(pickle.dumps(args))))
     assert main(["bench", name, *["unused"] * (name == "data")]) == 0
     assert isinstance(vars(sent[0])["rounds"], int)
+
+
+def parser_of(*path: str) -> argparse.ArgumentParser:
+    """Of a command or of a group of commands."""
+    parser: argparse.ArgumentParser = build_parser(list(path))
+    for name in path:
+        parser = subcommands(parser)[name]
+    return parser
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
+
+
+def leaves(*path: str) -> list[tuple[str, ...]]:
+    """The words of every command below this one."""
+    names = subcommands(parser_of(*path))
+    return [leaf for name in names for leaf in leaves(*path, name)] if names else [path]
+
+
+NO_TABLE = {
+    ("train",), ("launch",), ("logs",), ("cancel",), ("resubmit",), ("report",),
+    ("data", "pack"), ("data", "refresh"), ("data", "demo"),
+}  # fmt: skip
+"""Commands that print what they do, a log or a path."""
+
+
+def test_every_command_that_prints_a_table_prints_it_as_json_too():
+    found = leaves()
+    assert NO_TABLE < set(found) and {path[0] for path in found} == set(COMMANDS)
+    for path in set(found) - NO_TABLE:
+        assert "--json" in parser_of(*path)._option_string_actions, path
 
 
 def test_version(capsys):
