@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale.files import shown
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, with_full_stop
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_HUNG = 0, 1, 2, 75, 76
 """Exit statuses: done, failed, bad input, stopped on request with its state saved (EX_TEMPFAIL: run it again), and
@@ -73,7 +73,7 @@ class Problem:
             else f"{self.key} is {_as_text(self.value)}, but {self.rule}"
         )
         if self.nearest == "" or self.nearest is None:
-            return f"{begin}."
+            return with_full_stop(begin)
         several = self.nearest if isinstance(self.nearest, (tuple, set)) else (self.nearest,)
         fix = self.nearest if isinstance(self.nearest, str) else f"nearest: {' or '.join(_as_text(n) for n in several)}"
         return f"{begin}; {fix.rstrip('.')}." if not fix.endswith("?") else f"{begin}; {fix}"

@@ -1,11 +1,15 @@
-"""What happened between two metric lines, and which images it happened to."""
+"""What happened between two metric lines, and the line that is made of it."""
 
 from __future__ import annotations
 
+import math
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +17,8 @@ import torch
 from seer_scale.data.batch import Batch
 from seer_scale.data.sampling.order import mix
 from seer_scale.distributed import World
+from seer_scale.parallel.engine import Engine
+from seer_scale.training.clock import Clock
 from seer_scale.training.data_history import newest_manifest
 
 
@@ -47,11 +53,11 @@ class MetricWindow:
         self.unreadable += batch.unreadable
         self.updates += 1
 
-    def reduce(self, watched: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """Means over the ranks of loss sum and count and of `watched`; sums of fingerprints and unreadable images. What
+    def reduce(self, metrics: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Means over the ranks of loss sum and count and of `metrics`; sums of fingerprints and unreadable images. What
         the slowest rank has waited and rank 0's newest manifest are then every rank's, too. One all-reduce of float64,
         in which whole numbers of up to 53 bits are exact."""
-        named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | watched
+        named = {"loss_sum": self.loss_sum, "loss_count": self.loss_count} | metrics
         world, parts = self.world, [v.flatten().double() for v in named.values()]
         high, low = divmod(self.fingerprint, 2**26)
         host = torch.zeros(4 + world.size, dtype=torch.float64)
@@ -73,6 +79,62 @@ class MetricWindow:
             "time/checkpoint_stall_s": self.stalled_s,
             "throughput/img_per_s": global_batch * self.updates / elapsed,
         }
+
+
+class MetricLine(NamedTuple):
+    """row: for the log. loss_sum, loss_count: of the updates since the line before, means over the ranks.
+    skipped_in_a_row: the longest row of skipped updates of this start. unreadable: images replaced, on all ranks."""
+
+    row: dict[str, Any]
+    loss_sum: float
+    loss_count: float
+    skipped_in_a_row: int
+    unreadable: int
+
+
+def metric_line(
+    window: MetricWindow,
+    engine: Engine,
+    clock: Clock,
+    *,
+    lr: float,
+    epoch: float,
+    stats: dict[str, torch.Tensor],
+    metrics: dict[str, torch.Tensor],
+) -> MetricLine:
+    """Of the updates in the window; it reads the device. stats: of the last update. metrics: what its loss gave, or
+    none. One all-reduce, in `window.reduce`."""
+    means, (images, unreadable) = window.reduce(metrics)
+    scaler = engine.scaler
+    own = [stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.longest_streak]
+    grad_norm, param_norm, scale, skipped, streak = torch.stack(own).tolist()
+    total, count = means.pop("loss_sum").item(), means.pop("loss_count").item()
+    loss = total / count if count else math.nan
+    row = {
+        "step": clock.step,
+        "samples_seen": clock.samples_seen,
+        "epoch": epoch,
+        "loss": loss,
+        "lr": lr,
+        "loss_scale": scale,
+        "grad_norm": grad_norm,
+        "param_norm": param_norm,
+        "skipped": int(skipped),
+        **window.timing(clock.global_batch),
+        "mem/peak_gib": _peak_gib(engine.world),
+        **engine.method.metrics(means, loss),
+        "data/unreadable": unreadable,
+        "data/fingerprint": images,
+    }
+    return MetricLine(row, total, count, int(streak), unreadable)
+
+
+def _peak_gib(world: World) -> float:
+    """Peak memory of this rank: of the accelerator where there is one, else resident."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
 def fingerprint(indices: np.ndarray) -> int:

@@ -8,24 +8,35 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_section
 from seer_scale.distributed import World
-from seer_scale.errors import CheckpointError, UserError
-from seer_scale.formatting import with_full_stop
+from seer_scale.errors import CheckpointError, Problem, UserError
 from seer_scale.methods.base import BufferKind, Method
 from seer_scale.methods.registry import build_method
 from seer_scale.optim.schedules import LearningRate
 
 BACKBONE = "model/backbone."
-OF_THE_BEGINNING = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoint.init_part")
-PLACES = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
-OF_THE_RATE = ("schedule.", "optim.lr", "train.total_samples", "train.global_batch")
+START_KEYS = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoint.init_part")
+"""Keys of where a run lies and how it began, which a resume may give otherwise."""
+PATH_KEYS = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
+LEARNING_RATE_PREFIXES = ("schedule.", "optim.lr", "train.total_samples", "train.global_batch")
 """What keys begin with that the learning rate follows."""
-OF_THE_SHAPE = ("model.", "swav.hidden", "swav.embedding_dim", "swav.batch_norm", "swav.prototypes")
+ARCHITECTURE_PREFIXES = ("model.", "swav.hidden", "swav.embedding_dim", "swav.batch_norm", "swav.prototypes")
 """What keys begin with that make the network: what a checkpoint must have alike."""
+
+
+class Change(NamedTuple):
+    """A key that has another value than in the recipe of the checkpoint."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {json.dumps(self.before)} -> {json.dumps(self.after)}"
 
 
 def _to_stderr(sentence: str) -> None:
@@ -37,26 +48,34 @@ def find_checkpoint(
 ) -> Path | None:
     """The checkpoint to go on from; None: none. Without `contents` sizes must do, no file is read. Collective. Raises
     UserError."""
-    c = config.checkpoint
+    asked = config.checkpoint.resume
     found = store.latest(run_dir / "checkpoints", world, verify=contents, warn=warn)
-    if c.resume not in ("auto", "none"):
-        path = Path(c.resume)
+    if asked not in ("auto", "none"):
+        path = Path(asked)
         # this run dir went on from `path` before: the same command, given again, goes on with what came of it
         if found and _lies_at(path, store.read_meta(found, world)["config"]["checkpoint"]["resume"]):
             return found
         if problem := store.validate(path, world, contents=contents):
-            raise CheckpointError(f"checkpoint.resume {path} cannot be used: {with_full_stop(problem)}")
+            raise CheckpointError(Problem("checkpoint.resume", path, problem))
         if found and not _lies_at(path, found):
             raise UserError(
-                f"checkpoint.resume is {path}, but {run_dir} already holds {found.name}, and a run.dir holds "
-                "one line of checkpoints: give another run.dir to go on from the one named, or resume auto to "
-                f"go on from {found.name}."
+                Problem(
+                    "checkpoint.resume",
+                    path,
+                    f"{run_dir} already holds {found.name}, and a run.dir holds one line of checkpoints",
+                    "give another run.dir to go on from the one named, or checkpoint.resume auto to go on from "
+                    f"{found.name}",
+                )
             )
         return path
-    if found and c.resume == "none":
+    if found and asked == "none":
         raise UserError(
-            f"{run_dir} already holds {found.name}, and checkpoint.resume is none: choose another run.dir, or "
-            "resume auto."
+            Problem(
+                "checkpoint.resume",
+                "none",
+                f"{run_dir} already holds {found.name}",
+                "give another run.dir, or checkpoint.resume auto",
+            )
         )
     return found
 
@@ -71,14 +90,24 @@ def check_resumable(path: Path, config: Config, world: World = World()) -> dict[
     meta = store.read_meta(path, world)
     then = meta["config"]
     if then["run"]["seed"] != config.run.seed:
+        seed = then["run"]["seed"]
         raise UserError(
-            f"run.seed is {config.run.seed}, but {path} was trained with {then['run']['seed']}, which the "
-            "order of its images follows; use that seed, or another run.dir with checkpoint.init_from."
+            Problem(
+                "run.seed",
+                config.run.seed,
+                f"{path} was trained with {seed}, which the order of its images follows",
+                f"give {seed}, or another run.dir with checkpoint.init_from",
+            )
         )
-    if then["optim"]["name"] != config.optim.name and {then["optim"]["name"], config.optim.name} != {"sgd", "lars"}:
+    optimizer = then["optim"]["name"]
+    if optimizer != config.optim.name and {optimizer, config.optim.name} != {"sgd", "lars"}:
         raise UserError(
-            f"optim.name is {config.optim.name}, but {path} holds the state of {then['optim']['name']}; use "
-            "that one, or another run.dir with checkpoint.init_from."
+            Problem(
+                "optim.name",
+                config.optim.name,
+                f"{path} holds the state of {optimizer}",
+                f"give {optimizer}, or another run.dir with checkpoint.init_from",
+            )
         )
     return meta
 
@@ -93,7 +122,7 @@ def find_weights(
         if found := store.latest(folder, world, verify=contents, warn=warn):
             return found
     if problem := store.validate(path, world, contents=contents):
-        raise CheckpointError(f"checkpoint.init_from {path} cannot be used: {with_full_stop(problem)}")
+        raise CheckpointError(Problem("checkpoint.init_from", path, problem))
     return path
 
 
@@ -110,10 +139,10 @@ def check_weights(config: Config, path: Path, state: store.State, world: World =
 
 def brought(config: Config, found: Path | None) -> tuple[str, ...]:
     """What the names of those parameters begin with that a checkpoint brings to a start, which goes on from `found`."""
-    c = config.checkpoint
-    if found or c.init_from and c.init_part == "all":
+    init_from, init_part = config.checkpoint.init_from, config.checkpoint.init_part
+    if found or init_from and init_part == "all":
         return ("",)
-    return (BACKBONE.removeprefix("model/"),) if c.init_from else ()
+    return (BACKBONE.removeprefix("model/"),) if init_from else ()
 
 
 def rate_change(meta: dict[str, Any], config: Config) -> str:
@@ -125,7 +154,7 @@ def rate_change(meta: dict[str, Any], config: Config) -> str:
         schedule.state |= meta["schedule"]
     if math.isclose(before(seen), after(seen), rel_tol=1e-6):
         return ""
-    causes = [change.partition(" ")[0] for change in changes(meta["config"], config) if change.startswith(OF_THE_RATE)]
+    causes = [c.key for c in changes(meta["config"], config) if c.key.startswith(LEARNING_RATE_PREFIXES)]
     is_cosine = config.schedule.name == then.schedule.name == "cosine"
     hint = ""
     if is_cosine and "train.total_samples" in causes and not config.schedule.decay_samples:
@@ -149,16 +178,18 @@ def validate_resume(config: Config, run_dir: Path) -> str:
     meta = check_resumable(path, config)
     store.check_compatible(path, state, prefixes="model/", remedy=remedy(meta["config"], config))
     changed, rate = changes(meta["config"], config), rate_change(meta, config)
-    return f"{run_dir} goes on from {path.name}, with {', '.join(changed)}.{' ' * bool(rate)}{rate}" if changed else ""
+    if not changed:
+        return ""
+    return f"{run_dir} goes on from {path.name}, with {', '.join(map(str, changed))}.{' ' * bool(rate)}{rate}"
 
 
 def remedy(then: dict[str, Any], config: Config) -> str:
     """What to do where the network of a checkpoint with the recipe `then` is another than this recipe's: a clause."""
-    shapes = [change for change in changes(then, config) if change.startswith(OF_THE_SHAPE)]
-    if not shapes:
+    changed = [str(change) for change in changes(then, config) if change.key.startswith(ARCHITECTURE_PREFIXES)]
+    if not changed:
         return store.DEFAULT_REMEDY
     return (
-        f"give back what the checkpoint has ({', '.join(shapes)}), or begin in another run.dir with "
+        f"give back what the checkpoint has ({', '.join(changed)}), or begin in another run.dir with "
         "checkpoint.init_from and, where only the backbone is the same, checkpoint.init_part backbone"
     )
 
@@ -169,15 +200,15 @@ def state_of(method: Method[Any, Any]) -> store.State:
     return {f"model/{n}": t for n, t in (dict(method.named_parameters()) | statistics).items()}
 
 
-def changes(then: dict[str, Any], config: Config) -> list[str]:
-    """What a run does otherwise than with the recipe `then` of its checkpoint, as "key old -> new".
+def changes(then: dict[str, Any], config: Config) -> list[Change]:
+    """What a run does otherwise than with the recipe `then` of its checkpoint.
 
     Not where the run lies and how it began; nor another way to write the same folder, nor a key that is newer than the
     checkpoint and has its default.
     """
     before, now = _by_key(read_section(Config, then, "", []).to_dict()), _by_key(config.to_dict())
-    changed = [key for key in now if key not in OF_THE_BEGINNING and not _is_same(key, before[key], now[key])]
-    return [f"{key} {json.dumps(before[key])} -> {json.dumps(now[key])}" for key in changed]
+    changed = [key for key in now if key not in START_KEYS and not _is_same(key, before[key], now[key])]
+    return [Change(key, before[key], now[key]) for key in changed]
 
 
 def _by_key(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -185,6 +216,6 @@ def _by_key(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _is_same(key: str, a: Any, b: Any) -> bool:
-    if a == b or key not in PLACES or not a or not b:
+    if a == b or key not in PATH_KEYS or not a or not b:
         return a == b
     return os.path.realpath(os.path.expanduser(a)) == os.path.realpath(os.path.expanduser(b))

@@ -41,7 +41,7 @@ from seer_scale.parallel.activation_checkpoint import find_segments
 from seer_scale.parallel.units import sharded_units
 from seer_scale.rank_info import RankInfo, detect
 from seer_scale.timeouts import Timeouts
-from seer_scale.training.loop import train
+from seer_scale.training.run import train
 from seer_scale.training.stop import StopRequest
 from seer_scale.training.watchdog import Watchdog
 

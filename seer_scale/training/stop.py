@@ -25,6 +25,10 @@ LOOK_S = 0.25
 KEY = "asked to stop"
 
 
+class StopRequested(Exception):
+    """All ranks agreed to stop; the text is the signal's name."""
+
+
 class StopRequest:
     """A context in which STOP_SIGNALS ask the run to stop; SIGINT again, a second later, ends the process, while the
     others may come as often as a queue likes.
@@ -101,6 +105,18 @@ class StopRequest:
                 sent.wait()
         number = int(flag)
         return signal.Signals(number).name if number else None
+
+    def stop_if_agreed(self, world: World) -> None:
+        """Between two updates or batches. Raises StopRequested on all ranks, which call this as often as
+        `stop_signal`."""
+        if signal_name := self.stop_signal(world):
+            raise StopRequested(signal_name)
+
+    def end_start_if_agreed(self, world: World) -> None:
+        """Before there is anything to save. Collective. Raises StartStopped on all ranks."""
+        if signal_name := self.stop_signal(world):
+            world.barrier()  # none leaves before all have heard it
+            raise StartStopped(f"Stopped by {signal_name} before training began. Start it again and it goes on.")
 
     def _tell_and_ask(self, world: World) -> None:
         """Leave word of a signal for rank 0, which looks now and then."""

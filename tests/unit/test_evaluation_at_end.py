@@ -7,27 +7,47 @@ from types import SimpleNamespace
 
 import pytest
 
+from seer_scale.checkpoint import store
 from seer_scale.distributed import World
 from seer_scale.observe.progress import Progress
-from seer_scale.training import loop
+from seer_scale.training import evaluation as module
+from seer_scale.training.checkpointing import BestCheckpoint, known_scores
+from seer_scale.training.clock import Clock
+from seer_scale.training.evaluation import Evaluation
+
+
+def evaluation(run_dir, told: list[str], *, world: World = World(), scores: dict[int, float] | None = None, **config):
+    """That of a run that has seen all of its 640 samples. scores: where the best checkpoint is kept, those known."""
+    sections = {"run": SimpleNamespace(prototype_images=30), "checkpoint": SimpleNamespace(background=True)}
+    knn = SimpleNamespace(size=16, batch=4)
+    labelled = SimpleNamespace(measurement=lambda c: "now", query_indices=[1], bank_indices=[2])
+    method = SimpleNamespace(anchors="prototypes")
+    engine = SimpleNamespace(whole=lambda name: name, method=method, average_buffers=lambda: None)
+    best = BestCheckpoint(run_dir, world, None, scores or {}, active=scores is not None)
+    return Evaluation(
+        SimpleNamespace(**sections | {"knn": knn} | config),
+        world,
+        run_dir,
+        engine,
+        Clock(64, 640, 640, 10),
+        labelled,
+        SimpleNamespace(save_in_step=lambda: told.append("saved")),
+        best,
+        SimpleNamespace(log=lambda row: None),
+        lambda kind, text, **_: told.append(kind),
+        Progress(active=False),
+        lambda: None,
+        workers=0,
+    )
 
 
 def at_end(run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 30, stream: bool = False) -> list[str]:
-    """What a run that has seen all of its 640 samples does and tells."""
+    """What it does and tells."""
     told: list[str] = []
-    made = object.__new__(loop.Trainer)
-    run = SimpleNamespace(prototype_images=prototype_images)
-    made.config = SimpleNamespace(run=run, knn=SimpleNamespace(size=16, batch=4))
-    made.workers = 0
-    made.world, made.run_dir, made.samples_seen, made.progress = World(), run_dir, 640, Progress(active=False)
     source = type("Images", (), {"__len__": lambda _: images, "is_stream": stream})()
-    made.data_history = SimpleNamespace(source=source)
-    made.engine = SimpleNamespace(whole=lambda name: name, method=SimpleNamespace(anchors="prototypes"))
-    made._evaluate = told.append
-    made.labelled = SimpleNamespace(measurement=lambda c: "now")
-    monkeypatch.setattr(loop, "show_prototypes", lambda *_, num, **__: told.append(f"looked at {num}"))
-    made._log_event = lambda kind, text, **_: told.append(kind)
-    made._evaluate_at_end()
+    monkeypatch.setattr(module, "show_prototypes", lambda *_, num, **__: told.append(f"looked at {num}"))
+    monkeypatch.setattr(Evaluation, "measure", lambda self, stage: told.append(stage))
+    evaluation(run_dir, told, run=SimpleNamespace(prototype_images=prototype_images)).finish(source)
     return told
 
 
@@ -51,42 +71,29 @@ def test_what_a_start_before_has_done_is_not_done_again(tmp_path, monkeypatch):
 
 
 def test_the_best_is_looked_for_among_figures_that_compare(tmp_path, monkeypatch):
-    made = object.__new__(loop.Trainer)
-    made.world, made.run_dir, made.folder, made.samples_seen = World(), tmp_path, tmp_path, 640
-    made.config = SimpleNamespace(knn=None, checkpoint=SimpleNamespace(keep_best=True))
-    made.labelled = SimpleNamespace(measurement=lambda c: "now")
-    monkeypatch.setattr(loop.store, "published", lambda folder: [64, 128, 256])
-    marks = {64: {"knn/measurement": "then"}, 128: {"knn/measurement": "now"}, 256: {}}
+    monkeypatch.setattr(store, "published", lambda folder: [64, 128, 256, 704])
+    marks = {64: {"knn/measurement": "then"}, 128: {"knn/measurement": "now"}, 256: {}, 704: {}}
     log(tmp_path, *({"samples_seen": n, "knn/top1": float(n)} | mark for n, mark in marks.items()))
-    assert made._scored() == {128: 128.0, 256: 256.0}  # a log of old says nothing
+    now = {"knn/measurement": "now"}
+    found = known_scores(tmp_path, tmp_path, now, 640, World(), active=True)
+    assert found == {128: 128.0, 256: 256.0}  # a log of old says nothing, and what is ahead was abandoned
+    assert known_scores(tmp_path, tmp_path, now, 640, World(), active=False) == {}
 
 
 @pytest.mark.parametrize("says", [True, False])
-def test_whether_the_best_is_saved_is_rank_0_s_to_say(monkeypatch, says):
+def test_whether_the_best_is_saved_is_rank_0_s_to_say(tmp_path, monkeypatch, says):
     """Ranks whose sums differ in the last digit, or that have heard of a failed save at another moment, still save
     together."""
-    saved: list[bool] = []
+    told: list[str] = []
 
     class Rank(World):
         def broadcast_object(self, value):
             return says
 
     for top1 in (9.0, 11.0):
-        made = object.__new__(loop.Trainer)
-        made.world, made.samples_seen, made.workers, made.progress = (
-            Rank(rank=1, size=2),
-            640,
-            0,
-            Progress(active=False),
-        )
-        made.config = SimpleNamespace(knn=None, checkpoint=SimpleNamespace(keep_best=True, background=True))
-        made.labelled = SimpleNamespace(measurement=lambda c: "", query_indices=[1], bank_indices=[2])
-        made.engine, made.log = SimpleNamespace(average_buffers=lambda: None), SimpleNamespace(log=lambda row: None)
-        made._top1, made._log_event = {320: 10.0}, lambda *_, **__: None
-        made._save = lambda in_background: saved.append(in_background)
-        monkeypatch.setattr(loop, "knn", lambda *_, **__: ({"knn/top1": top1}, None))  # noqa: B023
-        made._evaluate("during")
-    assert saved == [True] * 2 * says
+        monkeypatch.setattr(module, "knn", lambda *_, **__: ({"knn/top1": top1}, None))  # noqa: B023
+        evaluation(tmp_path, told, world=Rank(rank=1, size=2), scores={320: 10.0}).measure("during")
+    assert told.count("saved") == 2 * says
 
 
 def test_pictures_of_prototypes_are_bounded_and_can_be_left_out(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from seer_scale.errors import STOP_SIGNALS, RankLostError, StartStopped, Trainin
 from seer_scale.files import to_json
 from seer_scale.methods.registry import build_method
 from seer_scale.models import execution as layout
-from seer_scale.training import loop, resume, start
+from seer_scale.training import components, resume, run, start
 from seer_scale.training.start import run_training
 from tests.e2e.runs import RECIPE, events
 from tests.tiny import RECIPE as TINY
@@ -75,7 +75,7 @@ def test_a_first_start_that_is_refused_leaves_no_folder(given, tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_whole", full)
+        patch.setattr(run, "write_whole", full)
         assert "cannot be written (No space left on device)" in refused(given)
     assert not runs.exists()
 
@@ -101,7 +101,7 @@ def test_a_stop_is_heard_while_images_are_listed(number, given, tmp_path, monkey
         os.kill(os.getpid(), number)
         raise AssertionError("the signal should have ended this")
 
-    monkeypatch.setattr(loop, "open_data_history", listed)
+    monkeypatch.setattr(components, "open_data_history", listed)
     handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
     assert refused(given).startswith(f"Stopped by {number.name} while images were listed")
     assert handlers == [signal.getsignal(s) for s in STOP_SIGNALS] and not (tmp_path / "runs").exists()
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_not_there_is_said_to_be_so(given, tmp_path):
     (tmp_path / "runs").mkdir()
     for key in ("init_from", "resume"):
         told = refused(given, f"--checkpoint.{key}", str(tmp_path / "runz"))
-        assert f"runz cannot be used: it does not exist; did you mean {tmp_path / 'runs'}" in told
+        assert f"runz, but it does not exist; did you mean {tmp_path / 'runs'}" in told
 
 
 def test_links_that_lead_nowhere_are_not_offered_as_themselves(given, tmp_path):
@@ -198,7 +198,7 @@ def test_threads_that_only_wait_for_each_other(given, tmp_path, monkeypatch, cap
     told = refused(given, "--train.threads", "5")
     assert "train.threads is 5, but must be at most 4 here, 4 for each core" in told and "give 1, or 0" in told
     assert not (tmp_path / "runs").exists()
-    monkeypatch.setattr(loop, "rank_cores", lambda world: 1)
+    monkeypatch.setattr(components, "rank_cores", lambda world: 1)
     run_training(given[0], [*given[1], "--train.threads", "2"])
     assert "There are 2 CPU threads a rank (train.threads" in (said := capsys.readouterr().out)
     assert "but a rank may use 1 core: they stand" in said
@@ -225,7 +225,7 @@ def test_what_is_anothers_is_left_alone(given, tmp_path, monkeypatch):
                 others.append(RunLock(run_dir))
             super().__init__(run_dir, *args, **how)
 
-    monkeypatch.setattr(loop, "RunLock", Second)
+    monkeypatch.setattr(run, "RunLock", Second)
     assert "is in use by" in refused(given)
     assert (place / ".lock").exists()
     others[0].release()
@@ -271,7 +271,7 @@ def test_without_locks_no_folder_is_removed(given, tmp_path, monkeypatch):
 def test_weights_that_do_not_fit_are_refused_before_images_are_listed(given, tmp_path, monkeypatch):
     assert run_training(given[0], given[1]) == 0
     listed = []
-    monkeypatch.setattr(loop.Trainer, "_open", lambda self, saved: listed.append(saved))
+    monkeypatch.setattr(components, "list_images", lambda *given: listed.append(given))
     words = ["--checkpoint.init_from", given[1][1], "--swav.prototypes", "[11]"]
     told = refused((given[0], ["--run.dir", str(tmp_path / "other")]), *words)
     assert "give checkpoint.init_part backbone" in told and not listed and not (tmp_path / "other").exists()
@@ -319,7 +319,7 @@ def test_a_crash_leaves_what_it_said(given, tmp_path, monkeypatch):
     def broken(*args, **how):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop, "build_engine", broken)
+    monkeypatch.setattr(components, "build_engine", broken)
     with pytest.raises(RuntimeError):
         run_training(*given)
     assert (tmp_path / "runs" / "new" / "logs").is_dir()

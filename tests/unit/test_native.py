@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import seer_scale
-from seer_scale.config import Config, Crop, Data, Views
+from seer_scale.config import Crop, Views
 from seer_scale.data.transforms import native as n
 from seer_scale.data.transforms import photometric, views
-from seer_scale.training import loop
+from seer_scale.distributed import World
+from seer_scale.training import run
 from tests.pictures import apart, encode, photo
 
 PACKAGE = Path(seer_scale.__file__).parent
@@ -109,13 +110,13 @@ def test_clang_builds_them_too(tmp_path):
 
 @pytest.mark.parametrize("built", [True, False])
 def test_a_start_says_so_where_they_are_missing(built, monkeypatch):
-    trainer = MagicMock(config=Config(data=Data(path="x")), end=1, samples_seen=1, workers=0, cores=1)
-    trainer.execution.contended, trainer.engine.name = "", trainer.config.parallel.engine
-    trainer.execution.threads, trainer.labelled = 1, None
-    monkeypatch.setattr(loop, "warning", lambda left_out: "")
-    monkeypatch.setattr(loop, "native", lambda: object() if built else None)
-    loop.Trainer._tell_notes(trainer)
-    assert any(n.MISSING in call.args for call in trainer._tell_of_rank.call_args_list) == (not built)
+    made = MagicMock(world=World())
+    made.saver.nbytes = 0
+    monkeypatch.setattr(run, "start_event", lambda *_, **__: ("start", "", {}))
+    monkeypatch.setattr(run, "notes", lambda *_: [])
+    monkeypatch.setattr(run, "native", lambda: object() if built else None)
+    run.Run._log_start(made)
+    assert any(n.MISSING in call.args for call in made.events.log_event_of_rank.call_args_list) == (not built)
 
 
 def test_without_them_batches_are_the_same_to_one_level(tmp_path):
@@ -130,7 +131,7 @@ def test_without_them_batches_are_the_same_to_one_level(tmp_path):
 import sys
 sys.path[0] = {str(tmp_path)!r}
 import numpy as np
-from seer_scale.config import Config, Crop, Data, Views
+from seer_scale.config import Crop, Views
 from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.transforms.native import native
 from seer_scale.data.sampling.sampler import ElasticSampler, DataVersion
