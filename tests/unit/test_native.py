@@ -131,7 +131,7 @@ def test_without_them_batches_are_the_same_to_one_level(tmp_path):
 import sys
 sys.path[0] = {str(tmp_path)!r}
 import numpy as np
-from seer_scale.config import Crop, Views
+from seer_scale.config import Crop, Data, Views
 from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.transforms.native import native
 from seer_scale.data.sampling.sampler import ElasticSampler, DataVersion
