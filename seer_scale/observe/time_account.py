@@ -19,7 +19,7 @@ from typing import Any
 
 from seer_scale.formatting import counted, duration
 from seer_scale.observe.progress import read_progress
-from seer_scale.observe.sinks import BEGINNINGS, read_records
+from seer_scale.observe.records import BEGINNINGS, read_records
 
 CATEGORIES = {
     "useful": "updates that count",

@@ -18,7 +18,7 @@ from seer_scale.config import Config
 from seer_scale.distributed import World
 from seer_scale.errors import TrainingError
 from seer_scale.observe.progress import Progress
-from seer_scale.observe.sinks import compare, read_metrics
+from seer_scale.observe.records import compare, read_metrics
 from seer_scale.parallel.engine import Engine
 from seer_scale.timeouts import Timeouts
 from seer_scale.training.clock import Clock

@@ -17,7 +17,8 @@ from seer_scale.evaluate.gallery_pictures import show_crops, show_neighbours, sh
 from seer_scale.evaluate.knn import Labelled, knn
 from seer_scale.methods.base import Features
 from seer_scale.observe.progress import Progress
-from seer_scale.observe.sinks import RunLog, compare, read_metrics
+from seer_scale.observe.records import compare, read_metrics
+from seer_scale.observe.run_log import RunLog
 from seer_scale.parallel.engine import Engine
 from seer_scale.training.checkpointing import BestCheckpoint, Checkpointing
 from seer_scale.training.clock import Clock

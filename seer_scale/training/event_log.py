@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from seer_scale.data.loading.pool import warn
 from seer_scale.distributed import World
 from seer_scale.errors import DataError
-from seer_scale.observe.sinks import RunLog
+from seer_scale.observe.run_log import RunLog
 from seer_scale.training.clock import Clock
 
 

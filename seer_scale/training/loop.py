@@ -15,7 +15,7 @@ from seer_scale.data.batch import Batch
 from seer_scale.data.transforms.on_device import micro_batches
 from seer_scale.distributed import World
 from seer_scale.observe.progress import Progress
-from seer_scale.observe.sinks import RunLog
+from seer_scale.observe.run_log import RunLog
 from seer_scale.optim.schedules import LearningRate
 from seer_scale.parallel.engine import Engine
 from seer_scale.timeouts import Timeouts

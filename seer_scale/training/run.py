@@ -20,7 +20,8 @@ from seer_scale.files import shown, write_whole
 from seer_scale.formatting import counted
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
-from seer_scale.observe.sinks import RunLog, read_metrics
+from seer_scale.observe.records import read_metrics
+from seer_scale.observe.run_log import RunLog
 from seer_scale.timeouts import Timeouts
 from seer_scale.training.batches import Batches
 from seer_scale.training.checkpointing import BestCheckpoint, Checkpointing, known_scores

@@ -35,7 +35,8 @@ from seer_scale.errors import ConfigError, RankLostError, UserError, nothing_beg
 from seer_scale.extras import how_to_install
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import build_backbone, check_sizes
-from seer_scale.observe.sinks import check_installed, read_records
+from seer_scale.observe.records import read_records
+from seer_scale.observe.sinks import check_installed
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.activation_checkpoint import find_segments
 from seer_scale.parallel.units import sharded_units

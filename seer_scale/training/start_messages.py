@@ -20,7 +20,7 @@ from seer_scale.distributed import World
 from seer_scale.evaluate.knn import Labelled, why_unlabelled
 from seer_scale.formatting import counted, memory_size
 from seer_scale.models.execution import Execution
-from seer_scale.observe.sinks import read_metrics
+from seer_scale.observe.records import read_metrics
 from seer_scale.training import resume
 from seer_scale.training.clock import Clock
 from seer_scale.training.components import Components, Origin

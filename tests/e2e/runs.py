@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from seer_scale.observe.sinks import read_metrics
+from seer_scale.observe.records import read_metrics
 
 PYTHON, ROOT = sys.executable, Path(__file__).parents[2]
 LAUNCH = [PYTHON, str(ROOT / "tools" / "launch.py")]

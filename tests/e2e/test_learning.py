@@ -7,7 +7,7 @@ import yaml
 
 from seer_scale.config import RECIPES
 from seer_scale.corpus.demo import write_demo_corpus
-from seer_scale.observe.sinks import read_metrics
+from seer_scale.observe.records import read_metrics
 from seer_scale.training.start import run_training
 
 

@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from seer_scale.config import resolve
 from seer_scale.distributed import World
 from seer_scale.methods.registry import build_method
+from seer_scale.observe import run_log
 from seer_scale.observe.gallery import Gallery, read_gallery
+from seer_scale.observe.records import read_metrics
 from seer_scale.observe.report import headline, page, write_report
 from seer_scale.observe.report.plots import COLOURS, Plot, metric, smoothed, svg
-from seer_scale.observe.sinks import RunLog, read_metrics
+from seer_scale.observe.run_log import RunLog
 from tests.tiny import RECIPE
 
 SECTIONS = [
@@ -44,8 +46,7 @@ def picture(seed: int, side: int = 80) -> np.ndarray:
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
     """A short run with one restart, and a full gallery."""
-    monkeypatch.setattr(RunLog, "_open_tensorboard", lambda self, purge_from=None: None)
-    monkeypatch.setattr(RunLog, "_to_tensorboard", lambda self, row: None)
+    monkeypatch.setattr(run_log, "open_sinks", lambda names, run_dir: [])
     run = tmp_path / "my <run>"
     run.mkdir()
     (run / "config.yaml").write_text(

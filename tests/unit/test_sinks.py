@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +16,44 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from seer_scale.errors import ConfigError
 from seer_scale.files import shown, to_json
-from seer_scale.observe.sinks import RunLog, read_metrics
+from seer_scale.observe import sinks
+from seer_scale.observe.console_sink import ConsoleSink
+from seer_scale.observe.records import read_metrics
+from seer_scale.observe.run_log import RunLog
+from seer_scale.observe.sinks import SINKS, check_installed
 
 BATCH = 64
+
+
+class Nowhere:
+    """A sink that keeps nothing."""
+
+    def __init__(self, run_dir):
+        pass
+
+    def row(self, row):
+        pass
+
+    def event(self, event):
+        pass
+
+    def close(self):
+        pass
+
+
+def foot(log: RunLog) -> str:
+    """What a terminal shows at its foot."""
+    (console,) = (s for s in log._sinks if isinstance(s, ConsoleSink))
+    return "  ".join(console._values(console._latest))
 
 
 @pytest.fixture(autouse=True)
 def no_tensorboard(request, monkeypatch):
     """Opening TensorBoard costs seconds; the one test about it has the real one."""
     if "tensorboard" not in request.node.name:
-        monkeypatch.setattr(RunLog, "_open_tensorboard", lambda self, purge_from=None: None)
-        monkeypatch.setattr(RunLog, "_to_tensorboard", lambda self, row: None)
+        monkeypatch.setitem(SINKS, "tensorboard", Nowhere)
 
 
 def open_log(run_dir, total=6400) -> RunLog:
@@ -171,9 +199,8 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
 def test_on_a_terminal_the_progress_is_live(tmp_path):
     program = f"""
 from pathlib import Path
-from seer_scale.observe.sinks import RunLog
-RunLog._open_tensorboard = RunLog._to_tensorboard = lambda self, *_, **__: None
-with RunLog(Path({str(tmp_path)!r}), 6400, ("ln K", 4.159), active=True) as log:
+from seer_scale.observe.run_log import RunLog
+with RunLog(Path({str(tmp_path)!r}), 6400, ("ln K", 4.159), active=True, sinks=()) as log:
     log.event("start", "A new run.", samples_seen=0)
     log.log({row(50, loss=3.5, lr=0.3, **{"knn/top1": 41.0})})
 """
@@ -251,10 +278,118 @@ def test_a_terminal_shows_of_where_its_knn_is(tmp_path):
     for row in ({"samples_seen": 320, "knn/top1": 30.0}, {"samples_seen": 640, "loss": 5.0}):
         with RunLog(tmp_path, 1000, ("nothing", 5.0), active=True) as log:
             log.log(row)
-            shown = "  ".join(log._values(log._latest))
+            shown = foot(log)
     assert "kNN top-1 30.0 % at 320 samples" in shown
     assert "knn/samples" not in (tmp_path / "metrics.jsonl").read_text()
     with RunLog(tmp_path, 1000, ("nothing", 5.0), active=True) as log:
-        assert "kNN top-1 30.0 % at 320 samples" in "  ".join(log._values(log._latest))
+        assert "kNN top-1 30.0 % at 320 samples" in foot(log)
         log.log({"samples_seen": 960, "knn/top1": 35.0})
-        assert "kNN top-1 35.0 %" == log._values(log._latest)[-1]
+        assert foot(log).endswith("kNN top-1 35.0 %")
+
+
+class Broken(Nowhere):
+    """A service that cannot be reached, ever."""
+
+    calls = 0
+
+    def row(self, *_):
+        Broken.calls += 1
+        raise ConnectionError("no network")
+
+    event = close = row
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_sink_that_fails_on_every_call_costs_a_warning(tmp_path, monkeypatch, capsys, slow):
+    monkeypatch.setitem(SINKS, "broken", Broken)
+    monkeypatch.setattr(sinks, "SLOW", {"broken"} if slow else set())
+    monkeypatch.setattr(Broken, "calls", 0)
+    with RunLog(tmp_path, 6400, ("ln K", 4.159), active=True, sinks=("broken",)) as log:
+        log.event("start", "A new run.", samples_seen=0)
+        log.log(row(1))
+        log.log(row(2))
+    assert Broken.calls == 4
+    assert [line.get("step") for line in strict_lines(tmp_path)] == [None, 1, 2]
+    assert capsys.readouterr().err.count("run.sinks broken cannot be written to (no network)") == 1
+
+
+def test_a_sink_that_cannot_be_made_is_left_out(tmp_path, monkeypatch, capsys):
+    def unmade(run_dir):
+        raise ImportError("half installed")
+
+    monkeypatch.setitem(SINKS, "broken", unmade)
+    with RunLog(tmp_path, 6400, ("ln K", 4.159), active=True, sinks=("broken",)) as log:
+        log.log(row(1))
+    assert len(strict_lines(tmp_path)) == 1 and "half installed" in capsys.readouterr().err
+
+
+def test_a_slow_sink_holds_up_neither_the_run_nor_its_end(tmp_path, monkeypatch, capsys):
+    over = threading.Event()
+
+    class Slow(Nowhere):
+        def row(self, row):
+            over.wait(60)
+
+    monkeypatch.setitem(SINKS, "slow", Slow)
+    monkeypatch.setattr(sinks, "SLOW", {"slow"})
+    monkeypatch.setattr(sinks, "CLOSE_S", 0.01)
+    monkeypatch.setattr(sinks, "MAX_WAITING", 2)
+    begin = time.perf_counter()
+    with RunLog(tmp_path, 6400, ("ln K", 4.159), active=True, sinks=("slow",)) as log:
+        for step in range(1, 9):
+            log.log(row(step))
+    assert time.perf_counter() - begin < 30
+    over.set()
+    assert len(strict_lines(tmp_path)) == 8 and capsys.readouterr().err.count("too slow") == 1
+
+
+def test_a_sink_whose_package_is_missing_is_refused_with_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(sinks, "find_spec", lambda name: None if name == "mlflow" else name)
+    check_installed(("tensorboard", "wandb"))
+    with pytest.raises(ConfigError) as caught:
+        check_installed(("tensorboard", "mlflow"))
+    (problem,) = caught.value.problems
+    assert problem.key == "run.sinks" and "mlflow" in problem.rule and problem.nearest.startswith("pip install ")
+
+
+def two_starts(run_dir, sink: str) -> None:
+    """Three updates, then a restart from the first."""
+    (run_dir / "config.yaml").write_text("optim: {lr: 0.3, betas: [0.9, 0.99]}\ntrain: {total_samples: 6400}\n")
+    for samples, steps, loss in ((0, (1, 2, 3), 1.0), (BATCH, (2,), 2.0)):
+        with RunLog(run_dir, 6400, ("ln K", 4.159), active=True, sinks=(sink,)) as log:
+            log.event("resume" if samples else "start", "Training.", samples_seen=samples)
+            for step in steps:
+                log.log(row(step, loss=loss, grad_norm=float("nan")))
+
+
+def test_mlflow_goes_on_in_one_run_of_a_store_in_the_runs_folder(tmp_path, monkeypatch, capsys):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "run").mkdir()
+    two_starts(tmp_path / "run", "mlflow")
+    assert capsys.readouterr().err.count("cannot be") == 0
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    assert run.data.params == {"optim.lr": "0.3", "optim.betas": "[0.9, 0.99]", "train.total_samples": "6400"}
+    losses = sorted((m.step // BATCH, m.value) for m in client.get_metric_history(run.info.run_id, "loss"))
+    assert losses == [(1, 1.0), (2, 1.0), (2, 2.0), (3, 1.0)]
+    assert "grad_norm" not in run.data.metrics
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+def test_wandb_goes_on_in_one_run_offline_in_the_runs_folder(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    for name in [n for n in os.environ if n.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    two_starts(tmp_path / "run", "wandb")
+    assert capsys.readouterr().err.count("cannot be") == 0
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({file.name for file in files}) == 1  # its id is in its name
+    assert [[word in file.read_bytes() for word in (b"loss", b"total_samples")] for file in files] == 2 * [[True, True]]
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}

@@ -22,10 +22,10 @@ from seer_scale.config import load_recipe
 from seer_scale.files import shown, write_whole
 from seer_scale.formatting import counted, duration, rate, short_number
 from seer_scale.observe.metric_plot import MetricPlot
+from seer_scale.observe.records import BEGINNINGS, compare, read_metrics
 from seer_scale.observe.report.parts import section, table
 from seer_scale.observe.report.pictures import Pictures
 from seer_scale.observe.report.plots import BLUE, FAINT, GREEN, INK, ORANGE, Plot, Rows, is_number, metric, svg
-from seer_scale.observe.sinks import BEGINNINGS, compare, read_metrics
 from seer_scale.observe.time_account import CATEGORIES, TimeAccount, read_time_account
 
 MAX_EVENTS = 40
