@@ -63,7 +63,7 @@ class WandB:
 
     def event(self, event: Record) -> None:
         if event["event"] in BEGINNINGS:
-            self._opened().config.update(_recipe(self._run_dir), allow_val_change=True)
+            self._opened()
 
     def close(self) -> None:
         if self._run:
@@ -79,6 +79,8 @@ class WandB:
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=os.environ.get("WANDB_NAME", self._run_dir.resolve().name),
                 dir=os.environ.get("WANDB_DIR", self._run_dir),
+                config=_recipe(self._run_dir),
+                allow_val_change=True,
                 mode=None if is_told else "offline",
                 settings=self._wandb.Settings(console="off", silent=True),
             )
