@@ -67,7 +67,7 @@ def test_the_files_that_a_page_names_are_there(page):
     for path in re.findall(r"`((?:[\w-]+/)+(?:[\w-]+\.\w+)?)`", text):
         assert path.split("/")[0] not in folders or exists(path, ROOT, PACKAGE), path
     for name in re.findall(r"`(\w+\.(?:py|c))`", text):
-        assert any(PACKAGE.rglob(name)), name
+        assert any(found for base in (PACKAGE, ROOT / "tests") for found in base.rglob(name)), name
     for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", text):
         assert (page.parent / link).exists(), link
 
