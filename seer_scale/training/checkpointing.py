@@ -16,7 +16,7 @@ from seer_scale.checkpoint import store
 from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config
 from seer_scale.distributed import World
-from seer_scale.errors import TrainingError
+from seer_scale.errors import Problem, TrainingError
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.records import compare, read_metrics
 from seer_scale.parallel.engine import Engine
@@ -111,8 +111,12 @@ class Checkpointing:
         if not self._is_saved():
             if not self._engine.is_finite():
                 raise TrainingError(
-                    "Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or "
-                    "lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint."
+                    Problem(
+                        "optim.lr",
+                        self._config.optim.lr,
+                        "weights or running statistics are not finite any more, so they are not saved",
+                        "lower it or lengthen schedule.warmup_samples, and start again from the newest checkpoint",
+                    )
                 )
             self._engine.average_buffers()
             self._saver.begin(self._engine.state(), self._meta())

@@ -14,7 +14,7 @@ from seer_scale.data.batch import Batch
 from seer_scale.data.sources import Source
 from seer_scale.distributed import World
 from seer_scale.evaluate.gallery_pictures import show_crops, show_neighbours, show_prototypes
-from seer_scale.evaluate.knn import Labelled, knn
+from seer_scale.evaluate.knn import LabelledImages, knn
 from seer_scale.methods.base import Features
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.records import compare, read_metrics
@@ -38,7 +38,7 @@ class Evaluation:
         run_dir: Path,
         engine: Engine,
         clock: Clock,
-        labelled: Labelled | None,
+        labelled: LabelledImages | None,
         checkpoints: Checkpointing,
         best: BestCheckpoint,
         log: RunLog,
@@ -131,6 +131,6 @@ class Evaluation:
         return self._engine.encode(images)
 
 
-def measurement_of(labelled: Labelled | None, config: Config) -> dict[str, str]:
+def measurement_of(labelled: LabelledImages | None, config: Config) -> dict[str, str]:
     """What a row of kNN figures says of how they were measured."""
     return {"knn/measurement": labelled.measurement(config.knn)} if labelled else {}

@@ -17,7 +17,7 @@ from seer_scale.config import Config, without_effect
 from seer_scale.data.sources import Source
 from seer_scale.data.sources.left_out import warning
 from seer_scale.distributed import World
-from seer_scale.evaluate.knn import Labelled, why_unlabelled
+from seer_scale.evaluate.knn import LabelledImages, why_unlabelled
 from seer_scale.formatting import counted, memory_size
 from seer_scale.models.execution import Execution
 from seer_scale.observe.records import read_metrics
@@ -118,7 +118,8 @@ def _about_knn(config: Config, world: World, made: Components) -> str:
     if made.labelled:
         return f" kNN: {made.labelled.protocol}"
     if world.is_main and config.knn.enabled:  # it asks the file system
-        return f" {why_unlabelled(config, made.history.source)}, so there is no kNN."
+        problem = why_unlabelled(config, made.history.source)
+        return f" {problem.key} {problem.rule}, so there is no kNN." if problem else ""
     return ""
 
 
@@ -152,7 +153,7 @@ def _notes_on_engine(config: Config, name: Any) -> Iterator[str]:
         yield from without_effect(dataclasses.replace(config, parallel=chosen))
 
 
-def _notes_on_images(config: Config, source: Source, labelled: Labelled | None) -> Iterator[Note]:
+def _notes_on_images(config: Config, source: Source, labelled: LabelledImages | None) -> Iterator[Note]:
     batch = config.train.global_batch
     if not source.is_stream and len(source) < batch:
         yield Note(
