@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from seer_scale import __version__
-from seer_scale.config import Config, without_effect
+from seer_scale.config import Config, unused_keys
 from seer_scale.data.sources import Source
 from seer_scale.data.sources.left_out import warning
 from seer_scale.distributed import World
@@ -150,7 +150,7 @@ def _notes_on_engine(config: Config, name: Any) -> Iterator[str]:
         yield f"There is one rank, so nothing is shared out: parallel.engine {given} computes as {name} here."
     chosen = dataclasses.replace(config.parallel, engine=name)
     if chosen != config.parallel:  # auto's choice, or one rank's
-        yield from without_effect(dataclasses.replace(config, parallel=chosen))
+        yield from map(str, unused_keys(dataclasses.replace(config, parallel=chosen)))
 
 
 def _notes_on_images(config: Config, source: Source, labelled: LabelledImages | None) -> Iterator[Note]:
