@@ -103,8 +103,8 @@ def _as_text(value: Any) -> str:
         return f"{value:g}" if abs(value) < 1e6 else f"{value}"
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_as_text, value))}]"
-    text = str(value)
-    return text if text and not any(c.isspace() for c in text) else repr(text)
+    is_plain = not isinstance(value, str) or value and not any(c.isspace() for c in value)
+    return f"{value}" if is_plain else repr(value)
 
 
 class UserError(Exception):

@@ -25,8 +25,8 @@ from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.extras import how_to_install
 from seer_scale.files import to_json
 from seer_scale.methods.swav.method import SwAV
-from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.methods.swav.settings import SwAVSettings
+from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.parallel import build_engine
 

@@ -93,8 +93,8 @@ def test_all_problems_at_once():
     words = ["--optim.lr", "-1", "--nonsense.key", "1", "alone", "--train.precision", "fp8", "--swav.queue"]
     found = problems({"train": {"global_batch": 10}}, words, world_size=4, extra_checks=above)
     assert sorted(p.key for p in found) == sorted(
-        ("optim.lr", "nonsense", "alone", "train.precision", "--swav.queue", "train.total_samples", "data.path", "swav.prototypes",
-         "train.global_batch", "model.name")
+        ("optim.lr", "nonsense", "alone", "train.precision", "--swav.queue", "train.total_samples", "data.path",
+         "swav.prototypes", "train.global_batch", "model.name")
     )  # fmt: skip
 
 
