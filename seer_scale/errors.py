@@ -8,17 +8,18 @@ Anything else that escapes is a defect of ours and keeps its traceback (exit sta
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import difflib
 import os
 import signal
 import socket
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from seer_scale.files import shown
 from seer_scale.formatting import counted, with_full_stop
@@ -55,8 +56,8 @@ class Problem:
 
     key: a recipe's key, an option, an environment variable, or what else is at fault: a file, a checkpoint.
     value: what was given for it; NOTHING where nothing was, or where the key says it all. rule: what holds of it, a
-    clause: "KEY is VALUE, but RULE", or "KEY RULE" without a value (after a colon, a sentence of its own). nearest: the
-    value that would do, or several; a string is a clause that says what to do instead.
+    clause: "KEY is VALUE, but RULE", or "KEY RULE" without a value. nearest: the value that would do, or several; a
+    string is a clause that says what to do instead.
     """
 
     key: str
@@ -67,27 +68,16 @@ class Problem:
     def __str__(self) -> str:
         if not self.key:  # a sentence
             return self.rule
-        begin = f"{self.key}{' ' * (self.rule[:1] != ':')}{self.rule}"
-        if self.value is not NOTHING:
-            begin = f"{self.key} is {_as_text(self.value)}, but {self.rule}"
+        begin = (
+            f"{self.key} {self.rule}"
+            if self.value is NOTHING
+            else f"{self.key} is {_as_text(self.value)}, but {self.rule}"
+        )
         if self.nearest == "" or self.nearest is None:
             return with_full_stop(begin)
         several = self.nearest if isinstance(self.nearest, (tuple, set)) else (self.nearest,)
         fix = self.nearest if isinstance(self.nearest, str) else f"nearest: {' or '.join(_as_text(n) for n in several)}"
         return f"{begin}; {fix.rstrip('.')}." if not fix.endswith("?") else f"{begin}; {fix}"
-
-    @classmethod
-    def within(cls, key: str, error: UserError, known: Collection[str] = ()) -> list[Problem]:
-        """What a check of `key` has raised, as problems of it, but those of other keys that are `known`."""
-        found = []
-        for problem in error.problems:
-            if problem.key in known or problem.key.startswith(f"{key}."):
-                found.append(problem)
-            elif problem.key and problem.value is NOTHING:
-                found.append(cls(key, problem.key, problem.rule, problem.nearest))
-            else:
-                found.append(cls(key, NOTHING, f": {str(problem).rstrip('.')}"))
-        return found or [cls(key, NOTHING, f": {str(error).rstrip('.')}")]
 
     @classmethod
     def of(cls, problem: str | Problem) -> Problem:
@@ -96,15 +86,12 @@ class Problem:
 
 
 def _as_text(value: Any) -> str:
-    """As a recipe writes it."""
+    """As a recipe would write it."""
     if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}" if abs(value) < 1e6 else f"{value}"
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_as_text, value))}]"
-    is_plain = not isinstance(value, str) or value and not any(c.isspace() for c in value)
-    return f"{value}" if is_plain else repr(value)
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, str) and not value:
+        return "''"
+    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else f"{value}"
 
 
 class UserError(Exception):
@@ -133,9 +120,9 @@ class UserError(Exception):
         whole.problems = [problem for error in several for problem in error.problems]
         return whole
 
-    def within(self, where: str) -> UserError:
+    def within(self, where: str) -> Self:
         """The same, told of one of several."""
-        error = UserError()
+        error = copy.copy(self)
         error.args, error.problems = (f"{shown(where)}: {self.args[0]}", *self.args[1:]), self.problems
         return error
 
@@ -163,6 +150,15 @@ class RankError(UserError):
 
 class DataError(UserError):
     """The images cannot be read as given."""
+
+
+class Unreadable(DataError):
+    """An image, or another file, cannot be read. name: its name, empty where whoever raises does not know it. reason: a
+    clause."""
+
+    def __init__(self, reason: str, name: str = ""):
+        super().__init__(Problem(name or "the image", NOTHING, f"cannot be read ({reason})"))
+        self.reason, self.name = reason, name
 
 
 class SourceEnded(DataError):
@@ -241,24 +237,25 @@ def print_error(error: UserError) -> int:
 ABSENT, DANGLING = "does not exist", "is a link that leads nowhere"
 
 
-def why_missing(path: str | os.PathLike) -> str:
-    """Of a path of which os.path.exists says no, why, and what is nearest: "does not exist; did you mean ...?"."""
+def missing_path(path: str | os.PathLike) -> Problem:
+    """Of a path of which os.path.exists says no, why, and what is nearest."""
     cause, missing = _cause(path), Path(path)
     if os.path.islink(path):  # another name would be no nearer to what it leads to
-        return f"{cause}."
+        return Problem(os.fspath(path), NOTHING, cause)
     while not os.path.isdir(missing.parent) and missing.parent != missing:
         missing = missing.parent
     if cause == ABSENT and os.path.lexists(missing):  # on the way, and no folder
-        return f"{cause}; {missing} {DANGLING if os.path.islink(missing) else 'is no folder'}."
+        fix = f"{missing} {DANGLING if os.path.islink(missing) else 'is no folder'}"
+        return Problem(os.fspath(path), NOTHING, cause, fix)
     try:
         found = closest(missing.name, os.listdir(missing.parent))
     except OSError:
         found = None
     if found and cause == ABSENT:
-        hint = f"did you mean {missing.parent / found}?"
+        fix = f"did you mean {missing.parent / found}?"
     else:
-        hint = f"the nearest folder there is: {missing.parent.absolute()}."
-    return f"{cause}; {hint}"
+        fix = f"the nearest folder there is: {missing.parent.absolute()}"
+    return Problem(os.fspath(path), NOTHING, cause, fix)
 
 
 def _cause(path: str | os.PathLike) -> str:

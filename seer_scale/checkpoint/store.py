@@ -32,7 +32,7 @@ import torch
 
 from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
 from seer_scale.distributed import World
-from seer_scale.errors import CheckpointError, why_missing
+from seer_scale.errors import CheckpointError, missing_path
 from seer_scale.files import sync_folder
 from seer_scale.formatting import memory_size, with_full_stop
 
@@ -219,7 +219,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         sealed = content.pop("crc32")
     except OSError as e:
         if not os.path.exists(path):
-            raise ValueError(f"it {why_missing(path).removesuffix('.')}") from None
+            missing = missing_path(path)
+            hint = f"; {missing.nearest}" if missing.nearest else ""
+            raise ValueError(f"it {missing.rule}{hint}") from None
         if isinstance(e, FileNotFoundError | NotADirectoryError):
             raise ValueError(f"it has no {MANIFEST}, so it was not finished or is no checkpoint") from None
         raise ValueError(f"its {MANIFEST} cannot be read ({e.strerror})") from None

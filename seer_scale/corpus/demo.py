@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from seer_scale.errors import DataError
+from seer_scale.errors import NOTHING, DataError, Problem
 from seer_scale.files import to_json
 from seer_scale.rng import numpy_generator
 
@@ -200,15 +200,16 @@ def write_demo_corpus(
     """
     folder = Path(folder)
     if train % len(CLASSES) or test % len(CLASSES):
-        raise DataError(
-            f"a demo corpus of {train} + {test} images has unequal classes: give multiples of {len(CLASSES)}."
-        )
+        name, given = ("train", train) if train % len(CLASSES) else ("test", test)
+        rule, nearest = f"must be a multiple of the {len(CLASSES)} classes", len(CLASSES) * -(-given // len(CLASSES))
+        raise DataError(Problem(name, given, rule, nearest))
     about = dict(version=VERSION, train=train, test=test, seed=seed, difficulty=dataclasses.asdict(difficulty))
     manifest = to_json(about, indent=1)
     if _holds(folder, manifest):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} holds something other than this demo corpus; remove it or give another folder.")
+        rule = "holds something other than this demo corpus"
+        raise DataError(Problem(str(folder), NOTHING, rule, "remove it or give another folder"))
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     textures = {t.__name__: t for t in TEXTURES}

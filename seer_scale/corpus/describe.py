@@ -30,11 +30,12 @@ from seer_scale.data.loading.pool import iterate_batches
 from seer_scale.data.loading.tasks import EvalBatches
 from seer_scale.data.loading.worker import ItemTracker
 from seer_scale.data.sources import Source, Stream, kind_of, open_source
+from seer_scale.data.sources.base import unreadable_line
 from seer_scale.data.sources.files import is_lfs_pointer
 from seer_scale.data.sources.left_out import described
 from seer_scale.data.transforms import decode as decoders
 from seer_scale.data.transforms.decode import decode
-from seer_scale.errors import DataError
+from seer_scale.errors import NOTHING, DataError, Problem
 from seer_scale.files import shown, to_json, written_whole
 from seer_scale.formatting import counted, file_size, rough_duration
 
@@ -88,34 +89,30 @@ def open_from_arguments(path: str, args: argparse.Namespace) -> tuple[str, Sourc
     kind = kind_of(path) if args.kind == "auto" else args.kind
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if idle := next((name for name in options if kind not in OPTIONS[name][1]), None):
-        raise DataError(
-            f"--{idle.replace('_', '-')} is given, but {path} is of kind {kind}: it serves "
-            f"{' and '.join(OPTIONS[idle][1])} only, so leave it out."
-        )
+        option, rule = f"--{idle.replace('_', '-')}", f"serves {' and '.join(OPTIONS[idle][1])} only"
+        raise DataError(Problem(option, NOTHING, f"{rule}, and {path} is of kind {kind}", "leave it out"))
     return kind, open_source(path, kind, **options), options
 
 
 def run(args: argparse.Namespace) -> str:
     """Scan the images; returns the lines to print. Raises DataError."""
     if args.sample is not None and args.sample < 1:
-        raise DataError(f"--sample is {args.sample}, but must be at least 1.")
+        raise DataError(Problem("--sample", args.sample, "must be at least 1", 1))
     if args.workers < 0:
-        raise DataError(f"--workers is {args.workers}, but must be at least 0.")
+        raise DataError(Problem("--workers", args.workers, "must be at least 0", 0))
     for option, place in ("--sheet", args.sheet), ("--unreadable", args.unreadable):
         if place and not os.path.isdir(os.path.dirname(place) or "."):
-            raise DataError(f"{option} is {place}, but its folder does not exist: make it first.")
+            raise DataError(Problem(option, place, "its folder does not exist", "make it first"))
     if args.sheet and not args.sheet.lower().endswith((".jpg", ".jpeg")):
-        raise DataError(f"--sheet is {args.sheet}, but the sheet is a JPEG: let its name end in .jpg.")
+        raise DataError(Problem("--sheet", args.sheet, "the sheet is a JPEG", "let its name end in .jpg"))
     if args.all and args.sample is not None:
-        raise DataError("--all and --sample are both given: leave one out.")
+        raise DataError(Problem("--sample", args.sample, "--all is given, too", "leave one out"))
     sample = SAMPLE if args.sample is None else args.sample
     (kind, source, _), images = open_from_arguments(args.path, args), None
     if isinstance(source, Stream):
         if args.all:
-            raise DataError(
-                f"{args.path} is a stream, of which the first images are scanned: leave out --all, or give a "
-                "larger --sample."
-            )
+            rule = f"cannot be had of {args.path}, a stream, of which the first images are scanned"
+            raise DataError(Problem("--all", NOTHING, rule, "leave it out, or give a larger --sample"))
         images, source = len(source), InMemorySource(source, sample)
     with _listing(args.unreadable) as listing:
         stats, rate = scan(source, len(source) if args.all else sample, args.workers, listing)
@@ -183,11 +180,6 @@ def header(data: bytes) -> Header | None:
                 return Header(image.mode, orientation, height, width)
         except Exception:  # hostile bytes raise every kind
             return None
-
-
-def unreadable_line(name: str, error: DataError) -> str:
-    """The line "name: reason" of an image that cannot be read."""
-    return f"{name}: {str(error).removeprefix(f'{name} ')}"
 
 
 # ------------------------------------------------------------------------------------------------ many images
@@ -400,7 +392,8 @@ def write_sheet(path: Path, source: Source, indices: np.ndarray, workers: int) -
         with written_whole(path) as file:
             Image.fromarray(sheet).save(file, "JPEG", quality=88)
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}): give --sheet another place.") from error
+        rule = f"it cannot be written ({error.strerror or error})"
+        raise DataError(Problem("--sheet", str(path), rule, "give another place")) from error
 
 
 @contextlib.contextmanager
@@ -412,9 +405,8 @@ def _listing(path: str | None) -> Iterator[BinaryIO | None]:
         with written_whole(Path(path)) as file:
             yield file
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror or error}): give --unreadable another place."
-        ) from error
+        rule = f"it cannot be written ({error.strerror or error})"
+        raise DataError(Problem("--unreadable", path, rule, "give another place")) from error
 
 
 # ------------------------------------------------------------------------------------------------ what is printed

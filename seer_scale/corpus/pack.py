@@ -38,18 +38,17 @@ from seer_scale.corpus.describe import (
     format_of,
     header,
     open_from_arguments,
-    unreadable_line,
 )
 from seer_scale.data.loading.pool import iterate_batches
 from seer_scale.data.loading.worker import ItemTracker
 from seer_scale.data.sampling.order import permute
 from seer_scale.data.sources import Source, Stream, open_source, tars
-from seer_scale.data.sources.base import cached_index, is_image
+from seer_scale.data.sources.base import cached_index, is_image, unreadable_line
 from seer_scale.data.sources.hub import PREFIX
 from seer_scale.data.sources.left_out import warning
 from seer_scale.data.sources.remote import is_url
 from seer_scale.data.transforms.decode import decode
-from seer_scale.errors import DataError
+from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import UNFINISHED, to_json, written_whole
 from seer_scale.formatting import counted, file_size
 
@@ -107,8 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """Pack; returns the lines to print. Raises DataError."""
     size, seed = _size(args.size), _seed(args.shuffle)
-    if args.workers < 0 or args.max_side is not None and args.max_side < 1:
-        raise DataError(f"--workers is {args.workers} and --max-side {args.max_side}, but at least 0 and 1 are needed.")
+    if args.workers < 0:
+        raise DataError(Problem("--workers", args.workers, "must be at least 0", 0))
+    if args.max_side is not None and args.max_side < 1:
+        raise DataError(Problem("--max-side", args.max_side, "must be at least 1", 1))
     dst = Path(args.dst)
     _must_be_apart(args.src, dst)
     kind, source, source_options = open_from_arguments(args.src, args)
@@ -164,19 +165,15 @@ def _tars_planned(dst: Path, plan: dict[str, Any]) -> int | None:
         old = json.loads(place.read_bytes())
         differences = [key for key in WORDS if old[key] != plan[key]]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"{place} cannot be read ({error}): give a new folder.") from error
+        raise DataError(Problem(str(place), NOTHING, f"cannot be read ({error})", "give a new folder")) from error
     if differences:
         key = differences[0]
-        values = "are others now" if key == "content" else f"is {_said(old[key])} there, not {_said(plan[key])}"
-        raise DataError(
-            f"{dst} holds a pack of another plan: the {WORDS[key]} {values}; give a new folder, or the same "
-            "arguments to go on with that one."
-        )
+        fix = "give a new folder, or the same arguments to go on with that pack"
+        if key == "content":
+            raise DataError(Problem(f"the {WORDS[key]}", NOTHING, f"are others than in the pack in {dst}", fix))
+        there = "none" if old[key] is None else old[key]
+        raise DataError(Problem(f"the {WORDS[key]}", plan[key], f"is {there} in the pack in {dst}", fix))
     return old.get("tars")
-
-
-def _said(value: Any) -> str:
-    return "none" if value is None else str(value)
 
 
 def _content(source: Source, labels: np.ndarray | None) -> str:
@@ -199,7 +196,8 @@ def _must_be_apart(src: str, dst: Path) -> None:
         common = "" if is_url(part) or part.startswith(PREFIX) else os.path.commonpath([here, there])
         if common in (here, there):
             how = f"is {part}" if here == there else f"lies inside {part}" if common == here else f"holds {part}"
-            raise DataError(f"{dst} {how}, but the tars need a folder of their own: give one beside it.")
+            rule = f"{how}, but the tars need a folder of their own"
+            raise DataError(Problem(str(dst), NOTHING, rule, "give one beside it"))
 
 
 @contextlib.contextmanager
@@ -208,18 +206,19 @@ def _alone_in(dst: Path) -> Iterator[None]:
     try:
         others = [p.name for p in dst.iterdir() if not p.name.startswith(".")] if dst.exists() else []
         if others and "pack.json" not in others:
-            raise DataError(f"{dst} holds {min(others)}, but no pack.json that says what it is: give a new folder.")
+            rule = f"holds {min(others)}, but no pack.json that says what it is"
+            raise DataError(Problem(str(dst), NOTHING, rule, "give a new folder"))
         (dst / ".unreadable").mkdir(parents=True, exist_ok=True)
         lock = open(dst / ".lock", "w")
     except OSError as error:
-        raise DataError(f"{dst} cannot be written ({error.strerror}): give another folder.") from error
+        rule = f"cannot be written ({error.strerror})"
+        raise DataError(Problem(str(dst), NOTHING, rule, "give another folder")) from error
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(
-                f"{dst} is being packed by another process: wait for it, or give another folder."
-            ) from error
+            rule = "is being packed by another process"
+            raise DataError(Problem(str(dst), NOTHING, rule, "wait for it, or give another folder")) from error
         for unfinished in dst.rglob(f".*{UNFINISHED}"):
             unfinished.unlink(missing_ok=True)
         yield
@@ -263,9 +262,9 @@ class _PackOptions:
     check: bool
 
     def prepared(self, data: bytes) -> bytes:
-        """The bytes to store. Raises DataError for an image that is to be left out."""
+        """The bytes to store. Raises Unreadable for an image that is to be left out."""
         if not data:
-            raise DataError("the file is empty")
+            raise Unreadable("the file is empty")
         if self.max_side:
             head = header(data)
             if head and min(head.height, head.width) > self.max_side:
@@ -450,10 +449,8 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
         with written_whole(path, durable=True) as file:
             yield file
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror or error}): the tars that are whole stay; mend that "
-            "and give the same command again."
-        ) from error
+        rule = f"cannot be written ({error.strerror or error}), while the tars that are whole stay"
+        raise DataError(Problem(str(path), NOTHING, rule, "mend that and give the same command again")) from error
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -477,7 +474,8 @@ def _summary(dst: Path, images: int) -> str:
     try:
         packed = len(open_source(str(dst), "tar"))
     except DataError as error:
-        raise DataError(f"{dst} holds no image: of {images:,}, those that cannot be read are {listed}.") from error
+        rule = f"holds no image: of {images:,}, those that cannot be read are {listed}"
+        raise DataError(Problem(str(dst), NOTHING, rule)) from error
     left_out = f"; {images - packed:,} that cannot be read left out, {listed}" if packed < images else ""
     return (
         f"{counted(len(sizes), 'tar')}, {counted(packed, 'image')}, {file_size(sum(sizes))}{left_out}.\nTrain on them "
@@ -489,7 +487,8 @@ def _size(word: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?", word.strip().lower())
     size = int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]]) if found else 0
     if size < 1:
-        raise DataError(f"--size is {word!r}, but must be a number of bytes with a unit, such as 1GiB or 500MB.")
+        rule = "must be a number of bytes with a unit"
+        raise DataError(Problem("--size", word, rule, "give one such as 1GiB or 500MB"))
     return size
 
 
@@ -497,5 +496,5 @@ def _seed(word: str) -> int | None:
     if word == "no":
         return None
     if not word.isascii() or not word.isdigit():
-        raise DataError(f"--shuffle is {word!r}, but must be a seed, such as 0, or no.")
+        raise DataError(Problem("--shuffle", word, "must be a seed or no", ("0", "no")))
     return int(word)

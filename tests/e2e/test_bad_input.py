@@ -75,7 +75,7 @@ def test_paths_below_what_cannot_be_looked_into(tmp_path, photos, capsys):
     ):
         assert main([str(word) for word in words]) == 2
         assert "File name too long" in (told := capsys.readouterr().err) and told.count("\n") == 1, told
-    assert "is no file" in told_by(capsys, ("train", f"{place}.yaml"))
+    assert "There is no file" in told_by(capsys, ("train", f"{place}.yaml"))
     sentence = "cannot hold a run (File name too long)"
     assert sentence in told_by(capsys, ("train", given, "--run.dir", place))
     assert main(["launch", given, "--cluster", "local", "--run.dir", str(place)]) == 2
@@ -104,7 +104,7 @@ def test_images_that_are_none(tmp_path, photos, capsys):
     told = told_by(
         capsys, ("train", given, "--run.dir", tmp_path / "x", "--data.path", broken, "--knn.enabled", "false")
     )
-    assert "All 24 images cannot be read" in told
+    assert "data.path leads to 24 images of which none can be read" in told
 
 
 def test_directories_that_hold_no_run(tmp_path, photos, capsys):
@@ -136,7 +136,7 @@ def test_one_rank_without_images(tmp_path, photos, monkeypatch):
     for path in broken.rglob("*.jpg"):
         path.write_bytes(b"cut")
     assert set(r.wait()) <= {1, 2}
-    assert "images cannot be read" in r.text and "Traceback" not in r.text
+    assert "data.path leads to" in r.text and "Traceback" not in r.text
 
 
 def test_a_second_run_is_told_the_owner(tmp_path, photos, capsys):

@@ -13,9 +13,10 @@ import pytest
 
 from seer_scale.data.sources import files, kind_of, left_out, open_source
 from seer_scale.data.sources.files import folder, folders_in
-from seer_scale.errors import DataError
+from seer_scale.errors import DataError, Unreadable
 from seer_scale.evaluate.knn import split_folders
 from seer_scale.extras import how_to_install
+from tests.problems import refused
 from tests.sources import read_heif
 from tests.unit.test_sources import touch, write_tar
 
@@ -41,7 +42,7 @@ def test_names_are_bytes_until_they_are_shown(tmp_path, odd):
     source = open_source(str(tmp_path / "list.txt")) if has_line else open_source(str(tmp_path / "folder"))
     for i in range(len(source)):
         if isinstance(error := source.read_run(i, 1)[0], DataError):
-            assert str(error).startswith(f"{source.name(i)} cannot be read") and str(error).isprintable()
+            assert isinstance(error, Unreadable) and error.name == source.name(i) and str(error).isprintable()
 
 
 @pytest.fixture
@@ -62,8 +63,9 @@ def test_folders_that_link_to_themselves_and_nest_without_end(deep, tmp_path, mo
     source = open_source(str(tmp_path / "d"))
     assert [os.path.basename(source.name(i)) for i in range(len(source))] == ["1.jpg", "deep.jpg"]
     assert source.left_out == {left_out.DANGLING: 1}
-    with pytest.raises(DataError, match="Too many levels of symbolic links"):
+    with refused(tmp_path / "d" / "self") as error:
         open_source(str(tmp_path / "d" / "self"))
+    assert "Too many levels of symbolic links" in error.value.problems[0].rule
 
 
 def test_what_cannot_be_listed_is_left_out_unless_it_is_all(tmp_path, monkeypatch):
@@ -71,17 +73,17 @@ def test_what_cannot_be_listed_is_left_out_unless_it_is_all(tmp_path, monkeypatc
     (tmp_path / "d" / "locked").mkdir()
     scandir = os.scandir
 
-    def refused(path):
+    def denied(path):
         if Path(path).name in ("locked", "root"):
             raise PermissionError(13, "Permission denied")  # root may list all
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refused)
+    monkeypatch.setattr(os, "scandir", denied)
     source = open_source(str(tmp_path / "d"))
     assert len(source) == 1 and source.left_out == {left_out.UNLISTABLE: 1}
     (tmp_path / "root").mkdir()
     for kind in ("auto", "folder"):
-        with pytest.raises(DataError, match="root cannot be listed"):
+        with refused(tmp_path / "root", nearest="make it readable, or give another folder"):
             open_source(str(tmp_path / "root"), kind)
 
 
@@ -120,8 +122,9 @@ def test_hidden_means_hidden_and_what_is_left_out_is_counted(tmp_path, monkeypat
     assert kind_of(str(tmp_path / "d")) == "folder"
     for name in ("1.zip", "2.zip", "3.heic"):
         touch(tmp_path / "zips" / name)
-    with pytest.raises(DataError, match=r"holds no image.*It holds 2 archives \(unpack them\), 1 HEIF image"):
+    with refused(tmp_path / "zips") as error:
         open_source(str(tmp_path / "zips"))
+    assert error.value.problems[0].nearest.startswith("it holds 2 archives (unpack them), 1 HEIF image")
 
 
 def test_what_only_is_called_like_an_image_is_none(tmp_path, monkeypatch):

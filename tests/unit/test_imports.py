@@ -35,7 +35,6 @@ CORE = {
     "extras",
     "files",
     "formatting",
-    "plugins",
     "distributed",
     "rng",
     "rank_info",

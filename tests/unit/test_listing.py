@@ -6,6 +6,7 @@ import os
 import pickle
 from collections import Counter
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from seer_scale.data.loading.listing import share
 from seer_scale.data.sources import open_source
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, StartStopped, UserError
-from seer_scale.evaluate.run import _list_images
+from seer_scale.evaluate.run import _images
+from tests.problems import refused, unreadable
 from tests.processes import hear_questions
 from tests.unit.test_sources import cache, contents, numbered_tars, touch  # noqa: F401  the cache is a fixture
 
@@ -107,10 +109,10 @@ def test_a_node_s_own_copies_may_have_other_dates_but_no_other_sizes(tmp_path, r
         os.utime(path, ns=(n, n))
     assert contents(share(other, tmp_path, opened, lambda s: [s])) == before
     second.write_bytes(second.read_bytes() + bytes(512))
-    with pytest.raises(UserError, match="is another tar here than on rank 0"):
+    with refused(second, nearest="bring the same to every node", error=UserError):
         share(other, tmp_path, opened, lambda s: [s])
     first.rename(tmp_path / "gone.tar")
-    with pytest.raises(UserError, match="cannot be read"):
+    with unreadable(first):
         share(other, tmp_path, opened, lambda s: [s])
 
 
@@ -143,7 +145,7 @@ def test_a_folder_that_the_nodes_do_not_share_is_told(tmp_path, ranks, monkeypat
     share(main, tmp_path, opened, lambda s: [s])
     [published] = tmp_path.glob("listing-*.bin")
     published.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="all nodes share"):
+    with refused(ANY, nearest=f"is {tmp_path} on a file system that all nodes share?", error=UserError):
         share(other, tmp_path, opened, lambda s: [s])
 
 
@@ -159,7 +161,7 @@ def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, mon
     )
     found = []
     asked = [
-        questions(tmp_path / "data", monkeypatch, lambda rank=rank: found.append(_list_images(config, tmp_path, rank)))
+        questions(tmp_path / "data", monkeypatch, lambda rank=rank: found.append(_images(config, tmp_path, rank)))
         for rank in ranks
     ]
     assert asked[0] > 3 and asked[1] <= 2, asked
@@ -175,8 +177,8 @@ def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, mon
     )
     Rank.said.clear()
     for rank in ranks:
-        with pytest.raises(UserError, match="has no labels; give labelled images"):
-            _list_images(config, tmp_path, rank)
+        with pytest.raises(UserError, match="has no labels: give labelled images"):
+            _images(config, tmp_path, rank)
 
 
 def test_problems_of_a_recipe_reach_other_ranks_as_they_are():

@@ -22,8 +22,9 @@ from seer_scale.data.loading.loader import eval_batches, train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.sources import open_source
 from seer_scale.data.transforms.views import load_views
-from seer_scale.errors import STOP_SIGNALS, DataError, SourceEnded
+from seer_scale.errors import STOP_SIGNALS, SourceEnded
 from tests import processes
+from tests.problems import refused
 from tests.sources import Counted, Endless, Passing, Waiting
 
 VIEWS = Views(crops=(Crop(num=2, size=24), Crop(num=3, size=16, scale=(0.05, 0.14))))
@@ -172,8 +173,9 @@ def test_replacement_does_not_depend_on_ranks_or_workers(broken):
 def test_nothing_readable_is_one_sentence(tmp_path, workers):
     for n in range(3):
         (tmp_path / f"{n}.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"^All 3 images cannot be read, so check data.path; .*: the file is empty"):
+    with refused("data.path") as error:
         batches(open_source(str(tmp_path)), workers=workers)
+    assert "0.jpg: the file is empty" in error.value.problems[0].nearest
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,7 @@
 """Manifests: what they name, in whatever spelling, and what they may not."""
 
 import io
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 
 from seer_scale.data.sources import open_source
 from seer_scale.data.sources.manifest import absolute, read_manifest
-from seer_scale.errors import DataError
+from seer_scale.errors import NOTHING
+from tests.problems import refused
 
 
 def picture(seed: int) -> bytes:
@@ -42,21 +44,32 @@ def test_joined_parts(parts):
     assert source.name(7) == str(parts / "b/dog/1.png")
 
 
-@pytest.mark.parametrize("text,said", [
-    ("parts: [m.yaml]", "part 1, m.yaml, is of kind manifest, which cannot be a part"),
-    ("parts: [{path: a, kind: stream}]", "is of kind stream, which cannot be a part"),
-    ("parts: [a, a/]", "names the part .*/a twice"),
-    ("parts: [{path: a, knd: x}]", "did you mean kind"),
-    ("parts: [{name: a}]", "part 1 has no path"),
-    ("parts: []", "needs a list `parts`"),
-    ("a: b: c", "it is not YAML: line 1, column 5: mapping values are not allowed here"),
-    ("[1, 2]", "needs a list `parts`"),
-    ("{parts: [a], more: 1}", "has the key 'more'"),
-    ("parts: [c]", "part .*/c: .*/c does not exist"),
+NEEDS_PARTS = "give a list `parts`, each with a path (kind and name are optional)"
+
+
+@pytest.mark.parametrize("text, where, value, nearest", [
+    ("parts: [m.yaml]", ", part 1: kind", "manifest", ANY),
+    ("parts: [{path: a, kind: stream}]", ", part 1: kind", "stream", ANY),
+    ("parts: [a, {path: b, exclude: x}]", ", part 2: exclude", "x", ANY),
+    ("parts: [a, a/]", "", NOTHING, "give each path once, or different names"),
+    ("parts: [{path: a, knd: x}]", ", part 1: knd", NOTHING, "did you mean kind?"),
+    ("parts: [{name: a}]", ", part 1", NOTHING, ANY),
+    ("parts: []", "", NOTHING, NEEDS_PARTS),
+    ("a: b: c", "", NOTHING, ""),
+    ("[1, 2]", "", NOTHING, NEEDS_PARTS),
+    ("{parts: [a], more: 1}", ": more", NOTHING, ANY),
 ])  # fmt: skip
-def test_what_is_no_manifest(parts, text, said):
-    with pytest.raises(DataError, match=said):
-        open_source(write(parts, text))
+def test_what_is_no_manifest(parts, text, where, value, nearest):
+    path = write(parts, text)
+    with refused(f"{path}{where}", value, nearest):
+        open_source(path)
+
+
+def test_a_part_that_cannot_be_read_is_named(parts):
+    path = write(parts, "parts: [c]")
+    with refused(parts / "c") as error:
+        open_source(path)
+    assert str(error.value).startswith(f"{path}, part {parts}/c: ")
 
 
 def test_one_spelling(tmp_path, monkeypatch):
@@ -89,7 +102,5 @@ def test_a_split_and_a_column_of_a_part(tmp_path):
     assert [source.read(i) for i in (0, 5)] == [b"rtest 0", b"rtrain 2"]
     assert [name for name, _ in source.parts] == [f"{tmp_path}/x[test]", f"{tmp_path}/x[train]"]
     path.write_text(yaml.safe_dump({"parts": [{"path": "x", "split": "test"}]}))
-    with pytest.raises(
-        DataError, match="part 1 gives split, which only data sets of kind hub have: add kind: hub, or leave it out"
-    ):
+    with refused(f"{path}, part 1: split", "test", "add kind: hub, or leave it out"):
         open_source(str(path))

@@ -16,6 +16,7 @@ from seer_scale.data.loading import pool as module
 from seer_scale.data.loading.pool import iterate_batches
 from seer_scale.errors import DataError
 from tests.counting_task import ROWS, Numbers, Unpicklable, die, hang
+from tests.problems import refused
 from tests.processes import descendants, families, workers
 
 
@@ -107,8 +108,9 @@ def test_workers_that_cannot_live_end_the_run(tmp_path):
             tracker.begin(int(time.monotonic_ns()))  # never the same
             die()
 
-    with pytest.raises(DataError, match="so did 5 before it .* lower data.workers or data.prefetch"):
+    with refused("Loader process 0") as error:
         taken(iterate_batches(Dying(tmp_path), range(3), workers=1))
+    assert "lower data.workers or data.prefetch" in error.value.problems[0].nearest
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -190,10 +192,9 @@ def test_what_lies_in_the_current_folder_stands_in_for_nothing(tmp_path, monkeyp
     monkeypatch.setattr(module, "_server", module._Server())
     monkeypatch.setattr("sys.path", [str(shadow), *sys.path])
     for _ in range(2):
-        with pytest.raises(
-            DataError, match=f"cannot be started: ImportError: homework \\({shadow}/random.py, line 1\\)."
-        ):
+        with refused("The server of the loader processes") as error:
             taken(iterate_batches(Numbers(tmp_path), range(4), workers=2))
+        assert f"ImportError: homework ({shadow}/random.py, line 1)" in error.value.problems[0].rule
 
 
 def test_a_server_whose_process_has_gone_says_nothing():

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from seer_scale.data.sources import Source
 from seer_scale.distributed import World
-from seer_scale.errors import StartStopped, UserError
+from seer_scale.errors import NOTHING, Problem, StartStopped, UserError
 from seer_scale.files import written_whole
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def share(
                 source.arrive()
         except UserError as error:
             is_stop = isinstance(error, StartStopped)
-            problem = error if is_stop else UserError(f"{error} (on {socket.gethostname()})")
+            problem = error if is_stop else error.within(f"On {socket.gethostname()}")
     problems = world.gather_objects(problem)
     if world.is_main and ends[-1] < MAPPED_FROM:
         path.unlink(missing_ok=True)
@@ -88,9 +88,9 @@ def _publish(folder: Path, made: object, name: str) -> tuple[bytes, Path, list[i
                 ends.append(file.tell())
                 file.write(bytes(-file.tell() % ALIGNMENT))
     except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}): free some space, or choose another run.dir."
-        ) from error
+        rule = f"cannot be written ({error.strerror})"
+        fix = "free some space, or choose another run.dir"
+        raise UserError(Problem(str(folder), NOTHING, rule, fix)) from error
     _mine.add(path)
     atexit.register(_remove, path, os.getpid())
     return pickled, path, ends
@@ -124,8 +124,7 @@ def _read(path: Path, size: int) -> memoryview:
         except FileNotFoundError:
             pass
         if time.monotonic() > deadline:
-            raise UserError(
-                f"{path}, which rank 0 has written, is not there: is {path.parent} on a file system that all nodes "
-                "share?"
-            )
+            rule = "was written by rank 0 and is not there"
+            fix = f"is {path.parent} on a file system that all nodes share?"
+            raise UserError(Problem(str(path), NOTHING, rule, fix))
         time.sleep(0.1)

@@ -28,7 +28,7 @@ import numpy as np
 
 from seer_scale.cores import loads_in_processes
 from seer_scale.data.loading.worker import ITEM, PID, PROGRESS, STATUS, BatchTask, ItemTracker, shared_arrays
-from seer_scale.errors import DataError
+from seer_scale.errors import NOTHING, DataError, Problem
 
 SUSPECT_TWICE = 2
 """Workers that one item has ended before it is refused: one may have been killed for any reason."""
@@ -229,7 +229,7 @@ class _Pool:
         if self._suspects[item] == SUSPECT_TWICE and len(worker.suspects | {item}) <= MAX_REFUSED:
             self._failures_without_progress[slot] = 0  # the next one passes it by
         else:
-            self._count(slot, f"Loader process {slot} {what}{where}")
+            self._count(slot, f"Loader process {slot}", f"{what}{where}")
         self._log(f"Loader process {slot} {what}{where}; another takes its place, and no image is lost or repeated.")
         self._workers[slot] = self._start(slot, worker.next, worker.suspects | ({item} - {-1}))
 
@@ -240,7 +240,7 @@ class _Pool:
         except (EOFError, OSError):
             pass
         _server.raise_if_failed()
-        self._count(-1, "The host of the loader processes was ended")
+        self._count(-1, "The host of the loader processes", "was ended")
         self._log(
             "The host of the loader processes was ended; another takes its place, and no image is lost or repeated."
         )
@@ -250,13 +250,12 @@ class _Pool:
         self._control = self._ask_host()
         self._workers = [self._start(slot, worker.next) for slot, worker in enumerate(self._workers)]
 
-    def _count(self, slot: int, what: str) -> None:
+    def _count(self, slot: int, who: str, what: str) -> None:
         self._failures_without_progress[slot] += 1
         if self._failures_without_progress[slot] > MAX_REPLACEMENTS:
-            raise DataError(
-                f"{what}, and so did {MAX_REPLACEMENTS} before it without making a batch: if memory is short "
-                "(signal SIGKILL), lower data.workers or data.prefetch; if reads hang, raise data.timeout_s."
-            )
+            rule = f"{what}, and so did {MAX_REPLACEMENTS} before it without making a batch"
+            memory = "if memory is short (signal SIGKILL), lower data.workers or data.prefetch"
+            raise DataError(Problem(who, NOTHING, rule, f"{memory}; if reads hang, raise data.timeout_s"))
 
 
 SERVER = """
@@ -295,7 +294,7 @@ class _Server:
         except OSError:
             return
         if reason:
-            raise DataError(f"Loader processes cannot be started: {reason}.")
+            raise DataError(Problem("The server of the loader processes", NOTHING, f"cannot be started: {reason}"))
 
     def ask(self, theirs: Connection) -> None:
         """Have it fork a host that listens to `theirs`."""

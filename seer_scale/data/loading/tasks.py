@@ -18,10 +18,11 @@ from seer_scale.config import Views
 from seer_scale.data.loading.worker import ItemTracker, Spec
 from seer_scale.data.sampling.sampler import ElasticSampler
 from seer_scale.data.sources import Source, Stream
+from seer_scale.data.sources.base import unreadable_line
 from seer_scale.data.transforms import photometric
 from seer_scale.data.transforms.decode import decode
 from seer_scale.data.transforms.views import load_views, resize_centre
-from seer_scale.errors import DataError, SourceEnded
+from seer_scale.errors import NOTHING, DataError, Problem, SourceEnded
 
 READ_AHEAD = 256 << 20
 """Bytes of images read ahead with which a loader process reads no further ones."""
@@ -80,11 +81,10 @@ class TrainBatches:
             except SourceEnded:
                 raise
             except (DataError, MemoryError) as error:
-                name = self.source.name(index)
-                unreadable.append(f"{name}: {str(error).removeprefix(f'{name} ') or 'there is no memory for it'}")
-        first = "; ".join(unreadable[:3])
-        which = f"{max_steps} images in a row" if max_steps < len(self.source) else f"All {max_steps:,} images"
-        raise DataError(f"{which} cannot be read, so check data.path; the first: {first}.")
+                unreadable.append(unreadable_line(self.source.name(index), error))
+        some = f"leads to {max_steps} images in a row that cannot be read"
+        rule = some if max_steps < len(self.source) else f"leads to {max_steps:,} images of which none can be read"
+        raise DataError(Problem("data.path", NOTHING, rule, f"the first: {'; '.join(unreadable[:3])}"))
 
     def describe(self, item: int) -> str:
         return self.source.name(item)
@@ -155,7 +155,7 @@ class _Stream:
                 with _alive(tracker):
                     position, data = next(self._images)
             except DataError as error:
-                raise SourceEnded(str(error)) from error
+                raise SourceEnded(*error.problems) from error
             self._recent[position], self._next = data, position + 1
             if len(self._recent) > MAX_UNREADABLE_IN_A_ROW:  # those may be asked for again, to replace others
                 del self._recent[next(iter(self._recent))]

@@ -29,7 +29,7 @@ import numpy as np
 from seer_scale import console
 from seer_scale.data.sources import remote
 from seer_scale.data.transforms.native import native
-from seer_scale.errors import STOP_SIGNALS, DataError
+from seer_scale.errors import STOP_SIGNALS, DataError, Unreadable
 
 PROGRESS, ITEM, PID, STATUS = range(4)
 """Columns of the slots: items entered so far; the one a worker is busy with, or -1; its process number; and how it
@@ -46,11 +46,11 @@ class ItemTracker:
         self._slot, self._refused = slot, frozenset(refused)
 
     def begin(self, item: int) -> None:
-        """To be called before item number `item` is read. Raises DataError for one that is refused."""
+        """To be called before item number `item` is read. Raises Unreadable for one that is refused."""
         self._slot[PROGRESS] += 1
         self._slot[ITEM] = item
         if item in self._refused:
-            raise DataError("it ended or stopped its loader twice")
+            raise Unreadable("it ended or stopped its loader twice")
 
     def heartbeat(self) -> None:
         """Still at it, and getting somewhere."""

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 
 from seer_scale.config import Data
 from seer_scale.data.sources import hub, remote
-from seer_scale.data.sources.base import Source, Stream, is_image, is_tar, must_exist, subset
+from seer_scale.data.sources.base import Source, Stream, is_image, is_tar, must_exist, subset, unlistable
 from seer_scale.data.sources.files import folder, is_file, is_folder, is_of_runs
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.data.sources.lists import ListFile
 from seer_scale.data.sources.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from seer_scale.data.sources.manifest import open_manifest
 from seer_scale.data.sources.tars import is_several, open_tars
-from seer_scale.errors import DataError, nearest
+from seer_scale.errors import NOTHING, DataError, Problem, nearest
 
 __all__ = ["KINDS", "Source", "Stream", "kind_of", "open_data", "open_source", "subset"]
 
@@ -40,14 +40,13 @@ def open_source(
     Raises DataError when there is no image to read, saying what was looked for.
     """
     if kind not in KINDS:
-        raise DataError(f"data.kind is {kind!r}, but must be one of {', '.join(KINDS)}; {nearest(kind, KINDS)}")
+        raise DataError(Problem("data.kind", kind, "no source is of that kind", nearest(kind, KINDS)))
     if not path:
-        raise DataError("data.path is empty: give a folder of images, a list file or tars.")
+        raise DataError(Problem("data.path", NOTHING, "is empty", "give a folder of images, a list file or tars"))
     kind = kind_of(path) if kind == "auto" else kind
     if kind in ("list", "manifest") and not remote.is_url(path) and os.path.isdir(path):
-        raise DataError(
-            f"{path} is a folder, and data.kind {kind} wants a file: leave data.kind out, or give folder or tar."
-        )
+        rule = f"wants a file, and {path} is a folder"
+        raise DataError(Problem("data.kind", kind, rule, "leave it out, or give folder or tar"))
     if kind == "hub":
         return hub.open_hub(path, split, image_key)
     if kind == "stream":
@@ -81,30 +80,27 @@ def kind_of(path: str) -> str:
         if is_tar(name) or is_url and name.endswith("/"):
             return "tar"
         if name.endswith(COMPRESSED):
-            raise DataError(
-                f"{path} is compressed, so no image can be read alone; unpack it to .tar files or a folder."
-            )
+            rule = "is compressed, so no image can be read alone"
+            raise DataError(Problem(path, NOTHING, rule, "unpack it to .tar files or a folder"))
         if name.endswith(MANIFEST_SUFFIXES) and not is_url:
             return "manifest"
         if is_image(name):
-            raise DataError(f"{path} is a single image; give its folder, or a list file.")
+            raise DataError(Problem(path, NOTHING, "is a single image", "give its folder, or a list file"))
         if is_url and not name.endswith(LIST_SUFFIXES):
-            raise DataError(
-                f"{path} ends neither like tars (.tar, or / for a folder of them) nor like a list of images "
-                f"({', '.join(LIST_SUFFIXES)}); say what is meant by data.kind tar or data.kind list."
-            )
+            lists = ", ".join(LIST_SUFFIXES)
+            rule = f"ends neither like tars (.tar, or / for a folder of them) nor like a list of images ({lists})"
+            raise DataError(Problem(path, NOTHING, rule, "say what is meant by data.kind tar or data.kind list"))
         return "list"
     try:
         with os.scandir(path) as found:
             entries = [e for e in found if not is_hidden(e.name)]
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder."
-        ) from error
+        raise unlistable(path, error) from error
     if not any(is_tar(e.name) for e in entries):
         return "folder"
     folders = (e.name for e in entries if is_folder(e) and not is_of_runs(e.path))
     other = next(folders, None) or next((e.name for e in entries if is_image(e.name) and is_file(e)), None)
     if other:
-        raise DataError(f"{path} holds tars and also {other}; say what is meant by data.kind tar or data.kind folder.")
+        rule = f"holds tars and also {other}"
+        raise DataError(Problem(path, NOTHING, rule, "say what is meant by data.kind tar or data.kind folder"))
     return "tar"

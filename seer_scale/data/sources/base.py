@@ -15,7 +15,7 @@ import numpy as np
 
 from seer_scale.data.sources import remote
 from seer_scale.data.sources.left_out import is_hidden
-from seer_scale.errors import DataError, why_missing
+from seer_scale.errors import NOTHING, DataError, Problem, Unreadable, missing_path
 from seer_scale.files import cache_folder, shown, written_whole
 from seer_scale.formatting import counted
 from seer_scale.rng import key as hash_key
@@ -184,10 +184,9 @@ def encode_labels(
     if all(v.isascii() and v.isdigit() for v in values):
         numbers = [int(v) for v in values]
         if classes and max(numbers) >= len(classes):
-            raise DataError(
-                f"{where} has label {max(numbers)}, but classes.txt beside it names only "
-                f"{counted(len(classes), 'class')}; complete or remove classes.txt."
-            )
+            named = counted(len(classes), "class")
+            rule = f"has label {max(numbers)}, but classes.txt beside it names only {named}"
+            raise DataError(Problem(where, NOTHING, rule, "complete or remove classes.txt"))
         names = list(classes)
         if not names:  # numbers may have gaps, or be larger than any array
             places = {n: i for i, n in enumerate(sorted(set(numbers)))}
@@ -220,7 +219,29 @@ def shorten(paths: Sequence[str]) -> str:
 
 def must_exist(path: str) -> None:
     if not os.path.exists(path):
-        raise DataError(f"{path} {why_missing(path)}")
+        raise DataError(missing_path(path))
+
+
+def unlistable(path: str, error: OSError) -> DataError:
+    """Of a folder whose entries cannot be had."""
+    rule = f"cannot be listed ({error.strerror})"
+    return DataError(Problem(path, NOTHING, rule, "make it readable, or give another folder"))
+
+
+def changed(path: str) -> Problem:
+    """Of a file that is not what was indexed."""
+    return Problem(path, NOTHING, "changed after it was indexed", "start again")
+
+
+def another_than_on_rank_0(path: str) -> Problem:
+    return Problem(path, NOTHING, "is another here than on rank 0", "bring the same to every node")
+
+
+def unreadable_line(name: str, error: DataError | MemoryError) -> str:
+    """The line "name: reason" of an image that cannot be read."""
+    if isinstance(error, Unreadable) and error.name in ("", name):
+        return f"{name}: {error.reason}"
+    return f"{name}: {'there is no memory for it' if isinstance(error, MemoryError) else error}"
 
 
 # ------------------------------------------------------------------------------------------------------ caching
@@ -234,7 +255,7 @@ def file_version(path: str) -> tuple[int, int]:
     try:
         stat = os.stat(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+        raise Unreadable(error.strerror or str(error), path) from error
     return stat.st_size, stat.st_mtime_ns
 
 

@@ -24,6 +24,7 @@ from seer_scale.data.sources.base import (
     first_folder,
     is_image,
     must_exist,
+    unlistable,
 )
 from seer_scale.data.sources.left_out import (
     DANGLING,
@@ -38,7 +39,7 @@ from seer_scale.data.sources.left_out import (
     is_run,
     kind_of,
 )
-from seer_scale.errors import DataError
+from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import shown
 
 MAX_BYTES = 1 << 30
@@ -88,15 +89,17 @@ def read_file(path: str) -> bytes:
             found = os.fstat(file.fileno())
             size = found.st_size
             if not stat.S_ISREG(found.st_mode):
-                raise DataError(f"{shown(path)} cannot be read (it is no regular file).")
+                raise Unreadable("it is no regular file", shown(path))
             if size > MAX_BYTES:
-                raise DataError(
-                    f"{shown(path)} cannot be read (its {size:,} bytes are more than the {MAX_BYTES:,} that an "
-                    "image may have)."
-                )
+                raise Unreadable(too_large(size), shown(path))
             return file.readall()
     except (OSError, ValueError) as error:
-        raise DataError(f"{shown(path)} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+        raise Unreadable(getattr(error, "strerror", None) or str(error), shown(path)) from error
+
+
+def too_large(size: int) -> str:
+    """A reason."""
+    return f"its {size:,} bytes are more than the {MAX_BYTES:,} that an image may have"
 
 
 def is_lfs_pointer(data: bytes) -> bool:
@@ -117,19 +120,19 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Files:
     a file or of a folder on the way to it.
     """
     if remote.is_url(path):
-        raise DataError(
-            f"{path} is a URL, but a folder of images must be a local one; give its tars or a list of URLs."
-        )
+        rule = "is a URL, but a folder of images must be a local one"
+        raise DataError(Problem(path, NOTHING, rule, "give its tars or a list of URLs"))
     must_exist(path)
     if not os.path.isdir(path):
-        raise DataError(f"{path} is not a folder, but data.kind is folder; use data.kind auto.")
+        raise DataError(Problem("data.kind", "folder", f"{path} is not a folder", "use data.kind auto"))
     names, labels, left_out = NamesBuilder(), LabelsBuilder(), Counter[str]()
     for name in _walk(path, _Patterns(exclude), left_out):
         names.add(name)
         labels.add(first_folder(name))
     if not len(labels.codes):
-        more = f" It holds {words}." if (words := described(left_out)) else ""
-        raise DataError(f"{path} holds no image: looked in all its subfolders for {', '.join(SUFFIXES)}.{more}")
+        more = f"it holds {words}" if (words := described(left_out)) else ""
+        rule = f"holds no image: looked in all its subfolders for {', '.join(SUFFIXES)}"
+        raise DataError(Problem(path, NOTHING, rule, more))
     codes = np.array(labels.codes, np.int32)
     if len(labels.values) < 2:
         return Files(path, names.build(), None, (), left_out)
@@ -184,7 +187,7 @@ def _walk(root: str, exclude: _Patterns, left_out: Counter[str]) -> Iterator[str
     try:
         stack = [("", iter(_listed(root, "", seen)))]  # of folders however deep
     except OSError as error:
-        raise DataError(f"{root} cannot be listed: make it readable, or give another folder.") from error
+        raise unlistable(root, error) from error
     while stack:
         entry = next(stack[-1][1], None)
         if entry is None:

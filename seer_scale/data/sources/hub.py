@@ -25,7 +25,7 @@ from fsspec.core import url_to_fs
 from seer_scale.data.sources.base import Source, is_image, is_tar
 from seer_scale.data.sources.files import is_file, is_folder, is_lfs_pointer, read_file
 from seer_scale.data.sources.left_out import is_hidden
-from seer_scale.errors import DataError, nearest
+from seer_scale.errors import NOTHING, DataError, Problem, Unreadable, nearest
 from seer_scale.extras import how_to_install
 from seer_scale.files import shown
 from seer_scale.rng import key as hash_key
@@ -51,11 +51,10 @@ def looks_like_hub(path: str) -> bool:
         return True
     found = _look_into(path)
     if found.images and found.tables and not found.has_tars and len(found.images) <= FEW_IMAGES:
-        kinds = "hub (which reads the tables) or data.kind folder (which reads the images)"
-        raise DataError(
-            f"{path} holds Parquet or Arrow files ({shown(os.path.relpath(found.tables[0], path))}) and also "
-            f"{shown(os.path.relpath(found.images[0], path))}; say what is meant by data.kind {kinds}."
-        )
+        table, image = (shown(os.path.relpath(some[0], path)) for some in (found.tables, found.images))
+        rule = f"holds Parquet or Arrow files ({table}) and also {image}"
+        fix = "say what is meant by data.kind hub (which reads the tables) or data.kind folder (which reads the images)"
+        raise DataError(Problem(path, NOTHING, rule, fix))
     return bool(found.tables) and not found.images and not found.has_tars
 
 
@@ -97,7 +96,7 @@ def open_hub(path: str, split: str = "train", image_key: str = "") -> HubSource:
     """
     dataset = _load(path, split)
     if not len(dataset):
-        raise DataError(f"{path} holds no image in its split {split}.")
+        raise DataError(Problem(path, NOTHING, f"holds no image in its split {split}"))
     return HubSource(dataset, _image_column(dataset.features, image_key, path), f"{_prefixed(path)}[{split}]")
 
 
@@ -113,9 +112,8 @@ def open_hub_stream(
     declared = (dataset.info.splits or {}).get(split)
     length = length or (declared and declared.num_examples) or 0
     if length < 1:
-        raise DataError(
-            f"{path} does not say how many images its split {split} has, so give it as data.length (--length)."
-        )
+        rule = f"is needed, as {path} does not say how many images its split {split} has"
+        raise DataError(Problem("data.length", NOTHING, rule, "give it (--length)"))
     column = _image_column(dataset.features or {}, image_key, path)
     return HubStream(dataset, column, f"{_prefixed(path)}[{split}]", length, buffer)
 
@@ -213,10 +211,8 @@ class HubStream(Source):
                 except DataError as error:
                     yield position, error
         if (count := position + 1) < self._length:
-            raise DataError(
-                f"{self._where} ended after {count} images, not {self._length}; give {count} as its length "
-                "(data.length)."
-            )
+            rule = f"{self._where} ended after {count} images"
+            raise DataError(Problem("data.length", self._length, rule, count))
 
     def _mixed(self, seed: int, epoch: int, tick: Callable[[], None]) -> Iterator[Any]:
         """The library shuffles the files; its own buffer fails at 2 GiB of images, so it is kept to SLICE."""
@@ -245,7 +241,8 @@ def _load(path: str, split: str, **options: bool) -> Any:
     with _explained(path):
         if _is_saved(place):
             if options:
-                raise DataError(f"{path} was saved by save_to_disk and can be read at random: do not stream it.")
+                rule = f"{path} was saved by save_to_disk and can be read at random"
+                raise DataError(Problem("data.kind", "stream", rule, ("hub",)))
             return _load_saved(place, split)
         if place.lower().endswith(FILES) and not os.path.isdir(place):
             kind = os.path.splitext(place)[1][1:].lower()
@@ -268,12 +265,12 @@ def _load_saved(folder: str, split: str) -> Any:
     if not os.path.isfile(parts):
         dataset = _library().load_from_disk(folder)
         if split not in ("train", own := str(dataset.split)):
-            raise DataError(f"{folder} has no split {split!r}: it was saved alone, as {own}; give that or train.")
+            raise DataError(Problem("data.split", split, f"{folder} was saved alone, as {own}", (own, "train")))
         return dataset
     with open(parts) as file:
         splits = json.load(file)["splits"]
     if split not in splits:
-        raise DataError(f"{folder} has no split {split!r}; {nearest(split, splits)}")
+        raise DataError(Problem("data.split", split, f"{folder} has no such split", nearest(split, splits)))
     return _library().load_from_disk(os.path.join(folder, split))
 
 
@@ -281,9 +278,8 @@ def _library() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"data.path is a data set for the library datasets, which is not installed: {how_to_install('datasets')}."
-        ) from error
+        rule = "is a data set for the library datasets, which is not installed"
+        raise DataError(Problem("data.path", NOTHING, rule, how_to_install("datasets"))) from error
     return datasets
 
 
@@ -298,7 +294,7 @@ def _explained(path: str) -> Iterator[None]:
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         if _holds_pointers(path.removeprefix(PREFIX)):
             reason = "it holds pointers of Git LFS and not the files: run git lfs pull in it"
-        raise DataError(f"{path} cannot be read: {reason}.") from error
+        raise Unreadable(reason, path) from error
 
 
 def _holds_pointers(path: str) -> bool:
@@ -327,17 +323,17 @@ def _image_column(features: dict[str, Any], asked: str, path: str) -> str:
     readable = images + [name for name, f in features.items() if name not in images and _may_be_image(f)]
     if asked:
         if asked not in readable:
-            raise DataError(f"{path} has no column {asked!r} of images; {nearest(asked, readable or features)}")
+            rule = f"{path} has no such column of images"
+            raise DataError(Problem("data.image_key", asked, rule, nearest(asked, readable or features)))
         return asked
     found = images or [name for name in IMAGE_NAMES if name in readable]
     if len(found) != 1:
         how_many = (
             f"{len(found)} columns of images ({', '.join(found)})" if found else "no column known to be of images"
         )
-        raise DataError(
-            f"{path} has {how_many}; its columns are {', '.join(features) or 'not declared'}: name one as "
-            "data.image_key (--image-key), or give data that has images."
-        )
+        rule = f"must be given, as {path} has {how_many}; its columns are {', '.join(features) or 'not declared'}"
+        fix = "name one (--image-key), or give data that has images"
+        raise DataError(Problem("data.image_key", NOTHING, rule, fix))
     return found[0]
 
 
@@ -371,7 +367,7 @@ def _encoded(cell: Any, name: str) -> bytes:
     if data is not None:
         return data
     if not path:
-        raise DataError(f"{name} has neither bytes nor a path.")
+        raise Unreadable("it has neither bytes nor a path", name)
     if "://" not in path or "::" not in path:
         return read_file(path)
     member, _, archive = path.partition("::")
@@ -379,7 +375,7 @@ def _encoded(cell: Any, name: str) -> bytes:
     try:
         return _archive(f"{protocol}://::{archive}", os.getpid()).cat_file(member)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+        raise Unreadable(f"{type(error).__name__}: {error}", path) from error
 
 
 @lru_cache(maxsize=64)

@@ -18,8 +18,10 @@ from seer_scale.data.sources import remote
 from seer_scale.data.sources.base import (
     LabelsBuilder,
     Source,
+    another_than_on_rank_0,
     cache_place,
     cached_index,
+    changed,
     encode_labels,
     file_version,
     is_image,
@@ -27,7 +29,7 @@ from seer_scale.data.sources.base import (
 )
 from seer_scale.data.sources.files import read_file
 from seer_scale.data.sources.left_out import COLUMNS, COMMENTS, HEADERS, described
-from seer_scale.errors import DataError
+from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import shown, written_whole
 
 INDEX_VERSION = 3
@@ -66,7 +68,7 @@ class ListFile(Source):
             build = partial(_scan, self._file, path, self._root)
             index = cached_index(self._file, INDEX_VERSION, build) if size >= CACHED_FROM else build(size)
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+            raise Unreadable(error.strerror or str(error), path) from error
         self._starts, self._num, self._is_labelled = index["starts"], int(index["count"]), bool(index["labelled"])
         self._unlabelled = int(index["unlabelled"])
         self._passed_over, num_headers = index["passed_over"], int(index["headers"])
@@ -74,8 +76,8 @@ class ListFile(Source):
         left_out = {HEADERS: num_headers, COMMENTS: comments, COLUMNS: int(index["longer"])}
         self.left_out = {kind: num for kind, num in left_out.items() if num}
         if not self._num:
-            more = f" It holds {words}." if (words := described(self.left_out)) else ""
-            raise DataError(f"{path} lists no image: it needs one path a line.{more}")
+            more = f"it holds {words}" if (words := described(self.left_out)) else ""
+            raise DataError(Problem(path, NOTHING, "lists no image: it needs one path a line", more))
         self._look_at_some()
 
     def _look_at_some(self) -> None:
@@ -107,8 +109,8 @@ class ListFile(Source):
             hint = "~ is not expanded: write the whole path"
         elif self._is_labelled and self._has_paths_for_labels():
             hint = "its columns must be a path and then a label, in this order"
-        several = f"; of {num} lines looked at, spread over its {self._num:,}, none can be read" if num > 1 else ""
-        raise DataError(f"{self._path} lists {shown(first)!r} ({reason}){several}: {hint}.")
+        several = f", and of {num} lines looked at, spread over its {self._num:,}, none can be read" if num > 1 else ""
+        raise DataError(Problem(self._path, NOTHING, f"lists {shown(first)!r} ({reason}){several}", hint))
 
     def _has_paths_for_labels(self) -> bool:
         labels = [os.fsdecode(_label(self._line(i))) for i in _spread(self._num, SAMPLE)]
@@ -128,12 +130,12 @@ class ListFile(Source):
             self._file = _fetched(self._path)
         must_exist(self._file)
         if os.path.getsize(self._file) != int(self._starts[-1]):
-            raise DataError(f"{self._path} is another list here than on rank 0: bring the same to every node.")
+            raise DataError(another_than_on_rank_0(self._path))
 
     def _line(self, i: int) -> bytes:
         lines = self._lines(i // STRIDE)
         if i % STRIDE >= len(lines):
-            raise DataError(f"{self._path} has changed since it was indexed: start again.")
+            raise DataError(changed(self._path))
         return lines[i % STRIDE]
 
     def _path_of(self, i: int) -> str:
@@ -176,7 +178,7 @@ class ListFile(Source):
             with open(self._file, "rb", buffering=0) as file:
                 text = bytearray(os.pread(file.fileno(), end - begin, begin))
         except OSError as error:
-            raise DataError(f"{self._path} cannot be read ({error.strerror}).") from error
+            raise Unreadable(error.strerror or str(error), self._path) from error
         for at in self._passed_over[slice(*np.searchsorted(self._passed_over, (begin, end)))].tolist():
             first = at - begin
             last = text.find(b"\n", first)
@@ -260,9 +262,8 @@ def _kept(url: str, size: object, mark: int, parts: Iterable[bytes]) -> str:
                 for part in parts:
                     file.write(part)
     except OSError as error:
-        raise DataError(
-            f"{url} cannot be copied to {place} ({error.strerror or error}); free some space there."
-        ) from error
+        rule = f"cannot be copied to {place} ({error.strerror or error})"
+        raise DataError(Problem(url, NOTHING, rule, "free some space there")) from error
     return str(place)
 
 
@@ -289,9 +290,8 @@ def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
             begins = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
             if zeros := data.count(b"\0"):
                 line = number_of_lines + data.count(b"\n", 0, data.find(b"\0")) + 1
-                raise DataError(
-                    f"{path} is not a list of paths: line {line} holds binary data ({zeros} bytes of it there)."
-                )
+                rule = f"holds binary data ({zeros} bytes of it there), which is no list of paths"
+                raise DataError(Problem(f"{path}, line {line},", NOTHING, rule))
             # most lines begin with a printing character; the others are looked at one by one
             kept = text[begins] > 32
             for i in np.flatnonzero(~kept).tolist():
@@ -315,9 +315,9 @@ def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
                 labelled = bool(has_tab[0])
             if (odd := np.flatnonzero(has_tab != labelled)).size:
                 line = number_of_lines + np.flatnonzero(kept)[odd[0]] + 1
+                rule = f"has {'no' if labelled else 'a'} label, unlike the lines before"
                 raise DataError(
-                    f"{path}: line {line} has {'no' if labelled else 'a'} label, unlike the lines before; "
-                    "give every line a tab and a label, or none."
+                    Problem(f"{path}, line {line},", NOTHING, rule, "give every line a tab and a label, or none")
                 )
             starts.extend((begins[-count % STRIDE :: STRIDE] + offset).tolist())
             count, number_of_lines, offset, rest = (

@@ -18,7 +18,7 @@ from seer_scale.config import yaml_problem
 from seer_scale.data.sources.base import Source, must_exist
 from seer_scale.data.sources.remote import is_url
 from seer_scale.data.sources.tars import OUTSIDE_BRACES
-from seer_scale.errors import DataError, nearest
+from seer_scale.errors import NOTHING, DataError, Problem, Unreadable, nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
 KEYS = ("path", "kind", "name", "split", "image_key", "exclude")
@@ -115,7 +115,7 @@ def open_manifest(path: str, open_source: Callable[..., Source]) -> ConcatSource
             more = {"split": part.split, "image_key": part.image_key, "exclude": part.exclude}
             sources.append(open_source(part.path, part.kind, **more))
         except DataError as error:
-            raise DataError(f"{path}, part {part.name}: {error}") from error
+            raise error.within(f"{path}, part {part.name}") from error
     return ConcatSource(sources, [part.name for part in parts])
 
 
@@ -128,46 +128,43 @@ def read_manifest(path: str) -> list[Part]:
     try:
         given = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+        raise Unreadable(error.strerror or str(error), path) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no manifest, as it is not YAML: {yaml_problem(error)}.") from error
+        raise DataError(Problem(path, NOTHING, f"is no manifest, as it is not YAML: {yaml_problem(error)}")) from error
     entries = given.get("parts") if isinstance(given, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise DataError(
-            f"{path} is no manifest: it needs a list `parts`, each with a path (kind and name are optional)."
-        )
+        fix = "give a list `parts`, each with a path (kind and name are optional)"
+        raise DataError(Problem(path, NOTHING, "is no manifest", fix))
     if other := [k for k in given if k != "parts"]:
-        raise DataError(f"{path} has the key {other[0]!r}, but a manifest has only parts.")
+        raise DataError(Problem(f"{path}: {other[0]}", NOTHING, "is no key of a manifest", "give only parts"))
     root, parts = os.path.dirname(os.path.abspath(path)), []
     for n, entry in enumerate(entries, 1):
         entry = {"path": entry} if isinstance(entry, str) else entry
+        part = f"{path}, part {n}"
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
-            raise DataError(f"{path}: part {n} has no path.")
+            raise DataError(Problem(part, NOTHING, "has no path"))
         if other := [k for k in entry if k not in KEYS]:
-            raise DataError(f"{path}: part {n} has the key {other[0]!r}; {nearest(str(other[0]), KEYS)}")
+            rule = "is no key of a part"
+            raise DataError(Problem(f"{part}: {other[0]}", NOTHING, rule, nearest(str(other[0]), KEYS)))
         place = absolute(entry["path"], root)
         kind = "manifest" if place.lower().endswith(SUFFIXES) else entry.get("kind", "auto")
         if kind in ("manifest", "stream"):
-            raise DataError(
-                f"{path}: part {n}, {entry['path']}, is of kind {kind}, which cannot be a part; name what is in it."
-            )
+            rule = f"{entry['path']} cannot be a part then"
+            raise DataError(Problem(f"{part}: kind", kind, rule, "name what is in it"))
         if only := [k for k in ("split", "image_key") if k in entry and kind != "hub"]:
-            raise DataError(
-                f"{path}: part {n} gives {only[0]}, which only data sets of kind hub have: add kind: hub, or "
-                "leave it out."
-            )
+            rule = "only data sets of kind hub have it"
+            raise DataError(Problem(f"{part}: {only[0]}", entry[only[0]], rule, "add kind: hub, or leave it out"))
         exclude = entry.get("exclude", ())
         if "exclude" in entry and (kind != "folder" or not _is_texts(exclude)):
-            raise DataError(
-                f"{path}: part {n} gives exclude, which is a list of patterns for kind: folder; give both, or "
-                "leave it out."
-            )
+            rule = "must be a list of patterns, for kind: folder"
+            raise DataError(Problem(f"{part}: exclude", exclude, rule, "give both, or leave it out"))
         split, image_key = str(entry.get("split", Part.split)), str(entry.get("image_key", Part.image_key))
         name = str(entry.get("name", f"{place}[{split}]" if "split" in entry else place))
         parts.append(Part(place, entry.get("kind", "auto"), name, split, image_key, tuple(exclude)))
     names = [p.name for p in parts]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise DataError(f"{path} names the part {twice[0]} twice: give each path once, or different names.")
+        rule = f"names the part {twice[0]} twice"
+        raise DataError(Problem(path, NOTHING, rule, "give each path once, or different names"))
     return parts
 
 

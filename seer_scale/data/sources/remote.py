@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.registry import known_implementations
 
-from seer_scale.errors import DataError, UserError, nearest
+from seer_scale.errors import NOTHING, DataError, Problem, Unreadable, UserError, nearest
 from seer_scale.extras import how_to_install
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ _stuck: list[Future] = []
 _jitter = random.SystemRandom()  # forked workers must not wait alike, nor draw from anybody's seeded numbers
 
 
-class Refused(DataError):
+class Refused(Unreadable):
     """It is not there, or not for us: to ask again is no use."""
 
 
@@ -119,15 +119,13 @@ def read(url: str, offset: int = 0, size: int | None = None, max_bytes: int | No
                     return data
             except _TooMuchError as error:
                 limit = min(max_bytes or error.max_bytes, error.max_bytes)
-            raise Refused(f"{url} cannot be read (it has more than the {limit:,} bytes that are taken).")
+            raise Refused(f"it has more than the {limit:,} bytes that are taken", url)
         try:
             data = _call(url, READ_TIMEOUT_S, "cat_file", start=offset, end=offset + size)
         except _TooMuchError:
-            raise Refused(
-                f"{url} cannot be read in parts: its server ignores ranges; use another, or fetch the file."
-            ) from None
+            raise Refused("its server ignores ranges: use another, or fetch the file", url) from None
         if len(data) > size:
-            raise Refused(f"{url} cannot be read in parts: its filesystem ignores ranges; fetch the file.")
+            raise Refused("its filesystem ignores ranges: fetch the file", url)
         if len(data) < size:
             raise EOFError(f"{len(data)} of {size} bytes came")
         return data
@@ -140,7 +138,7 @@ def stat(url: str) -> tuple[int, str]:
     NoSize where it is there and its server tells no size."""
     info = _retried(url, lambda: _call(url, READ_TIMEOUT_S, "info"), READ_TIMEOUT_S)
     if info.get("size") is None:
-        raise NoSize(f"{url} cannot be read in parts: its server tells no size; use another, or fetch the file.")
+        raise NoSize("its server declares no size: use another, or fetch the file", url)
     return int(info["size"]), next((str(info[k]) for k in STAMPS if info.get(k)), "")
 
 
@@ -148,6 +146,8 @@ def problem_of(url: str) -> str | None:
     """Why the beginning of a file cannot be read, asked once; None where it can."""
     try:
         _call(url, PROBE_TIMEOUT_S, "cat_file", start=0, end=1, is_probe=True)
+    except Unreadable as error:
+        return error.reason
     except DataError as error:
         return str(error)
     except UserError:
@@ -224,8 +224,8 @@ def _retried(url: str, attempt: Callable[[], T], timeout_s: float) -> T:
                 cause = error.__cause__  # fsspec's stat says so whatever went wrong
             reason = _reason(cause, timeout_s)
             if _is_final(cause):
-                raise Refused(f"{url} cannot be read ({reason}).") from cause
-    raise DataError(f"{url} cannot be read ({reason}; {tries} tries).")
+                raise Refused(reason, url) from cause
+    raise Unreadable(f"{reason}; {tries} tries", url)
 
 
 def _call(url: str, timeout_s: float, name: str, **options: Any) -> Any:
@@ -339,7 +339,9 @@ def _reason(error: BaseException, timeout_s: float) -> str:
         return f"no answer in {timeout_s:g} s"
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
-    return str(error) if isinstance(error, _StalledError) else f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, _StalledError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -358,12 +360,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
             made, _ = url_to_fs(url, skip_instance_cache=True, **({"get_client": _client} if is_http else {}))
         except ImportError as error:
             package = getattr(error.__cause__, "name", None) or known_implementations[protocol]["err"]
-            raise DataError(
-                f"{url} needs the Python package {package}, which is not installed: {how_to_install(package)}."
-            ) from error
+            rule = f"needs the Python package {package}, which is not installed"
+            raise DataError(Problem(url, NOTHING, rule, how_to_install(package))) from error
         except ValueError as error:
-            known = nearest(protocol, COMMON)
-            raise DataError(f"{url} begins with {protocol}://, which is no way to read files; {known}") from error
+            rule = f"begins with {protocol}://, which is no way to read files"
+            raise DataError(Problem(url, NOTHING, rule, nearest(protocol, COMMON))) from error
         if is_http:  # compressed on the way, bytes would have other places
             made.kwargs["headers"] = {"Accept-Encoding": "identity", **made.kwargs.get("headers", {})}
         _filesystems[key] = made

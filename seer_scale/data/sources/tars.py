@@ -34,8 +34,10 @@ from seer_scale.data.sources.base import (
     NamesBuilder,
     Source,
     StringArray,
+    another_than_on_rank_0,
     cache_place,
     cached_index,
+    changed,
     digest,
     encode_labels,
     file_version,
@@ -46,8 +48,9 @@ from seer_scale.data.sources.base import (
     must_exist,
     save_arrays,
     shorten,
+    unlistable,
 )
-from seer_scale.data.sources.files import MAX_BYTES, read_file
+from seer_scale.data.sources.files import MAX_BYTES, read_file, too_large
 from seer_scale.data.sources.left_out import (
     FOREIGN,
     HIDDEN_MEMBERS,
@@ -63,7 +66,7 @@ from seer_scale.data.sources.left_out import (
     is_hidden,
     kind_of,
 )
-from seer_scale.errors import DataError
+from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import shown
 from seer_scale.formatting import counted
 
@@ -113,10 +116,9 @@ class Tars(Source):
         self._short_names = shorten(paths)
         if not self._starts[-1]:
             others = dict(zip(KINDS, sums[:, 4:].sum(axis=0).tolist()))
-            more = f" It holds {words}." if (words := described(others)) else ""
-            raise DataError(
-                f"{self._short_names} holds no image: looked for members that end in {', '.join(SUFFIXES)}.{more}"
-            )
+            more = f"it holds {words}" if (words := described(others)) else ""
+            rule = f"holds no image: looked for members that end in {', '.join(SUFFIXES)}"
+            raise DataError(Problem(self._short_names, NOTHING, rule, more))
         builder = NamesBuilder()
         for path in paths:
             builder.add(path)
@@ -166,7 +168,7 @@ class Tars(Source):
         paths = [self._paths[shard] for shard in range(len(self._paths))]
         stamps = _all_stamps(paths)
         if (other := np.flatnonzero(stamps[:, 0] != self._stamps[:, 0])).size:
-            raise DataError(f"{paths[other[0]]} is another tar here than on rank 0: bring the same to every node.")
+            raise DataError(another_than_on_rank_0(paths[other[0]]))
         self._stamps = stamps
 
     # --- one tar
@@ -188,7 +190,7 @@ class Tars(Source):
         path = self._paths[shard]
         try:
             if remote.is_url(path) and shard not in self._indexes:
-                raise DataError("a server that has just failed is not asked for a name")
+                return f"{shown(path)}::{i}"  # a server that has just failed is not asked for a name
             index = self._index(shard)
         except DataError:  # a log needs a name all the same
             return f"{shown(path)}::{i}"
@@ -205,15 +207,13 @@ class Tars(Source):
         for a, b in _joined(begins, ends):
             try:
                 if ends[a] - begins[a] > MAX_BYTES:
-                    raise DataError(
-                        f" cannot be read (its {ends[a] - begins[a]:,} bytes are more than the {MAX_BYTES:,} "
-                        "that an image may have)."
-                    )
+                    raise Unreadable(too_large(ends[a] - begins[a]))
                 data = self._range(shard, begins[a], ends[b - 1] - begins[a])
                 out += [data[begins[i] - begins[a] : ends[i] - begins[a]] for i in range(a, b)]
+            except Unreadable as error:
+                out += [Unreadable(error.reason, self._name(shard, first + i)) for i in range(a, b)]
             except DataError as error:
-                reason = str(error).removeprefix(shown(self._paths[shard]))
-                out += [DataError(f"{self._name(shard, first + i)}{reason}") for i in range(a, b)]
+                out += [error] * (b - a)
         return out
 
     def _range(self, shard: int, offset: int, size: int) -> bytes:
@@ -224,9 +224,9 @@ class Tars(Source):
             file = self._open(shard).fileno()
             data, now = os.pread(file, size, offset), os.fstat(file)
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+            raise Unreadable(error.strerror or str(error), path) from error
         if len(data) != size or (now.st_size, now.st_mtime_ns) != tuple(self._stamps[shard].tolist()):
-            raise DataError(f"{path} changed after it was indexed: start again.")
+            raise DataError(changed(path))
         return data
 
     def _open_tar(self, shard: int) -> FileIO:
@@ -236,13 +236,12 @@ class Tars(Source):
         path = self._paths[shard]
         stamp = file_version(path)
         if stamp != tuple(self._stamps[shard].tolist()):
-            raise DataError(f"{path} changed after it was indexed: start again.")
+            raise DataError(changed(path))
         index = cached_index(path, INDEX_VERSION, partial(index_tar, path), stamp, only)
         num = int(self._starts[shard + 1] - self._starts[shard])
         if "offset" in only and not (len(index["offset"]) == len(index["size"]) == num and _inside(index, stamp[0])):
-            raise DataError(
-                f"{path} has an index beside it that is another tar's: remove {path}.index.npz, and start again."
-            )
+            rule = "has an index beside it that is another tar's"
+            raise DataError(Problem(path, NOTHING, rule, f"remove {path}.index.npz, and start again"))
         return {name: index[name] for name in only}
 
     # --- labels
@@ -329,7 +328,8 @@ def open_tars(path: str) -> Tars:
         for one in _without_braces(part) if BRACES.search(part) and not os.path.exists(part) else [part]:
             found = _found(one)
             if not found:
-                raise DataError(f"{one} holds no .tar file; give a folder of tars, or a glob such as shards/*.tar.")
+                fix = "give a folder of tars, or a glob such as shards/*.tar"
+                raise DataError(Problem(one, NOTHING, "holds no .tar file", fix))
             paths += found
     return Tars(list(dict.fromkeys(paths)))
 
@@ -356,9 +356,7 @@ def _found(path: str) -> list[str]:
     try:
         return [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_tar(name) and not is_hidden(name)]
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be listed ({error.strerror}): make it readable, or give another folder."
-        ) from error
+        raise unlistable(path, error) from error
 
 
 def _matches(pattern: str) -> list[str]:
@@ -375,7 +373,8 @@ def _without_braces(path: str) -> list[str]:
         return [path]
     first, last, words = braces.groups()
     if words is None and not 0 <= int(last) - int(first) < MAX_IN_BRACES:
-        raise DataError(f"{path}: {braces[0]} must count up, by at most {MAX_IN_BRACES:,}.")
+        rule = f"{braces[0]} must count up, by at most {MAX_IN_BRACES:,}"
+        raise DataError(Problem("data.path", path, rule))
     options = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)] if words is None else words.split(",")
     rests = _without_braces(path[braces.end() :])
     return [path[: braces.start()] + option + rest for option in options for rest in rests]
@@ -454,8 +453,9 @@ class _Indexing:
     def fill(self, key: int, row: int, out: Sequence[np.ndarray], tracker: ItemTracker) -> None:
         try:
             tracker.begin(key + row)
-        except DataError as error:
-            raise DataError(f"{self.describe(key + row)} cannot be indexed ({error}): remove it.") from error
+        except Unreadable as error:
+            name, rule = self.describe(key + row), f"cannot be indexed ({error.reason})"
+            raise DataError(Problem(name, NOTHING, rule, "remove it")) from error
         out[0][row] = _sums(self.stamped[key + row])
 
     def describe(self, item: int) -> str:
@@ -555,11 +555,13 @@ class _Headers:
     def read(self, size: int) -> bytes:
         self.left -= size
         if size < 0 or self.left < 0:
-            raise DataError(
-                f"{self._tar} has a header of more than {LONGEST_HEADER:,} bytes before byte {self.tell():,}: "
-                "it is damaged, or made to do harm; fetch it again or remove it."
-            )
+            rule = f"has a header of more than {LONGEST_HEADER:,} bytes before byte {self.tell():,}"
+            raise damaged(self._tar, f"{rule}: it is damaged, or made to do harm")
         return self._file.read(size)
+
+
+def damaged(tar: str, rule: str) -> DataError:
+    return DataError(Problem(tar, NOTHING, rule, "fetch it again or remove it"))
 
 
 def _open_whole(tar: str, size: int) -> BufferedReader:
@@ -568,7 +570,7 @@ def _open_whole(tar: str, size: int) -> BufferedReader:
 
 def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
     """Offsets, sizes, names and label texts of the images in one tar; only headers and .cls members are read."""
-    found, last = _Found(), "no member is whole"
+    found, last, begun = _Found(), "no member is whole", False
     try:
         with (
             _open_whole(tar, size) as file,
@@ -578,9 +580,10 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
             position = -1
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all
+                begun = True
                 headers.left = LONGEST_HEADER
                 if member.size < 0 or archive.offset <= position:
-                    raise DataError(f"{tar} lies about the size of {member.name}: fetch it again or remove it.")
+                    raise damaged(tar, f"lies about the size of {member.name}")
                 position = archive.offset
                 is_sparse = member.sparse is not None
                 if member.isreg() and not is_sparse and member.offset_data + member.size > size:
@@ -609,17 +612,19 @@ def _walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
             tail = file.read(512)
             is_joined = any(chunk.strip(b"\0") for chunk in iter(partial(file.read, 1 << 20), b""))
     except tarfile.ReadError as error:
-        if not len(found.offsets) and "end of data" not in str(error):
-            raise DataError(f"{tar} is not a plain tar ({error}); unpack a compressed one first.") from error
-        raise DataError(f"{tar} is cut short ({last}); fetch it again or remove it.") from error
+        if not begun:
+            rule = f"is not a plain tar ({error})"
+            raise DataError(Problem(tar, NOTHING, rule, "unpack a compressed one first")) from error
+        raise damaged(tar, f"is cut short ({last})") from error
     except (OSError, ValueError, EOFError, IndexError, OverflowError, RecursionError) as error:  # what tarfile lets out
-        raise DataError(f"{tar} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+        raise Unreadable(getattr(error, "strerror", None) or str(error), tar) from error
     if not tail:  # it ends after a member, as some writers leave it and all readers take it
         found.left_out[NO_END] += 1
     elif len(tail) < 512 or any(tail):  # whole tars end in blocks of zeros; tarfile takes any end for the end
-        raise DataError(f"{tar} is cut short ({last}); fetch it again or remove it.")
+        raise damaged(tar, f"is cut short ({last})")
     if is_joined:
-        raise DataError(f"{tar} holds more after its end mark ({last}): it was joined from several tars; use those.")
+        rule = f"holds more after its end mark ({last}), as it was joined from several tars"
+        raise DataError(Problem(tar, NOTHING, rule, "use those"))
     return found.index()
 
 

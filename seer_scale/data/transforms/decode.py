@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from seer_scale.data.transforms import jpeg
-from seer_scale.errors import DataError
+from seer_scale.errors import Unreadable
 
 try:
     import pillow_heif
@@ -76,11 +76,11 @@ def decode(data: bytes, at_least: AtLeast | None = None) -> np.ndarray:
     16-bit values are scaled, palettes resolved, transparency laid on white, the first frame of an animation taken.
     at_least: of (H, W), the least (H, W) that will do; a JPEG may then come smaller, by 2 at least, others never do.
     Its last argument is the size of the whole.
-    Raises DataError with the reason for anything that is not a whole image of at most MAX_PIXELS and MAX_BYTES, as far
+    Raises Unreadable with the reason for anything that is not a whole image of at most MAX_PIXELS and MAX_BYTES, as far
     as decoders notice that a part is missing.
     """
     if not data:
-        raise DataError("the file is empty")
+        raise Unreadable("the file is empty")
     if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, at_least)) is not None:
         return image
     image = _decode_pillow(data)
@@ -97,7 +97,7 @@ def _decode_jpeg(data: bytes, at_least: AtLeast | None) -> np.ndarray | None:
     height, width, channels = header.height, header.width, 4 if len(header.sampling) == 4 else 3
     kept = header.coefficients(data)
     if kept and jpeg.scans(data, header, MAX_SCANS) > MAX_SCANS:
-        raise DataError(f"it has more than {MAX_SCANS} scans, which would take minutes to decode")
+        raise Unreadable(f"it has more than {MAX_SCANS} scans, which would take minutes to decode")
     _check_size(width, height, (7 if channels == 4 else 3) + 2 * kept)
     if not header.can_be_reduced or len(header.sampling) == 2:
         return None
@@ -139,7 +139,7 @@ def _checksum(data: bytes, space: str) -> tuple[int | None, str]:
 def _check_size(width: int, height: int, bytes_a_pixel: float) -> None:
     max_pixels = min(MAX_PIXELS, int(MAX_BYTES / bytes_a_pixel))
     if width * height > max_pixels:
-        raise DataError(f"it announces {width} x {height} pixels, more than {max_pixels}")
+        raise Unreadable(f"it announces {width} x {height} pixels, more than {max_pixels}")
 
 
 def _decode_pillow(data: bytes) -> np.ndarray:
@@ -158,15 +158,17 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
                     _check_blocks(image)
                 codec, _, _, raw = image.tile[0] if image.tile else (None,) * 4
                 if codec in SLOW and image.width * image.height > MAX_SLOW:
-                    raise DataError(f"it has {image.width} x {image.height} pixels, which would take minutes to decode")
+                    raise Unreadable(
+                        f"it has {image.width} x {image.height} pixels, which would take minutes to decode"
+                    )
                 image.load()
                 return _rgb(image, is_deep=";16" in str(raw)), _orientation(image)
-        except DataError:
+        except Unreadable:
             raise
         except UnidentifiedImageError as error:
-            raise DataError("its first bytes are those of no image format that is read here") from error
+            raise Unreadable("its first bytes are those of no image format that is read here") from error
         except Exception as error:  # decoders fail on hostile bytes with every kind of exception
-            raise DataError(f"it is no whole image ({type(error).__name__}: {error})") from error
+            raise Unreadable(f"it is no whole image ({type(error).__name__}: {error})") from error
 
 
 def _check_blocks(image: TiffImageFile) -> None:
@@ -180,7 +182,7 @@ def _check_blocks(image: TiffImageFile) -> None:
     samples = 1 if tags.get(284, 1) == 2 else tags.get(277, 1)
     block = columns * rows * samples * max(bits if isinstance(bits, tuple) else (bits,)) / 8
     if block + 7 * image.width * image.height > MAX_BYTES:
-        raise DataError(
+        raise Unreadable(
             f"it announces blocks of {columns} x {rows} pixels, {block / 1e6:.0f} MB each beside its own, more "
             f"than {MAX_BYTES / 1e6:.0f} in all"
         )
@@ -190,7 +192,7 @@ def _rgb(image: Image.Image, is_deep: bool) -> np.ndarray:
     """is_deep: its values have 16 bits in the file, of which modes of several channels keep the upper 8."""
     turn: Callable[[Image.Image], np.ndarray] = _plain
     if image.mode == "F":
-        raise DataError("its floating-point values have no defined range")
+        raise Unreadable("its floating-point values have no defined range")
     if isinstance(image, TiffImageFile):
         _check_tiff(image, is_deep)
     if image.mode.startswith("I"):
@@ -225,16 +227,16 @@ def _on_white(part: Image.Image) -> np.ndarray:
 
 
 def _check_tiff(image: TiffImageFile, is_deep: bool) -> None:
-    """Raises DataError for what Pillow reads as something else."""
+    """Raises Unreadable for what Pillow reads as something else."""
     tags = image.tag_v2
     if tags.get(PLANES) == 2 and max(tags.get(BITS, (1,))) > 8:
-        raise DataError("its planes of more than 8 bits a value cannot be read")
+        raise Unreadable("its planes of more than 8 bits a value cannot be read")
     if image.mode.startswith("I"):
         return
     if 2 in tags.get(SAMPLE_FORMAT, ()):
-        raise DataError("its values are signed, and have no defined range")
+        raise Unreadable("its values are signed, and have no defined range")
     if is_deep and np.max(image.getextrema()) < 16:
-        raise DataError("its 16-bit colours use the lowest 12 bits only, and would be black")
+        raise Unreadable("its 16-bit colours use the lowest 12 bits only, and would be black")
 
 
 def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
@@ -253,7 +255,7 @@ def _of_grey(image: Image.Image) -> Callable[[Image.Image], np.ndarray]:
     if tags:
         extremes = [(int(v.min()), int(v.max())) for v in (values(part) for _, part in _strips(image))]
         if min(low for low, _ in extremes) < 0:
-            raise DataError("its values are signed, and have no defined range")
+            raise Unreadable("its values are signed, and have no defined range")
         highest = max(high for _, high in extremes)
         white = _declared_white(tags, highest) or next(
             upto for at_least, upto in RANGES if at_least <= highest <= upto and not (at_least and is_widened())

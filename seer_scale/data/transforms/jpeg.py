@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn
 
-from seer_scale.errors import DataError
+from seer_scale.errors import Unreadable
 
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -210,7 +210,7 @@ def is_warning(complaint: str) -> bool:
 def without_oddities(scans: list[Scan], header: Header, complaint: str, checksum: Checksum, tries: int) -> bytes:
     """A JPEG of the same pixels of which the decoder does not warn, found by at most `tries` checksums.
 
-    Raises DataError where a part is missing; `complaint` is the decoder's first.
+    Raises Unreadable where a part is missing; `complaint` is the decoder's first.
 
     scans: as `tidied` gives them. checksum: of a file's pixels, or None and the decoder's first complaint.
     Bytes behind a scan's last code are cut off where they are padding, that is, all alike, or where they are text and
@@ -220,7 +220,7 @@ def without_oddities(scans: list[Scan], header: Header, complaint: str, checksum
     scans, doubtful, left = list(scans), set(), iter(range(tries))
 
     def refuse() -> NoReturn:
-        raise DataError(f"it is no whole image ({complaint})")
+        raise Unreadable(f"it is no whole image ({complaint})")
 
     def attempt(n: int, codes: bytes) -> tuple[int | None, str]:
         if next(left, None) is None:
