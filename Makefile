@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1
 
-.PHONY: install demo test test-slurm test-gpu lint clean
+.PHONY: install demo test test-slurm test-gpu lint docs clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -38,6 +38,10 @@ lint: install
 	$(BIN)/ruff check seer_scale tests tools setup.py
 	$(BIN)/ruff format --check seer_scale tests tools setup.py
 	$(BIN)/mypy
+
+# The API reference, from docstrings.
+docs: install
+	$(BIN)/python tools/build_docs.py --folder build/docs
 
 clean:
 	rm -rf $(VENV) runs/demo runs/demo-corpus

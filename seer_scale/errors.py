@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,8 @@ class Problem:
 
     key: a recipe's key, an option, an environment variable, or what else is at fault: a file, a checkpoint.
     value: what was given for it; NOTHING where nothing was, or where the key says it all. rule: what holds of it, a
-    clause: "KEY is VALUE, but RULE", or "KEY RULE" without a value. nearest: the value that would do, or several; a
-    string is a clause that says what to do instead.
+    clause: "KEY is VALUE, but RULE", or "KEY RULE" without a value (after a colon, a sentence of its own). nearest: the
+    value that would do, or several; a string is a clause that says what to do instead.
     """
 
     key: str
@@ -68,16 +68,27 @@ class Problem:
     def __str__(self) -> str:
         if not self.key:  # a sentence
             return self.rule
-        begin = (
-            f"{self.key} {self.rule}"
-            if self.value is NOTHING
-            else f"{self.key} is {_as_text(self.value)}, but {self.rule}"
-        )
+        begin = f"{self.key}{' ' * (self.rule[:1] != ':')}{self.rule}"
+        if self.value is not NOTHING:
+            begin = f"{self.key} is {_as_text(self.value)}, but {self.rule}"
         if self.nearest == "" or self.nearest is None:
             return with_full_stop(begin)
         several = self.nearest if isinstance(self.nearest, (tuple, set)) else (self.nearest,)
         fix = self.nearest if isinstance(self.nearest, str) else f"nearest: {' or '.join(_as_text(n) for n in several)}"
         return f"{begin}; {fix.rstrip('.')}." if not fix.endswith("?") else f"{begin}; {fix}"
+
+    @classmethod
+    def within(cls, key: str, error: UserError, known: Collection[str] = ()) -> list[Problem]:
+        """What a check of `key` has raised, as problems of it, but those of other keys that are `known`."""
+        found = []
+        for problem in error.problems:
+            if problem.key in known or problem.key.startswith(f"{key}."):
+                found.append(problem)
+            elif problem.key and problem.value is NOTHING:
+                found.append(cls(key, problem.key, problem.rule, problem.nearest))
+            else:
+                found.append(cls(key, NOTHING, f": {str(problem).rstrip('.')}"))
+        return found or [cls(key, NOTHING, f": {str(error).rstrip('.')}")]
 
     @classmethod
     def of(cls, problem: str | Problem) -> Problem:
@@ -86,12 +97,15 @@ class Problem:
 
 
 def _as_text(value: Any) -> str:
-    """As a recipe would write it."""
+    """As a recipe writes it."""
     if value is None or isinstance(value, bool):
-        return "none" if value is None else str(value).lower()
-    if isinstance(value, str) and not value:
-        return "''"
-    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else f"{value}"
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}" if abs(value) < 1e6 else f"{value}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_as_text, value))}]"
+    is_plain = not isinstance(value, str) or value and not any(c.isspace() for c in value)
+    return f"{value}" if is_plain else repr(value)
 
 
 class UserError(Exception):

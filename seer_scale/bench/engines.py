@@ -44,7 +44,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, Problem, UserError, nearest
 from seer_scale.files import to_json
 from seer_scale.formatting import memory_size
-from seer_scale.methods.swav.method import SwAV
+from seer_scale.methods.registry import build_method
 from seer_scale.parallel import ENGINES
 from seer_scale.parallel.engine import Engine
 
@@ -285,8 +285,7 @@ def prepare(
 ) -> Update:
     """Build the engine, warm it up, find what it holds and moves; returns what makes an update, and its collectives."""
     with CudaBytes() if world.device.type == "cuda" else LiveBytes() as count:
-        with torch.device("meta"):
-            method = SwAV(config, world)
+        method = build_method(config, world)
         engine = engine_class(method, config, world)
         share, num = config.train.global_batch // world.size, config.accumulation(world.size)
         batches = [

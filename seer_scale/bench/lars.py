@@ -24,7 +24,7 @@ from seer_scale.config import Config, Optim, load_recipe, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.files import to_json
-from seer_scale.methods.swav.method import SwAV
+from seer_scale.methods.registry import build_method
 from seer_scale.optim.optimizers import LARS_EPS, build_optimizer
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.shard import Shard
@@ -44,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def shapes_of(recipe: str) -> dict[str, torch.Size]:
     config: Config = resolve(load_recipe(recipe), {"data": {"path": "-"}})
-    with torch.device("meta"):
-        return {n: p.shape for n, p in SwAV(config, World()).named_parameters()}
+    return {n: p.shape for n, p in build_method(config, World()).named_parameters()}
 
 
 def held(shape: torch.Size, rank: int, as_if: int) -> torch.Size:

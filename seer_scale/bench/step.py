@@ -25,6 +25,7 @@ from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.extras import how_to_install
 from seer_scale.files import to_json
 from seer_scale.methods.swav.method import SwAV
+from seer_scale.methods.swav.settings import SwAVSettings
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.parallel import build_engine
@@ -194,7 +195,7 @@ def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int, world: Wo
 
 def textbook_loss(scores: Tensor, config: Config) -> Tensor:
     """main_swav.py's loss over all crops. scores [V * B, K], crop-major."""
-    s, batch = config.swav, config.train.global_batch
+    s, batch = config.settings_as(SwAVSettings), config.train.global_batch
     scores = scores.float()
     none = scores.new_zeros(())
     loss, assigned = none, config.views.crops[0].num
@@ -239,9 +240,10 @@ def run(args: argparse.Namespace) -> str:
     if not args.alone and name.removeprefix("regnety_") not in TIMM:
         known = ", ".join(f"regnety_{size}" for size in TIMM)
         raise UserError(Problem("--model", name, "timm has none of that name", f"give --alone, or one of {known}"))
-    if not args.alone and len(config.swav.prototypes) > 1:
+    prototypes = config.settings_as(SwAVSettings).prototypes
+    if not args.alone and len(prototypes) > 1:
         fix = "give --alone, or --prototypes"
-        raise UserError(Problem("swav.prototypes", config.swav.prototypes, "the reference has one set of them", fix))
+        raise UserError(Problem("swav.prototypes", prototypes, "the reference has one set of them", fix))
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -289,7 +291,8 @@ def run(args: argparse.Namespace) -> str:
         }, indent=1)  # fmt: skip
     recomputed = config.parallel.activation_checkpoint
     if args.recipe or recomputed != "none":
-        s, widths = config.swav, " x ".join(map(str, [*config.swav.hidden, config.swav.embedding_dim]))
+        s = config.settings_as(SwAVSettings)
+        widths = " x ".join(map(str, [*s.hidden, s.embedding_dim]))
         norm = " with BatchNorm" if s.batch_norm else ""
         spans = recomputed if isinstance(recomputed, str) else [list(stage) for stage in recomputed]
         lines.append(f"head {widths}{norm}, prototypes {list(s.prototypes)}, {config.optim.name}, recomputed: {spans}")

@@ -17,8 +17,8 @@ from seer_scale.data.transforms.on_device import apply_and_round
 from seer_scale.data.transforms.views import resize_centre
 from seer_scale.distributed import World
 from seer_scale.errors import DataError
-from seer_scale.evaluate.features import Represent, features, gather_rows
-from seer_scale.evaluate.knn import Labelled, Neighbours
+from seer_scale.evaluate.features import Encode, extract_features, gather_rows
+from seer_scale.evaluate.knn import LabelledImages, Neighbours
 from seer_scale.observe.gallery import Gallery
 
 SHOWN, ROW, PIXELS = 6, 8, 96
@@ -40,7 +40,9 @@ def show_crops(run_dir: Path, batch: Batch, views: Views) -> None:
     gallery.save()
 
 
-def show_neighbours(run_dir: Path, stage: Literal["before", "after"], images: Labelled, found: Neighbours) -> None:
+def show_neighbours(
+    run_dir: Path, stage: Literal["before", "after"], images: LabelledImages, found: Neighbours
+) -> None:
     """The nearest bank images of a few queries, the same queries at every stage."""
     gallery = Gallery(run_dir)
     for row in np.linspace(0, len(found.queries) - 1, SHOWN).round().astype(int).tolist():
@@ -58,14 +60,14 @@ def show_neighbours(run_dir: Path, stage: Literal["before", "after"], images: La
 
 @torch.no_grad()
 def show_prototypes(
-    run_dir: Path, represent: Represent, prototypes: torch.Tensor, source: Source, *,
+    run_dir: Path, encode: Encode, prototypes: torch.Tensor, source: Source, *,
     num: int, size: int, batch: int, workers: int, world: World,
 ) -> None:  # fmt: skip
     """How the images are shared out among the prototypes, and those nearest to a few prototypes that hold theirs close
     and are far from each other. Collective; rank 0 writes. prototypes [K, dim]; num: images looked at, spread over
     all."""
     indices = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(np.int64)
-    stream = features(represent, source, indices, size=size, batch=batch, workers=workers, world=world)
+    stream = extract_features(encode, source, indices, size=size, batch=batch, workers=workers, world=world)
     parts = [(z, i) for _, z, _, i in stream]
     z, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
     if not world.is_main or len(ids) < ROW:

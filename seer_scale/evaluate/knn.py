@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,14 +24,14 @@ from seer_scale.data.sampling.order import permute
 from seer_scale.data.sources import Source, open_data, open_source
 from seer_scale.data.sources.files import folders_in
 from seer_scale.distributed import World
-from seer_scale.errors import CheckpointError, DataError
-from seer_scale.evaluate.features import Represent, features, gather_rows
+from seer_scale.errors import NOTHING, CheckpointError, DataError, Problem
+from seer_scale.evaluate.features import Encode, extract_features, gather_rows
 from seer_scale.files import shown
 from seer_scale.formatting import counted
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledImages:
     """Bank and query images; `classes` names the labels of both."""
 
     bank: Source
@@ -44,10 +44,10 @@ class Labelled:
     protocol: str
     """Which images vote and which are classified, and by what names: a sentence."""
 
-    def measurement(self, c: Knn) -> str:
+    def measurement(self, config: Knn) -> str:
         """Stands for what figures depend on beside the network, but for the folders, which may be moved: only figures
         of one measurement compare."""
-        words = [len(self.bank), len(self.queries), *self.classes, c.k, c.temperature, c.size]
+        words = [len(self.bank), len(self.queries), *self.classes, config.k, config.temperature, config.size]
         crc = zlib.crc32(repr(words).encode(errors="backslashreplace"))
         for numbers in (self.bank_indices, self.query_indices, self.query_to_bank):
             crc = zlib.crc32(np.asarray(numbers, np.int64).tobytes(), crc)
@@ -70,18 +70,20 @@ DATE = re.compile(r"(19|20)\d\d([-_. ]?[01]?\d([-_. ]?[0-3]?\d)?)?")
 MAX_NAMES = 5
 
 
-def labelled_images(config: Config, source: Source | None = None) -> Labelled | None:
+def labelled_images(config: Config, source: Source | None = None) -> LabelledImages | None:
     """The images kNN is to use; None where there are no labels and none were asked for. Raises DataError.
 
     source: data.path, already opened. Of a folder of splits (train, val, test) the classes are those below them.
     """
-    c = config.knn
-    if not c.enabled:
+    section = config.knn
+    if not section.enabled:
         return None
-    bank_path, exclude = (c.bank, ()) if c.bank else (config.data.path, config.data.exclude)
-    splits = [] if not c.bank and config.data.kind not in ("auto", "folder") else split_folders(bank_path, exclude)
+    bank_path, exclude = (section.bank, ()) if section.bank else (config.data.path, config.data.exclude)
+    splits = (
+        [] if not section.bank and config.data.kind not in ("auto", "folder") else split_folders(bank_path, exclude)
+    )
     beside = [name for name in folders_in(bank_path, exclude) if splits and not is_split(name)]
-    queries_path, queries = c.queries, open_source(c.queries) if c.queries else None
+    queries_path, queries = section.queries, open_source(section.queries) if section.queries else None
     if splits and (bank := _with_classes(splits[0], config)):
         bank_path = splits[0]
         for path in () if queries else splits[1:]:
@@ -89,43 +91,45 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
                 queries, queries_path = found, path
                 break
     else:
-        bank = open_source(c.bank) if c.bank else source or open_data(config.data)
+        bank = open_source(section.bank) if section.bank else source or open_data(config.data)
         if bank.has_labels and not are_splits(bank.classes):
             splits, beside = [], []
-    if c.queries and os.path.realpath(bank_path) == os.path.realpath(c.queries):
+    if section.queries and os.path.realpath(bank_path) == os.path.realpath(section.queries):
         raise DataError(
-            f"knn.queries are the bank itself ({shown(bank_path)}), where each would find itself: leave knn.queries "
-            "out, and a fifth of the bank is held out to ask about."
+            Problem(
+                "knn.queries",
+                section.queries,
+                "that is the bank itself, where each would find itself",
+                "leave knn.queries out, and a fifth of the bank is held out to ask about",
+            )
         )
     if problem := _without_classes(bank, bank_path, splits, exclude):
-        if c.bank or c.queries:
-            raise DataError(
-                f"{problem}, but kNN needs classes, two at least: sort the images into one folder a class, or leave "
-                "knn.bank and knn.queries out."
-            )
+        if section.bank or section.queries:
+            raise DataError(_needs_classes(problem, "kNN needs classes", ", or leave knn.bank and knn.queries out"))
         return None
     held = 0
     if queries:
         if problem := _without_classes(queries, queries_path, split_folders(queries_path)):
-            raise DataError(
-                f"{problem}, but kNN needs classes of its queries, two at least: sort the images into one folder a "
-                "class."
-            )
-        asked = _drawn(queries, 0, c.limit_queries)
+            raise DataError(_needs_classes(problem, "kNN needs classes of its queries"))
+        asked = _draw_indices(queries, 0, section.limit_queries)
     else:
-        queries, asked = bank, _drawn(bank, 0, min(math.ceil(len(bank) / 5), c.limit_queries or len(bank)))
+        queries, asked = bank, _draw_indices(bank, 0, min(math.ceil(len(bank) / 5), section.limit_queries or len(bank)))
         held = len(asked)
-    kept = _drawn(bank, held, c.limit)
+    kept = _draw_indices(bank, held, section.limit)
     unknown = sorted(set(queries.classes) - set(bank.classes))
     if unknown:
         raise DataError(
-            f"The queries have the class {shown(unknown[0])!r}, which the bank has not: use one set of classes "
-            "for knn.bank and knn.queries."
+            Problem(
+                "knn.queries",
+                section.queries,
+                f"it has the class {shown(unknown[0])!r}, which the bank has not",
+                "use one set of classes for knn.bank and knn.queries",
+            )
         )
     query_to_bank = np.array([bank.classes.index(name) for name in queries.classes])
     of = f"{len(asked):,} of {shown(queries_path)}" if queries_path else f"{len(asked):,} others of it, held out"
     protocol = f"{len(kept):,} images of {shown(bank_path)} vote on {of}; {named_classes(bank.classes)}."
-    if splits and not c.bank and queries_path:
+    if splits and not section.bank and queries_path:
         protocol += f" Training sees the queries too, without labels (data.path {shown(bank_path)} would not)."
     if beside:
         protocol += f" What lies beside them has no part in kNN: {_some_names(beside)}."
@@ -138,7 +142,15 @@ def labelled_images(config: Config, source: Source | None = None) -> Labelled | 
         protocol += (
             " These look like dates: if they are no classes, the figures mean nothing (knn.enabled false, or knn.bank)."
         )
-    return Labelled(bank, kept, queries, asked, list(bank.classes), query_to_bank, protocol)
+    return LabelledImages(bank, kept, queries, asked, list(bank.classes), query_to_bank, protocol)
+
+
+def _needs_classes(problem: Problem, needs: str, otherwise: str = "") -> Problem:
+    return replace(
+        problem,
+        rule=f"{problem.rule}, but {needs}, two at least",
+        nearest=f"sort the images into one folder a class{otherwise}",
+    )
 
 
 def is_split(name: str) -> bool:
@@ -166,8 +178,8 @@ def _share_classes(splits: Sequence[str], exclude: Sequence[str]) -> bool:
     return any(len(first & other) > 1 for other in others)
 
 
-def why_unlabelled(config: Config, source: Source | None = None) -> str | None:
-    """Why there can be no kNN of data.path, as a clause. source: data.path, already opened."""
+def why_unlabelled(config: Config, source: Source | None = None) -> Problem | None:
+    """Why there can be no kNN of data.path; its key is the folder. source: data.path, already opened."""
     path, exclude = config.data.path, config.data.exclude
     return _without_classes(source or open_data(config.data), path, split_folders(path, exclude), exclude)
 
@@ -190,8 +202,8 @@ def _with_classes(path: str, config: Config) -> Source | None:
     return source if source.has_labels else None
 
 
-def _without_classes(source: Source, path: str, splits: Sequence[str], exclude: Sequence[str] = ()) -> str | None:
-    """Why these images have no classes to classify by, as a clause; None where they have. Of splits the first is the
+def _without_classes(source: Source, path: str, splits: Sequence[str], exclude: Sequence[str] = ()) -> Problem | None:
+    """Why these images have no classes to classify by; None where they have. Of splits the first is the
     one that must have them."""
     if source.has_labels and not are_splits(source.classes):
         return None
@@ -200,38 +212,32 @@ def _without_classes(source: Source, path: str, splits: Sequence[str], exclude: 
         with suppress(DataError):
             some = open_source(place, exclude=exclude).unlabelled()
     if some:
-        return f"{shown(place)} has not a label for each image: {some}"
+        return Problem(shown(place), NOTHING, f"has not a label for each image: {some}")
     if not splits and len(alone := folders_in(path, exclude)) == 1 and not source.classes:
-        return f"{shown(path)} has one class alone ({shown(alone[0])})"
+        return Problem(shown(path), NOTHING, f"has one class alone ({shown(alone[0])})")
     parts = [shown(os.path.basename(folder)) for folder in splits] or [shown(name) for name in source.classes]
-    return (
-        f"{shown(path)} has no classes ({', '.join(parts)}: parts of a data set)"
-        if parts
-        else f"{shown(path)} has no labels"
-    )
+    why = f"has no classes ({', '.join(parts)}: parts of a data set)" if parts else "has no labels"
+    return Problem(shown(path), NOTHING, why)
 
 
-def _drawn(source: Source, first: int, most: int) -> np.ndarray:
-    """Image numbers at up to `most` (0: all) places from `first` on in a fixed shuffle, which cuts classes evenly."""
+def _draw_indices(source: Source, first: int, max_num: int) -> np.ndarray:
+    """Image numbers at up to `max_num` (0: all) places of a fixed shuffle, from `first` on; it cuts classes evenly."""
     n = len(source)
-    return np.sort(permute(np.arange(first, min(n, first + most) if most else n), n, seed=0, epoch=0))
+    return np.sort(permute(np.arange(first, min(n, first + max_num) if max_num else n), n, seed=0, epoch=0))
 
 
 @torch.no_grad()
 def knn(
-    represent: Represent, images: Labelled, c: Knn, *, workers: int, world: World
+    encode: Encode, images: LabelledImages, config: Knn, *, workers: int, world: World
 ) -> tuple[dict[str, float], Neighbours]:
     """Top-1 and top-5 in percent with their standard errors, the share of the commonest class (what is right without a
     network, too), how many queries and classes there were; and the neighbours. Collective; the same result on each
     rank."""
-    of = partial(features, represent, size=c.size, batch=c.batch, workers=workers, world=world)
+    of = partial(extract_features, encode, size=config.size, batch=config.batch, workers=workers, world=world)
     parts = [(f, y, i) for f, _, y, i in of(images.queries, images.query_indices)]
     f, y, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
     if not len(ids):
-        raise DataError(
-            f"None of the {len(images.query_indices)} images that kNN is to classify can be read: check them, "
-            "or set knn.enabled false."
-        )
+        raise DataError(_none_readable("knn.queries", len(images.query_indices)))
     _check_finite(f)
     order = ids.argsort()
     f, y, ids = torch.nn.functional.normalize(f[order], dim=1), y[order], ids[order]
@@ -242,21 +248,18 @@ def knn(
     for g, _, yb, ib in of(images.bank, images.bank_indices):
         similarity = f @ torch.nn.functional.normalize(g, dim=1).T
         nearest, found, labels = _best(
-            c.k,
+            config.k,
             torch.cat([nearest, similarity], 1),
             torch.cat([found, ib.expand(len(f), -1)], 1),
             torch.cat([labels, yb.expand(len(f), -1)], 1),
         )
     if world.size > 1:
         columns = (gather_rows(x.T.contiguous(), world).T for x in (nearest, found, labels))
-        nearest, found, labels = _best(c.k, *columns)
+        nearest, found, labels = _best(config.k, *columns)
     if not labels.shape[1]:
-        raise DataError(
-            f"None of the {len(images.bank_indices)} images of kNN's bank can be read: check them, or set "
-            "knn.enabled false."
-        )
+        raise DataError(_none_readable("knn.bank", len(images.bank_indices)))
     _check_finite(nearest)  # topk takes what is no number for the largest
-    votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / c.temperature).exp())
+    votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / config.temperature).exp())
     ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices == y[:, None]
     scores = _score("knn/top1", ranked[:, 0]) | _score("knn/top5", ranked.any(1))
     majority = 100 * y.bincount().max().item() / len(y)
@@ -274,9 +277,22 @@ def _check_finite(x: Tensor) -> None:
     """x: the same on all ranks, so that all raise."""
     if not x.isfinite().all():
         raise CheckpointError(
-            "The features are not finite, so kNN means nothing: the weights or BatchNorm statistics are broken; "
-            "use an earlier checkpoint."
+            Problem(
+                "The features",
+                NOTHING,
+                "are not finite, so kNN means nothing: the weights or BatchNorm statistics are broken",
+                "use an earlier checkpoint",
+            )
         )
+
+
+def _none_readable(key: str, num: int) -> Problem:
+    return Problem(
+        key,
+        NOTHING,
+        f"give nothing: none of {counted(num, 'image')} can be read",
+        "check them, or set knn.enabled false",
+    )
 
 
 def _best(k: int, similarity: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -13,8 +13,8 @@ from seer_scale.config import Config, load_recipe, resolve
 from seer_scale.cores import rank_cores, told_threads
 from seer_scale.data.loading.listing import share
 from seer_scale.distributed import World
-from seer_scale.errors import CheckpointError, ConfigError, DataError, UserError
-from seer_scale.evaluate.knn import Labelled, knn, labelled_images, why_unlabelled
+from seer_scale.errors import NOTHING, CheckpointError, ConfigError, DataError, Problem, UserError
+from seer_scale.evaluate.knn import LabelledImages, knn, labelled_images, why_unlabelled
 from seer_scale.methods.registry import build_method
 from seer_scale.observe.progress import Progress
 from seer_scale.parallel import build_engine, check_device
@@ -28,13 +28,17 @@ def run_dir_of(path: Path) -> Path:
     return above[1] if (above[1] / "config.yaml").is_file() else above[0]
 
 
-def _images(config: Config, run_dir: Path, world: World) -> Labelled:
+def _list_images(config: Config, run_dir: Path, world: World) -> LabelledImages:
     """The images kNN is to use, listed by rank 0; collective. Raises UserError."""
 
-    def listed() -> Labelled:
+    def listed() -> LabelledImages:
         if images := labelled_images(config):
             return images
-        raise DataError(f"{why_unlabelled(config)}: give labelled images, as in --knn.bank DIR --knn.queries DIR.")
+        problem = why_unlabelled(config)
+        assert problem is not None, "else there are labelled images"
+        raise DataError(
+            dataclasses.replace(problem, nearest="give labelled images, as in --knn.bank DIR --knn.queries DIR")
+        )
 
     return share(world, run_dir / "logs", listed, lambda images: [images.bank, images.queries], name="evaluated")
 
@@ -45,7 +49,12 @@ def evaluated_config(path: Path, overrides: list[str]) -> Config:
     is_run = (path / "config.yaml").is_file()
     if not is_run and not (path / store.MANIFEST).is_file():
         raise UserError(
-            f"{path} is not a run's folder (it has no config.yaml), nor a checkpoint: give one, such as runs/demo."
+            Problem(
+                str(path),
+                NOTHING,
+                "is not a run's folder (it has no config.yaml), nor a checkpoint",
+                "give one, such as runs/demo",
+            )
         )
     recipe = load_recipe(str(path / "config.yaml")) if is_run else store.read_meta(path)["config"]
     recipe["parallel"] = {
@@ -62,12 +71,12 @@ def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
     """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises
     UserError."""
     is_run = (path / "config.yaml").is_file()
-    images = _images(config, run_dir_of(path), world)
+    images = _list_images(config, run_dir_of(path), world)
     found = store.latest(path / "checkpoints", world) if is_run else path
     if found is None:
-        raise UserError(f"{path} has no valid checkpoint yet: train it first.")
+        raise UserError(Problem(str(path), NOTHING, "has no valid checkpoint yet", "train it first"))
     if not is_run and (problem := store.validate(path, world)):
-        raise CheckpointError(f"{path} cannot be used as a checkpoint: {problem}.")
+        raise CheckpointError(Problem(str(path), NOTHING, f"cannot be used as a checkpoint: {problem}"))
     engine = build_engine(build_method(config, world), config, world, loaded=("",))
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
     store.load(found, state, world, prefixes="model/")
@@ -76,11 +85,11 @@ def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
     torch.set_num_threads(told_threads() or cores)
     with Progress(active=world.is_main, to_stderr=True) as progress, progress.doing("measuring kNN", total):
 
-        def represent(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def encode(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             progress.advance(len(batch) * world.size)
             return engine.encode(batch)
 
-        scores, _ = knn(represent, images, config.knn, workers=config.data.num_workers(cores), world=world)
+        scores, _ = knn(encode, images, config.knn, workers=config.data.num_workers(cores), world=world)
     seen = store.read_meta(found, world)["samples_seen"]
     about = {"protocol": images.protocol, "samples_seen": seen, "checkpoint": found.resolve().name}
     return {**scores, **about, "run": str(run_dir_of(path))}

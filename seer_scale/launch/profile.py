@@ -116,10 +116,8 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[Problem]]:
     problems = [
         Problem(str(key), NOTHING, "is not a key", nearest(str(key), known)) for key in given if key not in known
     ]
-    of_section: list[Any] = []
     plain = {key: value for key, value in given.items() if key in known and key not in FREE_KEYS}
-    section = read_section(Profile, plain, "", of_section)
-    problems += map(Problem.of, of_section)
+    section = read_section(Profile, plain, "", problems)
     values = {name: getattr(section, name) for name in known}
     for key in (key for key in given if key in FREE_KEYS):
         values[key], wrong = _read_lines(given[key]) if key == "before" else _read_mapping(key, given[key])

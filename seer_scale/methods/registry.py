@@ -1,20 +1,51 @@
-"""Methods by name: the one place that knows them."""
+"""Methods by name: the one place that knows them.
+
+A method of the package is a folder beside this file: settings.py (its section of a recipe, without torch) and
+method.py. One from outside is a class with the same decorator in a module that the recipe's run.plugins name.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 
-from seer_scale.config import Config
+from seer_scale.config import Config, MethodSettings, register_settings, settings_classes
 from seer_scale.distributed import World
+from seer_scale.errors import Problem, UserError, nearest
 from seer_scale.methods.base import Method
-from seer_scale.methods.swav.method import SwAV
 
-METHODS: dict[str, type[Method[Any, Any]]] = {SwAV.name: SwAV}
+M = TypeVar("M", bound=type[Method[Any, Any]])
+_CLASSES: dict[str, type[Method[Any, Any]]] = {}
+
+
+def register_method(name: str, settings: type[MethodSettings] | None = None) -> Callable[[M], M]:
+    """A decorator: this class is the method `name` (`method.name`), made by `cls(config, world)` on the meta device.
+    settings: its section of a recipe, read by `config.settings_as(settings)`; none: a section without keys."""
+
+    def register(cls: M) -> M:
+        if settings or name not in settings_classes():
+            register_settings(name)(settings or MethodSettings)
+        cls.name = name
+        _CLASSES[name] = cls
+        return cls
+
+    return register
+
+
+def method_class(name: str) -> type[Method[Any, Any]]:
+    """Raises UserError where there is none of this name."""
+    if name not in _CLASSES:
+        if name not in settings_classes():
+            raise UserError(Problem("method.name", name, "there is no such method", nearest(name, settings_classes())))
+        import_module(f"seer_scale.methods.{name}.method")
+    return _CLASSES[name]
 
 
 def build_method(config: Config, world: World) -> Method[Any, Any]:
     """The recipe's method, on the meta device; an engine materialises and fills it."""
+    cls = method_class(config.method.name)
     with torch.device("meta"):
-        return SwAV(config, world)
+        return cls(config, world)

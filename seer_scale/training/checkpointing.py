@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from seer_scale.checkpoint import store
 from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config
 from seer_scale.distributed import World
-from seer_scale.errors import TrainingError
+from seer_scale.errors import Problem, TrainingError
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.records import compare, read_metrics
 from seer_scale.parallel.engine import Engine
@@ -64,6 +65,7 @@ def known_scores(
     return world.broadcast_object(scores)
 
 
+@dataclass(kw_only=True)
 class Checkpointing:
     """The checkpoints of a run, one in flight at most.
 
@@ -71,24 +73,21 @@ class Checkpointing:
     this folder that holds the state as it is. All ranks call `save` alike.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        engine: Engine,
-        saver: Saver,
-        clock: Clock,
-        best: BestCheckpoint,
-        state_of_run: Callable[[], dict[str, Any]],
-        log_event: LogEvent,
-        watchdog: Watchdog,
-        progress: Progress,
-        resumed_from: Path | None = None,
-    ):
-        self._config, self._world, self._engine, self._saver, self._clock = config, world, engine, saver, clock
-        self._best, self._state_of_run, self._log_event = best, state_of_run, log_event
-        self._watchdog, self._progress, self._stall_s = watchdog, progress, 0.0
-        self._newest = (clock.samples_seen, resumed_from) if resumed_from else None
+    config: Config
+    world: World
+    engine: Engine
+    saver: Saver
+    clock: Clock
+    best: BestCheckpoint
+    state_of_run: Callable[[], dict[str, Any]]
+    log_event: LogEvent
+    watchdog: Watchdog
+    progress: Progress
+    resumed_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        self._newest = (self.clock.samples_seen, self.resumed_from) if self.resumed_from else None
+        self._stall_s = 0.0
 
     @property
     def newest(self) -> Path | None:
@@ -97,7 +96,7 @@ class Checkpointing:
 
     @property
     def is_due(self) -> bool:
-        return self._clock.passed_multiple(self._config.checkpoint.every_samples)
+        return self.clock.passed_multiple(self.config.checkpoint.every_samples)
 
     def save(self, *, in_background: bool = False) -> Path | None:
         """A checkpoint of this moment, after the one before is safe; its path, or None where none is there (yet).
@@ -107,56 +106,60 @@ class Checkpointing:
         """
         begin = time.perf_counter()
         with self._waiting("waiting for the checkpoint before"):
-            self._report(self._saver.wait())
+            self._report(self.saver.wait())
         if not self._is_saved():
-            if not self._engine.is_finite():
+            if not self.engine.is_finite():
                 raise TrainingError(
-                    "Weights or running statistics are not finite any more, so they are not saved: lower optim.lr or "
-                    "lengthen schedule.warmup_samples, and start again; it goes on from the newest checkpoint."
+                    Problem(
+                        "optim.lr",
+                        self.config.optim.lr,
+                        "weights or running statistics are not finite any more, so they are not saved",
+                        "lower it or lengthen schedule.warmup_samples, and start again from the newest checkpoint",
+                    )
                 )
-            self._engine.average_buffers()
-            self._saver.begin(self._engine.state(), self._meta())
+            self.engine.average_buffers()
+            self.saver.begin(self.engine.state(), self._meta())
             self._stall_s = time.perf_counter() - begin
             if in_background:
                 return None
             with self._waiting("saving a checkpoint"):
-                saved = self._saver.wait()
+                saved = self.saver.wait()
             self._report(saved, waited_s=time.perf_counter() - begin)
         return self.newest if self._is_saved() else None
 
     def save_in_step(self) -> None:
         """As training goes on: in the background, where checkpoint.background says so."""
-        self.save(in_background=self._config.checkpoint.background)
+        self.save(in_background=self.config.checkpoint.background)
 
     def report_ended(self) -> None:
         """Tell how a save in the background has ended, once it has; without waiting."""
-        self._report(self._saver.ended())
+        self._report(self.saver.ended())
 
     def forget_newest(self) -> None:
         """The state has changed without an update: the next save is one."""
         self._newest = None
 
     def _meta(self) -> dict[str, Any]:
-        method = self._engine.method
+        method = self.engine.method
         return {
-            "samples_seen": self._clock.samples_seen,
-            "step": self._clock.step,
+            "samples_seen": self.clock.samples_seen,
+            "step": self.clock.step,
             "method": {"name": method.name, "state": method.state()},
-            "config": self._config.to_dict(),
-            "world_size": self._world.size,
-            "engine": self._engine.name,
+            "config": self.config.to_dict(),
+            "world_size": self.world.size,
+            "engine": self.engine.name,
             "seer_scale": __version__,
             "torch": torch.__version__,
             "time": time.time(),
-            **self._state_of_run(),
+            **self.state_of_run(),
         }
 
     def _is_saved(self) -> bool:
-        return self._newest is not None and self._newest[0] == self._clock.samples_seen
+        return self._newest is not None and self._newest[0] == self.clock.samples_seen
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
-        with self._watchdog.patient(Timeouts.of(self._config).save_s), self._progress.doing(what):
+        with self.watchdog.patient(Timeouts.of(self.config).save_s), self.progress.doing(what):
             yield
 
     def _report(self, saved: Saved | None, waited_s: float = 0.0) -> None:
@@ -164,14 +167,14 @@ class Checkpointing:
         if saved is None:
             return
         if saved.path is None:
-            self._log_event("checkpoint_failed", saved.problem)
-            self._best.scores.pop(saved.samples_seen, None)
+            self.log_event("checkpoint_failed", saved.problem)
+            self.best.scores.pop(saved.samples_seen, None)
             return
         self._newest = (saved.samples_seen, saved.path)
-        self._best.mark()
+        self.best.mark()
         if saved.kept_old:
-            self._log_event("retain_failed", saved.kept_old)
-        self._log_event(
+            self.log_event("retain_failed", saved.kept_old)
+        self.log_event(
             "checkpoint",
             f"Saved {saved.path.name} in {saved.seconds:.1f} s, after {self._stall_s:.2f} s to copy it.",
             saved=saved.samples_seen,

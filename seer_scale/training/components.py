@@ -15,7 +15,7 @@ from seer_scale.cores import rank_cores
 from seer_scale.data.loading.listing import share
 from seer_scale.data.sources import Source
 from seer_scale.distributed import World
-from seer_scale.evaluate.knn import Labelled, labelled_images
+from seer_scale.evaluate.knn import LabelledImages, labelled_images
 from seer_scale.files import shown
 from seer_scale.methods.registry import build_method
 from seer_scale.models.execution import Execution, choose_execution
@@ -58,7 +58,7 @@ class Components:
     schedule: LearningRate
     clock: Clock
     history: DataHistory
-    labelled: Labelled | None
+    labelled: LabelledImages | None
     origin: Origin
     cores: int
     workers: int
@@ -95,16 +95,16 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
 
 def list_images(
     config: Config, run_dir: Path, world: World, stop: StopRequest, saved: dict[str, Any] | None
-) -> tuple[DataHistory, Labelled | None]:
+) -> tuple[DataHistory, LabelledImages | None]:
     """The images to train on and those of kNN, listed by rank 0. saved: the data's state in the checkpoint. Collective.
     Raises UserError; StartStopped where a stop is asked for meanwhile."""
 
-    def listed() -> tuple[DataHistory, Labelled | None]:
+    def listed() -> tuple[DataHistory, LabelledImages | None]:
         with stop.ends("images were listed"):
             history = open_data_history(config, run_dir, saved)
             return history, labelled_images(config, history.source)
 
-    def sources(listed: tuple[DataHistory, Labelled | None]) -> list[Source]:
+    def sources(listed: tuple[DataHistory, LabelledImages | None]) -> list[Source]:
         history, labelled = listed
         return [history.source, *([labelled.bank, labelled.queries] if labelled else [])]
 

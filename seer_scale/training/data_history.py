@@ -15,10 +15,12 @@ from seer_scale.config import Config
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler, needed
 from seer_scale.data.sources import Source, open_data, open_source
 from seer_scale.data.sources.manifest import SUFFIXES, ConcatSource, Part, absolute, read_manifest
-from seer_scale.errors import DataError, UserError
+from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.formatting import counted
 
-FOLDER = "manifests"
+MANIFESTS = "manifests"
+"""The folder, in a run's, of those that a refresh gave it."""
+ANOTHER_RUN = "start another run.dir with checkpoint.init_from"
 
 
 class DataHistory:
@@ -59,25 +61,41 @@ def open_data_history(config: Config, run_dir: Path, saved: dict[str, Any] | Non
     what = f"manifest {number} of {run_dir}" if number else "data.path"
     if len(source) != now.n:
         raise UserError(
-            f"{what} has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}: their "
-            "order depends on the number, so bring the same images, add others by seer-scale data refresh, or "
-            "start another run.dir with checkpoint.init_from."
+            Problem(
+                what,
+                NOTHING,
+                f"has {len(source):,} images, but this run's checkpoint was trained on {now.n:,}, and their order "
+                "depends on the number",
+                f"bring the same images, add others by seer-scale data refresh, or {ANOTHER_RUN}",
+            )
         )
     if config.data.block and _reading(source, config)[1] != now.block:
         raise UserError(
-            f"data.block is {config.data.block}, but this run reads its images in blocks of {now.block}, which "
-            f"their order follows; use {now.block} or 0, or start another run.dir with checkpoint.init_from."
+            Problem(
+                "data.block",
+                config.data.block,
+                f"this run reads its images in blocks of {now.block}, which their order follows",
+                f"give {now.block} or 0, or {ANOTHER_RUN}",
+            )
         )
     if bool(source.buffer) != bool(saved.get("buffer", source.buffer)):
         one, other = ("by number", "as a stream") if source.buffer else ("as a stream", "by number")
         raise UserError(
-            f"This run has read its images {one}, but data.path is now read {other}: give --data.kind as "
-            "before, or start another run.dir with checkpoint.init_from."
+            Problem(
+                "data.kind",
+                config.data.kind,
+                f"data.path is read {other} by it, and this run has read its images {one}",
+                f"give it as before, or {ANOTHER_RUN}",
+            )
         )
     if source.buffer != (before := saved.get("buffer", source.buffer)):  # older checkpoints do not say
         raise UserError(
-            f"data.buffer is {source.buffer}, but this run mixes its stream through {before} images, which "
-            "their order follows; use that, or start another run.dir with checkpoint.init_from."
+            Problem(
+                "data.buffer",
+                source.buffer,
+                f"this run mixes its stream through {before} images, which their order follows",
+                f"give {before}, or {ANOTHER_RUN}",
+            )
         )
     parts = _parts(source, config)
     if len(parts) == len(now.parts) == 1:  # the same images may have moved
@@ -87,9 +105,13 @@ def open_data_history(config: Config, run_dir: Path, saved: dict[str, Any] | Non
             (a, b) for a, b in zip((*now.parts, ("nothing", 0)), (*parts, ("nothing", 0))) if a != b
         )
         raise UserError(
-            f"{what} has {name} ({there:,} images) where this run's checkpoint was trained on {was} ({num:,} "
-            "images), and the order follows the parts, their sizes and their order: bring them as they were, "
-            "change them by seer-scale data refresh, or start another run.dir with checkpoint.init_from."
+            Problem(
+                what,
+                NOTHING,
+                f"has {name} ({there:,} images) where this run's checkpoint was trained on {was} ({num:,} images), and "
+                "the order of images follows the parts, their sizes and their order",
+                f"bring them as they were, change them by seer-scale data refresh, or {ANOTHER_RUN}",
+            )
         )
     return DataHistory(source, versions, number, config)
 
@@ -98,13 +120,17 @@ def _check_sizes(known: dict[str, int], parts: Sequence[tuple[str, int]]) -> Non
     for name, num in parts:
         if known.get(name, num) != num:
             raise DataError(
-                f"The part {name} has {num:,} images, and had {known[name]:,}: its images cannot be told "
-                "apart, so list the new ones as a part of their own, or give it another name."
+                Problem(
+                    f"The part {name}",
+                    NOTHING,
+                    f"has {num:,} images, and had {known[name]:,}: its images cannot be told apart",
+                    "list the new ones as a part of their own, or give it another name",
+                )
             )
 
 
 def _reading(source: Source, config: Config) -> tuple[tuple[tuple[str, int], ...], int, int]:
-    """(parts, block, interleave) of an version over `source`."""
+    """(parts, block, interleave) of a version over `source`."""
     parts, n, interleave = _parts(source, config), len(source), config.train.global_batch
     if source.is_stream:
         return parts, 0, 1
@@ -125,13 +151,13 @@ def _parts(source: Source, config: Config) -> tuple[tuple[str, int], ...]:
 
 
 def manifest_of(run_dir: Path, number: int) -> Path:
-    return run_dir / FOLDER / f"{number:04d}.yaml"
+    return run_dir / MANIFESTS / f"{number:04d}.yaml"
 
 
 def newest_manifest(run_dir: Path) -> int:
     """The number of the newest manifest that a run was given; 0 for none."""
     try:
-        names = os.listdir(run_dir / FOLDER)
+        names = os.listdir(run_dir / MANIFESTS)
     except OSError:
         return 0
     return max((int(m[1]) for name in names if (m := re.fullmatch(r"(\d{4,})\.yaml", name))), default=0)
@@ -145,10 +171,12 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
     parts = read_manifest(manifest)
     joined = open_source(manifest)
     if not isinstance(joined, ConcatSource):
-        raise UserError(f"{manifest} is read as no manifest: its name must end in {' or '.join(SUFFIXES)}.")
+        raise UserError(
+            Problem(manifest, NOTHING, "is read as no manifest", f"its name must end in {' or '.join(SUFFIXES)}")
+        )
     known = dict(map(tuple, saved["versions"][-1]["parts"])) if saved else {}
     _check_sizes(known, joined.parts)
-    folder = run_dir / FOLDER
+    folder = run_dir / MANIFESTS
     folder.mkdir(exist_ok=True)
     text = yaml.safe_dump(
         {"parts": [{k: v for k, v in vars(p).items() if v != getattr(Part, k, None)} for p in parts]}, sort_keys=False

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,36 +34,33 @@ from seer_scale.training.unreadable import UnreadableImages
 from seer_scale.training.watchdog import Watchdog
 
 
+@dataclass(kw_only=True)
 class TrainingLoop:
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        run_dir: Path,
-        engine: Engine,
-        memory_format: torch.memory_format,
-        clock: Clock,
-        schedule: LearningRate,
-        batches: Batches,
-        skips: SkipMonitor,
-        monitors: Monitors,
-        unreadable: UnreadableImages,
-        checkpoints: Checkpointing,
-        evaluation: Evaluation,
-        stop: StopRequest,
-        log: RunLog,
-        log_event: LogEvent,
-        watchdog: Watchdog,
-        progress: Progress,
-    ):
-        self.config, self.world, self.run_dir = config, world, run_dir
-        self.engine, self.memory_format, self.clock, self.schedule = engine, memory_format, clock, schedule
-        self.batches, self.skips, self.monitors, self.unreadable = batches, skips, monitors, unreadable
-        self.checkpoints, self.evaluation, self.stop = checkpoints, evaluation, stop
-        self.log, self.log_event, self.watchdog, self.progress = log, log_event, watchdog, progress
-        self.accumulation = config.accumulation(world.size)
-        self.window = MetricWindow(world, run_dir)
-        self.compile_s = Timeouts.of(config).compile_s if config.train.compile else 0.0
+    """What happens between two updates stands in `run`, in its order, which is the same on all ranks."""
+
+    config: Config
+    world: World
+    run_dir: Path
+    engine: Engine
+    memory_format: torch.memory_format
+    clock: Clock
+    schedule: LearningRate
+    batches: Batches
+    skips: SkipMonitor
+    monitors: Monitors
+    unreadable: UnreadableImages
+    checkpoints: Checkpointing
+    evaluation: Evaluation
+    stop: StopRequest
+    log: RunLog
+    log_event: LogEvent
+    watchdog: Watchdog
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.window = MetricWindow(self.world, self.run_dir)
+        self.accumulation = self.config.accumulation(self.world.size)
+        self.compile_s = Timeouts.of(self.config).compile_s if self.config.train.compile else 0.0
 
     def run(self) -> None:
         """Updates until the end. Raises StopRequested where a stop is agreed before it."""

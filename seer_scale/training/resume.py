@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seer_scale.checkpoint import store
-from seer_scale.config import Config, read_section
+from seer_scale.config import Config, keys_of_network, read_config
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, Problem, UserError
 from seer_scale.methods.base import BufferKind, Method
@@ -24,8 +24,6 @@ START_KEYS = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoin
 PATH_KEYS = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
 LEARNING_RATE_PREFIXES = ("schedule.", "optim.lr", "train.total_samples", "train.global_batch")
 """What keys begin with that the learning rate follows."""
-ARCHITECTURE_PREFIXES = ("model.", "swav.hidden", "swav.embedding_dim", "swav.batch_norm", "swav.prototypes")
-"""What keys begin with that make the network: what a checkpoint must have alike."""
 
 
 class Change(NamedTuple):
@@ -148,7 +146,7 @@ def brought(config: Config, found: Path | None) -> tuple[str, ...]:
 def rate_change(meta: dict[str, Any], config: Config) -> str:
     """A sentence where `config` goes on from a checkpoint's `meta` with another learning rate than its own recipe
     would."""
-    then, seen = read_section(Config, meta["config"], "", []), meta["samples_seen"]
+    then, seen = read_config(meta["config"], []), meta["samples_seen"]
     before, after = LearningRate(then), LearningRate(config)
     for schedule in (before, after):
         schedule.state |= meta["schedule"]
@@ -185,7 +183,8 @@ def validate_resume(config: Config, run_dir: Path) -> str:
 
 def remedy(then: dict[str, Any], config: Config) -> str:
     """What to do where the network of a checkpoint with the recipe `then` is another than this recipe's: a clause."""
-    changed = [str(change) for change in changes(then, config) if change.key.startswith(ARCHITECTURE_PREFIXES)]
+    of_network = ("model.", *keys_of_network(config.method.name))
+    changed = [str(change) for change in changes(then, config) if change.key.startswith(of_network)]
     if not changed:
         return store.DEFAULT_REMEDY
     return (
@@ -206,9 +205,9 @@ def changes(then: dict[str, Any], config: Config) -> list[Change]:
     Not where the run lies and how it began; nor another way to write the same folder, nor a key that is newer than the
     checkpoint and has its default.
     """
-    before, now = _by_key(read_section(Config, then, "", []).to_dict()), _by_key(config.to_dict())
-    changed = [key for key in now if key not in START_KEYS and not _is_same(key, before[key], now[key])]
-    return [Change(key, before[key], now[key]) for key in changed]
+    before, now = _by_key(read_config(then, []).to_dict()), _by_key(config.to_dict())
+    changed = [key for key in now if key not in START_KEYS and not _is_same(key, before.get(key), now[key])]
+    return [Change(key, before.get(key), now[key]) for key in changed]
 
 
 def _by_key(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -128,26 +128,62 @@ class Run:
 
         is_own = origin.checkpoint is not None and origin.checkpoint.parent == folder
         self.checkpoints = Checkpointing(
-            config, world, engine, self.saver, clock, best, state_of_run, log_event, watchdog, progress,
+            config=config,
+            world=world,
+            engine=engine,
+            saver=self.saver,
+            clock=clock,
+            best=best,
+            state_of_run=state_of_run,
+            log_event=log_event,
+            watchdog=watchdog,
+            progress=progress,
             resumed_from=origin.checkpoint if is_own else None,
-        )  # fmt: skip
+        )
 
         def between_batches() -> None:
             stop.stop_if_agreed(world)
             watchdog.beat()
 
         self.evaluation = Evaluation(
-            config, world, run_dir, engine, clock, made.labelled, self.checkpoints, best, self.log, log_event, progress,
-            between_batches, workers=made.workers,
-        )  # fmt: skip
+            config=config,
+            world=world,
+            run_dir=run_dir,
+            engine=engine,
+            clock=clock,
+            labelled=made.labelled,
+            checkpoints=self.checkpoints,
+            best=best,
+            log=self.log,
+            log_event=log_event,
+            progress=progress,
+            between_batches=between_batches,
+            workers=made.workers,
+        )
         log_skip = partial(self.events.log_event_of_rank, "skipped")
         skips = SkipMonitor(list(engine.shapes), config.train.precision, world, log_skip)
         self.unreadable = UnreadableImages(run_dir, world.rank)
         self.batches = batches
         self.loop = TrainingLoop(
-            config, world, run_dir, engine, made.execution.memory_format, clock, made.schedule, batches, skips,
-            monitors, self.unreadable, self.checkpoints, self.evaluation, stop, self.log, log_event, watchdog, progress,
-        )  # fmt: skip
+            config=config,
+            world=world,
+            run_dir=run_dir,
+            engine=engine,
+            memory_format=made.execution.memory_format,
+            clock=clock,
+            schedule=made.schedule,
+            batches=batches,
+            skips=skips,
+            monitors=monitors,
+            unreadable=self.unreadable,
+            checkpoints=self.checkpoints,
+            evaluation=self.evaluation,
+            stop=stop,
+            log=self.log,
+            log_event=log_event,
+            watchdog=watchdog,
+            progress=progress,
+        )
 
     def run(self) -> int:
         """The exit status: done, or stopped with its state saved."""

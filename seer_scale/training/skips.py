@@ -12,8 +12,8 @@ from torch import Tensor
 
 from seer_scale.distributed import World
 
-MAX_TOLD = 10
-"""Skipped updates that a start tells one by one; metric lines count all of them."""
+MAX_LOGGED = 10
+"""Skipped updates that a start logs one by one; metric lines count all of them."""
 
 
 class SkipMonitor:
@@ -24,10 +24,10 @@ class SkipMonitor:
     or a few later. names: of the parameters, in the order of `grad_norms`.
     """
 
-    def __init__(self, names: Sequence[str], precision: str, world: World, tell: Callable[[str], None]):
-        self.names, self.precision, self.world, self._tell = list(names), precision, world, tell
+    def __init__(self, names: Sequence[str], precision: str, world: World, log: Callable[[str], None]):
+        self.names, self.precision, self.world, self._log = list(names), precision, world, log
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        self._told, self._in_a_row = 0, False
+        self._num_logged, self._in_a_row = 0, False
 
     def watch(self, step: int, loss: Tensor, skipped: Tensor, grad_norms: Tensor) -> None:
         """One update. loss, skipped: scalars; grad_norms [P], of whole gradients; all on the device."""
@@ -37,14 +37,14 @@ class SkipMonitor:
         self.read()
 
     def read(self) -> None:
-        """Tell what the device has reported by now."""
+        """Log what the device has reported by now."""
         while self._pending and (self._pending[0][2] is None or self._pending[0][2].query()):
             step, values, _ = self._pending.popleft()
             loss, skipped, *grad_norms = values.tolist()
             is_mine = self.world.is_main or not math.isfinite(loss)  # gradients are the same on all ranks
-            if skipped and is_mine and not self._in_a_row and self._told < MAX_TOLD:
-                self._told += 1
-                self._tell(self._sentence(step, loss, grad_norms))
+            if skipped and is_mine and not self._in_a_row and self._num_logged < MAX_LOGGED:
+                self._num_logged += 1
+                self._log(self._sentence(step, loss, grad_norms))
             self._in_a_row = bool(skipped)
 
     def _sentence(self, step: int, loss: float, grad_norms: list[float]) -> str:
@@ -52,7 +52,7 @@ class SkipMonitor:
         first = f"the gradient of {bad[-1] if bad else 'some tensor'}, one of {len(bad)} of {len(self.names)}"
         if not math.isfinite(loss):
             first = "the loss" if self.world.size == 1 else f"the loss of rank {self.world.rank}"
-        last = " Further ones are only counted." * (self._told == MAX_TOLD)
+        last = " Further ones are only counted." * (self._num_logged == MAX_LOGGED)
         return (
             f"Update {step:,} was skipped, as not all of it was finite: first {first}. {self.precision} has no loss "
             "scale that has to settle: if it comes again, lower optim.lr, or look for what is wrong with the images "

@@ -26,12 +26,13 @@ from seer_scale.config import (
     checked,
     load_recipe,
     parse_overrides,
+    plugins_of,
     resolve,
 )
 from seer_scale.cores import available_cores
 from seer_scale.data.sources import kind_of
 from seer_scale.distributed import World
-from seer_scale.errors import ConfigError, RankLostError, UserError, nothing_begun
+from seer_scale.errors import ConfigError, Problem, RankLostError, UserError, nothing_begun
 from seer_scale.extras import how_to_install
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import build_backbone, check_sizes
@@ -40,6 +41,7 @@ from seer_scale.observe.sinks import check_installed
 from seer_scale.parallel import check_device, load
 from seer_scale.parallel.activation_checkpoint import find_segments
 from seer_scale.parallel.units import sharded_units
+from seer_scale.plugins import load_plugins
 from seer_scale.rank_info import RankInfo, detect
 from seer_scale.timeouts import Timeouts
 from seer_scale.training.run import train
@@ -60,21 +62,22 @@ def resolve_recipe(recipe: str, overrides: list[str], world_size: int, *, looks:
 
 def read_recipe(recipe: str, overrides: list[str]) -> dict[str, Any]:
     """The recipe's mapping, for the images that are named. Raises UserError."""
+    load_plugins(plugins_of(load_recipe(recipe), overrides))
     return as_asked(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[0]
 
 
-def look_at_recipe(recipe: str, overrides: list[str], world_size: int) -> tuple[Config, list[str]]:
+def look_at_recipe(recipe: str, overrides: list[str], world_size: int) -> tuple[Config, list[Problem]]:
     """As `resolve_recipe`, with the problems beside the Config. Raises UserError where a value cannot be read."""
-    also = partial(_beyond_config, world_size=world_size, looks=True)
-    return checked(read_recipe(recipe, overrides), overrides, world_size=world_size, also=also)
+    extra_checks = partial(_beyond_config, world_size=world_size, looks=True)
+    return checked(read_recipe(recipe, overrides), overrides, world_size=world_size, extra_checks=extra_checks)
 
 
 def resolve_given(
     given: dict[str, Any], overrides: list[str] | dict[str, Any], world_size: int, *, looks: bool = True
 ) -> Config:
     """As `resolve_recipe`, of a recipe that has been read."""
-    also = partial(_beyond_config, world_size=world_size, looks=looks)
-    return resolve(given, overrides, world_size=world_size, also=also)
+    extra_checks = partial(_beyond_config, world_size=world_size, looks=looks)
+    return resolve(given, overrides, world_size=world_size, extra_checks=extra_checks)
 
 
 def look(config: Config) -> None:
@@ -83,7 +86,7 @@ def look(config: Config) -> None:
         raise ConfigError(problems)
 
 
-def _beyond_config(config: Config, world_size: int, looks: bool) -> list[str]:
+def _beyond_config(config: Config, world_size: int, looks: bool) -> list[Problem]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
     c = config
     checks: dict[str, Callable[[], Any]] = {
@@ -102,17 +105,15 @@ def _of_data(c: Config) -> dict[str, Callable[[], Any]]:
     return checks
 
 
-def _problems(checks: dict[str, Callable[[], Any]]) -> list[str]:
-    """What the checks of these keys raise, as sentences that name a key."""
-    problems: list[str] = []
+def _problems(checks: dict[str, Callable[[], Any]]) -> list[Problem]:
+    """What the checks of these keys raise."""
+    problems: list[Problem] = []
+    known = {key for key, *_ in all_keys()}
     for key, check in checks.items():
         try:
             check()
-        except ConfigError as several:
-            problems += map(str, several.problems)
-        except UserError as problem:
-            names_one = any(k in str(problem) for k, *_ in all_keys())
-            problems.append(str(problem) if names_one else f"{key}: {problem}")
+        except UserError as error:
+            problems += Problem.within(key, error, known)
     return problems
 
 

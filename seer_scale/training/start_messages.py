@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from seer_scale import __version__
-from seer_scale.config import Config, without_effect
+from seer_scale.config import Config, unused_keys
 from seer_scale.data.sources import Source
 from seer_scale.data.sources.left_out import warning
 from seer_scale.distributed import World
-from seer_scale.evaluate.knn import Labelled, why_unlabelled
+from seer_scale.evaluate.knn import LabelledImages, why_unlabelled
 from seer_scale.formatting import counted, memory_size
 from seer_scale.models.execution import Execution
 from seer_scale.observe.records import read_metrics
@@ -118,7 +118,8 @@ def _about_knn(config: Config, world: World, made: Components) -> str:
     if made.labelled:
         return f" kNN: {made.labelled.protocol}"
     if world.is_main and config.knn.enabled:  # it asks the file system
-        return f" {why_unlabelled(config, made.history.source)}, so there is no kNN."
+        problem = why_unlabelled(config, made.history.source)
+        return f" {problem.key} {problem.rule}, so there is no kNN." if problem else ""
     return ""
 
 
@@ -149,10 +150,10 @@ def _notes_on_engine(config: Config, name: Any) -> Iterator[str]:
         yield f"There is one rank, so nothing is shared out: parallel.engine {given} computes as {name} here."
     chosen = dataclasses.replace(config.parallel, engine=name)
     if chosen != config.parallel:  # auto's choice, or one rank's
-        yield from without_effect(dataclasses.replace(config, parallel=chosen))
+        yield from map(str, unused_keys(dataclasses.replace(config, parallel=chosen)))
 
 
-def _notes_on_images(config: Config, source: Source, labelled: Labelled | None) -> Iterator[Note]:
+def _notes_on_images(config: Config, source: Source, labelled: LabelledImages | None) -> Iterator[Note]:
     batch = config.train.global_batch
     if not source.is_stream and len(source) < batch:
         yield Note(

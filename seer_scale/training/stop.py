@@ -20,9 +20,9 @@ from seer_scale.data.sources import remote
 from seer_scale.distributed import World
 from seer_scale.errors import ECHO_S, STOP_SIGNALS, StartStopped, stop_signals
 
-LOOK_S = 0.25
-"""Seconds between two looks of rank 0 at what others were asked."""
-KEY = "asked to stop"
+POLL_S = 0.25
+"""Seconds between two looks of rank 0 into the store."""
+STORE_KEY = "asked to stop"
 
 
 class StopRequested(Exception):
@@ -93,7 +93,7 @@ class StopRequest:
     def stop_signal(self, world: World) -> str | None:
         """The name of the signal some rank had got a moment before the previous call (alone: by now); all ranks call it
         as often."""
-        self._tell_and_ask(world)
+        self._exchange_requests(world)
         flag = torch.tensor([self._mine])
         if world.size > 1:
             work = dist.broadcast(flag, src=0, group=world.control, async_op=True)
@@ -118,14 +118,14 @@ class StopRequest:
             world.barrier()  # none leaves before all have heard it
             raise StartStopped(f"Stopped by {signal_name} before training began. Start it again and it goes on.")
 
-    def _tell_and_ask(self, world: World) -> None:
+    def _exchange_requests(self, world: World) -> None:
         """Leave word of a signal for rank 0, which looks now and then."""
         if world.store is None:
             return
         if self._mine and not world.is_main and not self._left_word:
-            world.store.set(KEY, str(self._mine))
+            world.store.set(STORE_KEY, str(self._mine))
             self._left_word = True
-        elif not self._mine and world.is_main and time.monotonic() - self._looked_at > LOOK_S:
+        elif not self._mine and world.is_main and time.monotonic() - self._looked_at > POLL_S:
             self._looked_at = time.monotonic()
-            if world.store.check([KEY]):
-                self._mine = int(world.store.get(KEY))
+            if world.store.check([STORE_KEY]):
+                self._mine = int(world.store.get(STORE_KEY))

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from seer_scale import console
 from seer_scale.errors import EXIT_HUNG
 
-GRACE_S = 15.0
+DUMP_GRACE_S = 15.0
 """Seconds, at most, between the stacks and the end, in which the other ranks, who wait for this one, write theirs."""
 
 
@@ -31,7 +31,7 @@ class Watchdog:
     may."""
 
     def __init__(self, limit_s: float, what: str = ""):
-        self._limit_s, self._what, self._patience_s, self._grace_s = limit_s, what, limit_s, min(GRACE_S, limit_s)
+        self._limit_s, self._what, self._patience_s, self._grace_s = limit_s, what, limit_s, min(DUMP_GRACE_S, limit_s)
         self._last, self._over = time.monotonic(), threading.Event()
         self._armed, self._armed_for = float("-inf"), 0.0
 

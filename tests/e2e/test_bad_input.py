@@ -75,7 +75,7 @@ def test_paths_below_what_cannot_be_looked_into(tmp_path, photos, capsys):
     ):
         assert main([str(word) for word in words]) == 2
         assert "File name too long" in (told := capsys.readouterr().err) and told.count("\n") == 1, told
-    assert "There is no file" in told_by(capsys, ("train", f"{place}.yaml"))
+    assert "is no file" in told_by(capsys, ("train", f"{place}.yaml"))
     sentence = "cannot hold a run (File name too long)"
     assert sentence in told_by(capsys, ("train", given, "--run.dir", place))
     assert main(["launch", given, "--cluster", "local", "--run.dir", str(place)]) == 2

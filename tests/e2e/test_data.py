@@ -136,7 +136,7 @@ def test_what_cannot_be_refreshed_is_one_sentence(tmp_path):
     assert "has 11 images, and had 10" in said
     said = run("train", given, "--run.dir", place, "--train.total_samples", 48, folder=tmp_path, status=2)
     assert "has 11 images, but this run's checkpoint was trained on 10" in said
-    assert "is not a run's folder" in run(
+    assert "no run's folder" in run(
         "data", "refresh", tmp_path, "--manifest", tmp_path / "1.yaml", folder=tmp_path, status=2
     )
     assert "does not exist" in run(
@@ -239,7 +239,7 @@ def test_a_run_that_waits_for_images_says_so(tmp_path):
     run("train", given, "--run.dir", place, "--train.total_samples", 64, folder=tmp_path)
     assert sorted(r["time/data_wait_frac"] for r in steps(place).values())[4] > 0.05
     (event,) = events(place, "starved")
-    assert "Updates wait for images" in event["text"] and "seer-scale bench data" in event["text"]
+    assert "updates wait for images" in event["text"] and "seer-scale bench data" in event["text"]
 
 
 # ------------------------------------------------------------------------------------------- broken, tars, device

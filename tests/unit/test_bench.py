@@ -210,7 +210,11 @@ def test_configuration_of_step():
     got = step.configure(
         options(step, "--recipe", "seer_regnety_256gf", "--batch", "16", "--alone", "--recompute", "every 1")
     )
-    assert got.swav.prototypes == (16000,) and got.swav.hidden == (8192, 8192) and not got.swav.batch_norm
+    assert (
+        got.method_settings.prototypes == (16000,)
+        and got.method_settings.hidden == (8192, 8192)
+        and not got.method_settings.batch_norm
+    )
     assert got.train.global_batch == 16 and got.train.precision == "fp16" and got.optim.name == "lars"
     assert got.parallel.engine == "single" and got.parallel.activation_checkpoint == "every 1"
     assert [(c.num, c.size) for c in got.views.crops] == [(2, 224), (4, 96)]

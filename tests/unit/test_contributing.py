@@ -30,10 +30,10 @@ def test_its_examples_run(tmp_path):
             Image.fromarray(image).save(tmp_path / str(label) / f"{i}.jpg")
     images = labelled_images(Config(data=Data(path=str(tmp_path)), knn=Knn(size=24)))
 
-    def represent(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.mean((2, 3)), x.mean((2, 3))
 
-    found = names["class_means"](represent, images, size=24, workers=0, world=World())
+    found = names["class_means"](encode, images, size=24, workers=0, world=World())
     assert found == {"means/top1": 100.0}
 
 

@@ -25,18 +25,18 @@ def evaluation(run_dir, told: list[str], *, world: World = World(), scores: dict
     engine = SimpleNamespace(whole=lambda name: name, method=method, average_buffers=lambda: None)
     best = BestCheckpoint(run_dir, world, None, scores or {}, active=scores is not None)
     return Evaluation(
-        SimpleNamespace(**sections | {"knn": knn} | config),
-        world,
-        run_dir,
-        engine,
-        Clock(64, 640, 640, 10),
-        labelled,
-        SimpleNamespace(save_in_step=lambda: told.append("saved")),
-        best,
-        SimpleNamespace(log=lambda row: None),
-        lambda kind, text, **_: told.append(kind),
-        Progress(active=False),
-        lambda: None,
+        config=SimpleNamespace(**sections | {"knn": knn} | config),
+        world=world,
+        run_dir=run_dir,
+        engine=engine,
+        clock=Clock(64, 640, 640, 10),
+        labelled=labelled,
+        checkpoints=SimpleNamespace(save_in_step=lambda: told.append("saved")),
+        best=best,
+        log=SimpleNamespace(log=lambda row: None),
+        log_event=lambda kind, text, **_: told.append(kind),
+        progress=Progress(active=False),
+        between_batches=lambda: None,
         workers=0,
     )
 

@@ -211,7 +211,7 @@ def test_what_one_rank_makes_of_an_engine_is_said(given, capsys):
     run_training(given[0], [*given[1], *words])
     said = capsys.readouterr().out
     assert "There is one rank, so nothing is shared out: parallel.engine fsdp computes as single here." in said
-    assert said.index("There is one rank") < said.index("parallel.min_unit_mib is 5.0, but has no effect")
+    assert said.index("There is one rank") < said.index("parallel.min_unit_mib is 5, but has no effect")
 
 
 def test_what_is_anothers_is_left_alone(given, tmp_path, monkeypatch):
@@ -286,10 +286,11 @@ def test_the_remedy_for_another_network_names_what_makes_it():
             return {name: tensor.shape for name, tensor in resume.state_of(build_method(config, World())).items()}
 
     def other(section: str, **keys: Any) -> Config:
-        return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **keys)})
+        field = {"swav": "method_settings"}.get(section, section)
+        return dataclasses.replace(config, **{field: dataclasses.replace(getattr(config, field), **keys)})
 
     change = {bool: lambda v: not v, tuple: lambda v: (*v, 9), float: lambda v: 1.5 * v, int: lambda v: v + 8}
-    swav = {key: change[type(value)](value) for key, value in dataclasses.asdict(config.swav).items()}
+    swav = {key: change[type(value)](value) for key, value in dataclasses.asdict(config.method_settings).items()}
     for section, changed in ("swav", swav), ("model", {"depth": 6, "group_width": 4, "se_ratio": 0.5}):
         for key, value in changed.items():
             now = other(section, **{key: value})

@@ -35,6 +35,7 @@ CORE = {
     "extras",
     "files",
     "formatting",
+    "plugins",
     "distributed",
     "rng",
     "rank_info",

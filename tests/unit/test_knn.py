@@ -31,7 +31,7 @@ from tests.unit.test_sources import write_tar
 KNN = Knn(size=16, k=5, temperature=0.2, batch=4)
 
 
-def represent(images):
+def encode(images):
     features = images.mean((2, 3)) @ torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.3], [0.5, 0.0, 1.0]])
     return features, features
 
@@ -56,7 +56,7 @@ def images_of(folder):
 def brute_force(images):
     def whole(source, indices):
         parts = list(eval_batches(source, indices, KNN.size, batch=100, workers=0))
-        return torch.nn.functional.normalize(represent(to_float(parts[0][0]))[0], dim=1), parts[0][1]
+        return torch.nn.functional.normalize(encode(to_float(parts[0][0]))[0], dim=1), parts[0][1]
 
     q, qy = whole(images.queries, images.query_indices)
     b, by = whole(images.bank, images.bank_indices)
@@ -67,7 +67,7 @@ def brute_force(images):
 
 def not_finite(images):
     """A network whose features of some images are not finite; an image is told by its mean."""
-    features, _ = represent(images)
+    features, _ = encode(images)
     return features.where(features[:, :1] < features[:, :1].median(), torch.inf), features
 
 
@@ -78,7 +78,7 @@ def failure_on_rank(rank, size, folder):
 
 
 def score_on_rank(rank, size, folder):
-    scores, found = knn(represent, images_of(folder), KNN, workers=0, world=world_of(rank, size))
+    scores, found = knn(encode, images_of(folder), KNN, workers=0, world=world_of(rank, size))
     return scores["knn/top1"], found.similarity.numpy(), found.queries.numpy()
 
 
@@ -89,7 +89,7 @@ def test_equal_to_brute_force(tmp_path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # users would see them
-            scores, found = knn(represent, images, KNN, workers=0, world=World())
+            scores, found = knn(encode, images, KNN, workers=0, world=World())
     finally:
         torch.set_warn_always(False)
     top1, similarity = brute_force(images)
@@ -100,7 +100,7 @@ def test_equal_to_brute_force(tmp_path):
 
 def test_the_same_on_two_ranks(tmp_path):
     images = images_of(write_corpus(tmp_path))
-    scores, found = knn(represent, images, KNN, workers=0, world=World())
+    scores, found = knn(encode, images, KNN, workers=0, world=World())
     for top1, similarity, queries in run_ranks(2, score_on_rank, tmp_path):
         assert abs(top1 - scores["knn/top1"]) < 1e-4
         np.testing.assert_array_equal(queries, found.queries.numpy())
@@ -151,9 +151,9 @@ def test_numbers_as_labels(tmp_path):
     c = dataclasses.replace(KNN, queries=str(tmp_path / "queries.txt"))
     images = labelled_images(Config(data=Data(path=str(tmp_path / "bank.txt")), knn=c))
     assert images.classes == ["0", "7", "14"] and images.query_to_bank.tolist() == [1, 2]
-    scores, found = knn(represent, images, KNN, workers=0, world=World())
+    scores, found = knn(encode, images, KNN, workers=0, world=World())
     named = dataclasses.replace(named, query_indices=np.arange(5, 15))
-    assert scores == knn(represent, named, KNN, workers=0, world=World())[0]
+    assert scores == knn(encode, named, KNN, workers=0, world=World())[0]
     show_neighbours(tmp_path, "after", images, found)
     assert {e["label"] for e in read_gallery(tmp_path)["after"]} == {"7", "14"}
 
@@ -166,7 +166,7 @@ def test_features_that_are_not_finite(tmp_path):
 
     def broken_bank(batch):
         calls.append(0)
-        return not_finite(batch) if len(calls) > 4 else represent(batch)  # 15 queries in batches of 4
+        return not_finite(batch) if len(calls) > 4 else encode(batch)  # 15 queries in batches of 4
 
     with pytest.raises(CheckpointError, match="features are not finite"):
         knn(broken_bank, images, KNN, workers=0, world=World())
@@ -175,14 +175,14 @@ def test_features_that_are_not_finite(tmp_path):
 
 def test_pictures_of_images_that_vanished(tmp_path):
     images = images_of(write_corpus(tmp_path))
-    _, found = knn(represent, images, KNN, workers=0, world=World())
+    _, found = knn(encode, images, KNN, workers=0, world=World())
 
     def vanish(batch):
         """Between features and pictures, one query vanishes, and half the bank is no images any more."""
         Path(images.queries.name(int(found.queries[0]))).unlink(missing_ok=True)
         for i in range(0, len(images.bank), 2):
             Path(images.bank.name(i)).write_bytes(b"no image")
-        return represent(batch)
+        return encode(batch)
 
     show_prototypes(tmp_path, vanish, torch.eye(3), images.bank, num=100, size=16, batch=64, workers=0, world=World())
     assert 0 < sum(len(e["images"]) for e in read_gallery(tmp_path)["prototypes"]) < 3 * 8
@@ -196,7 +196,7 @@ def test_pictures_of_prototypes_look_at_so_many_images_and_no_more(tmp_path):
 
     def counted(batch):
         looked.append(len(batch))
-        return represent(batch)
+        return encode(batch)
 
     for num in (1, 9, 20, len(images.bank), 10**6):  # of 34, one of which is broken
         looked.clear()
@@ -246,13 +246,16 @@ def told(path: str, **more) -> tuple[str | None, str | None]:
     """(protocol, or why there is none)."""
     c = Config(data=Data(path=path), knn=dataclasses.replace(KNN, **more))
     images = labelled_images(c)
-    return (images.protocol, None) if images else (None, why_unlabelled(c))
+    if images:
+        return images.protocol, None
+    problem = why_unlabelled(c)
+    return None, f"{problem.key} {problem.rule}"
 
 
 def test_standard_errors_and_the_share_of_the_commonest_class(tmp_path):
     images = images_of(write_corpus(tmp_path))
     images = dataclasses.replace(images, query_indices=np.arange(12))  # 5, 5 and 2 of a class
-    scores, _ = knn(represent, images, KNN, workers=0, world=World())
+    scores, _ = knn(encode, images, KNN, workers=0, world=World())
     share = scores["knn/top1"] / 100
     assert (
         scores["knn/top1_stderr"] == pytest.approx(100 * (share * (1 - share) / 12) ** 0.5)
@@ -377,8 +380,10 @@ def test_a_bank_that_is_asked_about_itself_is_refused(tmp_path):
     path = folders(tmp_path / "pets", "cat", "dog")
     (tmp_path / "link").symlink_to("pets")
     for bank, queries in ((path, path), (path, f"{tmp_path}/link"), ("", f"{path}/")):
-        with pytest.raises(UserError, match="knn.queries are the bank itself .*where each would find itself"):
+        with pytest.raises(UserError) as caught:
             told(path, bank=bank, queries=queries)
+        (problem,) = caught.value.problems
+        assert (problem.key, problem.value) == ("knn.queries", queries) and "the bank itself" in problem.rule
 
 
 def test_an_image_without_a_label_is_named_as_what_keeps_knn_away(tmp_path):

@@ -17,7 +17,7 @@ from seer_scale.data.loading.listing import share
 from seer_scale.data.sources import open_source
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, StartStopped, UserError
-from seer_scale.evaluate.run import _images
+from seer_scale.evaluate.run import _list_images
 from tests.problems import refused, unreadable
 from tests.processes import hear_questions
 from tests.unit.test_sources import cache, contents, numbered_tars, touch  # noqa: F401  the cache is a fixture
@@ -161,7 +161,7 @@ def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, mon
     )
     found = []
     asked = [
-        questions(tmp_path / "data", monkeypatch, lambda rank=rank: found.append(_images(config, tmp_path, rank)))
+        questions(tmp_path / "data", monkeypatch, lambda rank=rank: found.append(_list_images(config, tmp_path, rank)))
         for rank in ranks
     ]
     assert asked[0] > 3 and asked[1] <= 2, asked
@@ -177,8 +177,8 @@ def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, mon
     )
     Rank.said.clear()
     for rank in ranks:
-        with pytest.raises(UserError, match="has no labels: give labelled images"):
-            _images(config, tmp_path, rank)
+        with pytest.raises(UserError, match="has no labels; give labelled images"):
+            _list_images(config, tmp_path, rank)
 
 
 def test_problems_of_a_recipe_reach_other_ranks_as_they_are():

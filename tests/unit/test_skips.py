@@ -11,7 +11,7 @@ import torch
 from seer_scale.distributed import World
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.training import skips
-from seer_scale.training.skips import MAX_TOLD, SkipMonitor
+from seer_scale.training.skips import MAX_LOGGED, SkipMonitor
 from seer_scale.training.start import run_training
 from tests.e2e.runs import events, recipe, steps
 from tests.tiny import micro_batches, tiny
@@ -60,9 +60,9 @@ def test_a_row_is_told_once_and_not_for_ever_and_a_loss_scale_explains_itself():
     for step in range(5):
         watch.watch(step, torch.tensor(2.0), BAD, norms(1, 1, math.nan))
     assert len(told) == 1
-    for step in range(4 * MAX_TOLD):
+    for step in range(4 * MAX_LOGGED):
         watch.watch(step, torch.tensor(2.0), BAD if step % 2 else GOOD, norms(1, 1, math.nan))
-    assert len(told) == MAX_TOLD and told[-1].endswith("Further ones are only counted.")
+    assert len(told) == MAX_LOGGED and told[-1].endswith("Further ones are only counted.")
     watch, told = monitor("fp16")
     watch.watch(1, torch.tensor(math.nan), BAD, norms(1, 1, math.nan))
     assert not told

@@ -73,7 +73,9 @@ def test_queue_joins_the_assignment_when_full():
             codes = torch.stack(
                 [
                     textbook_sinkhorn(
-                        torch.cat([z[c], *(q[c] for q in others)]) @ w.T, config.swav.epsilon, config.swav.iterations
+                        torch.cat([z[c], *(q[c] for q in others)]) @ w.T,
+                        config.method_settings.epsilon,
+                        config.method_settings.iterations,
                     )[:8]
                     for c in range(2)
                 ]

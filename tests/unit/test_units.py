@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from seer_scale import parallel
-from seer_scale.config import ConfigError, load_recipe, resolve
+from seer_scale.config import load_recipe, resolve
 from seer_scale.distributed import World
-from seer_scale.errors import UserError
+from seer_scale.errors import ConfigError, UserError
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel.units import compute_type, joined_units, matrix_numel, sharded_units
 from seer_scale.training.start import resolve_recipe
@@ -99,14 +99,14 @@ def test_small_units_are_gathered_together(recipe, least):
         ),
         (
             ["--parallel.engine", "fsdp", "--parallel.replicate_degree", "2", "--parallel.shard_degree", "3"],
-            "2 x 3 = 6, but there are 4 ranks; nearest: shard_degree 2",
+            "with parallel.replicate_degree 2 takes 6 ranks, and there are 4; nearest: 2",
         ),
         (
             ["--parallel.engine", "fsdp", "--parallel.replicate_degree", "3"],
             "parallel.replicate_degree is 3, but must divide the number of ranks (4); nearest: 2",
         ),
         (["--parallel.engine", "zero2", "--parallel.replicate_degree", "2"], "has no mesh of replicas and shards"),
-        (["--parallel.engine", "zero"], "parallel.engine is 'zero', but must be one of"),
+        (["--parallel.engine", "zero"], "parallel.engine is zero, but must be one of"),
         (["--parallel.activation_checkpoint", "every 0"], "nearest: every 1"),
         (["--parallel.activation_checkpoint", "[[1], [1]]"], "must have one for each of the 4 stages"),
         (["--parallel.activation_checkpoint", "[[9], [], [], []]"], "nearest: [1]"),
@@ -123,11 +123,11 @@ def test_small_units_are_gathered_together(recipe, least):
         ),
         (
             ["--parallel.engine", "zero3", "--parallel.min_unit_mib", "4"],
-            "parallel.min_unit_mib is 4.0, but has no effect without parallel.engine fsdp",
+            "parallel.min_unit_mib is 4, but has no effect without parallel.engine fsdp",
         ),
         (
             ["--train.min_loss_scale", "2"],
-            "train.min_loss_scale is 2.0, but has no effect without train.precision fp16",
+            "train.min_loss_scale is 2, but has no effect without train.precision fp16",
         ),
         (
             ["--parallel.engine", "ddp", "--parallel.ds_config", "x.json"],
@@ -136,7 +136,7 @@ def test_small_units_are_gathered_together(recipe, least):
         (["--parallel.engine", "zero3", "--parallel.ds_config", "nowhere.json"], "nowhere.json cannot be read"),
         (
             ["--parallel.engine", "zero4", "--parallel.offload", "true"],
-            "parallel.engine is 'zero4', but must be one of",
+            "parallel.engine is zero4, but must be one of",
         ),
         (["--train.total_samples", "64", "--train.total_samples", "128"], "--train.total_samples is given twice"),
         (["--train.micro_batch", "1", "--parallel.sync_bn_group", "1"], "leaves BatchNorm 1 image to normalise over"),

@@ -16,7 +16,7 @@ from seer_scale.errors import EXIT_HUNG
 SCRIPT = """
 import ctypes, threading, time
 from seer_scale.training import watchdog
-watchdog.GRACE_S = 0.3
+watchdog.DUMP_GRACE_S = 0.3
 def hangs_here(): {body}
 with watchdog.Watchdog({limit}, "[rank 3] ") as w:
     for _ in range(12):
@@ -67,7 +67,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count():
     """For longer than the kernel waits, while no beat comes."""
     body = "[time.sleep(0.1) for _ in range(8)]"  # long enough, after it was stopped, for the thread to have its turn
     script = SCRIPT.format(body=body, limit=1.0, run="print('ready', flush=True)\n    hangs_here()").replace(
-        "GRACE_S = 0.3", "GRACE_S = 1.0"
+        "DUMP_GRACE_S = 0.3", "DUMP_GRACE_S = 1.0"
     )
     stopped = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -14,6 +14,8 @@ from seer_scale.config import Config
 from seer_scale.distributed import World, all_gather
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.losses.sinkhorn import sinkhorn
+from seer_scale.methods.registry import register_method
+from seer_scale.methods.swav.settings import SwAVSettings
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Init, UnitRows
 from seer_scale.models.layers.heads import ProjectionHead
@@ -34,20 +36,20 @@ class AssignmentInputs(NamedTuple):
     queued: list[Tensor]
 
 
+@register_method("swav")
 class SwAV(Method[AssignmentInputs, list[Tensor]]):
     """Backbone, projection head and prototype sets."""
 
-    name = "swav"
     backbone: Backbone
     queue: Tensor
 
     def __init__(self, config: Config, world: World):
         super().__init__()
-        self.config, self.world = config.swav, world
+        self.config, self.world = config.settings_as(SwAVSettings), world
         self.num_crops, self.num_assigned = config.num_crops, config.views.crops[0].num
         self.global_batch = config.train.global_batch
         self.backbone = build_backbone(config.model.name, **config.model.explicit_keys())
-        s = config.swav
+        s = self.config
         self.head = ProjectionHead(self.backbone.num_features, s.hidden, s.embedding_dim, batch_norm=s.batch_norm)
         self.prototypes = nn.ModuleList(nn.Linear(s.embedding_dim, k, bias=False) for k in s.prototypes)
         self.queue_since = 0

@@ -1,0 +1,375 @@
+"""The sections of a recipe, their keys, types, defaults and ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+from seer_scale.config.fields import opt
+from seer_scale.cores import loads_in_processes
+from seer_scale.errors import Problem
+
+ZERO = ("zero1", "zero2", "zero3")
+EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fairscale"]
+METHOD_SETTINGS = "method_settings"
+"""The one field of a Config whose section bears another name in a recipe: the method's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    dir: str = opt("", "folder of the run: config, metrics, logs, checkpoints, report; empty = runs/<recipe name>")
+    seed: int = opt(0, "seed of weights, image order and crops", ge=0)
+    hang_timeout_s: float = opt(
+        1200.0,
+        (
+            "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = "
+            "wait for ever"
+        ),
+        ge=0,
+    )
+    heartbeat_s: float = opt(
+        60.0,
+        (
+            "seconds at most between two signs of life: a line where there is no terminal, and what inspect reads; "
+            "0 = none"
+        ),
+        ge=0,
+    )
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = opt(
+        ("tensorboard",), "where metrics go beside metrics.jsonl and the console; [] = nowhere else"
+    )
+    plugins: tuple[str, ...] = opt(
+        (), "Python modules that bring methods and backbones: names, or paths of files or packages (--plugin)"
+    )
+    prototype_images: int = opt(
+        512, "images looked at, after training, for the report's pictures of prototypes; 0 = no such pictures", ge=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    path: str = opt(
+        "",
+        (
+            "images: a folder tree, a list file (one path or URL a line, optional tab and label), tars, a "
+            "manifest, hf:NAME"
+        ),
+    )
+    kind: Literal["auto", "folder", "list", "tar", "manifest", "hub", "stream"] = opt(
+        "auto", "how to read data.path; auto looks at it (stream is never chosen by itself)"
+    )
+    exclude: tuple[str, ...] = opt(
+        (), "folder: patterns of files and folders to leave out, as in ['*_mask.png', 'raw/*']"
+    )
+    split: str = opt("train", "hub, stream: which split of the dataset")
+    image_key: str = opt("", "hub, stream: the column of images; none = the only one there is")
+    length: int = opt(0, "stream: images an epoch; 0 = as many as the dataset says it has", ge=0)
+    buffer: int = opt(10_000, "stream: images that are shuffled among each other", ge=1)
+    block: int = opt(
+        0,
+        (
+            "neighbours that are read together and come one after the other in every lane; 1 = none, 0 = what "
+            "suits the source"
+        ),
+        ge=0,
+    )
+    photometric: Literal["auto", "cpu", "device"] = opt(
+        "auto", "where flip, colours and blur are done; auto: on the device if it is a GPU"
+    )
+    workers: int | None = opt(
+        None,
+        "loader processes a rank; 0 loads in the training process; none = one for each core a rank may use, 4 at most",
+        ge=0,
+    )
+    prefetch: int = opt(4, "batches kept ready", ge=1)
+    timeout_s: float = opt(
+        120.0,
+        (
+            "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for ten "
+            "times that"
+        ),
+        gt=0,
+    )
+
+    def num_workers(self, cores: int) -> int:
+        """Loader processes of a rank that may use so many cores."""
+        return min(4, cores if loads_in_processes() else 0) if self.workers is None else self.workers
+
+    def on_device(self, device: str) -> bool:
+        """Whether flip, colours and blur are done on a device of this type, instead of by the loader."""
+        return self.photometric == "device" or self.photometric == "auto" and device == "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    num: int = opt(2, "crops of this kind an image", ge=1)
+    size: int = opt(224, "height and width in pixels", ge=8)
+    scale: tuple[float, float] = opt(
+        (0.14, 1.0), "share of the image's area a crop covers, from and to", gt=0.0, le=1.0, rising=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    crops: tuple[Crop, ...] = opt(
+        (Crop(), Crop(num=4, size=96, scale=(0.05, 0.14))), "kinds of crops; the codes come from the first kind"
+    )
+    flip: float = opt(0.5, "probability of a horizontal flip", ge=0, le=1)
+    jitter: tuple[float, float, float, float] = opt((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue", ge=0)
+    jitter_p: float = opt(0.8, "probability of colour jitter", ge=0, le=1)
+    grayscale_p: float = opt(0.2, "probability of dropping colour", ge=0, le=1)
+    blur_p: float = opt(0.5, "probability of a Gaussian blur", ge=0, le=1)
+    blur_sigma: tuple[float, float] = opt(
+        (0.1, 2.0), "standard deviation of the blur in pixels, from and to", gt=0, rising=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    name: str = opt("regnety_8gf", "backbone: a registered name, timm/NAME, or regnety with the six keys below")
+    depth: int | None = opt(None, "regnety: number of blocks", ge=1)
+    w0: int | None = opt(None, "regnety: initial width", ge=8)
+    wa: float | None = opt(None, "regnety: slope of the width", ge=0)
+    wm: float | None = opt(None, "regnety: width quantisation factor", gt=1)
+    group_width: int | None = opt(None, "regnety: channels a group", ge=1)
+    se_ratio: float | None = opt(None, "regnety: squeeze-and-excitation ratio to the block's input width", gt=0)
+
+    def explicit_keys(self) -> dict[str, Any]:
+        """The keys of a free `regnety`, those given."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "name" and v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    name: str = opt("swav", "what is learned by; its own keys are the section of that name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """The section of a recipe that a method brings: a subclass has its keys, their rules and what they depend on."""
+
+    def rules(self, config: Config) -> Iterator[Problem]:
+        """Rules between these keys, and between them and those of other sections: those that are broken."""
+        return iter(())
+
+    def needs(self) -> dict[str, tuple[bool, str]]:
+        """For a key that only has an effect with another: whether it has, and what it needs."""
+        return {}
+
+
+S = TypeVar("S", bound=MethodSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    name: Literal["lars", "sgd", "adamw"] = opt("lars", "optimiser; lars is LARC with clip off, as in VISSL")
+    lr: float = opt(0.3, "peak learning rate for a global batch of optim.lr_batch", gt=0)
+    lr_batch: int = opt(
+        256, "batch optim.lr was chosen for; the rate scales linearly with train.global_batch; 0 = no scaling", ge=0
+    )
+    momentum: float = opt(0.9, "SGD and LARS momentum", ge=0, lt=1)
+    weight_decay: float = opt(1e-5, "weight decay", ge=0)
+    trust_coefficient: float = opt(0.001, "LARS trust coefficient", gt=0)
+    exclude_vectors: bool = opt(False, "no LARS scaling and no weight decay for biases and normalisation parameters")
+    betas: tuple[float, float] = opt((0.9, 0.999), "AdamW", ge=0, lt=1)
+    clip_norm: float = opt(0.0, "gradients longer than this are shortened to it; 0 = never", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    name: Literal["cosine", "plateau"] = opt(
+        "cosine", "after warm-up: cosine to the end, or constant, cut when the loss stops falling"
+    )
+    warmup_samples: int = opt(0, "samples of linear warm-up", ge=0)
+    warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
+    final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
+    decay_samples: int = opt(
+        0, "cosine: samples after which the rate is at its end, and stays there; 0 = train.total_samples", ge=0
+    )
+    plateau_factor: float = opt(0.5, "plateau: multiply the rate by this", gt=0, lt=1)
+    plateau_samples: int = opt(
+        0, "plateau: compare the mean loss of windows of so many samples, counted from the end of the warm-up", ge=0
+    )
+    plateau_threshold: float = opt(0.001, "plateau: a window must lower the best mean loss by this share", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    total_samples: int = opt(0, "length of the run: images seen (an image seen in two epochs counts twice)", ge=1)
+    global_batch: int = opt(256, "images an update, over all ranks", ge=1)
+    micro_batch: int = opt(
+        0,
+        (
+            "most images a rank takes through the network at once; a larger share of the batch is accumulated, "
+            "with the same codes (one forward more); 0 = all at once"
+        ),
+        ge=0,
+    )
+    precision: Literal["fp32", "fp16", "bf16"] = opt("fp32", "compute type of convolutions and matrix products")
+    max_skips: int = opt(50, "updates skipped in a row, for gradients that are not finite, that end the run", ge=1)
+    collapse_after: float = opt(
+        0.1, "share of the run, after warm-up and freezing, at which a loss still at ln K is reported", ge=0, le=1
+    )
+    log_every: int = opt(10, "updates between two metric lines", ge=1)
+    threads: int = opt(
+        0,
+        (
+            "CPU threads a rank; 0 = OMP_NUM_THREADS, or else measured at the start: of the cores a rank may use, "
+            "as many as run faster"
+        ),
+        ge=0,
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = opt(
+        "auto", "layout of images and feature maps; auto measures both at the start and takes the faster"
+    )
+    compile: bool = opt(False, "compile each unit with torch.compile")
+    min_loss_scale: float = opt(1.0, "fp16: a loss scale that has fallen below this ends the run", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    engine: Literal["auto", EngineName] = opt(
+        "auto", "what holds parameters, gradients and optimiser state (docs/engines.md); auto = the cheapest that fits"
+    )
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute; auto = GPUs where there are any")
+    ranks: int = opt(1, "ranks the recipe was written for; a run may use another number", ge=1)
+    replicate_degree: int = opt(1, "fsdp: copies of the sharded model (HSDP: replicate x shard ranks)", ge=1)
+    shard_degree: int = opt(0, "fsdp: ranks one copy of the model is spread over; 0 = ranks / replicate", ge=0)
+    reshard_after_forward: bool = opt(True, "fsdp: free gathered weights between forward and backward")
+    max_unit_gib: float = opt(
+        2.0, "fsdp, zero3: most GiB gathered at once; larger units are split into their layers", gt=0
+    )
+    min_unit_mib: float = opt(
+        8.0,
+        (
+            "fsdp: consecutive units are gathered together until they come to so many MiB, within max_unit_gib; 0 "
+            "= each alone"
+        ),
+        ge=0,
+    )
+    offload: bool = opt(
+        False, "zero1, zero2, zero3: fp32 weights and optimiser state live in the host's memory, and update there"
+    )
+    ds_config: str = opt(
+        "", "zero1, zero2, zero3: JSON with what DeepSpeed needs beyond the recipe; empty = ds_configs/<engine>.json"
+    )
+    sync_bn_group: int = opt(0, "ranks that share BatchNorm statistics; 0 = all, 1 = none", ge=0)
+    activation_checkpoint: str | tuple[tuple[int, ...], ...] = opt(
+        "none",
+        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or for each of "
+        "the 4 stages the blocks that end a recomputed run, as in [[2], [7], [9, 17], []]",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every_samples: int = opt(0, "samples between checkpoints; 0 = only at the end and on a stop", ge=0)
+    background: bool = opt(
+        True, "write checkpoints while training goes on, from a copy in memory; false: updates wait for the disk"
+    )
+    keep_last: int = opt(2, "newest checkpoints kept", ge=1)
+    keep_every_samples: int = opt(0, "also keep those at multiples of so many samples; 0 = none", ge=0)
+    keep_best: bool = opt(
+        False,
+        "also keep the checkpoint of the highest kNN top-1, saved at that evaluation and linked as checkpoints/best",
+    )
+    resume: str = opt(
+        "auto",
+        "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path",
+    )
+    init_from: str = opt("", "start a new run from the weights of this checkpoint, or of the newest one of this run")
+    init_part: Literal["all", "backbone"] = opt(
+        "all", "what checkpoint.init_from gives; backbone: projection head and prototypes are drawn anew"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn:
+    bank: str = opt("", "labelled images whose classes vote; empty = data.path where it has labels")
+    queries: str = opt("", "labelled images to classify; empty = every fifth image of the bank, held out")
+    size: int = opt(224, "images are resized so that the short side is 8/7 of this, then centre cropped", ge=8)
+    k: int = opt(20, "neighbours that vote", ge=1)
+    temperature: float = opt(0.07, "weight of a neighbour is exp(cosine / temperature)", gt=0)
+    batch: int = opt(64, "images a forward pass", ge=1)
+    limit: int = opt(100_000, "use at most so many bank images; 0 = all", ge=0)
+    limit_queries: int = opt(10_000, "classify at most so many queries; 0 = all", ge=0)
+    every_samples: int = opt(0, "samples between evaluations during training; 0 = only before and after", ge=0)
+    enabled: bool = opt(True, "evaluate at all; needs labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: Run = Run()
+    data: Data = Data()
+    views: Views = Views()
+    model: Model = Model()
+    method: Method = Method()
+    method_settings: MethodSettings = MethodSettings()
+    """What the method's section holds; in a recipe it bears the method's name."""
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    train: Train = dataclasses.field(default_factory=lambda: Train(total_samples=1))
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    knn: Knn = Knn()
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate after linear scaling by the global batch."""
+        o = self.optim
+        return o.lr * self.train.global_batch / o.lr_batch if o.lr_batch else o.lr
+
+    def end(self, samples_seen: int = 0) -> int:
+        """Samples seen at the end of a run that has seen so many: whole batches are trained, until
+        train.total_samples are seen."""
+        left, batch = max(0, self.train.total_samples - samples_seen), self.train.global_batch
+        return samples_seen + -(-left // batch) * batch
+
+    @property
+    def num_crops(self) -> int:
+        return sum(c.num for c in self.views.crops)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of each rank an update: the fewest equal ones of at most train.micro_batch images."""
+        share = self.train.global_batch // world_size
+        most = self.train.micro_batch or share
+        return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+
+    def settings_as(self, cls: type[S]) -> S:
+        """The method's section. Raises TypeError where it is another method's."""
+        if not isinstance(self.method_settings, cls):
+            raise TypeError(f"the recipe's method is {self.method.name}, whose section is no {cls.__name__}")
+        return self.method_settings
+
+    def sections(self) -> dict[str, Any]:
+        """Every section by the name it has in a recipe, the method's after `method`."""
+        out = {}
+        for f in dataclasses.fields(self):
+            name = self.method.name if f.name == METHOD_SETTINGS else f.name
+            out[name] = getattr(self, f.name)
+        return out
+
+    def get(self, key: str) -> Any:
+        """The value of a dotted key."""
+        section, name = key.split(".")
+        return getattr(self.sections()[section], name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries and lists, as written to config.yaml."""
+        return {name: _plain(dataclasses.asdict(section)) for name, section in self.sections().items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+@cache
+def section_classes() -> dict[str, type]:
+    """The class of each field of a Config."""
+    return typing.get_type_hints(Config)
