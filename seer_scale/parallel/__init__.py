@@ -11,7 +11,7 @@ import torch
 
 from seer_scale.config import Config
 from seer_scale.distributed import World
-from seer_scale.errors import UserError
+from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.extras import how_to_install
 from seer_scale.methods.base import Method
 from seer_scale.models.execution import COMPUTE_DTYPES
@@ -28,7 +28,7 @@ ENGINES = {
 }
 """Module and class of each, imported where used: DeepSpeed and fairscale take seconds."""
 
-SHARE = 0.4
+MAX_STATE_SHARE = 0.4
 """Of a rank's memory, what weights, gradients and optimiser state may take before they are sharded; activations,
 which no engine shards, need the rest."""
 
@@ -51,9 +51,8 @@ def load(module: str) -> ModuleType:
         return importlib.import_module(f"seer_scale.parallel.{module}")
     except ModuleNotFoundError as missing:
         package = str(missing.name)  # an import that fails names what it lacks
-        raise UserError(
-            f"parallel.engine needs {package}, which is not installed: {how_to_install(package)}, or use engine fsdp."
-        ) from missing
+        rule, fix = f"needs {package}, which is not installed", f"{how_to_install(package)}, or use engine fsdp"
+        raise UserError(Problem("parallel.engine", NOTHING, rule, fix)) from missing
 
 
 def choose_engine(method: Method[Any, Any], config: Config, world: World) -> str:
@@ -62,17 +61,17 @@ def choose_engine(method: Method[Any, Any], config: Config, world: World) -> str
     `ddp` moves least where all ranks can hold everything; else `fsdp`, whose gathers are half as wide as its weights.
     Collective where it is auto.
     """
-    p = config.parallel
-    if world.size == 1 and not p.offload:
+    parallel = config.parallel
+    if world.size == 1 and not parallel.offload:
         return "single"
-    if p.engine != "auto":
-        return p.engine
-    if p.replicate_degree > 1 or p.shard_degree:
+    if parallel.engine != "auto":
+        return parallel.engine
+    if parallel.replicate_degree > 1 or parallel.shard_degree:
         return "fsdp"
     slots = 2 if config.optim.name == "adamw" else 1
     groups = method.parameter_groups()
     held = sum((4 if groups[n].average_of else 4 * (2 + slots)) * p.numel() for n, p in method.named_parameters())
-    return "ddp" if held <= SHARE * min(world.gather_objects(_memory(world))) else "fsdp"
+    return "ddp" if held <= MAX_STATE_SHARE * min(world.gather_objects(_memory(world))) else "fsdp"
 
 
 def _memory(world: World) -> int:
@@ -82,24 +81,21 @@ def _memory(world: World) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
 
 
-def check_device(config: Config) -> list[str]:
+def check_device(config: Config) -> list[Problem]:
     """What this machine's devices cannot do of the recipe; before any is taken."""
-    if config.parallel.device == "cuda" and not torch.cuda.is_available():
-        return ["parallel.device is cuda, but there is no GPU here; use parallel.device cpu or auto."]
-    precision = config.train.precision
-    if config.parallel.device == "cpu" or not torch.cuda.is_available():
+    device, precision, has_gpu = config.parallel.device, config.train.precision, torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        return [Problem("parallel.device", device, "there is no GPU here", ("cpu", "auto"))]
+    if device == "cpu" or not has_gpu:
         if precision != "fp32" and (why := _refusal_of_cpu(COMPUTE_DTYPES[precision])):
-            return [f"train.precision is {precision}, but this CPU does not compute in it ({why}); use fp32."]
+            rule = f"this CPU does not compute in it ({why})"
+            return [Problem("train.precision", precision, rule, ("fp32",))]
         return []
-    for name, needed, fix in (("fp16", (5, 3), "fp32"), ("bf16", (8, 0), "fp16")):
+    for name, needed, instead in (("fp16", (5, 3), "fp32"), ("bf16", (8, 0), "fp16")):
         have = torch.cuda.get_device_capability()
         if precision == name and have < needed:
-            return [
-                (
-                    f"train.precision is {name}, but {torch.cuda.get_device_name()} (compute capability "
-                    f"{have[0]}.{have[1]}) has no {name}; use {fix}."
-                )
-            ]
+            gpu = f"{torch.cuda.get_device_name()} (compute capability {have[0]}.{have[1]})"
+            return [Problem("train.precision", precision, f"{gpu} has no {name}", (instead,))]
     return []
 
 

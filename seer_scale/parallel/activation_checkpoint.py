@@ -17,7 +17,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seer_scale.errors import UserError
+from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import UnitSequence
 from seer_scale.models.layers.stateful import Tape
 
@@ -36,16 +36,18 @@ def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[
     if isinstance(setting, str):
         word, _, number = setting.partition(" ")
         if word != "every" or not number.isdecimal() or int(number) < 1:
-            raise UserError(f'{OPTION} is "{setting}", but must be none, every N or a list a stage; nearest: every 1.')
+            rule = "it must be none, every N or a list a stage"
+            raise UserError(Problem(OPTION, setting, rule, "nearest: every 1"))
         setting = tuple((*range(int(number), len(names), int(number)), len(names)) for names in stages)
     if len(setting) != len(stages):
-        raise UserError(f"{OPTION} has {len(setting)} lists, but must have one for each of the {len(stages)} stages.")
+        given = [list(ends) for ends in setting]
+        raise UserError(Problem(OPTION, given, f"it must have one list for each of the {len(stages)} stages"))
     out = []
     for stage, (names, ends) in enumerate(zip(stages, setting), 1):
         near = sorted({min(max(end, 1), len(names)) for end in ends})
         if list(ends) != near:
-            rule = f"stage {stage} needs rising numbers from 1 to {len(names)}"
-            raise UserError(f"{OPTION} has {list(ends)}, but {rule}, the blocks that end a segment; nearest: {near}.")
+            rule = f"stage {stage} needs rising numbers from 1 to {len(names)}, the blocks that end a segment"
+            raise UserError(Problem(OPTION, list(ends), rule, near))
         out += [names[a:b] for a, b in pairwise((0, *ends, len(names))) if ends and a < b]
     return out
 

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from seer_scale.parallel.delegating_optimizer import DelegatingOptimizer, aligned
 from seer_scale.parallel.engine import Engine
+from seer_scale.parallel.private_parts import PrivatePart
 from seer_scale.parallel.shard import Shard
+
+_OSS = "fairscale.optim.oss"
+PARTS = (
+    PrivatePart(_OSS, "OSS._per_device_params", "dealing out parameters in an order that keeps them aligned"),
+    PrivatePart(_OSS, "OSS._param_to_rank", "which parameters a rank owns"),
+    PrivatePart(_OSS, "OSS._broadcast_params", "bringing loaded weights to all ranks", ()),
+    PrivatePart(_OSS, "OSS.optim", "the optimiser that makes our update"),
+    PrivatePart("fairscale.nn.data_parallel.sharded_ddp", "ShardedDataParallel.refresh_trainable", "buckets", ()),
+)
+"""Every inner part of fairscale's that is touched here."""
 
 
 class Fairscale(Engine):

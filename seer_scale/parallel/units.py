@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from seer_scale.config import Config
-from seer_scale.errors import UserError
+from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import Method
 from seer_scale.models.execution import COMPUTE_DTYPES
 
@@ -27,22 +27,21 @@ def sharded_units(method: Method[Any, Any], config: Config) -> dict[str, nn.Modu
 
     Raises UserError where a layer alone is larger.
     """
-    most = config.parallel.max_unit_gib
+    max_gib = config.parallel.max_unit_gib
     units: dict[str, nn.Module] = {}
     needs: dict[str, tuple[float, str]] = {}
     for name, unit in method.shard_units().items():
         dtype = compute_type(name, method, config)
         width = COMPUTE_DTYPES[dtype].itemsize
-        parts = split_units({name: unit}, int(most * 2**30 / width))
+        parts = split_units({name: unit}, int(max_gib * 2**30 / width))
         units |= parts
         needs |= {part: (matrix_numel(module) * width / 2**30, dtype) for part, module in parts.items()}
     name, (need, dtype) = max(needs.items(), key=lambda n: n[1])
-    if need > most and config.parallel.engine in ("auto", "fsdp", "zero3"):
+    if need > max_gib and config.parallel.engine in ("auto", "fsdp", "zero3"):
         digits = 10.0 ** (math.floor(math.log10(need)) - 2)
-        raise UserError(
-            f"parallel.max_unit_gib is {most:g}, but {name} cannot be split and takes {need:.3g} GiB in {dtype}; "
-            f"nearest: {math.ceil(need / digits) * digits:.3g}."
-        )
+        rule = f"{name} cannot be split and takes {need:.3g} GiB in {dtype}"
+        nearest = float(f"{math.ceil(need / digits) * digits:.3g}")
+        raise UserError(Problem("parallel.max_unit_gib", max_gib, rule, nearest))
     return units
 
 
@@ -53,17 +52,17 @@ def joined_units(method: Method[Any, Any], config: Config) -> list[dict[str, nn.
     What is joined runs in the same forwards (the backbone without the head, both without prototypes), as FSDP2 counts
     the modules that have run to know when a gathered group is done with.
     """
-    least, most = config.parallel.min_unit_mib * 2**20, config.parallel.max_unit_gib * 2**30
+    min_bytes, max_bytes = config.parallel.min_unit_mib * 2**20, config.parallel.max_unit_gib * 2**30
     groups: list[dict[str, nn.Module]] = []
-    size, last = 0, None
+    nbytes, last = 0, None
     for name, unit in sharded_units(method, config).items():
         dtype = compute_type(name, method, config)
         kind, more = (name.partition(".")[0], dtype), COMPUTE_DTYPES[dtype].itemsize * matrix_numel(unit)
-        if kind != last or size >= least or size + more > most:
+        if kind != last or nbytes >= min_bytes or nbytes + more > max_bytes:
             groups.append({})
-            size, last = 0, kind
+            nbytes, last = 0, kind
         groups[-1][name] = unit
-        size += more
+        nbytes += more
     return groups
 
 

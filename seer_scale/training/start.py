@@ -209,7 +209,8 @@ def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
 
 def _check_here(config: Config, info: RankInfo) -> None:
     """What one rank sees, and the others may not. Raises ConfigError."""
-    if problems := [*check_device(config), *_check_threads(config)]:
+    problems: list[str | Problem] = [*check_device(config), *_check_threads(config)]
+    if problems:
         raise ConfigError(problems)
     if info.rank == 0 and info.size > 1:
         look(config)  # a folder of 100,000 tars is listed once, not once a rank

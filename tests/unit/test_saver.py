@@ -64,7 +64,7 @@ def layouts(draw):
 def test_each_element_is_copied_by_one_rank_whatever_holds_it(layout, share):
     wholes, states = layout
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(layout_of_files, "SHARE", share)
+        m.setattr(layout_of_files, "BYTES_A_WRITER", share)
         copies = [Staging(state, fake_world(rank, states)).fill(state) for rank, state in enumerate(states)]
     for name, whole in wholes.items():
         got, times = torch.zeros(whole.numel()), torch.zeros(whole.numel())

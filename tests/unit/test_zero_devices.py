@@ -4,6 +4,7 @@ number."""
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import SimpleNamespace
 
 import deepspeed
@@ -16,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils
 
 from seer_scale.distributed import World
-from seer_scale.parallel.deepspeed.engine import _accelerator
+from seer_scale.parallel.deepspeed.private import accelerator_for
 from tests.tiny import losses_of, tiny
 
 
@@ -27,7 +28,7 @@ def test_a_task_that_sees_one_gpu_works_on_that_one(monkeypatch):
     for name in ("get_rank", "get_world_size"):
         monkeypatch.setattr(deepspeed.comm, name, lambda *_: 8)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    set_accelerator(_accelerator(torch.device("cuda", 0)))
+    set_accelerator(accelerator_for(torch.device("cuda", 0)))
     try:
         engine = SimpleNamespace(local_rank=5)
         DeepSpeedEngine._set_distributed_vars(engine, None)
@@ -47,6 +48,7 @@ def test_a_run_on_the_cpu_of_a_machine_with_gpus_stays_there():
         config, engine = tiny(
             World(), **{"parallel.engine": "zero2", "parallel.offload": True, "parallel.device": "cpu"}
         )
+        assert import_module("deepspeed.comm.torch").build_shm_op() is None  # nothing is compiled
         assert engine.name == "zero2" and np.isfinite(losses_of(engine, config, World(), range(2), 0.02)).all()
         engine.close()
     finally:

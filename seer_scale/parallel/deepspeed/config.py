@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from seer_scale.config import Config
-from seer_scale.errors import ConfigError, nearest
+from seer_scale.errors import NOTHING, ConfigError, Problem, nearest
+from seer_scale.extras import requirements
+from seer_scale.parallel.private_parts import moved_parts
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 ALL = int(1e12)
@@ -46,7 +49,7 @@ MEASURING_KEYS = (
 def deepspeed_config(config: Config, world_size: int, num_parameters: int = 0) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe: what the recipe says, over what a file of the user's says, over the
     shipped file. Raises ConfigError with all that is wrong: a file that cannot be read, keys or values DeepSpeed does
-    not take, and what says other than the recipe."""
+    not take, what says other than the recipe, and a version of DeepSpeed that lacks what is used of it."""
     shipped = DS_CONFIGS / f"{config.parallel.engine}.json"
     path = Path(config.parallel.ds_config or shipped)
     given, usual = _read(path), _read(shipped)
@@ -58,7 +61,7 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int = 0) -
             path, config, given.get("zero_optimization", {}), ours["zero_optimization"], zero, "zero_optimization."
         ),
     ]
-    problems = problems or _refused(path, given.get("zero_optimization", {}))
+    problems = problems or _refused(path, given.get("zero_optimization", {})) or _moved()
     if problems:
         raise ConfigError(problems)
     defaults = {
@@ -75,38 +78,34 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         given = json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(
-            [
-                (
-                    f"parallel.ds_config {path} cannot be read ({error.strerror}); give a JSON file such as "
-                    "ds_configs/zero3.json."
-                )
-            ]
-        ) from error
+        rule = f"it cannot be read ({error.strerror})"
+        fix = "give a JSON file such as ds_configs/zero3.json"
+        raise ConfigError([Problem("parallel.ds_config", path, rule, fix)]) from error
     except ValueError as error:
-        raise ConfigError([f"parallel.ds_config {path} is not JSON: {error}."]) from error
+        raise ConfigError([Problem("parallel.ds_config", path, f"it is not JSON: {error}")]) from error
     if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
-        raise ConfigError([f"parallel.ds_config {path} must be a JSON object whose zero_optimization is one too."])
+        rule = "it must be a JSON object whose zero_optimization is one too"
+        raise ConfigError([Problem("parallel.ds_config", path, rule)])
     return given
 
 
 def from_recipe(config: Config, world_size: int) -> dict[str, Any]:
     """What the recipe, or the engine for the sake of equal results, settles."""
-    p, share = config.parallel, max(1, config.train.global_batch // world_size)
+    parallel, share = config.parallel, max(1, config.train.global_batch // world_size)
     zero: dict[str, Any] = {
-        "stage": int(p.engine[-1]),
+        "stage": int(parallel.engine[-1]),
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "round_robin_gradients": False,
     }
-    if p.engine == "zero3":
+    if parallel.engine == "zero3":
         zero |= {
             "sub_group_size": ALL,
             "stage3_param_persistence_threshold": 0,
             "stage3_model_persistence_threshold": ALL,
         }
-    if p.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": p.device != "cpu"}
+    if parallel.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": parallel.device != "cpu"}
     return {
         "train_batch_size": share * world_size,
         "train_micro_batch_size_per_gpu": share,
@@ -121,30 +120,24 @@ def from_recipe(config: Config, world_size: int) -> dict[str, Any]:
 
 def _wrong(
     path: Path, config: Config, given: dict[str, Any], ours: dict[str, Any], known: set[str], prefix: str
-) -> list[str]:
-    """A sentence for each key that is unknown or says other than the recipe."""
+) -> list[Problem]:
+    """What is unknown or says other than the recipe."""
     out, recipe_says = [], {k.removeprefix(prefix): v for k, v in RECIPE_SAYS.items() if k.startswith(prefix)}
+    engine = config.parallel.engine
     for key, value in given.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key} in {path}"
         if key == "zero_optimization" or key in ours and ours[key] == value or _agrees(key, value, config):
             continue
         if key in recipe_says:
             section, field = recipe_says[key].split(".")
-            said = getattr(getattr(config, section), field)
-            out.append(
-                f"{path} has {name} {json.dumps(value)}, but the recipe's {recipe_says[key]} is "
-                f"{json.dumps(said)}: remove {name} from the file, and set {recipe_says[key]}."
-            )
+            rule = f"the recipe's {recipe_says[key]} is {getattr(getattr(config, section), field)}"
+            out.append(Problem(name, value, rule, f"remove it there and set {recipe_says[key]}"))
         elif key in ours:
-            out.append(
-                f"{path} has {name} {json.dumps(value)}, but parallel.engine {config.parallel.engine} needs "
-                f"{json.dumps(ours[key])}: remove it from the file."
-            )
+            rule = f"parallel.engine {engine} needs {ours[key]}"
+            out.append(Problem(name, value, rule, "remove it from the file"))
         elif key not in known:
-            out.append(
-                f"{path} has {name}, which is no key that parallel.engine {config.parallel.engine} takes; "
-                f"{nearest(key, known)}"
-            )
+            rule = f"is no key that parallel.engine {engine} takes"
+            out.append(Problem(name, NOTHING, rule, nearest(key, known)))
     return out
 
 
@@ -161,7 +154,7 @@ def _agrees(key: str, value: Any, config: Config) -> bool:
     return False
 
 
-def _refused(path: Path, zero: dict[str, Any]) -> list[str]:
+def _refused(path: Path, zero: dict[str, Any]) -> list[Problem]:
     """What DeepSpeed says of values of zero_optimization."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -169,15 +162,22 @@ def _refused(path: Path, zero: dict[str, Any]) -> list[str]:
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
-        where = [(".".join(map(str, e["loc"])), e["input"], e["msg"]) for e in error.errors()]
-        return [
-            (
-                f"{path} has zero_optimization.{key} {json.dumps(value, default=str)}, but DeepSpeed says: "
-                f"{told.rstrip('.')}."
-            )
-            for key, value, told in where
-        ]
+        where = [(".".join(map(str, e["loc"])), e["input"], e["msg"].rstrip(".")) for e in error.errors()]
+        name = "zero_optimization.{} in {}".format
+        return [Problem(name(key, path), value, f"DeepSpeed says: {told}") for key, value, told in where]
     return []
+
+
+def _moved() -> list[Problem]:
+    """What an installed version outside of those tested lacks of what is used of it."""
+    from packaging.requirements import Requirement
+
+    tested = Requirement(requirements().get("deepspeed", "deepspeed")).specifier
+    if tested.contains(metadata.version("deepspeed"), prereleases=True):
+        return []
+    from seer_scale.parallel.deepspeed.private import PARTS
+
+    return moved_parts(PARTS)
 
 
 def _fields() -> tuple[str, ...]:
