@@ -26,27 +26,27 @@ class Run:
     hang_timeout_s: float = opt(
         1200.0,
         (
-            "seconds without an update after which a rank writes its stacks and ends, to be started again; 0 = "
-            "wait for ever"
+            "seconds without an update after which a rank logs its stacks and ends, and launch restarts the ranks; "
+            "0 = no limit"
         ),
         ge=0,
     )
     heartbeat_s: float = opt(
         60.0,
         (
-            "seconds at most between two signs of life: a line where there is no terminal, and what inspect reads; "
+            "most seconds between two progress reports: a line where there is no terminal, and what inspect reads; "
             "0 = none"
         ),
         ge=0,
     )
     sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = opt(
-        ("tensorboard",), "where metrics go beside metrics.jsonl and the console; [] = nowhere else"
+        ("tensorboard",), "where metrics go, besides metrics.jsonl and the console; [] = nowhere else"
     )
     plugins: tuple[str, ...] = opt(
-        (), "Python modules that bring methods and backbones: names, or paths of files or packages (--plugin)"
+        (), "Python modules that register methods and backbones: names, or paths of files or packages (--plugin)"
     )
     prototype_images: int = opt(
-        512, "images looked at, after training, for the report's pictures of prototypes; 0 = no such pictures", ge=0
+        512, "images used, after training, for the report's pictures of prototypes; 0 = no such pictures", ge=0
     )
 
 
@@ -60,20 +60,20 @@ class Data:
         ),
     )
     kind: Literal["auto", "folder", "list", "tar", "manifest", "hub", "stream"] = opt(
-        "auto", "how to read data.path; auto looks at it (stream is never chosen by itself)"
+        "auto", "how to read data.path; auto = by what is there (never stream)"
     )
     exclude: tuple[str, ...] = opt(
         (), "folder: patterns of files and folders to leave out, as in ['*_mask.png', 'raw/*']"
     )
     split: str = opt("train", "hub, stream: which split of the dataset")
-    image_key: str = opt("", "hub, stream: the column of images; none = the only one there is")
-    length: int = opt(0, "stream: images an epoch; 0 = as many as the dataset says it has", ge=0)
-    buffer: int = opt(10_000, "stream: images that are shuffled among each other", ge=1)
+    image_key: str = opt("", "hub, stream: the column of images; empty = the only one")
+    length: int = opt(0, "stream: images an epoch; 0 = the number that the dataset states", ge=0)
+    buffer: int = opt(10_000, "stream: images in the shuffle buffer", ge=1)
     block: int = opt(
         0,
         (
-            "neighbours that are read together and come one after the other in every lane; 1 = none, 0 = what "
-            "suits the source"
+            "tar: neighbouring images read in one request and shown one after the other in a slot of the batch; "
+            "1 = none, 0 = what suits the source"
         ),
         ge=0,
     )
@@ -82,16 +82,13 @@ class Data:
     )
     workers: int | None = opt(
         None,
-        "loader processes a rank; 0 loads in the training process; none = one for each core a rank may use, 4 at most",
+        "loader processes a rank; 0 = load in the training process; none = one for each core a rank may use, at most 4",
         ge=0,
     )
-    prefetch: int = opt(4, "batches kept ready", ge=1)
+    prefetch: int = opt(4, "batches loaded ahead", ge=1)
     timeout_s: float = opt(
         120.0,
-        (
-            "seconds after which a loader process that is stuck at an image is replaced; other ranks wait for ten "
-            "times that"
-        ),
+        ("seconds after which a loader process that hangs at an image is replaced; other ranks wait ten times as long"),
         gt=0,
     )
 
@@ -116,12 +113,14 @@ class Crop:
 @dataclass(frozen=True, kw_only=True)
 class Views:
     crops: tuple[Crop, ...] = opt(
-        (Crop(), Crop(num=4, size=96, scale=(0.05, 0.14))), "kinds of crops; the codes come from the first kind"
+        (Crop(), Crop(num=4, size=96, scale=(0.05, 0.14))), "kinds of crops; the first kind is assigned to prototypes"
     )
     flip: float = opt(0.5, "probability of a horizontal flip", ge=0, le=1)
-    jitter: tuple[float, float, float, float] = opt((0.8, 0.8, 0.8, 0.2), "brightness, contrast, saturation, hue", ge=0)
+    jitter: tuple[float, float, float, float] = opt(
+        (0.8, 0.8, 0.8, 0.2), "strength of jitter in brightness, contrast, saturation, hue", ge=0
+    )
     jitter_p: float = opt(0.8, "probability of colour jitter", ge=0, le=1)
-    grayscale_p: float = opt(0.2, "probability of dropping colour", ge=0, le=1)
+    grayscale_p: float = opt(0.2, "probability of conversion to grayscale", ge=0, le=1)
     blur_p: float = opt(0.5, "probability of a Gaussian blur", ge=0, le=1)
     blur_sigma: tuple[float, float] = opt(
         (0.1, 2.0), "standard deviation of the blur in pixels, from and to", gt=0, rising=True
@@ -145,7 +144,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    name: str = opt("swav", "what is learned by; its own keys are the section of that name")
+    name: str = opt("swav", "method of pretraining; its own keys are the section of that name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,20 +174,20 @@ class Optim:
     weight_decay: float = opt(1e-5, "weight decay", ge=0)
     trust_coefficient: float = opt(0.001, "LARS trust coefficient", gt=0)
     exclude_vectors: bool = opt(False, "no LARS scaling and no weight decay for biases and normalisation parameters")
-    betas: tuple[float, float] = opt((0.9, 0.999), "AdamW", ge=0, lt=1)
-    clip_norm: float = opt(0.0, "gradients longer than this are shortened to it; 0 = never", ge=0)
+    betas: tuple[float, float] = opt((0.9, 0.999), "AdamW: decay rates of the moments", ge=0, lt=1)
+    clip_norm: float = opt(0.0, "gradients are clipped to this norm; 0 = never", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     name: Literal["cosine", "plateau"] = opt(
-        "cosine", "after warm-up: cosine to the end, or constant, cut when the loss stops falling"
+        "cosine", "after warm-up: cosine to the end; or constant, lowered when the loss stops falling"
     )
     warmup_samples: int = opt(0, "samples of linear warm-up", ge=0)
     warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
     final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
     decay_samples: int = opt(
-        0, "cosine: samples after which the rate is at its end, and stays there; 0 = train.total_samples", ge=0
+        0, "cosine: samples at which it reaches schedule.final, and stays there; 0 = train.total_samples", ge=0
     )
     plateau_factor: float = opt(0.5, "plateau: multiply the rate by this", gt=0, lt=1)
     plateau_samples: int = opt(
@@ -204,64 +203,67 @@ class Train:
     micro_batch: int = opt(
         0,
         (
-            "most images a rank takes through the network at once; a larger share of the batch is accumulated, "
-            "with the same codes (one forward more); 0 = all at once"
+            "most images a rank takes through the network at once; a larger share of the batch is split into "
+            "micro-batches, with the same codes (one more forward); 0 = all at once"
         ),
         ge=0,
     )
     precision: Literal["fp32", "fp16", "bf16"] = opt("fp32", "compute type of convolutions and matrix products")
-    max_skips: int = opt(50, "updates skipped in a row, for gradients that are not finite, that end the run", ge=1)
+    max_skips: int = opt(50, "as many updates skipped in a row, because gradients are not finite, end the run", ge=1)
     collapse_after: float = opt(
-        0.1, "share of the run, after warm-up and freezing, at which a loss still at ln K is reported", ge=0, le=1
+        0.1,
+        "share of the run, after warm-up and freezing, at which a loss still at its baseline (ln K) is reported",
+        ge=0,
+        le=1,
     )
     log_every: int = opt(10, "updates between two metric lines", ge=1)
     threads: int = opt(
         0,
         (
-            "CPU threads a rank; 0 = OMP_NUM_THREADS, or else measured at the start: of the cores a rank may use, "
-            "as many as run faster"
+            "CPU threads a rank; 0 = OMP_NUM_THREADS, or else the fastest number, measured at the start, up to the "
+            "cores a rank may use"
         ),
         ge=0,
     )
     memory_format: Literal["auto", "contiguous", "channels_last"] = opt(
-        "auto", "layout of images and feature maps; auto measures both at the start and takes the faster"
+        "auto", "memory format of images and feature maps; auto = the faster, measured at the start"
     )
     compile: bool = opt(False, "compile each unit with torch.compile")
-    min_loss_scale: float = opt(1.0, "fp16: a loss scale that has fallen below this ends the run", gt=0)
+    min_loss_scale: float = opt(1.0, "fp16: a loss scale below this ends the run", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     engine: Literal["auto", EngineName] = opt(
-        "auto", "what holds parameters, gradients and optimiser state (docs/engines.md); auto = the cheapest that fits"
+        "auto",
+        "how parameters, gradients and optimiser state are held (docs/engines.md); auto = ddp if it fits, else fsdp",
     )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute; auto = GPUs where there are any")
     ranks: int = opt(1, "ranks the recipe was written for; a run may use another number", ge=1)
-    replicate_degree: int = opt(1, "fsdp: copies of the sharded model (HSDP: replicate x shard ranks)", ge=1)
-    shard_degree: int = opt(0, "fsdp: ranks one copy of the model is spread over; 0 = ranks / replicate", ge=0)
+    replicate_degree: int = opt(
+        1, "fsdp: copies of the sharded model (HSDP: replicate_degree x shard_degree ranks)", ge=1
+    )
+    shard_degree: int = opt(0, "fsdp: ranks that share one copy of the model; 0 = ranks / replicate_degree", ge=0)
     reshard_after_forward: bool = opt(True, "fsdp: free gathered weights between forward and backward")
     max_unit_gib: float = opt(
         2.0, "fsdp, zero3: most GiB gathered at once; larger units are split into their layers", gt=0
     )
     min_unit_mib: float = opt(
         8.0,
-        (
-            "fsdp: consecutive units are gathered together until they come to so many MiB, within max_unit_gib; 0 "
-            "= each alone"
-        ),
+        ("fsdp: consecutive units are gathered together up to this size, within max_unit_gib; 0 = each unit alone"),
         ge=0,
     )
     offload: bool = opt(
-        False, "zero1, zero2, zero3: fp32 weights and optimiser state live in the host's memory, and update there"
+        False, "zero1, zero2, zero3: fp32 weights and optimiser state stay in the host's memory, and are updated there"
     )
     ds_config: str = opt(
-        "", "zero1, zero2, zero3: JSON with what DeepSpeed needs beyond the recipe; empty = ds_configs/<engine>.json"
+        "", "zero1, zero2, zero3: JSON file with further settings of DeepSpeed; empty = ds_configs/<engine>.json"
     )
     sync_bn_group: int = opt(0, "ranks that share BatchNorm statistics; 0 = all, 1 = none", ge=0)
     activation_checkpoint: str | tuple[tuple[int, ...], ...] = opt(
         "none",
-        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or for each of "
-        "the 4 stages the blocks that end a recomputed run, as in [[2], [7], [9, 17], []]",
+        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or, for each of "
+        "the 4 stages, the last blocks of its recomputed segments, as in [[2], [7], [9, 17], []]",
     )
 
 
@@ -269,36 +271,36 @@ class Parallel:
 class Checkpoint:
     every_samples: int = opt(0, "samples between checkpoints; 0 = only at the end and on a stop", ge=0)
     background: bool = opt(
-        True, "write checkpoints while training goes on, from a copy in memory; false: updates wait for the disk"
+        True, "write checkpoints beside training, from a copy in memory; false = updates wait for the disk"
     )
     keep_last: int = opt(2, "newest checkpoints kept", ge=1)
-    keep_every_samples: int = opt(0, "also keep those at multiples of so many samples; 0 = none", ge=0)
+    keep_every_samples: int = opt(0, "also keep checkpoints at multiples of this number of samples; 0 = none", ge=0)
     keep_best: bool = opt(
         False,
         "also keep the checkpoint of the highest kNN top-1, saved at that evaluation and linked as checkpoints/best",
     )
     resume: str = opt(
         "auto",
-        "auto: go on from the newest valid checkpoint in run.dir; none: refuse if there is one; or a checkpoint's path",
+        "auto = from the newest valid checkpoint in run.dir; none = refuse where there is one; or a checkpoint's path",
     )
     init_from: str = opt("", "start a new run from the weights of this checkpoint, or of the newest one of this run")
     init_part: Literal["all", "backbone"] = opt(
-        "all", "what checkpoint.init_from gives; backbone: projection head and prototypes are drawn anew"
+        "all", "what checkpoint.init_from gives; backbone = the method's own layers start anew"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knn:
-    bank: str = opt("", "labelled images whose classes vote; empty = data.path where it has labels")
+    bank: str = opt("", "labelled images that vote with their classes; empty = data.path where it has labels")
     queries: str = opt("", "labelled images to classify; empty = every fifth image of the bank, held out")
-    size: int = opt(224, "images are resized so that the short side is 8/7 of this, then centre cropped", ge=8)
+    size: int = opt(224, "size of the centre crop, after the short side is resized to 8/7 of this", ge=8)
     k: int = opt(20, "neighbours that vote", ge=1)
     temperature: float = opt(0.07, "weight of a neighbour is exp(cosine / temperature)", gt=0)
     batch: int = opt(64, "images a forward pass", ge=1)
-    limit: int = opt(100_000, "use at most so many bank images; 0 = all", ge=0)
-    limit_queries: int = opt(10_000, "classify at most so many queries; 0 = all", ge=0)
+    limit: int = opt(100_000, "most images of the bank; 0 = all", ge=0)
+    limit_queries: int = opt(10_000, "most queries; 0 = all", ge=0)
     every_samples: int = opt(0, "samples between evaluations during training; 0 = only before and after", ge=0)
-    enabled: bool = opt(True, "evaluate at all; needs labels")
+    enabled: bool = opt(True, "measure kNN; needs labels")
 
 
 @dataclass(frozen=True, kw_only=True)

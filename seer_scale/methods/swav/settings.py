@@ -22,9 +22,9 @@ class SwAVSettings(MethodSettings):
     temperature: float = opt(0.1, "softmax temperature of the prediction", gt=0)
     epsilon: float = opt(0.05, "entropy weight of the Sinkhorn assignment", gt=0)
     iterations: int = opt(10, "Sinkhorn iterations", ge=1)
-    queue: int = opt(0, "past global samples that join the assignment; 0 = none", ge=0)
-    queue_from_samples: int = opt(0, "the queue joins once this many samples were seen (and it is full)", ge=0)
-    freeze_samples: int = opt(0, "prototypes stay fixed for the first so many samples", ge=0)
+    queue: int = opt(0, "past embeddings that take part in the assignment, over all ranks; 0 = none", ge=0)
+    queue_from_samples: int = opt(0, "the queue takes part once this many samples were seen (and it is full)", ge=0)
+    freeze_samples: int = opt(0, "prototypes stay fixed until this many samples were seen", ge=0)
 
     def rules(self, config: Config) -> Iterator[Problem]:
         batch = config.train.global_batch
