@@ -32,7 +32,7 @@ from seer_scale.config import (
 from seer_scale.cores import available_cores
 from seer_scale.data.sources import kind_of
 from seer_scale.distributed import World
-from seer_scale.errors import ConfigError, Problem, RankLostError, UserError, nothing_begun
+from seer_scale.errors import NOTHING, ConfigError, Problem, RankLostError, UserError, nothing_begun
 from seer_scale.extras import how_to_install
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import build_backbone, check_sizes
@@ -82,26 +82,29 @@ def resolve_given(
 
 def look(config: Config) -> None:
     """That what lies in data.path and in kNN's folders is what the recipe says. Raises ConfigError."""
-    if problems := _problems(_of_data(config)):
+    if problems := _problems(_checks_of_data(config)):
         raise ConfigError(problems)
 
 
 def _beyond_config(config: Config, world_size: int, looks: bool) -> list[Problem]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
-    c = config
     checks: dict[str, Callable[[], Any]] = {
-        "model": partial(_shape, c),
-        "run.sinks": partial(check_installed, c.run.sinks),
+        "model": partial(_check_model, config),
+        "run.sinks": partial(check_installed, config.run.sinks),
     }
-    if c.parallel.engine in ZERO:
-        checks["parallel.ds_config"] = partial(load("deepspeed.config").deepspeed_config, c, world_size)
-    return _problems(checks | (_of_data(c) if looks else {}))
+    if config.parallel.engine in ZERO:
+        checks["parallel.ds_config"] = partial(load("deepspeed.config").deepspeed_config, config, world_size)
+    return _problems(checks | (_checks_of_data(config) if looks else {}))
 
 
-def _of_data(c: Config) -> dict[str, Callable[[], Any]]:
-    checks: dict[str, Callable[[], Any]] = {"data.path": partial(_data, c.data), "run.dir": partial(_apart, c)}
-    if c.knn.enabled:
-        checks |= {"knn.bank": partial(_kind_of, c.knn.bank), "knn.queries": partial(_kind_of, c.knn.queries)}
+def _checks_of_data(config: Config) -> dict[str, Callable[[], Any]]:
+    checks: dict[str, Callable[[], Any]] = {
+        "data.path": partial(_check_data, config.data),
+        "run.dir": partial(_check_run_dir, config),
+    }
+    if config.knn.enabled:
+        bank, queries = config.knn.bank, config.knn.queries
+        checks |= {"knn.bank": partial(_check_kind, bank), "knn.queries": partial(_check_kind, queries)}
     return checks
 
 
@@ -117,7 +120,7 @@ def _problems(checks: dict[str, Callable[[], Any]]) -> list[Problem]:
     return problems
 
 
-def _shape(config: Config) -> None:
+def _check_model(config: Config) -> None:
     """The model can be built, cut into units and recomputed as the recipe says. Raises UserError."""
     if config.model.name != "regnety":  # that a fixed one takes no other keys is the recipe's own rule
         config = dataclasses.replace(config, model=Model(name=config.model.name))
@@ -132,37 +135,37 @@ def _shape(config: Config) -> None:
     sharded_units(method, config)
 
 
-def _data(data: Data) -> None:
+def _check_data(data: Data) -> None:
     """The kind of data.path is known, and reads the keys that were given. Raises UserError."""
     kind = kind_of(data.path) if data.kind == "auto" and data.path else data.kind
     if kind in ("hub", "stream") and not find_spec("datasets"):
-        raise UserError(
-            f"data.path needs the Python package datasets, which is not installed: {how_to_install('datasets')}."
-        )
+        rule = "it needs the Python package datasets, which is not installed"
+        raise UserError(Problem("data.path", data.path, rule, how_to_install("datasets")))
     if data.exclude and kind != "folder":
-        raise UserError(
-            f"data.exclude has no effect on data.path {data.path}, which is read as {kind}: it serves folders; "
-            "remove it."
-        )
+        rule = f"has no effect on data.path {data.path}, which is read as {kind}: it serves folders"
+        raise UserError(Problem("data.exclude", NOTHING, rule, "remove it"))
     if kind not in ("auto", "hub", "stream"):
         for key, given in (("split", data.split != Data.split), ("image_key", bool(data.image_key))):
             if given:
-                raise UserError(
-                    f"data.{key} has no effect on data.path {data.path}, which is read as {kind}; remove it, "
-                    "or give data.kind hub."
-                )
+                rule = f"has no effect on data.path {data.path}, which is read as {kind}"
+                raise UserError(Problem(f"data.{key}", NOTHING, rule, "remove it, or give data.kind hub"))
 
 
-def _apart(c: Config) -> None:
+def _check_run_dir(config: Config) -> None:
     """The run's folder is not that of its images, among which pictures would be written. Raises UserError."""
-    if c.run.dir and c.data.path and os.path.realpath(c.run.dir) == os.path.realpath(c.data.path):
+    run_dir, images = config.run.dir, config.data.path
+    if run_dir and images and os.path.realpath(run_dir) == os.path.realpath(images):
         raise UserError(
-            f"run.dir is {c.run.dir}, which is data.path, too, but a run needs a folder of its own; "
-            f"{Path(c.run.dir) / 'runs' / 'first'} would do: folders of runs among the images are left out."
+            Problem(
+                "run.dir",
+                run_dir,
+                "that is data.path, too, and a run needs a folder of its own",
+                f"{Path(run_dir) / 'runs' / 'first'} would do: folders of runs among the images are left out",
+            )
         )
 
 
-def _kind_of(path: str) -> None:
+def _check_kind(path: str) -> None:
     if path:
         kind_of(path)
 
@@ -216,13 +219,18 @@ def _check_here(config: Config, info: RankInfo) -> None:
         look(config)  # a folder of 100,000 tars is listed once, not once a rank
 
 
-def _check_threads(config: Config) -> list[str]:
+def _check_threads(config: Config) -> list[Problem]:
     threads, cores = config.train.threads, available_cores()
     if threads <= THREADS_A_CORE * cores:
         return []
     return [
-        f"train.threads is {threads}, but must be at most {THREADS_A_CORE * cores} here, {THREADS_A_CORE} for each "
-        f"core that a rank may use: more only wait for each other; give {cores}, or 0, which measures what is fastest."
+        Problem(
+            "train.threads",
+            threads,
+            f"must be at most {THREADS_A_CORE * cores} here, {THREADS_A_CORE} for each core that a rank may use: more "
+            "only wait for each other",
+            f"give {cores}, or 0, which measures what is fastest",
+        )
     ]
 
 

@@ -134,7 +134,7 @@ def test_a_stop_is_heard_while_a_server_says_nothing(given, tmp_path):
 def test_a_run_beside_its_images_has_a_folder_of_its_own(given, photos, tmp_path):
     """Among them it goes on with the same images; in their own folder it is refused."""
     told = refused((given[0], ["--run.dir", f"{photos}/../{photos.name}"]))
-    assert told.count("  - ") == 1 and "which is data.path, too, but a run needs a folder of its own" in told
+    assert told.count("  - ") == 1 and "that is data.path, too, and a run needs a folder of its own" in told
     assert not (photos / ".lock").exists()
     shutil.copytree(photos, tmp_path / "mine")
     words = [
