@@ -56,6 +56,8 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
     rows = [
         ("samples seen", f"{seen:,} of {end:,}, in {counted(found.get('step', 0), 'update')}"),
         ("model", config.get("model", {}).get("name", "unknown")),
+        ("method", _method(found)),
+        ("images", _preprocessing(found.get("preprocessing"))),
         ("written", (
             f"{written} by {found.get('engine', 'unknown')} on {counted(found.get('world_size', 1), 'rank')}, "
             f"seer_scale {found.get('seer_scale')}, torch {found.get('torch')}"
@@ -85,6 +87,24 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
         for section, values in sections.items()
     ]
     return "\n".join(lines)
+
+
+def _method(found: dict[str, Any]) -> str:
+    name, prefix = found.get("method", {}).get("name", "unknown"), found.get("export", {}).get("prefix")
+    return f"{name}, its backbone's tensors model/{prefix}*" if prefix else name
+
+
+def _preprocessing(how: dict[str, Any] | None) -> str:
+    """Of an evaluation's images, in the order of the steps."""
+    if not how:
+        return "unknown"
+    filtered = f"{how['interpolation']}{', antialiased' * how['antialias']}"
+    sizes = ", ".join(map(str, how["training_sizes"]))
+    mean, std = (" ".join(f"{v:g}" for v in how[key]) for key in ("mean", "std"))
+    return (
+        f"short side {how['resize_short_side']} ({filtered}), {how['crop']} {how['size']}, mean {mean}, std {std}; "
+        f"trained on crops of {sizes}"
+    )
 
 
 def _short(value: Any) -> str:

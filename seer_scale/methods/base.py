@@ -175,6 +175,11 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         return ""
 
     @property
+    def export_prefix(self) -> str:
+        """What the names of the parameters and buffers of the network to export begin with."""
+        return next(f"{name}." for name, module in self.named_modules() if module is self.backbone)
+
+    @property
     def anchors(self) -> str:
         """A parameter whose rows lie among the embeddings, as prototypes do: the report shows the images nearest to
         some. Empty: none."""

@@ -16,6 +16,7 @@ from seer_scale import __version__
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.saver import Saved, Saver
 from seer_scale.config import Config
+from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
 from seer_scale.errors import Problem, TrainingError
 from seer_scale.observe.progress import Progress
@@ -145,6 +146,9 @@ class Checkpointing:
             "samples_seen": self.clock.samples_seen,
             "step": self.clock.step,
             "method": {"name": method.name, "state": method.state()},
+            "export": {"prefix": method.export_prefix},
+            "preprocessing": eval_preprocessing(self.config.knn.size)
+            | {"training_sizes": [crop.size for crop in self.config.views.crops]},
             "config": self.config.to_dict(),
             "world_size": self.world.size,
             "engine": self.engine.name,

@@ -40,7 +40,7 @@ class FakeSaver:
 def made(saver: FakeSaver, *, finite: bool = True, **given) -> tuple[Checkpointing, Clock, list[str]]:
     told: list[str] = []
     clock = Clock(8, 80, **given)
-    method = SimpleNamespace(name="any", state=lambda: {})
+    method = SimpleNamespace(name="any", state=lambda: {}, export_prefix="trunk.")
     engine = SimpleNamespace(
         is_finite=lambda: finite, average_buffers=lambda: None, state=dict, method=method, name="single"
     )
@@ -66,6 +66,7 @@ def test_a_state_is_saved_once():
     clock.advance()
     assert checkpoints.save().name == checkpoints.save().name == "samples-000000000008"
     assert told == ["checkpoint"] and len(saver.metas) == 1 and saver.metas[0]["data"] == "now"
+    assert saver.metas[0]["export"] == {"prefix": "trunk."} and saver.metas[0]["preprocessing"]["size"] == 224
     checkpoints.forget_newest()  # other data
     assert checkpoints.newest is None and checkpoints.save() and len(saver.metas) == 2
 

@@ -10,6 +10,7 @@ import torch
 
 from seer_scale import cli
 from seer_scale.checkpoint import inspect, store
+from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
 from seer_scale.parallel.shard import Shard
 
@@ -25,6 +26,9 @@ def saved(tmp_path):
     meta = {
         "samples_seen": 640,
         "step": 10,
+        "method": {"name": "swav", "state": {}},
+        "export": {"prefix": "backbone."},
+        "preprocessing": eval_preprocessing(56) | {"training_sizes": [48, 24]},
         "engine": "zero3",
         "world_size": 4,
         "seer_scale": "0.1.0",
@@ -55,6 +59,20 @@ def test_what_is_printed_is_what_is_there(saved, capsys):
         assert t["bytes"] == 4 * math.prod(t["shape"])
 
 
+def test_what_an_exporter_needs_is_told_and_no_network_is_built(saved, capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_: pytest.fail("a module is built"))
+    assert cli.main(["inspect", str(saved)]) == 0
+    text = capsys.readouterr().out
+    assert "swav, its backbone's tensors model/backbone.*" in text
+    assert (
+        "short side 64 (bilinear, antialiased), centre 56, mean 0.485 0.456 0.406" in text and "crops of 48, 24" in text
+    )
+    assert cli.main(["inspect", str(saved), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["method"]["name"] == "swav" and found["export"]["prefix"] == "backbone."
+    assert found["preprocessing"]["std"] == [0.229, 0.224, 0.225]
+
+
 def test_no_tensor_is_read(saved):
     """All data is overwritten by noise of the same size: that shows only when it is asked for."""
     for file in saved.glob("*.safetensors"):
@@ -77,4 +95,4 @@ def test_a_folder_that_is_none(saved, capsys):
     assert cli.main(["inspect", str(saved.parent)]) == 2
     assert f"did you mean {saved}?" in capsys.readouterr().err
     assert cli.main(["inspect", "nowhere"]) == 2
-    assert "There is no nowhere" in capsys.readouterr().err
+    assert "nowhere, but it does not exist" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -126,7 +127,25 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 def resize_centre(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [3, size, size] for evaluation: what centre-cropping leaves once the short side is round(size * 8/7)."""
     height, width = image.shape[:2]
-    side = max(1, round(min(height, width) * size / round(size * 8 / 7)))  # cut first: no huge image on the way
+    side = max(1, round(min(height, width) * size / short_side(size)))  # cut first: no huge image on the way
     top, left = (height - side) // 2, (width - side) // 2
     crop = resize(image[top : top + side, left : left + side], size)
     return np.ascontiguousarray(crop.transpose(2, 0, 1))
+
+
+def short_side(size: int) -> int:
+    """What the short side of an image is resized to before its centre of this size is cut."""
+    return round(size * 8 / 7)
+
+
+def eval_preprocessing(size: int) -> dict[str, Any]:
+    """What `resize_centre` and normalising do, as data, for whoever makes it anew with another library."""
+    return {
+        "size": size,
+        "resize_short_side": short_side(size),
+        "crop": "centre",
+        "interpolation": "bilinear",
+        "antialias": True,
+        "mean": list(MEAN),
+        "std": list(STD),
+    }
