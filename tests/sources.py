@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from seer_scale.data.sources import Source, base, files, left_out, remote, tars
+from seer_scale.data.sources import Source, base, files, left_out, remote, tar_index, tar_survey, tars
 from seer_scale.errors import DataError
 
 
@@ -128,8 +128,8 @@ def read_heif(monkeypatch: Any, yes: bool) -> None:
     """Sources take HEIF images for images, or do not, whatever this machine has installed."""
     heif = left_out.SUFFIXES_OF["HEIF images"]
     suffixes = tuple(s for s in base.SUFFIXES if s not in heif) + (heif if yes else ())
-    for module in (base, files, tars):
+    for module in (base, files, tars, tar_index):
         monkeypatch.setattr(module, "SUFFIXES", suffixes)
-    for module in (base, tars):
+    for module in (base, tar_index, tar_survey):
         monkeypatch.setattr(module, "HEIF", heif if yes else ())
-    monkeypatch.setattr(tars, "COLLECTION_VERSION", 2 + yes)
+    monkeypatch.setattr(tar_survey, "COLLECTION_VERSION", 2 + yes)

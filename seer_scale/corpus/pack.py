@@ -42,11 +42,12 @@ from seer_scale.corpus.describe import (
 from seer_scale.data.loading.pool import iterate_batches
 from seer_scale.data.loading.worker import ItemTracker
 from seer_scale.data.sampling.order import permute
-from seer_scale.data.sources import Source, Stream, open_source, tars
+from seer_scale.data.sources import Source, Stream, open_source
 from seer_scale.data.sources.base import cached_index, is_image, unreadable_line
 from seer_scale.data.sources.hub import PREFIX
 from seer_scale.data.sources.left_out import warning
 from seer_scale.data.sources.remote import is_url
+from seer_scale.data.sources.tar_index import INDEX_VERSION, index_tar
 from seer_scale.data.transforms.decode import decode
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import UNFINISHED, to_json, written_whole
@@ -438,7 +439,7 @@ def _close(file: BinaryIO, dst: Path, t: int, left_out: list[str]) -> None:
 
 
 def _index(tar: Path) -> None:
-    cached_index(str(tar), tars.INDEX_VERSION, partial(tars.index_tar, str(tar)))
+    cached_index(str(tar), INDEX_VERSION, partial(index_tar, str(tar)))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from PIL import Image
 from seer_scale.corpus import describe as inspect
 from seer_scale.corpus import pack as module
 from seer_scale.data.sampling.order import permute
-from seer_scale.data.sources import open_source
+from seer_scale.data.sources import open_source, tar_index
 from seer_scale.data.sources.base import Source
 from seer_scale.data.transforms.decode import decode
 from seer_scale.errors import NOTHING, DataError
@@ -102,7 +102,7 @@ def test_members(src, tmp_path):
 def test_opening_walks_no_tar(src, tmp_path, monkeypatch):
     pack(src, tmp_path / "dst", "--size", "50kB")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module.tars, "_walk_tar", lambda *_: pytest.fail("walked"))
+    monkeypatch.setattr(tar_index, "walk_tar", lambda *_: pytest.fail("walked"))
     assert len(open_source(str(tmp_path / "dst"))) == N
 
 

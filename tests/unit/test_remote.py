@@ -28,7 +28,7 @@ from PIL import Image
 from seer_scale.config import Crop, Data, Views
 from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
-from seer_scale.data.sources import kind_of, lists, open_source, remote, tars
+from seer_scale.data.sources import kind_of, lists, open_source, remote, tar_index
 from seer_scale.extras import how_to_install
 from tests.problems import refused, unreadable
 from tests.sources import Impatient
@@ -202,7 +202,7 @@ def test_an_index_beside_a_tar_is_used_if_it_fits(server, monkeypatch):
     expected = plain(open_source(str(server.root / "000.tar")), str(server.root))
     index = server.root / "000.tar.index.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(tars, "_walk_tar", lambda *_: pytest.fail("walked"))
+        patch.setattr(tar_index, "walk_tar", lambda *_: pytest.fail("walked"))
         assert plain(open_source(f"{server.url}/000.tar"), server.url) == expected
     assert server.asked.count(("GET", "/000.tar.index.npz")) == 1
     with np.load(index) as saved:

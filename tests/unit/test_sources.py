@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seer_scale.data.sources import left_out, open_source, subset, tars
+from seer_scale.data.sources import left_out, open_source, subset, tar_index, tar_survey, tars
 from seer_scale.errors import NOTHING, DataError
 from seer_scale.files import shown
 from tests.problems import refused, unreadable
@@ -184,10 +184,10 @@ def test_index_is_cached_and_rebuilt_when_the_tar_changes(tmp_path, monkeypatch)
     path = write_tar(tmp_path / "x.tar", {"1.jpg": b"one"})
     open_source(str(path))
     assert Path(f"{path}.index.npz").exists() and not list(tmp_path.glob(".*.unfinished"))
-    walk = tars._walk_tar
-    monkeypatch.setattr(tars, "_walk_tar", lambda *a: pytest.fail("walked again"))
+    walk = tar_index.walk_tar
+    monkeypatch.setattr(tar_index, "walk_tar", lambda *a: pytest.fail("walked again"))
     assert open_source(str(path)).read(0) == b"one"
-    monkeypatch.setattr(tars, "_walk_tar", walk)
+    monkeypatch.setattr(tar_index, "walk_tar", walk)
     write_tar(path, {"1.jpg": b"another", "2.jpg": b"two"})
     assert open_source(str(path)).read(0) == b"another"
     Path(f"{path}.index.npz").write_bytes(b"torn")
@@ -260,8 +260,8 @@ def test_only_a_tar_that_changed_is_indexed_again(tmp_path, cache, monkeypatch):
     before = contents(open_source(str(tmp_path / "d")))
     for index in (tmp_path / "d").glob("*.npz"):
         index.unlink()  # to open the same tars again takes none
-    walked, walk = [], tars._walk_tar
-    monkeypatch.setattr(tars, "_walk_tar", lambda tar, size: walked.append(tar) or walk(tar, size))
+    walked, walk = [], tar_index.walk_tar
+    monkeypatch.setattr(tar_index, "walk_tar", lambda tar, size: walked.append(tar) or walk(tar, size))
     assert len(open_source(str(tmp_path / "d"))) == 15 and not walked
     write_tar(made[3], {"c0/new.jpg": b"new"})
     source = open_source(str(tmp_path / "d"))
@@ -328,7 +328,7 @@ def test_labels_are_counted_without_reading_an_index(tmp_path, monkeypatch):
 
 
 def test_long_work_is_told(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tars, "LOG_EVERY_S", 0)
+    monkeypatch.setattr(tar_survey, "LOG_EVERY_S", 0)
     numbered_tars(tmp_path / "d", 2)
     open_source(str(tmp_path / "d"))
     assert capfd.readouterr().err == "Indexing tars: 1 of 2.\nIndexing tars: 2 of 2.\n"

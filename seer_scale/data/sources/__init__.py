@@ -18,7 +18,8 @@ from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.data.sources.lists import ListFile
 from seer_scale.data.sources.manifest import SUFFIXES as MANIFEST_SUFFIXES
 from seer_scale.data.sources.manifest import open_manifest
-from seer_scale.data.sources.tars import is_several, open_tars
+from seer_scale.data.sources.tar_paths import is_several
+from seer_scale.data.sources.tars import open_tars
 from seer_scale.errors import NOTHING, DataError, Problem, nearest
 
 __all__ = ["KINDS", "Source", "Stream", "kind_of", "open_data", "open_source", "subset"]

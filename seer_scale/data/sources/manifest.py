@@ -17,7 +17,7 @@ import yaml
 from seer_scale.config import yaml_problem
 from seer_scale.data.sources.base import Source, must_exist
 from seer_scale.data.sources.remote import is_url
-from seer_scale.data.sources.tars import OUTSIDE_BRACES
+from seer_scale.data.sources.tar_paths import OUTSIDE_BRACES
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable, nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
