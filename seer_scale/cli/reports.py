@@ -54,7 +54,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from seer_scale.observe import progress, time_account
+    from seer_scale.observe import progress, time_account, time_table
 
     if (args.path / "metrics.jsonl").is_file():
         if args.verify or args.tensors:
@@ -62,7 +62,7 @@ def inspect(args: argparse.Namespace) -> int:
             fix = f"give a checkpoint, such as those in {args.path / 'checkpoints'}"
             raise UserError(Problem(option, NOTHING, f"is for checkpoints, and {args.path} is a run", fix))
         found = time_account.read_time_account(args.path)
-        print(to_json(found.to_dict(), indent=1) if args.json else time_account.text(found))
+        print(to_json(found.to_dict(), indent=1) if args.json else time_table.text(found))
         return EXIT_DONE
     if not args.path.exists():
         is_name = (Path("runs") / args.path).is_dir()
@@ -72,7 +72,7 @@ def inspect(args: argparse.Namespace) -> int:
         raise UserError(Problem("PATH", args.path, "it does not exist", fix))
     if any((args.path / name).exists() for name in ("launch", "config.yaml", progress.FILE)):  # a run that starts
         found = time_account.read_time_account(args.path)
-        print(to_json(found.to_dict(), indent=1) if args.json else time_account.text(found))
+        print(to_json(found.to_dict(), indent=1) if args.json else time_table.text(found))
         return EXIT_DONE
     from seer_scale.checkpoint import inspect as checkpoints  # and torch with it
 

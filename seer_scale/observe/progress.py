@@ -4,12 +4,14 @@ file in the run's folder by which others see that it lives."""
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -22,6 +24,7 @@ from rich.text import Text
 from seer_scale import console as consoles
 from seer_scale.files import to_json, write_whole
 from seer_scale.formatting import elapsed
+from seer_scale.observe.stopwatch import Stopwatch
 
 FIRST_S = 10.0
 """Seconds after which something that takes long is told for the first time."""
@@ -70,6 +73,7 @@ class Progress:
         self._active, self._every_s, self._to_stderr = active, every_s, to_stderr
         self.display: Callable[[], RenderableType] | None = None
         """What else stands at the foot of a terminal."""
+        self.stopwatch = Stopwatch()
         self._tasks: list[Task] = []
         self._live: Live | None = None
         self._over = threading.Event()
@@ -111,16 +115,24 @@ class Progress:
         return self._live is not None
 
     @contextmanager
-    def doing(self, what: str, total: int = 0, unit: str = "images", done: int = 0) -> Iterator[None]:
-        """What is done within, told if it takes long. It may stand within another."""
+    def doing(
+        self, what: str, total: int = 0, unit: str = "images", done: int = 0, *, category: str = ""
+    ) -> Iterator[None]:
+        """What is done within, told if it takes long. It may stand within another. category: what its time is charged
+        to (see `time_account`), if not to that of what it stands within."""
         self._tasks.append(Task(what, total, unit, done))
         self._untold = True
         if self._live and len(self._tasks) == 1:  # what is short within it would only flicker
             self._live.refresh()
         try:
-            yield
+            with self.stopwatch.spending(category or self.stopwatch.category):
+                yield
         finally:
             self._tasks.pop()
+
+    def spending(self, category: str) -> AbstractContextManager[None]:
+        """What is done within is charged to this category (see `time_account`)."""
+        return self.stopwatch.spending(category)
 
     def advance(self, num: int) -> None:
         """So many more are done of what is being done."""
@@ -159,7 +171,7 @@ class Progress:
         if now - self._last_write < self._every_s and self._written == (task.what, len(self._tasks)):
             return
         self._last_write, self._written = now, (task.what, len(self._tasks))
-        write_whole(self._file, to_json(vars(task) | {"time": now}))
+        write_whole(self._file, to_json(vars(task) | {"time": now, **process_of_now()}))
 
     def _render(self) -> RenderableType:
         """Called in a thread of its own."""
@@ -178,10 +190,29 @@ class Progress:
 
 def read_progress(run_dir: Path, now: float | None = None) -> dict[str, Any] | None:
     """What the process of a run was last at, as it wrote it: a Task's fields, `time` when it did, `text` for people.
-    None where nothing is said."""
+    None where nothing is said, or by a process that is no more."""
     try:
         found = json.loads((Path(run_dir) / FILE).read_text())
-        task = Task(**{k: v for k, v in found.items() if k != "time"})
-        return found | {"text": task.text(found["time"])}
+        task = Task(**{f.name: found[f.name] for f in fields(Task)})
+        return None if is_gone(found) else found | {"text": task.text(found["time"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # torn, or another's
         return None
+
+
+def process_of_now() -> dict[str, Any]:
+    """Who writes, for `is_gone`."""
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def is_gone(written: dict[str, Any]) -> bool:
+    """Whether the process that wrote this was of this machine and is no more."""
+    pid = written.get("pid")
+    if written.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is there, and another user's
+        pass
+    return False

@@ -1,7 +1,9 @@
 """What metrics.jsonl holds: one JSON object a line, in the order things happened.
 
 A line with the key "event" tells of something (kinds "start" and "resume" say from which samples_seen a process went
-on); every other line is a row of metrics. `read_metrics` turns that history into the one path the weights really took.
+on); every other line is a row of metrics. Each says when it was written ("wall_time"), what the time since the line
+before went into ("spent", seconds by category, see `time_account`), and to what the time after it goes ("spending").
+`read_metrics` turns that history into the one path the weights really took.
 """
 
 from __future__ import annotations

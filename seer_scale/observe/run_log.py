@@ -10,7 +10,7 @@ from typing import Any
 from seer_scale.files import plain, shown
 from seer_scale.observe.console_sink import ConsoleSink
 from seer_scale.observe.eta import Eta
-from seer_scale.observe.progress import Progress
+from seer_scale.observe.progress import Progress, process_of_now
 from seer_scale.observe.records import BEGINNINGS, Record
 from seer_scale.observe.sinks import Guarded, JsonLines, Sink, open_sinks
 
@@ -85,6 +85,12 @@ class RunLog:
         return self._eta.seconds()
 
     def _line(self, fields: dict[str, Any]) -> Record:
-        line: Record = plain({"samples_seen": self._samples_seen} | fields | {"wall_time": time.time()})
+        now, stopwatch = time.time(), self._progress.stopwatch
+        spent = stopwatch.take(now)
+        if fields.get("event") in BEGINNINGS:
+            spent = {"start": now - fields.get("began", now)}
+            fields = process_of_now() | fields
+        own = {"wall_time": now, "spent": spent, "spending": stopwatch.category}
+        line: Record = plain({"samples_seen": self._samples_seen} | fields | own)
         self._samples_seen = line["samples_seen"]
         return line

@@ -105,6 +105,10 @@ class Checkpointing:
         A failure is told in the log. Raises TrainingError for weights that are not finite: they must not take the
         place of good ones.
         """
+        with self.progress.spending("stall"):
+            return self._save(in_background=in_background)
+
+    def _save(self, *, in_background: bool) -> Path | None:
         begin = time.perf_counter()
         with self._waiting("waiting for the checkpoint before"):
             self._report(self.saver.wait())
@@ -125,7 +129,7 @@ class Checkpointing:
                 return None
             with self._waiting("saving a checkpoint"):
                 saved = self.saver.wait()
-            self._report(saved, waited_s=time.perf_counter() - begin)
+            self._report(saved)
         return self.newest if self._is_saved() else None
 
     def save_in_step(self) -> None:
@@ -166,8 +170,8 @@ class Checkpointing:
         with self.watchdog.patient(Timeouts.of(self.config).save_s), self.progress.doing(what):
             yield
 
-    def _report(self, saved: Saved | None, waited_s: float = 0.0) -> None:
-        """Tell how a save has ended, if one has; waited_s: for how long nothing else went on."""
+    def _report(self, saved: Saved | None) -> None:
+        """Tell how a save has ended, if one has."""
         if saved is None:
             return
         if saved.path is None:
@@ -184,5 +188,4 @@ class Checkpointing:
             saved=saved.samples_seen,
             seconds=saved.seconds,
             stall_s=self._stall_s,
-            waited_s=waited_s,
         )

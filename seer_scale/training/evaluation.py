@@ -15,7 +15,7 @@ from seer_scale.data.batch import Batch
 from seer_scale.data.sources import Source
 from seer_scale.distributed import World
 from seer_scale.evaluate.gallery_pictures import show_crops, show_neighbours, show_prototypes
-from seer_scale.evaluate.knn import LabelledImages, knn
+from seer_scale.evaluate.knn import LabelledImages, Neighbours, knn
 from seer_scale.methods.base import Features
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.records import compare, read_metrics
@@ -58,22 +58,15 @@ class Evaluation:
         """kNN, if there are labelled images; a checkpoint, if it is the best so far and these are kept."""
         if self.labelled is None:
             return
-        begin = time.perf_counter()
-        queries, bank = len(self.labelled.query_indices), len(self.labelled.bank_indices)
-        self.log_event(
-            "evaluation",
-            f"Measuring kNN {stage} training, of {queries:,} images among {bank:,} (knn.enabled false does without).",
-        )
-        self.engine.average_buffers()
-        with self.progress.doing(f"measuring kNN {stage} training", queries + bank):
-            scores, found = knn(self._encode, self.labelled, self.config.knn, workers=self.workers, world=self.world)
+        with self.progress.spending("evaluation"):
+            scores, found, seconds = self._knn(stage, self.labelled)
         self.log.log(
             {
                 "samples_seen": self.clock.samples_seen,
                 "knn/stage": stage,
                 **self.measurement,
                 **scores,
-                "time/knn_s": time.perf_counter() - begin,
+                "time/knn_s": seconds,
             }
         )
         if self.best.active and self.clock.samples_seen:
@@ -81,8 +74,21 @@ class Evaluation:
                 self.checkpoints.save_in_step()
             self.best.mark()
         if stage != "during" and self.world.is_main:
-            with disk_may_fill():
+            with disk_may_fill(), self.progress.spending("evaluation"):
                 show_neighbours(self.run_dir, stage, self.labelled, found)
+
+    def _knn(self, stage: str, labelled: LabelledImages) -> tuple[dict[str, float], Neighbours, float]:
+        """Figures, neighbours, and the seconds they took."""
+        begin = time.perf_counter()
+        queries, bank = len(labelled.query_indices), len(labelled.bank_indices)
+        self.log_event(
+            "evaluation",
+            f"Measuring kNN {stage} training, of {queries:,} images among {bank:,} (knn.enabled false does without).",
+        )
+        self.engine.average_buffers()
+        with self.progress.doing(f"measuring kNN {stage} training", queries + bank):
+            scores, found = knn(self._encode, labelled, self.config.knn, workers=self.workers, world=self.world)
+        return scores, found, time.perf_counter() - begin
 
     def finish(self, source: Source) -> None:
         """What follows the last update, as far as no start before has done it."""

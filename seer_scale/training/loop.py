@@ -75,7 +75,7 @@ class TrainingLoop:
                 self.checkpoints.report_ended()
                 if is_log_due:
                     self._log_metrics(lr, stats, metrics)
-                with self.window.paused():
+                with self.window.paused(), self.progress.spending("other"):
                     is_refreshed = is_log_due and not self.clock.at_end and self._refresh(self.window.newest_manifest)
                     if is_refreshed or self.checkpoints.is_due:
                         self._save()

@@ -194,7 +194,7 @@ class Run:
             try:
                 if not self.made.origin.checkpoint:
                     self.evaluation.measure("before")
-                with self.progress.doing("training", clock.end, done=clock.samples_seen):
+                with self.progress.doing("training", clock.end, done=clock.samples_seen, category="useful"):
                     self.loop.run()
                 self._save_last()
                 self.evaluation.finish(self.batches.source)

@@ -112,7 +112,7 @@ def test_killed_stopped_and_cut_off_it_is_the_same_run(lab, straight):
             check=True,
         ).stdout
     )
-    assert len(found["lives"]) >= 4 and found["lives"][1]["cause"] == "stopped" and found["seconds"]["down"] > 0
+    assert len(found["attempts"]) >= 4 and found["attempts"][1]["cause"] == "stopped" and found["seconds"]["down"] > 0
 
 
 def test_whatever_nodes_there_are(lab, tmp_path, photos):

@@ -102,7 +102,7 @@ def made(
         log=SimpleNamespace(log=lambda row: done.append(f"log {row['samples_seen']}")),
         log_event=lambda *_, **__: None,
         watchdog=SimpleNamespace(patient=lambda seconds: nullcontext(), beat=lambda: None),
-        progress=SimpleNamespace(advance=lambda num: None),
+        progress=SimpleNamespace(advance=lambda num: None, spending=lambda category: nullcontext()),
     )
     return loop, done
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seer_scale.cli import main
-from seer_scale.observe import time_account as time_account
+from seer_scale.observe import time_account
 from seer_scale.observe.progress import Progress
-from seer_scale.observe.time_account import LOST, ON, RUNNING, START, WIDTH, read_time_account, text
+from seer_scale.observe.time_account import read_time_account
+from seer_scale.observe.time_table import LOST, ON, RUNNING, START, WIDTH, text
 
 
 class Log:
@@ -24,11 +25,18 @@ class Log:
 
     def __init__(self, folder: Path):
         self.folder, self.now, self.step, self.number = folder, 1000.0, 0, 0
+        self.spent: dict[str, float] = {}
         (folder / "launch").mkdir(parents=True)
 
     def _line(self, **record) -> None:
+        own = {"spending": "useful", "wall_time": self.now, "spent": self.spent}
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record | {"wall_time": self.now}) + "\n")
+            file.write(json.dumps(own | record) + "\n")
+        self.spent = {}
+
+    def spend(self, category: str, seconds: float) -> None:
+        self.now += seconds
+        self.spent[category] = self.spent.get(category, 0.0) + seconds
 
     def attempt(self, event: str, cause: str = "") -> None:
         self.number += event == "begin"
@@ -37,8 +45,10 @@ class Log:
                 json.dumps({"event": event, "time": self.now, "cause": cause, "attempt": f"7.0.{self.number}"}) + "\n"
             )
 
-    def begin(self, seen: int, takes: float) -> None:
-        began, self.now, self.step = self.now, self.now + takes, seen // 10
+    def begin(self, seen: int, takes: float, **fields: object) -> None:
+        began, self.step = self.now, seen // 10
+        self.spent = {}
+        self.spend("start", takes)
         self._line(
             event="resume" if seen else "start",
             samples_seen=seen,
@@ -47,22 +57,26 @@ class Log:
             attempt=f"7.0.{self.number}",
             ranks=2,
             engine="fsdp",
+            **fields,
         )
 
     def evaluation(self, seconds: float, stage: str = "", rest_s: float = 0.0) -> None:
         """stage "": killed in it. rest_s: of pictures after it."""
-        self._line(event="evaluation", samples_seen=self.step * 10)
-        self.now += seconds
-        if stage:
-            self._line(samples_seen=self.step * 10, **{"time/knn_s": seconds, "knn/stage": stage})
-        self.now += rest_s
+        self._line(event="evaluation", samples_seen=self.step * 10, spending="evaluation")
+        if not stage:
+            self.now += seconds
+            return
+        self.spend("evaluation", seconds)
+        self._line(samples_seen=self.step * 10, **{"time/knn_s": seconds, "knn/stage": stage})
+        self.spend("evaluation", rest_s)
 
     def updates(
         self, num: int, step_s: float, wait: float = 0.0, stall_s: float = 0.0, knn_s: float = 0.0, rest_s: float = 0.0
     ) -> None:
-        if knn_s:
-            self._line(samples_seen=self.step * 10, **{"time/knn_s": knn_s})
-        self.step, self.now = self.step + num, self.now + num * step_s + stall_s + knn_s + rest_s
+        for category, seconds in (("evaluation", knn_s), ("stall", stall_s), ("other", rest_s)):
+            self.spend(category, seconds)
+        self.step += num
+        self.spend("useful", num * step_s)
         self._line(
             step=self.step,
             samples_seen=self.step * 10,
@@ -73,7 +87,7 @@ class Log:
         self._line(event=kind, samples_seen=self.step * 10, **fields)
 
 
-def test_a_run_of_three_lives(tmp_path):
+def test_a_run_of_three_attempts(tmp_path):
     log = Log(tmp_path)
     log.attempt("begin")
     log.begin(0, takes=30)
@@ -92,8 +106,8 @@ def test_a_run_of_three_lives(tmp_path):
     log.begin(200, takes=20)
     log.updates(10, 2.0, rest_s=3)
     log.event("done")
-    ledger = read_time_account(tmp_path)
-    found = {k: round(v, 6) for k, v in ledger.seconds.items()}
+    account = read_time_account(tmp_path)
+    found = {k: round(v, 6) for k, v in account.seconds.items()}
     assert found == {
         "useful": 10 * 2 * 0.9 + 5 * 2 + 5 * 2 + 10 * 2,
         "data_wait": 2.0,
@@ -104,18 +118,18 @@ def test_a_run_of_three_lives(tmp_path):
         "other": 3.0,
         "down": 160.0,
     }
-    assert ledger.total_s == pytest.approx(log.now - 1000)
-    assert ledger.goodput == pytest.approx(found["useful"] / (log.now - 1000 - 160))
-    assert [life.cause for life in ledger.lives] == ["Rank 3 was ended by SIGKILL", "stopped", "done"]
-    assert [life.seen for life in ledger.lives] == [(0, 200), (150, 200), (200, 300)]
-    assert [round(life.lost_s, 6) for life in ledger.lives] == [17, 0, 0]
-    assert ledger.mean_time_to_recover_s == pytest.approx(60 + 20 + 2)  # to its first update; the stop was no failure
-    said = text(ledger)
+    assert account.total_s == pytest.approx(log.now - 1000)
+    assert account.goodput == pytest.approx(found["useful"] / (log.now - 1000 - 160))
+    assert [attempt.cause for attempt in account.attempts] == ["Rank 3 was ended by SIGKILL", "stopped", "done"]
+    assert [attempt.seen for attempt in account.attempts] == [(0, 200), (150, 200), (200, 300)]
+    assert [round(attempt.lost_s, 6) for attempt in account.attempts] == [17, 0, 0]
+    assert account.mean_time_to_recover_s == pytest.approx(60 + 20 + 2)  # to its first update; the stop was no failure
+    said = text(account)
     bars = [line.partition(f"{'2 ranks, fsdp':{ON}}  ")[2][:WIDTH] for line in said.splitlines() if "2 ranks" in line]
     each = (log.now - 1000) / WIDTH
     spans = [
-        (life.began - 1000, life.ready - 1000, life.ended - 1000 - life.lost_s, life.ended - 1000)
-        for life in ledger.lives
+        (attempt.began - 1000, attempt.ready - 1000, attempt.ended - 1000 - attempt.lost_s, attempt.ended - 1000)
+        for attempt in account.attempts
     ]
     assert len(bars) == 3
     for bar, (began, ready, lost, ended) in zip(bars, spans):
@@ -130,7 +144,7 @@ def test_a_run_of_three_lives(tmp_path):
     assert (
         "Rank 3 was ended by SIGKILL" in said
         and "updates that were lost" in said
-        and f"goodput {100 * ledger.goodput:.1f} %" in said
+        and f"goodput {100 * account.goodput:.1f} %" in said
     )
 
 
@@ -157,31 +171,31 @@ def test_an_evaluation_is_one_also_where_it_was_cut_off(tmp_path):
 
 
 def test_an_end_that_nothing_has_followed(tmp_path):
-    """What the next start would do again is lost already; without a word of the end, the owner of the lock says if it
+    """What the next start would do again is lost already; without a word of the end, the process that logged says if it
     runs."""
-    log = Log(tmp_path)
-    log.attempt("begin")
-    log.begin(0, takes=10)
-    log.updates(5, 1.0)
-    log.event("checkpoint", saved=30)
-    log.updates(5, 1.0)
-    log.now += 4
 
-    def found() -> tuple[str, float, float]:
-        ledger = read_time_account(tmp_path)
-        assert sum(ledger.seconds.values()) == pytest.approx(ledger.total_s)
-        return ledger.lives[0].cause, round(ledger.seconds["useful"], 6), round(ledger.seconds["lost"], 6)
+    def logged(folder: Path, pid: int, host: str) -> Log:
+        log = Log(folder)
+        log.attempt("begin")
+        log.begin(0, takes=10, pid=pid, host=host)
+        log.updates(5, 1.0)
+        log.event("checkpoint", saved=30)
+        log.updates(5, 1.0)
+        log.now += 4
+        return log
+
+    def found(log: Log) -> tuple[str, float, float]:
+        account = read_time_account(log.folder)
+        assert sum(account.seconds.values()) == pytest.approx(account.total_s)
+        return account.attempts[0].cause, round(account.seconds["useful"], 6), round(account.seconds["lost"], 6)
 
     here = socket.gethostname()
-    for owner, cause in (
-        (f"pid {os.getpid()} on {here}, started", "running"),
-        (f"pid 1 on not-{here}, started", "running"),
-        (f"pid {2**22 + 1} on {here}, job 7, started", "ended from outside"),
-    ):
-        (tmp_path / ".lock").write_text(owner)
-        assert found() == (cause, *((10.0, 0.0) if cause == "running" else (3.0, 7.0)))
+    for pid, host in ((os.getpid(), here), (2**22 + 1, f"not-{here}")):
+        assert found(logged(tmp_path / host / str(pid), pid, host)) == ("running", 10.0, 0.0)
+    log = logged(tmp_path / "gone", 2**22 + 1, here)
+    assert found(log) == ("ended from outside", 3.0, 7.0)
     log.attempt("end", "Rank 0 was ended by SIGKILL")
-    assert found() == ("Rank 0 was ended by SIGKILL", 3.0, 7.0 + 4)
+    assert found(log) == ("Rank 0 was ended by SIGKILL", 3.0, 7.0 + 4)
 
 
 def test_starts_that_log_nothing_and_an_end_that_nobody_could_tell(tmp_path):
@@ -201,12 +215,13 @@ def test_starts_that_log_nothing_and_an_end_that_nobody_could_tell(tmp_path):
     log.attempt("begin")
     log.begin(100, takes=20)
     log.updates(10, 2.0)
-    log.now += 4
-    log.event("checkpoint", waited_s=3.0)
+    log.spend("stall", 3.0)
+    log.event("checkpoint")
+    log.spend("other", 1.0)
     log.event("stop")
     log.attempt("end", "stopped")
-    ledger = read_time_account(tmp_path)
-    found = {k: round(v, 6) for k, v in ledger.seconds.items() if v}
+    account = read_time_account(tmp_path)
+    found = {k: round(v, 6) for k, v in account.seconds.items() if v}
     assert found == {
         "useful": 40.0,
         "start": 30.0 + 60 + 20 + 20,
@@ -215,9 +230,13 @@ def test_starts_that_log_nothing_and_an_end_that_nobody_could_tell(tmp_path):
         "stall": 3.0,
         "other": 1.0,
     }
-    assert [life.cause for life in ledger.lives] == ["ended from outside", "Rank 0 was ended by SIGKILL", "stopped"]
+    assert [attempt.cause for attempt in account.attempts] == [
+        "ended from outside",
+        "Rank 0 was ended by SIGKILL",
+        "stopped",
+    ]
     second, third = 20 + 2, 18000 + 60 + 20 + 5 + 20 + 2
-    assert ledger.mean_time_to_recover_s == pytest.approx((second + third) / 2)
+    assert account.mean_time_to_recover_s == pytest.approx((second + third) / 2)
 
 
 def test_nothing_and_a_torn_line(tmp_path):
@@ -227,14 +246,14 @@ def test_nothing_and_a_torn_line(tmp_path):
     log.updates(3, 1.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "sam')
-    ledger = read_time_account(tmp_path)
-    assert ledger.seconds["useful"] == 3 and ledger.lives[0].cause == "running"
+    account = read_time_account(tmp_path)
+    assert account.seconds["useful"] == 3 and account.attempts[0].cause == "running"
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_every_second_is_somewhere_and_every_sample_counts_once(tmp_path_factory, data):
-    """Lives of any length, each from any point that was reached: the sum is the clock's; useful time is that of the
+    """Attempts of any length, each from any point that was reached: the sum is the clock's; useful time is that of the
     path."""
     log, saved = Log(tmp_path_factory.mktemp("run")), [0]
     per_update = data.draw(st.floats(0.5, 3))
@@ -254,17 +273,17 @@ def test_every_second_is_somewhere_and_every_sample_counts_once(tmp_path_factory
         saved.append(data.draw(st.sampled_from(range(0, log.step * 10 + 1, 10))))
     first = log.step * 10
     log.attempt("begin")
-    log.begin(saved[-1], 1.0)  # the last life is whole
+    log.begin(saved[-1], 1.0)  # the last attempt is whole
     log.updates(3, per_update)
-    ledger = read_time_account(log.folder)
-    began = ledger.lives[0].began
-    assert ledger.total_s == pytest.approx(log.now - began)
+    account = read_time_account(log.folder)
+    began = account.attempts[0].began
+    assert account.total_s == pytest.approx(log.now - began)
     assert (
-        ledger.seconds["useful"] == pytest.approx(per_update * log.step)
+        account.seconds["useful"] == pytest.approx(per_update * log.step)
         and log.step * 10 == saved[-1] + 30
         and first >= 0
     )
-    assert all(v >= -1e-9 for v in ledger.seconds.values())
+    assert all(v >= -1e-9 for v in account.seconds.values())
 
 
 def test_of_a_run_that_goes_on_the_clock_is_read(tmp_path, monkeypatch):
@@ -323,8 +342,7 @@ def test_odd_lines_of_any_record_are_passed_over(tmp_path):
         file.write(odd + b'{"event": "be')
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(odd + b'{"samples_seen": 5}\n{"samples_seen": 5, "wall_time": "x"}\n{"samples')
-    (tmp_path / ".lock").write_bytes(b"\xff")
     assert read_time_account(tmp_path) == expected
     (tmp_path / "launch" / "attempts.jsonl").unlink()
     (tmp_path / "launch" / "attempts.jsonl").mkdir()
-    assert read_time_account(tmp_path).lives
+    assert read_time_account(tmp_path).attempts

@@ -70,13 +70,13 @@ def write_report(run_dir: Path) -> Path:
     rows, events = read_metrics(run_dir)
     config_path = run_dir / "config.yaml"
     config = load_recipe(str(config_path)) if config_path.exists() else {}
-    pictures, ledger = Pictures(run_dir), read_time_account(run_dir)
-    restarts = max(0, len(ledger.lives) - 1)
+    pictures, account = Pictures(run_dir), read_time_account(run_dir)
+    restarts = max(0, len(account.attempts) - 1)
     body = "\n".join(
         [
             _head(run_dir, rows, events, config, restarts),
             _curves(rows, events),
-            _life(ledger),
+            _life(account),
             pictures.crops(),
             pictures.neighbours(),
             pictures.prototypes(),
@@ -317,15 +317,15 @@ def _curves(rows: Rows, events: Rows) -> str:
     )
 
 
-def _life(ledger: TimeAccount) -> str:
+def _life(account: TimeAccount) -> str:
     """How far the run was at each hour, and what its time went into."""
-    if not ledger.lives or ledger.total_s <= 0:
+    if not account.attempts or account.total_s <= 0:
         return ""
-    first = ledger.lives[0].began
-    hour = 3600 if ledger.total_s > 7200 else 60
+    first = account.attempts[0].began
+    hour = 3600 if account.total_s > 7200 else 60
 
     def climb(ax: Axes) -> None:
-        for life, following in zip(ledger.lives, [*ledger.lives[1:], None]):
+        for life, following in zip(account.attempts, [*account.attempts[1:], None]):
             x = [(t - first) / hour for t in (life.began, life.ready, life.ended)]
             ax.plot(x, [life.seen[0], *life.seen], color=BLUE, solid_capstyle="butt")
             if following:
@@ -337,15 +337,15 @@ def _life(ledger: TimeAccount) -> str:
 
     picture = svg(Plot([], "images seen", "hours" if hour == 3600 else "minutes", (0, None), draw=climb))
     spent = [
-        (words, duration(ledger.seconds[cause]), f"{100 * ledger.seconds[cause] / ledger.total_s:.1f} %")
-        for cause, words in CATEGORIES.items() if ledger.seconds[cause] > 0
+        (words, duration(account.seconds[cause]), f"{100 * account.seconds[cause] / account.total_s:.1f} %")
+        for cause, words in CATEGORIES.items() if account.seconds[cause] > 0
     ]  # fmt: skip
     lives = [
         (time.strftime("%F %T", time.localtime(life.began)), life.on, f"{life.seen[0]:,} to {life.seen[1]:,}",
          duration(life.ended - life.began), duration(life.lost_s), life.cause)
-        for life in ledger.lives
+        for life in account.attempts
     ]  # fmt: skip
-    mean = ledger.mean_time_to_recover_s
+    mean = account.mean_time_to_recover_s
     recovered = (
         f" After an end that was not the run's, the next update came after {duration(mean)} in the mean."
         if mean is not None
