@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=int,
         default=5,
-        help="how often both are measured, in turn; medians are told (default: %(default)s)",
+        help="rounds, of which medians are printed (default: %(default)s)",
     )
     parser.add_argument(
         "--folder",

@@ -33,17 +33,19 @@ from seer_scale.files import to_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="images, as data.path takes them")
-    parser.add_argument("--images", type=int, default=200, help="how many of them, spread over all")
+    parser.add_argument("--images", type=int, default=200, help="how many of them to use, spread over all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--recipe", default="", help="whose crops and photometrics to use (default: SEER's, 2 x 224 + 4 x 96)"
     )
-    parser.add_argument("--workers", default="", help="also loaders of so many workers, such as 1,2,4")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long a round measures each number of workers")
     parser.add_argument(
-        "--need", type=float, default=0.0, help="images/s that one GPU trains on: says how many cores feed it"
+        "--workers", default="", help="also measure loaders with these numbers of workers, such as 1,2,4"
     )
-    parser.add_argument("--no-reference", action="store_true", help="leave the slow reference out")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds a round for each number of workers")
+    parser.add_argument(
+        "--need", type=float, default=0.0, help="images/s that one GPU trains on; prints how many cores supply it"
+    )
+    parser.add_argument("--no-reference", action="store_true", help="leave out the slow reference")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 

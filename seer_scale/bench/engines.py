@@ -58,7 +58,7 @@ WARM_UP = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engines", default=",".join(SHARDED), help="compared with ddp")
+    parser.add_argument("--engines", default=",".join(SHARDED), help="engines to compare with ddp")
     parser.add_argument("--features", default="all", help=f"all, none, or some of {','.join(FEATURES)}")
     parser.add_argument("--compile", action="store_true", help="also train.compile, which takes minutes to start")
     parser.add_argument("--model", default="regnety_200mf", help="a backbone's name")
@@ -66,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crops", default="2x96,4x48", help="number x size of each kind of crop")
     parser.add_argument("--prototypes", type=int, default=32)
     parser.add_argument(
-        "--precision", default="fp32", choices=["fp32", "fp16", "bf16"], help="of all cases but the feature's"
+        "--precision",
+        default="fp32",
+        choices=["fp32", "fp16", "bf16"],
+        help="precision of all cases, except those that measure precision",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--ranks", type=int, default=0, help="0 = 2 on the CPU, every GPU on cuda")

@@ -34,10 +34,10 @@ LR = 9.6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="seer_regnety_256gf", help="whose parameter shapes")
+    parser.add_argument("--recipe", default="seer_regnety_256gf", help="its parameter shapes are used")
     parser.add_argument("--ranks", type=int, default=2, help="processes that exchange norms")
-    parser.add_argument("--as-if", type=int, default=512, help="ranks among which the matrices are shared out")
-    parser.add_argument("--rounds", type=int, default=7, help="updates timed, ours and the loop's in turn")
+    parser.add_argument("--as-if", type=int, default=512, help="number of ranks over which the matrices are sharded")
+    parser.add_argument("--rounds", type=int, default=7, help="timed updates, alternating ours and the loop's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 

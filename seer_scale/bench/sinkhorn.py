@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epsilon", type=float, default=0.05)
     parser.add_argument("--crops", type=int, default=1, help="assigned crops")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of one call of each thing timed, in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, with one call of each in turn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 

@@ -61,21 +61,25 @@ SEER_V100 = ("regnety_256gf", "2x224,4x96", 2.78)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="", help="a shipped recipe or a YAML file")
-    parser.add_argument("--model", default="", help="a backbone timm has too; regnety_200mf where there is no recipe")
+    parser.add_argument(
+        "--model", default="", help="a backbone that timm has too (default: the recipe's, or regnety_200mf)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="images an update")
     parser.add_argument(
-        "--crops", default="", help="number x size of each kind of crop; 2x96,4x64 where there is no recipe"
+        "--crops", default="", help="number x size of each kind of crop (default: the recipe's, or 2x96,4x64)"
     )
-    parser.add_argument("--prototypes", type=int, default=0, help="32 where there is no recipe")
-    parser.add_argument("--precision", default="", choices=["", *COMPUTE_DTYPES], help="fp32 where there is no recipe")
+    parser.add_argument("--prototypes", type=int, default=0, help="(default: the recipe's, or 32)")
+    parser.add_argument(
+        "--precision", default="", choices=["", *COMPUTE_DTYPES], help="(default: the recipe's, or fp32)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of updates, ours and the reference's in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of updates, alternating ours and the reference's")
     parser.add_argument("--updates", type=int, default=4, help="updates a round")
-    parser.add_argument("--channels-last", action="store_true", help="both keep feature maps channels-last")
+    parser.add_argument("--channels-last", action="store_true", help="channels-last feature maps, in both")
     parser.add_argument(
         "--alone",
         action="store_true",
-        help="ours only, for models of which two do not fit; with the recipe's optimiser",
+        help="only ours, with the recipe's optimiser, for models of which two do not fit",
     )
     parser.add_argument(
         "--recompute",

@@ -16,7 +16,7 @@ from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserErro
 
 UNREADABLE = (errno.EACCES, errno.ENAMETOOLONG)
 DESCRIPTION = "Self-supervised pretraining of large convnets, from a laptop to 512 GPUs."
-EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all of them.
+EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all keys.
 Exit status: 0 done (or submitted), 1 failed, 2 bad input, 75 stopped with its state saved."""
 
 

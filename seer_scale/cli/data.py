@@ -13,25 +13,25 @@ from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE, Problem, UserError
 
 MODULES = {
-    "inspect": ("corpus.describe", "counts, sizes, formats, what cannot be read, a contact sheet"),
-    "pack": ("corpus.pack", "balanced tars with an index, from any images"),
+    "inspect": ("corpus.describe", "count images, sizes and formats; what cannot be read; a contact sheet"),
+    "pack": ("corpus.pack", "write balanced tars with an index, from any images"),
 }
 REFRESH = """Gives a run other images: those of the manifest FILE (docs/data.md explains it), which is copied into the
-run's folder. A run that is under way takes it up at its next metric line, any other at its next start; the epoch goes
-on with what is left of the parts that stay and with the new ones in proportion, and no image comes twice in it."""
-DEMO = """Writes the demo's corpus into the folder DIR: 5,000 small JPEGs of ten textures, a folder a texture, the same
-wherever it is written."""
+run's folder. A run in progress reads it at its next metric line, any other at its next start. The epoch continues with
+what is left of the parts that stay and with the new ones, in proportion; no image comes twice in it."""
+DEMO = """Writes the demo's corpus into the folder DIR: 5,000 small JPEGs of ten textures, a folder for each texture.
+The files are the same wherever they are written."""
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
-    kinds = add_module_commands(commands, "data", "look at images, pack them, give a run others", MODULES, words)
+    kinds = add_module_commands(commands, "data", "inspect images, pack them, give a run other ones", MODULES, words)
     parser = add_command(
-        kinds, "refresh", refresh, "other images for a run, from its next metric line on", description=REFRESH
+        kinds, "refresh", refresh, "give a run other images, from its next metric line on", description=REFRESH
     )
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run's folder, such as runs/demo")
-    parser.add_argument("--manifest", metavar="FILE", required=True, help="the images it goes on with")
+    parser.add_argument("--manifest", metavar="FILE", required=True, help="the new images")
     parser = add_command(kinds, "demo", demo, "write the demo's corpus of textures", description=DEMO)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="where to")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where to write them")
 
 
 def refresh(args: argparse.Namespace) -> int:

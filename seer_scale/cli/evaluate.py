@@ -15,12 +15,14 @@ from seer_scale.files import to_json
 def add_commands(commands: Any, words: Sequence[str]) -> None:
     what = "kNN accuracy of a checkpoint, or of a run's newest one"
     parser = commands.add_parser(
-        "eval", help=what, description="Measure what a checkpoint, or a run's newest one, has learned."
+        "eval",
+        help="evaluate a checkpoint, or a run's newest one",
+        description="Evaluates a checkpoint, or a run's newest one.",
     )
     kinds = parser.add_subparsers(metavar="EVALUATION", required=True)
     parser = add_command(
         kinds, "knn", knn, what, takes_overrides=True,
-        description=f"{what}. Keys of its recipe can be given other values, as in --knn.bank DIR --knn.queries DIR.",
+        description=f"{what}. Keys of its recipe can be overridden, as in --knn.bank DIR --knn.queries DIR.",
     )  # fmt: skip
     parser.add_argument(
         "path", metavar="RUN", type=Path, help="a run's folder, such as runs/demo, or a checkpoint in it"
@@ -37,11 +39,11 @@ def knn(args: argparse.Namespace) -> int:
     scores = knn_of(args.path, config, world)
     distributed.shutdown(world)
     if world.is_main:
-        print(to_json(scores) if args.json else in_words(scores))
+        print(to_json(scores) if args.json else as_sentence(scores))
     return EXIT_DONE
 
 
-def in_words(scores: dict[str, Any]) -> str:
+def as_sentence(scores: dict[str, Any]) -> str:
     top1, top5 = (f"{scores[name]:.1f} % ± {scores[f'{name}_stderr']:.1f}" for name in ("knn/top1", "knn/top5"))
     return (
         f"kNN top-1 {top1}, top-5 {top5} after {scores['samples_seen']:,} samples ({scores['checkpoint']}); always "

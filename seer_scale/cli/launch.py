@@ -13,11 +13,11 @@ from seer_scale.launch import runs
 from seer_scale.launch.options import CLUSTERS, Options
 from seer_scale.launch.profile import EXAMPLE_PROFILE, Profile
 
-EPILOG = """--section.key value sets a key of the recipe, as with train; seer-scale train RECIPE --help shows all of
-them.
---cluster local runs the ranks on this machine and follows them: Ctrl-C saves and stops, the same command goes on.
---cluster slurm submits a job; the command returns when it is in the queue."""
-NAME_HELP = "a run's folder, or its name below runs/; 'sweep-*' means those of an array"
+EPILOG = """--section.key value sets a key of the recipe, as with train; seer-scale train RECIPE --help shows all keys.
+--cluster local runs the ranks on this machine and prints their output. Ctrl-C saves and stops; the same command
+resumes.
+--cluster slurm submits a job; the command returns when the job is in the queue."""
+NAME_HELP = "a run's folder, or its name in runs/; a pattern such as 'sweep-*' matches the runs of an array"
 CHANGE_A_KEY = (
     "to change a key of a run, give its first command again with the new value (status NAME --json shows that command)"
 )
@@ -28,7 +28,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         commands,
         "launch",
         launch,
-        "start a recipe on several processes, here or on SLURM",
+        "train a recipe on several processes, on this machine or on SLURM",
         takes_overrides=True,
         is_run=True,
         epilog=EPILOG,
@@ -42,16 +42,18 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         commands,
         "list",
         lambda args: runs.list_runs(args.folder, as_json=args.json),
-        "launched runs below a folder, with their states",
+        "list launched runs with their states",
     )
-    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="(default: runs)")
+    parser.add_argument(
+        "folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="where to look (default: runs)"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON array instead of lines")
 
     parser = add_command(
         commands,
         "status",
         lambda args: runs.print_status(runs.find_all(args.names), as_json=args.json),
-        "of launched runs: the job, how far it is, how it was started",
+        "show a launched run's job, progress and starts",
     )
     parser.add_argument("names", metavar="NAME", nargs="+", help=NAME_HELP)
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
@@ -60,10 +62,10 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         commands,
         "logs",
         lambda args: runs.print_logs(runs.find_one(args.name), follow=args.follow),
-        "what a launched run's ranks said",
+        "print the output of a launched run",
     )
     parser.add_argument("name", metavar="NAME", help=NAME_HELP)
-    parser.add_argument("--follow", action="store_true", help="go on until it ends")
+    parser.add_argument("--follow", action="store_true", help="continue until the run ends")
 
     parser = add_command(
         commands,
@@ -73,36 +75,41 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         is_run=True,
     )
     parser.add_argument("names", metavar="NAME", nargs="+", help=NAME_HELP)
-    parser.add_argument("--now", action="store_true", help="as scancel does, which leaves seconds to save")
+    parser.add_argument("--now", action="store_true", help="end at once, as scancel does; that leaves seconds to save")
 
     parser = add_command(
-        commands, "resubmit", resubmit, "start a launched run again: it goes on from its newest checkpoint", is_run=True
+        commands, "resubmit", resubmit, "start a launched run again, from its newest checkpoint", is_run=True
     )
     parser.set_defaults(instead_of_overrides=CHANGE_A_KEY)
     parser.add_argument("name", metavar="NAME", help=NAME_HELP)
-    parser.add_argument("--nodes", default="", metavar="N|MIN-MAX", help="other nodes than the run had")
-    parser.add_argument("--time", default="", metavar="T", help="another time limit than the run had")
+    parser.add_argument("--nodes", default="", metavar="N|MIN-MAX", help="another number of nodes, or a range")
+    parser.add_argument("--time", default="", metavar="T", help="another time limit")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
 
 
 def _add_launch_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    add("--cluster", default="", metavar="|".join(CLUSTERS), help="where to start")
-    add("--profile", default="", metavar="FILE", help="what the cluster wants to be told")
+    add("--cluster", default="", metavar="|".join(CLUSTERS), help="where to run the ranks")
+    add("--profile", default="", metavar="FILE", help="the description of the cluster")
     add(
         "--print-profile",
         action=Print,
         text=lambda: EXAMPLE_PROFILE.read_text(encoding="utf-8").rstrip(),
-        help="print a profile to fill in, every key explained, and end",
+        help="print a profile to fill in, with every key explained",
     )
     add(
         "--nodes",
         default="",
         metavar="N|MIN-MAX",
-        help="nodes; of a range, whatever is free (default: what parallel.ranks fill)",
+        help="nodes; of a range, as many as are free (default: as many as parallel.ranks need)",
     )
-    add("--ranks", default="", metavar="N", help="processes a node (default: local: parallel.ranks; slurm: one a GPU)")
+    add(
+        "--ranks",
+        default="",
+        metavar="N",
+        help="processes a node (default on local: parallel.ranks; on slurm: one a GPU)",
+    )
     add("--time", default="", metavar="T", help="time limit of a job, instead of the profile's")
     add("--name", default="", metavar="NAME", help="the run's name, and its folder runs/NAME (default: the recipe's)")
     add(
@@ -110,13 +117,13 @@ def _add_launch_arguments(parser: Parser) -> None:
         default=[],
         action="append",
         metavar="KEY=A,B,C",
-        help="one run for each value; KEY is `recipe` or a key of the recipe; several make a grid",
+        help="one run for each value; KEY is a key of the recipe, or `recipe`; several options span a grid",
     )
     add(
         "--restarts",
         default="",
         metavar="N",
-        help="starts of the ranks in a row without a new checkpoint, before the job goes back to the queue or ends",
+        help="most starts of the ranks in a row without a new checkpoint; then the job is requeued or ends",
     )
     add("--dry-run", action="store_true", help="print the batch script, and submit nothing")
 

@@ -14,21 +14,21 @@ from seer_scale.files import shown, to_json
 
 BENCHES = {
     "step": ("bench.step", "an update against a plain loop"),
-    "data": ("bench.data", "images a second that a core makes of your files"),
+    "data": ("bench.data", "images/s that a core makes of your files"),
     "engines": ("bench.engines", "every engine against ddp, in speed and memory"),
-    "checkpoint": ("bench.checkpoint", "how long training stands still for a checkpoint"),
+    "checkpoint": ("bench.checkpoint", "how long training waits for a checkpoint"),
     "lars": ("bench.lars", "LARS on sharded parameters"),
-    "sinkhorn": ("bench.sinkhorn", "Sinkhorn against the least its traffic could take"),
+    "sinkhorn": ("bench.sinkhorn", "Sinkhorn against a lower bound from its memory traffic"),
 }
 INSPECT = (
-    "Of a checkpoint: what is in it, who wrote it, whether it is whole; no tensor is read for that. Of a run: "
-    "where its time went."
+    "Of a checkpoint: what is in it, who wrote it, whether it is whole; this reads no tensor. Of a run: where its "
+    "time went."
 )
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
     parser = add_command(
-        commands, "inspect", inspect, "what is in a checkpoint; where a run's time went", description=INSPECT
+        commands, "inspect", inspect, "show what is in a checkpoint, or where a run's time went", description=INSPECT
     )
     parser.add_argument(
         "path",
@@ -37,20 +37,22 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         help="a checkpoint, such as runs/demo/checkpoints/samples-000000012800, or a run's folder",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="of a checkpoint: read all its files, and compare their checksums"
+        "--verify", action="store_true", help="of a checkpoint: read all its files and verify their checksums"
     )
     parser.add_argument(
         "--tensors", type=int, default=0, metavar="N", help="of a checkpoint: also list the N largest tensors"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
-    parser = add_command(commands, "report", report, "write a run's report.html anew")
+    parser = add_command(commands, "report", report, "write a run's report.html again")
     parser.add_argument(
-        "run_dir", metavar="RUN", nargs="?", type=Path, help="a run's folder (default: the newest below runs/)"
+        "run_dir", metavar="RUN", nargs="?", type=Path, help="a run's folder (default: the newest in runs/)"
     )
 
     add_plan(commands, words)
-    add_module_commands(commands, "bench", "speed and memory, each against a reference in the same run", BENCHES, words)
+    add_module_commands(
+        commands, "bench", "measure speed and memory against a reference in the same run", BENCHES, words
+    )
 
 
 def inspect(args: argparse.Namespace) -> int:

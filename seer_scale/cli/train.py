@@ -23,7 +23,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         commands,
         "train",
         train,
-        "train, or go on where the run stopped (RECIPE --help: every key)",
+        "train a recipe, or resume its run (RECIPE --help shows every key)",
         takes_overrides=True,
         is_run=True,
     )
@@ -34,15 +34,15 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
     if words[:1] == ["train"]:
         recipe = next((w for w in words[1:] if not w.startswith("-")), "")
         vars(parser)["format_help"] = lambda: help_of_train(recipe)  # before that of its class
-    parser = add_command(commands, "recipes", recipes, "the shipped recipes")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser = add_command(commands, "recipes", recipes, "list the shipped recipes")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
 def train(args: argparse.Namespace) -> int:
     with nothing_begun():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         if not args.print_config:
-            _tell_start(args.recipe)
+            _print_start(args.recipe)
         from seer_scale.training import start  # takes seconds to load
 
     if args.print_config:
@@ -52,8 +52,8 @@ def train(args: argparse.Namespace) -> int:
     return start.run_training(args.recipe, args.overrides)
 
 
-def _tell_start(recipe: str) -> None:
-    """The first line, at once, of rank 0. Raises UserError where there is no such recipe."""
+def _print_start(recipe: str) -> None:
+    """The first line, at once, on rank 0. Raises UserError where there is no such recipe."""
     load_recipe(recipe)
     if detect().rank == 0:
         print(f"seer-scale {__version__}: starting {shown(recipe)} ...", flush=True)
@@ -64,13 +64,13 @@ def help_of_train(recipe: str = "") -> str:
     given = load_recipe(recipe) if recipe else {}
     lines = ["usage: seer-scale train RECIPE [--print-config] [--section.key value ...]", ""]
     lines += [
-        "Trains, or goes on where the run stopped.",
+        "Trains a recipe, or resumes its run where it stopped.",
         "",
         f"RECIPE: a YAML file or one of {', '.join(recipe_names())}.",
     ]
     lines += [
         (
-            "--print-config: print the resolved recipe as YAML, on stderr what keeps it from running here, and "
+            "--print-config: print the resolved recipe as YAML, and on stderr what prevents it from running here; "
             "train nothing."
         ),
         "",
@@ -79,12 +79,12 @@ def help_of_train(recipe: str = "") -> str:
     for key, kind, default, meaning in all_keys():
         section, name = key.split(".")
         values = given.get(section)
-        own = f"; {recipe}: {_shown(values[name])}" if isinstance(values, dict) and name in values else ""
-        lines += [f"  --{key} {kind}", f"      {meaning} (default {_shown(default)}{own})"]
+        own = f"; {recipe}: {_as_json(values[name])}" if isinstance(values, dict) and name in values else ""
+        lines += [f"  --{key} {kind}", f"      {meaning} (default {_as_json(default)}{own})"]
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: Any) -> str:
+def _as_json(value: Any) -> str:
     return json.dumps(value, default=lambda o: o.__dict__, allow_nan=False) if value is not None else "none"
 
 

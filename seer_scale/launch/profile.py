@@ -27,15 +27,15 @@ class Profile:
     exclude: str = opt("", "nodes never to be used")
     reservation: str = opt("", "reservation to run in")
     time: str = opt(
-        "24:00:00", "time limit of a job, as [DAYS-]HOURS:MINUTES:SECONDS or minutes; the run goes on in the next job"
+        "24:00:00", "time limit of a job, as [DAYS-]HOURS:MINUTES:SECONDS or minutes; the run resumes in the next job"
     )
     gpus_per_node: int = opt(8, "GPUs a node; 0 = train on CPUs", ge=0)
     ranks_per_node: int = opt(0, "processes a node; 0 = one a GPU", ge=0)
     cpus_per_rank: int = opt(0, "CPUs for a rank and its loader processes; 0 = as the cluster gives them", ge=0)
     mem: str = opt("", "memory a node, such as 480G; 0 = all of it; empty = the cluster's default")
-    grace_s: int = opt(180, "seconds before the time limit at which the run saves and goes back to the queue", ge=10)
+    grace_s: int = opt(180, "seconds before the time limit at which the run saves and is requeued", ge=10)
     restarts: int = opt(2, "starts of the ranks in a row, within a job, without a new checkpoint", ge=0)
-    requeues: int = opt(3, "returns to the queue in a row without a new checkpoint", ge=0)
+    requeues: int = opt(3, "times in a row the job is requeued without a new checkpoint", ge=0)
     environment: dict[str, str] = field(default_factory=dict, metadata={"help": "variables for all ranks"})
     before: list[str] = field(
         default_factory=list, metadata={"help": "lines of shell before the run, such as module load cuda"}
