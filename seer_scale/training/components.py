@@ -81,10 +81,10 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
         between = partial(stop.end_start_if_agreed, world)
         execution = choose_execution(method.backbone, config, world, cores, between)
     with progress.doing("building the network"):
-        engine = build_engine(method, config, world, loaded=resume.brought(config, found))
+        engine = build_engine(method, config, world, loaded=resume.loaded_prefixes(config, found))
     schedule, origin = LearningRate(config), Origin()
     if found:
-        origin = _resume(found, config, engine, schedule, progress, verify_s)
+        origin = _restore(found, config, engine, schedule, progress, verify_s)
     elif weights:
         origin = Origin(weights=weights, part=part, loaded=_load(weights, engine, progress, prefixes=part))
     seen, step = origin.meta.get("samples_seen", 0), origin.meta.get("step", 0)
@@ -111,7 +111,7 @@ def list_images(
     return share(world, run_dir / "logs", listed, sources)
 
 
-def _resume(
+def _restore(
     path: Path, config: Config, engine: Engine, schedule: LearningRate, progress: Progress, verify_s: float
 ) -> Origin:
     """Bring engine, method and schedule to where the checkpoint `path` stands. Collective. Raises UserError."""

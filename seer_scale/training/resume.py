@@ -135,7 +135,7 @@ def check_weights(config: Config, path: Path, state: store.State, world: World =
     return "model/"
 
 
-def brought(config: Config, found: Path | None) -> tuple[str, ...]:
+def loaded_prefixes(config: Config, found: Path | None) -> tuple[str, ...]:
     """What the names of those parameters begin with that a checkpoint brings to a start, which goes on from `found`."""
     init_from, init_part = config.checkpoint.init_from, config.checkpoint.init_part
     if found or init_from and init_part == "all":
