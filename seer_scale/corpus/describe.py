@@ -167,7 +167,7 @@ class Header(NamedTuple):
 
 
 def header(data: bytes) -> Header | None:
-    """What an image says of itself, before its orientation is applied; None where Pillow cannot tell."""
+    """What an image says of itself, before its orientation is applied; None where Pillow cannot read it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -57,7 +57,7 @@ VERSION = 1
 MEASURED = 500
 """Images whose sizes say how many tars there will be."""
 NAMED = 1000
-"""Images whose names tell one source from another."""
+"""Images whose names identify a source."""
 QUALITY = 95
 EXTENSIONS = dict(zip(FORMAT_NAMES, (".jpg", ".png", ".webp", ".gif", ".bmp", ".tif", ".jp2", ".avif", ".ppm")))
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

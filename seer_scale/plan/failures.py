@@ -195,7 +195,7 @@ OPTIONS: dict[str, tuple[float | None, str]] = {
     "restart": (300.0, "seconds from there to the next useful step: requeue, start, load"),
     "images_per_second": (
         None,
-        "images that the job trains on in a second, to tell the interval as checkpoint.every_samples",
+        "images that the job trains on in a second, to print the interval as checkpoint.every_samples, too",
     ),
 }
 ABOVE_ZERO, WHOLE = ("mtbf_hours", "gpus", "gpu_hours", "save", "images_per_second"), ("gpus",)

@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from seer_scale.errors import NOTHING, ConfigError, DataError, Problem, UserError, closest, nearest
+from seer_scale.data.sources.base import unreadable_line
+from seer_scale.errors import NOTHING, ConfigError, DataError, Problem, Unreadable, UserError, closest, nearest
 
 
 def test_the_closest_word_is_data_and_the_clause_is_made_of_it():
@@ -43,3 +44,24 @@ def test_an_error_of_a_name_with_line_ends_keeps_its_lines_when_pickled():
     error = DataError("a\nb", Problem("c", "d\x1b", "is odd"))
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) == "a\\nb\nc is d\\x1b, but is odd." and type(again) is DataError
+
+
+def test_an_unreadable_image_has_name_and_reason_as_data():
+    for error in (
+        Unreadable("the file is empty", "a.jpg"),
+        pickle.loads(pickle.dumps(Unreadable("the file is empty", "a.jpg"))),
+        Unreadable("the file is empty", "a.jpg").within("part b"),
+    ):
+        assert (error.name, error.reason, error.problems[0].key) == ("a.jpg", "the file is empty", "a.jpg")
+        assert str(error).endswith("a.jpg cannot be read (the file is empty).")
+
+
+@pytest.mark.parametrize("error, line", [
+    (Unreadable("it is cut short"), "a.jpg: it is cut short"),
+    (Unreadable("it is cut short", "a.jpg"), "a.jpg: it is cut short"),
+    (Unreadable("it is gone", "/b.jpg"), "a.jpg: /b.jpg cannot be read (it is gone)."),
+    (DataError(Problem("x.tar", NOTHING, "changed", "start again")), "a.jpg: x.tar changed; start again."),
+    (MemoryError(), "a.jpg: there is no memory for it"),
+])  # fmt: skip
+def test_the_line_of_an_image_that_cannot_be_read(error, line):
+    assert unreadable_line("a.jpg", error) == line

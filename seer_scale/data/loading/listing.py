@@ -36,7 +36,7 @@ nodes."""
 def share(
     world: World, folder: Path, make: Callable[[], T], sources: Callable[[T], Iterable[Source]], name: str = "listing"
 ) -> T:
-    """What `make` returns on rank 0, on all ranks; its `sources` are told that they have arrived. Collective.
+    """What `make` returns on rank 0, on all ranks, each of which checks that it can read its `sources`. Collective.
 
     folder: where all ranks see what rank 0 writes; name: of the file there, one that only this kind of command uses,
     for what an earlier one has left is removed. Raises UserError on all ranks where any has a reason to.

@@ -44,7 +44,7 @@ from seer_scale.files import shown
 
 MAX_BYTES = 1 << 30
 FOLDER_SAMPLE = 100
-"""Entries of a folder that tell whether it is one of runs: more than a run's own has."""
+"""Entries of a folder that are looked at to see whether it is one of runs: more than a run's own has."""
 
 
 class Files(Source):
@@ -153,7 +153,7 @@ def folders_in(path: str, exclude: Sequence[str] = ()) -> list[str]:
 
 
 def is_of_runs(path: str) -> bool:
-    """Whether a folder is that of a run, or holds such and nothing else. Its first entries tell, of however many."""
+    """Whether a folder is that of a run, or holds such and nothing else. Only its first entries are looked at."""
     first = _first_entries(path)
     seen = [entry for name, entry in first.items() if not is_hidden(name)]
     return is_run(first) or bool(seen) and all(is_folder(e) and is_run(_first_entries(e.path)) for e in seen)
@@ -181,7 +181,7 @@ class _Patterns:
 
 def _walk(root: str, exclude: _Patterns, left_out: Counter[str]) -> Iterator[str]:
     """Relative paths of the images under root, sorted; links are followed, but no folder is entered twice. What is not
-    an image is counted in `left_out`. A regular file costs no question to the file system where its folder tells its
+    an image is counted in `left_out`. A regular file costs no question to the file system where its folder has its
     type. Raises DataError where the root itself cannot be listed."""
     seen: set[tuple[int, int]] = set()
     try:

@@ -36,7 +36,7 @@ FILES = (".parquet", ".arrow")
 IMAGE_NAMES = ("image", "img", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "fine_label")
 LOOKED_AT, FOLDERS_LOOKED_INTO, DEPTH = 1000, 100, 2
-"""Entries of one folder, folders, and levels below the first one by which a folder's kind is told."""
+"""Entries of one folder, folders, and levels below the first one that are looked at to find a folder's kind."""
 FEW_IMAGES = 50
 """As many beside tables may be illustrations."""
 SLICE = 32

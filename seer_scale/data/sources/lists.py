@@ -212,7 +212,7 @@ def _is_comment(line: bytes, root: str) -> bool:
 
 
 def _header(lines: BinaryIO, root: str) -> int:
-    """Where a first line begins that names columns, as tables have it, and no file; -1 for none. It is told by its
+    """Where a first line begins that names columns, as tables have it, and no file; -1 for none. It is known by its
     words, or because it is not there and could be no image, while one of the lines after it is there."""
     head, at, first = lines.read(HEAD), 0, -1
     num_after = 0

@@ -26,7 +26,7 @@ KEYS = ("path", "kind", "name", "split", "image_key", "exclude")
 
 @dataclass(frozen=True)
 class Part:
-    """path: as data.path takes it, absolute. name: what tells whether two manifests mean the same images. split,
+    """path: as data.path takes it, absolute. name: by which two manifests mean the same images. split,
     image_key: as data.split and data.image_key, for data sets of the library datasets. exclude: as data.exclude, for
     folders."""
 

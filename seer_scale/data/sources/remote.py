@@ -66,7 +66,7 @@ T = TypeVar("T")
 
 
 def waiting() -> None:
-    """Called every second while a server is waited for; a loader process puts here what tells that it is not stuck, a
+    """Called every second while a server is waited for; a loader process puts here its heartbeat, a
     start what ends the wait (by a UserError)."""
 
 
@@ -134,8 +134,8 @@ def read(url: str, offset: int = 0, size: int | None = None, max_bytes: int | No
 
 
 def stat(url: str) -> tuple[int, str]:
-    """(size in bytes, a text that changes with the content, empty where the server tells none). Raises DataError, and
-    NoSize where it is there and its server tells no size."""
+    """(size in bytes, a text that changes with the content, empty where the server has none). Raises DataError, and
+    NoSize where it is there and its server declares no size."""
     info = _retried(url, lambda: _call(url, READ_TIMEOUT_S, "info"), READ_TIMEOUT_S)
     if info.get("size") is None:
         raise NoSize("its server declares no size: use another, or fetch the file", url)

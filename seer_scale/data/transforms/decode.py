@@ -84,7 +84,7 @@ def decode(data: bytes, at_least: AtLeast | None = None) -> np.ndarray:
     if data[:2] == b"\xff\xd8" and (image := _decode_jpeg(data, at_least)) is not None:
         return image
     image = _decode_pillow(data)
-    if at_least:  # whatever was said of its size before: here it is
+    if at_least:  # this is its size, whatever it was asked for before
         at_least(*image.shape[:2])
     return image
 

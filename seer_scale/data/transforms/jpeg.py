@@ -46,7 +46,7 @@ class Header(NamedTuple):
     sampling: tuple[tuple[int, int], ...]
     """(horizontal, vertical) sampling factor of each component."""
     orientation: int
-    """Exif's, else XMP's; 1 where neither tells."""
+    """Exif's, else XMP's; 1 where neither says."""
     first_scan: int
     """Where the segment of its first scan begins."""
 
