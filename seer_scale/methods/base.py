@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seer_scale.config import Config
 from seer_scale.models.init import Init
 from seer_scale.models.layers.stateful import StatefulLayer
-from seer_scale.observe.metric_plot import MetricPlot
+from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 from seer_scale.optim.parameter_groups import ParameterGroup
 
 InputsT = TypeVar("InputsT")
@@ -164,6 +164,11 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     @property
     def plots(self) -> Sequence[MetricPlot]:
         """What the report shows of the figures that `metrics` gives."""
+        return ()
+
+    @property
+    def report_sections(self) -> Sequence[ReportSection]:
+        """Sections of its own that the report shows beside those of every run."""
         return ()
 
     def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:

@@ -59,6 +59,11 @@ class Gallery:
         """The images nearest to prototype `k`, nearest first; `share` (0 to 1) of the images go to it."""
         self._add("prototypes", {"k": int(k), "share": float(share), "images": [self._keep(i) for i in images]})
 
+    def add_strip(self, section: str, caption: str, images: list[np.ndarray], small: str = "") -> None:
+        """A row of pictures for a ReportSection of the method whose `pictures` is `section`."""
+        entry = {"caption": caption, "small": small, "images": [self._keep(i) for i in images]}
+        self._add(section, entry)
+
     def set_use(self, shares: list[float]) -> None:
         """The share (0 to 1) of the images that goes to each prototype, in their order."""
         self._sections["use"] = [float(share) for share in shares]

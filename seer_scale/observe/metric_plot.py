@@ -1,4 +1,4 @@
-"""A plot of one metric that a method brings to the report, as data: it is kept in the run's log."""
+"""What a method brings to the report, as data: it is kept in the run's log."""
 
 from __future__ import annotations
 
@@ -17,3 +17,14 @@ class MetricPlot:
     unit: str = ""
     scale: float = 1.0
     limits: tuple[float | None, float | None] = (None, None)
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """A section of its own: a note of a few sentences, plots, and strips of pictures. pictures: the name under which
+    `Gallery.add_strip` keeps them, if there are any."""
+
+    title: str
+    note: str
+    plots: tuple[MetricPlot, ...] = ()
+    pictures: str = ""

@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from seer_scale.config import resolve
 from seer_scale.distributed import World
 from seer_scale.methods.registry import build_method
-from seer_scale.observe import run_log
+from seer_scale.observe import report, run_log
 from seer_scale.observe.gallery import Gallery, read_gallery
+from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 from seer_scale.observe.records import read_metrics
-from seer_scale.observe.report import headline, page, write_report
+from seer_scale.observe.report import figures, write_report
 from seer_scale.observe.report.plots import COLOURS, Plot, metric, smoothed, svg
 from seer_scale.observe.run_log import RunLog
 from tests.tiny import RECIPE
@@ -37,6 +38,11 @@ OF_THE_METHOD = {
     "plots": [dataclasses.asdict(p) for p in build_method(resolve(RECIPE, {}, world_size=1), World()).plots],
 }
 VOID = {"img", "meta", "link", "br"}
+
+
+def headline(rows) -> str | None:
+    found = report.headline(rows)
+    return found and str(found)
 
 
 def picture(seed: int, side: int = 80) -> np.ndarray:
@@ -136,6 +142,29 @@ def test_one_file_with_every_section_and_plot_and_no_request(run_dir):
     ):
         assert words in page.text, words
     assert [p.name for p in run_dir.glob("report*")] == ["report.html"]
+
+
+def test_a_method_brings_a_section_of_its_own(run_dir):
+    section = ReportSection(
+        "Reconstructions",
+        "What the <decoder> fills in.",
+        (MetricPlot("Error", "Lower.", "grad_norm", "error"),),
+        "filled",
+    )
+    with RunLog(run_dir, 6400, ("ln K", 4.159), active=True) as log:
+        log.event("resume", "Going on.", samples_seen=6400, sections=[dataclasses.asdict(section)])
+    gallery = Gallery(run_dir)
+    gallery.add_strip("filled", "image 3", [picture(7), picture(8)], small="75 % <masked>")
+    gallery.save()
+    html = write_report(run_dir).read_text()
+    own = Page(html[html.index("<h2>Reconstructions") - 9 : html.index("<section><h2>How to reproduce")])
+    assert own.open == []
+    for words in ("What the <decoder> fills in.", "Error", "image 3", "75 % <masked>"):
+        assert words in own.text, words
+    assert sum(url.startswith("data:") for url in own.fetched) == 2 and "Not measured" not in own.text
+    for path in (run_dir / "gallery").iterdir():
+        path.unlink()
+    assert "What the <decoder> fills in." in Page(write_report(run_dir).read_text()).text
 
 
 def test_the_headline_has_the_numbers_of_the_metrics(run_dir):
@@ -266,7 +295,7 @@ def test_the_commonest_class_is_in_the_picture_where_it_is_right_more_often_than
     with RunLog(run_dir, 6400, ("ln K", 4.159), active=True) as log:
         log.log({"samples_seen": 6464, "knn/top1": 60.0, "knn/top1_stderr": 21.7, "knn/majority": 75.0})
     plots = []
-    monkeypatch.setattr(page, "svg", lambda plot: plots.append(plot) or "")
+    monkeypatch.setattr(figures, "svg", lambda plot: plots.append(plot) or "")
     write_report(run_dir)
     (knn,) = (p for p in plots if [c.name for c in p.curves] == ["kNN top-1"])
     assert knn.level[0] == 75.0 and knn.limits[1] > max(75.0, 60.0 + 21.7)

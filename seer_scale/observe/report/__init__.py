@@ -1,5 +1,6 @@
-"""report.html: one self-contained page on which a person sees what a run learned. `page` has its sections, `plots` the
-curves, `pictures` the gallery, `style.css` how it looks, light and dark, on a phone and on a desk."""
+"""report.html: one self-contained page on which a person sees what a run learned. `page` gathers what is shown, `plots`
+draws curves, `pictures` reads the gallery; `report.html.j2` has the sections and `style.css` how they look, light and
+dark, on a phone and on a desk."""
 
 from seer_scale.observe.report.page import headline, write_report
 

@@ -19,6 +19,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -144,11 +145,11 @@ def smoothed(x: Sequence[float], y: Sequence[float], breaks: Sequence[float], sh
     return out
 
 
-def svg(plot: Plot) -> str:
+def svg(plot: Plot) -> Markup:
     """The plot in both sizes, or "" when there is nothing to draw."""
     if not plot.curves and not plot.draw:
-        return ""
-    return "".join(_one(plot, size) for size in SIZES)
+        return Markup()
+    return Markup("".join(_one(plot, size) for size in SIZES))
 
 
 def _one(plot: Plot, size: str) -> str:

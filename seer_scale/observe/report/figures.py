@@ -1,0 +1,188 @@
+"""The figures of a report: curves over the images seen, and images seen over the clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+
+from seer_scale.formatting import short_number
+from seer_scale.observe.metric_plot import MetricPlot
+from seer_scale.observe.records import BEGINNINGS
+from seer_scale.observe.report.plots import BLUE, FAINT, GREEN, INK, ORANGE, Curve, Plot, Rows, is_number, metric, svg
+from seer_scale.observe.time_account import TimeAccount
+
+
+def latest(events: Rows, fact: str) -> Any:
+    """What the newest start that tells of it says."""
+    return next((e[fact] for e in reversed(events) if e.get("event") in BEGINNINGS and e.get(fact)), None)
+
+
+@dataclass(frozen=True)
+class Figure:
+    title: str
+    caption: str
+    svg: Markup
+    wide: bool = False
+
+
+class Figures:
+    """Draws metrics over the images seen; breaks: restarts."""
+
+    def __init__(self, rows: Rows, events: Rows):
+        self.rows, self.events = rows, events
+        self.breaks = [e["samples_seen"] for e in events if e["event"] == "resume"]
+        self._until = max((r["samples_seen"] for r in rows), default=0) or 1
+
+    def figure(self, title: str, caption: str, *curves: Curve, wide: bool = False, **how: Any) -> Figure:
+        plot = Plot(list(curves), breaks=self.breaks, until=self._until, **how)
+        return Figure(title, caption, svg(plot), wide)
+
+    def curve(self, key: str, name: str, colour: str, **how: Any) -> Curve:
+        return metric(self.rows, key, name, colour, **how)
+
+    def of_method(self, plots: Iterable[dict[str, Any]]) -> list[Figure]:
+        """MetricPlots, as the log keeps them."""
+        figures = []
+        for plot, colour in zip((MetricPlot(**p) for p in plots), cycle((BLUE, ORANGE, GREEN))):
+            digits = ".1f" if plot.scale == 100 else ".4f"
+            curve = self.curve(
+                plot.key, plot.name, colour, scale=plot.scale, digits=digits, unit=plot.unit, smooth=True
+            )
+            figures.append(self.figure(plot.title, plot.caption, curve, unit=plot.unit, limits=tuple(plot.limits)))
+        return figures
+
+
+def plots_of_run(draw: Figures) -> list[Figure]:
+    figure, curve = draw.figure, draw.curve
+    wait_s = [
+        r | {"wait_s": r["time/step_s"] * r["time/data_wait_frac"]}
+        for r in draw.rows
+        if is_number(r.get("time/step_s")) and is_number(r.get("time/data_wait_frac"))
+    ]
+    return [
+        _loss(draw),
+        _knn(draw),
+        figure(
+            "Learning rate",
+            "The schedule as it was applied: warm-up, then decay.",
+            curve("lr", "learning rate", INK),
+            limits=(0, None),
+        ),
+        *draw.of_method(latest(draw.events, "plots") or []),
+        figure(
+            "Gradient norm",
+            "Of all parameters together, before the update. A jump upwards comes before trouble; 0 teaches nothing.",
+            curve("grad_norm", "gradient norm", INK, smooth=True),
+            limits=(0, None),
+        ),
+        figure(
+            memory_title(draw.events),
+            "The most a rank has held so far.",
+            curve("mem/peak_gib", "peak", BLUE, digits=".2f", unit="GiB"),
+            unit="GiB a rank",
+            limits=(0, None),
+        ),
+        figure(
+            "Time of an update",
+            "From one update to the next without evaluations and checkpoints, and what of it the slowest "
+            "rank waited for images: where the two meet, the loaders set the pace.",
+            curve("time/step_s", "update", BLUE, unit="s", smooth=True),
+            metric(wait_s, "wait_s", "waiting for images", ORANGE, unit="s", smooth=True),
+            unit="s",
+            limits=(0, None),
+        ),
+        figure(
+            "Throughput",
+            "Images trained on each second, over all ranks.",
+            curve("throughput/img_per_s", "throughput", ORANGE, unit="images/s", smooth=True),
+            unit="images/s",
+            limits=(0, None),
+        ),
+    ]
+
+
+def _loss(draw: Figures) -> Figure:
+    loss = draw.curve("loss", "loss", BLUE, digits=".4f", smooth=True)
+    baseline, of_nothing = latest(draw.events, "baseline") or ("", None)
+    finite = [y for y in loss.y if math.isfinite(y)]
+    limits: tuple[float | None, float | None] = (None, None)
+    if of_nothing and finite:  # a loss that hugs it must look like it, not fill the plot with its noise
+        gap = 0.05 * (max(finite) - min(finite))
+        limits = (min(min(finite) - gap, 0.93 * of_nothing), max(max(finite) + gap, 1.02 * of_nothing))
+    return draw.figure(
+        "Loss",
+        "Lower is better. The dashed line is the loss of a network that has learned nothing: a curve that stays on "
+        "it has learned nothing, one that leaves it has.",
+        loss,
+        wide=True,
+        limits=limits,
+        level=(of_nothing, f"{baseline} = {of_nothing:.3f}: nothing learned") if of_nothing else None,
+    )
+
+
+def _knn(draw: Figures) -> Figure:
+    knn = draw.curve(
+        "knn/top1",
+        "kNN top-1",
+        GREEN,
+        digits=".1f",
+        unit="%",
+        spread="knn/top1_stderr",
+        ends=True,
+        apart="knn/measurement",
+    )
+    apart = " Points that no line joins were measured with other images or keys, and do not compare."
+    commonest = majority(draw.rows)
+    heights = [y + s for y, s in zip(knn.y, knn.spread or []) if math.isfinite(y)]
+    return draw.figure(
+        "kNN top-1",
+        "Held-out images classified by the vote of their nearest neighbours, with the standard error. The first point "
+        f"is before training; rising means that features group what belongs together.{apart * bool(knn.gaps)}",
+        knn,
+        unit="%",
+        limits=(0, max([*heights, commonest or 0.0]) + 10 if heights else None),
+        level=(commonest, "always the commonest class") if commonest else None,
+    )
+
+
+def climb(account: TimeAccount) -> Markup:
+    """Images seen over the clock."""
+    attempts, hour = account.attempts, 3600 if account.total_s > 7200 else 60
+
+    def at(unix_s: float) -> float:
+        return (unix_s - attempts[0].began) / hour
+
+    def draw(ax: Axes) -> None:
+        for attempt in attempts:
+            x = [at(attempt.began), at(attempt.ready), at(attempt.ended)]
+            ax.plot(x, [attempt.seen[0], *attempt.seen], color=BLUE, solid_capstyle="butt")
+        for attempt, following in zip(attempts, attempts[1:]):
+            end, again = at(attempt.ended), max(at(attempt.ended), at(following.began))
+            ax.axvspan(end, again, color=FAINT, linewidth=0)
+            if following.seen[0] < attempt.seen[1]:
+                back = [attempt.seen[1], attempt.seen[1], following.seen[0]]
+                ax.plot([end, again, again], back, color=ORANGE, linestyle=":")
+        ax.yaxis.set_major_formatter(short_number)
+
+    return svg(Plot([], "images seen", "hours" if hour == 3600 else "minutes", (0, None), draw=draw))
+
+
+def newest_start(events: Rows) -> dict[str, Any]:
+    """What the newest start said."""
+    return next((e for e in reversed(events) if e["event"] in BEGINNINGS), {})
+
+
+def majority(rows: Rows) -> float | None:
+    """Percent that naming the commonest class every time would get right."""
+    return next((r["knn/majority"] for r in reversed(rows) if is_number(r.get("knn/majority"))), None)
+
+
+def memory_title(events: Rows) -> str:
+    """Whose memory mem/peak_gib is: the allocator's on a GPU, the process's elsewhere."""
+    return "Peak GPU memory" if newest_start(events).get("device") == "cuda" else "Peak host memory"
