@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from seer_scale.errors import RankError, StartStopped, UserError
+from seer_scale.errors import NOTHING, Problem, RankError, StartStopped, UserError
 from seer_scale.rank_info import TORCHRUN, RankInfo, detect
 from seer_scale.rendezvous import meet
 from seer_scale.timeouts import Timeouts
@@ -93,11 +93,6 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
-
-    def first_problem(self, error: BaseException | None) -> str | None:
-        """The text of the first rank's error, agreed by all ranks; None where no rank has one."""
-        texts = self.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-        return next((t for t in texts if t), None)
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What make() returns on rank 0, on every rank; its UserError is raised on all."""
@@ -202,10 +197,8 @@ def _gpu_of(info: RankInfo) -> torch.device:
     gpus = torch.cuda.device_count()
     own = gpus == 1 < info.local_size
     if info.local_rank >= gpus and not own or own and not bound_to_one():
-        raise UserError(
-            f"{socket.gethostname()} has {gpus} GPUs for {info.local_size} ranks: start {max(1, gpus)} a machine, or "
-            "give parallel.device cpu."
-        )
+        rule, fix = f"has {gpus} GPUs for {info.local_size} ranks", f"start {max(1, gpus)} a machine"
+        raise UserError(Problem(socket.gethostname(), NOTHING, rule, f"{fix}, or give parallel.device cpu"))
     return torch.device("cuda", min(info.local_rank, gpus - 1))
 
 
@@ -215,10 +208,8 @@ def refuse_shared_gpus(world: World) -> None:
     first: dict[str, int] = {}
     for rank, gpu in enumerate(world.gather_objects(mine)):
         if (other := first.setdefault(gpu, rank)) != rank:
-            raise UserError(
-                f"Ranks {other} and {rank} have the same GPU ({gpu}): give each task one of its own, or "
-                "parallel.device cpu."
-            )
+            fix = "give each task one of its own, or parallel.device cpu"
+            raise UserError(Problem(f"Ranks {other} and {rank}", NOTHING, f"have the same GPU ({gpu})", fix))
 
 
 def allow_open_files(rank: int, size: int) -> None:
@@ -234,10 +225,10 @@ def allow_open_files(rank: int, size: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = RESERVED_FILES + 8 * size.bit_length() + (3 * size if rank == 0 else 0)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        raise UserError(
-            f"Rank {rank} of {size} may open {soft} files, but needs about {needed} (a connection is one): raise the "
-            f"hard limit (ulimit -Hn; in a service or container LimitNOFILE or --ulimit nofile) to {needed} or more."
-        )
+        rule = f"may open {soft} files, but needs about {needed} (a connection is one)"
+        how = "ulimit -Hn; in a service or container LimitNOFILE or --ulimit nofile"
+        fix = f"raise the hard limit ({how}) to {needed} or more"
+        raise UserError(Problem(f"Rank {rank} of {size}", NOTHING, rule, fix))
 
 
 def limit_groups(world: World) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from seer_scale.errors import RankError, StartStopped, UserError
+from seer_scale.errors import NOTHING, Problem, RankError, StartStopped, UserError
 from seer_scale.files import to_json, write_whole
 from seer_scale.rank_info import RankInfo
 
@@ -83,10 +83,9 @@ def meet(
 def _device_problem(info: RankInfo, own: str, first: str) -> UserError | None:
     if own == first:
         return None
-    problem = UserError(
-        f"Rank {info.rank}, on {socket.gethostname()}, would compute on {own}, but a rank before it on {first}: see "
-        "whether each machine has its GPUs (nvidia-smi), or give parallel.device cpu."
-    )
+    rule = f"would compute on {own}, but a rank before it on {first}"
+    fix = "see whether each machine has its GPUs (nvidia-smi), or give parallel.device cpu"
+    problem = UserError(Problem(f"Rank {info.rank} on {socket.gethostname()}", NOTHING, rule, fix))
     problem.retryable = True  # on other machines
     return problem
 
@@ -120,15 +119,12 @@ class _Wait:
         over = now - self._began > self._timeout_s
         if over or now - self._told_at > TELL_S and i.local_rank == 0:  # what is waited for may be a question to rank 0
             self._told_at = now
-            told = (
-                f"Rank {i.rank} of {i.size} ({i.source} is {i.size}) has waited {now - self._began:.0f} s for the "
-                f"others: {what()}."
-            )
+            fix = f"start all ranks at about the same time, or with {i.source} 1 for this one alone"
+            rule = f"has waited {now - self._began:.0f} s for the others: {what()}"
+            key = f"Rank {i.rank} of {i.size} ({i.source} is {i.size})"
             if over:
-                raise RankError(
-                    f"{told} Start all ranks at about the same time, or with {i.source} 1 for this one alone."
-                )
-            print(told, file=sys.stderr, flush=True)
+                raise RankError(Problem(key, NOTHING, rule, fix))
+            print(Problem(key, NOTHING, rule), file=sys.stderr, flush=True)
         time.sleep(self._pause_s * random.uniform(0.5, 1.0))  # not all of them at once
         self._pause_s = min(1.0, 1.2 * self._pause_s)
 
@@ -151,7 +147,8 @@ def _serve(published: Path, info: RankInfo) -> tuple[dist.TCPStore, str]:
     try:
         write_whole(published, to_json(where))
     except OSError as error:
-        raise UserError(f"{published.parent} cannot be written ({error.strerror}): choose another run.dir.") from error
+        rule = f"cannot be written ({error.strerror})"
+        raise UserError(Problem(str(published.parent), NOTHING, rule, "choose another run.dir")) from error
     return store, ""
 
 

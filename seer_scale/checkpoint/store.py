@@ -32,9 +32,9 @@ import torch
 
 from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
 from seer_scale.distributed import World
-from seer_scale.errors import CheckpointError, missing_path
+from seer_scale.errors import NOTHING, CheckpointError, Problem, UserError, missing_path
 from seer_scale.files import sync_folder
-from seer_scale.formatting import memory_size, with_full_stop
+from seer_scale.formatting import memory_size
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -82,13 +82,11 @@ def save(folder: Path, state: State, meta: dict[str, Any], world: World, layout:
     except CheckpointError as problem:
         if world.is_main:
             _remove(aside)
-        sentence = (
-            f"The checkpoint at {meta['samples_seen']} samples could not be written to {folder} ({problem}); "
-            f"{_space(folder, layout)}; "
-            f"{'earlier checkpoints are untouched' if _published(folder) else 'there is no earlier checkpoint'} and "
-            "training can go on."
-        )
-        raise CheckpointError(world.broadcast_object(sentence)) from problem
+        key = f"The checkpoint at {meta['samples_seen']} samples"
+        rule = f"could not be written to {folder} ({problem}); {_space(folder, layout)}"
+        earlier = "earlier checkpoints are untouched" if _published(folder) else "there is no earlier checkpoint"
+        told = Problem(key, NOTHING, rule, f"{earlier} and training can go on")
+        raise CheckpointError(world.broadcast_object(told)) from problem
     return folder / world.broadcast_object(name)
 
 
@@ -181,8 +179,8 @@ def validate(path: Path, world: World, *, contents: bool = True) -> str | None:
     if world.is_main:
         try:
             manifest = _manifest(path)
-        except ValueError as e:
-            problem = str(e)
+        except _Untrusted as untrusted:
+            problem = str(untrusted)
     manifest, problem = world.broadcast_object((manifest, problem))
     if problem is None:
         mine = sorted(manifest["files"].items())[world.rank :: world.size]
@@ -212,25 +210,32 @@ def _file_crc32(path: Path) -> int:
     return crc32
 
 
+class _Untrusted(Exception):
+    """why: a clause. nearest: a clause, or nothing."""
+
+    def __init__(self, why: str, nearest: str = ""):
+        super().__init__(f"{why}; {nearest}" if nearest else why)
+        self.why, self.nearest = why, nearest
+
+
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; ValueError with a clause that says why there is none to trust."""
+    """The manifest of a checkpoint. Raises _Untrusted."""
     try:
         content = json.loads((path / MANIFEST).read_bytes())
         sealed = content.pop("crc32")
     except OSError as e:
         if not os.path.exists(path):
             missing = missing_path(path)
-            hint = f"; {missing.nearest}" if missing.nearest else ""
-            raise ValueError(f"it {missing.rule}{hint}") from None
+            raise _Untrusted(f"it {missing.rule}", missing.nearest) from None
         if isinstance(e, FileNotFoundError | NotADirectoryError):
-            raise ValueError(f"it has no {MANIFEST}, so it was not finished or is no checkpoint") from None
-        raise ValueError(f"its {MANIFEST} cannot be read ({e.strerror})") from None
+            raise _Untrusted(f"it has no {MANIFEST}, so it was not finished or is no checkpoint") from None
+        raise _Untrusted(f"its {MANIFEST} cannot be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"its {MANIFEST} is damaged") from None
+        raise _Untrusted(f"its {MANIFEST} is damaged") from None
     if sealed != _seal(content):
-        raise ValueError(f"its {MANIFEST} is damaged")
+        raise _Untrusted(f"its {MANIFEST} is damaged")
     if content["format"] != FORMAT:
-        raise ValueError(f"it has format {content['format']}, but this version reads format {FORMAT}")
+        raise _Untrusted(f"it has format {content['format']}, but this version reads format {FORMAT}")
     return content
 
 
@@ -250,20 +255,25 @@ def read_meta(path: Path, world: World = World()) -> dict[str, Any]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         return _manifest(path)
-    except ValueError as e:
+    except _Untrusted as untrusted:
         inside = [*_published(path), *_published(path / "checkpoints")]
-        hint = f"; did you mean {inside[0]}?" if inside else "; choose another" if os.path.exists(path) else ""
-        raise CheckpointError(f"{path} cannot be used as a checkpoint: {with_full_stop(f'{e}{hint}')}") from None
+        fix = f"did you mean {inside[0]}?" if inside else untrusted.nearest or "choose another"
+        rule = f"cannot be used as a checkpoint: {untrusted.why}"
+        raise CheckpointError(Problem(str(path), NOTHING, rule, fix)) from None
 
 
 def read_layout(path: Path, world: World = World()) -> Layout:
-    """StringArray, shapes and dtypes of a checkpoint, and where they lie; reads no tensor. Rank 0 reads it for all of
+    """Names, shapes and dtypes of a checkpoint's tensors, and where they lie; reads none. Rank 0 reads it for all of
     `world`, if one is given: collective. Raises CheckpointError."""
     text = world.from_main(lambda: _read_tensors_json(path))
     try:
         return Layout.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{path} could not be read ({TENSORS}: {e}); choose another.") from e
+        raise _unread(path, f"{TENSORS}: {e}") from e
+
+
+def _unread(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(Problem(str(path), NOTHING, f"could not be read ({why})", "choose another"))
 
 
 def _read_tensors_json(path: Path) -> bytes:
@@ -271,9 +281,9 @@ def _read_tensors_json(path: Path) -> bytes:
     try:
         text = (path / TENSORS).read_bytes()
     except OSError as e:
-        raise CheckpointError(f"{path} could not be read ({TENSORS}: {e.strerror}); choose another.") from e
+        raise _unread(path, f"{TENSORS}: {e.strerror}") from e
     if zlib.crc32(text) != expected.get("crc32"):
-        raise CheckpointError(f"{path} could not be read (the checksum of {TENSORS} is wrong); choose another.")
+        raise _unread(path, f"the checksum of {TENSORS} is wrong")
     return text
 
 
@@ -306,7 +316,7 @@ def load(
         with _agreement(world):
             return _read(path, wanted, layout)
     except CheckpointError as problem:
-        error = CheckpointError(f"{path} could not be read ({problem}); choose another.")
+        error = _unread(path, str(problem))
         error.retryable = True
         raise error from problem
 
@@ -362,14 +372,12 @@ def _compare(path: Path, wanted: State, layout: Layout, prefixes: str | tuple[st
     here = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in wanted.items()}
     there = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in layout.tensors.items() if k.startswith(prefixes)}
     if not here and not there:
-        raise CheckpointError(f"{path} holds nothing under {prefixes!r}.")
+        raise CheckpointError(Problem(str(path), NOTHING, f"holds nothing under {prefixes!r}"))
     for key in sorted(here | there):
         if here.get(key) != there.get(key):
             kind = "is of another architecture" if key.startswith("model/") else "does not fit this recipe"
-            raise CheckpointError(
-                f"{path} {kind}: {key} is {there.get(key, 'absent')} in the checkpoint and "
-                f"{here.get(key, 'absent')} in this run; {remedy}."
-            )
+            differs = f"{there.get(key, 'absent')} in the checkpoint and {here.get(key, 'absent')} in this run"
+            raise CheckpointError(Problem(str(path), NOTHING, f"{kind}: {key} is {differs}", remedy))
 
 
 def _word(dtype: torch.dtype) -> str:
@@ -451,8 +459,14 @@ def _agreement(world: World) -> Iterator[None]:
         yield
     except Exception as e:
         error = e
-    if problem := world.first_problem(error):
-        raise CheckpointError(problem.removeprefix("CheckpointError: ")) from error
+    own: UserError | str | None = error if isinstance(error, UserError) or error is None else _told(error)
+    first = next((e for e in world.gather_objects(own) if e is not None), None)
+    if first is not None:
+        raise CheckpointError(*(first.problems if isinstance(first, UserError) else [first])) from error
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _order(path: Path) -> tuple[int, int]:
@@ -481,7 +495,8 @@ def _names(folder: Path, world: World) -> list[str]:
             try:
                 names = [p.name for p in _published(folder)]
             except OSError as e:
-                raise CheckpointError(f"{folder} cannot be listed ({e.strerror}): make it readable.") from e
+                rule = f"cannot be listed ({e.strerror})"
+                raise CheckpointError(Problem(str(folder), NOTHING, rule, "make it readable")) from e
     return world.broadcast_object(names)
 
 

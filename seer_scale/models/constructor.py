@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seer_scale.errors import UserError
+from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.models.init import Init, Played, PlayedStep
 
 FILLED = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
@@ -81,7 +81,9 @@ class Constructor(TorchDispatchMode):
         """What has made this parameter. Raises UserError where that is not known."""
         if steps := self._done.get(_place(parameter)):
             return Played(steps)
-        raise UserError(f"{whose} starts in a way that cannot be followed here: choose another network.")
+        raise UserError(
+            Problem(whose, NOTHING, "starts in a way that cannot be followed here", "choose another network")
+        )
 
 
 class _Numbers(TorchFunctionMode):

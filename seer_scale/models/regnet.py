@@ -13,7 +13,7 @@ from typing import cast, overload
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from seer_scale.errors import UserError
+from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Constant, Init, Normal
 from seer_scale.models.layers.norm import BatchNorm
@@ -67,7 +67,7 @@ def stage_plan(spec: RegNetSpec) -> tuple[list[int], list[int]]:
         ("se_ratio", 1 / 16 < spec.se_ratio <= 1, "be above 1/16 and at most 1"),
     ):
         if not holds:
-            raise UserError(f"A RegNetY cannot have {name} {getattr(spec, name)}: it must {rule}.")
+            raise UserError(Problem(f"model.{name}", getattr(spec, name), f"of a RegNetY it must {rule}"))
     depths: dict[int, int] = {}
     for j in range(spec.depth):
         power = round(math.log((spec.w0 + spec.wa * j) / spec.w0) / math.log(spec.wm))
@@ -76,7 +76,7 @@ def stage_plan(spec: RegNetSpec) -> tuple[list[int], list[int]]:
     if len(depths) != 4:
         fix = "raise wa or depth, or lower wm" if len(depths) < 4 else "lower wa or depth, or raise wm"
         count = "1 stage width" if len(depths) == 1 else f"{len(depths)} stage widths"
-        raise UserError(f"{spec} makes {count} {list(depths)}; a RegNetY has 4: {fix}.")
+        raise UserError(Problem(f"{spec}", NOTHING, f"makes {count} {list(depths)}, but a RegNetY has 4", fix))
     widths = []
     for width in depths:
         group = min(spec.group_width, width)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from seer_scale.errors import UserError, nearest
+from seer_scale.errors import NOTHING, Problem, UserError, closest
 from seer_scale.extras import how_to_install
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.constructor import Constructor
@@ -63,11 +63,13 @@ def _create(name: str, device: str) -> tuple[Any, Constructor]:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model.name {name} needs timm: {how_to_install('timm')}.") from error
+        rule = "it needs timm, which is not installed"
+        raise UserError(Problem("model.name", name, rule, how_to_install("timm"))) from error
     short, constructor = name.removeprefix(PREFIX), Constructor()
     if not timm.is_model(short):
-        known = nearest(short, timm.list_models())
-        raise UserError(f"There is no backbone {name} in timm {timm.__version__}: {known}.")
+        found = closest(short, timm.list_models())
+        fix = f"did you mean {PREFIX}{found}?" if found else "timm.list_models() names all there are"
+        raise UserError(Problem("model.name", name, f"timm {timm.__version__} has no such network", fix))
     with torch.device(device), constructor:
         try:  # a position embedding for images of any size, where there is one
             return timm.create_model(short, num_classes=0, dynamic_img_size=True), constructor
@@ -183,7 +185,8 @@ class BatchNormAct(BatchNorm):
 
 def _batch_norm(norm: _BatchNorm, whose: str) -> BatchNorm:
     if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
-        raise UserError(f"{whose} has no weights or no running statistics, which is not supported: choose another.")
+        rule = "has no weights or no running statistics, which is not supported"
+        raise UserError(Problem(whose, NOTHING, rule, "choose another"))
     has_act = hasattr(norm, "act")
     ours = (BatchNormAct if has_act else BatchNorm)(norm.num_features, norm.eps, norm.momentum, device="meta")
     ours.weight, ours.bias = norm.weight, norm.bias

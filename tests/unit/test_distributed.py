@@ -219,7 +219,7 @@ found = [
 """
     found, _ = forks(tmp_path, body)
     sentences = [
-        f"data.path: {tmp_path}/nowhere does not exist",
+        f"data.path is {tmp_path}/nowhere, but does not exist",
         " has 1 GPUs for 3 ranks",
         "Rank 1 of 3 may open 40 files",
         "no bf16",
@@ -389,7 +389,7 @@ def test_a_task_may_see_one_gpu_if_it_is_its_own(others, monkeypatch, tmp_path):
             distributed.init(tmp_path)
         assert len(compared) == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(UserError, match="has 1 GPUs for 2 ranks: start 1 a machine"):
+    with pytest.raises(UserError, match="has 1 GPUs for 2 ranks; start 1 a machine"):
         distributed._gpu_of(detect())
 
 
@@ -404,8 +404,8 @@ def test_waiting_is_told_and_ends(monkeypatch, tmp_path, capsys):
     with pytest.raises(
         RankError,
         match=(
-            r"Rank 0 of 3 \(SLURM_NTASKS is 3\) has waited \d+ s for the others: 1 of 3 are there, not yet 1, 2\. "
-            r"Start all"
+            r"Rank 0 of 3 \(SLURM_NTASKS is 3\) has waited \d+ s for the others: 1 of 3 are there, not yet 1, 2; "
+            r"start all"
         ),
     ):
         rendezvous.meet(place, RankInfo(0, 3, 0, 3, "SLURM_NTASKS"), timeout_s=0.4, later=LATER)

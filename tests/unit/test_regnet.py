@@ -161,7 +161,7 @@ def test_the_free_regnety_is_the_named_one_on_the_same_generator():
         ("regnety", TINY | {"w0": 9}, "multiple of 8"),
         ("regnety", TINY | {"wm": 1.0}, "above 1"),
         ("regnety", TINY | {"group_width": 0}, "at least 1"),
-        ("regnety", TINY | {"se_ratio": 0}, "se_ratio 0"),
+        ("regnety", TINY | {"se_ratio": 0}, "model.se_ratio is 0,"),
         ("regnety", TINY | {"wa": 0.0}, "1 stage width "),
     ],
 )

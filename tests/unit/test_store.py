@@ -511,7 +511,7 @@ def _hold(run_dir: Path, pipe) -> None:
     lock.release()
 
 
-def test_one_run_a_directory_until_it_is_killed(tmp_path):
+def test_one_run_a_directory_until_it_is_killed(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     ours, theirs = multiprocessing.Pipe()
     owner = CHILDREN.Process(target=_hold, args=(run_dir, theirs))
@@ -520,9 +520,15 @@ def test_one_run_a_directory_until_it_is_killed(tmp_path):
     try:
         with pytest.raises(UserError) as caught:
             RunLock(run_dir)
-        message = str(caught.value)
-        assert f"{run_dir} is in use by pid {owner.pid} on {os.uname().nodename}, job 77, started 2" in message
-        assert message.endswith(": stop it or choose another run.dir.")
+        (problem,) = caught.value.problems
+        assert (problem.key, problem.value) == ("run.dir", run_dir)
+        assert f"is in use by pid {owner.pid} on {os.uname().nodename}, job 77, started 2" in problem.rule
+        assert problem.nearest == "stop it or choose another run.dir" and not caught.value.retryable
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        with pytest.raises(UserError) as caught:
+            RunLock(run_dir)
+        assert caught.value.retryable  # what is left of an earlier start of this job
+        monkeypatch.delenv("SLURM_JOB_ID")
         owner.kill()
         owner.join()
         with RunLock(run_dir), pytest.raises(UserError, match=f"pid {os.getpid()} "):
@@ -571,5 +577,5 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(Path, "iterdir", refused)
-    with pytest.raises(CheckpointError, match=f"^{tmp_path} cannot be listed \\(Permission denied\\): make it"):
+    with pytest.raises(CheckpointError, match=f"^{tmp_path} cannot be listed \\(Permission denied\\); make it"):
         store.latest(tmp_path, ALONE)

@@ -140,7 +140,7 @@ def test_threads_are_measured_on_blocks_of_any_family():
 
 
 def test_what_is_no_backbone_of_timm():
-    with pytest.raises(UserError, match="There is no backbone timm/resnet5 in timm .*did you mean resnet5"):
+    with pytest.raises(UserError, match="model.name is timm/resnet5, but timm .*did you mean timm/resnet50"):
         build_backbone("timm/resnet5")
     with pytest.raises(UserError, match="timm/resnet50 is fixed and takes no depth"):
         build_backbone("timm/resnet50", depth=3)
@@ -161,5 +161,5 @@ def test_what_is_no_backbone_of_timm():
 
 def test_without_timm_it_is_said_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"model.name timm/resnet50 needs timm: pip install '?timm"):
+    with pytest.raises(UserError, match=r"it needs timm, which is not installed; pip install '?timm"):
         build_backbone("timm/resnet50")
