@@ -104,7 +104,7 @@ class TensorBoard:
         try:
             self._writer = SummaryWriter(self._folder, purge_step=purge_from, flush_secs=10)
         except UnicodeError:
-            raise UserError(f"TensorBoard cannot write to {shown(self._folder)}, whose name is not UTF-8") from None
+            raise UserError(f"the name of {shown(self._folder)} is not UTF-8") from None
         return self._writer
 
 
