@@ -258,7 +258,7 @@ def test_cancelled_it_stays_away(lab):
         and lab.cluster.job(job)["Restarts"] == "0"
         and all(s["samples_seen"] < 4000 for s in stops)
     )
-    assert "is not on its way" in lab.launch("cancel", "cancelled", status=2)
+    assert "is not running: its job" in lab.launch("cancel", "cancelled", status=2)
     assert "cancelled" in lab.launch("list") and "stopped" in lab.launch("status", "cancelled")
 
 
@@ -302,13 +302,13 @@ def test_bad_input_is_refused_before_anything_is_submitted(lab, tmp_path):
         for part in (
             "optim.lr",
             "must divide evenly among the ranks (6)",
-            "nearest numbers that the recipe can take: 2, 4",
+            "cannot share the batch evenly; nearest: 2 or 4",
         )
     ), told
     lab.profile(partition="nowhere")
     assert "SLURM does not take the job" in lab.launch(*start, "--nodes", 1, status=2)
     lab.profile()
-    assert "There is no sbatch on the path" in lab.launch(*start, "--nodes", 1, status=2, path="/bin-without-slurm")
+    assert "sbatch is not on the path" in lab.launch(*start, "--nodes", 1, status=2, path="/bin-without-slurm")
     script = lab.launch(*start, "--nodes", "1-2", "--dry-run")
     assert "#SBATCH --nodes=1-2" in script and "#SBATCH --requeue" in script and "#SBATCH --signal=USR2@60" in script
     assert lab.cluster.run("squeue", "--noheader") == ""
