@@ -73,12 +73,13 @@ def test_the_files_that_a_page_names_are_there(page):
 
 
 def test_the_table_of_rooms_names_what_is_there():
-    """Of every room what is in it: in a row, all in backticks are its modules or folders."""
+    """In a row, all in backticks are modules or folders of its room, at any depth."""
     rows = re.findall(r"^\| (`\S+`(?:, `\S+`)*|core) \| (.*) \|$", (ROOT / "docs" / "design.md").read_text(), re.M)
     named = [room for rooms, _ in rows for room in re.findall(r"`([\w/]+)/`", rooms)]
     rooms = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").is_file()}
     assert set(named) == rooms and len(named) == len(rooms)
     for cell, what in rows:
-        folders = [PACKAGE / room for room in re.findall(r"`([\w/]+)/`", cell)] or [PACKAGE]
+        rooms = [PACKAGE / room for room in re.findall(r"`([\w/]+)/`", cell)]
+        folders = [folder for room in rooms for folder in (room, *room.rglob("*/"))] or [PACKAGE]
         for name in re.findall(r"`([^`]+)`", what):
             assert exists(name, *folders), f"{cell} has no {name}"
