@@ -100,7 +100,7 @@ def list_images(
     Raises UserError; StartStopped where a stop is asked for meanwhile."""
 
     def listed() -> tuple[DataHistory, LabelledImages | None]:
-        with stop.ends("images were listed"):
+        with stop.interrupting("images were listed"):
             history = open_data_history(config, run_dir, saved)
             return history, labelled_images(config, history.source)
 

@@ -41,7 +41,7 @@ class StopRequest:
         self._mine = 0
         self._asked_at, self._looked_at, self._left_word = math.inf, -math.inf, False
         self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
-        self._ends = False
+        self._interrupts = False
 
     def __enter__(self) -> StopRequest:
         self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
@@ -60,8 +60,8 @@ class StopRequest:
             os.kill(os.getpid(), number)
         elif number == signal.SIGINT:
             self._asked_at = min(self._asked_at, time.monotonic())
-        if self._ends:
-            self._ends = False  # once: what comes while that is ended is one request with it
+        if self._interrupts:
+            self._interrupts = False  # once: what comes while that is ended is one request with it
             raise KeyboardInterrupt  # which no `except Exception` takes for its own
 
     def asked(self) -> str | None:
@@ -69,7 +69,7 @@ class StopRequest:
         return signal.Signals(self._mine).name if self._mine else None
 
     @contextmanager
-    def ends(self, what: str) -> Iterator[None]:
+    def interrupting(self, what: str) -> Iterator[None]:
         """A stop that is asked for before or meanwhile ends what is done in it, by StartStopped: listing images may
         take long, and a server's answer for ever. For one rank alone, outside collectives."""
 
@@ -81,14 +81,14 @@ class StopRequest:
 
         before, remote.waiting = remote.waiting, look  # in threads, too, which no signal reaches
         try:
-            self._ends = True
+            self._interrupts = True
             look()
             yield
         except KeyboardInterrupt:
             look()
             raise
         finally:
-            self._ends, remote.waiting = False, before
+            self._interrupts, remote.waiting = False, before
 
     def stop_signal(self, world: World) -> str | None:
         """The name of the signal some rank had got a moment before the previous call (alone: by now); all ranks call it

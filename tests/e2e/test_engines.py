@@ -40,7 +40,7 @@ def test_what_the_engine_taken_does_not_read_is_said(tmp_path, photos):
         tmp_path / "run",
     )
     run("train", given, "--run.dir", place, ranks=2, folder=tmp_path)
-    assert "parallel.reshard_after_forward is False, but has no effect" in events(place, "note")[0]["text"]
+    assert "parallel.reshard_after_forward is false, but has no effect" in events(place, "note")[0]["text"]
 
 
 def test_micro_batches_and_auto_are_said_in_the_log(tmp_path, photos):
