@@ -77,6 +77,7 @@ def test_values_gradients_and_statistics_are_timms(name):
 )
 def test_initial_weights_are_distributed_as_timms(name):
     """And are functions of (seed, name, index): a rank draws its own run alone."""
+    torch.manual_seed(0)  # once in some million draws timm's truncated normal is at its bound, a hundred deviations out
     ours, theirs = built(name), timm.create_model(name, num_classes=0)
     wanted = dict(theirs.named_parameters())
     for key, init in ours.initialisers().items():
