@@ -57,6 +57,11 @@ def plugin_place(plugin: str) -> Path | None:
     return None
 
 
+def module_of(place: Path) -> Path:
+    """What makes up the plugin of this file: it, or the folder of a package."""
+    return place.parent if place.name == "__init__.py" else place
+
+
 def _load_file(place: Path) -> None:
     is_package = place.name == "__init__.py"
     name = place.parent.name if is_package else place.stem

@@ -4,6 +4,7 @@ set apart."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -133,17 +134,24 @@ def sentence(clause: str) -> str:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the other words, `--section.key value` and `--section.key=value` words): what has a dot is a key of a recipe."""
+    """(the other words, `--section.key value` and `--section.key=value` words): what has a dot is a key of a recipe;
+    `--plugin MODULE`, which may come more than once, is run.plugins."""
     own: list[str] = []
     overrides: list[str] = []
+    plugins: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        name, is_whole, _ = word.partition("=")
+        name, is_whole, value = word.partition("=")
+        if name == "--plugin" and (is_whole or rest):
+            plugins.append(value if is_whole else rest.pop(0))
+            continue
         if not (name.startswith("--") and "." in name):
             own.append(word)
             continue
         overrides.append(word)
         if not is_whole and rest and not rest[0].startswith("--"):
             overrides.append(rest.pop(0))
+    if plugins:
+        overrides += ["--run.plugins", json.dumps(plugins, allow_nan=False)]
     return own, overrides

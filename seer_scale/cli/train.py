@@ -12,9 +12,10 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.cli.parser import add_command
-from seer_scale.config import RECIPES, all_keys, load_recipe, recipe_names
+from seer_scale.config import RECIPES, all_keys, load_recipe, plugins_of, recipe_names
 from seer_scale.errors import EXIT_DONE, ConfigError, nothing_begun, print_error
 from seer_scale.files import shown, to_json
+from seer_scale.plugins import load_plugins
 from seer_scale.rank_info import detect
 
 
@@ -62,7 +63,8 @@ def _print_start(recipe: str) -> None:
 def help_of_train(recipe: str = "") -> str:
     """Every key with its type, meaning and default, and with the value a recipe gives it. Raises UserError."""
     given = load_recipe(recipe) if recipe else {}
-    lines = ["usage: seer-scale train RECIPE [--print-config] [--section.key value ...]", ""]
+    load_plugins(plugins_of(given))
+    lines = ["usage: seer-scale train RECIPE [--print-config] [--plugin MODULE] [--section.key value ...]", ""]
     lines += [
         "Trains a recipe, or resumes its run where it stopped.",
         "",
@@ -75,6 +77,7 @@ def help_of_train(recipe: str = "") -> str:
         ),
         "",
     ]
+    lines += ["--plugin MODULE: a Python module that brings methods or backbones, by name or path (run.plugins).", ""]
     lines += ["Precedence: defaults < recipe < command line. Lists are written [1, 2]. Keys, types, defaults:", ""]
     for key, kind, default, meaning in all_keys():
         section, name = key.split(".")

@@ -60,6 +60,9 @@ def evaluated_config(path: Path, overrides: list[str]) -> Config:
     recipe["parallel"] = {
         "device": (recipe.get("parallel") or {}).get("device", "auto")
     }  # how it was trained does not bind its evaluation
+    recipe["run"] = {
+        k: v for k, v in (recipe.get("run") or {}).items() if k != "plugins"
+    }  # loaded where --plugin is given
     recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}
     config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
     if problems := check_device(config):

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.files import to_json, write_whole
 
 LAUNCH_DIR, RECORD, START_LOCK = "launch", "job.json", ".start_lock"
+PLUGINS_DIR = Path("plugins")
+"""Of a copy of the code, where plugins are."""
 ATTEMPT = "SEER_SCALE_ATTEMPT"
 """The environment variable by which ranks know which start they are part of."""
 
@@ -202,21 +204,22 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def snapshot(place: Path, *, write: bool = True) -> str:
-    """A copy of this package below `place`, named after its contents, so that edits reach no run on its way; its
-    path."""
+def snapshot(place: Path, plugins: Sequence[Path] = (), *, write: bool = True) -> str:
+    """A copy of this package below `place`, and of plugins (files, or folders) in its PLUGINS_DIR, named after their
+    contents, so that edits reach no run on its way; its path."""
     package = Path(__file__).parents[1]
-    files = sorted(p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    copies = {path: path.relative_to(package.parent) for path in _files_of(package)}
+    copies |= {path: PLUGINS_DIR / path.relative_to(plugin.parent) for plugin in plugins for path in _files_of(plugin)}
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(package.parent)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    for path, copy in copies.items():
+        digest.update(f"{copy}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     final = place / f"code-{digest.hexdigest()[:12]}"
     if write and not final.is_dir():
         aside = place / f".code-{secrets.token_hex(4)}"
         try:
-            for path in files:
-                (copy := aside / path.relative_to(package.parent)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+            for path, copy in copies.items():
+                (aside / copy).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, aside / copy)
             os.rename(aside, final)
         except OSError:
             if not final.is_dir():  # else another launch was first
@@ -224,6 +227,12 @@ def snapshot(place: Path, *, write: bool = True) -> str:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return str(final)
+
+
+def _files_of(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    return sorted(p for p in place.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
 
 
 def process_mark(pid: int) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from seer_scale.config import Config, Train, as_asked, load_recipe, merge, parse_overrides, resolve
+from seer_scale.config import Config, Train, merge, parse_overrides, plugins_of, resolve
 from seer_scale.errors import ConfigError, Problem, UserError
 from seer_scale.files import write_whole
-from seer_scale.launch.job import Job, cannot_hold_run, snapshot
+from seer_scale.launch.job import PLUGINS_DIR, Job, cannot_hold_run, snapshot
 from seer_scale.launch.profile import Profile
+from seer_scale.plugins import module_of, plugin_place
 from seer_scale.training import resume
-from seer_scale.training.start import resolve_given, run_dir_of
+from seer_scale.training.start import read_recipe, resolve_given, run_dir_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,10 @@ class Request:
 
 def prepare(request: Request, command: Sequence[str]) -> tuple[Job, dict[str, Any], list[str]]:
     """(the job, the recipe that travels with it, what the user should know). Writes nothing. Raises UserError."""
-    given, (over, problems) = load_recipe(request.recipe), parse_overrides(list(request.overrides))
+    given, note = read_recipe(request.recipe, list(request.overrides))
+    over, problems = parse_overrides(list(request.overrides))
     if problems:
         resolve_given(given, list(request.overrides), 1)  # raises these and all others
-    given, note = as_asked(request.recipe, given, over)
     given = merge(given, over)
     if request.name and not (given.get("run") or {}).get("dir"):
         given = merge(given, {"run": {"dir": str(Path("runs") / request.name)}})
@@ -80,10 +81,21 @@ def write_job(job: Job, recipe: dict[str, Any]) -> Job:
     try:
         job.launch_dir.mkdir(parents=True, exist_ok=True)
         job.logs.mkdir(exist_ok=True)
+        plugins = own_plugins(recipe)
+        code = snapshot(job.launch_dir, list(plugins.values()))
+        if plugins:  # ranks take the copies; installed ones are what they are
+            copies = {name: str(Path(code) / PLUGINS_DIR / module.name) for name, module in plugins.items()}
+            recipe = merge(recipe, {"run": {"plugins": [copies.get(name, name) for name in plugins_of(recipe)]}})
         write_whole(job.recipe, yaml.safe_dump(recipe, sort_keys=False))
-        return dataclasses.replace(job, code=snapshot(job.launch_dir))
+        return dataclasses.replace(job, code=code)
     except OSError as error:
         raise cannot_hold_run(job.run_dir, error) from error
+
+
+def own_plugins(recipe: dict[str, Any]) -> dict[str, Path]:
+    """The plugins of a recipe that are files or folders, which travel with a job: as they are named, and where they
+    lie."""
+    return {name: module_of(place) for name in plugins_of(recipe) if (place := plugin_place(name))}
 
 
 def _ranks_of_recipe(given: dict[str, Any]) -> int:

@@ -134,10 +134,13 @@ def _run_here(prepared: list[Prepared]) -> int:
 
 def _print_scripts(prepared: list[Prepared]) -> int:
     from seer_scale.launch import slurm
+    from seer_scale.launch.prepare import own_plugins
 
     for group in group_by_nodes(prepared):
-        first = group[0][0]
-        print(slurm.script(dataclasses.replace(first, code=snapshot(first.launch_dir, write=False)), len(group)))
+        first, plugins = group[0][0], list(own_plugins(group[0][1]).values())
+        print(
+            slurm.script(dataclasses.replace(first, code=snapshot(first.launch_dir, plugins, write=False)), len(group))
+        )
         if len(group) > 1:
             print("\n".join(f"# {n}: {display_name(job)}" for n, (job, _, _) in enumerate(group)))
     return EXIT_DONE

@@ -17,6 +17,8 @@ class Backbone(nn.Module, ABC):
     """Construction draws nothing and works on the meta device."""
 
     num_features: int
+    transform: object = None
+    """What an image needs before: set where a backbone is loaded from a run (`seer_scale.load`)."""
 
     if TYPE_CHECKING:
 

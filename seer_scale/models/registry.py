@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from seer_scale.errors import UserError, closest, nearest
+from seer_scale.errors import NOTHING, Problem, UserError, closest, nearest
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Init, initial_values
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
@@ -18,9 +19,26 @@ from seer_scale.models.timm_adaptor import PREFIX, build_timm
 GENERATOR_FIELDS = {f.name: f for f in fields(RegNetSpec) if f.name != "stem_width"}
 
 
+_REGISTERED: dict[str, Callable[[], Backbone]] = {}
+F = TypeVar("F", bound=Callable[[], Backbone])
+
+
+def register_backbone(name: str) -> Callable[[F], F]:
+    """A decorator: this class, or function, makes the backbone `name` (`model.name`) when it is called without
+    arguments, on the meta device. Raises ValueError where the name is taken by one of this package."""
+
+    def register(factory: F) -> F:
+        if name in REGNETY or name == "regnety" or name.startswith(PREFIX):
+            raise ValueError(f"there is a backbone {name} already")
+        _REGISTERED[name] = factory
+        return factory
+
+    return register
+
+
 def backbone_names() -> list[str]:
     """Every name `build_backbone` knows beside timm's; `regnety` is the one whose generator is given freely."""
-    return [*REGNETY, "regnety"]
+    return [*REGNETY, *_REGISTERED, "regnety"]
 
 
 def build_backbone(name: str, **generator: Any) -> Backbone:
@@ -30,27 +48,34 @@ def build_backbone(name: str, **generator: Any) -> Backbone:
     `regnety` takes depth, w0, wa, wm, group_width and, if wished, se_ratio. Raises UserError for a name or values that
     make no network.
     """
+    fixed: Callable[[], Backbone] | None = _REGISTERED.get(name)
     if name.startswith(PREFIX):
+        fixed = partial(build_timm, name)
+    elif name in REGNETY:
+        fixed = partial(RegNetY, REGNETY[name])
+    if fixed:
         if generator:
-            raise UserError(f"{name} is fixed and takes no {', '.join(generator)}: use regnety to choose freely.")
-        return build_timm(name)
-    if name in REGNETY:
-        if generator:
-            raise UserError(f"{name} is fixed and takes no {', '.join(generator)}: use regnety to choose freely.")
-        return RegNetY(REGNETY[name])
+            rule = f"is fixed and takes no {', '.join(generator)}"
+            raise UserError(Problem("model.name", name, f"it {rule}", "use regnety to choose freely"))
+        return fixed()
     if name != "regnety":
-        near = f"did you mean {found}? " if (found := closest(name, backbone_names())) else ""
-        raise UserError(
-            f"There is no backbone {name}: {near}(known: {', '.join(backbone_names())}; timm/NAME for timm's)"
-        )
+        near = f"did you mean {found}?" if (found := closest(name, backbone_names())) else ""
+        known = f"there is no such backbone (known: {', '.join(backbone_names())}; timm/NAME for timm's)"
+        raise UserError(Problem("model.name", name, known, near))
+    problems = []
     for key, value in generator.items():
         if key not in GENERATOR_FIELDS:
-            raise UserError(f"regnety takes no {key}: {nearest(key, GENERATOR_FIELDS)}")
+            fix = nearest(key, GENERATOR_FIELDS)
+            problems.append(Problem(f"model.{key}", NOTHING, "is no key of regnety", fix))
+            continue
         kind = int if GENERATOR_FIELDS[key].type == "int" else (int, float)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"regnety cannot have {key} {value!r}: it must be {GENERATOR_FIELDS[key].type}.")
-    if missing := [key for key, f in GENERATOR_FIELDS.items() if f.default is MISSING and key not in generator]:
-        raise UserError(f"regnety also needs {', '.join(missing)}.")
+            problems.append(Problem(f"model.{key}", value, f"must be {GENERATOR_FIELDS[key].type}"))
+    for key, field in GENERATOR_FIELDS.items():
+        if field.default is MISSING and key not in generator:
+            problems.append(Problem(f"model.{key}", NOTHING, "is missing, which model.name regnety needs"))
+    if problems:
+        raise UserError(*problems)
     return RegNetY(RegNetSpec(**generator))
 
 

@@ -19,7 +19,7 @@ from seer_scale.methods.registry import build_method
 from seer_scale.optim.schedules import LearningRate
 
 BACKBONE = "model/backbone."
-START_KEYS = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoint.init_part")
+START_KEYS = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoint.init_part", "run.plugins")
 """Keys of where a run lies and how it began, which a resume may give otherwise."""
 PATH_KEYS = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
 LEARNING_RATE_PREFIXES = ("schedule.", "optim.lr", "train.total_samples", "train.global_batch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -52,29 +52,36 @@ THREADS_A_CORE = 4
 """The most that train.threads may ask for: hundreds of them keep a machine from everything, a stop among it."""
 
 
-def resolve_recipe(recipe: str, overrides: list[str], world_size: int, *, looks: bool = True) -> Config:
+Recipe = str | dict[str, Any]
+"""A shipped recipe's name, the path of a YAML file, or the mapping in one."""
+Overrides = Sequence[str] | dict[str, Any]
+"""Words of a command line, `--section.key value`, or a mapping of sections."""
+
+
+def resolve_recipe(recipe: Recipe, overrides: Overrides, world_size: int, *, looks: bool = True) -> Config:
     """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError.
 
     looks: whether at what lies in data.path, too, and in kNN's folders; else `look` is for whoever does.
     """
-    return resolve_given(read_recipe(recipe, overrides), overrides, world_size, looks=looks)
+    return resolve_given(read_recipe(recipe, overrides)[0], overrides, world_size, looks=looks)
 
 
-def read_recipe(recipe: str, overrides: list[str]) -> dict[str, Any]:
-    """The recipe's mapping, for the images that are named. Raises UserError."""
-    load_plugins(plugins_of(load_recipe(recipe), overrides))
-    return as_asked(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[0]
+def read_recipe(recipe: Recipe, overrides: Overrides) -> tuple[dict[str, Any], str]:
+    """The recipe's mapping, without what goes with its own images, network or method where others are named, and a
+    sentence that says so. Loads its plugins. Raises UserError."""
+    given = recipe if isinstance(recipe, dict) else load_recipe(recipe)
+    load_plugins(plugins_of(given, overrides))
+    over = overrides if isinstance(overrides, dict) else parse_overrides(overrides)[0]
+    return as_asked(recipe if isinstance(recipe, str) else "", given, over)
 
 
-def look_at_recipe(recipe: str, overrides: list[str], world_size: int) -> tuple[Config, list[Problem]]:
+def look_at_recipe(recipe: Recipe, overrides: Overrides, world_size: int) -> tuple[Config, list[Problem]]:
     """As `resolve_recipe`, with the problems beside the Config. Raises UserError where a value cannot be read."""
     extra_checks = partial(_beyond_config, world_size=world_size, looks=True)
-    return checked(read_recipe(recipe, overrides), overrides, world_size=world_size, extra_checks=extra_checks)
+    return checked(read_recipe(recipe, overrides)[0], overrides, world_size=world_size, extra_checks=extra_checks)
 
 
-def resolve_given(
-    given: dict[str, Any], overrides: list[str] | dict[str, Any], world_size: int, *, looks: bool = True
-) -> Config:
+def resolve_given(given: dict[str, Any], overrides: Overrides, world_size: int, *, looks: bool = True) -> Config:
     """As `resolve_recipe`, of a recipe that has been read."""
     extra_checks = partial(_beyond_config, world_size=world_size, looks=looks)
     return resolve(given, overrides, world_size=world_size, extra_checks=extra_checks)
@@ -170,17 +177,18 @@ def _check_kind(path: str) -> None:
         kind_of(path)
 
 
-def run_training(recipe: str, overrides: list[str], attempt: str = "") -> int:
+def run_training(recipe: Recipe, overrides: Overrides, attempt: str = "") -> int:
     """Resolve the recipe for the ranks the environment tells of, join them, train; returns the exit status.
 
     attempt: a word all ranks of this start share (see distributed.init). Raises UserError.
     """
     with nothing_begun():
         info = detect()
-        config = resolve_recipe(recipe, overrides, info.size, looks=info.size == 1)
-        if note := as_asked(recipe, load_recipe(recipe), parse_overrides(overrides)[0])[1] * (info.rank == 0):
+        given, note = read_recipe(recipe, overrides)
+        config = resolve_given(given, overrides, info.size, looks=info.size == 1)
+        if note and info.rank == 0:
             print(note, flush=True)
-        run_dir = run_dir_of(config, recipe)
+        run_dir = run_dir_of(config, recipe if isinstance(recipe, str) else "")
     timeouts = Timeouts.of(config)
     with (
         _no_empty_run(run_dir, info),
@@ -256,4 +264,8 @@ def _no_empty_run(run_dir: Path, info: RankInfo) -> Iterator[None]:
 
 
 def run_dir_of(config: Config, recipe: str) -> Path:
-    return Path(config.run.dir or Path("runs") / Path(recipe).stem)
+    return Path(config.run.dir) if config.run.dir else default_run_dir(recipe)
+
+
+def default_run_dir(recipe: str) -> Path:
+    return Path("runs") / Path(recipe).stem

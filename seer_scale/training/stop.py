@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ class StopRequest:
     others may come as often as a queue likes.
 
     Enter it before ranks join: a signal that comes while they wait for each other ends that, and a later one is
-    honoured at the first boundary. Signals that a launcher had blocked until now are let in.
+    honoured at the first boundary. Signals that a launcher had blocked until now are let in. In a thread that is not
+    the main one it takes none.
     """
 
     def __init__(self) -> None:
@@ -44,7 +46,8 @@ class StopRequest:
         self._interrupts = False
 
     def __enter__(self) -> StopRequest:
-        self._before = {s: signal.signal(s, self._ask) for s in stop_signals()}
+        takes_signals = threading.current_thread() is threading.main_thread()  # Python gives no other thread any
+        self._before = {s: signal.signal(s, self._ask) for s in stop_signals()} if takes_signals else {}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 

@@ -46,7 +46,8 @@ class Watchdog:
         self._over.set()
         if self._limit_s:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handler
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:

@@ -11,6 +11,7 @@ import seer_scale
 
 HOUSE = Path(seer_scale.__file__).parent
 ROOMS = [
+    "api",
     "cli",
     "bench",
     "launch",
@@ -49,6 +50,7 @@ ONLY = {
     "torch.distributed.fsdp": {"parallel"},
 }
 MODULES = sorted(HOUSE.rglob("*.py"))
+METHODS = [p.parent.name for p in HOUSE.glob("methods/*/settings.py")]
 
 
 def room(parts: tuple[str, ...]) -> str:
@@ -70,11 +72,8 @@ def imported(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(HOUSE)) for p in MODULES])
 def test_imports_point_down(path):
-    here = (
-        room(path.relative_to(HOUSE).with_suffix("").parts)
-        if path.name != "__init__.py" or path.parent != HOUSE
-        else "core"
-    )
+    where = path.relative_to(HOUSE)
+    here = "api" if where == Path("__init__.py") else room(where.with_suffix("").parts)  # the package is the face
     assert here in ROOMS, f"{here} is no room of the house"
     for name in imported(path):
         parts = name.split(".")
@@ -96,3 +95,22 @@ def test_what_writes_json_says_that_it_is_strict(path):
             assert shows or "allow_nan" in [k.arg for k in node.keywords], (
                 f"line {node.lineno} may write NaN or Infinity"
             )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(HOUSE)) for p in MODULES])
+def test_no_method_is_named_outside_of_their_room(path):
+    """In code: prose may say where an idea is from. Benches compare one with its reference; the default has a name."""
+    where = path.relative_to(HOUSE)
+    if where.parts[0] in ("methods", "bench"):
+        return
+    tree = ast.parse(path.read_text())
+    holders = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    prose = {id(line.value) for h in holders for line in h.body if isinstance(line, ast.Expr)}
+    said = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute | ast.ImportFrom):
+            said.append(getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "module", None) or "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            said.append(node.value)
+    named = [s for s in said for method in METHODS if method in s.lower()]
+    assert named == (["swav"] if where == Path("config/schema.py") else []), named

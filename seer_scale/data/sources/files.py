@@ -112,6 +112,16 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def of_paths(paths: Sequence[str]) -> Files:
+    """Images at these paths or URLs, in their order, without labels. Raises DataError where there is none."""
+    if not paths:
+        raise DataError("There is no image: the list of paths is empty.")
+    names = NamesBuilder()
+    for path in paths:
+        names.add(path)
+    return Files("", names.build(), None, (), {})
+
+
 def folder(path: str, exclude: Sequence[str] = ()) -> Files:
     """Every image below a folder, but for those in folders of runs, in sorted order. The first-level subfolders are the
     classes, where there are at least two; an image outside them has no label. Raises DataError when there is no image.

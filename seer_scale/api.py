@@ -1,0 +1,304 @@
+"""The Python face: `import seer_scale`, then `train`, `load`, `embed`, `views`.
+
+What the command line does, these do; errors are `seer_scale.UserError`, whose `problems` have key, value, rule and
+nearest fix. Under `torchrun` and `srun` every process calls the same.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from seer_scale.checkpoint import store
+from seer_scale.config import Config, checked, load_recipe, merge, read_config
+from seer_scale.cores import available_cores
+from seer_scale.data.loading.loader import eval_batches
+from seer_scale.data.sources import open_source
+from seer_scale.data.sources.files import of_paths
+from seer_scale.data.transforms.decode import decode
+from seer_scale.data.transforms.on_device import to_float
+from seer_scale.data.transforms.views import make_views, resize_centre
+from seer_scale.distributed import World
+from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
+from seer_scale.models.registry import build_backbone, reset_buffers
+from seer_scale.observe.records import read_metrics
+from seer_scale.plugins import load_plugins
+from seer_scale.rank_info import detect
+from seer_scale.training.start import default_run_dir, run_training
+
+if TYPE_CHECKING:
+    from seer_scale.models.backbone import Backbone
+
+__all__ = ["Embedded", "Run", "Transform", "ViewSheet", "embed", "load", "train", "views"]
+
+PREFIX = "model/backbone."
+"""What the names of a backbone's tensors begin with in a checkpoint."""
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+"""An image: a path, a file's bytes, Pillow's, or RGB uint8 [H, W, 3]."""
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, whether it trains, has ended or is to go on."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def config(self) -> Config:
+        """The recipe as it was resolved. Raises UserError where the folder has none."""
+        return read_config(load_recipe(str(self.path / "config.yaml")), [])
+
+    @property
+    def samples_seen(self) -> int:
+        """By the newest valid checkpoint; 0 without one."""
+        found = store.latest(self.path / "checkpoints", World(), verify=False)
+        return store.read_meta(found)["samples_seen"] if found else 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.samples_seen >= self.config.train.total_samples
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metric lines, oldest first, without what a restart did again; `pandas.DataFrame(run.metrics())`."""
+        return read_metrics(self.path)[0]
+
+    def events(self) -> list[dict[str, Any]]:
+        """What was told beside them: starts, checkpoints, evaluations, trouble."""
+        return read_metrics(self.path)[1]
+
+    def report(self) -> Path:
+        """Write report.html, as it stands now; its path."""
+        from seer_scale.observe.report import write_report  # loads matplotlib
+
+        return write_report(self.path)
+
+    def load(self, which: str = "last") -> Backbone:
+        """`load` of this run."""
+        return load(self.path, which=which)
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    data: str | Path | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    plugins: Sequence[str] = (),
+    **overrides: Any,
+) -> Run:
+    """Train a recipe, or go on where its run stopped; returns the run when it has ended or was stopped.
+
+    recipe: a shipped one's name, a YAML file, or a mapping of sections. data: `data.path`. overrides: sections, as in
+    `train={"total_samples": 10_000}`, or dotted keys, as in `**{"optim.lr": 0.1}`. In a notebook, interrupting the cell
+    saves and stops; the same call goes on. In a thread that is not the main one no signal reaches the run. A process
+    that is alone has no watchdog unless `run.hang_timeout_s` is given, as that would end the notebook.
+
+    Under torchrun or srun all processes call it alike (collective). Raises UserError: `ConfigError`, with every
+    problem, before any device is taken; `TrainingError` where the run cannot go on.
+    """
+    given = load_recipe(str(recipe)) if isinstance(recipe, str | Path) else dict(recipe)
+    over = merge(_sections(overrides), {"data": {"path": str(data)}} if data is not None else {})
+    if plugins:
+        over = merge(over, {"run": {"plugins": list(plugins)}})
+    own = merge(given, over).get("run") or {}
+    if run_dir is None and not own.get("dir"):
+        if not isinstance(recipe, str | Path):
+            fix = "give one: a recipe that is a mapping has no name"
+            raise ConfigError([Problem("run.dir", NOTHING, "is missing", fix)])
+        run_dir = default_run_dir(str(recipe))
+    path = Path(run_dir or own["dir"])
+    if detect().size == 1 and "hang_timeout_s" not in own:
+        over = merge(over, {"run": {"hang_timeout_s": 0}})
+    run_training(recipe if isinstance(recipe, dict) else str(recipe), merge(over, {"run": {"dir": str(path)}}))
+    return Run(path)
+
+
+def _sections(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections and dotted keys as one mapping of sections."""
+    out: dict[str, Any] = {}
+    for key, value in overrides.items():
+        section, dot, name = key.partition(".")
+        out = merge(out, {section: {name: value} if dot else value})
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ what was learned
+
+
+class Transform:
+    """An image as a backbone wants it: the short side is resized to 8/7 of `size`, the centre cropped, normalised."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        """float32 [3, size, size], normalised. Raises DataError for what is no image."""
+        planes = torch.from_numpy(resize_centre(_pixels(image), self.size))
+        return to_float(planes[None])[0]
+
+    def __repr__(self) -> str:
+        return f"Transform(size={self.size})"
+
+
+def load(path: str | Path, *, which: str = "last", plugins: Sequence[str] = ()) -> Backbone:
+    """The backbone of a run or a checkpoint: an `nn.Module` on the CPU, in eval mode, of images [N, 3, S, S] or a list
+    of such, one a resolution, to features [N, num_features] or a list. Its `transform` is the right preprocessing.
+
+    which: of a run, "last" or "best" or samples seen. plugins: those that bring the backbone; none that a checkpoint
+    names is loaded by itself. Weights alone are read, straight from the shards: no optimiser state, no process group,
+    nothing pickled. Raises UserError, CheckpointError.
+    """
+    load_plugins(plugins)
+    place = _checkpoint(Path(path), which)
+    meta = store.read_meta(place)
+    problems: list[Problem] = []
+    config = read_config(meta["config"], problems)
+    if own := [p for p in problems if p.key.startswith("model")]:
+        raise ConfigError(own, f"The recipe of {place}")
+    with torch.device("meta"):
+        backbone = build_backbone(config.model.name, **config.model.explicit_keys())
+    backbone = backbone.to_empty(device="cpu").eval()
+    reset_buffers(backbone)
+    held = store.contents(place)
+    state = {PREFIX + name: p.detach() for name, p in backbone.named_parameters()}
+    state |= {PREFIX + name: b for name, b in backbone.named_buffers() if PREFIX + name in held}  # others are constants
+    store.load(place, state, World(), prefixes=PREFIX)
+    backbone.transform = Transform(config.knn.size)
+    return backbone
+
+
+def _checkpoint(path: Path, which: str) -> Path:
+    """The checkpoint that is meant. Raises UserError."""
+    if (path / store.MANIFEST).is_file():
+        return path
+    folder = path / "checkpoints"
+    if which == "last":
+        found = store.latest(folder, World())
+    else:
+        named = folder / (store.BEST if which == "best" else f"samples-{which.zfill(12)}")
+        found = named if (named / store.MANIFEST).is_file() else None
+    if found is None:
+        there = ", ".join(sorted(p.name for p in folder.glob("samples-*"))) if folder.is_dir() else ""
+        fix = f"there are {there}" if there else "give a run's folder with checkpoints, or a checkpoint's"
+        raise UserError(
+            Problem(str(path), NOTHING, f"has no checkpoint {which}" if there else "has no valid checkpoint", fix)
+        )
+    return found
+
+
+class Embedded(NamedTuple):
+    """features: float32 [N, num_features]. names: of the images, as a log shows them. labels: int64 [N], -1 where there
+    is none; classes: what they are called."""
+
+    features: Tensor
+    names: list[str]
+    labels: Tensor
+    classes: list[str]
+
+
+@torch.no_grad()
+def embed(
+    model: nn.Module,
+    images: str | Path | Sequence[str | Path],
+    *,
+    batch: int = 64,
+    workers: int | None = None,
+    size: int | None = None,
+) -> Embedded:
+    """Features of every image that can be read, in order, on the device of the model's parameters.
+
+    images: whatever `data.path` takes (a folder, a list, tars, `hf:NAME` ...), or paths of images. size: in pixels;
+    the model's `transform` says it otherwise. workers: loader processes; as many as cores otherwise, 4 at most. Raises
+    DataError where there is none.
+    """
+    source = open_source(str(images)) if isinstance(images, str | Path) else of_paths([str(p) for p in images])
+    if size is None:
+        transform = getattr(model, "transform", None)
+        size = transform.size if isinstance(transform, Transform) else 224
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    workers = min(4, available_cores()) if workers is None else workers
+    before, features, labels, numbers = model.training, [], [], []
+    model.eval()
+    try:
+        for pixels, label, number in eval_batches(source, np.arange(len(source)), size, batch=batch, workers=workers):
+            features.append(model(to_float(pixels.to(device))).float().cpu())
+            labels.append(label)
+            numbers += number.tolist()
+    finally:
+        model.train(before)
+    if not features:
+        raise UserError(Problem("images", str(images), "none of them can be read"))
+    return Embedded(torch.cat(features), [source.name(i) for i in numbers], torch.cat(labels), list(source.classes))
+
+
+# ------------------------------------------------------------------------------------------------ augmentations
+
+
+@dataclass(frozen=True)
+class ViewSheet:
+    """The crops that training would see. crops: for each kind in views.crops uint8 [num, S, S, 3]."""
+
+    crops: list[np.ndarray]
+
+    def sheet(self, columns: int = 8) -> Image.Image:
+        """All crops as one picture, a kind after the other."""
+        gap, rows = 4, []
+        for kind in self.crops:
+            rows += [kind[i : i + columns] for i in range(0, len(kind), columns)]
+        width = max(len(row) * (row.shape[2] + gap) for row in rows) - gap
+        page = Image.new("RGB", (width, sum(row.shape[1] + gap for row in rows) - gap), "white")
+        top = 0
+        for row in rows:
+            for n, crop in enumerate(row):
+                page.paste(Image.fromarray(crop), (n * (row.shape[2] + gap), top))
+            top += row.shape[1] + gap
+        return page
+
+    def _repr_png_(self) -> bytes:
+        """How a notebook shows it."""
+        out = io.BytesIO()
+        self.sheet().save(out, "png")
+        return out.getvalue()
+
+
+def views(
+    recipe: str | Path | Mapping[str, Any],
+    image: ImageLike,
+    *,
+    epoch: int = 0,
+    index: int = 0,
+    **overrides: Any,
+) -> ViewSheet:
+    """What a recipe's augmentations make of an image: the crops that training sees of image number `index` in `epoch`,
+    which are a function of those and `run.seed`. overrides: as in `train`. Raises UserError."""
+    given = load_recipe(str(recipe)) if isinstance(recipe, str | Path) else dict(recipe)
+    over = merge({"data": {"path": "-"}}, _sections(overrides))
+    config, problems = checked(given, over)
+    if own := [p for p in problems if p.key.startswith(("views", "run."))]:
+        raise ConfigError(own)
+    made = make_views(_pixels(image), config.views, config.run.seed, epoch, index)
+    return ViewSheet([np.ascontiguousarray(kind.transpose(0, 2, 3, 1)) for kind in made])
+
+
+def _pixels(image: ImageLike) -> np.ndarray:
+    """RGB uint8 [H, W, 3]. Raises DataError for what is no whole image."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(Problem("image", f"{image.dtype} {list(image.shape)}", "must be RGB uint8 [H, W, 3]"))
+        return image
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    return decode(image if isinstance(image, bytes) else Path(image).read_bytes())

@@ -1,0 +1,105 @@
+"""A plugin, as a user would write it beside their images: a method with settings of its own, and a backbone.
+
+The method regresses the mean colour of an image from its first crop's features. Tests load this file by its path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seer_scale.config import Config, MethodSettings, opt
+from seer_scale.distributed import World
+from seer_scale.errors import Problem
+from seer_scale.methods.base import Baseline, Features, LossOutput, Method
+from seer_scale.methods.registry import register_method
+from seer_scale.models.backbone import Backbone
+from seer_scale.models.init import Constant, Init, Normal
+from seer_scale.models.layers.norm import BatchNorm
+from seer_scale.models.registry import build_backbone, register_backbone
+from seer_scale.models.regnet import Conv, Stem
+
+
+@register_backbone("plain_convnet")
+class PlainConvNet(Backbone):
+    num_features = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Stem(3, 8, kernel_size=3, stride=2)
+        self.s1 = Stem(8, 16, kernel_size=3, stride=2)
+
+    def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
+        return [x.mean((2, 3)) for x in self.forward_units(["stem", "s1"], xs)]
+
+    def shard_units(self) -> dict[str, nn.Module]:
+        return {"stem": self.stem, "s1": self.s1}
+
+    def stage_units(self) -> list[list[str]]:
+        return [["s1"]]
+
+    def initialisers(self) -> dict[str, Init]:
+        inits: dict[str, Init] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Conv):
+                inits[f"{name}.weight"] = Normal(math.sqrt(2 / (9 * module.out_channels)))
+            elif isinstance(module, BatchNorm):
+                inits[f"{name}.weight"], inits[f"{name}.bias"] = Constant(1), Constant(0)
+        return inits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColoursSettings(MethodSettings):
+    channels: int = opt(3, "colour channels that are regressed", ge=1, le=3, of_network=True)
+    weight: float = opt(1.0, "of the loss", gt=0)
+
+    def rules(self, config: Config) -> Iterator[Problem]:
+        if self.weight > 10 * self.channels:
+            yield Problem("colours.weight", self.weight, "must be at most ten a channel", 10 * self.channels)
+
+
+@register_method("colours", ColoursSettings)
+class Colours(Method[None, None]):
+    def __init__(self, config: Config, world: World):
+        super().__init__()
+        self.settings, self.num_crops = config.settings_as(ColoursSettings), config.num_crops
+        self.backbone = build_backbone(config.model.name, **config.model.explicit_keys())
+        self.head = nn.Linear(self.backbone.num_features, self.settings.channels)
+
+    def shard_units(self) -> dict[str, nn.Module]:
+        return {f"backbone.{k}": unit for k, unit in self.backbone.shard_units().items()} | {"head": self.head}
+
+    def initialisers(self) -> dict[str, Init]:
+        inits = {f"backbone.{k}": v for k, v in self.backbone.initialisers().items()}
+        return inits | {"head.weight": Normal(0.1), "head.bias": Constant(0)}
+
+    def loss(
+        self, views: list[Tensor], *, samples_seen: int, targets: None = None, with_metrics: bool = False
+    ) -> LossOutput:
+        """Mean squared error of each crop's mean colour."""
+        predicted = self.head(torch.cat(self.backbone(views))).float()
+        wanted = torch.cat([crops.float().mean((2, 3)) for crops in views])[:, : self.settings.channels]
+        error = F.mse_loss(predicted, wanted)
+        return LossOutput(self.settings.weight * error, {"error": error.detach()} if with_metrics else {})
+
+    def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> None:
+        """Nothing is decided over the whole batch."""
+
+    def targets(self, inputs: Sequence[None], samples_seen: int) -> list[None]:
+        return [None for _ in inputs]
+
+    def encode(self, images: Tensor) -> Features:
+        features = self.backbone([images])[0].float()
+        return Features(features, F.normalize(features, dim=1))
+
+    @property
+    def baseline(self) -> Baseline:
+        return Baseline("the mean colour of all", self.settings.weight)
+
+    def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:
+        return {"colours/error": means["error"].item()} if means else {}

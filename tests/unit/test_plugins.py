@@ -1,0 +1,139 @@
+"""Methods and backbones from outside: one file beside a user's images brings both, to every command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import seer_scale
+from seer_scale import plugins
+from seer_scale.config import all_keys, load_recipe, resolve
+from seer_scale.errors import UserError
+from seer_scale.launch.prepare import Request, own_plugins, prepare, write_job
+from seer_scale.launch.profile import Profile
+from tests.e2e.runs import RECIPE
+
+COLOURS = Path(__file__).parents[1] / "colours.py"
+
+
+def run(*words: object, folder: Path, status: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "seer_scale", *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def beside(tmp_path) -> Path:
+    """A folder with the plugin under a name of the user's, and a recipe that names method and backbone."""
+    shutil.copyfile(COLOURS, tmp_path / "my_module.py")
+    given = {k: v for k, v in RECIPE.items() if k not in ("swav", "model")}
+    given |= {"model": {"name": "plain_convnet"}, "method": {"name": "colours"}, "knn": {"enabled": False}}
+    given["train"] = RECIPE["train"] | {"total_samples": 32}
+    given["optim"] = {"name": "sgd", "lr": 0.1, "lr_batch": 0}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+    return tmp_path
+
+
+def test_a_file_beside_brings_a_method_and_a_backbone(beside, photos):
+    words = ("train", "recipe.yaml", "--data.path", photos, "--run.dir", "run")
+    told = run(*words, folder=beside, status=2)
+    assert "method.name is colours, but must be one of swav" in told and "--plugin" in told
+    told = run(*words, "--plugin", "my_module", "--colours.weight", 50, folder=beside, status=2)
+    assert "colours.weight is 50, but must be at most ten a channel; nearest: 30" in told
+    said = run(*words, "--plugin", "my_module", "--colours.weight", 2, folder=beside)
+    assert "Training plain_convnet" in said
+    lines = seer_scale.Run(beside / "run").metrics()
+    assert [r["samples_seen"] for r in lines if "loss" in r][-1] == 32
+    assert all(r["loss"] == pytest.approx(2 * r["colours/error"]) for r in lines if "loss" in r)
+    config = yaml.safe_load((beside / "run" / "config.yaml").read_text())
+    assert config["run"]["plugins"] == ["my_module"] and config["colours"]["weight"] == 2 and "swav" not in config
+    more = run(*words, "--plugin", "my_module", "--colours.weight", 2, "--train.total_samples", 48, folder=beside)
+    assert "Going on from" in more and "run.plugins" not in more
+    assert "--colours.channels int" in run("train", "recipe.yaml", "--plugin=my_module", "--help", folder=beside)
+    program = "import seer_scale; m = seer_scale.load('run', plugins=['my_module']); print(m.num_features)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=beside, capture_output=True, text=True)
+    assert done.stdout == "16\n", done.stderr
+
+
+def test_what_a_checkpoint_names_is_not_imported(beside, photos):
+    run("train", "recipe.yaml", "--data.path", photos, "--run.dir", "run", "--plugin", "my_module", folder=beside)
+    (beside / "my_module.py").write_text("open('imported', 'w')\n" + COLOURS.read_text())
+    run("inspect", "run", folder=beside)
+    run("report", "run", folder=beside)
+    told = run("eval", "knn", "run", "--knn.bank", photos, folder=beside, status=2)
+    assert "--plugin" in told and not (beside / "imported").exists()
+
+
+def test_a_launched_run_takes_a_copy_of_its_plugins(beside, photos, monkeypatch):
+    """Edits reach no run on its way: that of a file, of a package; an installed module is named as it is."""
+    monkeypatch.chdir(beside)
+    (beside / "package").mkdir()
+    (beside / "package" / "__init__.py").write_text("from package.part import VALUE\n")
+    (beside / "package" / "part.py").write_text("VALUE = 1\n")
+    names = ["my_module", "./package", "json"]
+    words = ["--data.path", str(photos), "--run.plugins", json.dumps(names)]
+    request = Request(recipe="recipe.yaml", cluster="local", profile=Profile(), overrides=words)
+    job, recipe, _ = prepare(request, [])
+    assert set(own_plugins(recipe)) == {"my_module", "./package"}
+    code = Path(write_job(job, recipe).code)
+    travels = yaml.safe_load(job.recipe.read_text())["run"]["plugins"]
+    assert travels == [str(code / "plugins" / "my_module.py"), str(code / "plugins" / "package"), "json"]
+    assert (code / "plugins" / "package" / "part.py").read_text() == "VALUE = 1\n"
+    (beside / "package" / "part.py").write_text("VALUE = 2\n")
+    assert write_job(job, recipe).code != str(code)
+
+
+def test_names_are_loaded_once_and_stay_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("counting_plugin.py").write_text("import builtins\nbuiltins.counted = getattr(builtins, 'counted', 0) + 1\n")
+    plugins.load_plugins(["counting_plugin", "./counting_plugin.py", str(tmp_path / "counting_plugin.py")])
+    import builtins
+
+    assert builtins.counted == 1
+    Path("torch.py").write_text("")
+    for plugin, words in (
+        ("./torch.py", "there is a module torch already"),
+        ("nowhere_to_be_found", "there is no such module"),
+        ("./gone.py", "no module lies there"),
+        ("a-b", "there is no such module"),
+    ):
+        with pytest.raises(UserError) as caught:
+            plugins.load_plugins([plugin])
+        (problem,) = caught.value.problems
+        assert problem.key == "run.plugins" and words in problem.rule
+    Path("broken_plugin.py").write_text("1 / 0\n")
+    with pytest.raises(UserError, match="cannot be loaded .ZeroDivisionError"):
+        plugins.load_plugins(["broken_plugin"])
+    assert "broken_plugin" not in sys.modules
+    Path("lacking_plugin.py").write_text("import not_installed_at_all\n")
+    with pytest.raises(UserError, match="needs not_installed_at_all, which is not installed"):
+        plugins.load_plugins(["lacking_plugin"])
+
+
+def test_a_recipe_names_its_plugins_itself(monkeypatch):
+    """The section is known before it is read, and its keys to the hints."""
+    given = {
+        "data": {"path": "-"},
+        "train": {"total_samples": 8, "global_batch": 8},
+        "model": {"name": "plain_convnet"},
+    }
+    given |= {"run": {"plugins": [str(COLOURS)]}, "method": {"name": "colours"}, "colours": {"channels": 2}}
+    config = resolve(given, ["--colours.weight", "3"])
+    assert config.to_dict()["colours"] == {"channels": 2, "weight": 3.0} and "swav" not in config.to_dict()
+    assert resolve(config.to_dict()) == config
+    assert ("colours.channels", "int", 3, "colour channels that are regressed") in all_keys()
+    with pytest.raises(UserError) as caught:
+        resolve(given | {"swav": {"queue": 0}}, ["--colours.chanels", "3"])
+    assert {(p.key, p.nearest) for p in caught.value.problems} == {
+        ("swav", "remove the section"), ("colours.chanels", "did you mean colours.channels?"),
+    }  # fmt: skip
+    demo = resolve(load_recipe("demo"), ["--data.path", "-"])
+    assert demo.method.name == "swav" and "colours" not in demo.to_dict()
