@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedded", "Run", "Transform", "ViewSheet", "embed", "load", "train", "views"]
 
-PREFIX = "model/backbone."
-"""What the names of a backbone's tensors begin with in a checkpoint."""
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
 """An image: a path, a file's bytes, Pillow's, or RGB uint8 [H, W, 3]."""
 
@@ -172,11 +170,11 @@ def load(path: str | Path, *, which: str = "last", plugins: Sequence[str] = ()) 
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
     backbone = backbone.to_empty(device="cpu").eval()
     reset_buffers(backbone)
-    held = store.contents(place)
-    state = {PREFIX + name: p.detach() for name, p in backbone.named_parameters()}
-    state |= {PREFIX + name: b for name, b in backbone.named_buffers() if PREFIX + name in held}  # others are constants
-    store.load(place, state, World(), prefixes=PREFIX)
-    backbone.transform = Transform(config.knn.size)
+    held, prefix = store.contents(place), f"model/{meta['export']['prefix']}"
+    state = {prefix + name: p.detach() for name, p in backbone.named_parameters()}
+    state |= {prefix + name: b for name, b in backbone.named_buffers() if prefix + name in held}  # others are constants
+    store.load(place, state, World(), prefixes=prefix)
+    backbone.transform = Transform(meta["preprocessing"]["size"])
     return backbone
 
 

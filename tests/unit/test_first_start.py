@@ -89,7 +89,7 @@ def test_an_interrupt_before_anything_is_begun_is_a_stop(given, tmp_path, monkey
     def interrupted(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(start, "resolve_recipe", interrupted)
+    monkeypatch.setattr(start, "read_recipe", interrupted)
     with pytest.raises(StartStopped, match="Stopped by SIGINT before anything was begun"):
         run_training(*given)
     assert not (tmp_path / "runs").exists()
