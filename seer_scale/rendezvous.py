@@ -115,13 +115,14 @@ class _Wait:
                 f"Stopped by {reason} while ranks waited for each other, so nothing was begun. Start it again "
                 "and it goes on."
             )
-        now, i = time.monotonic(), self._info
+        now, info = time.monotonic(), self._info
         over = now - self._began > self._timeout_s
-        if over or now - self._told_at > TELL_S and i.local_rank == 0:  # what is waited for may be a question to rank 0
+        # one of a machine: what is waited for may be a question to rank 0
+        if over or now - self._told_at > TELL_S and info.local_rank == 0:
             self._told_at = now
-            fix = f"start all ranks at about the same time, or with {i.source} 1 for this one alone"
+            fix = f"start all ranks at about the same time, or with {info.source} 1 for this one alone"
             rule = f"has waited {now - self._began:.0f} s for the others: {what()}"
-            key = f"Rank {i.rank} of {i.size} ({i.source} is {i.size})"
+            key = f"Rank {info.rank} of {info.size} ({info.source} is {info.size})"
             if over:
                 raise RankError(Problem(key, NOTHING, rule, fix))
             print(Problem(key, NOTHING, rule), file=sys.stderr, flush=True)

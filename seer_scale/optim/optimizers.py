@@ -132,10 +132,14 @@ class SGD(Optimizer):
 
     def _update(self, step: _Step) -> None:
         names, grads, lr, norms, chosen, found_inf = step
-        c, params = self.config, [self.pieces[n] for n in names]
-        p, g = norms
-        zero = (p == 0) | (g == 0) if c.name == "lars" else torch.zeros_like(self._unscaled)
-        ratio = torch.where(self._unscaled | zero, 1.0, c.trust_coefficient * p / (g + self._decay * p + LARS_EPS))
+        config, params = self.config, [self.pieces[n] for n in names]
+        param_norms, grad_norms = norms
+        zero = (param_norms == 0) | (grad_norms == 0) if config.name == "lars" else torch.zeros_like(self._unscaled)
+        ratio = torch.where(
+            self._unscaled | zero,
+            1.0,
+            config.trust_coefficient * param_norms / (grad_norms + self._decay * param_norms + LARS_EPS),
+        )
         shrink = torch.where(zero, 0.0, self._decay * ratio)
         ratios, shrinks = ratio.unbind(), shrink.unbind()
         for i, q, grad in zip(chosen, params, grads):
@@ -143,10 +147,12 @@ class SGD(Optimizer):
         velocity = self._slot(names, "momentum")
         for rate, pick in alike(names, self.rates.__getitem__):
             torch._fused_sgd_(
-                pick(params), pick(grads), pick(velocity) if c.momentum else [], weight_decay=0.0, momentum=c.momentum,
-                lr=lr * rate, dampening=0.0, nesterov=False, maximize=False, is_first_step=False, found_inf=found_inf,
+                pick(params), pick(grads), pick(velocity) if config.momentum else [],
+                weight_decay=0.0, momentum=config.momentum, lr=lr * rate, dampening=0.0,
+                nesterov=False, maximize=False, is_first_step=False, found_inf=found_inf,
             )  # fmt: skip
-        if not c.momentum:  # the kernel takes no velocity then, which is the gradient, for a resume that has momentum
+        if not config.momentum:
+            # the kernel takes no velocity then, which is the gradient, for a resume that has momentum
             for v, grad in zip(velocity, grads):
                 v.copy_(torch.where(found_inf > 0, v, grad))
 
@@ -162,7 +168,7 @@ class AdamW(Optimizer):
 
     def _update(self, step: _Step) -> None:
         names, grads, lr, found_inf = step.names, step.grads, step.lr, step.found_inf
-        c, params = self.config, [self.pieces[n] for n in names]
+        config, params = self.config, [self.pieces[n] for n in names]
         for (rate, decay), pick in alike(names, lambda n: (self.rates[n], self.decays[n])):
             steps = self._slot(pick(names), "step")
             torch._foreach_add_(steps, 1.0)
@@ -174,8 +180,8 @@ class AdamW(Optimizer):
                 [],
                 steps,
                 lr=lr * rate,
-                beta1=c.betas[0],
-                beta2=c.betas[1],
+                beta1=config.betas[0],
+                beta2=config.betas[1],
                 weight_decay=decay,
                 eps=1e-8,
                 amsgrad=False,

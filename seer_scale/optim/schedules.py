@@ -33,13 +33,13 @@ class LearningRate:
         self.state: PlateauState = {"cuts": 0, "best": None, "sum": 0.0, "count": 0.0}
 
     def __call__(self, samples_seen: int) -> float:
-        c = self.config
-        if samples_seen < c.warmup_samples:
-            return self.peak * (c.warmup_from + (1 - c.warmup_from) * samples_seen / c.warmup_samples)
-        if c.name == "plateau":
-            return self.peak * c.plateau_factor ** self.state["cuts"]
-        done = min(1.0, (samples_seen - c.warmup_samples) / max(1, self.total - c.warmup_samples))
-        return self.peak * (c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * done)))
+        config = self.config
+        if samples_seen < config.warmup_samples:
+            return self.peak * (config.warmup_from + (1 - config.warmup_from) * samples_seen / config.warmup_samples)
+        if config.name == "plateau":
+            return self.peak * config.plateau_factor ** self.state["cuts"]
+        done = min(1.0, (samples_seen - config.warmup_samples) / max(1, self.total - config.warmup_samples))
+        return self.peak * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def ends_window(self, samples_seen: int) -> bool:
         """Whether the update that begins at `samples_seen` is the last of a window, so that `observe` is due after
@@ -49,27 +49,27 @@ class LearningRate:
     def observe(self, samples_seen: int, total: float, count: float) -> bool:
         """Account `count` losses that sum to `total`, of updates of one window up to `samples_seen`; whether they made
         the rate fall."""
-        c, s, window = self.config, self.state, self._window(samples_seen - self._batch)
+        config, state, window = self.config, self.state, self._window(samples_seen - self._batch)
         if window < 0:
             return False
-        s |= {"sum": s["sum"] + total, "count": s["count"] + count}
-        if self._window(samples_seen) == window or not s["count"]:
+        state |= {"sum": state["sum"] + total, "count": state["count"] + count}
+        if self._window(samples_seen) == window or not state["count"]:
             return False
-        mean, best = s["sum"] / s["count"], s["best"]
-        fell = best is None or mean < best * (1 - c.plateau_threshold)
-        s |= {
+        mean, best = state["sum"] / state["count"], state["best"]
+        fell = best is None or mean < best * (1 - config.plateau_threshold)
+        state |= {
             "best": mean if best is None else min(mean, best),
             "sum": 0.0,
             "count": 0.0,
-            "cuts": s["cuts"] + (not fell),
+            "cuts": state["cuts"] + (not fell),
         }
         return not fell
 
     def _window(self, samples_seen: int) -> int:
         """Which window an update falls into that begins there: they are counted from the end of the warm-up."""
-        c = self.config
+        config = self.config
         return (
-            (samples_seen - c.warmup_samples) // c.plateau_samples
-            if c.name == "plateau" and samples_seen >= c.warmup_samples
+            (samples_seen - config.warmup_samples) // config.plateau_samples
+            if config.name == "plateau" and samples_seen >= config.warmup_samples
             else -1
         )

@@ -229,11 +229,11 @@ class Engine:
     def _clip(self, grads: list[Tensor], norms: Tensor) -> Tensor:
         """Shorten the gradients of each clipping group to optim.clip_norm together (torch.nn.utils.clip_grad_norm_);
         the norms of what they are now."""
-        most = self.config.optim.clip_norm
-        if not most:
+        max_norm = self.config.optim.clip_norm
+        if not max_norm:
             return norms
         squares = norms[1].new_zeros(self._num_clips).index_add_(0, self._clips, norms[1].square())
-        share = (most / (squares.sqrt() + 1e-6)).clamp(max=1.0)[self._clips]
+        share = (max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)[self._clips]
         torch._foreach_mul_(grads, list(share.to(grads[0].device).unbind()))
         return torch.stack([norms[0], norms[1] * share])
 

@@ -60,10 +60,11 @@ def parallelize(method: Method[Any, Any], config: Config, world: World, engine: 
 def keep_fp32_products() -> None:
     """fp32 means fp32, also beside half precision, where autocast chooses what is not: without this GPUs would round
     the inputs of scores, Sinkhorn, kNN and fp32 convolutions to TF32, and CPUs to bf16 where the process is told so."""
-    b = torch.backends
-    b.cudnn.allow_tf32 = b.cuda.matmul.allow_tf32 = False  # what libraries ask, which raises where the two disagree
-    settings = [(b.cuda, "matmul"), (b.cudnn, "conv"), (b.cudnn, "rnn")]
-    settings += [(b.mkldnn, kind) for kind in ("matmul", "conv", "rnn")]
+    backends = torch.backends
+    # what libraries ask, which raises where the two disagree
+    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+    settings = [(backends.cuda, "matmul"), (backends.cudnn, "conv"), (backends.cudnn, "rnn")]
+    settings += [(backends.mkldnn, kind) for kind in ("matmul", "conv", "rnn")]
     for backend, kind in settings:  # by name: modules in whose place torch puts objects that have more
         getattr(backend, kind).fp32_precision = "ieee"
 

@@ -79,7 +79,7 @@ def measured(rank: int, size: int) -> dict:
     for name in ENGINES:
         for optimizer in ("lars", "adamw") if name in ("fsdp", "zero3") else ("lars",):
             start, building = held(), [0]
-            draw, drawn = frame.draw, []
+            draw, drawn = frame.initial_values, []
 
             def watched(*args, draw=draw, drawn=drawn, building=building, start=start):
                 drawn.append(1)
@@ -87,9 +87,9 @@ def measured(rank: int, size: int) -> dict:
                     building.append(held() - start)
                 return draw(*args)
 
-            frame.draw = watched if name in ("fsdp", "zero3") and optimizer == "lars" else draw
+            frame.initial_values = watched if name in ("fsdp", "zero3") and optimizer == "lars" else draw
             config, engine = build(world, name, optimizer)
-            frame.draw = draw
+            frame.initial_values = draw
             engine.gradients(micro_batches(config, 0, world), samples_seen=0)
             before_update = held() - start
             engine.update(1e-3, 0)
