@@ -194,7 +194,8 @@ def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
 
 def check_installed(names: Sequence[str]) -> None:
     """That what run.sinks names can be imported. Raises ConfigError."""
-    missing = [name for name in names if not find_spec(name)]
+    found = {name: find_spec(name) for name in names}
+    missing = [name for name, spec in found.items() if spec is None or spec.origin is None]  # a folder is no package
     if missing:
         rule = "needs the Python package {}, which is not installed"
         raise ConfigError([Problem("run.sinks", NOTHING, rule.format(n), how_to_install(n)) for n in missing])

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -344,12 +345,14 @@ def test_a_slow_sink_holds_up_neither_the_run_nor_its_end(tmp_path, monkeypatch,
 
 
 def test_a_sink_whose_package_is_missing_is_refused_with_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(sinks, "find_spec", lambda name: None if name == "mlflow" else name)
-    check_installed(("tensorboard", "wandb"))
+    """A folder called wandb, as one run of it leaves behind, is no package either."""
+    specs = {"tensorboard": SimpleNamespace(origin="x.py"), "mlflow": None, "wandb": SimpleNamespace(origin=None)}
+    monkeypatch.setattr(sinks, "find_spec", specs.get)
+    check_installed(("tensorboard",))
     with pytest.raises(ConfigError) as caught:
-        check_installed(("tensorboard", "mlflow"))
-    (problem,) = caught.value.problems
-    assert problem.key == "run.sinks" and "mlflow" in problem.rule and problem.nearest.startswith("pip install ")
+        check_installed(("tensorboard", "mlflow", "wandb"))
+    for problem, name in zip(caught.value.problems, ("mlflow", "wandb"), strict=True):
+        assert problem.key == "run.sinks" and name in problem.rule and problem.nearest.startswith("pip install ")
 
 
 def test_mlflow_goes_on_in_one_run_of_a_store_in_the_runs_folder(tmp_path, monkeypatch, capsys):
