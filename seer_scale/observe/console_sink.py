@@ -67,8 +67,8 @@ class ConsoleSink:
         if (top1 := _number(row, "knn/top1")) is not None:
             error, most = _number(row, "knn/top1_stderr"), _number(row, "knn/majority")
             spread = f" ± {error:.1f}" if error is not None else ""
-            measured = row.get("knn/samples", row["samples_seen"])
-            when = f" at {measured:,} samples" if measured != row["samples_seen"] else ""
+            measured = _number(row, "knn/samples")
+            when = f" at {measured:,} samples" if measured not in (None, row["samples_seen"]) else ""
             commonest = f" (commonest class {most:.1f} %)" if most is not None else ""
             words.append(f"kNN top-1 {top1:.1f} %{spread}{when}{commonest}")
         return words

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from seer_scale.errors import ConfigError
@@ -86,6 +86,7 @@ anything = st.builds(
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(metrics=anything, text=st.text(), samples=st.integers(0, 2**40))
+@example(metrics={"knn/samples": [], "knn/top1": 0.0}, text="", samples=0)
 def test_every_line_is_strict_json_whatever_the_values(tmp_path, metrics, text, samples):
     path = tmp_path / "metrics.jsonl"
     path.unlink(missing_ok=True)
