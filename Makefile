@@ -35,8 +35,8 @@ test-gpu: install
 		tests/unit/test_on_device.py $(PYTEST_ARGS)
 
 lint: install
-	$(BIN)/ruff check seer_scale tests tools setup.py
-	$(BIN)/ruff format --check seer_scale tests tools setup.py
+	$(BIN)/ruff check seer_scale tests tools docs/examples setup.py
+	$(BIN)/ruff format --check seer_scale tests tools docs/examples setup.py
 	$(BIN)/mypy
 
 # The API reference, from docstrings.

@@ -1,4 +1,4 @@
-"""Methods and backbones from outside: one file beside a user's images brings both, to every command."""
+"""Methods and backbones from outside: files beside a user's images bring them, to every command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from seer_scale.launch.prepare import Request, own_plugins, prepare, write_job
 from seer_scale.launch.profile import Profile
 from tests.e2e.runs import RECIPE
 
-COLOURS = Path(__file__).parents[1] / "colours.py"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+METHOD, BACKBONE = EXAMPLES / "my_method.py", EXAMPLES / "my_backbone.py"
+BOTH = ("--plugin", "my_method", "--plugin", "my_backbone")
 
 
 def run(*words: object, folder: Path, status: int = 0) -> str:
@@ -32,8 +34,9 @@ def run(*words: object, folder: Path, status: int = 0) -> str:
 
 @pytest.fixture
 def beside(tmp_path) -> Path:
-    """A folder with the plugin under a name of the user's, and a recipe that names method and backbone."""
-    shutil.copyfile(COLOURS, tmp_path / "my_module.py")
+    """A folder with the examples' plugins, and a recipe that names method and backbone."""
+    for plugin in (METHOD, BACKBONE):
+        shutil.copy(plugin, tmp_path)
     given = {k: v for k, v in RECIPE.items() if k not in ("swav", "model")}
     given |= {"model": {"name": "plain_convnet"}, "method": {"name": "colours"}, "knn": {"enabled": False}}
     given["train"] = RECIPE["train"] | {"total_samples": 32}
@@ -42,30 +45,35 @@ def beside(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_file_beside_brings_a_method_and_a_backbone(beside, photos):
+def test_files_beside_bring_a_method_and_a_backbone(beside, photos):
     words = ("train", "recipe.yaml", "--data.path", photos, "--run.dir", "run")
     told = run(*words, folder=beside, status=2)
     assert "method.name is colours, but must be one of swav" in told and "--plugin" in told
-    told = run(*words, "--plugin", "my_module", "--colours.weight", 50, folder=beside, status=2)
+    told = run(*words, *BOTH, "--colours.weight", 50, folder=beside, status=2)
     assert "colours.weight is 50, but must be at most ten a channel; nearest: 30" in told
-    said = run(*words, "--plugin", "my_module", "--colours.weight", 2, folder=beside)
+    said = run(*words, *BOTH, "--colours.weight", 2, folder=beside)
     assert "Training plain_convnet" in said
     lines = seer_scale.Run(beside / "run").metrics()
     assert [r["samples_seen"] for r in lines if "loss" in r][-1] == 32
     assert all(r["loss"] == pytest.approx(2 * r["colours/error"]) for r in lines if "loss" in r)
     config = yaml.safe_load((beside / "run" / "config.yaml").read_text())
-    assert config["run"]["plugins"] == ["my_module"] and config["colours"]["weight"] == 2 and "swav" not in config
-    more = run(*words, "--plugin", "my_module", "--colours.weight", 2, "--train.total_samples", 48, folder=beside)
+    assert (
+        config["run"]["plugins"] == ["my_method", "my_backbone"]
+        and config["colours"]["weight"] == 2
+        and "swav" not in config
+    )
+    more = run(*words, *BOTH, "--colours.weight", 2, "--train.total_samples", 48, folder=beside)
     assert "Going on from" in more and "run.plugins" not in more
-    assert "--colours.channels int" in run("train", "recipe.yaml", "--plugin=my_module", "--help", folder=beside)
-    program = "import seer_scale; m = seer_scale.load('run', plugins=['my_module']); print(m.num_features)"
+    assert "--colours.channels int" in run("train", "recipe.yaml", "--plugin=my_method", "--help", folder=beside)
+    program = "import seer_scale; m = seer_scale.load('run', plugins=['my_backbone']); print(m.num_features)"
     done = subprocess.run([sys.executable, "-c", program], cwd=beside, capture_output=True, text=True)
     assert done.stdout == "16\n", done.stderr
 
 
 def test_what_a_checkpoint_names_is_not_imported(beside, photos):
-    run("train", "recipe.yaml", "--data.path", photos, "--run.dir", "run", "--plugin", "my_module", folder=beside)
-    (beside / "my_module.py").write_text("open('imported', 'w')\n" + COLOURS.read_text())
+    run("train", "recipe.yaml", "--data.path", photos, "--run.dir", "run", *BOTH, folder=beside)
+    for plugin in (METHOD, BACKBONE):
+        (beside / plugin.name).write_text("open('imported', 'w')\n" + plugin.read_text())
     run("inspect", "run", folder=beside)
     run("report", "run", folder=beside)
     told = run("eval", "knn", "run", "--knn.bank", photos, folder=beside, status=2)
@@ -78,14 +86,14 @@ def test_a_launched_run_takes_a_copy_of_its_plugins(beside, photos, monkeypatch)
     (beside / "package").mkdir()
     (beside / "package" / "__init__.py").write_text("from package.part import VALUE\n")
     (beside / "package" / "part.py").write_text("VALUE = 1\n")
-    names = ["my_module", "./package", "json"]
+    names = ["my_method", "my_backbone", "./package", "json"]
     words = ["--data.path", str(photos), "--run.plugins", json.dumps(names)]
     request = Request(recipe="recipe.yaml", cluster="local", profile=Profile(), overrides=words)
     job, recipe, _ = prepare(request, [])
-    assert set(own_plugins(recipe)) == {"my_module", "./package"}
+    assert set(own_plugins(recipe)) == {"my_method", "my_backbone", "./package"}
     code = Path(write_job(job, recipe).code)
     travels = yaml.safe_load(job.recipe.read_text())["run"]["plugins"]
-    assert travels == [str(code / "plugins" / "my_module.py"), str(code / "plugins" / "package"), "json"]
+    assert travels == [*(str(code / "plugins" / p.name) for p in (METHOD, BACKBONE)), str(code / "plugins" / "package"), "json"]
     assert (code / "plugins" / "package" / "part.py").read_text() == "VALUE = 1\n"
     (beside / "package" / "part.py").write_text("VALUE = 2\n")
     assert write_job(job, recipe).code != str(code)
@@ -118,14 +126,20 @@ def test_names_are_loaded_once_and_stay_their_own(tmp_path, monkeypatch):
         plugins.load_plugins(["lacking_plugin"])
 
 
-def test_a_recipe_names_its_plugins_itself(monkeypatch):
+def test_a_recipe_names_its_plugins_itself(tmp_path):
     """The section is known before it is read, and its keys to the hints."""
+    method = shutil.copyfile(METHOD, tmp_path / "own_method.py")
+    backbone = shutil.copyfile(BACKBONE, tmp_path / "own_backbone.py")
     given = {
         "data": {"path": "-"},
         "train": {"total_samples": 8, "global_batch": 8},
         "model": {"name": "plain_convnet"},
     }
-    given |= {"run": {"plugins": [str(COLOURS)]}, "method": {"name": "colours"}, "colours": {"channels": 2}}
+    given |= {
+        "run": {"plugins": [str(method), str(backbone)]},
+        "method": {"name": "colours"},
+        "colours": {"channels": 2},
+    }
     config = resolve(given, ["--colours.weight", "3"])
     assert config.to_dict()["colours"] == {"channels": 2, "weight": 3.0} and "swav" not in config.to_dict()
     assert resolve(config.to_dict()) == config

@@ -1,11 +1,10 @@
-"""A plugin, as a user would write it beside their images: a method with settings of its own, and a backbone.
+"""A method of your own, as a plugin: from an image's features it regresses the mean colours of its crops.
 
-The method regresses the mean colour of an image from its first crop's features. Tests load this file by its path.
+    seer-scale train photos_laptop --plugin docs/examples/my_method.py --method.name colours --data.path IMAGES
+
+`--colours.weight 2` sets a key of its own, which `--help` lists. CONTRIBUTING.md explains each part.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,39 +17,8 @@ from seer_scale.distributed import World
 from seer_scale.errors import Problem
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.registry import register_method
-from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Constant, Init, Normal
-from seer_scale.models.layers.norm import BatchNorm
-from seer_scale.models.registry import build_backbone, register_backbone
-from seer_scale.models.regnet import Conv, Stem
-
-
-@register_backbone("plain_convnet")
-class PlainConvNet(Backbone):
-    num_features = 16
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = Stem(3, 8, kernel_size=3, stride=2)
-        self.s1 = Stem(8, 16, kernel_size=3, stride=2)
-
-    def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
-        return [x.mean((2, 3)) for x in self.forward_units(["stem", "s1"], xs)]
-
-    def shard_units(self) -> dict[str, nn.Module]:
-        return {"stem": self.stem, "s1": self.s1}
-
-    def stage_units(self) -> list[list[str]]:
-        return [["s1"]]
-
-    def initialisers(self) -> dict[str, Init]:
-        inits: dict[str, Init] = {}
-        for name, module in self.named_modules():
-            if isinstance(module, Conv):
-                inits[f"{name}.weight"] = Normal(math.sqrt(2 / (9 * module.out_channels)))
-            elif isinstance(module, BatchNorm):
-                inits[f"{name}.weight"], inits[f"{name}.bias"] = Constant(1), Constant(0)
-        return inits
+from seer_scale.models.registry import build_backbone
 
 
 @dataclass(frozen=True, kw_only=True)
