@@ -17,6 +17,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import Problem
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.registry import register_method
+from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Constant, Init, Normal
 from seer_scale.models.registry import build_backbone
 
@@ -33,6 +34,8 @@ class ColoursSettings(MethodSettings):
 
 @register_method("colours", ColoursSettings)
 class Colours(Method[None, None]):
+    backbone: Backbone
+
     def __init__(self, config: Config, world: World):
         super().__init__()
         self.settings, self.num_crops = config.settings_as(ColoursSettings), config.num_crops

@@ -93,7 +93,11 @@ def test_a_launched_run_takes_a_copy_of_its_plugins(beside, photos, monkeypatch)
     assert set(own_plugins(recipe)) == {"my_method", "my_backbone", "./package"}
     code = Path(write_job(job, recipe).code)
     travels = yaml.safe_load(job.recipe.read_text())["run"]["plugins"]
-    assert travels == [*(str(code / "plugins" / p.name) for p in (METHOD, BACKBONE)), str(code / "plugins" / "package"), "json"]
+    assert travels == [
+        *(str(code / "plugins" / p.name) for p in (METHOD, BACKBONE)),
+        str(code / "plugins" / "package"),
+        "json",
+    ]
     assert (code / "plugins" / "package" / "part.py").read_text() == "VALUE = 1\n"
     (beside / "package" / "part.py").write_text("VALUE = 2\n")
     assert write_job(job, recipe).code != str(code)
