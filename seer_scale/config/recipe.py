@@ -198,7 +198,7 @@ def read_config(given: Any, problems: list[Problem]) -> Config:
     for section in given:
         if section in settings and section != name and name in settings:
             problems.append(Problem(section, NOTHING, f"has no effect with method.name {name}", "remove the section"))
-        elif section not in (*classes, *settings):
+        elif section not in (*classes, *settings, name):
             problems.append(_unknown_section(str(section), [*classes, *settings]))
     if name in settings:
         values[METHOD_SETTINGS] = _read(cls, own, name, problems)
