@@ -155,7 +155,7 @@ def test_the_free_regnety_is_the_named_one_on_the_same_generator():
     [
         ("regnety_256g", {}, "did you mean regnety_256gf?"),
         ("regnety_8gf", {"depth": 9}, "use regnety"),
-        ("regnety", {}, "needs depth, w0, wa, wm, group_width"),
+        ("regnety", {}, "model.group_width is missing"),
         ("regnety", TINY | {"group_with": 8}, "did you mean group_width?"),
         ("regnety", TINY | {"depth": 4.5}, "must be int"),
         ("regnety", TINY | {"w0": 9}, "multiple of 8"),

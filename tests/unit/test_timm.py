@@ -143,7 +143,7 @@ def test_threads_are_measured_on_blocks_of_any_family():
 def test_what_is_no_backbone_of_timm():
     with pytest.raises(UserError, match="model.name is timm/resnet5, but timm .*did you mean timm/resnet50"):
         build_backbone("timm/resnet5")
-    with pytest.raises(UserError, match="timm/resnet50 is fixed and takes no depth"):
+    with pytest.raises(UserError, match="model.name is timm/resnet50, but it is fixed and takes no depth"):
         build_backbone("timm/resnet50", depth=3)
     with pytest.raises(UserError, match=r"its net.blocks.0.attn.v.weight starts in a way that cannot be followed"):
         build_backbone("timm/convit_tiny")
