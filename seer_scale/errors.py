@@ -78,11 +78,11 @@ class Problem:
         return f"{begin}; {fix.rstrip('.')}." if not fix.endswith("?") else f"{begin}; {fix}"
 
     @classmethod
-    def within(cls, key: str, error: UserError, known: Collection[str] = ()) -> list[Problem]:
+    def from_check(cls, key: str, error: UserError, known: Collection[str] = ()) -> list[Problem]:
         """What a check of `key` has raised, as problems of it, but those of other keys that are `known`."""
-        found = []
+        found, below = [], tuple(f"{name}." for name in (key, *known))  # views.crops.0.size is below views.crops
         for problem in error.problems:
-            if problem.key in known or problem.key.startswith(f"{key}."):
+            if problem.key in known or problem.key.startswith(below):
                 found.append(problem)
             elif problem.key and problem.value is NOTHING:
                 found.append(cls(key, problem.key, problem.rule, problem.nearest))
@@ -134,7 +134,7 @@ class UserError(Exception):
         whole.problems = [problem for error in several for problem in error.problems]
         return whole
 
-    def within(self, where: str) -> Self:
+    def prefixed(self, where: str) -> Self:
         """The same, told of one of several."""
         error = copy.copy(self)
         error.args, error.problems = (f"{shown(where)}: {self.args[0]}", *self.args[1:]), self.problems

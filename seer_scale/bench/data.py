@@ -104,7 +104,8 @@ def pick(source: Source, num: int) -> list[bytes]:
             continue
         found.append(data)
     if not found:
-        raise DataError(f"None of {min(num, len(source))} images decodes: seer-scale data inspect says why.")
+        rule = f"gives no image that decodes, of {min(num, len(source))} that were tried"
+        raise DataError(Problem("PATH", NOTHING, rule, "seer-scale data inspect says why"))
     return found
 
 

@@ -47,7 +47,7 @@ def train(args: argparse.Namespace) -> int:
         from seer_scale.training import start  # takes seconds to load
 
     if args.print_config:
-        config, problems = start.look_at_recipe(args.recipe, args.overrides, detect().size)
+        config, problems = start.check_recipe(args.recipe, args.overrides, detect().size)
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="", flush=True)
         return print_error(ConfigError(problems)) if problems else EXIT_DONE
     return start.run_training(args.recipe, args.overrides)

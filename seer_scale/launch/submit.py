@@ -95,7 +95,7 @@ def _prepare_all(options: Options) -> list[Prepared]:
         try:
             prepared.append(prepare(request, options.to_words(recipe, name, overrides)))
         except UserError as error:
-            errors.append(error.within(name) if len(runs) > 1 else error)
+            errors.append(error.prefixed(name) if len(runs) > 1 else error)
     if errors:
         raise UserError.joined(errors)
     _check_folders([job for job, _, _ in prepared], is_slurm=options.cluster == "slurm")

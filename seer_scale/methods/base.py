@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from seer_scale.config import Config
+from seer_scale.errors import Problem
 from seer_scale.models.init import Init
 from seer_scale.models.layers.stateful import StatefulLayer
 from seer_scale.observe.metric_plot import MetricPlot, ReportSection
@@ -175,9 +176,10 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         """Figures for a metric line, from the means of what `loss` gave as metrics (none where a line has none)."""
         return {}
 
-    def health(self, row: Mapping[str, Any], config: Config) -> str:
-        """A sentence where a metric line shows that nothing is being learned, and what to change; told once a run."""
-        return ""
+    def health(self, row: Mapping[str, Any], config: Config) -> Problem | None:
+        """Where a metric line shows that nothing is being learned: what shows it, and what to change; told once a
+        run."""
+        return None
 
     @property
     def export_prefix(self) -> str:

@@ -111,7 +111,7 @@ def reset_buffers(module: nn.Module | Initialised) -> None:
             reset()
 
 
-def check_sizes(backbone: Backbone, sizes: Mapping[str, int]) -> list[str]:
-    """Sentences on the keys of a recipe whose sizes in pixels a backbone on the meta device does not take."""
+def check_sizes(backbone: Backbone, sizes: Mapping[str, int]) -> list[Problem]:
+    """The keys of a recipe whose sizes in pixels a backbone on the meta device does not take."""
     asked = ((key, size, backbone.refuses(size)) for key, size in sizes.items())
-    return [f"{key} is {size}, which the backbone does not take: {why}." for key, size, why in asked if why]
+    return [Problem(key, size, f"the backbone does not take it: {why}") for key, size, why in asked if why]

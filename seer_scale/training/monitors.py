@@ -54,7 +54,7 @@ def monitors_of(
     fatal: list[Monitor] = [partial(skipped_in_a_row, most=config.train.max_skips)]
     if config.train.precision == "fp16":
         fatal.append(partial(small_loss_scale, least=config.train.min_loss_scale))
-    by_event: dict[str, Monitor] = {"collapse": partial(unhealthy, method=method, config=config)}
+    by_event: dict[str, Monitor] = {"collapse": partial(method.health, config=config)}
     if workers or cores > 1:  # a rank without a core to spare loads by itself
         bench = (
             f"seer-scale bench data {shlex.quote(config.data.path)} --recipe "
@@ -85,12 +85,6 @@ def small_loss_scale(row: Row, *, least: float) -> Problem | None:
         f"the loss scale has fallen to {row['loss_scale']:g}, because gradients overflow fp16 again and again",
         f"{SMALLER_STEPS}; the newest checkpoint stands",
     )
-
-
-def unhealthy(row: Row, *, method: Method[Any, Any], config: Config) -> Problem | None:
-    """What the method says of it."""
-    said = method.health(row, config)
-    return Problem.of(said) if said else None
 
 
 @dataclass

@@ -58,12 +58,12 @@ Overrides = Sequence[str] | dict[str, Any]
 """Words of a command line, `--section.key value`, or a mapping of sections."""
 
 
-def resolve_recipe(recipe: Recipe, overrides: Overrides, world_size: int, *, looks: bool = True) -> Config:
+def resolve_recipe(recipe: Recipe, overrides: Overrides, world_size: int, *, with_data: bool = True) -> Config:
     """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError.
 
-    looks: whether at what lies in data.path, too, and in kNN's folders; else `look` is for whoever does.
+    with_data: whether what lies in data.path and in kNN's folders is checked, too; else `check_data` is called later.
     """
-    return resolve_given(read_recipe(recipe, overrides)[0], overrides, world_size, looks=looks)
+    return resolve_given(read_recipe(recipe, overrides)[0], overrides, world_size, with_data=with_data)
 
 
 def read_recipe(recipe: Recipe, overrides: Overrides) -> tuple[dict[str, Any], str]:
@@ -75,25 +75,25 @@ def read_recipe(recipe: Recipe, overrides: Overrides) -> tuple[dict[str, Any], s
     return as_asked(recipe if isinstance(recipe, str) else "", given, over)
 
 
-def look_at_recipe(recipe: Recipe, overrides: Overrides, world_size: int) -> tuple[Config, list[Problem]]:
+def check_recipe(recipe: Recipe, overrides: Overrides, world_size: int) -> tuple[Config, list[Problem]]:
     """As `resolve_recipe`, with the problems beside the Config. Raises UserError where a value cannot be read."""
-    extra_checks = partial(_beyond_config, world_size=world_size, looks=True)
+    extra_checks = partial(_beyond_config, world_size=world_size, with_data=True)
     return checked(read_recipe(recipe, overrides)[0], overrides, world_size=world_size, extra_checks=extra_checks)
 
 
-def resolve_given(given: dict[str, Any], overrides: Overrides, world_size: int, *, looks: bool = True) -> Config:
+def resolve_given(given: dict[str, Any], overrides: Overrides, world_size: int, *, with_data: bool = True) -> Config:
     """As `resolve_recipe`, of a recipe that has been read."""
-    extra_checks = partial(_beyond_config, world_size=world_size, looks=looks)
+    extra_checks = partial(_beyond_config, world_size=world_size, with_data=with_data)
     return resolve(given, overrides, world_size=world_size, extra_checks=extra_checks)
 
 
-def look(config: Config) -> None:
+def check_data(config: Config) -> None:
     """That what lies in data.path and in kNN's folders is what the recipe says. Raises ConfigError."""
     if problems := _problems(_checks_of_data(config)):
         raise ConfigError(problems)
 
 
-def _beyond_config(config: Config, world_size: int, looks: bool) -> list[Problem]:
+def _beyond_config(config: Config, world_size: int, with_data: bool) -> list[Problem]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
     checks: dict[str, Callable[[], Any]] = {
         "model": partial(_check_model, config),
@@ -101,12 +101,12 @@ def _beyond_config(config: Config, world_size: int, looks: bool) -> list[Problem
     }
     if config.parallel.engine in ZERO:
         checks["parallel.ds_config"] = partial(load("deepspeed.config").deepspeed_config, config, world_size)
-    return _problems(checks | (_checks_of_data(config) if looks else {}))
+    return _problems(checks | (_checks_of_data(config) if with_data else {}))
 
 
 def _checks_of_data(config: Config) -> dict[str, Callable[[], Any]]:
     checks: dict[str, Callable[[], Any]] = {
-        "data.path": partial(_check_data, config.data),
+        "data.path": partial(_check_data_kind, config.data),
         "run.dir": partial(_check_run_dir, config),
     }
     if config.knn.enabled:
@@ -123,7 +123,7 @@ def _problems(checks: dict[str, Callable[[], Any]]) -> list[Problem]:
         try:
             check()
         except UserError as error:
-            problems += Problem.within(key, error, known)
+            problems += Problem.from_check(key, error, known)
     return problems
 
 
@@ -142,7 +142,7 @@ def _check_model(config: Config) -> None:
     sharded_units(method, config)
 
 
-def _check_data(data: Data) -> None:
+def _check_data_kind(data: Data) -> None:
     """The kind of data.path is known, and reads the keys that were given. Raises UserError."""
     kind = kind_of(data.path) if data.kind == "auto" and data.path else data.kind
     if kind in ("hub", "stream") and not find_spec("datasets"):
@@ -185,7 +185,7 @@ def run_training(recipe: Recipe, overrides: Overrides, attempt: str = "") -> int
     with nothing_begun():
         info = detect()
         given, note = read_recipe(recipe, overrides)
-        config = resolve_given(given, overrides, info.size, looks=info.size == 1)
+        config = resolve_given(given, overrides, info.size, with_data=info.size == 1)
         if note and info.rank == 0:
             print(note, flush=True)
         run_dir = run_dir_of(config, recipe if isinstance(recipe, str) else "")
@@ -220,11 +220,11 @@ def run_training(recipe: Recipe, overrides: Overrides, attempt: str = "") -> int
 
 def _check_here(config: Config, info: RankInfo) -> None:
     """What one rank sees, and the others may not. Raises ConfigError."""
-    problems: list[str | Problem] = [*check_device(config), *_check_threads(config)]
+    problems = [*check_device(config), *_check_threads(config)]
     if problems:
         raise ConfigError(problems)
     if info.rank == 0 and info.size > 1:
-        look(config)  # a folder of 100,000 tars is listed once, not once a rank
+        check_data(config)  # a folder of 100,000 tars is listed once, not once a rank
 
 
 def _check_threads(config: Config) -> list[Problem]:

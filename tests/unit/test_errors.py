@@ -33,7 +33,7 @@ def test_the_sentence_of_a_problem(problem, text):
 def test_several_errors_are_one_that_keeps_their_lines_and_problems():
     first, second = Problem("a", 1, "is odd"), Problem("b", [2], "is a list")
     of_recipe = ConfigError([second])
-    whole = UserError.joined([UserError(first), of_recipe.within("run-2"), UserError(first)])
+    whole = UserError.joined([UserError(first), of_recipe.prefixed("run-2"), UserError(first)])
     assert whole.problems == [first, second]
     assert str(whole).splitlines() == [str(first), "run-2: The recipe has 1 problem:", f"  - {second}"]
     again = pickle.loads(pickle.dumps(whole))
@@ -50,7 +50,7 @@ def test_an_unreadable_image_has_name_and_reason_as_data():
     for error in (
         Unreadable("the file is empty", "a.jpg"),
         pickle.loads(pickle.dumps(Unreadable("the file is empty", "a.jpg"))),
-        Unreadable("the file is empty", "a.jpg").within("part b"),
+        Unreadable("the file is empty", "a.jpg").prefixed("part b"),
     ):
         assert (error.name, error.reason, error.problems[0].key) == ("a.jpg", "the file is empty", "a.jpg")
         assert str(error).endswith("a.jpg cannot be read (the file is empty).")

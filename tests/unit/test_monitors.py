@@ -23,7 +23,7 @@ def test_skipped_updates_and_a_small_loss_scale_name_their_key():
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_loss_scale_is_watched_where_there_is_one(precision):
     config = Config(data=Data(path="x"), train=Train(precision=precision, min_loss_scale=4.0))
-    method = SimpleNamespace(health=lambda row, config: "")
+    method = SimpleNamespace(health=lambda row, config: None)
     fatal, _ = monitors_of(config, method, run_dir="run", workers=0, cores=1, is_contended=False)
     row = {"skipped_in_a_row": 0, "loss_scale": 1.0}
     assert any(monitor(row) for monitor in fatal) == (precision == "fp16")

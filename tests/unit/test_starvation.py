@@ -46,8 +46,8 @@ def starved(shares: list[float], workers: int, cores: int, *, is_contended: bool
 
 
 class Healthy:
-    def health(self, row, config) -> str:
-        return ""
+    def health(self, row, config) -> None:
+        return None
 
 
 def test_told_once_after_three_lines_in_a_row():

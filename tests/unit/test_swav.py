@@ -105,6 +105,10 @@ def test_it_watches_itself():
     assert math.isclose(figures["swav/prototype_use"], (1 / 12 + 1 / 7) / 2) and math.isclose(
         figures["swav/assignment_entropy"], 1, rel_tol=1e-6
     )
+    row = {"loss": engine.method.baseline.loss, "samples_seen": config.train.total_samples} | figures
+    problem = engine.method.health(row, config)
+    assert (problem.key, problem.value) == ("loss", row["loss"]) and "swav.epsilon" in problem.nearest
+    assert engine.method.health(row | {"loss": 0.5 * row["loss"]}, config) is None
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

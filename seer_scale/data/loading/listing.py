@@ -64,7 +64,7 @@ def share(
                 source.arrive()
         except UserError as error:
             is_stop = isinstance(error, StartStopped)
-            problem = error if is_stop else error.within(f"On {socket.gethostname()}")
+            problem = error if is_stop else error.prefixed(f"On {socket.gethostname()}")
     problems = world.gather_objects(problem)
     if world.is_main and ends[-1] < MAPPED_FROM:
         path.unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def open_manifest(path: str, open_source: Callable[..., Source]) -> ConcatSource
             more = {"split": part.split, "image_key": part.image_key, "exclude": part.exclude}
             sources.append(open_source(part.path, part.kind, **more))
         except DataError as error:
-            raise error.within(f"{path}, part {part.name}") from error
+            raise error.prefixed(f"{path}, part {part.name}") from error
     return ConcatSource(sources, [part.name for part in parts])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from seer_scale.config import Config
 from seer_scale.distributed import World, all_gather
+from seer_scale.errors import Problem
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.losses.sinkhorn import sinkhorn
 from seer_scale.methods.registry import register_method
@@ -239,20 +240,21 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
             "swav/assignment_entropy": sum(entropy) / len(entropy),
         } | below
 
-    def health(self, row: Mapping[str, Any], config: Config) -> str:
+    def health(self, row: Mapping[str, Any], config: Config) -> Problem | None:
         """A loss at ln K with codes that say nothing, past the warm-up, has learned nothing.
 
         A healthy loss passes ln K on its way down, but its codes are decided (an entropy of at most some 0.9 ln K).
         """
-        c, ln_k, loss = config, self.baseline.loss, row["loss"]
-        past = (
-            max(c.schedule.warmup_samples, self.config.freeze_samples) + c.train.collapse_after * c.train.total_samples
-        )
+        ln_k, loss, train = self.baseline.loss, row["loss"], config.train
+        begins = max(config.schedule.warmup_samples, self.config.freeze_samples)
+        past = begins + train.collapse_after * train.total_samples
         undecided = row.get("swav/assignment_entropy", 0.0) >= UNDECIDED
         if row["samples_seen"] < past or not undecided or not abs(loss / ln_k - 1) <= NEAR_BASELINE:
-            return ""
-        return (
-            f"The loss is {loss:.3f}, and ln K is {ln_k:.3f}: predictions are uniform, nothing is being learned. Try "
-            "a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer swav.freeze_samples, "
-            "or a larger train.global_batch or swav.queue."
+            return None
+        return Problem(
+            "loss",
+            loss,
+            f"that is ln K ({ln_k:.3f}): predictions are uniform, nothing is being learned",
+            "try a smaller swav.epsilon (0.03), a lower optim.lr, fewer swav.prototypes, a longer "
+            "swav.freeze_samples, or a larger train.global_batch or swav.queue",
         )
