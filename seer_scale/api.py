@@ -1,12 +1,14 @@
 """The Python face: `import seer_scale`, then `train`, `load`, `embed`, `views`.
 
-What the command line does, these do; errors are `seer_scale.UserError`, whose `problems` have key, value, rule and
-nearest fix. Under `torchrun` and `srun` every process calls the same.
+What the command line does, these do, and a `~` that begins a path is the home folder, as in a shell. Errors are
+`seer_scale.UserError`, whose `problems` have key, value, rule and nearest fix. Under `torchrun` and `srun` every
+process calls the same.
 """
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +110,7 @@ def train(
     problem, before any device is taken; `TrainingError` where the run cannot go on.
     """
     given = load_recipe(str(recipe)) if isinstance(recipe, str | Path) else dict(recipe)
-    over = merge(_sections(overrides), {"data": {"path": str(data)}} if data is not None else {})
+    over = merge(_sections(overrides), {"data": {"path": os.path.expanduser(data)}} if data is not None else {})
     if plugins:
         over = merge(over, {"run": {"plugins": list(plugins)}})
     own = merge(given, over).get("run") or {}
@@ -117,7 +119,7 @@ def train(
             fix = "give one: a recipe that is a mapping has no name"
             raise ConfigError([Problem("run.dir", NOTHING, "is missing", fix)])
         run_dir = default_run_dir(str(recipe))
-    path = Path(run_dir or own["dir"])
+    path = Path(run_dir or own["dir"]).expanduser()
     if detect().size == 1 and "hang_timeout_s" not in own:
         over = merge(over, {"run": {"hang_timeout_s": 0}})
     run_training(recipe if isinstance(recipe, dict) else str(recipe), merge(over, {"run": {"dir": str(path)}}))
@@ -160,7 +162,7 @@ def load(path: str | Path, *, which: str = "last", plugins: Sequence[str] = ()) 
     nothing pickled. Raises UserError, CheckpointError.
     """
     load_plugins(plugins)
-    place = _checkpoint(Path(path), which)
+    place = _checkpoint(Path(path).expanduser(), which)
     meta = store.read_meta(place)
     problems: list[Problem] = []
     config = read_config(meta["config"], problems)
@@ -222,7 +224,8 @@ def embed(
     the model's `transform` says it otherwise. workers: loader processes; as many as cores otherwise, 4 at most. Raises
     DataError where there is none.
     """
-    source = open_source(str(images)) if isinstance(images, str | Path) else of_paths([str(p) for p in images])
+    expanded = [os.path.expanduser(p) for p in ([images] if isinstance(images, str | Path) else images)]
+    source = open_source(str(expanded[0])) if isinstance(images, str | Path) else of_paths([str(p) for p in expanded])
     if size is None:
         transform = getattr(model, "transform", None)
         size = transform.size if isinstance(transform, Transform) else 224
@@ -299,4 +302,4 @@ def _pixels(image: ImageLike) -> np.ndarray:
         return image
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
-    return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
+    return decode(image if isinstance(image, bytes) else Path(image).expanduser().read_bytes())

@@ -112,6 +112,17 @@ def test_what_is_loaded_is_what_the_run_computes(trained, photos):
     assert model.transform(Image.open(source.name(3))).shape == one.shape
 
 
+def test_the_home_folder_is_expanded_as_a_shell_does(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").symlink_to(photos)
+    home = seer_scale.train(SMALL, "~/photos", run_dir="~/home", train={"total_samples": 8})
+    assert home.path == tmp_path / "home" and home.config.data.path == str(tmp_path / "photos")
+    model, one = seer_scale.load("~/home"), "~/photos/class0/0.jpg"
+    assert len(seer_scale.embed(model, "~/photos", workers=0).names) == 24
+    assert seer_scale.embed(model, [one], workers=0).names == [str(tmp_path / "photos/class0/0.jpg")]
+    assert seer_scale.views(SMALL, one).crops
+
+
 def test_views_are_those_that_training_sees(photos):
     source = open_source(str(photos))
     sheet = seer_scale.views(SMALL, source.read(5), index=5, epoch=2)

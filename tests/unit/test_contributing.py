@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from seer_scale.config import Config, Data, Knn
+from seer_scale.config import Config, Data, Knn, resolve
 from seer_scale.distributed import World
+from seer_scale.errors import ConfigError
 from seer_scale.evaluate.knn import labelled_images
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
@@ -20,8 +22,13 @@ def test_its_examples_run(tmp_path):
     names: dict = {"__name__": "contributing"}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     for block in blocks:
-        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+        exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), names)
     assert len(blocks) == 4
+    with pytest.raises(ConfigError) as caught:
+        resolve(names["recipe"], ["--views.crops", "[{num: 3, size: 24}]"])
+    assert [(p.key, p.value, p.nearest) for p in caught.value.problems] == [("views.crops", 3, "num: 2")]
+    assert names["engine"].state()  # by the names of its units
+    assert list(names["engine"].method.shard_units()) == ["backbone.stem", "backbone.s1", "head"]
 
     for label, colour in enumerate(([220, 30, 30], [30, 30, 220])):
         (tmp_path / str(label)).mkdir()
