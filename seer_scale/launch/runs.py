@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -14,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from seer_scale import console
 from seer_scale.errors import EXIT_DONE, NOTHING, Problem, UserError, nearest
@@ -25,6 +26,7 @@ from seer_scale.launch.job import is_alive as process_is_alive
 FOLLOW_S = 0.5
 SECOND_STOP_S = 1.5
 """Seconds between two stop requests, of which the second ends a local run at once: more than ECHO_S."""
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is four times as fast
 
 
 # ------------------------------------------------------------------------------------------------ which
@@ -160,14 +162,23 @@ def state(job: Job) -> str:
 
 def progress(job: Job) -> str:
     seen, rate = _newest_line(job)
-    config = _read_text(Path(job.run_dir) / "config.yaml")
-    total, batch = (
-        re.search(rf"^train:.*?^  {key}: (\d+)", config, re.M | re.S) for key in ("total_samples", "global_batch")
-    )
-    of = f" of {-(-int(total[1]) // int(batch[1])) * int(batch[1]):,}" if total and batch and int(batch[1]) else ""
-    return f"{seen:,}{of} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (
+    total = _total_samples(Path(job.run_dir) / "config.yaml")
+    return f"{seen:,}{f' of {total:,}' if total else ''} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (
         f", {rate:.0f} images/s" if rate else ""
     )
+
+
+def _total_samples(recipe: Path) -> int:
+    """At the end of a run, in whole batches; 0 where its recipe does not say, or cannot be read."""
+    try:
+        given = yaml.load(recipe.read_bytes(), LOADER)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return 0
+    train = given.get("train") if isinstance(given, dict) else None
+    total, batch = (train.get(key) if isinstance(train, dict) else None for key in ("total_samples", "global_batch"))
+    if type(total) is not int or type(batch) is not int or batch < 1:
+        return 0
+    return max(0, -(-total // batch) * batch)
 
 
 def _newest_line(job: Job) -> tuple[int, float]:
@@ -189,13 +200,6 @@ def _newest_line(job: Job) -> tuple[int, float]:
             rate = row.get("throughput/img_per_s")
             return row["samples_seen"], rate if isinstance(rate, int | float) else 0.0
     return 0, 0.0
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def ago(then: float) -> str:

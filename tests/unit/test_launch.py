@@ -550,6 +550,13 @@ def test_a_record_that_is_none_is_said_to_be_that(recipe, content, said, capsys,
         ("metrics.jsonl", b'{"step": 5, "samples_seen": "x"}\n'),
         ("metrics.jsonl", b'{"step": 5, "samples_seen": 40, "throughput/img_per_s": "x"}\n'),
         ("config.yaml", b"train:\n  total_samples: 8\n  global_batch: 0\n"),
+        ("config.yaml", b"train: {total_samples: 8, global_batch: x}\n"),
+        ("config.yaml", b"train: [total_samples, global_batch]\n"),
+        ("config.yaml", b"- train\n"),
+        ("config.yaml", b"train: {total_samples: 8, glob"),
+        ("config.yaml", b"train: \xff\n"),
+        ("config.yaml", b"run: {seed: 2026-13-45}\n"),
+        ("config.yaml", b"[" * 100_000),
     ],
 )
 def test_odd_lines_are_passed_over(tmp_path, monkeypatch, capsys, name, content):
@@ -1008,12 +1015,20 @@ def test_ends_are_told_by_name():
     assert slurm._describe_srun_end(-40) == "srun was ended by signal 40"
 
 
-def test_a_state_says_of_how_many_samples(tmp_path, monkeypatch, capsys):
-    """Whole batches, as a run goes on to the end of its last one."""
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "run:\n  seed: 0\ntrain:\n  total_samples: 100\n  global_batch: 24\n",
+        "{train: {global_batch: 24, total_samples: 1_00}, run: {seed: 0}}",
+        "notes: |\n  train:\n    total_samples: 7\ntrain:\n    total_samples: 100\n    global_batch: 24\n",
+    ],
+)
+def test_a_state_says_of_how_many_samples(tmp_path, monkeypatch, capsys, recipe):
+    """Whole batches, as a run goes on to the end of its last one; however the YAML of its recipe is written."""
     monkeypatch.chdir(tmp_path)
     place = tmp_path / "runs" / "a"
     job_of(place, cluster="local", job_id="7").write()
-    (place / "config.yaml").write_text("run:\n  seed: 0\ntrain:\n  total_samples: 100\n  global_batch: 24\n")
+    (place / "config.yaml").write_text(recipe)
     (place / "metrics.jsonl").write_text('{"step": 2, "samples_seen": 48, "throughput/img_per_s": 5.0}\n')
     assert cli.run(["status", "a"]) == 0
     assert "48 of 120 samples, 0 samples saved, 5 images/s" in capsys.readouterr().out
