@@ -55,8 +55,7 @@ class Failures:
             p for x in fields(self) for p in _wrong(x.name, getattr(self, x.name), above=x.name in ("mtbf_s", "save_s"))
         ]
         if not problems and self.save_s < self.stall_s:
-            rule = f"a checkpoint is safe no sooner than its stall of {_shown(self.stall_s)} ends"
-            problems = [Problem("save_s", self.save_s, rule, self.stall_s)]
+            problems = [_safe_too_soon("save_s", self.save_s, self.stall_s)]
         _refuse(problems)
 
     @property
@@ -140,7 +139,7 @@ def reaching(failures: Failures, interval_s: float, target: float = TARGET) -> d
 
     `reached`: whether this interval does. `intervals_s`: the shortest and the longest that do. `down_s`: the longest
     detection and restart together, at this interval; `best_down_s`: at the best. `mtbf_s`: the shortest MTBF, at its
-    own best interval.
+    own best interval, if one of up to LARGEST does.
     """
     best = best_interval(failures)
 
@@ -155,11 +154,11 @@ def reaching(failures: Failures, interval_s: float, target: float = TARGET) -> d
         other = replace(failures, mtbf_s=mtbf_s)
         return _log_goodput(other, best_interval(other)) >= math.log(target)
 
-    rare = max(failures.mtbf_s, failures.save_s + failures.down_s)
-    while not reached_with(rare):
-        rare *= 2
-    often = rare
-    while reached_with(often):
+    rare = min(LARGEST, max(failures.mtbf_s, failures.save_s + failures.down_s))
+    while rare < LARGEST and not reached_with(rare):
+        rare = min(LARGEST, 2 * rare)
+    often = rare if reached_with(rare) else None
+    while often and reached_with(often):
         often /= 2
     return {
         "reached": reached(interval_s) and reached(best),
@@ -168,7 +167,7 @@ def reaching(failures: Failures, interval_s: float, target: float = TARGET) -> d
         else None,
         "down_s": longest_down(interval_s),
         "best_down_s": longest_down(best),
-        "mtbf_s": _edge(reached_with, rare, often),
+        "mtbf_s": often and _edge(reached_with, rare, often),
     }
 
 
@@ -250,8 +249,14 @@ def _read(args: argparse.Namespace) -> tuple[Failures, dict[str, float]]:
         rule = f"says how often the job fails, as {' and '.join(twice)} do{'es' * (len(twice) == 1)}, too"
         problems.append(Problem("--mtbf-hours", given["mtbf_hours"], rule, "leave one out"))
     _refuse(problems)
-    hours = given.get("mtbf_hours", given.get("gpu_hours", GPU_HOURS) / given.get("gpus", GPUS))
-    failures = Failures(mtbf_s=hours * HOUR_S, **{f"{n}_s": given[n] for n in ("stall", "save", "detect", "restart")})
+    mtbf_s = HOUR_S * given.get("mtbf_hours", given.get("gpu_hours", GPU_HOURS) / given.get("gpus", GPUS))
+    if not SMALLEST <= mtbf_s <= LARGEST:
+        rule = f"it makes {mtbf_s:g} s between two failures, which must be from {SMALLEST:g} to {LARGEST:g} s"
+        problems += [Problem(_option(n), given[n], rule) for n in ("mtbf_hours", "gpus", "gpu_hours") if n in given]
+    if given["save"] < given["stall"]:
+        problems.append(_safe_too_soon("--save", given["save"], given["stall"]))
+    _refuse(problems)
+    failures = Failures(mtbf_s=mtbf_s, **{f"{n}_s": given[n] for n in ("stall", "save", "detect", "restart")})
     if "interval" in given:
         _check_interval(failures, given["interval"], "--interval")
     return failures, given
@@ -285,7 +290,8 @@ def _table(failures: Failures, facts: dict) -> list[str]:
 
 def _verdict(failures: Failures, facts: dict) -> str:
     target = facts["target"]
-    name, rarer = f"{100 * target['goodput']:g} %", f"one failure in {_shown(target['mtbf_s'] / HOUR_S, 'hours')}"
+    name, mtbf_s = f"{100 * target['goodput']:g} %", target["mtbf_s"]
+    rarer = f"one failure in {_shown((mtbf_s or LARGEST) / HOUR_S, 'hours')}"
     if target["reached"]:
         return (
             f"{name} is reached, and would still be with a detection and restart of {_shown(target['down_s'])} "
@@ -298,14 +304,13 @@ def _verdict(failures: Failures, facts: dict) -> str:
         )
     for down_s, place in (target["down_s"], "this"), (target["best_down_s"], "the best"):
         if down_s is not None:
+            otherwise = f", or with {rarer} at its best interval" if mtbf_s else ""
             return (
                 f"{name} is not reached, but would be with a detection and restart of {_shown(down_s)} together, not "
-                f"{_shown(failures.down_s)}, at {place} interval, or with {rarer} at its best interval"
+                f"{_shown(failures.down_s)}, at {place} interval{otherwise}"
             )
-    return (
-        f"{name} is not reached, nor would it be with no time at all for detection and restart: it takes {rarer}, "
-        "at its best interval"
-    )
+    takes = f": it takes {rarer}, at its best interval" if mtbf_s else f", nor with {rarer}"
+    return f"{name} is not reached, nor would it be with no time at all for detection and restart{takes}"
 
 
 def _option(name: str) -> str:
@@ -326,6 +331,10 @@ def _wrong(key: str, value: float, *, above: bool = False, whole: bool = False) 
     if least <= value <= LARGEST and (not whole or value == int(value)):
         return []
     return [Problem(key, value, f"must be a {'whole ' * whole}number from {least:g} to {LARGEST:g}")]
+
+
+def _safe_too_soon(key: str, save_s: float, stall_s: float) -> Problem:
+    return Problem(key, save_s, f"a checkpoint is safe no sooner than its stall of {_shown(stall_s)} ends", stall_s)
 
 
 def _refuse(problems: list[Problem]) -> None:

@@ -321,12 +321,14 @@ def test_verdicts(words, verdict):
         ("--save minute", [("--save", "minute")]),
         ("--interval often", [("--interval", "often")]),
         ("--interval 59", [("--interval", 59, 60)]),
-        ("--save 1", [("save_s", 1, 2)]),
+        ("--save 1", [("--save", 1, 2)]),
         ("--mtbf-hours 9 --gpus 8", [("--mtbf-hours", 9)]),
         ("--mtbf-hours 9 --gpu-hours 8", [("--mtbf-hours", 9)]),
         ("--gpus 1.5", [("--gpus", 1.5)]),
         ("--save 1e19", [("--save", 1e19)]),
-        ("--save 1e18", [("mtbf_s", pytest.approx(1e18))]),
+        ("--mtbf-hours 1e18", [("--mtbf-hours", 1e18)]),
+        ("--gpu-hours 1e18 --gpus 1", [("--gpus", 1), ("--gpu-hours", 1e18)]),
+        ("--gpus 1e15 --gpu-hours 1e-6 --save 1", [("--gpus", 1e15), ("--gpu-hours", 1e-6), ("--save", 1, 2)]),
     ],
 )
 def test_what_cannot_be(words, found):
@@ -335,6 +337,21 @@ def test_what_cannot_be(words, found):
     for problem, (key, value, *nearest) in zip(error.value.problems, found, strict=True):
         assert problem.key == key and [problem.nearest] * len(nearest) == nearest
         assert problem.value == value or math.isnan(problem.value) and math.isnan(value)
+
+
+@pytest.mark.parametrize("words", ["--save 1e18", "--save 4e16"])
+def test_a_target_that_no_mtbf_reaches(words):
+    """The search ends at the largest figure there may be."""
+    target = json.loads(told(*words.split(), "--json"))["target"]
+    assert target["mtbf_s"] is None and not target["reached"] and target["best_down_s"] is None
+    assert told(*words.split()).endswith("detection and restart, nor with one failure in 277,777,777,777,778 hours")
+
+
+@pytest.mark.parametrize("words", ["--mtbf-hours 2.7e14 --restart 1e17", "--restart 1e18", "--detect 1e18"])
+def test_a_target_that_only_a_shorter_restart_reaches(words):
+    target = json.loads(told(*words.split(), "--json"))["target"]
+    assert target["mtbf_s"] is None and 0 < target["down_s"] < 1e17
+    assert told(*words.split()).endswith("at this interval")
 
 
 def test_what_cannot_be_is_told_at_once():
