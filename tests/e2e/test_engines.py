@@ -11,7 +11,8 @@ from tests.e2e.runs import assert_same_path, events, reaches, recipe, run, start
 def test_a_run_changes_engine_and_number_of_ranks_as_it_goes_on(tmp_path, photos):
     """zero3 on 4 ranks, stopped; fsdp on 3; zero1 and fairscale on 2; ddp on 1, to the end: the path of the run never
     stopped."""
-    given, place = recipe(tmp_path, photos, train={"global_batch": 12, "total_samples": 240}), tmp_path / "run"
+    # the samples after the last stop are for the updates of a loaded machine before its signal comes
+    given, place = recipe(tmp_path, photos, train={"global_batch": 12, "total_samples": 480}), tmp_path / "run"
     run("train", given, "--run.dir", tmp_path / "straight", folder=tmp_path)
     for engine, ranks, until_samples in (("zero3", 4, 36), ("fsdp", 3, 84), ("zero1", 2, 132), ("fairscale", 2, 180)):
         part = start("train", given, "--run.dir", place, "--parallel.engine", engine, ranks=ranks, folder=tmp_path)
