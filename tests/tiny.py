@@ -59,7 +59,7 @@ def fake_views(config: Config, step: int, world: World) -> list[torch.Tensor]:
 
 def micro_batches(config: Config, step: int, world: World) -> list[Callable[[], list[torch.Tensor]]]:
     """What makes each micro-batch of this rank's slice."""
-    num = config.accumulation(world.size)
+    num = config.num_micro_batches(world.size)
     views = [
         v.unflatten(0, (c.num, -1)).chunk(num, dim=1)
         for v, c in zip(fake_views(config, step, world), config.views.crops)

@@ -290,7 +290,7 @@ def prepare(
     with CudaBytes() if world.device.type == "cuda" else LiveBytes() as count:
         method = build_method(config, world)
         engine = engine_class(method, config, world)
-        share, num = config.train.global_batch // world.size, config.accumulation(world.size)
+        share, num = config.train.global_batch // world.size, config.num_micro_batches(world.size)
         batches = [
             fake_views(config.views.crops, share // num, world.device, args.channels_last, seed=world.rank * num + i)
             for i in range(num)

@@ -51,7 +51,7 @@ def _multiples(batch: int, ranks: int) -> tuple[int, ...]:
 def _normalised(config: Config, ranks: int) -> int:
     """Images that BatchNorm normalises over at once."""
     batch = config.train.global_batch
-    return batch // ranks // config.accumulation(ranks) * (config.parallel.sync_bn_group or ranks)
+    return batch // ranks // config.num_micro_batches(ranks) * (config.parallel.sync_bn_group or ranks)
 
 
 def _is_meshed(config: Config) -> bool:

@@ -335,7 +335,7 @@ class Config:
     def num_crops(self) -> int:
         return sum(c.num for c in self.views.crops)
 
-    def accumulation(self, world_size: int) -> int:
+    def num_micro_batches(self, world_size: int) -> int:
         """Micro-batches of each rank an update: the fewest equal ones of at most train.micro_batch images."""
         share = self.train.global_batch // world_size
         most = self.train.micro_batch or share

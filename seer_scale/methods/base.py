@@ -76,7 +76,7 @@ class UnitSequence(Protocol):
 class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     """One class a method. `views`: for each resolution [num * B, 3, S, S], crop-major, float, normalised.
 
-    Four entrances: `loss`, `prepare_targets` and `encode` run the network and are called through `forward`; `targets`
+    Four entry points: `loss`, `prepare_targets` and `encode` run the network, called through `forward`; `targets`
     runs none. Each rank calls each as often as the others, for the collectives within.
     """
 

@@ -94,7 +94,7 @@ def measure(
     Timed is the last block of each stage, alone and with random weights, times the blocks of its stage. Medians. A
     block that no rank may hold whole (parallel.max_unit_gib) is left out. Collective.
     """
-    batch = config.train.global_batch // world.size // config.accumulation(world.size)
+    batch = config.train.global_batch // world.size // config.num_micro_batches(world.size)
     total = 0.0
     images = [torch.empty(crop.num * batch, 3, crop.size, crop.size, device="meta") for crop in config.views.crops]
     stages = cast(Backbone, backbone).stage_units()

@@ -59,7 +59,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.window = MetricWindow(self.world, self.run_dir)
-        self.accumulation = self.config.accumulation(self.world.size)
+        self.num_micro_batches = self.config.num_micro_batches(self.world.size)
         self.compile_s = Timeouts.of(self.config).compile_s if self.config.train.compile else 0.0
 
     def run(self) -> None:
@@ -94,7 +94,7 @@ class TrainingLoop:
         with self.watchdog.patient(self.compile_s):
             self.compile_s = 0.0  # the first update compiles
             views = micro_batches(
-                batch, self.config.views.crops, self.accumulation, self.world.device, self.memory_format
+                batch, self.config.views.crops, self.num_micro_batches, self.world.device, self.memory_format
             )
             loss, metrics = self.engine.gradients(views, samples_seen=seen, with_metrics=with_metrics)
         stats = self.engine.update(lr, seen)

@@ -62,7 +62,7 @@ def start_event(
         "cores": made.cores,
         "workers": made.workers,
         "memory_format": str(made.execution.memory_format).removeprefix("torch."),
-        "accumulation": config.accumulation(world.size),
+        "accumulation": config.num_micro_batches(world.size),
         "parameters": sum(shape.numel() for shape in engine.shapes.values()),
         "staging_bytes": staging_bytes,
     }

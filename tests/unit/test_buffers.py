@@ -72,4 +72,4 @@ def test_a_look_at_the_batch_is_not_counted():
     config, engine = tiny(World(), **{"parallel.engine": "single", "train.micro_batch": 4})
     losses_of(engine, config, World(), range(1))
     counts = {b.item() for n, b in engine.method.named_buffers() if n.startswith("backbone") and n.endswith("tracked")}
-    assert counts == {CROPS * config.accumulation(1)}
+    assert counts == {CROPS * config.num_micro_batches(1)}

@@ -1,4 +1,5 @@
-"""What is done to a batch on its device: flip, colours and blur of all crops at once, then normalisation.
+"""What is done to a batch on its device: it is cut into micro-batches; the crops of each, all at once, are flipped,
+coloured, blurred and normalised.
 
 This is the second implementation of the kernels of pixels.c, equal to a level, and stands in for them on a CPU where
 they were not built. What each crop needs is known to the host, so no step waits for the device: numbers and indices go

@@ -118,10 +118,14 @@ class Zero(Engine):
 
 
 class Zero1(Zero):
+    """Optimiser state is spread. `config.from_recipe` sets DeepSpeed's stage by the engine's name."""
+
     name = "zero1"
 
 
 class Zero2(Zero):
+    """Gradients are spread, too."""
+
     name = "zero2"
 
 
