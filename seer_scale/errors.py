@@ -248,7 +248,7 @@ def print_error(error: UserError) -> int:
     return EXIT_FAILED if isinstance(error, TrainingError) else EXIT_BAD_INPUT
 
 
-ABSENT, DANGLING = "does not exist", "is a link that leads nowhere"
+ABSENT, LEADS_NOWHERE = "does not exist", "is a link that leads nowhere"
 
 
 def missing_path(path: str | os.PathLike) -> Problem:
@@ -259,7 +259,7 @@ def missing_path(path: str | os.PathLike) -> Problem:
     while not os.path.isdir(missing.parent) and missing.parent != missing:
         missing = missing.parent
     if cause == ABSENT and os.path.lexists(missing):  # on the way, and no folder
-        fix = f"{missing} {DANGLING if os.path.islink(missing) else 'is no folder'}"
+        fix = f"{missing} {LEADS_NOWHERE if os.path.islink(missing) else 'is no folder'}"
         return Problem(os.fspath(path), NOTHING, cause, fix)
     try:
         found = closest(missing.name, os.listdir(missing.parent))
@@ -276,7 +276,7 @@ def _cause(path: str | os.PathLike) -> str:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return DANGLING if os.path.islink(path) else ABSENT
+        return LEADS_NOWHERE if os.path.islink(path) else ABSENT
     except (OSError, ValueError) as error:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     return "did not exist a moment ago"

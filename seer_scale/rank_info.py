@@ -15,7 +15,7 @@ LOCAL, SLURM, TORCHRUN = "local", "slurm", "TORCHELASTIC_RUN_ID"
 """The two values of that mark, and the variable that torchrun alone sets."""
 TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SLURM_NAMES = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-FOREIGN = re.compile(
+RANK_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|NODE_RANK|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|SEER_SCALE_LAUNCHER"
     r"|SLURM_(PROCID|LOCALID|NODEID|NTASKS|NPROCS|NTASKS_PER_NODE|STEP_ID|STEPID|STEP_TASKS_PER_NODE)"
 )
@@ -34,7 +34,7 @@ class RankInfo:
 
 def without_rank_variables(env: Mapping[str, str]) -> dict[str, str]:
     """`env` without what any launcher numbers its ranks with."""
-    return {name: value for name, value in env.items() if not FOREIGN.fullmatch(name)}
+    return {name: value for name, value in env.items() if not RANK_VARIABLES.fullmatch(name)}
 
 
 def detect(env: Mapping[str, str] = os.environ) -> RankInfo:

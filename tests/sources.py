@@ -127,9 +127,9 @@ class Passing(Around):
 def read_heif(monkeypatch: Any, yes: bool) -> None:
     """Sources take HEIF images for images, or do not, whatever this machine has installed."""
     heif = left_out.SUFFIXES_OF["HEIF images"]
-    suffixes = tuple(s for s in base.SUFFIXES if s not in heif) + (heif if yes else ())
+    suffixes = tuple(s for s in base.IMAGE_SUFFIXES if s not in heif) + (heif if yes else ())
     for module in (base, files, tars, tar_index):
-        monkeypatch.setattr(module, "SUFFIXES", suffixes)
+        monkeypatch.setattr(module, "IMAGE_SUFFIXES", suffixes)
     for module in (base, tar_index, tar_survey):
         monkeypatch.setattr(module, "HEIF", heif if yes else ())
     monkeypatch.setattr(tar_survey, "COLLECTION_VERSION", 2 + yes)

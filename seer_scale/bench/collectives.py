@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-KINDS = {
+COLLECTIVE_KINDS = {
     "allgather": "all_gather",
     "all_gather": "all_gather",
     "reduce_scatter": "reduce_scatter",
@@ -47,7 +47,10 @@ class CollectiveCounter(TorchDispatchMode):
     ) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func.__name__.split(".")[0].strip("_")
-            kind = next((KINDS[k] for k in sorted(KINDS, key=len, reverse=True) if name.startswith(k)), None)
+            kind = next(
+                (COLLECTIVE_KINDS[k] for k in sorted(COLLECTIVE_KINDS, key=len, reverse=True) if name.startswith(k)),
+                None,
+            )
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             if kind and tensors:
                 largest = max(tensors, key=Tensor.numel)

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.bench.ranks import run_ranks, seconds, wait, where
 from seer_scale.bench.step import fake_views, read_crops, small_recipe
-from seer_scale.config import ZERO, Config, resolve
+from seer_scale.config import ZERO_ENGINES, Config, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, Problem, UserError, nearest
 from seer_scale.files import to_json
@@ -146,7 +146,7 @@ def list_cases(args: argparse.Namespace, ranks: int) -> tuple[list[Case], list[s
         out.append("sync_bn_group is left out: one rank has nobody to share statistics with.")
     feature("micro_batch", f"micro_batch {half} (2 micro-batches)", {"train": {"micro_batch": max(1, half)}})
     for engine in engines:
-        if engine in ZERO:
+        if engine in ZERO_ENGINES:
             feature("offload", "offload", {"parallel": {"offload": True}}, on=engine)
     if args.compile:
         chosen.append("compile")

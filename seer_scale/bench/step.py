@@ -52,7 +52,7 @@ TIMM = {
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "V100": 125}
 """Dense half-precision peak of a device, from the makers' data sheets."""
 
-ALONE = World()
+SINGLE_RANK = World()
 
 
 SEER_V100 = ("regnety_256gf", "2x224,4x96", 2.78)
@@ -184,7 +184,7 @@ class Reference(nn.Module):
 
 
 @torch.no_grad()
-def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int, world: World = ALONE) -> Tensor:
+def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int, world: World = SINGLE_RANK) -> Tensor:
     """distributed_sinkhorn of main_swav.py. scores [B, K] of this rank -> codes [B, K]."""
     Q = torch.exp(scores / epsilon).t()
     K, B = Q.shape[0], Q.shape[1] * world.size

@@ -16,7 +16,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.files import to_json
 
-POLL_S = 1.0
+LOCK_POLL_S = 1.0
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """How file systems say that they have no locks."""
 
@@ -59,7 +59,7 @@ class RunLock:
         self._fd: int | None = None
         refusal, until = None, time.monotonic() + patience_s
         while world.is_main and (refusal := self._take(run_dir)) and time.monotonic() < until:
-            time.sleep(POLL_S)
+            time.sleep(LOCK_POLL_S)
         refusal = world.broadcast_object(refusal)
         if refusal:
             raise refusal

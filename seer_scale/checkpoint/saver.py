@@ -21,7 +21,7 @@ from seer_scale.checkpoint.staging import Staging
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError
 
-CLOSE_S = 60.0
+SAVER_CLOSE_S = 60.0
 """Seconds a run that has failed waits for its last checkpoint."""
 
 
@@ -88,7 +88,7 @@ class Saver:
         with suppress(CheckpointError):
             store.prune(self._folder, *self._keep, self._world)
 
-    def close(self, seconds: float = CLOSE_S) -> None:
+    def close(self, seconds: float = SAVER_CLOSE_S) -> None:
         """Let what is in flight end, where it still can; on its own, for other ranks may be gone."""
         if self._thread:
             self._thread.join(seconds)

@@ -39,7 +39,7 @@ from seer_scale.formatting import memory_size
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-FORMAT = 4
+CHECKPOINT_FORMAT = 4
 MANIFEST, TENSORS, BEST = "manifest.json", "tensors.json", "best"
 _NAME = re.compile(r"samples-(\d{12,})(?:-(\d+))?")
 
@@ -98,7 +98,7 @@ def _publish(aside: Path, meta: dict[str, Any], files: dict[str, dict[str, int]]
         if path.stat().st_size != expected["size"]:
             raise OSError(f"{name} has {path.stat().st_size} bytes on disk of {expected['size']} written")
     # Through text once, so that what is sealed is exactly what will be read.
-    content = json.loads(json.dumps({"format": FORMAT, "meta": meta, "files": files}, allow_nan=False))
+    content = json.loads(json.dumps({"format": CHECKPOINT_FORMAT, "meta": meta, "files": files}, allow_nan=False))
     with (aside / MANIFEST).open("w") as f:
         json.dump({"crc32": _seal(content)} | content, f, indent=1, allow_nan=False)
         f.flush()
@@ -234,8 +234,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise _Untrusted(f"its {MANIFEST} is damaged") from None
     if sealed != _seal(content):
         raise _Untrusted(f"its {MANIFEST} is damaged")
-    if content["format"] != FORMAT:
-        raise _Untrusted(f"it has format {content['format']}, but this version reads format {FORMAT}")
+    if content["format"] != CHECKPOINT_FORMAT:
+        raise _Untrusted(f"it has format {content['format']}, but this version reads format {CHECKPOINT_FORMAT}")
     return content
 
 

@@ -18,7 +18,7 @@ from seer_scale.plugins import load_plugins
 
 UNREADABLE = (errno.EACCES, errno.ENAMETOOLONG)
 DESCRIPTION = "Self-supervised pretraining of large convnets, from a laptop to 512 GPUs."
-EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all keys.
+MAIN_EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all keys.
 --plugin MODULE (a name, or the path of a .py file) brings methods and backbones; it may be given more than once.
 Exit status: 0 done (or submitted), 1 failed, 2 bad input, 75 stopped with its state saved."""
 
@@ -73,7 +73,7 @@ def run(words: Sequence[str]) -> int:
 
 def build_parser(words: Sequence[str]) -> Parser:
     """The whole tree; of commands that take long to load, only what `words` ask for is filled in."""
-    parser = Parser(prog="seer-scale", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog="seer-scale", description=DESCRIPTION, epilog=MAIN_EPILOG)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for room in (train, launch, evaluate, reports, data):

@@ -13,7 +13,8 @@ from seer_scale.launch import runs
 from seer_scale.launch.options import CLUSTERS, Options
 from seer_scale.launch.profile import EXAMPLE_PROFILE, Profile
 
-EPILOG = """--section.key value sets a key of the recipe, as with train; seer-scale train RECIPE --help shows all keys.
+LAUNCH_EPILOG = """\
+--section.key value sets a key of the recipe, as with train; seer-scale train RECIPE --help shows all keys.
 --cluster local runs the ranks on this machine and prints their output. Ctrl-C saves and stops; the same command
 resumes.
 --cluster slurm submits a job; the command returns when the job is in the queue."""
@@ -31,7 +32,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         "train a recipe on several processes, on this machine or on SLURM",
         takes_overrides=True,
         is_run=True,
-        epilog=EPILOG,
+        epilog=LAUNCH_EPILOG,
     )
     parser.hints = {
         f"--{key.replace('_', '-')}": f"{key} is a key of the profile" for key in Profile.__dataclass_fields__

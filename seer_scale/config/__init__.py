@@ -19,7 +19,7 @@ from seer_scale.config.recipe import (
     yaml_problem,
 )
 from seer_scale.config.schema import (
-    ZERO,
+    ZERO_ENGINES,
     Checkpoint,
     Config,
     Crop,
@@ -39,7 +39,7 @@ from seer_scale.config.schema import (
 
 __all__ = [
     "RECIPES",
-    "ZERO",
+    "ZERO_ENGINES",
     "Checkpoint",
     "Config",
     "Crop",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seer_scale.config.method_settings import all_keys
-from seer_scale.config.schema import ZERO, Config
+from seer_scale.config.schema import ZERO_ENGINES, Config
 from seer_scale.cores import loads_in_processes
 from seer_scale.errors import NOTHING, Problem
 
@@ -133,9 +133,9 @@ RULES = (
     ),
     Rule(
         ("parallel.offload", "parallel.engine"),
-        lambda config, ranks: config.parallel.offload and config.parallel.engine not in ZERO,
+        lambda config, ranks: config.parallel.offload and config.parallel.engine not in ZERO_ENGINES,
         lambda config, ranks: f"parallel.engine is {config.parallel.engine}, which offloads nothing",
-        f"use {', '.join(ZERO)}, or offload false",
+        f"use {', '.join(ZERO_ENGINES)}, or offload false",
     ),
     Rule(
         ("train.global_batch", "train.micro_batch", "parallel.sync_bn_group", "parallel.ranks"),
@@ -245,7 +245,7 @@ def _needs(config: Config) -> dict[str, tuple[bool, str]]:
         "parallel.reshard_after_forward": (engine in ("fsdp", "auto"), "parallel.engine fsdp"),
         "parallel.max_unit_gib": (engine in ("fsdp", "zero3", "auto"), "parallel.engine fsdp or zero3"),
         "parallel.min_unit_mib": (engine in ("fsdp", "auto"), "parallel.engine fsdp"),
-        "parallel.ds_config": (engine in ZERO, f"parallel.engine {', '.join(ZERO)}"),
+        "parallel.ds_config": (engine in ZERO_ENGINES, f"parallel.engine {', '.join(ZERO_ENGINES)}"),
         "train.min_loss_scale": (config.train.precision == "fp16", "train.precision fp16"),
         "checkpoint.keep_best": (config.knn.enabled and config.knn.every_samples > 0, "knn.every_samples"),
         "checkpoint.init_part": (bool(config.checkpoint.init_from), "a checkpoint.init_from"),

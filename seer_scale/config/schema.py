@@ -13,7 +13,7 @@ from seer_scale.config.fields import opt
 from seer_scale.cores import loads_in_processes
 from seer_scale.errors import Problem
 
-ZERO = ("zero1", "zero2", "zero3")
+ZERO_ENGINES = ("zero1", "zero2", "zero3")
 EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "fairscale"]
 METHOD_SETTINGS = "method_settings"
 """The one field of a Config whose section bears another name in a recipe: the method's."""

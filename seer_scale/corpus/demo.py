@@ -21,7 +21,7 @@ from seer_scale.errors import NOTHING, DataError, Problem
 from seer_scale.files import to_json
 from seer_scale.rng import numpy_generator
 
-VERSION = 2
+DEMO_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,7 @@ def write_demo_corpus(
         name, given = ("train", train) if train % len(CLASSES) else ("test", test)
         rule, nearest = f"must be a multiple of the {len(CLASSES)} classes", len(CLASSES) * -(-given // len(CLASSES))
         raise DataError(Problem(name, given, rule, nearest))
-    about = dict(version=VERSION, train=train, test=test, seed=seed, difficulty=dataclasses.asdict(difficulty))
+    about = dict(version=DEMO_VERSION, train=train, test=test, seed=seed, difficulty=dataclasses.asdict(difficulty))
     manifest = to_json(about, indent=1)
     if _holds(folder, manifest):
         return folder

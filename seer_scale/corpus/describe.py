@@ -39,16 +39,16 @@ from seer_scale.errors import NOTHING, DataError, Problem
 from seer_scale.files import shown, to_json, written_whole
 from seer_scale.formatting import counted, file_size, rough_duration
 
-SAMPLE = 2000
+DEFAULT_SAMPLE = 2000
 KEPT = 1 << 22
 """Images of which single values are kept; of more, medians are of every so many-th, and so are duplicates, by hash."""
 SHARE = 2
 """Images of one worker in a batch: so few that a worker's replacements always get past those that end workers."""
 FIRST_REASONS = 10
-LOG_EVERY_S = 5.0
-COLUMNS, ROWS, SIDE = 12, 8, 112
+DESCRIBE_LOG_EVERY_S = 5.0
+SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 12, 8, 112
 """The contact sheet: crops across, crops down, pixels of one."""
-OPTIONS: dict[str, tuple[Callable[[str], Any], tuple[str, ...], str]] = {
+SOURCE_OPTIONS: dict[str, tuple[Callable[[str], Any], tuple[str, ...], str]] = {
     "exclude": (
         lambda text: text.split(","),
         ("folder",),
@@ -69,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="scan every image")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one a core)")
     parser.add_argument(
-        "--sheet", metavar="FILE.jpg", help=f"also write up to {COLUMNS * ROWS} of the images, small, into one picture"
+        "--sheet",
+        metavar="FILE.jpg",
+        help=f"also write up to {SHEET_COLUMNS * SHEET_ROWS} of the images, small, into one picture",
     )
     parser.add_argument(
         "--unreadable", metavar="FILE", help="also list every image that cannot be read, one 'name: reason' a line"
@@ -80,16 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """What `open_from_arguments` takes besides a path."""
     parser.add_argument("--kind", default="auto", help="as data.kind takes it (default: auto)")
-    for name, (kind, _, meaning) in OPTIONS.items():
+    for name, (kind, _, meaning) in SOURCE_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
 
 
 def open_from_arguments(path: str, args: argparse.Namespace) -> tuple[str, Source, dict[str, Any]]:
     """(kind, source or stream, the options that were given) of a path. Raises DataError."""
     kind = kind_of(path) if args.kind == "auto" else args.kind
-    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    if idle := next((name for name in options if kind not in OPTIONS[name][1]), None):
-        option, rule = f"--{idle.replace('_', '-')}", f"serves {' and '.join(OPTIONS[idle][1])} only"
+    options = {name: getattr(args, name) for name in SOURCE_OPTIONS if getattr(args, name) is not None}
+    if idle := next((name for name in options if kind not in SOURCE_OPTIONS[name][1]), None):
+        option, rule = f"--{idle.replace('_', '-')}", f"serves {' and '.join(SOURCE_OPTIONS[idle][1])} only"
         raise DataError(Problem(option, NOTHING, f"{rule}, and {path} is of kind {kind}", "leave it out"))
     return kind, open_source(path, kind, **options), options
 
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> str:
         raise DataError(Problem("--sheet", args.sheet, "the sheet is a JPEG", "let its name end in .jpg"))
     if args.all and args.sample is not None:
         raise DataError(Problem("--sample", args.sample, "--all is given, too", "leave one out"))
-    sample = SAMPLE if args.sample is None else args.sample
+    sample = DEFAULT_SAMPLE if args.sample is None else args.sample
     (kind, source, _), images = open_from_arguments(args.path, args), None
     if isinstance(source, Stream):
         if args.all:
@@ -117,7 +119,12 @@ def run(args: argparse.Namespace) -> str:
     with _listing(args.unreadable) as listing:
         stats, rate = scan(source, len(source) if args.all else sample, args.workers, listing)
     if args.sheet:
-        write_sheet(Path(args.sheet), source, stats.readable(COLUMNS * ROWS) * len(source) // stats.num, args.workers)
+        write_sheet(
+            Path(args.sheet),
+            source,
+            stats.readable(SHEET_COLUMNS * SHEET_ROWS) * len(source) // stats.num,
+            args.workers,
+        )
     images = images or len(source)
     facts = {"path": shown(args.path), "kind": kind, "images": images, "labels": _labels(source)}
     facts |= {"left_out": {what: num for what, num in source.left_out.items() if num}}
@@ -144,7 +151,7 @@ MAGIC = (
 )
 FORMAT_NAMES = (*dict.fromkeys(name for name, _, _ in MAGIC), "a web page", "a Git LFS pointer", "no bytes", "unknown")
 MODES = ("RGB", "1", "L", "LA", "I;16", "I", "P", "PA", "RGBA", "CMYK", "other")
-GREY = ("1", "L", "LA", "I;16", "I")
+GREY_MODES = ("1", "L", "LA", "I;16", "I")
 
 
 def format_of(data: bytes) -> str:
@@ -308,7 +315,7 @@ class CorpusStats:
                 "largest": largest,
             },
             "modes": modes,
-            "greyscale": sum(modes.get(m, 0) for m in GREY),
+            "greyscale": sum(modes.get(m, 0) for m in GREY_MODES),
             "rotated": self._rotated,
             "duplicates": (len(self._hashes) - len(np.unique(np.frombuffer(self._hashes, np.int64)))) * self.every,
         }
@@ -366,7 +373,7 @@ class Progress:
     def update(self, done: int, images: int) -> None:
         """done: of the total; images: dealt with since the beginning."""
         now = time.monotonic()
-        if now - self._logged < LOG_EVERY_S:
+        if now - self._logged < DESCRIBE_LOG_EVERY_S:
             return
         self._logged, taken = now, now - self._begin
         left = f"{rough_duration(taken * (self._total / done - 1))} left" if done else "no estimate yet"
@@ -379,15 +386,15 @@ class Progress:
 
 def write_sheet(path: Path, source: Source, indices: np.ndarray, workers: int) -> None:
     """One JPEG of the centres of those images, row by row. Raises DataError where it cannot be written."""
-    rows = -(-len(indices) // COLUMNS)
-    sheet = np.full((max(1, rows) * SIDE, COLUMNS * SIDE, 3), 255, np.uint8)
+    rows = -(-len(indices) // SHEET_COLUMNS)
+    sheet = np.full((max(1, rows) * SHEET_SIDE, SHEET_COLUMNS * SHEET_SIDE, 3), 255, np.uint8)
     made = iterate_batches(
-        EvalBatches(source, indices, SIDE, COLUMNS), range(0, len(indices), COLUMNS), workers=workers
+        EvalBatches(source, indices, SHEET_SIDE, SHEET_COLUMNS), range(0, len(indices), SHEET_COLUMNS), workers=workers
     )
     tiles = (tile for (images, _), indices in made for tile, index in zip(images, indices) if index is not None)
     for n, tile in enumerate(tiles):
-        top, left = n // COLUMNS * SIDE, n % COLUMNS * SIDE
-        sheet[top : top + SIDE, left : left + SIDE] = tile.transpose(1, 2, 0)
+        top, left = n // SHEET_COLUMNS * SHEET_SIDE, n % SHEET_COLUMNS * SHEET_SIDE
+        sheet[top : top + SHEET_SIDE, left : left + SHEET_SIDE] = tile.transpose(1, 2, 0)
     try:
         with written_whole(path) as file:
             Image.fromarray(sheet).save(file, "JPEG", quality=88)
@@ -451,7 +458,7 @@ def _table(facts: dict[str, Any], args: argparse.Namespace) -> str:
         if sample == facts["images"]
         else f"Of {sample:,} of them, {'the first' if facts['kind'] == 'stream' else 'spread evenly'}:"
     )
-    other = {mode: n for mode, n in facts["modes"].items() if mode != "RGB" and mode not in GREY}
+    other = {mode: n for mode, n in facts["modes"].items() if mode != "RGB" and mode not in GREY_MODES}
     more = facts["unreadable"]["count"] - len(facts["unreadable"]["first"])
     left_out = described(facts["left_out"])
     lines = [

@@ -44,16 +44,16 @@ from seer_scale.data.loading.worker import ItemTracker
 from seer_scale.data.sampling.order import permute
 from seer_scale.data.sources import Source, Stream, open_source
 from seer_scale.data.sources.base import cached_index, is_image, unreadable_line
-from seer_scale.data.sources.hub import PREFIX
+from seer_scale.data.sources.hub import HUB_PREFIX
 from seer_scale.data.sources.left_out import warning
 from seer_scale.data.sources.remote import is_url
-from seer_scale.data.sources.tar_index import INDEX_VERSION, index_tar
+from seer_scale.data.sources.tar_index import TAR_INDEX_VERSION, index_tar
 from seer_scale.data.transforms.decode import decode
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import UNFINISHED, to_json, written_whole
 from seer_scale.formatting import counted, file_size
 
-VERSION = 1
+PACK_VERSION = 1
 MEASURED = 500
 """Images whose sizes say how many tars there will be."""
 NAMED = 1000
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> str:
     options = _PackOptions(args.max_side, args.check)
     where = os.path.abspath(args.src) if os.path.exists(args.src) else args.src
     plan = {
-        "version": VERSION,
+        "version": PACK_VERSION,
         "source": where,
         "kind": kind,
         "options": source_options,
@@ -194,7 +194,7 @@ def _must_be_apart(src: str, dst: Path) -> None:
     there = os.path.realpath(dst)
     for part in [src] if os.path.exists(src) else src.split(","):
         here = os.path.realpath(part := part.strip())
-        common = "" if is_url(part) or part.startswith(PREFIX) else os.path.commonpath([here, there])
+        common = "" if is_url(part) or part.startswith(HUB_PREFIX) else os.path.commonpath([here, there])
         if common in (here, there):
             how = f"is {part}" if here == there else f"lies inside {part}" if common == here else f"holds {part}"
             rule = f"{how}, but the tars need a folder of their own"
@@ -439,7 +439,7 @@ def _close(file: BinaryIO, dst: Path, t: int, left_out: list[str]) -> None:
 
 
 def _index(tar: Path) -> None:
-    cached_index(str(tar), INDEX_VERSION, partial(index_tar, str(tar)))
+    cached_index(str(tar), TAR_INDEX_VERSION, partial(index_tar, str(tar)))
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ LOST_RANK_GRACE_S = 20.0
 """Seconds that ranks may go on after one of them is gone; they cannot finish a collective without it."""
 HUNG_RANK_GRACE_S = 2.0
 """The same where one hung: the others have waited for it already, and written their stacks."""
-POLL_S = 0.1
+RANKS_POLL_S = 0.1
 STOP_REPEAT_S = 10.0
 """Seconds between two requests to stop: one that comes while ranks start may not reach them."""
 OUT_OF_TIME = "out of time"
@@ -244,7 +244,7 @@ class Control:
                 )
                 self._is_requeued = self._try_requeue()
                 ranks.signal(signal.SIGKILL)
-            time.sleep(POLL_S)
+            time.sleep(RANKS_POLL_S)
         with suppress(OSError):
             (self.job.logs / f"rendezvous-{attempt}").unlink(missing_ok=True)  # of ranks that never met
         return OUT_OF_TIME if given_up else problem, ranks.code

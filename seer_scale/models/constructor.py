@@ -14,7 +14,7 @@ from seer_scale.models.init import Init, Played, PlayedStep
 
 FILLED = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
 DRAWN = {"randn": ("normal_", 0.0, 1.0), "rand": ("uniform_", 0.0, 1.0)}
-BEGINNINGS = ("uniform_", "normal_", "fill_", "zero_")
+IN_PLACE_FILLS = ("uniform_", "normal_", "fill_", "zero_")
 ELEMENTWISE = ("mul", "add", "sub", "div", "erfinv", "clamp", "neg")
 
 
@@ -59,7 +59,7 @@ class Constructor(TorchDispatchMode):
         ]  # the last may lack
         plain, here, so_far = name.removesuffix("_"), _run(of), self._done.get(_place(of), ())
         known = (None,) if so_far is None else so_far
-        if name in BEGINNINGS and here:
+        if name in IN_PLACE_FILLS and here:
             begun = ("fill_", here, 0.0) if name == "zero_" else (name, here, *numbers)
             is_whole = here[1] - here[0] == of.untyped_storage().nbytes() // of.itemsize
             return self.note(out, *(() if is_whole else known), begun)

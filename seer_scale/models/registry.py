@@ -14,7 +14,7 @@ from seer_scale.errors import NOTHING, Problem, UserError, closest, nearest
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Init, initial_values
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
-from seer_scale.models.timm_adaptor import PREFIX, build_timm
+from seer_scale.models.timm_adaptor import TIMM_PREFIX, build_timm
 
 GENERATOR_FIELDS = {f.name: f for f in fields(RegNetSpec) if f.name != "stem_width"}
 
@@ -28,7 +28,7 @@ def register_backbone(name: str) -> Callable[[F], F]:
     arguments, on the meta device. Raises ValueError where the name is taken by one of this package."""
 
     def register(factory: F) -> F:
-        if name in REGNETY or name == "regnety" or name.startswith(PREFIX):
+        if name in REGNETY or name == "regnety" or name.startswith(TIMM_PREFIX):
             raise ValueError(f"there is a backbone {name} already")
         _REGISTERED[name] = factory
         return factory
@@ -49,7 +49,7 @@ def build_backbone(name: str, **generator: Any) -> Backbone:
     make no network.
     """
     fixed: Callable[[], Backbone] | None = _REGISTERED.get(name)
-    if name.startswith(PREFIX):
+    if name.startswith(TIMM_PREFIX):
         fixed = partial(build_timm, name)
     elif name in REGNETY:
         fixed = partial(RegNetY, REGNETY[name])

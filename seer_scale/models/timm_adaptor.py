@@ -25,7 +25,7 @@ from seer_scale.models.constructor import Constructor
 from seer_scale.models.init import Init
 from seer_scale.models.layers.norm import BatchNorm
 
-PREFIX = "timm/"
+TIMM_PREFIX = "timm/"
 Steps = tuple[Sequence[str], list[list[str]], Sequence[str]]
 """What a forward goes through: names before the stages, of the blocks of each stage, and after them. A name is that of
 a module, or of a method of the network."""
@@ -65,10 +65,10 @@ def _create(name: str, device: str) -> tuple[Any, Constructor]:
     except ImportError as error:
         rule = "it needs timm, which is not installed"
         raise UserError(Problem("model.name", name, rule, how_to_install("timm"))) from error
-    short, constructor = name.removeprefix(PREFIX), Constructor()
+    short, constructor = name.removeprefix(TIMM_PREFIX), Constructor()
     if not timm.is_model(short):
         found = closest(short, timm.list_models())
-        fix = f"did you mean {PREFIX}{found}?" if found else "timm.list_models() names all there are"
+        fix = f"did you mean {TIMM_PREFIX}{found}?" if found else "timm.list_models() names all there are"
         raise UserError(Problem("model.name", name, f"timm {timm.__version__} has no such network", fix))
     with torch.device(device), constructor:
         try:  # a position embedding for images of any size, where there is one

@@ -12,7 +12,7 @@ from rich.text import Text
 from seer_scale.formatting import countdown, rate
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress
-from seer_scale.observe.records import BEGINNINGS, Record
+from seer_scale.observe.records import START_EVENTS, Record
 
 
 class ConsoleSink:
@@ -26,7 +26,7 @@ class ConsoleSink:
     def recall(self, records: list[Record]) -> None:
         """Take over what another start has logged last; its speed was perhaps that of other ranks."""
         for record in records:
-            if record.get("event") in BEGINNINGS:
+            if record.get("event") in START_EVENTS:
                 self._latest["samples_seen"] = record["samples_seen"]
             elif "event" not in record:
                 self._learn(record)
@@ -39,7 +39,7 @@ class ConsoleSink:
             self._progress.print(self._sentence(row))
 
     def event(self, event: Record) -> None:
-        if event["event"] in BEGINNINGS:
+        if event["event"] in START_EVENTS:
             self._latest["samples_seen"] = event["samples_seen"]
         self._progress.print(event["text"])
 

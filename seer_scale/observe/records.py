@@ -15,7 +15,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
-BEGINNINGS = ("start", "resume")
+START_EVENTS = ("start", "resume")
 """Kinds of events with which a process begins: what was logged beyond their samples_seen is abandoned."""
 
 
@@ -48,7 +48,7 @@ def read_metrics(run_dir: Path) -> tuple[list[Record], list[Record]]:
         samples = record["samples_seen"]
         if "event" in record:
             events.append(record)
-            if record["event"] in BEGINNINGS:
+            if record["event"] in START_EVENTS:
                 rows = {s: row for s, row in rows.items() if s <= samples}
         else:
             rows[samples] = rows.get(samples, {}) | record

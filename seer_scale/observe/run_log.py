@@ -11,7 +11,7 @@ from seer_scale.files import plain, shown
 from seer_scale.observe.console_sink import ConsoleSink
 from seer_scale.observe.eta import Eta
 from seer_scale.observe.progress import Progress, process_of_now
-from seer_scale.observe.records import BEGINNINGS, Record
+from seer_scale.observe.records import START_EVENTS, Record
 from seer_scale.observe.sinks import Guarded, JsonLines, Sink, open_sinks
 
 
@@ -75,7 +75,7 @@ class RunLog:
         if not self.active:
             return
         event = self._line({"event": kind, "text": shown(text)} | fields)
-        if kind in BEGINNINGS:
+        if kind in START_EVENTS:
             self._eta.begin(event["samples_seen"])
         for sink in self._sinks:
             sink.event(event)
@@ -87,7 +87,7 @@ class RunLog:
     def _line(self, fields: dict[str, Any]) -> Record:
         now, stopwatch = time.time(), self._progress.stopwatch
         spent = stopwatch.take(now)
-        if fields.get("event") in BEGINNINGS:
+        if fields.get("event") in START_EVENTS:
             spent = {"start": now - fields.get("began", now)}
             fields = process_of_now() | fields
         own = {"wall_time": now, "spent": spent, "spending": stopwatch.category}

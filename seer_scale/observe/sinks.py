@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
 from seer_scale.extras import how_to_install
 from seer_scale.files import shown, to_json
-from seer_scale.observe.records import BEGINNINGS, Record, parsed
+from seer_scale.observe.records import START_EVENTS, Record, parsed
 from seer_scale.observe.trackers import MLflow, WandB
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ TAIL = 1 << 16
 """Bytes of an existing metrics.jsonl that hold its last values: about 150 lines."""
 MAX_WAITING = 1000
 """Lines that may wait for a slow sink; further ones are dropped."""
-CLOSE_S = 30.0
+SINK_CLOSE_S = 30.0
 """Seconds that the end of a run waits for what a slow sink still has to send."""
 
 
@@ -89,7 +89,7 @@ class TensorBoard:
             raise
 
     def event(self, event: Record) -> None:
-        if event["event"] in BEGINNINGS:
+        if event["event"] in START_EVENTS:
             self.close()
             self._open(purge_from=event["samples_seen"] + 1)
 
@@ -156,7 +156,7 @@ class Background:
     def close(self) -> None:
         self._put(self._sink.close)
         self._put(None)
-        self._thread.join(CLOSE_S)
+        self._thread.join(SINK_CLOSE_S)
         if self._thread.is_alive():
             self._sink.warn("is too slow: what it has not taken by now is left out.")
 
@@ -173,7 +173,7 @@ class Background:
 
 SINKS: dict[str, Callable[[Path], Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 """What run.sinks may name; each is made of the run's folder."""
-SLOW = {"wandb", "mlflow"}
+SLOW_SINKS = {"wandb", "mlflow"}
 """Those that may wait for a network."""
 
 
@@ -188,7 +188,7 @@ def open_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
                 f"run.sinks {name} cannot be used ({error}); the run goes on without it.", file=sys.stderr, flush=True
             )
         else:
-            sinks.append(Background(sink) if name in SLOW else sink)
+            sinks.append(Background(sink) if name in SLOW_SINKS else sink)
     return sinks
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from seer_scale.formatting import counted
 from seer_scale.observe.progress import is_gone, read_progress
-from seer_scale.observe.records import BEGINNINGS, Record, read_records
+from seer_scale.observe.records import START_EVENTS, Record, read_records
 
 CATEGORIES = {
     "useful": "updates that count",
@@ -32,7 +32,7 @@ CATEGORIES = {
 }
 """Everything a run's time is spent on, as people say it."""
 
-RUNS, DONE, STOPPED = "running", "done", "stopped"
+STILL_RUNNING, DONE, STOPPED = "running", "done", "stopped"
 """How an attempt has ended, where nothing went wrong."""
 
 
@@ -69,7 +69,7 @@ class Attempt:
 
     @property
     def has_failed(self) -> bool:
-        return self.cause not in (RUNS, DONE, STOPPED)
+        return self.cause not in (STILL_RUNNING, DONE, STOPPED)
 
 
 @dataclass
@@ -126,7 +126,7 @@ def _add(seconds: dict[str, float], own: list[Record], end: Record, *, is_over: 
     kinds = {line.get("event") for line in own}
     cause = DONE if "done" in kinds else STOPPED if "stop" in kinds else ""
     ended = last["wall_time"] if cause else max(last["wall_time"], end.get("time", 0.0))
-    cause = cause or end.get("cause") or ("ended from outside" if is_over else RUNS)
+    cause = cause or end.get("cause") or ("ended from outside" if is_over else STILL_RUNNING)
     ranks, seen = first.get("ranks"), first["samples_seen"]
     on = f"{counted(ranks, 'rank')}, {first.get('engine', 'unknown')}" if ranks else ""
     attempt = Attempt(_began(first), first["wall_time"], ended, (seen, seen), cause, on)
@@ -188,7 +188,7 @@ def _now(account: TimeAccount, at: dict[str, Any] | None) -> dict[str, Any] | No
     last = account.attempts[-1] if account.attempts else None
     if at is not None and (last is None or at["time"] > last.ended):
         sign = at["time"]
-    elif last and last.cause == RUNS:
+    elif last and last.cause == STILL_RUNNING:
         sign = last.ended
     else:
         return None
@@ -203,7 +203,7 @@ def _lines_of_attempts(run_dir: Path) -> list[list[Record]]:
     for line in read_records(run_dir):
         if not isinstance(line.get("wall_time"), int | float):
             continue
-        if line.get("event") in BEGINNINGS:
+        if line.get("event") in START_EVENTS:
             attempts.append([])
         if attempts:
             attempts[-1].append(line)

@@ -6,7 +6,7 @@ from seer_scale.formatting import counted, duration
 from seer_scale.observe.time_account import CATEGORIES, Attempt, TimeAccount
 
 START, RUNNING, LOST = "s=x"
-ON, WIDTH = 20, 40
+ON_WIDTH, BAR_WIDTH = 20, 40
 """Columns of the table of attempts: what each ran on, and its place in the run's time."""
 
 
@@ -38,14 +38,14 @@ def text(account: TimeAccount) -> str:
     lines += [
         "",
         (
-            f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  {'on':{ON}}  "
-            f"{'0 to ' + duration(account.total_s):<{WIDTH}}  ended by"
+            f"  {'samples':>23}  {'lasted':>10}  {'lost':>9}  {'on':{ON_WIDTH}}  "
+            f"{'0 to ' + duration(account.total_s):<{BAR_WIDTH}}  ended by"
         ),
     ]
     lines += [
         (
             f"  {attempt.seen[0]:>11,} {attempt.seen[1]:>11,}  {duration(attempt.ended - attempt.began):>10}  "
-            f"{duration(attempt.lost_s):>9}  {attempt.on:{ON}}  {_bar(attempt, account)}  {attempt.cause}"
+            f"{duration(attempt.lost_s):>9}  {attempt.on:{ON_WIDTH}}  {_bar(attempt, account)}  {attempt.cause}"
         )
         for attempt in account.attempts
     ]
@@ -55,8 +55,8 @@ def text(account: TimeAccount) -> str:
 
 
 def _bar(attempt: Attempt, account: TimeAccount) -> str:
-    """An attempt's place in the run's time, of WIDTH characters, at least one of which it takes."""
-    first, each = account.attempts[0].began, (account.total_s or 1.0) / WIDTH
+    """An attempt's place in the run's time, of BAR_WIDTH characters, at least one of which it takes."""
+    first, each = account.attempts[0].began, (account.total_s or 1.0) / BAR_WIDTH
 
     def what(place: int) -> str:
         at = min(max(first + (place + 0.5) * each, attempt.began), attempt.ended)
@@ -64,6 +64,6 @@ def _bar(attempt: Attempt, account: TimeAccount) -> str:
             LOST if attempt.lost_s and at > attempt.ended - attempt.lost_s else START if at < attempt.ready else RUNNING
         )
 
-    begin = min(round((attempt.began - first) / each), WIDTH - 1)
-    end = min(max(round((attempt.ended - first) / each), begin + 1), WIDTH)
-    return " " * begin + "".join(map(what, range(begin, end))) + " " * (WIDTH - end)
+    begin = min(round((attempt.began - first) / each), BAR_WIDTH - 1)
+    end = min(max(round((attempt.ended - first) / each), begin + 1), BAR_WIDTH)
+    return " " * begin + "".join(map(what, range(begin, end))) + " " * (BAR_WIDTH - end)

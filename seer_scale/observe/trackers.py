@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from seer_scale.observe.records import BEGINNINGS, Record
+from seer_scale.observe.records import START_EVENTS, Record
 
 if TYPE_CHECKING:
     import mlflow
@@ -62,7 +62,7 @@ class WandB:
         self._opened().log({"samples_seen": row["samples_seen"]} | _scalars(row))
 
     def event(self, event: Record) -> None:
-        if event["event"] in BEGINNINGS:
+        if event["event"] in START_EVENTS:
             self._opened()
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class MLflow:
         self._opened().log_batch(self._run, metrics)
 
     def event(self, event: Record) -> None:
-        if event["event"] in BEGINNINGS:
+        if event["event"] in START_EVENTS:
             self._opened()
 
     def close(self) -> None:

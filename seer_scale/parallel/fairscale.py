@@ -22,7 +22,7 @@ from seer_scale.parallel.private_parts import PrivatePart
 from seer_scale.parallel.shard import Shard
 
 _OSS = "fairscale.optim.oss"
-PARTS = (
+FAIRSCALE_PARTS = (
     PrivatePart(_OSS, "OSS._per_device_params", "dealing out parameters in an order that keeps them aligned"),
     PrivatePart(_OSS, "OSS._param_to_rank", "which parameters a rank owns"),
     PrivatePart(_OSS, "OSS._broadcast_params", "bringing loaded weights to all ranks", ()),

@@ -184,7 +184,7 @@ def _edge(holds: Callable[[float], bool], inside: float, outside: float) -> floa
 # ------------------------------------------------------------------------------------------------ the command
 
 
-OPTIONS: dict[str, tuple[float | None, str]] = {
+FAILURE_OPTIONS: dict[str, tuple[float | None, str]] = {
     "mtbf_hours": (None, "hours between two failures of the job, on average"),
     "gpus": (None, f"or: GPUs of the job (default: {GPUS})"),
     "gpu_hours": (None, f"and GPU-hours between two failures (default: {GPU_HOURS:,}, as in Llama 3's training)"),
@@ -201,7 +201,7 @@ ABOVE_ZERO, WHOLE = ("mtbf_hours", "gpus", "gpu_hours", "save", "images_per_seco
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, (default, meaning) in OPTIONS.items():
+    for name, (default, meaning) in FAILURE_OPTIONS.items():
         shown = "" if default is None else f" (default: {default:g})"
         parser.add_argument(_option(name), default=default, metavar="N", help=meaning + shown)
     parser.add_argument(
@@ -234,7 +234,9 @@ def _read(args: argparse.Namespace) -> tuple[Failures, dict[str, float]]:
     """(the model, the other values) of a command line. Raises UserError with every problem."""
     given: dict[str, float] = {}
     problems: list[Problem] = []
-    texts = {name: getattr(args, name) for name in [*OPTIONS, *(["interval"] if args.interval != "best" else [])]}
+    texts = {
+        name: getattr(args, name) for name in [*FAILURE_OPTIONS, *(["interval"] if args.interval != "best" else [])]
+    }
     for name, text in texts.items():
         if text is None:
             continue

@@ -14,7 +14,7 @@ import yaml
 from seer_scale.config import Config
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler, needed
 from seer_scale.data.sources import Source, open_data, open_source
-from seer_scale.data.sources.manifest import SUFFIXES, ConcatSource, Part, absolute, read_manifest
+from seer_scale.data.sources.manifest import MANIFEST_SUFFIXES, ConcatSource, Part, absolute, read_manifest
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.formatting import counted
 
@@ -172,7 +172,9 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
     joined = open_source(manifest)
     if not isinstance(joined, ConcatSource):
         raise UserError(
-            Problem(manifest, NOTHING, "is read as no manifest", f"its name must end in {' or '.join(SUFFIXES)}")
+            Problem(
+                manifest, NOTHING, "is read as no manifest", f"its name must end in {' or '.join(MANIFEST_SUFFIXES)}"
+            )
         )
     known = dict(map(tuple, saved["versions"][-1]["parts"])) if saved else {}
     _check_sizes(known, joined.parts)

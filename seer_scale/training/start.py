@@ -17,7 +17,7 @@ import torch
 from seer_scale import distributed
 from seer_scale.checkpoint.lock import RunLock
 from seer_scale.config import (
-    ZERO,
+    ZERO_ENGINES,
     Config,
     Data,
     Model,
@@ -99,7 +99,7 @@ def _beyond_config(config: Config, world_size: int, with_data: bool) -> list[Pro
         "model": partial(_check_model, config),
         "run.sinks": partial(check_installed, config.run.sinks),
     }
-    if config.parallel.engine in ZERO:
+    if config.parallel.engine in ZERO_ENGINES:
         checks["parallel.ds_config"] = partial(load("deepspeed.config").deepspeed_config, config, world_size)
     return _problems(checks | (_checks_of_data(config) if with_data else {}))
 

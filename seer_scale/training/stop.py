@@ -21,7 +21,7 @@ from seer_scale.data.sources import remote
 from seer_scale.distributed import World
 from seer_scale.errors import ECHO_S, STOP_SIGNALS, StartStopped, stop_signals
 
-POLL_S = 0.25
+STOP_POLL_S = 0.25
 """Seconds between two looks of rank 0 into the store."""
 STORE_KEY = "asked to stop"
 
@@ -128,7 +128,7 @@ class StopRequest:
         if self._mine and not world.is_main and not self._left_word:
             world.store.set(STORE_KEY, str(self._mine))
             self._left_word = True
-        elif not self._mine and world.is_main and time.monotonic() - self._looked_at > POLL_S:
+        elif not self._mine and world.is_main and time.monotonic() - self._looked_at > STOP_POLL_S:
             self._looked_at = time.monotonic()
             if world.store.check([STORE_KEY]):
                 self._mine = int(world.store.get(STORE_KEY))

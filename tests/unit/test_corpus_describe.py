@@ -72,8 +72,9 @@ def test_text_sheet_and_list(corpus, tmp_path):
     text = inspect(corpus, "--sheet", tmp_path / "sheet.jpg", "--unreadable", tmp_path / "bad.txt")
     assert "13 images; 2 classes from b (5) to a (8)" in text and "JPEG 11 (84.6 %)" in text and "404" not in text
     with Image.open(tmp_path / "sheet.jpg") as sheet:
-        assert sheet.format == "JPEG" and sheet.size == (12 * module.SIDE, module.SIDE)
-        assert sheet.getpixel((11 * module.SIDE + 9, 9)) == (255, 255, 255) != sheet.getpixel((10 * module.SIDE + 9, 9))
+        assert sheet.format == "JPEG" and sheet.size == (12 * module.SHEET_SIDE, module.SHEET_SIDE)
+        last, absent = (sheet.getpixel((column * module.SHEET_SIDE + 9, 9)) for column in (10, 11))
+        assert absent == (255, 255, 255) != last
     lines = (tmp_path / "bad.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in lines] == [f"{corpus}/b/page.jpg", f"{corpus}/b/short.jpg"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.txt", "sheet.jpg"]

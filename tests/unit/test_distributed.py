@@ -99,7 +99,7 @@ from seer_scale import rendezvous
 from seer_scale.errors import UserError
 from seer_scale.training import stop
 from seer_scale.training import metric_window as window
-stop.POLL_S = 0.0
+stop.STOP_POLL_S = 0.0
 own = rendezvous._own_addresses
 rendezvous._own_addresses = lambda info: ["no-such-host.invalid", *own(info)]
 left = {"hosts": ["127.0.0.1"], "port": 9, "size": 2, "token": "x"}

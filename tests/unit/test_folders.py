@@ -62,7 +62,7 @@ def test_folders_that_link_to_themselves_and_nest_without_end(deep, tmp_path, mo
     Path("deep.jpg").touch()
     source = open_source(str(tmp_path / "d"))
     assert [os.path.basename(source.name(i)) for i in range(len(source))] == ["1.jpg", "deep.jpg"]
-    assert source.left_out == {left_out.DANGLING: 1}
+    assert source.left_out == {left_out.DANGLING_LINKS: 1}
     with refused(tmp_path / "d" / "self") as error:
         open_source(str(tmp_path / "d" / "self"))
     assert "Too many levels of symbolic links" in error.value.problems[0].rule
@@ -147,7 +147,7 @@ def test_what_only_is_called_like_an_image_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda path, **more: asked.update([os.path.basename(path)]) or stat(path, **more))
     source = folder(str(place))
     assert [os.path.basename(source.name(i)) for i in range(len(source))] == ["1.jpg", "2.jpg", "4.jpg", "3.jpg"]
-    assert source.left_out == {left_out.DANGLING: 2, left_out.SPECIAL: 4}
+    assert source.left_out == {left_out.DANGLING_LINKS: 2, left_out.SPECIAL: 4}
     assert not asked.keys() & {"1.jpg", "2.jpg", "3.jpg"}
     assert "2 links that lead nowhere" in left_out.warning(source.left_out)
 
@@ -198,9 +198,9 @@ def test_runs_among_the_images_are_none_of_them(tmp_path):
     source = open_source(str(tmp_path / "d"))
     names = [os.path.relpath(source.name(i), tmp_path / "d") for i in range(len(source))]
     assert names == ["hat/1.jpg", "shoe/2.jpg", "shoe/logs/3.jpg"] and source.classes == ["hat", "shoe"]
-    assert source.left_out[left_out.RUNS] == 6 and folders_in(str(tmp_path / "d")) == ["hat", "shoe"]
+    assert source.left_out[left_out.RUN_FOLDERS] == 6 and folders_in(str(tmp_path / "d")) == ["hat", "shoe"]
     assert "6 folders of runs (the pictures in them are their own)" in left_out.warning(source.left_out)
-    assert left_out.warning({left_out.RUNS: 1}).startswith("Left out: 1 folder of a run (")
+    assert left_out.warning({left_out.RUN_FOLDERS: 1}).startswith("Left out: 1 folder of a run (")
     assert len(open_source(str(tmp_path / "d" / "three" / "gallery"))) == 1  # who names it means it
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from seer_scale.data.sources.left_out import COMMENTS, KINDS, NO_SUFFIX, described
+from seer_scale.data.sources.left_out import COMMENTS, LEFT_OUT_KINDS, NO_SUFFIX, described
 from seer_scale.formatting import (
     countdown,
     counted,
@@ -23,7 +23,7 @@ def test_nouns_are_counted():
 
 
 def test_what_is_left_out_is_counted():
-    told = described({kind: 1 for kind in KINDS})
+    told = described({kind: 1 for kind in LEFT_OUT_KINDS})
     assert (
         "1 file without a suffix (" in told
         and "1 line that begins with # (" in told

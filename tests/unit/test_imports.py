@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,30 @@ def test_what_writes_json_says_that_it_is_strict(path):
             assert shows or "allow_nan" in [k.arg for k in node.keywords], (
                 f"line {node.lineno} may write NaN or Infinity"
             )
+
+
+def constants(path: Path) -> Iterator[tuple[str, str]]:
+    """Names in capitals that a module assigns at its top, and what: of a tuple, each name's own element."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple):
+                    is_each = isinstance(node.value, ast.Tuple) and len(node.value.elts) == len(target.elts)
+                    values = node.value.elts if is_each else [ast.Tuple([node.value, e]) for e in target.elts]
+                    pairs = list(zip(target.elts, values))
+                for name, value in pairs:
+                    if isinstance(name, ast.Name) and name.id.isupper():
+                        yield name.id, ast.dump(value)
+
+
+def test_a_constant_has_a_name_of_its_own():
+    """One name, one value, wherever in the house it is read."""
+    found: dict[str, dict[str, str]] = {}
+    for path in MODULES:
+        for name, value in constants(path):
+            found.setdefault(name, {}).setdefault(value, str(path.relative_to(HOUSE)))
+    assert {name: sorted(by.values()) for name, by in found.items() if len(by) > 1} == {}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(HOUSE)) for p in MODULES])

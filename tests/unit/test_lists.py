@@ -33,7 +33,7 @@ def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, 
     expected = [line.partition("\t") for line in there if line.partition("\t")[0].strip()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lists, "STRIDE", stride)
-        patch.setattr(lists, "CHUNK", chunk)
+        patch.setattr(lists, "LIST_CHUNK_BYTES", chunk)
         for question in ("exists", "isfile"):
             patch.setattr(os.path, question, lambda name: not name.startswith(f"{path.parent}/#"))
         if not expected:
@@ -82,7 +82,7 @@ def test_lines_are_those_of_a_plain_reading(tmp_path_factory, lines, end, last, 
 )
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_lines_are_read_as_readers_of_tables_do(tmp_path, monkeypatch, text, names, labels, told, chunk):
-    monkeypatch.setattr(lists, "CHUNK", chunk)
+    monkeypatch.setattr(lists, "LIST_CHUNK_BYTES", chunk)
     (tmp_path / "images").mkdir()
     for name in ("a.jpg", "b.jpg", "image", "#1.jpg", '"q"'):
         (tmp_path / name).write_text(name.strip('"')[0])
@@ -121,7 +121,7 @@ def test_a_list_of_lines_that_cannot_be_read_says_how_many_were_looked_at(tmp_pa
 
 
 def test_a_label_missing_far_down_is_named_by_its_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(lists, "CHUNK", 64)
+    monkeypatch.setattr(lists, "LIST_CHUNK_BYTES", 64)
     (tmp_path / "a.jpg").touch()
     text = "\n" + "a.jpg\tx\n" * 1000
     (tmp_path / "list.txt").write_text(text + "a.jpg\n")

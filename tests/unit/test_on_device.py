@@ -156,7 +156,7 @@ def test_a_crop_does_not_depend_on_its_batch(seed, hows, a_time):
     for i, (image, how) in enumerate(zip(images, hows)):
         assert apart(at_once([image], [how])[0], together[i]) < 2e-3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(on_device, "CHUNK", a_time * 3 * 24 * 24)
+        patch.setattr(on_device, "PHOTOMETRIC_CHUNK", a_time * 3 * 24 * 24)
         assert apart(at_once([images[i] for i in order], [hows[i] for i in order]), together[order]) < 2e-3
 
 

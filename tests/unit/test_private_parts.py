@@ -13,7 +13,7 @@ import torch
 import seer_scale
 from seer_scale.parallel import private_parts
 from seer_scale.parallel.deepspeed import private
-from seer_scale.parallel.fairscale import PARTS as OF_FAIRSCALE
+from seer_scale.parallel.fairscale import FAIRSCALE_PARTS
 from seer_scale.parallel.private_parts import PrivatePart, moved_parts
 
 HOUSE = Path(seer_scale.__file__).parent
@@ -53,7 +53,7 @@ def arguments(kernel: str) -> set[str]:
     return {a.name for overload in packet.overloads() for a in getattr(packet, overload)._schema.arguments}
 
 
-@pytest.mark.parametrize("part", [*private.PARTS, *OF_FAIRSCALE], ids=lambda part: part.name)
+@pytest.mark.parametrize("part", [*private.DEEPSPEED_PARTS, *FAIRSCALE_PARTS], ids=lambda part: part.name)
 def test_each_part_is_there_as_it_is_used(part):
     assert moved_parts([part]) == []
 
@@ -79,7 +79,7 @@ def test_no_other_part_of_torch_is_used():
 
 
 def test_nothing_else_touches_deepspeeds_parts():
-    used = {part.name.rpartition(".")[2] for part in private.PARTS}
+    used = {part.name.rpartition(".")[2] for part in private.DEEPSPEED_PARTS}
     inner = {name for name in used if name.startswith(("_", "ds_")) or "_groups" in name or "partition" in name}
     inner -= {"partition"}  # of strings
     for path in HOUSE.rglob("*.py"):

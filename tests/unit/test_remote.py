@@ -251,7 +251,7 @@ def test_lists_of_urls(server, tmp_path, monkeypatch):
     text = "".join(f"{n} é.jpg\t{n % 2}\n" for n in range(5))
     (server.root / "list.txt").write_text(text)
     local = plain(open_source(str(server.root / "list.txt")), str(server.root))
-    monkeypatch.setattr(lists, "CHUNK", 16)
+    monkeypatch.setattr(lists, "LIST_CHUNK_BYTES", 16)
     source = open_source(f"{server.url}/list.txt")  # beside its images
     assert plain(source, server.url) == local
     assert Counter(server.asked)["GET", "/0%20%C3%A9.jpg"] == 2 and len(server.asked) == 2 + 4 + 5

@@ -304,7 +304,7 @@ class Broken(Nowhere):
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_sink_that_fails_on_every_call_costs_a_warning(tmp_path, monkeypatch, capsys, slow):
     monkeypatch.setitem(SINKS, "broken", Broken)
-    monkeypatch.setattr(sinks, "SLOW", {"broken"} if slow else set())
+    monkeypatch.setattr(sinks, "SLOW_SINKS", {"broken"} if slow else set())
     monkeypatch.setattr(Broken, "calls", 0)
     with RunLog(tmp_path, 6400, ("ln K", 4.159), active=True, sinks=("broken",)) as log:
         log.event("start", "A new run.", samples_seen=0)
@@ -333,8 +333,8 @@ def test_a_slow_sink_holds_up_neither_the_run_nor_its_end(tmp_path, monkeypatch,
             over.wait(60)
 
     monkeypatch.setitem(SINKS, "slow", Slow)
-    monkeypatch.setattr(sinks, "SLOW", {"slow"})
-    monkeypatch.setattr(sinks, "CLOSE_S", 0.01)
+    monkeypatch.setattr(sinks, "SLOW_SINKS", {"slow"})
+    monkeypatch.setattr(sinks, "SINK_CLOSE_S", 0.01)
     monkeypatch.setattr(sinks, "MAX_WAITING", 2)
     begin = time.perf_counter()
     with RunLog(tmp_path, 6400, ("ln K", 4.159), active=True, sinks=("slow",)) as log:

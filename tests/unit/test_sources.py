@@ -328,7 +328,7 @@ def test_labels_are_counted_without_reading_an_index(tmp_path, monkeypatch):
 
 
 def test_long_work_is_told(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tar_survey, "LOG_EVERY_S", 0)
+    monkeypatch.setattr(tar_survey, "SURVEY_LOG_EVERY_S", 0)
     numbered_tars(tmp_path / "d", 2)
     open_source(str(tmp_path / "d"))
     assert capfd.readouterr().err == "Indexing tars: 1 of 2.\nIndexing tars: 2 of 2.\n"
@@ -583,7 +583,7 @@ def test_a_tar_replaced_while_in_use_gives_no_other_image(tmp_path):
 
 
 def test_no_member_takes_more_memory_than_an_image_may(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "MAX_BYTES", 5000)
+    monkeypatch.setattr(tars, "MAX_FILE_BYTES", 5000)
     monkeypatch.setattr(tars, "LONGEST_READ", 2500)  # as in truth, far less
     source = open_source(
         str(write_tar(tmp_path / "x.tar", {"1.jpg": b"a" * 5000, "2.jpg": b"b" * 5001, "3.jpg": b"c"}))

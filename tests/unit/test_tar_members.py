@@ -114,7 +114,7 @@ def test_what_is_no_regular_file_is_told_by_its_type(tmp_path):
         members.append(tarfile.TarInfo(name))
         members[-1].type = kind
     source = opened(tmp_path, *members, "1.jpg")
-    assert read(source) == [("1.jpg", None)] and source.left_out == {left_out.SPECIAL: 2, left_out.FOREIGN: 1}
+    assert read(source) == [("1.jpg", None)] and source.left_out == {left_out.SPECIAL: 2, left_out.UNKNOWN_MEMBERS: 1}
 
 
 @pytest.mark.parametrize("zeros", [0, 3 << 20])

@@ -17,7 +17,7 @@ from seer_scale.cli import main
 from seer_scale.observe import time_account
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.time_account import read_time_account
-from seer_scale.observe.time_table import LOST, ON, RUNNING, START, WIDTH, text
+from seer_scale.observe.time_table import BAR_WIDTH, LOST, ON_WIDTH, RUNNING, START, text
 
 
 class Log:
@@ -125,8 +125,12 @@ def test_a_run_of_three_attempts(tmp_path):
     assert [round(attempt.lost_s, 6) for attempt in account.attempts] == [17, 0, 0]
     assert account.mean_time_to_recover_s == pytest.approx(60 + 20 + 2)  # to its first update; the stop was no failure
     said = text(account)
-    bars = [line.partition(f"{'2 ranks, fsdp':{ON}}  ")[2][:WIDTH] for line in said.splitlines() if "2 ranks" in line]
-    each = (log.now - 1000) / WIDTH
+    bars = [
+        line.partition(f"{'2 ranks, fsdp':{ON_WIDTH}}  ")[2][:BAR_WIDTH]
+        for line in said.splitlines()
+        if "2 ranks" in line
+    ]
+    each = (log.now - 1000) / BAR_WIDTH
     spans = [
         (attempt.began - 1000, attempt.ready - 1000, attempt.ended - 1000 - attempt.lost_s, attempt.ended - 1000)
         for attempt in account.attempts
@@ -137,7 +141,7 @@ def test_a_run_of_three_attempts(tmp_path):
             (START, ready - began),
             (RUNNING, lost - ready),
             (LOST, ended - lost),
-            (" ", each * WIDTH - ended + began),
+            (" ", each * BAR_WIDTH - ended + began),
         ]
         assert all(abs(bar.count(mark) * each - seconds) <= 1.5 * each for mark, seconds in expected), bar
         assert abs(len(bar) - len(bar.lstrip()) - began / each) <= 1

@@ -16,16 +16,15 @@ from seer_scale.data.sources.base import Source, Stream, is_image, is_tar, must_
 from seer_scale.data.sources.files import folder, is_file, is_folder, is_of_runs
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.data.sources.lists import ListFile
-from seer_scale.data.sources.manifest import SUFFIXES as MANIFEST_SUFFIXES
-from seer_scale.data.sources.manifest import open_manifest
+from seer_scale.data.sources.manifest import MANIFEST_SUFFIXES, open_manifest
 from seer_scale.data.sources.tar_paths import is_several
 from seer_scale.data.sources.tars import open_tars
 from seer_scale.errors import NOTHING, DataError, Problem, nearest
 
-__all__ = ["KINDS", "Source", "Stream", "kind_of", "open_data", "open_source", "subset"]
+__all__ = ["SOURCE_KINDS", "Source", "Stream", "kind_of", "open_data", "open_source", "subset"]
 
 OPENERS: dict[str, Callable[[str], Source]] = {"list": ListFile, "tar": open_tars}
-KINDS = ("auto", "folder", *OPENERS, "hub", "stream", "manifest")
+SOURCE_KINDS = ("auto", "folder", *OPENERS, "hub", "stream", "manifest")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".list")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
@@ -40,8 +39,8 @@ def open_source(
 
     Raises DataError when there is no image to read, saying what was looked for.
     """
-    if kind not in KINDS:
-        raise DataError(Problem("data.kind", kind, "no source is of that kind", nearest(kind, KINDS)))
+    if kind not in SOURCE_KINDS:
+        raise DataError(Problem("data.kind", kind, "no source is of that kind", nearest(kind, SOURCE_KINDS)))
     if not path:
         raise DataError(Problem("data.path", NOTHING, "is empty", "give a folder of images, a list file or tars"))
     kind = kind_of(path) if kind == "auto" else kind

@@ -21,7 +21,7 @@ from seer_scale.formatting import counted
 from seer_scale.rng import key as hash_key
 
 HEIF = (".heic", ".heif", ".hif") if find_spec("pillow_heif") else ()
-SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".j2k",
     ".avif", ".ppm", ".pgm", ".pbm", ".pnm", *HEIF,
 )  # fmt: skip
@@ -206,7 +206,7 @@ def first_folder(name: str) -> str | None:
 
 def is_image(name: str) -> bool:
     """By its name: the suffix is one of images, and the file is not hidden."""
-    return name.lower().endswith(SUFFIXES) and not is_hidden(name.rpartition("/")[2])
+    return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name.rpartition("/")[2])
 
 
 def is_tar(name: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from seer_scale.data.sources import remote
 from seer_scale.data.sources.base import (
-    SUFFIXES,
+    IMAGE_SUFFIXES,
     LabelsBuilder,
     NamesBuilder,
     Source,
@@ -27,10 +27,10 @@ from seer_scale.data.sources.base import (
     unlistable,
 )
 from seer_scale.data.sources.left_out import (
-    DANGLING,
+    DANGLING_LINKS,
     EXCLUDED,
     HIDDEN,
-    RUNS,
+    RUN_FOLDERS,
     SPECIAL,
     TOO_DEEP,
     UNLISTABLE,
@@ -42,7 +42,7 @@ from seer_scale.data.sources.left_out import (
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import shown
 
-MAX_BYTES = 1 << 30
+MAX_FILE_BYTES = 1 << 30
 FOLDER_SAMPLE = 100
 """Entries of a folder that are looked at to see whether it is one of runs: more than a run's own has."""
 
@@ -83,14 +83,14 @@ class Files(Source):
 def read_file(path: str) -> bytes:
     """The whole of a file or URL. Raises DataError."""
     if remote.is_url(path):
-        return remote.read(path, max_bytes=MAX_BYTES)
+        return remote.read(path, max_bytes=MAX_FILE_BYTES)
     try:
         with open(path, "rb", buffering=0, opener=_at_once) as file:
             found = os.fstat(file.fileno())
             size = found.st_size
             if not stat.S_ISREG(found.st_mode):
                 raise Unreadable("it is no regular file", shown(path))
-            if size > MAX_BYTES:
+            if size > MAX_FILE_BYTES:
                 raise Unreadable(too_large(size), shown(path))
             return file.readall()
     except (OSError, ValueError) as error:
@@ -99,7 +99,7 @@ def read_file(path: str) -> bytes:
 
 def too_large(size: int) -> str:
     """A reason."""
-    return f"its {size:,} bytes are more than the {MAX_BYTES:,} that an image may have"
+    return f"its {size:,} bytes are more than the {MAX_FILE_BYTES:,} that an image may have"
 
 
 def is_lfs_pointer(data: bytes) -> bool:
@@ -141,7 +141,7 @@ def folder(path: str, exclude: Sequence[str] = ()) -> Files:
         labels.add(first_folder(name))
     if not len(labels.codes):
         more = f"it holds {words}" if (words := described(left_out)) else ""
-        rule = f"holds no image: looked in all its subfolders for {', '.join(SUFFIXES)}"
+        rule = f"holds no image: looked in all its subfolders for {', '.join(IMAGE_SUFFIXES)}"
         raise DataError(Problem(path, NOTHING, rule, more))
     codes = np.array(labels.codes, np.int32)
     if len(labels.values) < 2:
@@ -215,11 +215,11 @@ def _walk(root: str, exclude: _Patterns, left_out: Counter[str]) -> Iterator[str
                 left_out[TOO_DEEP if error.errno == errno.ENAMETOOLONG else UNLISTABLE] += 1
                 continue
             if is_run([e.name for e in entries]):
-                left_out[RUNS] += 1
+                left_out[RUN_FOLDERS] += 1
             else:
                 stack.append((f"{below}{name}/", iter(entries)))
         elif not is_file(entry):
-            left_out[SPECIAL if os.path.exists(entry.path) else DANGLING] += 1
+            left_out[SPECIAL if os.path.exists(entry.path) else DANGLING_LINKS] += 1
         elif is_image(name):
             yield below + name
         else:

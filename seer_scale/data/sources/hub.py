@@ -31,7 +31,7 @@ from seer_scale.files import shown
 from seer_scale.rng import key as hash_key
 from seer_scale.rng import numpy_generator
 
-PREFIX = "hf:"
+HUB_PREFIX = "hf:"
 FILES = (".parquet", ".arrow")
 IMAGE_NAMES = ("image", "img", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "fine_label")
@@ -47,7 +47,7 @@ def looks_like_hub(path: str) -> bool:
     """Whether a path is for this module: hf:..., a folder that save_to_disk wrote, .parquet or .arrow files, or a
     folder of such, as a clone from the Hub is. Looks at some entries of a folder, and into some of its subfolders.
     Raises DataError for a folder of tables and a few images, which may be its illustrations as well as its data."""
-    if path.startswith(PREFIX) or (path.lower().endswith(FILES) and not os.path.isdir(path)) or _is_saved(path):
+    if path.startswith(HUB_PREFIX) or (path.lower().endswith(FILES) and not os.path.isdir(path)) or _is_saved(path):
         return True
     found = _look_into(path)
     if found.images and found.tables and not found.has_tars and len(found.images) <= FEW_IMAGES:
@@ -237,7 +237,7 @@ class HubStream(Source):
 
 def _load(path: str, split: str, **options: bool) -> Any:
     """The library's Dataset, or with streaming=True its IterableDataset."""
-    datasets, place = _library(), path.removeprefix(PREFIX)
+    datasets, place = _library(), path.removeprefix(HUB_PREFIX)
     with _explained(path):
         if _is_saved(place):
             if options:
@@ -292,7 +292,7 @@ def _explained(path: str) -> Iterator[None]:
         is_wrapped = isinstance(error, _library().exceptions.DatasetGenerationError) and error.__cause__
         cause = error.__cause__ if is_wrapped else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
-        if _holds_pointers(path.removeprefix(PREFIX)):
+        if _holds_pointers(path.removeprefix(HUB_PREFIX)):
             reason = "it holds pointers of Git LFS and not the files: run git lfs pull in it"
         raise Unreadable(reason, path) from error
 
@@ -311,7 +311,7 @@ def _tables_below(folder: str) -> Iterator[str]:
 
 
 def _prefixed(path: str) -> str:
-    return PREFIX + path.removeprefix(PREFIX)
+    return HUB_PREFIX + path.removeprefix(HUB_PREFIX)
 
 
 # -------------------------------------------------------------------------------------------- columns and cells

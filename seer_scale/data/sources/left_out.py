@@ -9,17 +9,17 @@ from seer_scale.extras import how_to_install
 
 HIDDEN, UNLISTABLE, EXCLUDED = "hidden", "folders that cannot be listed", "excluded"
 TOO_DEEP = "folders whose paths are too long for the system"
-RUNS = "folders of runs"
-FOREIGN = "tar members of a type that is not known"
-DANGLING, SPECIAL = "links that lead nowhere", "pipes, sockets or devices"
+RUN_FOLDERS = "folders of runs"
+UNKNOWN_MEMBERS = "tar members of a type that is not known"
+DANGLING_LINKS, SPECIAL = "links that lead nowhere", "pipes, sockets or devices"
 LINKS, SPARSE, SECOND, NO_END = "links in tars", "sparse members", "further images of a key", "tars without an end mark"
-HEADERS, COMMENTS, COLUMNS = "header lines", "lines that begin with #", "lines with further columns"
+HEADERS, COMMENTS, FURTHER_COLUMNS = "header lines", "lines that begin with #", "lines with further columns"
 NO_SUFFIX, OTHER = "files without a suffix", "other files"
 HIDDEN_MEMBERS, NO_SUFFIX_MEMBERS = "hidden members of tars", "members of tars without a suffix"
 """No list can name a tar's members."""
 ONE = {
-    TOO_DEEP: "folder whose path is too long for the system", RUNS: "folder of a run",
-    DANGLING: "link that leads nowhere", SPECIAL: "pipe, socket or device", COMMENTS: "line that begins with #",
+    TOO_DEEP: "folder whose path is too long for the system", RUN_FOLDERS: "folder of a run",
+    DANGLING_LINKS: "link that leads nowhere", SPECIAL: "pipe, socket or device", COMMENTS: "line that begins with #",
 }  # fmt: skip
 """What one of a kind is called, where that is more than its noun without an s."""
 SUFFIXES_OF = {
@@ -35,18 +35,18 @@ ADVICE = {
     HIDDEN: "data.kind list reads what a list names",
     UNLISTABLE: "make them readable",
     TOO_DEEP: "move what is in them further up",
-    RUNS: "the pictures in them are their own",
-    DANGLING: "",
+    RUN_FOLDERS: "the pictures in them are their own",
+    DANGLING_LINKS: "",
     SPECIAL: "no regular files",
     EXCLUDED: "by data.exclude",
     LINKS: "they are never followed; store the images themselves",
-    FOREIGN: "store them as regular files",
+    UNKNOWN_MEMBERS: "store them as regular files",
     SPARSE: "pack them as whole files (tar without --sparse)",
     SECOND: "of each key one image is read, as WebDataset does",
     NO_END: "read as far as it goes; it may have been cut between two members",
     HEADERS: "a first line of column names, and no file",
     COMMENTS: "they name no file",
-    COLUMNS: "a path and a label are read",
+    FURTHER_COLUMNS: "a path and a label are read",
     "HEIF images": f"{how_to_install('pillow_heif')} reads them",
     "camera raw images": "develop them to JPEG or TIFF",
     "other images": "convert them to JPEG or PNG",
@@ -57,7 +57,7 @@ ADVICE = {
     HIDDEN_MEMBERS: "store them under names that begin with no dot",
     NO_SUFFIX_MEMBERS: "store them with a suffix, such as .jpg",
 }
-KINDS = (*ADVICE, OTHER)
+LEFT_OUT_KINDS = (*ADVICE, OTHER)
 """In a fixed order, which indexes of tars rely on."""
 _KIND_OF = {suffix: kind for kind, suffixes in reversed(SUFFIXES_OF.items()) for suffix in suffixes}
 SERVICE_FOLDERS = frozenset(
@@ -86,7 +86,7 @@ def kind_of(name: str) -> str:
 
 def described(left_out: Mapping[str, int]) -> str:
     """In words, the most first: "12 HEIF images (pip install ... reads them), 3 hidden"; empty where there is none."""
-    counts = sorted(((left_out.get(kind, 0), kind) for kind in KINDS), key=lambda c: -c[0])
+    counts = sorted(((left_out.get(kind, 0), kind) for kind in LEFT_OUT_KINDS), key=lambda c: -c[0])
     return ", ".join(f"{_named(n, kind)}{f' ({ADVICE[kind]})' if ADVICE.get(kind) else ''}" for n, kind in counts if n)
 
 

@@ -28,17 +28,17 @@ from seer_scale.data.sources.base import (
     must_exist,
 )
 from seer_scale.data.sources.files import read_file
-from seer_scale.data.sources.left_out import COLUMNS, COMMENTS, HEADERS, described
+from seer_scale.data.sources.left_out import COMMENTS, FURTHER_COLUMNS, HEADERS, described
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import shown, written_whole
 
-INDEX_VERSION = 3
+LIST_INDEX_VERSION = 3
 STRIDE = 64
-CHUNK = 1 << 26
+LIST_CHUNK_BYTES = 1 << 26
 CACHED_FROM = 1 << 26
 """Bytes of a list whose index is kept on disk: smaller ones are read faster than their index is looked for."""
 MARK = b"\xef\xbb\xbf"
-SAMPLE, SAMPLED_URLS, PROBES = 100, 32, 8
+SAMPLED_LINES, SAMPLED_URLS, PROBES = 100, 32, 8
 """Lines that are looked at before a run begins; URLs among them; and at once."""
 HEAD, LINES_AFTER_HEADER = 1 << 16, 8
 """Bytes in which a line of column names is looked for; lines after it that are looked at."""
@@ -66,14 +66,14 @@ class ListFile(Source):
         try:
             size = os.path.getsize(self._file)
             build = partial(_scan, self._file, path, self._root)
-            index = cached_index(self._file, INDEX_VERSION, build) if size >= CACHED_FROM else build(size)
+            index = cached_index(self._file, LIST_INDEX_VERSION, build) if size >= CACHED_FROM else build(size)
         except OSError as error:
             raise Unreadable(error.strerror or str(error), path) from error
         self._starts, self._num, self._is_labelled = index["starts"], int(index["count"]), bool(index["labelled"])
         self._unlabelled = int(index["unlabelled"])
         self._passed_over, num_headers = index["passed_over"], int(index["headers"])
         comments = len(self._passed_over) - num_headers
-        left_out = {HEADERS: num_headers, COMMENTS: comments, COLUMNS: int(index["longer"])}
+        left_out = {HEADERS: num_headers, COMMENTS: comments, FURTHER_COLUMNS: int(index["longer"])}
         self.left_out = {kind: num for kind, num in left_out.items() if num}
         if not self._num:
             more = f"it holds {words}" if (words := described(self.left_out)) else ""
@@ -82,7 +82,7 @@ class ListFile(Source):
 
     def _look_at_some(self) -> None:
         """Whether any of a few lines, spread evenly, can be read. Raises DataError."""
-        looked_at = [self._path_of(i) for i in _spread(self._num, SAMPLE)]
+        looked_at = [self._path_of(i) for i in _spread(self._num, SAMPLED_LINES)]
         urls = [name for name in looked_at if remote.is_url(name)]
         urls = [urls[i] for i in _spread(len(urls), SAMPLED_URLS)]
         if any(os.path.isfile(name) for name in looked_at if not remote.is_url(name)):
@@ -113,7 +113,7 @@ class ListFile(Source):
         raise DataError(Problem(self._path, NOTHING, f"lists {shown(first)!r} ({reason}){several}", hint))
 
     def _has_paths_for_labels(self) -> bool:
-        labels = [os.fsdecode(_label(self._line(i))) for i in _spread(self._num, SAMPLE)]
+        labels = [os.fsdecode(_label(self._line(i))) for i in _spread(self._num, SAMPLED_LINES)]
         return any(label and (remote.is_url(label) or os.path.isfile(self._below(label))) for label in labels)
 
     def __len__(self) -> int:
@@ -250,7 +250,9 @@ def _fetched(url: str) -> str:
     except remote.NoSize:
         data = remote.read(url, max_bytes=remote.MAX_UNDECLARED_BYTES)
         return _kept(url, len(data), zlib.crc32(data), [data])
-    parts = (remote.read(url, offset, min(CHUNK, size - offset)) for offset in range(0, size, CHUNK))
+    parts = (
+        remote.read(url, offset, min(LIST_CHUNK_BYTES, size - offset)) for offset in range(0, size, LIST_CHUNK_BYTES)
+    )
     return _kept(url, size, mark, parts)
 
 
@@ -281,7 +283,7 @@ def _scan(file: str, path: str, root: str, size: int) -> dict[str, np.ndarray]:
         lines.seek(offset)
         rest, at_end = b"", False
         while not at_end:
-            more = lines.read(CHUNK)
+            more = lines.read(LIST_CHUNK_BYTES)
             at_end = not more
             data = rest + (more or b"\n")
             whole = data.rfind(b"\n") + 1

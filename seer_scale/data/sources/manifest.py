@@ -20,7 +20,7 @@ from seer_scale.data.sources.remote import is_url
 from seer_scale.data.sources.tar_paths import OUTSIDE_BRACES
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable, nearest
 
-SUFFIXES = (".yaml", ".yml", ".json")
+MANIFEST_SUFFIXES = (".yaml", ".yml", ".json")
 KEYS = ("path", "kind", "name", "split", "image_key", "exclude")
 
 
@@ -147,7 +147,7 @@ def read_manifest(path: str) -> list[Part]:
             rule = "is no key of a part"
             raise DataError(Problem(f"{part}: {other[0]}", NOTHING, rule, nearest(str(other[0]), KEYS)))
         place = absolute(entry["path"], root)
-        kind = "manifest" if place.lower().endswith(SUFFIXES) else entry.get("kind", "auto")
+        kind = "manifest" if place.lower().endswith(MANIFEST_SUFFIXES) else entry.get("kind", "auto")
         if kind in ("manifest", "stream"):
             rule = f"{entry['path']} cannot be a part then"
             raise DataError(Problem(f"{part}: kind", kind, rule, "name what is in it"))

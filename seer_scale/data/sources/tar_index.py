@@ -16,7 +16,7 @@ import numpy as np
 from seer_scale.data.sources import remote
 from seer_scale.data.sources.base import (
     HEIF,
-    SUFFIXES,
+    IMAGE_SUFFIXES,
     LabelsBuilder,
     NamesBuilder,
     StringArray,
@@ -25,9 +25,8 @@ from seer_scale.data.sources.base import (
     load_arrays,
 )
 from seer_scale.data.sources.left_out import (
-    FOREIGN,
     HIDDEN_MEMBERS,
-    KINDS,
+    LEFT_OUT_KINDS,
     LINKS,
     NO_END,
     NO_SUFFIX,
@@ -35,13 +34,14 @@ from seer_scale.data.sources.left_out import (
     SECOND,
     SPARSE,
     SPECIAL,
+    UNKNOWN_MEMBERS,
     is_hidden,
     kind_of,
 )
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 
-INDEX_VERSION = 105
-"""To be raised with left_out.KINDS."""
+TAR_INDEX_VERSION = 105
+"""To be raised with left_out.LEFT_OUT_KINDS."""
 LONGEST_LABEL = 256
 LONGEST_HEADER = 1 << 20
 HEADERS_OF_GNU_TAR = (b"V", b"D")
@@ -67,13 +67,13 @@ def label_texts(index: dict[str, np.ndarray], source: str) -> list[str]:
 
 def is_stale(index: dict[str, np.ndarray]) -> bool:
     """Whether HEIF images were left out by a machine that could not read them, and this one can."""
-    return bool(HEIF) and bool(index["left_out"][KINDS.index("HEIF images")])
+    return bool(HEIF) and bool(index["left_out"][LEFT_OUT_KINDS.index("HEIF images")])
 
 
 def _fits(index: dict[str, np.ndarray], size: int) -> bool:
     """Whether an index that somebody else made is one of a tar of `size` bytes; their dates may differ."""
     try:
-        if index["stamp"][:2].tolist() != [INDEX_VERSION, size]:
+        if index["stamp"][:2].tolist() != [TAR_INDEX_VERSION, size]:
             return False
         num = len(index["offset"])
         codes = ((index[k], len(index[f"{k}_ends"])) for k in ("cls", "folder"))
@@ -81,7 +81,7 @@ def _fits(index: dict[str, np.ndarray], size: int) -> bool:
             index.keys() >= {"names", "cls_values", "folder_values"}
             and all(len(index[k]) == num for k in ("size", "name_ends", "cls", "folder"))
             and is_inside(index, size)
-            and index["left_out"].shape == (len(KINDS),)
+            and index["left_out"].shape == (len(LEFT_OUT_KINDS),)
             and all(bool(((code >= -1) & (code < values)).all()) for code, values in codes)
         )
     except (KeyError, TypeError, ValueError):
@@ -144,7 +144,7 @@ def walk_tar(tar: str, size: int) -> dict[str, np.ndarray]:
                 elif member.issym() or member.islnk():
                     found.left_out[LINKS] += is_image(name)
                 elif member.type not in tarfile.SUPPORTED_TYPES:
-                    found.left_out[FOREIGN] += member.type not in HEADERS_OF_GNU_TAR
+                    found.left_out[UNKNOWN_MEMBERS] += member.type not in HEADERS_OF_GNU_TAR
                 elif not member.isreg():
                     found.left_out[SPECIAL] += not member.isdir()
                 elif is_sparse:
@@ -201,7 +201,7 @@ class _Found:
         self.sizes.append(size)
         self._names.add(name)
         # 0.png before 0.mask.png: a suffix of one part goes before one of several
-        self._ranks.append(SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES))
+        self._ranks.append(IMAGE_SUFFIXES.index(suffix) if suffix in IMAGE_SUFFIXES else len(IMAGE_SUFFIXES))
         self._samples.append(self._sample(key, suffix))
 
     def add_label(self, name: str, text: bytes) -> None:
@@ -219,7 +219,7 @@ class _Found:
 
     def index(self) -> dict[str, np.ndarray]:
         names, samples, ranks = self._names.build(), np.array(self._samples, np.int64), np.array(self._ranks, np.int64)
-        best = np.full(self._num, len(SUFFIXES), np.int64)
+        best = np.full(self._num, len(IMAGE_SUFFIXES), np.int64)
         np.minimum.at(best, samples, ranks)
         kept = np.flatnonzero(ranks == best[samples])  # several where none has a plain suffix
         self.left_out[SECOND] += len(ranks) - len(kept)
@@ -236,7 +236,7 @@ class _Found:
             texts = values.build()
             index[field] = np.array(builder.codes, np.int32)
             index |= {f"{field}_values": texts.blob, f"{field}_ends": texts.ends}
-        built, counts = kept_names.build(), [self.left_out[kind] for kind in KINDS]
+        built, counts = kept_names.build(), [self.left_out[kind] for kind in LEFT_OUT_KINDS]
         return {**index, "names": built.blob, "name_ends": built.ends, "left_out": np.array(counts, np.int64)}
 
 

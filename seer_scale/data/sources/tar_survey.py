@@ -24,8 +24,8 @@ from seer_scale.data.sources.base import (
     load_arrays,
     save_arrays,
 )
-from seer_scale.data.sources.left_out import KINDS
-from seer_scale.data.sources.tar_index import INDEX_VERSION, index_tar, is_stale, label_texts
+from seer_scale.data.sources.left_out import LEFT_OUT_KINDS
+from seer_scale.data.sources.tar_index import TAR_INDEX_VERSION, index_tar, is_stale, label_texts
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
 from seer_scale.files import shown
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from seer_scale.data.loading.worker import ItemTracker
 
 COLLECTION_VERSION = 2 + bool(HEIF)
-SUMS = 4 + len(KINDS)
+SUMS = 4 + len(LEFT_OUT_KINDS)
 INDEXING_TIMEOUT_S = 3600.0
 """Seconds after which a tar that is still being walked is given to another process; tars may have a terabyte."""
 THREADS = 32
 ALONE_BELOW_TARS, ALONE_BELOW_BYTES = 32, 1 << 30
 """So little is indexed before other processes have started."""
-LOG_EVERY_S = 10.0
+SURVEY_LOG_EVERY_S = 10.0
 
 
 def survey(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(stamps int64 [n, 2], sums int64 [n, SUMS] as `_sums` gives them) of the tars; those of an earlier call for the
     same tars are kept in the user's cache folder, so that only a tar that changed since is indexed."""
     absolute = [path if remote.is_url(path) else os.path.abspath(path) for path in paths]
-    place = cache_place(COLLECTION_VERSION, INDEX_VERSION, *absolute, suffix=".tars.npz")
+    place = cache_place(COLLECTION_VERSION, TAR_INDEX_VERSION, *absolute, suffix=".tars.npz")
     stamps = all_stamps(paths)
     saved = load_arrays(place)
     is_known = np.zeros(len(paths), bool)
@@ -126,7 +126,7 @@ def _sums(stamped_path: tuple[str, tuple[int, int]]) -> tuple[int, ...]:
     left out, by kind) of a tar."""
     path, stamp = stamped_path
     only = ("cls", "folder", "folder_values", "folder_ends", "left_out")
-    index = cached_index(path, INDEX_VERSION, partial(index_tar, path), stamp, only, is_stale)
+    index = cached_index(path, TAR_INDEX_VERSION, partial(index_tar, path), stamp, only, is_stale)
     folders = label_texts(index, "folder")
     folder = digest(*folders) >> 65 if len(folders) == 1 else -1
     labelled, sorted_ = int((index["cls"] >= 0).sum()), int((index["folder"] >= 0).sum())
@@ -156,6 +156,6 @@ def with_progress(what: str, results: Iterable, total: int) -> Iterator:
     logged = time.monotonic()
     for count, result in enumerate(results, 1):
         yield result
-        if time.monotonic() - logged >= LOG_EVERY_S:
+        if time.monotonic() - logged >= SURVEY_LOG_EVERY_S:
             logged = time.monotonic()
             print(f"{what}: {count:,} of {total:,}.", file=sys.stderr, flush=True)

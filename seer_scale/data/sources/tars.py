@@ -17,7 +17,7 @@ import numpy as np
 
 from seer_scale.data.sources import remote
 from seer_scale.data.sources.base import (
-    SUFFIXES,
+    IMAGE_SUFFIXES,
     NamesBuilder,
     Source,
     StringArray,
@@ -28,9 +28,9 @@ from seer_scale.data.sources.base import (
     file_version,
     shorten,
 )
-from seer_scale.data.sources.files import MAX_BYTES, read_file, too_large
-from seer_scale.data.sources.left_out import KINDS, described
-from seer_scale.data.sources.tar_index import INDEX_VERSION, index_tar, is_inside, label_texts
+from seer_scale.data.sources.files import MAX_FILE_BYTES, read_file, too_large
+from seer_scale.data.sources.left_out import LEFT_OUT_KINDS, described
+from seer_scale.data.sources.tar_index import TAR_INDEX_VERSION, index_tar, is_inside, label_texts
 from seer_scale.data.sources.tar_paths import tar_paths
 from seer_scale.data.sources.tar_survey import all_stamps, first_unlabelled, labelled_by, survey, with_progress
 from seer_scale.errors import NOTHING, DataError, Problem, Unreadable
@@ -66,9 +66,9 @@ class Tars(Source):
         self._starts = np.cumsum([0, *sums[:, 0]])
         self._short_names = shorten(paths)
         if not self._starts[-1]:
-            others = dict(zip(KINDS, sums[:, 4:].sum(axis=0).tolist()))
+            others = dict(zip(LEFT_OUT_KINDS, sums[:, 4:].sum(axis=0).tolist()))
             more = f"it holds {words}" if (words := described(others)) else ""
-            rule = f"holds no image: looked for members that end in {', '.join(SUFFIXES)}"
+            rule = f"holds no image: looked for members that end in {', '.join(IMAGE_SUFFIXES)}"
             raise DataError(Problem(self._short_names, NOTHING, rule, more))
         builder = NamesBuilder()
         for path in paths:
@@ -76,7 +76,7 @@ class Tars(Source):
         self._paths = builder.build()
         self._labelled_by, self._is_labelled = labelled_by(sums)
         self._unlabelled = first_unlabelled(sums)
-        self.left_out = {kind: n for kind, n in zip(KINDS, sums[:, 4:].sum(axis=0).tolist()) if n}
+        self.left_out = {kind: n for kind, n in zip(LEFT_OUT_KINDS, sums[:, 4:].sum(axis=0).tolist()) if n}
         self._begin()
 
     def _begin(self) -> None:
@@ -157,7 +157,7 @@ class Tars(Source):
         out: list[bytes | DataError] = []
         for a, b in _joined(begins, ends):
             try:
-                if ends[a] - begins[a] > MAX_BYTES:
+                if ends[a] - begins[a] > MAX_FILE_BYTES:
                     raise Unreadable(too_large(ends[a] - begins[a]))
                 data = self._range(shard, begins[a], ends[b - 1] - begins[a])
                 out += [data[begins[i] - begins[a] : ends[i] - begins[a]] for i in range(a, b)]
@@ -188,7 +188,7 @@ class Tars(Source):
         stamp = file_version(path)
         if stamp != tuple(self._stamps[shard].tolist()):
             raise DataError(changed(path))
-        index = cached_index(path, INDEX_VERSION, partial(index_tar, path), stamp, only)
+        index = cached_index(path, TAR_INDEX_VERSION, partial(index_tar, path), stamp, only)
         num = int(self._starts[shard + 1] - self._starts[shard])
         if "offset" in only and not (len(index["offset"]) == len(index["size"]) == num and is_inside(index, stamp[0])):
             rule = "has an index beside it that is another tar's"

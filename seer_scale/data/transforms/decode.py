@@ -29,11 +29,11 @@ else:
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused before their pixels take memory; also where Pillow itself refuses."""
-MAX_BYTES = 7 * MAX_PIXELS
+MAX_DECODE_BYTES = 7 * MAX_PIXELS
 """What decoding may take besides the file, 1.25 GB: four bytes a pixel in the decoder, three in what it gives."""
 BYTES_A_PIXEL = {"WEBP": 17, "JPEG2000": 20, "AVIF": 14, "HEIF": 12}
 """Of formats whose decoders take more than those seven."""
-SLOW, MAX_SLOW = ("ppm", "ppm_plain", "bmp_rle"), 1 << 22
+SLOW_CODECS, MAX_SLOW_PIXELS = ("ppm", "ppm_plain", "bmp_rle"), 1 << 22
 """Pillow's decoders in Python, some microseconds a pixel, and how many pixels they may have."""
 MAX_SCANS = 100
 """Of a JPEG; each is a pass over the whole image. Encoders make ten, and could make use of forty."""
@@ -76,8 +76,8 @@ def decode(data: bytes, at_least: AtLeast | None = None) -> np.ndarray:
     16-bit values are scaled, palettes resolved, transparency laid on white, the first frame of an animation taken.
     at_least: of (H, W), the least (H, W) that will do; a JPEG may then come smaller, by 2 at least, others never do.
     Its last argument is the size of the whole.
-    Raises Unreadable with the reason for anything that is not a whole image of at most MAX_PIXELS and MAX_BYTES, as far
-    as decoders notice that a part is missing.
+    Raises Unreadable with the reason for anything that is not a whole image of at most MAX_PIXELS and
+    MAX_DECODE_BYTES, as far as decoders notice that a part is missing.
     """
     if not data:
         raise Unreadable("the file is empty")
@@ -137,7 +137,7 @@ def _checksum(data: bytes, space: str) -> tuple[int | None, str]:
 
 
 def _check_size(width: int, height: int, bytes_a_pixel: float) -> None:
-    max_pixels = min(MAX_PIXELS, int(MAX_BYTES / bytes_a_pixel))
+    max_pixels = min(MAX_PIXELS, int(MAX_DECODE_BYTES / bytes_a_pixel))
     if width * height > max_pixels:
         raise Unreadable(f"it announces {width} x {height} pixels, more than {max_pixels}")
 
@@ -157,7 +157,7 @@ def _opened(data: bytes) -> tuple[np.ndarray, int]:
                 if isinstance(image, TiffImageFile):
                     _check_blocks(image)
                 codec, _, _, raw = image.tile[0] if image.tile else (None,) * 4
-                if codec in SLOW and image.width * image.height > MAX_SLOW:
+                if codec in SLOW_CODECS and image.width * image.height > MAX_SLOW_PIXELS:
                     raise Unreadable(
                         f"it has {image.width} x {image.height} pixels, which would take minutes to decode"
                     )
@@ -181,10 +181,10 @@ def _check_blocks(image: TiffImageFile) -> None:
     bits = tags.get(258, (1,))
     samples = 1 if tags.get(284, 1) == 2 else tags.get(277, 1)
     block = columns * rows * samples * max(bits if isinstance(bits, tuple) else (bits,)) / 8
-    if block + 7 * image.width * image.height > MAX_BYTES:
+    if block + 7 * image.width * image.height > MAX_DECODE_BYTES:
         raise Unreadable(
             f"it announces blocks of {columns} x {rows} pixels, {block / 1e6:.0f} MB each beside its own, more "
-            f"than {MAX_BYTES / 1e6:.0f} in all"
+            f"than {MAX_DECODE_BYTES / 1e6:.0f} in all"
         )
 
 

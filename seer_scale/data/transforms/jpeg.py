@@ -15,7 +15,7 @@ from seer_scale.errors import Unreadable
 BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """SOF markers: 3 of the others are lossless, 9 to 11 arithmetic, the rest hierarchical."""
-ALONE = frozenset((0x01, *range(0xD0, 0xDA)))
+WITHOUT_SEGMENT = frozenset((0x01, *range(0xD0, 0xDA)))
 """Markers without a segment: TEM, RST, SOI, EOI."""
 SOI, EOI, SOS, APP0, APP1, APP14 = 0xD8, 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
 RESTARTS = range(0xD0, 0xD8)
@@ -73,7 +73,7 @@ def _markers(data: bytes, at: int = 2) -> Iterator[tuple[int, int, int]]:
         if marker == 0xFF:  # fill
             at = begin + 1
         elif marker:
-            if marker not in ALONE:
+            if marker not in WITHOUT_SEGMENT:
                 at += int.from_bytes(data[at : at + 2], "big")
             yield marker, begin, at
 

@@ -30,7 +30,7 @@ from seer_scale.data.transforms.photometric import (
 )
 from seer_scale.data.transforms.views import MEAN, STD
 
-CHUNK = 2**24
+PHOTOMETRIC_CHUNK = 2**24
 """Values taken at a time, at most (or one crop): 64 MiB, of which about four copies are alive at once."""
 
 
@@ -43,7 +43,7 @@ def apply_photometric(crops: Tensor, params: Tensor) -> Tensor:
     """
     assert params.shape == (len(crops), PARAMS_PER_CROP) and params.device.type == "cpu", (params.shape, params.device)
     out = crops.to(torch.float32)
-    num = max(1, CHUNK // crops.shape[1:].numel())
+    num = max(1, PHOTOMETRIC_CHUNK // crops.shape[1:].numel())
     for x, its_params in zip(out.split(num), params.split(num)):
         _in_place(x, its_params)
     return out

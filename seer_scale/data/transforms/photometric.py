@@ -30,7 +30,7 @@ class PhotometricParams(NamedTuple):
     """The blur's standard deviation in pixels; 0 = none."""
 
 
-NOTHING = PhotometricParams(False, (), 0.0)
+IDENTITY = PhotometricParams(False, (), 0.0)
 MAX_OPS = 5
 PARAMS_PER_CROP = 2 + 2 * MAX_OPS
 """Numbers that encode a crop's."""

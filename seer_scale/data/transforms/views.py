@@ -85,7 +85,7 @@ def _cut(
         columns = slice(round(left * right), max(round(left * right) + 1, round((left + width) * right)))
         crop, params = resize(image[rows, columns], kind.size), photometric.draw(views, u)
         if (later := next(encoded, None)) is not None:
-            later[:], params = photometric.encode(params), photometric.NOTHING
+            later[:], params = photometric.encode(params), photometric.IDENTITY
         photometric.apply_photometric(crop, params, to)
     return out
 

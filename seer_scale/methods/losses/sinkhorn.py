@@ -19,7 +19,7 @@ from torch import Tensor
 from seer_scale.distributed import World
 
 ABSORB = 4
-ROWS = 16
+ROWS_AT_ONCE = 16
 SUMMED = 256
 
 
@@ -82,7 +82,7 @@ def _column_max(s: Tensor) -> Tensor:
     if not s.shape[1]:
         return s.new_full((s.shape[0], s.shape[2]), -torch.inf)
     # a few rows at a time stay in the cache: twice as fast on a CPU
-    return torch.stack([rows.amax(1) for rows in s.split(ROWS, 1)]).amax(0)
+    return torch.stack([rows.amax(1) for rows in s.split(ROWS_AT_ONCE, 1)]).amax(0)
 
 
 def _reduce(parts: list[Tensor], op: dist.ReduceOp.RedOpType, world: World) -> list[Tensor]:

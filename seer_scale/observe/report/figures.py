@@ -13,14 +13,14 @@ from matplotlib.axes import Axes
 
 from seer_scale.formatting import short_number
 from seer_scale.observe.metric_plot import MetricPlot
-from seer_scale.observe.records import BEGINNINGS
+from seer_scale.observe.records import START_EVENTS
 from seer_scale.observe.report.plots import BLUE, FAINT, GREEN, INK, ORANGE, Curve, Plot, Rows, is_number, metric, svg
 from seer_scale.observe.time_account import TimeAccount
 
 
 def latest(events: Rows, fact: str) -> Any:
     """What the newest start that tells of it says."""
-    return next((e[fact] for e in reversed(events) if e.get("event") in BEGINNINGS and e.get(fact)), None)
+    return next((e[fact] for e in reversed(events) if e.get("event") in START_EVENTS and e.get(fact)), None)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def climb(account: TimeAccount) -> Markup:
 
 def newest_start(events: Rows) -> dict[str, Any]:
     """What the newest start said."""
-    return next((e for e in reversed(events) if e["event"] in BEGINNINGS), {})
+    return next((e for e in reversed(events) if e["event"] in START_EVENTS), {})
 
 
 def majority(rows: Rows) -> float | None:

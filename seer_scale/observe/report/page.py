@@ -20,7 +20,7 @@ from seer_scale import __version__
 from seer_scale.config import load_recipe
 from seer_scale.files import shown, write_whole
 from seer_scale.formatting import counted, duration, rate, short_number
-from seer_scale.observe.records import BEGINNINGS, compare, read_metrics
+from seer_scale.observe.records import START_EVENTS, compare, read_metrics
 from seer_scale.observe.report.figures import Figures, climb, latest, majority, memory_title, newest_start, plots_of_run
 from seer_scale.observe.report.pictures import Pictures, hits
 from seer_scale.observe.report.plots import Rows, is_number
@@ -172,7 +172,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
 def _wall_s(rows: Rows, events: Rows) -> float:
     """Seconds the run was running: from the first to the last sign of life of each process."""
     signs = sorted(
-        (r["wall_time"], r.get("event") in BEGINNINGS) for r in rows + events if is_number(r.get("wall_time"))
+        (r["wall_time"], r.get("event") in START_EVENTS) for r in rows + events if is_number(r.get("wall_time"))
     )
     return sum(b - a for (a, _), (b, begins) in zip(signs, signs[1:]) if not begins)
 

@@ -175,9 +175,9 @@ def _moved() -> list[Problem]:
     tested = Requirement(requirements().get("deepspeed", "deepspeed")).specifier
     if tested.contains(metadata.version("deepspeed"), prereleases=True):
         return []
-    from seer_scale.parallel.deepspeed.private import PARTS
+    from seer_scale.parallel.deepspeed.private import DEEPSPEED_PARTS
 
-    return moved_parts(PARTS)
+    return moved_parts(DEEPSPEED_PARTS)
 
 
 def _fields() -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""The only module that touches DeepSpeed's inner parts: PARTS lists them, `Stage12` and `Stage3` make of them what an
-engine needs.
+"""The only module that touches DeepSpeed's inner parts: DEEPSPEED_PARTS lists them, `Stage12` and `Stage3` make of
+them what an engine needs.
 
-DeepSpeed documents few of them, so any version may move one; `moved_parts(PARTS)` names it. Modules are imported, and
-parts looked up where they are used, so that PARTS can be read whatever has moved.
+DeepSpeed documents few of them, so any version may move one; `moved_parts(DEEPSPEED_PARTS)` names it. Modules are
+imported, and parts looked up where they are used, so that DEEPSPEED_PARTS can be read whatever has moved.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from seer_scale.distributed import World
 from seer_scale.parallel.delegating_optimizer import DelegatingOptimizer
 from seer_scale.parallel.private_parts import PrivatePart
 
-RUNTIME, ZERO = "deepspeed.runtime", "deepspeed.runtime.zero"
-_STAGE12 = f"{ZERO}.stage_1_and_2", "DeepSpeedZeroOptimizer"
-_STAGE3 = f"{ZERO}.stage3", "DeepSpeedZeroOptimizer_Stage3"
+RUNTIME, ZERO_MODULE = "deepspeed.runtime", "deepspeed.runtime.zero"
+_STAGE12 = f"{ZERO_MODULE}.stage_1_and_2", "DeepSpeedZeroOptimizer"
+_STAGE3 = f"{ZERO_MODULE}.stage3", "DeepSpeedZeroOptimizer_Stage3"
 _ENGINE = f"{RUNTIME}.engine", "DeepSpeedEngine"
-_INIT = f"{ZERO}.partition_parameters", "Init._convert_to_deepspeed_param"
-_ORDER = f"{ZERO}.partitioned_param_coordinator", "PartitionedParameterCoordinator"
+_INIT = f"{ZERO_MODULE}.partition_parameters", "Init._convert_to_deepspeed_param"
+_ORDER = f"{ZERO_MODULE}.partitioned_param_coordinator", "PartitionedParameterCoordinator"
 _FRAGMENT = "deepspeed.utils.tensor_fragment"
 
 
@@ -45,13 +45,13 @@ def _part(where: tuple[str, str], name: str, used_for: str, takes: tuple[str, ..
     return PrivatePart(where[0], f"{where[1]}.{name}", used_for, takes)
 
 
-PARTS = (
+DEEPSPEED_PARTS = (
     # all stages
     PrivatePart("deepspeed.comm.torch", "build_shm_op", "starting without a C++ extension", ()),
     PrivatePart("deepspeed.accelerator.real_accelerator", "set_accelerator", "the device", ("accel_obj",)),
     PrivatePart("deepspeed.accelerator.cuda_accelerator", "CUDA_Accelerator.device_name", "one GPU", ("device_index",)),
     PrivatePart("deepspeed.accelerator.cuda_accelerator", "CUDA_Accelerator.set_device", "one GPU", ("device_index",)),
-    PrivatePart(f"{ZERO}.parameter_offload", "FWD_MODULE_STACK", "letting go of a method that was trained"),
+    PrivatePart(f"{ZERO_MODULE}.parameter_offload", "FWD_MODULE_STACK", "letting go of a method that was trained"),
     _part(_ENGINE, "set_gradient_accumulation_boundary", "micro-batches", ("is_boundary",)),
     _part(_ENGINE, "_backward_prologue", "backward", ()),
     _part(_ENGINE, "backward", "backward", ("loss", "retain_graph", "scale_wrt_gas")),
@@ -76,7 +76,7 @@ PARTS = (
     # stage 3
     PrivatePart("deepspeed.utils.z3_leaf_module", "set_z3_leaf_module", "gathering units whole", ("model", "flag")),
     PrivatePart(f"{RUNTIME}.torch_autocast", "PARAM_COMM_DTYPE_ATTR_NAME", "gathering in the compute type"),
-    PrivatePart(f"{ZERO}.parameter_offload", "ds_z3_leaf_module", "reducing gradients a parameter at a time"),
+    PrivatePart(f"{ZERO_MODULE}.parameter_offload", "ds_z3_leaf_module", "reducing gradients a parameter at a time"),
     PrivatePart(_INIT[0], _INIT[1], "sharding a parameter as it is made", ("param",)),
     *(_part(_INIT, name, use, takes) for name, use, takes in (
         ("ds_tensor", "a rank's run of a parameter", None),
@@ -106,7 +106,9 @@ PARTS = (
         ("_partition_all_parameters", "bringing loaded weights to where forward reads", ()),
         ("_reassign_or_swap_out_partitioned_parameters", "the same", ("sub_group_id",)),
     )),
-    PrivatePart(f"{ZERO}.parameter_offload", "DeepSpeedZeRoOffload.get_param_coordinator", "the order of gathers", ()),
+    PrivatePart(
+        f"{ZERO_MODULE}.parameter_offload", "DeepSpeedZeRoOffload.get_param_coordinator", "the order of gathers", ()
+    ),
     *(_part(_ORDER, name, "needing no order of gathers", ()) for name in (
         "is_invalid_trace", "_invalidate_trace", "reset_step",
     )),
