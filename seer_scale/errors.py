@@ -66,16 +66,21 @@ class Problem:
     nearest: Any = ""
 
     def __str__(self) -> str:
+        return with_full_stop(self.clause) if self.key else self.rule
+
+    @property
+    def clause(self) -> str:
+        """Its text without a full stop, to stand in another sentence."""
         if not self.key:  # a sentence
-            return self.rule
+            return self.rule.removesuffix(".")
         begin = f"{self.key}{' ' * (self.rule[:1] != ':')}{self.rule}"
         if self.value is not NOTHING:
             begin = f"{self.key} is {_as_text(self.value)}, but {self.rule}"
         if self.nearest == "" or self.nearest is None:
-            return with_full_stop(begin)
+            return begin
         several = self.nearest if isinstance(self.nearest, (tuple, set)) else (self.nearest,)
         fix = self.nearest if isinstance(self.nearest, str) else f"nearest: {' or '.join(_as_text(n) for n in several)}"
-        return f"{begin}; {fix.rstrip('.')}." if not fix.endswith("?") else f"{begin}; {fix}"
+        return f"{begin}; {fix.removesuffix('.')}"
 
     @classmethod
     def from_check(cls, key: str, error: UserError, known: Collection[str] = ()) -> list[Problem]:
@@ -87,8 +92,8 @@ class Problem:
             elif problem.key and problem.value is NOTHING:
                 found.append(cls(key, problem.key, problem.rule, problem.nearest))
             else:
-                found.append(cls(key, NOTHING, f": {str(problem).rstrip('.')}"))
-        return found or [cls(key, NOTHING, f": {str(error).rstrip('.')}")]
+                found.append(cls(key, NOTHING, f": {problem.clause}"))
+        return found
 
     @classmethod
     def of(cls, problem: str | Problem) -> Problem:

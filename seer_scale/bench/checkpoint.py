@@ -73,7 +73,7 @@ def measure(folder: Path, state: store.State, rounds: int) -> dict[str, list[flo
         stall, beside = time.perf_counter() - begin, []
         while (saved := saver.ended()) is None:
             beside.append(step())
-        if saved.path is None:
+        if saved.problem:
             raise UserError(saved.problem)
         if i:
             for key, value in zip(

@@ -25,6 +25,7 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
         part["elements"] += math.prod(shape)
         part["bytes"] += nbytes
     files = [f for f in path.iterdir() if f.is_file()]
+    problem = store.validate(path, World(), contents=verify)
     return {
         "path": str(path),
         **{k: v for k, v in meta.items() if k not in ("config", "data")},
@@ -38,7 +39,7 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
             for name, (dtype, shape, nbytes) in tensors.items()
         },
         "verified": "contents" if verify else "sizes",
-        "flaw": store.validate(path, World(), contents=verify),
+        "problem": problem and problem.rule,
     }
 
 
@@ -63,7 +64,7 @@ def text(found: dict[str, Any], *, tensors: int = 0) -> str:
             f"seer_scale {found.get('seer_scale')}, torch {found.get('torch')}"
         )),
         ("size", f"{memory_size(found['bytes'])} in {counted(found['files'], 'file')}"),
-        ("whole", f"no: {found['flaw']}" if found["flaw"] else f"yes: {how}"),
+        ("whole", f"no: it {found['problem']}" if found["problem"] else f"yes: {how}"),
     ]  # fmt: skip
     lines = [
         found["path"],

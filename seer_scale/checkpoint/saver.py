@@ -19,7 +19,7 @@ from torch import Tensor
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.staging import Staging
 from seer_scale.distributed import World
-from seer_scale.errors import CheckpointError
+from seer_scale.errors import NOTHING, CheckpointError, Problem
 
 SAVER_CLOSE_S = 60.0
 """Seconds a run that has failed waits for its last checkpoint."""
@@ -31,8 +31,8 @@ class Saved:
 
     samples_seen: int
     path: Path | None
-    problem: str = ""
-    kept_old: str = ""
+    problem: Problem | None = None
+    kept_old: Problem | None = None
     seconds: float = 0.0
 
 
@@ -94,19 +94,22 @@ class Saver:
             self._thread.join(seconds)
 
     def _write(self, copies: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-        begin, path, problem, kept = time.perf_counter(), None, "", ""
+        begin, path = time.perf_counter(), None
+        problem: Problem | None = None
+        kept: Problem | None = None
         try:
             if self._world.device.type == "cuda":  # a thread begins on the machine's first GPU, whose rank is another
                 torch.cuda.set_device(self._world.device)
             try:
                 path = store.save(self._folder, copies, meta, self._world, self._staging.layout)
             except CheckpointError as error:
-                problem = str(error)
+                problem = error.problems[0]
             if path:
                 try:
                     store.prune(self._folder, *self._keep, self._world)
                 except CheckpointError as error:
-                    kept = f"Old checkpoints in {self._folder} cannot be deleted: {error}."
+                    rule = f"cannot be deleted: {error.problems[0].clause}"
+                    kept = Problem(f"Old checkpoints in {self._folder}", NOTHING, rule)
             self._outcome.set_result(Saved(meta["samples_seen"], path, problem, kept, time.perf_counter() - begin))
         except BaseException as error:
             self._outcome.set_exception(error)

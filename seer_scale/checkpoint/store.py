@@ -25,6 +25,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,7 +84,7 @@ def save(folder: Path, state: State, meta: dict[str, Any], world: World, layout:
         if world.is_main:
             _remove(aside)
         key = f"The checkpoint at {meta['samples_seen']} samples"
-        rule = f"could not be written to {folder} ({problem}); {_space(folder, layout)}"
+        rule = f"could not be written to {folder} ({problem.problems[0].clause}); {_space(folder, layout)}"
         earlier = "earlier checkpoints are untouched" if _published(folder) else "there is no earlier checkpoint"
         told = Problem(key, NOTHING, rule, f"{earlier} and training can go on")
         raise CheckpointError(world.broadcast_object(told)) from problem
@@ -166,39 +167,42 @@ def latest(
         if problem is None:
             return folder / name
         if world.is_main:
-            warn(f"The checkpoint {folder / name} is passed over: {problem}.")
+            told = replace(problem, key=f"The checkpoint {problem.key}", rule=f"is passed over: it {problem.rule}")
+            warn(str(told))
     return None
 
 
-def validate(path: Path, world: World, *, contents: bool = True) -> str | None:
-    """What is wrong with the checkpoint `path`, as a clause; None if it is whole. The ranks share out its files.
+def validate(path: Path, world: World, *, contents: bool = True) -> Problem | None:
+    """What is wrong with the checkpoint `path`; None if it is whole. The ranks share out its files.
 
-    Without `contents`, checksums are left alone. Collective.
+    Its rule says what holds of the checkpoint ("has format 3, ..."). Without `contents`, checksums are left alone.
+    Collective.
     """
     manifest, problem = None, None
     if world.is_main:
         try:
             manifest = _manifest(path)
-        except _Untrusted as untrusted:
-            problem = str(untrusted)
+        except CheckpointError as error:
+            problem = error.problems[0]
     manifest, problem = world.broadcast_object((manifest, problem))
     if problem is None:
         mine = sorted(manifest["files"].items())[world.rank :: world.size]
-        problem = next((p for name, expected in mine if (p := _file_flaw(path / name, expected, contents))), None)
+        rule = next((r for name, expected in mine if (r := _broken_rule(path / name, expected, contents))), None)
+        problem = Problem(str(path), NOTHING, rule) if rule else None
     return next((p for p in world.gather_objects(problem) if p), None)
 
 
-def _file_flaw(path: Path, expected: dict[str, int], contents: bool) -> str | None:
+def _broken_rule(path: Path, expected: dict[str, int], contents: bool) -> str | None:
     try:
         size = path.stat().st_size
         if size != expected["size"]:
-            return f"{path.name} has {size} bytes, but was written with {expected['size']}"
+            return f"has {size} bytes in {path.name}, which was written with {expected['size']}"
         if contents and _file_crc32(path) != expected["crc32"]:
-            return f"the checksum of {path.name} is wrong, its contents have changed since they were written"
+            return f"has a {path.name} with a wrong checksum, whose contents have changed since they were written"
     except FileNotFoundError:
-        return f"{path.name} is missing"
+        return f"lacks {path.name}"
     except OSError as e:
-        return f"{path.name} cannot be read ({e.strerror})"
+        return f"has a {path.name} that cannot be read ({e.strerror})"
     return None
 
 
@@ -210,32 +214,27 @@ def _file_crc32(path: Path) -> int:
     return crc32
 
 
-class _Untrusted(Exception):
-    """why: a clause. nearest: a clause, or nothing."""
-
-    def __init__(self, why: str, nearest: str = ""):
-        super().__init__(f"{why}; {nearest}" if nearest else why)
-        self.why, self.nearest = why, nearest
-
-
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises _Untrusted."""
+    """The manifest of a checkpoint. Raises CheckpointError."""
+
+    def wrong(rule: str) -> CheckpointError:
+        return CheckpointError(Problem(str(path), NOTHING, rule))
+
     try:
         content = json.loads((path / MANIFEST).read_bytes())
         sealed = content.pop("crc32")
     except OSError as e:
         if not os.path.exists(path):
-            missing = missing_path(path)
-            raise _Untrusted(f"it {missing.rule}", missing.nearest) from None
+            raise CheckpointError(missing_path(path)) from None
         if isinstance(e, FileNotFoundError | NotADirectoryError):
-            raise _Untrusted(f"it has no {MANIFEST}, so it was not finished or is no checkpoint") from None
-        raise _Untrusted(f"its {MANIFEST} cannot be read ({e.strerror})") from None
+            raise wrong(f"has no {MANIFEST}, so it was not finished or is no checkpoint") from None
+        raise wrong(f"has a {MANIFEST} that cannot be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _Untrusted(f"its {MANIFEST} is damaged") from None
+        raise wrong(f"has a damaged {MANIFEST}") from None
     if sealed != _seal(content):
-        raise _Untrusted(f"its {MANIFEST} is damaged")
+        raise wrong(f"has a damaged {MANIFEST}")
     if content["format"] != CHECKPOINT_FORMAT:
-        raise _Untrusted(f"it has format {content['format']}, but this version reads format {CHECKPOINT_FORMAT}")
+        raise wrong(f"has format {content['format']}, but this version reads format {CHECKPOINT_FORMAT}")
     return content
 
 
@@ -255,10 +254,10 @@ def read_meta(path: Path, world: World = World()) -> dict[str, Any]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         return _manifest(path)
-    except _Untrusted as untrusted:
-        inside = [*_published(path), *_published(path / "checkpoints")]
-        fix = f"did you mean {inside[0]}?" if inside else untrusted.nearest or "choose another"
-        rule = f"cannot be used as a checkpoint: {untrusted.why}"
+    except CheckpointError as error:
+        problem, inside = error.problems[0], [*_published(path), *_published(path / "checkpoints")]
+        fix = f"did you mean {inside[0]}?" if inside else problem.nearest or "choose another"
+        rule = f"cannot be used as a checkpoint: it {problem.rule}"
         raise CheckpointError(Problem(str(path), NOTHING, rule, fix)) from None
 
 
@@ -316,7 +315,7 @@ def load(
         with _agreement(world):
             return _read(path, wanted, layout)
     except CheckpointError as problem:
-        error = _unread(path, str(problem))
+        error = _unread(path, problem.problems[0].clause)
         error.retryable = True
         raise error from problem
 

@@ -80,7 +80,7 @@ def inspect(args: argparse.Namespace) -> int:
 
     facts = checkpoints.describe(args.path, verify=args.verify)
     print(to_json(facts, indent=1) if args.json else checkpoints.text(facts, tensors=args.tensors))
-    return EXIT_FAILED if facts["flaw"] else EXIT_DONE
+    return EXIT_FAILED if facts["problem"] else EXIT_DONE
 
 
 def report(args: argparse.Namespace) -> int:

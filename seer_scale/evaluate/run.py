@@ -79,7 +79,8 @@ def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
     if found is None:
         raise UserError(Problem(str(path), NOTHING, "has no valid checkpoint yet", "train it first"))
     if not is_run and (problem := store.validate(path, world)):
-        raise CheckpointError(Problem(str(path), NOTHING, f"cannot be used as a checkpoint: {problem}"))
+        rule = f"cannot be used as a checkpoint: it {problem.rule}"
+        raise CheckpointError(Problem(str(path), NOTHING, rule, problem.nearest))
     engine = build_engine(build_method(config, world), config, world, loaded=("",))
     state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
     store.load(found, state, world, prefixes="model/")

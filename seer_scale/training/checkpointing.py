@@ -175,13 +175,13 @@ class Checkpointing:
         if saved is None:
             return
         if saved.path is None:
-            self.log_event("checkpoint_failed", saved.problem)
+            self.log_event("checkpoint_failed", str(saved.problem))
             self.best.scores.pop(saved.samples_seen, None)
             return
         self._newest = (saved.samples_seen, saved.path)
         self.best.mark()
         if saved.kept_old:
-            self.log_event("retain_failed", saved.kept_old)
+            self.log_event("retain_failed", str(saved.kept_old))
         self.log_event(
             "checkpoint",
             f"Saved {saved.path.name} in {saved.seconds:.1f} s, after {self._stall_s:.2f} s to copy it.",

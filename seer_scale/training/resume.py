@@ -54,7 +54,7 @@ def find_checkpoint(
         if found and _lies_at(path, store.read_meta(found, world)["config"]["checkpoint"]["resume"]):
             return found
         if problem := store.validate(path, world, contents=contents):
-            raise CheckpointError(Problem("checkpoint.resume", path, problem))
+            raise CheckpointError(Problem("checkpoint.resume", path, f"it {problem.rule}", problem.nearest))
         if found and not _lies_at(path, found):
             raise UserError(
                 Problem(
@@ -120,7 +120,7 @@ def find_weights(
         if found := store.latest(folder, world, verify=contents, warn=warn):
             return found
     if problem := store.validate(path, world, contents=contents):
-        raise CheckpointError(Problem("checkpoint.init_from", path, problem))
+        raise CheckpointError(Problem("checkpoint.init_from", path, f"it {problem.rule}", problem.nearest))
     return path
 
 

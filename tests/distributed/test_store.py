@@ -83,7 +83,7 @@ def on_four(rank: int, size: int, folder: Path) -> None:
             content = victim.read_bytes()
             victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"x")
         world.barrier()
-        assert victim.name in store.validate(hybrid_path, world)
+        assert victim.name in store.validate(hybrid_path, world).rule
         assert store.latest(folder / "hybrid", world, warn=lambda _: None) is None
         world.barrier()
         if world.is_main:

@@ -11,7 +11,7 @@ import pytest
 from seer_scale.checkpoint.saver import Saved
 from seer_scale.config import Checkpoint, Config, Data
 from seer_scale.distributed import World
-from seer_scale.errors import TrainingError
+from seer_scale.errors import NOTHING, Problem, TrainingError
 from seer_scale.observe.progress import Progress
 from seer_scale.training.checkpointing import BestCheckpoint, Checkpointing
 from seer_scale.training.clock import Clock
@@ -32,7 +32,11 @@ class FakeSaver:
         if seen is None:
             return None
         failed = seen in self.fails
-        return Saved(seen, None if failed else Path(f"samples-{seen:012d}"), "no space" * failed)
+        return Saved(
+            seen,
+            None if failed else Path(f"samples-{seen:012d}"),
+            Problem("the disk", NOTHING, "is full") if failed else None,
+        )
 
     ended = wait
 

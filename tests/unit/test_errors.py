@@ -30,6 +30,21 @@ def test_the_sentence_of_a_problem(problem, text):
     assert str(problem) == text == str(UserError(problem)) and UserError(problem).problems == [problem]
 
 
+@pytest.mark.parametrize(
+    "problem, clause",
+    [
+        (Problem("data.path", NOTHING, "leads to .."), "data.path leads to .."),
+        (Problem("a", "x", "is none", "did you mean y?"), "a is x, but is none; did you mean y?"),
+        (Problem("a", "x", "is none", "known: b, c."), "a is x, but is none; known: b, c"),
+        (Problem.of("A sentence."), "A sentence"),
+    ],
+)
+def test_a_problem_stands_in_another_sentence_without_its_full_stop(problem, clause):
+    assert problem.clause == clause
+    found = Problem.from_check("run.dir", UserError(problem, Problem.of("Odd.")))
+    assert found[-1].clause == "run.dir: Odd"
+
+
 def test_several_errors_are_one_that_keeps_their_lines_and_problems():
     first, second = Problem("a", 1, "is odd"), Problem("b", [2], "is a list")
     of_recipe = ConfigError([second])

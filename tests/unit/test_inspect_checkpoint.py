@@ -53,7 +53,7 @@ def test_what_is_printed_is_what_is_there(saved, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["parts"]["model"]["elements"] == 4050 and found["parts"]["optim"]["tensors"] == 1
     assert found["tensors"]["model/w"]["shape"] == [80, 50] and found["tensors"]["scaler/scale"]["dtype"] == "float32"
-    assert found["flaw"] is None and found["verified"] == "contents"
+    assert found["problem"] is None and found["verified"] == "contents"
     assert found["bytes"] == sum(f.stat().st_size for f in saved.iterdir())
     for t in found["tensors"].values():
         assert t["bytes"] == 4 * math.prod(t["shape"])
@@ -77,15 +77,15 @@ def test_no_tensor_is_read(saved):
     """All data is overwritten by noise of the same size: that shows only when it is asked for."""
     for file in saved.glob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
-    assert inspect.describe(saved)["flaw"] is None
-    assert "checksum" in inspect.describe(saved, verify=True)["flaw"]
+    assert inspect.describe(saved)["problem"] is None
+    assert "checksum" in inspect.describe(saved, verify=True)["problem"]
 
 
 def test_damage_is_told_and_is_a_failure(saved, capsys):
     file = next(saved.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     assert cli.main(["inspect", str(saved)]) == 1
-    assert f"no: {file.name} has" in capsys.readouterr().out
+    assert f"no: it has {file.stat().st_size} bytes in {file.name}" in capsys.readouterr().out
     (saved / "tensors.json").write_bytes(b"?")
     assert cli.main(["inspect", str(saved)]) == 2
     assert "could not be read" in capsys.readouterr().err

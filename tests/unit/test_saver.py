@@ -19,7 +19,7 @@ from seer_scale.checkpoint.layout import Layout, run_of
 from seer_scale.checkpoint.saver import Saver
 from seer_scale.checkpoint.staging import Staging
 from seer_scale.distributed import World
-from seer_scale.errors import CheckpointError
+from seer_scale.errors import NOTHING, CheckpointError, Problem
 from seer_scale.parallel.shard import Shard
 
 META = {"samples_seen": 8}
@@ -186,21 +186,22 @@ def test_what_is_written_is_the_moment_of_begin(tmp_path, monkeypatch):
 
 
 def test_a_save_that_fails_is_told_and_the_next_one_works(tmp_path, monkeypatch):
-    state = at(1.0)
+    state, disk_is_full = at(1.0), Problem("the disk", NOTHING, "is full", "free some space")
     background = Saver(tmp_path, state, World(), keep_last=1, keep_every_samples=0)
 
     def full(*_):
-        raise CheckpointError("the disk is full")
+        raise CheckpointError(disk_is_full)
 
     with monkeypatch.context() as m:
         m.setattr(saver.store, "save", full)
         background.begin(state, META)
-        assert background.wait() == saver.Saved(8, None, "the disk is full", "", pytest.approx(0, abs=5))
+        assert background.wait() == saver.Saved(8, None, disk_is_full, None, pytest.approx(0, abs=5))
     with monkeypatch.context() as m:
         m.setattr(saver.store, "prune", full)
         background.begin(state, META)
         saved = background.wait()
-        assert saved.path.name == "samples-000000000008" and "the disk is full" in saved.kept_old
+        assert saved.path.name == "samples-000000000008" and saved.problem is None
+        assert str(saved.kept_old).endswith(" cannot be deleted: the disk is full; free some space.")
     with monkeypatch.context() as m:  # a lost rank, say: no outcome to tell, so training ends
         m.setattr(saver.store, "save", lambda *_: 1 / 0)
         background.begin(state, META)

@@ -172,18 +172,24 @@ def _another_format(number: int, **meta: float):
 
 
 DAMAGE = {
-    "flipped data": (lambda p: _flip(p / "state-00000.safetensors", 0.5), "checksum of state-00000.safetensors"),
-    "flipped last byte": (lambda p: _flip(p / "state-00000.safetensors", 1), "checksum of state-00000.safetensors"),
-    "flipped metadata": (lambda p: _flip(p / "tensors.json", 0.3), "checksum of tensors.json"),
+    "flipped data": (
+        lambda p: _flip(p / "state-00000.safetensors", 0.5),
+        "has a state-00000.safetensors with a wrong checksum",
+    ),
+    "flipped last byte": (
+        lambda p: _flip(p / "state-00000.safetensors", 1),
+        "has a state-00000.safetensors with a wrong checksum",
+    ),
+    "flipped metadata": (lambda p: _flip(p / "tensors.json", 0.3), "has a tensors.json with a wrong checksum"),
     "flipped manifest": (lambda p: _flip(p / "manifest.json", 0.5), "manifest.json"),
-    "changed meta": (_swap_samples, "manifest.json is damaged"),
+    "changed meta": (_swap_samples, "has a damaged manifest.json"),
     "cut data": (lambda p: os.truncate(p / "state-00000.safetensors", 1000), "has 1000 bytes"),
     "emptied data": (lambda p: os.truncate(p / "state-00000.safetensors", 0), "has 0 bytes"),
-    "cut manifest": (lambda p: os.truncate(p / "manifest.json", 40), "manifest.json is damaged"),
-    "emptied manifest": (lambda p: os.truncate(p / "manifest.json", 0), "manifest.json is damaged"),
-    "manifest of another kind": (lambda p: (p / "manifest.json").write_text("[1]"), "manifest.json is damaged"),
-    "no data": (lambda p: (p / "state-00000.safetensors").unlink(), "state-00000.safetensors is missing"),
-    "no metadata": (lambda p: (p / "tensors.json").unlink(), "tensors.json is missing"),
+    "cut manifest": (lambda p: os.truncate(p / "manifest.json", 40), "has a damaged manifest.json"),
+    "emptied manifest": (lambda p: os.truncate(p / "manifest.json", 0), "has a damaged manifest.json"),
+    "manifest of another kind": (lambda p: (p / "manifest.json").write_text("[1]"), "has a damaged manifest.json"),
+    "no data": (lambda p: (p / "state-00000.safetensors").unlink(), "lacks state-00000.safetensors"),
+    "no metadata": (lambda p: (p / "tensors.json").unlink(), "lacks tensors.json"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "has no manifest.json"),
     "empty folder": (lambda p: [f.unlink() for f in p.iterdir()], "has no manifest.json"),
     "a file": (lambda p: ([f.unlink() for f in p.iterdir()], p.rmdir(), p.write_text("")), "has no manifest.json"),
@@ -197,9 +203,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_name_and_what_is_wrong(tmp
     good, bad = save(tmp_path, 10), save(tmp_path, 20)
     damage, words = DAMAGE[kind]
     damage(bad)
-    name, (warning,) = find(tmp_path)
-    assert name == good.name
-    assert str(bad) in warning and words in warning and warning.endswith(".")
+    problem = store.validate(bad, ALONE)
+    assert problem.key == str(bad) and words in problem.rule
+    assert find(tmp_path) == (good.name, [f"The checkpoint {bad} is passed over: it {problem.rule}."])
     # Nor does it keep the same count from being saved again, or survive that.
     again = save(tmp_path, 20)
     assert find(tmp_path) == (again.name, []) and value_of(again) == 20
