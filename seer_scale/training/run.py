@@ -49,11 +49,11 @@ def train(config: Config, world: World, run_dir: Path, stop: StopRequest, watchd
         warn(lock.note)
     with lock, Progress(run_dir, active=world.is_main, every_s=config.run.heartbeat_s) as progress:
         with watchdog.patient(timeouts.start_s):
-            run = Run(config, world, run_dir, stop, watchdog, progress, attempt)
+            run = TrainingRun(config, world, run_dir, stop, watchdog, progress, attempt)
         return run.run()
 
 
-class Run:
+class TrainingRun:
     """Builds what a run consists of, and goes through its phases: start, evaluation, updates, last checkpoint,
     evaluation, report. All ranks alike."""
 
@@ -67,122 +67,144 @@ class Run:
         progress: Progress,
         attempt: str,
     ):
-        self.config, self.world, self.run_dir, self.watchdog, self.attempt = config, world, run_dir, watchdog, attempt
-        self.progress, folder = progress, run_dir / "checkpoints"
-        self.made = made = build_components(config, world, run_dir, stop, progress)
-        engine, clock, origin = made.engine, made.clock, made.origin
-        self.log = RunLog(
-            run_dir,
-            clock.end,
-            engine.method.baseline,
-            active=world.is_main,
-            progress=progress,
-            eta=Eta(
-                clock.end, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples
-            ),
-            sinks=config.run.sinks,
-        )
-        self.events = EventLog(self.log, clock, world)
-        log_event = self.events.log_event
+        self.config, self.world, self.run_dir, self.attempt = config, world, run_dir, attempt
+        self.stop, self.watchdog, self.progress, self.folder = stop, watchdog, progress, run_dir / "checkpoints"
+        self.made = build_components(config, world, run_dir, stop, progress)
+        self.log = self._open_log()
+        self.events = EventLog(self.log, self.made.clock, world)
         self.saver = Saver(
-            folder,
-            engine.state(),
+            self.folder,
+            self.made.engine.state(),
             world,
             keep_last=config.checkpoint.keep_last,
             keep_every_samples=config.checkpoint.keep_every_samples,
         )
         limit_groups(world)
         write_config(config, run_dir, world)
-        keep_best = config.checkpoint.keep_best
-        measurement = measurement_of(made.labelled, config)
-        scores = known_scores(run_dir, folder, measurement, clock.samples_seen, world, active=keep_best)
-        best = BestCheckpoint(folder, world, log_event, scores, active=keep_best)
-        fatal, by_event = monitors_of(
+        best = self._best_checkpoint()
+        self.monitors = self._build_monitors()
+        self.batches = Batches(
             config,
-            engine.method,
-            run_dir=run_dir,
+            world,
+            run_dir,
+            self.made.history,
+            self.made.clock,
+            self.events,
+            watchdog,
+            workers=self.made.workers,
+            was_read=self.made.origin.checkpoint is not None,
+        )
+        self.checkpoints = self._build_checkpointing(best)
+        self.evaluation = self._build_evaluation(best)
+        self.unreadable = UnreadableImages(run_dir, world.rank)
+        self.loop = self._build_loop()
+
+    def _open_log(self) -> RunLog:
+        config, clock = self.config, self.made.clock
+        return RunLog(
+            self.run_dir,
+            clock.end,
+            self.made.engine.method.baseline,
+            active=self.world.is_main,
+            progress=self.progress,
+            eta=Eta(
+                clock.end, evaluate_every=config.knn.every_samples, checkpoint_every=config.checkpoint.every_samples
+            ),
+            sinks=config.run.sinks,
+        )
+
+    def _best_checkpoint(self) -> BestCheckpoint:
+        """Collective."""
+        made, keep_best = self.made, self.config.checkpoint.keep_best
+        measurement = measurement_of(made.labelled, self.config)
+        scores = known_scores(
+            self.run_dir, self.folder, measurement, made.clock.samples_seen, self.world, active=keep_best
+        )
+        return BestCheckpoint(self.folder, self.world, self.events.log_event, scores, active=keep_best)
+
+    def _build_monitors(self) -> Monitors:
+        made = self.made
+        fatal, by_event = monitors_of(
+            self.config,
+            made.engine.method,
+            run_dir=self.run_dir,
             workers=made.workers,
             cores=made.cores,
             is_contended=bool(made.execution.contended),
         )
-        is_told = origin.meta.get("told_of_health", False)
-        monitors = Monitors(fatal, by_event, log_event, told=["collapse"] if is_told else [])
-        batches = Batches(
-            config,
-            world,
-            run_dir,
-            made.history,
-            clock,
-            self.events,
-            watchdog,
-            workers=made.workers,
-            was_read=origin.checkpoint is not None,
-        )
+        is_told = made.origin.meta.get("told_of_health", False)
+        return Monitors(fatal, by_event, self.events.log_event, told=["collapse"] if is_told else [])
 
-        def state_of_run() -> dict[str, Any]:
+    def _build_checkpointing(self, best: BestCheckpoint) -> Checkpointing:
+        made, batches, monitors = self.made, self.batches, self.monitors
+        found = made.origin.checkpoint
+
+        def state_of_run() -> dict[str, Any]:  # holds no self: in a cycle, what a run holds would outlive it
             return {
                 "data": batches.history.state(),
                 "schedule": made.schedule.state,
                 "told_of_health": "collapse" in monitors.told,
             }
 
-        is_own = origin.checkpoint is not None and origin.checkpoint.parent == folder
-        self.checkpoints = Checkpointing(
-            config=config,
-            world=world,
-            engine=engine,
+        return Checkpointing(
+            config=self.config,
+            world=self.world,
+            engine=made.engine,
             saver=self.saver,
-            clock=clock,
+            clock=made.clock,
             best=best,
             state_of_run=state_of_run,
-            log_event=log_event,
-            watchdog=watchdog,
-            progress=progress,
-            resumed_from=origin.checkpoint if is_own else None,
+            log_event=self.events.log_event,
+            watchdog=self.watchdog,
+            progress=self.progress,
+            resumed_from=found if found is not None and found.parent == self.folder else None,
         )
+
+    def _build_evaluation(self, best: BestCheckpoint) -> Evaluation:
+        stop, world, watchdog = self.stop, self.world, self.watchdog
 
         def between_batches() -> None:
             stop.stop_if_agreed(world)
             watchdog.beat()
 
-        self.evaluation = Evaluation(
-            config=config,
-            world=world,
-            run_dir=run_dir,
-            engine=engine,
-            clock=clock,
-            labelled=made.labelled,
+        return Evaluation(
+            config=self.config,
+            world=self.world,
+            run_dir=self.run_dir,
+            engine=self.made.engine,
+            clock=self.made.clock,
+            labelled=self.made.labelled,
             checkpoints=self.checkpoints,
             best=best,
             log=self.log,
-            log_event=log_event,
-            progress=progress,
+            log_event=self.events.log_event,
+            progress=self.progress,
             between_batches=between_batches,
-            workers=made.workers,
+            workers=self.made.workers,
         )
+
+    def _build_loop(self) -> TrainingLoop:
+        made, engine = self.made, self.made.engine
         log_skip = partial(self.events.log_event_of_rank, "skipped")
-        skips = SkipMonitor(list(engine.shapes), config.train.precision, world, log_skip)
-        self.unreadable = UnreadableImages(run_dir, world.rank)
-        self.batches = batches
-        self.loop = TrainingLoop(
-            config=config,
-            world=world,
-            run_dir=run_dir,
+        return TrainingLoop(
+            config=self.config,
+            world=self.world,
+            run_dir=self.run_dir,
             engine=engine,
             memory_format=made.execution.memory_format,
-            clock=clock,
+            clock=made.clock,
             schedule=made.schedule,
-            batches=batches,
-            skips=skips,
-            monitors=monitors,
+            batches=self.batches,
+            skips=SkipMonitor(list(engine.shapes), self.config.train.precision, self.world, log_skip),
+            monitors=self.monitors,
             unreadable=self.unreadable,
             checkpoints=self.checkpoints,
             evaluation=self.evaluation,
-            stop=stop,
+            stop=self.stop,
             log=self.log,
-            log_event=log_event,
-            watchdog=watchdog,
-            progress=progress,
+            log_event=self.events.log_event,
+            watchdog=self.watchdog,
+            progress=self.progress,
         )
 
     def run(self) -> int:
