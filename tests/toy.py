@@ -100,12 +100,6 @@ class Simple(Method[None, None]):
 
     name = "toy"
 
-    def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> None:
-        pass
-
-    def targets(self, inputs: Sequence[None], samples_seen: int) -> list[None]:
-        return [None] * len(inputs)
-
     @property
     def baseline(self) -> Baseline:
         return Baseline("nothing", 1.0)

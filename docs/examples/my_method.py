@@ -5,7 +5,7 @@
 `--colours.weight 2` sets a key of its own, which `--help` lists. CONTRIBUTING.md explains each part.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,12 +57,6 @@ class Colours(Method[None, None]):
         wanted = torch.cat([crops.float().mean((2, 3)) for crops in views])[:, : self.settings.channels]
         error = F.mse_loss(predicted, wanted)
         return LossOutput(self.settings.weight * error, {"error": error.detach()} if with_metrics else {})
-
-    def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> None:
-        """Nothing is decided over the whole batch."""
-
-    def targets(self, inputs: Sequence[None], samples_seen: int) -> list[None]:
-        return [None for _ in inputs]
 
     def encode(self, images: Tensor) -> Features:
         features = self.backbone([images])[0].float()

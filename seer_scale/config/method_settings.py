@@ -27,6 +27,9 @@ def register_settings(name: str) -> Callable[[type[S]], type[S]]:
             raise ValueError(f"{name} is a section of every recipe, so no method can be called that")
         if "." in name or not name:
             raise ValueError(f"{name!r} is no name of a method")
+        other = _CLASSES.get(name)
+        if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{name} is a method of {other.__module__} already: give yours another name")
         _CLASSES[name] = cls
         return cls
 

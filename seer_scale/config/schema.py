@@ -204,7 +204,7 @@ class Train:
         0,
         (
             "most images a rank takes through the network at once; a larger share of the batch is split into "
-            "micro-batches, with the same codes (one more forward); 0 = all at once"
+            "micro-batches, with the targets of the whole batch (one more forward, if there are any); 0 = all at once"
         ),
         ge=0,
     )

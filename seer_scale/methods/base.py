@@ -25,8 +25,8 @@ TargetsT = TypeVar("TargetsT")
 
 
 class LossOutput(NamedTuple):
-    """loss: fp32, 0-dim, the mean over this rank's images. metrics: what `Method.metrics` reads once it is averaged
-    over micro-batches and ranks; empty where none was asked for."""
+    """loss: fp32, 0-dim, the mean over the images of the views given. metrics: what `Method.metrics` reads once it is
+    averaged over micro-batches and ranks; empty where none was asked for."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -96,13 +96,19 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     ) -> LossOutput:
         """The loss over this rank's images. targets: of these images, where they were made before; else made here."""
 
-    @abstractmethod
     def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> InputsT:
-        """What `targets` needs of micro-batch i of this rank's n, part (i, n); without gradients."""
+        """What `targets` needs of micro-batch i of this rank's n, part (i, n); without gradients. An engine calls it,
+        and `targets`, where there are several micro-batches; a method without targets leaves both out."""
+        raise NotImplementedError(f"{type(self).__name__} makes no targets over the whole batch")
 
-    @abstractmethod
     def targets(self, inputs: Sequence[InputsT], samples_seen: int) -> list[TargetsT]:
         """The targets of each micro-batch, made over the whole global batch."""
+        raise NotImplementedError(f"{type(self).__name__} makes no targets over the whole batch")
+
+    @property
+    def has_batch_targets(self) -> bool:
+        """Whether the whole global batch decides what its micro-batches learn."""
+        return type(self).prepare_targets is not Method.prepare_targets
 
     @abstractmethod
     def encode(self, images: Tensor) -> Features:

@@ -23,11 +23,19 @@ _CLASSES: dict[str, type[Method[Any, Any]]] = {}
 
 def register_method(name: str, settings: type[MethodSettings] | None = None) -> Callable[[M], M]:
     """A decorator: this class is the method `name` (`method.name`), made by `cls(config, world)` on the meta device.
-    settings: its section of a recipe, read by `config.settings_as(settings)`; none: a section without keys."""
+    settings: its section of a recipe, read by `config.settings_as(settings)`; none: that of a settings.py beside
+    it, or a section without keys. Raises ValueError where another module has a method of this name."""
 
     def register(cls: M) -> M:
-        if settings or name not in settings_classes():
+        known, other = settings_classes().get(name), _CLASSES.get(name)
+        if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{name} is a method of {other.__module__} already: give yours another name")
+        if settings or name not in known:
             register_settings(name)(settings or MethodSettings)
+        elif known[name] is not MethodSettings and not cls.__module__.startswith(
+            known[name].__module__.rpartition(".")[0] + "."
+        ):
+            raise ValueError(f"{name} is a method of {known[name].__module__} already: give yours another name")
         cls.name = name
         _CLASSES[name] = cls
         return cls

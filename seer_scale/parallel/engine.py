@@ -158,8 +158,8 @@ class Engine:
         """Forward and backward of this rank's share of the global batch, in micro-batches of equal size.
 
         Returns the method's loss over it, detached. With several micro-batches a forward without gradients comes first,
-        so that the method's targets (SwAV's codes) are those of the whole global batch; running statistics then move
-        once, by the mean over micro-batches, as they would over groups of ranks.
+        where the method has targets (SwAV's codes), which are then those of the whole global batch; running statistics
+        move once, by the mean over micro-batches, as they would over groups of ranks.
         """
         self.buffers.keep()
         if len(batches) == 1:
@@ -167,12 +167,7 @@ class Engine:
             self._backward(out.loss * self.scaler.scale)
             return LossOutput(out.loss.detach(), out.metrics)
         num, outs = len(batches), []
-        with torch.no_grad(), self.buffers.unmoved():
-            inputs = [
-                self._run("prepare_targets", batch(), samples_seen=samples_seen, part=(i, num))
-                for i, batch in enumerate(batches)
-            ]
-            targets = self.method.targets(inputs, samples_seen)
+        targets: list[Any] = self._targets(batches, samples_seen) if self.method.has_batch_targets else [None] * num
         for i, (batch, own) in enumerate(zip(batches, targets, strict=True)):
             with self._accumulating(i == num - 1), self.buffers.micro_batch(i, num):
                 out = self._run("loss", batch(), samples_seen=samples_seen, targets=own, with_metrics=with_metrics)
@@ -180,6 +175,15 @@ class Engine:
             outs.append(LossOutput(out.loss.detach(), out.metrics))
         metrics = {k: torch.stack([out.metrics[k] for out in outs]).mean(0) for k in outs[0].metrics}
         return LossOutput(torch.stack([out.loss for out in outs]).mean(0), metrics)
+
+    def _targets(self, batches: Sequence[MicroBatch], samples_seen: int) -> list[Any]:
+        """Of each micro-batch, over the whole global batch."""
+        with torch.no_grad(), self.buffers.unmoved():
+            inputs = [
+                self._run("prepare_targets", batch(), samples_seen=samples_seen, part=(i, len(batches)))
+                for i, batch in enumerate(batches)
+            ]
+            return self.method.targets(inputs, samples_seen)
 
     def _run(self, entrance: str, *args: Any, **kwargs: Any) -> Any:
         """One of the method's entrances that run the network, through what the method is wrapped in."""

@@ -131,6 +131,32 @@ def test_names_are_loaded_once_and_stay_their_own(tmp_path, monkeypatch):
         plugins.load_plugins(["lacking_plugin"])
 
 
+def test_a_name_is_one_modules(tmp_path):
+    """The second to take it is refused, and the first stays; a module may be run again."""
+    shutil.copy(METHOD, tmp_path)
+    (tmp_path / "other_colours.py").write_text(METHOD.read_text())
+    (tmp_path / "other_swav.py").write_text(METHOD.read_text().replace('"colours"', '"swav"'))
+    program = """
+from seer_scale.config import settings_classes
+from seer_scale.plugins import UserError, load_plugins
+load_plugins(["my_method"])
+before = method_class("colours"), settings_classes()["colours"]
+for name, owner in (("other_colours", "my_method"), ("other_swav", "seer_scale.methods.swav.settings")):
+    try:
+        load_plugins([name])
+    except UserError as error:
+        assert f"is a method of {owner} already" in str(error), error
+    else:
+        raise AssertionError(name)
+assert (method_class("colours"), settings_classes()["colours"]) == before
+exec(compile(open("my_method.py").read(), "again", "exec"), {"__name__": "my_method"})
+assert method_class("colours") is not before[0] and method_class("swav").__name__ == "SwAV"
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "fine\n", done.stderr
+
+
 def test_a_recipe_names_its_plugins_itself(tmp_path):
     """The section is known before it is read, and its keys to the hints."""
     method = shutil.copyfile(METHOD, tmp_path / "own_method.py")
