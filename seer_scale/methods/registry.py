@@ -30,12 +30,10 @@ def register_method(name: str, settings: type[MethodSettings] | None = None) -> 
         known, other = settings_classes().get(name), _CLASSES.get(name)
         if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"{name} is a method of {other.__module__} already: give yours another name")
-        if settings or name not in known:
+        if settings or known is None:
             register_settings(name)(settings or MethodSettings)
-        elif known[name] is not MethodSettings and not cls.__module__.startswith(
-            known[name].__module__.rpartition(".")[0] + "."
-        ):
-            raise ValueError(f"{name} is a method of {known[name].__module__} already: give yours another name")
+        elif known is not MethodSettings and cls.__module__.rpartition(".")[0] != known.__module__.rpartition(".")[0]:
+            raise ValueError(f"{name} is a method of {known.__module__} already: give yours another name")
         cls.name = name
         _CLASSES[name] = cls
         return cls

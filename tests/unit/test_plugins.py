@@ -138,6 +138,7 @@ def test_a_name_is_one_modules(tmp_path):
     (tmp_path / "other_swav.py").write_text(METHOD.read_text().replace('"colours"', '"swav"'))
     program = """
 from seer_scale.config import settings_classes
+from seer_scale.methods.registry import method_class
 from seer_scale.plugins import UserError, load_plugins
 load_plugins(["my_method"])
 before = method_class("colours"), settings_classes()["colours"]
