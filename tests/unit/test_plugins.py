@@ -160,7 +160,8 @@ print("fine")
 
 def test_a_recipe_names_its_plugins_itself(tmp_path):
     """The section is known before it is read, and its keys to the hints."""
-    method = shutil.copyfile(METHOD, tmp_path / "own_method.py")
+    method = tmp_path / "own_method.py"
+    method.write_text(METHOD.read_text().replace('"colours', '"own_colours'))  # another test has loaded `colours`
     backbone = shutil.copyfile(BACKBONE, tmp_path / "own_backbone.py")
     given = {
         "data": {"path": "-"},
@@ -169,17 +170,17 @@ def test_a_recipe_names_its_plugins_itself(tmp_path):
     }
     given |= {
         "run": {"plugins": [str(method), str(backbone)]},
-        "method": {"name": "colours"},
-        "colours": {"channels": 2},
+        "method": {"name": "own_colours"},
+        "own_colours": {"channels": 2},
     }
-    config = resolve(given, ["--colours.weight", "3"])
-    assert config.to_dict()["colours"] == {"channels": 2, "weight": 3.0} and "swav" not in config.to_dict()
+    config = resolve(given, ["--own_colours.weight", "3"])
+    assert config.to_dict()["own_colours"] == {"channels": 2, "weight": 3.0} and "swav" not in config.to_dict()
     assert resolve(config.to_dict()) == config
-    assert ("colours.channels", "int", 3, "colour channels that are regressed") in all_keys()
+    assert ("own_colours.channels", "int", 3, "colour channels that are regressed") in all_keys()
     with pytest.raises(UserError) as caught:
-        resolve(given | {"swav": {"queue": 0}}, ["--colours.chanels", "3"])
+        resolve(given | {"swav": {"queue": 0}}, ["--own_colours.chanels", "3"])
     assert {(p.key, p.nearest) for p in caught.value.problems} == {
-        ("swav", "remove the section"), ("colours.chanels", "did you mean colours.channels?"),
+        ("swav", "remove the section"), ("own_colours.chanels", "did you mean own_colours.channels?"),
     }  # fmt: skip
     demo = resolve(load_recipe("demo"), ["--data.path", "-"])
-    assert demo.method.name == "swav" and "colours" not in demo.to_dict()
+    assert demo.method.name == "swav" and "own_colours" not in demo.to_dict()
