@@ -24,7 +24,7 @@ from seer_scale.config import Config, checked, load_recipe, merge, read_config
 from seer_scale.cores import available_cores
 from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.sources import open_source
-from seer_scale.data.sources.files import of_paths
+from seer_scale.data.sources.files import of_paths, read_file
 from seer_scale.data.transforms.decode import decode
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.data.transforms.views import make_views, resize_centre
@@ -81,14 +81,16 @@ class Run:
         return read_metrics(self.path)[1]
 
     def report(self) -> Path:
-        """Write report.html, as it stands now; its path."""
+        """Write report.html, as it stands now; its path. Raises UserError where the folder is no run's."""
+        if not any((self.path / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+            raise UserError(Problem(str(self.path), NOTHING, "is no run's folder"))
         from seer_scale.observe.report import write_report  # loads matplotlib
 
         return write_report(self.path)
 
-    def load(self, which: str = "last") -> Backbone:
+    def load(self, which: str | int = "last", *, plugins: str | Sequence[str] = ()) -> Backbone:
         """`load` of this run."""
-        return load(self.path, which=which)
+        return load(self.path, which=which, plugins=plugins)
 
 
 def train(
@@ -96,7 +98,7 @@ def train(
     data: str | Path | None = None,
     *,
     run_dir: str | Path | None = None,
-    plugins: Sequence[str] = (),
+    plugins: str | Sequence[str] = (),
     **overrides: Any,
 ) -> Run:
     """Train a recipe, or go on where its run stopped; returns the run when it has ended or was stopped.
@@ -112,7 +114,7 @@ def train(
     given = load_recipe(str(recipe)) if isinstance(recipe, str | Path) else dict(recipe)
     over = merge(_sections(overrides), {"data": {"path": os.path.expanduser(data)}} if data is not None else {})
     if plugins:
-        over = merge(over, {"run": {"plugins": list(plugins)}})
+        over = merge(over, {"run": {"plugins": _several(plugins)}})
     own = merge(given, over).get("run") or {}
     if run_dir is None and not own.get("dir"):
         if not isinstance(recipe, str | Path):
@@ -124,6 +126,10 @@ def train(
         over = merge(over, {"run": {"hang_timeout_s": 0}})
     run_training(recipe if isinstance(recipe, dict) else str(recipe), merge(over, {"run": {"dir": str(path)}}))
     return Run(path)
+
+
+def _several(plugins: str | Sequence[str]) -> list[str]:
+    return [plugins] if isinstance(plugins, str) else list(plugins)
 
 
 def _sections(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +159,7 @@ class Transform:
         return f"Transform(size={self.size})"
 
 
-def load(path: str | Path, *, which: str = "last", plugins: Sequence[str] = ()) -> Backbone:
+def load(path: str | Path, *, which: str | int = "last", plugins: str | Sequence[str] = ()) -> Backbone:
     """The backbone of a run or a checkpoint: an `nn.Module` on the CPU, in eval mode, of images [N, 3, S, S] or a list
     of such, one a resolution, to features [N, num_features] or a list. Its `transform` is the right preprocessing.
 
@@ -161,8 +167,8 @@ def load(path: str | Path, *, which: str = "last", plugins: Sequence[str] = ()) 
     names is loaded by itself. Weights alone are read, straight from the shards: no optimiser state, no process group,
     nothing pickled. Raises UserError, CheckpointError.
     """
-    load_plugins(plugins)
-    place = _checkpoint(Path(path).expanduser(), which)
+    load_plugins(_several(plugins))
+    place = _checkpoint(Path(path).expanduser(), str(which))
     meta = store.read_meta(place)
     problems: list[Problem] = []
     config = read_config(meta["config"], problems)
@@ -224,6 +230,12 @@ def embed(
     the model's `transform` says it otherwise. workers: loader processes; as many as cores otherwise, 4 at most. Raises
     DataError where there is none.
     """
+    limits: tuple[tuple[str, int | None, int], ...] = (("batch", batch, 1), ("size", size, 8), ("workers", workers, 0))
+    for name, value, least in limits:
+        if value is not None and value < least:
+            raise UserError(Problem(name, value, f"must be at least {least}", least))
+    if not isinstance(model, nn.Module):
+        raise UserError(Problem("model", type(model).__name__, "must be a module", "seer_scale.load gives a run's"))
     expanded = [os.path.expanduser(p) for p in ([images] if isinstance(images, str | Path) else images)]
     source = open_source(str(expanded[0])) if isinstance(images, str | Path) else of_paths([str(p) for p in expanded])
     if size is None:
@@ -302,4 +314,8 @@ def _pixels(image: ImageLike) -> np.ndarray:
         return image
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
-    return decode(image if isinstance(image, bytes) else Path(image).expanduser().read_bytes())
+    if isinstance(image, bytes):
+        return decode(image)
+    if not isinstance(image, str | Path):
+        raise UserError(Problem("image", type(image).__name__, "must be a path, bytes, Pillow's or an array"))
+    return decode(read_file(os.path.expanduser(image)))

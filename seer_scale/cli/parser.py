@@ -143,7 +143,9 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     while rest:
         word = rest.pop(0)
         name, is_whole, value = word.partition("=")
-        if name == "--plugin" and (is_whole or rest):
+        if name == "--plugin":
+            if not is_whole and (not rest or rest[0].startswith("--")):
+                raise UserError(Problem("--plugin", NOTHING, "has no value", "write --plugin MODULE"))
             plugins.append(value if is_whole else rest.pop(0))
             continue
         if not (name.startswith("--") and "." in name):

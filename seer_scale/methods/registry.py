@@ -53,5 +53,8 @@ def method_class(name: str) -> type[Method[Any, Any]]:
 def build_method(config: Config, world: World) -> Method[Any, Any]:
     """The recipe's method, on the meta device; an engine materialises and fills it."""
     cls = method_class(config.method.name)
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        rule = f"its class {cls.__qualname__} in {cls.__module__} lacks {', '.join(missing)}"
+        raise UserError(Problem("method.name", config.method.name, rule, "methods/base.py says what each is"))
     with torch.device("meta"):
         return cls(config, world)

@@ -103,10 +103,11 @@ def measure(
         block = backbone.get_submodule(names[-1])
         if 4 * sum(p.numel() for p in block.parameters()) > config.parallel.max_unit_gib * 2**30:
             continue
-        block = copy.deepcopy(block).to_empty(device=world.device)
+        twin = copy.deepcopy(backbone)
+        block = twin.get_submodule(names[-1]).to_empty(device=world.device)
         for p in block.parameters():
             nn.init.normal_(p, std=0.01)
-        reset_buffers(block)
+        reset_buffers(twin)  # by the whole, which knows the tables of its parts
         times = []
         for _ in range(rounds + 1):
             between()

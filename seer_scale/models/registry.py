@@ -57,11 +57,14 @@ def build_backbone(name: str, **generator: Any) -> Backbone:
         if generator:
             rule = f"is fixed and takes no {', '.join(generator)}"
             raise UserError(Problem("model.name", name, f"it {rule}", "use regnety to choose freely"))
+        if missing := sorted(getattr(fixed, "__abstractmethods__", ())):
+            rule = f"its class lacks {', '.join(missing)}"
+            raise UserError(Problem("model.name", name, rule, "models/backbone.py says what each is"))
         return fixed()
     if name != "regnety":
         near = f"did you mean {found}?" if (found := closest(name, backbone_names())) else ""
-        known = f"there is no such backbone (known: {', '.join(backbone_names())}; timm/NAME for timm's)"
-        raise UserError(Problem("model.name", name, known, near))
+        known = f"known: {', '.join(backbone_names())}; timm/NAME for timm's, and --plugin brings others"
+        raise UserError(Problem("model.name", name, f"there is no such backbone ({known})", near))
     problems = []
     for key, value in generator.items():
         if key not in GENERATOR_FIELDS:

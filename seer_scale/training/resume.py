@@ -86,7 +86,16 @@ def _lies_at(path: Path, other: str | Path) -> bool:
 def check_resumable(path: Path, config: Config, world: World = World()) -> dict[str, Any]:
     """The meta of the checkpoint `path`, from which `config` can go on. Collective. Raises UserError."""
     meta = store.read_meta(path, world)
-    then = meta["config"]
+    then, method = meta["config"], meta["method"]["name"]
+    if method != config.method.name:
+        raise UserError(
+            Problem(
+                "method.name",
+                config.method.name,
+                f"{path} was trained by {method}",
+                f"give {method} (--plugin, if it is one's), or another run.dir with checkpoint.init_from",
+            )
+        )
     if then["run"]["seed"] != config.run.seed:
         seed = then["run"]["seed"]
         raise UserError(

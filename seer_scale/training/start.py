@@ -34,6 +34,7 @@ from seer_scale.data.sources import kind_of
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, RankLostError, UserError, nothing_begun
 from seer_scale.extras import how_to_install
+from seer_scale.formatting import counted
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import build_backbone, check_sizes
 from seer_scale.observe.records import read_records
@@ -137,6 +138,10 @@ def _check_model(config: Config) -> None:
     if problems := check_sizes(backbone, sizes | ({"knn.size": config.knn.size} if config.knn.enabled else {})):
         raise ConfigError(problems)
     method = build_method(config, World())
+    unnamed = sorted({name for name, _ in method.named_parameters()} - set(method.initialisers()))
+    if unnamed:
+        rule = f"its initialisers() do not say how {unnamed[0]} starts ({counted(len(unnamed), 'parameter')} in all)"
+        raise UserError(Problem("method.name", config.method.name, rule))
     for chain in method.checkpointed_sequences():
         find_segments(config.parallel.activation_checkpoint, chain.stage_units())
     sharded_units(method, config)

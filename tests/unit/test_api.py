@@ -79,6 +79,18 @@ def test_what_cannot_be_is_told_at_once_as_data(tmp_path, photos):
     with pytest.raises(seer_scale.UserError) as caught:
         seer_scale.views("demo", np.zeros((3, 8, 8), np.float32))
     assert caught.value.problems[0].key == "image"
+    with pytest.raises(seer_scale.UserError, match="is no run's folder"):
+        seer_scale.Run(tmp_path / "gone").report()
+    assert not (tmp_path / "gone").exists()
+    for image in (tmp_path, tmp_path / "gone.jpg", 3):
+        with pytest.raises(seer_scale.UserError):
+            seer_scale.views("demo", image)
+    for key, value in {"batch": 0, "size": 0, "workers": -1}.items():
+        with pytest.raises(seer_scale.UserError) as caught:
+            seer_scale.embed(torch.nn.Flatten(), photos, **{key: value})
+        assert caught.value.problems[0].key == key
+    with pytest.raises(seer_scale.UserError, match="must be a module"):
+        seer_scale.embed("runs/x", photos)
 
 
 def test_what_is_loaded_is_what_the_run_computes(trained, photos):
@@ -96,7 +108,10 @@ def test_what_is_loaded_is_what_the_run_computes(trained, photos):
     want = engine.encode(to_float(images)).features
     with torch.no_grad():
         assert torch.equal(model(to_float(images)), want)
-    for other in (seer_scale.load(newest), seer_scale.load(trained.path, which=newest.name.removeprefix("samples-"))):
+    for other in (
+        seer_scale.load(newest),
+        seer_scale.load(trained.path, which=int(newest.name.removeprefix("samples-"))),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
     with pytest.raises(seer_scale.UserError, match="has no checkpoint 7"):
         seer_scale.load(trained.path, which="7")

@@ -63,12 +63,27 @@ def test_files_beside_bring_a_method_and_a_backbone(beside, photos):
         and config["colours"]["weight"] == 2
         and "swav" not in config
     )
+    other = ("train", "photos_laptop", "--data.path", photos, "--run.dir", "run", "--train.threads", 1)
+    told = run(*other, "--schedule.warmup_samples", 0, "--train.total_samples", 48, folder=beside, status=2)
+    assert "method.name is swav, but run/checkpoints/samples-000000000032 was trained by colours; give colours" in told
     more = run(*words, *BOTH, "--colours.weight", 2, "--train.total_samples", 48, folder=beside)
     assert "Going on from" in more and "run.plugins" not in more
     assert "--colours.channels int" in run("train", "recipe.yaml", "--plugin=my_method", "--help", folder=beside)
     program = "import seer_scale; m = seer_scale.load('run', plugins=['my_backbone']); print(m.num_features)"
     done = subprocess.run([sys.executable, "-c", program], cwd=beside, capture_output=True, text=True)
     assert done.stdout == "16\n", done.stderr
+
+
+def test_what_a_class_lacks_is_told_before_anything_is_made(beside, photos):
+    words = ("train", "recipe.yaml", "--data.path", photos, "--run.dir", "run")
+    text = (beside / "my_method.py").read_text()
+    (beside / "half_method.py").write_text(text.replace("def encode(", "def encoded("))
+    told = run(*words, "--plugin", "half_method", "--plugin", "my_backbone", folder=beside, status=2)
+    assert "method.name is colours, but its class Colours in half_method lacks encode" in told
+    (beside / "mute_method.py").write_text(text.replace('"head.bias"', '"tail.bias"'))
+    told = run(*words, "--plugin", "mute_method", "--plugin", "my_backbone", folder=beside, status=2)
+    assert "do not say how head.bias starts (1 parameter in all)" in told and not (beside / "run").exists()
+    assert "--plugin has no value" in run(*words, "--plugin", "--train.threads", 1, folder=beside, status=2)
 
 
 def test_what_a_checkpoint_names_is_not_imported(beside, photos):

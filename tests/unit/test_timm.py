@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 from torch import nn
 
-from seer_scale.config import Config, Model, resolve
+from seer_scale.config import Config, Crop, Model, Views, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.models.execution import measure
@@ -132,10 +133,12 @@ def test_a_recomputed_network_makes_the_same_gradients_and_moves_statistics_once
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
-def test_threads_are_measured_on_blocks_of_any_family():
-    given = RECIPE | {"model": {"name": "timm/test_vit"}, "views": {"crops": [{"num": 2, "size": 64}]}}
-    config = resolve(given, world_size=1)
-    backbone = build_backbone("timm/test_vit")
+@pytest.mark.parametrize("name,size", [("test_vit", 64), ("levit_128s", 224), ("swin_tiny_patch4_window7_224", 224)])
+def test_threads_are_measured_on_blocks_of_any_family(name, size):
+    """Also where a network is one unit, and has tables that its constructor computes."""
+    config = dataclasses.replace(resolve(RECIPE, world_size=1), views=Views(crops=(Crop(num=1, size=size),)))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=2))
+    backbone = build_backbone(f"timm/{name}")
     for layout in (torch.contiguous_format, torch.channels_last):
         assert measure(backbone, config, World(), layout, rounds=1) > 0
 
