@@ -111,7 +111,7 @@ def train(
     Under torchrun or srun all processes call it alike (collective). Raises UserError: `ConfigError`, with every
     problem, before any device is taken; `TrainingError` where the run cannot go on.
     """
-    given = load_recipe(str(recipe)) if isinstance(recipe, str | Path) else dict(recipe)
+    given = _mapping(recipe)
     over = merge(_sections(overrides), {"data": {"path": os.path.expanduser(data)}} if data is not None else {})
     if plugins:
         over = merge(over, {"run": {"plugins": _several(plugins)}})
@@ -124,8 +124,17 @@ def train(
     path = Path(run_dir or own["dir"]).expanduser()
     if detect().size == 1 and "hang_timeout_s" not in own:
         over = merge(over, {"run": {"hang_timeout_s": 0}})
-    run_training(recipe if isinstance(recipe, dict) else str(recipe), merge(over, {"run": {"dir": str(path)}}))
+    run_training(str(recipe) if isinstance(recipe, str | Path) else given, merge(over, {"run": {"dir": str(path)}}))
     return Run(path)
+
+
+def _mapping(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Raises UserError for what is no recipe."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(str(recipe))
+    if not isinstance(recipe, Mapping):
+        raise UserError(Problem("recipe", type(recipe).__name__, "must be a name, a path or a mapping of sections"))
+    return dict(recipe)
 
 
 def _several(plugins: str | Sequence[str]) -> list[str]:
@@ -137,6 +146,8 @@ def _sections(overrides: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in overrides.items():
         section, dot, name = key.partition(".")
+        if not dot and not isinstance(value, Mapping):
+            raise UserError(Problem(key, value, "must be a section of keys", f"write {key}={{'KEY': ...}}"))
         out = merge(out, {section: {name: value} if dot else value})
     return out
 
@@ -297,7 +308,7 @@ def views(
 ) -> ViewSheet:
     """What a recipe's augmentations make of an image: the crops that training sees of image number `index` in `epoch`,
     which are a function of those and `run.seed`. overrides: as in `train`. Raises UserError."""
-    given = load_recipe(str(recipe)) if isinstance(recipe, str | Path) else dict(recipe)
+    given = _mapping(recipe)
     over = merge({"data": {"path": "-"}}, _sections(overrides))
     config, problems = checked(given, over)
     if own := [p for p in problems if p.key.startswith(("views", "run."))]:

@@ -82,6 +82,10 @@ def test_what_cannot_be_is_told_at_once_as_data(tmp_path, photos):
     with pytest.raises(seer_scale.UserError, match="is no run's folder"):
         seer_scale.Run(tmp_path / "gone").report()
     assert not (tmp_path / "gone").exists()
+    train = seer_scale.train
+    for wrong in (lambda: train("demo", run=3), lambda: train(None), lambda: seer_scale.views([], photos)):
+        with pytest.raises(seer_scale.UserError):
+            wrong()
     for image in (tmp_path, tmp_path / "gone.jpg", 3):
         with pytest.raises(seer_scale.UserError):
             seer_scale.views("demo", image)

@@ -76,11 +76,20 @@ def test_text_stays_text():
         ("--model.depth=9", "model.name", "regnety_8gf", "use model.name regnety, or give --model.depth null", "fixed"),
         ("--schedule.warmup_samples=1000", "schedule.warmup_samples", 1000,
          "nearest: 640, or less, as in --schedule.warmup_samples 64", "640 samples"),
+        ("--schedule.decay_samples=5", "schedule.decay_samples", 5, 320, "the warm-up alone takes 320"),
+        ("--views.crops=[{size: 64}, {size: 64}]", "views.crops", [64, 64], "give kinds of one size one entry", "size"),
+        ("--views.crops=[]", "views.crops", [], "nearest: [{num: 2}]", "at least one kind"),
+        ("--views.jitter=[0, 0, 0, 0.6]", "views.jitter", [0.0, 0.0, 0.0, 0.6], [0.0, 0.0, 0.0, 0.5], "at most 0.5"),
+        ("--schedule.name=plateau", "schedule.plateau_samples", 0, 64, "a window needs at least one update"),
+        ("--checkpoint.resume=x", "checkpoint.resume", "x", "give one", "checkpoint.init_from is given, too"),
         ("--method.name=swaw", "method.name", "swaw", "did you mean swav?", "must be one of"),
     ],
 )  # fmt: skip
 def test_a_problem_is_key_value_rule_and_fix(override, key, value, nearest, words):
-    (found,) = problems(SMALL, [override], world_size=4)
+    more = {"decay": ["--schedule.warmup_samples=320"], "resume": ["--checkpoint.init_from=y"]}
+    (found,) = problems(
+        SMALL, [override, *(w for k, words in more.items() if k in override for w in words)], world_size=4
+    )
     assert (found.key, found.value, found.nearest) == (key, value, nearest) and words in found.rule
     text = str(found)
     assert text.startswith(key) and text.endswith((".", "?")) and "\n" not in text and words in text
