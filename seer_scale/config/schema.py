@@ -113,7 +113,7 @@ class Crop:
 @dataclass(frozen=True, kw_only=True)
 class Views:
     crops: tuple[Crop, ...] = opt(
-        (Crop(), Crop(num=4, size=96, scale=(0.05, 0.14))), "kinds of crops; the first kind is assigned to prototypes"
+        (Crop(), Crop(num=4, size=96, scale=(0.05, 0.14))), "kinds of crops; targets are made of the first kind"
     )
     flip: float = opt(0.5, "probability of a horizontal flip", ge=0, le=1)
     jitter: tuple[float, float, float, float] = opt(

@@ -56,6 +56,7 @@ def start_event(
         "end": made.clock.end,
         "labelled": made.labelled is not None,
         "baseline": engine.method.baseline,
+        "anchors": engine.method.anchors,
         "sections": [dataclasses.asdict(section) for section in engine.method.report_sections],
         "plots": [dataclasses.asdict(plot) for plot in engine.method.plots],
         "threads": made.execution.threads,

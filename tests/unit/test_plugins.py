@@ -57,6 +57,7 @@ def test_files_beside_bring_a_method_and_a_backbone(beside, photos):
     lines = seer_scale.Run(beside / "run").metrics()
     assert [r["samples_seen"] for r in lines if "loss" in r][-1] == 32
     assert all(r["loss"] == pytest.approx(2 * r["colours/error"]) for r in lines if "loss" in r)
+    assert "prototypes" not in (beside / "run" / "report.html").read_text()  # which this method has not
     config = yaml.safe_load((beside / "run" / "config.yaml").read_text())
     assert (
         config["run"]["plugins"] == ["my_method", "my_backbone"]

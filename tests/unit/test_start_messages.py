@@ -28,7 +28,7 @@ def made(
     config: Config, *, num: int = 4096, threads: int = 1, workers: int = 0, cores: int = 2, seen: int = 0, **given
 ):
     source = type("Images", (), {"__len__": lambda _: num, "is_stream": False, "left_out": None})()
-    method = SimpleNamespace(baseline=("ln K", 2.0), plots=(), report_sections=())
+    method = SimpleNamespace(baseline=("ln K", 2.0), anchors="", plots=(), report_sections=())
     return SimpleNamespace(
         engine=SimpleNamespace(name="single", method=method, shapes={"w": torch.Size([1000, 1000])}),
         execution=Execution(threads, torch.contiguous_format, given.get("contended", "")),

@@ -117,6 +117,7 @@ def _data(run_dir: Path) -> dict[str, Any]:
         "queries": queries,
         "hits": hits(queries),
         "prototypes": pictures.prototypes(),
+        "has_anchors": bool(newest_start(events).get("anchors", "untold")),  # a method without them has no such section
         "use": pictures.use(),
         "sections": _sections(draw, pictures),
         "versions": _versions(events, config),
