@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import time
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -52,12 +53,14 @@ class FakeEngine:
 
     def __init__(self, done: list[str]):
         self.done = done
+        self.rates: dict[int, float] = {}
 
     def gradients(self, micro_batches, *, samples_seen: int, with_metrics: bool):
         self.done.append(f"{samples_seen} measured" if with_metrics else f"{samples_seen}")
         return torch.ones(()), {}
 
     def update(self, lr: float, samples_seen: int):
+        self.rates[samples_seen] = lr
         return dict.fromkeys(("grad_norm", "param_norm", "skipped", "grad_norms"), torch.zeros(()))
 
 
@@ -147,3 +150,42 @@ def test_a_run_that_is_complete_trains_nothing(tmp_path, monkeypatch):
     loop, done = made(tmp_path, monkeypatch, seen=32)
     loop.run()
     assert done == ["open", "close"]
+
+
+def test_each_update_takes_the_rate_that_its_line_tells(tmp_path, monkeypatch):
+    loop, _ = made(tmp_path, monkeypatch)
+    lines = []
+    loop.log = SimpleNamespace(log=lines.append)
+    loop.run()
+    schedule = LearningRate(CONFIG)
+    assert loop.engine.rates == {seen: schedule(seen) for seen in range(0, 32, 4)} and schedule(0) != schedule(28)
+    assert {row["samples_seen"]: row["lr"] for row in lines} == {
+        row["samples_seen"]: loop.engine.rates[row["samples_seen"] - 4] for row in lines
+    }
+
+
+def test_saves_and_evaluations_count_for_no_update_and_a_save_behind_is_asked_about(tmp_path, monkeypatch):
+    """An evaluation comes after the save that falls on the same update; both lie within the window's pause."""
+    loop, done = made(tmp_path, monkeypatch)
+    loop.evaluation.every = 12
+    loop.checkpoints.report_ended = lambda: done.append("report_ended")
+    paused, stalls = [], []
+
+    @contextmanager
+    def pause():
+        paused.append(len(done))
+        yield
+        paused.append(len(done))
+
+    loop.window.paused = pause
+    save = loop.checkpoints.save_in_step
+    loop.checkpoints.save_in_step = lambda: (stalls.append(loop.window.stalled_s), time.sleep(0.01), save())
+    logged = loop.window.reset
+    loop.window.reset = lambda: (stalls.append(loop.window.stalled_s), logged())
+    loop.run()
+    assert done.count("report_ended") == 8
+    inside = [set(range(a, b)) for a, b in zip(paused[::2], paused[1::2])]
+    for n, what in enumerate(done):
+        assert any(n in span for span in inside) == (what in ("save_in_step", "measure during")), what
+    assert done.index("measure during") == done.index("save_in_step") + 1
+    assert max(stalls) >= 0.01
