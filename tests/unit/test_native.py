@@ -115,7 +115,7 @@ def test_a_start_says_so_where_they_are_missing(built, monkeypatch):
     monkeypatch.setattr(run, "start_event", lambda *_, **__: ("start", "", {}))
     monkeypatch.setattr(run, "notes", lambda *_: [])
     monkeypatch.setattr(run, "native", lambda: object() if built else None)
-    run.Run._log_start(made)
+    run.TrainingRun._log_start(made)
     assert any(n.MISSING in call.args for call in made.events.log_event_of_rank.call_args_list) == (not built)
 
 
