@@ -162,7 +162,15 @@ class _Pool:
         _server.ask(theirs)
         with theirs, suppress(OSError):
             ours.send(
-                (sys.path, dict(os.environ), cloudpickle.dumps(self.task), self.keys, self.depth, len(self._slots))
+                (
+                    sys.path,
+                    os.getcwd(),
+                    dict(os.environ),
+                    cloudpickle.dumps(self.task),
+                    self.keys,
+                    self.depth,
+                    len(self._slots),
+                )
             )
             send_handle(ours, self._memory, None)
         return ours

@@ -127,8 +127,9 @@ def host(control: Connection, gone: int) -> None:
     try:
         _ignore_stop_signals()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        path, environment, task, keys, depth, workers = control.recv()
+        path, folder, environment, task, keys, depth, workers = control.recv()
         sys.path[:] = path
+        os.chdir(folder)  # which may be another than when the server began: paths of images are relative to it
         os.environ.update(environment)
         task = pickle.loads(task)
         specs, fd = task.buffers(), recv_handle(control)
