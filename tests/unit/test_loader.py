@@ -412,3 +412,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_relative_paths_are_those_of_now(photos, tmp_path, monkeypatch):
+    """The server of loaders began in another folder."""
+    assert len(list(eval_batches(photos, [0, 1], 32, batch=2, workers=1))) == 1
+    (tmp_path / "here").mkdir()
+    for n in range(2):
+        (tmp_path / "here" / f"{n}.jpg").write_bytes(jpeg(n))
+    monkeypatch.chdir(tmp_path)
+    ((images, _, _),) = eval_batches(open_source("here"), [0, 1], 32, batch=2, workers=1)
+    assert len(images) == 2
