@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from seer_scale.errors import Problem, UserError
 
@@ -55,6 +56,20 @@ def plugin_place(plugin: str) -> Path | None:
         fix = "give a .py file, or a folder with an __init__.py"
         raise UserError(Problem(KEY, plugin, "no module lies there", fix))
     return None
+
+
+def check_name_free(name: str, what: str, cls: Any, other: Any) -> None:
+    """That `cls` may take a name that `other` (if any) has: it is the same, run again. Raises ValueError, which a user
+    is told as what the plugin has raised."""
+    if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"{name} is a {what} of {other.__module__} already: give yours another name")
+
+
+def check_complete(cls: Any, key: str, name: str, where: str) -> None:
+    """That a class that was brought can be made. where: the file that says what it needs. Raises UserError."""
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        rule = f"its class {cls.__qualname__} in {cls.__module__} lacks {', '.join(missing)}"
+        raise UserError(Problem(key, name, rule, f"{where} says what each is"))
 
 
 def module_of(place: Path) -> Path:

@@ -6,11 +6,15 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
+from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from seer_scale.errors import NOTHING, Problem, closest, nearest
 
 T = TypeVar("T")
+NOWHERE_ELSE: typing.Mapping[str, str] = MappingProxyType({})
 
 
 def opt(
@@ -100,23 +104,6 @@ def _check_limits(metadata: typing.Mapping[str, Any], value: Any) -> None:
         raise _BadValue("must go from small to large", [value[1], value[0]])
 
 
-def read_fields(cls: type, given: dict[str, Any], prefix: str, problems: list[Problem]) -> dict[str, Any]:
-    """The values of those of `given` that are fields of the dataclass `cls`; problems are collected, and what has one
-    is left out."""
-    hints, fields, values = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}, {}
-    for name, value in given.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if name not in fields:
-            continue
-        try:
-            read = _coerce(hints[name], value, key, problems)
-            _check_limits(fields[name].metadata, read)
-            values[name] = read
-        except _BadValue as bad:
-            problems.append(Problem(key, value, bad.rule, bad.nearest))
-    return values
-
-
 def as_mapping(given: Any, key: str, problems: list[Problem]) -> dict[str, Any]:
     """A section's mapping; an empty one where it is none, which is a problem."""
     if given is None:
@@ -127,22 +114,39 @@ def as_mapping(given: Any, key: str, problems: list[Problem]) -> dict[str, Any]:
     return given
 
 
-def read_section(cls: type[T], given: Any, prefix: str, problems: list[Problem]) -> T:
-    """Dataclass `cls` from a mapping; problems are collected, and a broken field keeps its default."""
-    given = as_mapping(given, prefix, problems)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass, as is said
-    below = f"{prefix}." * bool(prefix)
-    problems += [unknown_key(f"{below}{n}", [f"{below}{k}" for k in known]) for n in given if n not in known]
-    return cls(**read_fields(cls, given, prefix, problems))
+def read_section(
+    cls: type[T], given: Any, prefix: str, problems: list[Problem], elsewhere: typing.Mapping[str, str] = NOWHERE_ELSE
+) -> T:
+    """Dataclass `cls` from a mapping; problems are collected, and a broken field keeps its default. elsewhere: keys of
+    other sections by their last word, one of which may have been meant."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass, as is said
+    hints, values, below = _type_hints(cls), {}, f"{prefix}." * bool(prefix)
+    for name, value in as_mapping(given, prefix, problems).items():
+        key = f"{below}{name}"
+        if name not in fields:
+            meant = [elsewhere[name]] if name in elsewhere else [f"{below}{k}" for k in fields]
+            problems.append(unknown_key(key, meant))
+            continue
+        try:
+            read = _coerce(hints[name], value, key, problems)
+            _check_limits(fields[name].metadata, read)
+            values[name] = read
+        except _BadValue as bad:
+            problems.append(Problem(key, value, bad.rule, bad.nearest))
+    return cls(**values)
 
 
 def unknown_key(key: str, known: typing.Iterable[str]) -> Problem:
     return Problem(key, NOTHING, "is not a key", nearest(key, known))
 
 
+_type_hints: Callable[[Any], dict[str, Any]] = cache(typing.get_type_hints)
+"""Of a class, which never change: they take longer than all else that reading a recipe does."""
+
+
 def keys_of(cls: type, prefix: str = "") -> list[tuple[str, str, Any, str]]:
     """Every key of a section as (dotted name, type, default, meaning), in order."""
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     return [
         (f"{prefix}{f.name}", type_name(hints[f.name]), f.default, f.metadata["help"]) for f in dataclasses.fields(cls)
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from seer_scale.config.fields import keys_of
 from seer_scale.config.schema import METHOD_SETTINGS, Config, MethodSettings, S, section_classes
+from seer_scale.plugins import check_name_free
 
 METHODS = Path(__file__).parents[1] / "methods"
 _CLASSES: dict[str, type[MethodSettings]] = {}
@@ -27,9 +28,7 @@ def register_settings(name: str) -> Callable[[type[S]], type[S]]:
             raise ValueError(f"{name} is a section of every recipe, so no method can be called that")
         if "." in name or not name:
             raise ValueError(f"{name!r} is no name of a method")
-        other = _CLASSES.get(name)
-        if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{name} is a method of {other.__module__} already: give yours another name")
+        check_name_free(name, "method", cls, _CLASSES.get(name))
         _CLASSES[name] = cls
         return cls
 

@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from seer_scale.config.checks import check_rules, is_about, unused_keys
-from seer_scale.config.fields import as_mapping, keys_of, read_fields, unknown_key
+from seer_scale.config.fields import as_mapping, read_section, unknown_key
 from seer_scale.config.method_settings import all_keys, settings_classes
-from seer_scale.config.schema import METHOD_SETTINGS, Config, Method, MethodSettings, Model, section_classes
+from seer_scale.config.schema import METHOD_SETTINGS, Config, Method, Model, section_classes
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError, closest, nearest
 from seer_scale.plugins import load_plugins
 
@@ -186,37 +186,25 @@ def read_config(given: Any, problems: list[Problem]) -> Config:
     by method.name."""
     given = as_mapping(given, "the recipe", problems)
     classes = {name: cls for name, cls in section_classes().items() if name != METHOD_SETTINGS}
-    settings = settings_classes()
-    values = {name: _read(cls, given.get(name), name, problems) for name, cls in classes.items() if name in given}
+    settings, elsewhere = settings_classes(), {key.rpartition(".")[2]: key for key, *_ in all_keys()}
+    values: dict[str, Any] = {
+        n: read_section(c, given[n], n, problems, elsewhere) for n, c in classes.items() if n in given
+    }
+    if "train" in values and not values["train"].total_samples:  # missing or wrong: no other rule is broken by that
+        values["train"] = dataclasses.replace(values["train"], total_samples=sys.maxsize)
     name = values.get("method", Method()).name
     if name not in settings:
         near = closest(name, settings)
         fix = f"did you mean {near}?" if near else "--plugin brings others"
         problems.append(Problem("method.name", name, f"must be one of {', '.join(settings)}", fix))
-    cls = settings.get(name, MethodSettings)
-    own = given.get(name)
     for section in given:
         if section in settings and section != name and name in settings:
             problems.append(Problem(section, NOTHING, f"has no effect with method.name {name}", "remove the section"))
         elif section not in (*classes, *settings, name):
             problems.append(_unknown_section(str(section), [*classes, *settings]))
     if name in settings:
-        values[METHOD_SETTINGS] = _read(cls, own, name, problems)
+        values[METHOD_SETTINGS] = read_section(settings[name], given.get(name), name, problems, elsewhere)
     return Config(**values)
-
-
-def _read(cls: type, given: Any, section: str, problems: list[Problem]) -> Any:
-    given = as_mapping(given, section, problems)
-    known = [key.partition(".")[2] for key, *_ in keys_of(cls, f"{section}.")]
-    everywhere = {key.rsplit(".", 1)[-1]: key for key, *_ in all_keys()}
-    for name in given:
-        if name not in known:
-            elsewhere = [everywhere[name]] if name in everywhere else [f"{section}.{k}" for k in known]
-            problems.append(unknown_key(f"{section}.{name}", elsewhere))
-    values = read_fields(cls, given, section, problems)
-    if section == "train":  # where it is missing or wrong, no other rule shall be broken by its default
-        values.setdefault("total_samples", sys.maxsize)
-    return cls(**values)
 
 
 def _unknown_section(section: str, known: Sequence[str]) -> Problem:

@@ -19,7 +19,15 @@ import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from seer_scale import console  # noqa: E402
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Problem, RankLostError, UserError, print_error  # noqa: E402
+from seer_scale.errors import (  # noqa: E402
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    Problem,
+    RankLostError,
+    UserError,
+    print_error,
+)
 from seer_scale.files import write_whole  # noqa: E402
 from seer_scale.launch.job import ATTEMPT, Job  # noqa: E402
 from seer_scale.rank_info import detect  # noqa: E402

@@ -16,6 +16,7 @@ from seer_scale.config import Config, MethodSettings, register_settings, setting
 from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError, nearest
 from seer_scale.methods.base import Method
+from seer_scale.plugins import check_complete, check_name_free
 
 M = TypeVar("M", bound=type[Method[Any, Any]])
 _CLASSES: dict[str, type[Method[Any, Any]]] = {}
@@ -27,9 +28,8 @@ def register_method(name: str, settings: type[MethodSettings] | None = None) -> 
     it, or a section without keys. Raises ValueError where another module has a method of this name."""
 
     def register(cls: M) -> M:
-        known, other = settings_classes().get(name), _CLASSES.get(name)
-        if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{name} is a method of {other.__module__} already: give yours another name")
+        known = settings_classes().get(name)
+        check_name_free(name, "method", cls, _CLASSES.get(name))
         if settings or known is None:
             register_settings(name)(settings or MethodSettings)
         elif known is not MethodSettings and cls.__module__.rpartition(".")[0] != known.__module__.rpartition(".")[0]:
@@ -53,8 +53,6 @@ def method_class(name: str) -> type[Method[Any, Any]]:
 def build_method(config: Config, world: World) -> Method[Any, Any]:
     """The recipe's method, on the meta device; an engine materialises and fills it."""
     cls = method_class(config.method.name)
-    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
-        rule = f"its class {cls.__qualname__} in {cls.__module__} lacks {', '.join(missing)}"
-        raise UserError(Problem("method.name", config.method.name, rule, "methods/base.py says what each is"))
+    check_complete(cls, "method.name", config.method.name, "methods/base.py")
     with torch.device("meta"):
         return cls(config, world)

@@ -15,21 +15,21 @@ from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Init, initial_values
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
 from seer_scale.models.timm_adaptor import TIMM_PREFIX, build_timm
+from seer_scale.plugins import check_complete, check_name_free
 
 GENERATOR_FIELDS = {f.name: f for f in fields(RegNetSpec) if f.name != "stem_width"}
-
-
 _REGISTERED: dict[str, Callable[[], Backbone]] = {}
 F = TypeVar("F", bound=Callable[[], Backbone])
 
 
 def register_backbone(name: str) -> Callable[[F], F]:
     """A decorator: this class, or function, makes the backbone `name` (`model.name`) when it is called without
-    arguments, on the meta device. Raises ValueError where the name is taken by one of this package."""
+    arguments, on the meta device. Raises ValueError where the name is taken."""
 
     def register(factory: F) -> F:
         if name in REGNETY or name == "regnety" or name.startswith(TIMM_PREFIX):
             raise ValueError(f"there is a backbone {name} already")
+        check_name_free(name, "backbone", factory, _REGISTERED.get(name))
         _REGISTERED[name] = factory
         return factory
 
@@ -57,9 +57,7 @@ def build_backbone(name: str, **generator: Any) -> Backbone:
         if generator:
             rule = f"is fixed and takes no {', '.join(generator)}"
             raise UserError(Problem("model.name", name, f"it {rule}", "use regnety to choose freely"))
-        if missing := sorted(getattr(fixed, "__abstractmethods__", ())):
-            rule = f"its class lacks {', '.join(missing)}"
-            raise UserError(Problem("model.name", name, rule, "models/backbone.py says what each is"))
+        check_complete(fixed, "model.name", name, "models/backbone.py")
         return fixed()
     if name != "regnety":
         near = f"did you mean {found}?" if (found := closest(name, backbone_names())) else ""

@@ -19,6 +19,11 @@ START_EVENTS = ("start", "resume")
 """Kinds of events with which a process begins: what was logged beyond their samples_seen is abandoned."""
 
 
+def scalars(row: Record) -> dict[str, float]:
+    """What services plot of a row, by name."""
+    return {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("samples_seen", "wall_time")}
+
+
 def parsed(lines: Iterable[bytes]) -> Iterator[Record]:
     """The JSON objects among `lines`; a torn line is passed over."""
     for line in lines:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
 from seer_scale.extras import how_to_install
 from seer_scale.files import shown, to_json
-from seer_scale.observe.records import START_EVENTS, Record, parsed
+from seer_scale.observe.records import START_EVENTS, Record, parsed, scalars
 from seer_scale.observe.trackers import MLflow, WandB
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ class TensorBoard:
     def row(self, row: Record) -> None:
         writer = self._writer or self._open()
         try:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name not in ("samples_seen", "wall_time"):
-                    writer.add_scalar(name, value, row["samples_seen"], walltime=row["wall_time"])
+            for name, value in scalars(row).items():
+                writer.add_scalar(name, value, row["samples_seen"], walltime=row["wall_time"])
         except OSError:
             self._writer = None  # its thread does not survive an error: the next line opens another one
             raise

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from seer_scale.observe.records import START_EVENTS, Record
+from seer_scale.observe.records import START_EVENTS, Record, scalars
 
 if TYPE_CHECKING:
     import mlflow
@@ -45,10 +45,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _scalars(row: Record) -> dict[str, float]:
-    return {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("samples_seen", "wall_time")}
-
-
 class WandB:
     """Offline in RUN/wandb, for `wandb sync`, unless WANDB_MODE or WANDB_API_KEY is set."""
 
@@ -59,7 +55,7 @@ class WandB:
         self._run: wandb.Run | None = None
 
     def row(self, row: Record) -> None:
-        self._opened().log({"samples_seen": row["samples_seen"]} | _scalars(row))
+        self._opened().log({"samples_seen": row["samples_seen"]} | scalars(row))
 
     def event(self, event: Record) -> None:
         if event["event"] in START_EVENTS:
@@ -100,7 +96,7 @@ class MLflow:
 
     def row(self, row: Record) -> None:
         at_ms, step = int(1000 * row["wall_time"]), row["samples_seen"]
-        metrics = [self._mlflow.entities.Metric(k, float(v), at_ms, step) for k, v in _scalars(row).items()]
+        metrics = [self._mlflow.entities.Metric(k, float(v), at_ms, step) for k, v in scalars(row).items()]
         self._opened().log_batch(self._run, metrics)
 
     def event(self, event: Record) -> None:

@@ -59,14 +59,6 @@ Overrides = Sequence[str] | dict[str, Any]
 """Words of a command line, `--section.key value`, or a mapping of sections."""
 
 
-def resolve_recipe(recipe: Recipe, overrides: Overrides, world_size: int, *, with_data: bool = True) -> Config:
-    """The checked Config of a recipe for `world_size` ranks; before any device is taken. Raises UserError.
-
-    with_data: whether what lies in data.path and in kNN's folders is checked, too; else `check_data` is called later.
-    """
-    return resolve_given(read_recipe(recipe, overrides)[0], overrides, world_size, with_data=with_data)
-
-
 def read_recipe(recipe: Recipe, overrides: Overrides) -> tuple[dict[str, Any], str]:
     """The recipe's mapping, without what goes with its own images, network or method where others are named, and a
     sentence that says so. Loads its plugins. Raises UserError."""
@@ -77,13 +69,17 @@ def read_recipe(recipe: Recipe, overrides: Overrides) -> tuple[dict[str, Any], s
 
 
 def check_recipe(recipe: Recipe, overrides: Overrides, world_size: int) -> tuple[Config, list[Problem]]:
-    """As `resolve_recipe`, with the problems beside the Config. Raises UserError where a value cannot be read."""
+    """The Config of a recipe, and the problems beside it. Raises UserError where a value cannot be read."""
     extra_checks = partial(_beyond_config, world_size=world_size, with_data=True)
     return checked(read_recipe(recipe, overrides)[0], overrides, world_size=world_size, extra_checks=extra_checks)
 
 
 def resolve_given(given: dict[str, Any], overrides: Overrides, world_size: int, *, with_data: bool = True) -> Config:
-    """As `resolve_recipe`, of a recipe that has been read."""
+    """The checked Config of what `read_recipe` gives, for `world_size` ranks; before any device is taken. Raises
+    UserError.
+
+    with_data: whether what lies in data.path and in kNN's folders is checked, too; else `check_data` is called later.
+    """
     extra_checks = partial(_beyond_config, world_size=world_size, with_data=with_data)
     return resolve(given, overrides, world_size=world_size, extra_checks=extra_checks)
 

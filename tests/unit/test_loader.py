@@ -423,3 +423,10 @@ def test_relative_paths_are_those_of_now(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ((images, _, _),) = eval_batches(open_source("here"), [0, 1], 32, batch=2, workers=1)
     assert len(images) == 2
+
+
+def test_the_folder_that_loaders_work_in_may_be_gone(photos, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert len(list(eval_batches(photos, [0, 1], 32, batch=2, workers=1))) == 1

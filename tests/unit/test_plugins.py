@@ -17,6 +17,7 @@ from seer_scale.config import all_keys, load_recipe, resolve
 from seer_scale.errors import UserError
 from seer_scale.launch.prepare import Request, own_plugins, prepare, write_job
 from seer_scale.launch.profile import Profile
+from seer_scale.models.registry import register_backbone
 from tests.e2e.runs import RECIPE
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -181,11 +182,12 @@ def test_a_recipe_names_its_plugins_itself(tmp_path):
     """The section is known before it is read, and its keys to the hints."""
     method = tmp_path / "own_method.py"
     method.write_text(METHOD.read_text().replace('"colours', '"own_colours'))  # another test has loaded `colours`
-    backbone = shutil.copyfile(BACKBONE, tmp_path / "own_backbone.py")
+    backbone = tmp_path / "own_backbone.py"
+    backbone.write_text(BACKBONE.read_text().replace('"plain_convnet"', '"own_convnet"'))
     given = {
         "data": {"path": "-"},
         "train": {"total_samples": 8, "global_batch": 8},
-        "model": {"name": "plain_convnet"},
+        "model": {"name": "own_convnet"},
     }
     given |= {
         "run": {"plugins": [str(method), str(backbone)]},
@@ -203,3 +205,13 @@ def test_a_recipe_names_its_plugins_itself(tmp_path):
     }  # fmt: skip
     demo = resolve(load_recipe("demo"), ["--data.path", "-"])
     assert demo.method.name == "swav" and "own_colours" not in demo.to_dict()
+
+
+def test_a_backbones_name_is_one_modules_too():
+    def factory(module: str):
+        return type("Net", (), {"__module__": module})
+
+    register_backbone("one_modules_net")(factory("first"))
+    register_backbone("one_modules_net")(factory("first"))
+    with pytest.raises(ValueError, match="one_modules_net is a backbone of first already"):
+        register_backbone("one_modules_net")(factory("second"))

@@ -14,7 +14,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel.units import compute_type, joined_units, matrix_numel, sharded_units
-from seer_scale.training.start import resolve_recipe
+from seer_scale.training.start import read_recipe, resolve_given
 from tests.tiny import RECIPE
 
 
@@ -146,7 +146,8 @@ def test_small_units_are_gathered_together(recipe, least):
 def test_bad_input_is_one_sentence_before_anything_is_built(tmp_path, words, sentence):
     (tmp_path / "tiny.yaml").write_text(json.dumps(RECIPE))
     with pytest.raises(ConfigError) as problem:
-        resolve_recipe(str(tmp_path / "tiny.yaml"), ["--data.path", str(tmp_path), "--data.kind", "folder", *words], 4)
+        given = ["--data.path", str(tmp_path), "--data.kind", "folder", *words]
+        resolve_given(read_recipe(str(tmp_path / "tiny.yaml"), given)[0], given, 4)
     assert sentence in str(problem.value), problem.value
     assert len(problem.value.problems) == 1, problem.value.problems
 

@@ -160,18 +160,9 @@ class _Pool:
     def _ask_host(self) -> Connection:
         ours, theirs = Pipe()
         _server.ask(theirs)
+        task, folder = cloudpickle.dumps(self.task), _folder()
         with theirs, suppress(OSError):
-            ours.send(
-                (
-                    sys.path,
-                    os.getcwd(),
-                    dict(os.environ),
-                    cloudpickle.dumps(self.task),
-                    self.keys,
-                    self.depth,
-                    len(self._slots),
-                )
-            )
+            ours.send((sys.path, folder, dict(os.environ), task, self.keys, self.depth, len(self._slots)))
             send_handle(ours, self._memory, None)
         return ours
 
@@ -318,7 +309,7 @@ class _Server:
 
     def _begin(self) -> None:
         ours, theirs = socket.socketpair()
-        here = ("", os.getcwd())  # last: a random.py there is not the standard library's
+        here = ("", _folder())  # last: a random.py there is not the standard library's
         path = [p for p in sys.path if p not in here] + [p for p in sys.path if p in here]
         words = [sys.executable, "-P", "-c", SERVER.format(path=path, fd=theirs.fileno(), parent=os.getpid())]
         with theirs:
@@ -329,3 +320,11 @@ class _Server:
 
 
 _server = _Server()
+
+
+def _folder() -> str:
+    """The one this process works in, to which paths of images are relative; empty where it was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""

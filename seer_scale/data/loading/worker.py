@@ -129,7 +129,8 @@ def host(control: Connection, gone: int) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         path, folder, environment, task, keys, depth, workers = control.recv()
         sys.path[:] = path
-        os.chdir(folder)  # which may be another than when the server began: paths of images are relative to it
+        with suppress(OSError):  # it may have been removed
+            os.chdir(folder)  # which may be another than when the server began: paths of images are relative to it
         os.environ.update(environment)
         task = pickle.loads(task)
         specs, fd = task.buffers(), recv_handle(control)
