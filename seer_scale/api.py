@@ -24,13 +24,13 @@ from seer_scale.config import Config, checked, load_recipe, merge, read_config
 from seer_scale.cores import available_cores
 from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.sources import open_source
-from seer_scale.data.sources.files import of_paths, read_file
-from seer_scale.data.transforms.decode import decode
+from seer_scale.data.sources.files import of_paths
+from seer_scale.data.transforms.image import ImageLike, Transform, pixels_of
 from seer_scale.data.transforms.on_device import to_float
-from seer_scale.data.transforms.views import make_views, resize_centre
+from seer_scale.data.transforms.views import make_views
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
-from seer_scale.models.registry import build_backbone, reset_buffers
+from seer_scale.export.load import load_backbone
 from seer_scale.observe.records import read_metrics
 from seer_scale.plugins import load_plugins
 from seer_scale.rank_info import detect
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from seer_scale.models.backbone import Backbone
 
 __all__ = ["Embedded", "Run", "Transform", "ViewSheet", "embed", "load", "train", "views"]
-
-ImageLike = str | Path | bytes | Image.Image | np.ndarray
-"""An image: a path, a file's bytes, Pillow's, or RGB uint8 [H, W, 3]."""
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -155,21 +152,6 @@ def _sections(overrides: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ what was learned
 
 
-class Transform:
-    """An image as a backbone wants it: the short side is resized to 8/7 of `size`, the centre cropped, normalised."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __call__(self, image: ImageLike) -> Tensor:
-        """float32 [3, size, size], normalised. Raises DataError for what is no image."""
-        planes = torch.from_numpy(resize_centre(_pixels(image), self.size))
-        return to_float(planes[None])[0]
-
-    def __repr__(self) -> str:
-        return f"Transform(size={self.size})"
-
-
 def load(path: str | Path, *, which: str | int = "last", plugins: str | Sequence[str] = ()) -> Backbone:
     """The backbone of a run or a checkpoint: an `nn.Module` on the CPU, in eval mode, of images [N, 3, S, S] or a list
     of such, one a resolution, to features [N, num_features] or a list. Its `transform` is the right preprocessing.
@@ -179,41 +161,7 @@ def load(path: str | Path, *, which: str | int = "last", plugins: str | Sequence
     nothing pickled. Raises UserError, CheckpointError.
     """
     load_plugins(_several(plugins))
-    place = _checkpoint(Path(path).expanduser(), str(which))
-    meta = store.read_meta(place)
-    problems: list[Problem] = []
-    config = read_config(meta["config"], problems)
-    if own := [p for p in problems if p.key.startswith("model")]:
-        raise ConfigError(own, f"The recipe of {place}")
-    with torch.device("meta"):
-        backbone = build_backbone(config.model.name, **config.model.explicit_keys())
-    backbone = backbone.to_empty(device="cpu").eval()
-    reset_buffers(backbone)
-    held, prefix = store.contents(place), f"model/{meta['export']['prefix']}"
-    state = {prefix + name: p.detach() for name, p in backbone.named_parameters()}
-    state |= {prefix + name: b for name, b in backbone.named_buffers() if prefix + name in held}  # others are constants
-    store.load(place, state, World(), prefixes=prefix)
-    backbone.transform = Transform(meta["preprocessing"]["size"])
-    return backbone
-
-
-def _checkpoint(path: Path, which: str) -> Path:
-    """The checkpoint that is meant. Raises UserError."""
-    if (path / store.MANIFEST).is_file():
-        return path
-    folder = path / "checkpoints"
-    if which == "last":
-        found = store.latest(folder, World())
-    else:
-        named = folder / (store.BEST if which == "best" else f"samples-{which.zfill(12)}")
-        found = named if (named / store.MANIFEST).is_file() else None
-    if found is None:
-        there = ", ".join(sorted(p.name for p in folder.glob("samples-*"))) if folder.is_dir() else ""
-        fix = f"there are {there}" if there else "give a run's folder with checkpoints, or a checkpoint's"
-        raise UserError(
-            Problem(str(path), NOTHING, f"has no checkpoint {which}" if there else "has no valid checkpoint", fix)
-        )
-    return found
+    return load_backbone(Path(path).expanduser(), str(which))
 
 
 class Embedded(NamedTuple):
@@ -313,20 +261,5 @@ def views(
     config, problems = checked(given, over)
     if own := [p for p in problems if p.key.startswith(("views", "run."))]:
         raise ConfigError(own)
-    made = make_views(_pixels(image), config.views, config.run.seed, epoch, index)
+    made = make_views(pixels_of(image), config.views, config.run.seed, epoch, index)
     return ViewSheet([np.ascontiguousarray(kind.transpose(0, 2, 3, 1)) for kind in made])
-
-
-def _pixels(image: ImageLike) -> np.ndarray:
-    """RGB uint8 [H, W, 3]. Raises DataError for what is no whole image."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(Problem("image", f"{image.dtype} {list(image.shape)}", "must be RGB uint8 [H, W, 3]"))
-        return image
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if isinstance(image, bytes):
-        return decode(image)
-    if not isinstance(image, str | Path):
-        raise UserError(Problem("image", type(image).__name__, "must be a path, bytes, Pillow's or an array"))
-    return decode(read_file(os.path.expanduser(image)))

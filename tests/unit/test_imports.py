@@ -18,6 +18,7 @@ ROOMS = [
     "launch",
     "training",
     "evaluate",
+    "export",
     "plan",
     "checkpoint",
     "corpus",
