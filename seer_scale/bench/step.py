@@ -22,6 +22,7 @@ from seer_scale.bench.ranks import wait
 from seer_scale.config import Config, Crop, load_recipe, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.export.names import TIMM_MODELS
 from seer_scale.extras import how_to_install
 from seer_scale.files import to_json
 from seer_scale.methods.swav.method import SwAV
@@ -29,25 +30,6 @@ from seer_scale.methods.swav.settings import SwAVSettings
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.parallel import build_engine
-
-TIMM = {
-    "200mf": "002",
-    "400mf": "004",
-    "600mf": "006",
-    "800mf": "008",
-    "1_6gf": "016",
-    "3_2gf": "032",
-    "4gf": "040",
-    "6_4gf": "064",
-    "8gf": "080",
-    "12gf": "120",
-    "16gf": "160",
-    "32gf": "320",
-    "64gf": "640",
-    "128gf": "1280",
-    "256gf": "2560",
-}
-
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "V100": 125}
 """Dense half-precision peak of a device, from the makers' data sheets."""
@@ -160,7 +142,7 @@ class Reference(nn.Module):
         except ImportError as error:
             fix = f"install it ({how_to_install('timm')}), or give --alone"
             raise UserError(Problem("timm", NOTHING, "is what bench step compares with", fix)) from error
-        self.backbone = timm.create_model(f"regnety_{TIMM[name.removeprefix('regnety_')]}", num_classes=0)
+        self.backbone = timm.create_model(TIMM_MODELS[name], num_classes=0)
         self.backbone.load_state_dict(ours.backbone.state_dict())
         layers: list[nn.Module] = []
         for layer in ours.head:
@@ -241,8 +223,8 @@ def run(args: argparse.Namespace) -> str:
     """Measure; returns the lines to print. Raises UserError."""
     config = configure(args)
     name, batch, kinds = config.model.name, args.batch, config.views.crops
-    if not args.alone and name.removeprefix("regnety_") not in TIMM:
-        known = ", ".join(f"regnety_{size}" for size in TIMM)
+    if not args.alone and name not in TIMM_MODELS:
+        known = ", ".join(TIMM_MODELS)
         raise UserError(Problem("--model", name, "timm has none of that name", f"give --alone, or one of {known}"))
     prototypes = config.settings_as(SwAVSettings).prototypes
     if not args.alone and len(prototypes) > 1:
