@@ -1,10 +1,13 @@
-"""Names as they may be shown; and small files, of which a reader sees what was there before or all of the new one."""
+"""Names as they may be shown; and files and folders, of which a reader sees what was there before or all of the new
+one."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -59,6 +62,34 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Raises OSError."""
     with written_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def published(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A path beside `path`, at which a file or a folder is to be made; it takes its place by one rename once the body
+    has ended well, else it is removed. replace: of what is there. Raises OSError: also FileExistsError."""
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}{UNFINISHED}")
+    old = aside.with_name(f".old{aside.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        if replace and os.path.lexists(path):
+            os.rename(path, old)
+        elif os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        try:
+            os.rename(aside, path)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, path)
+            raise
+        sync_folder(path.parent)
+    finally:
+        for left in (aside, old):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seer_scale.errors import ConfigError, DataError, UserError
-from seer_scale.files import shown
+from seer_scale.files import published, shown
 
 names = st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass"))
 
@@ -40,3 +40,27 @@ def test_errors_show_names_and_keep_their_lines():
     assert str(UserError("\udce9\x1b[0m\n", "two\n")) == "\\xe9\\x1b[0m\\n\ntwo\\n"
     assert str(ConfigError(["a\nb", "c"])) == "The recipe has 2 problems:\n  - a\\nb\n  - c"
     assert str(DataError("a\nb")) == r"a\nb"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def make(path, content):
+        path.mkdir()
+        (path / "file").write_text(content)
+
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(KeyboardInterrupt):
+        with published(out) as aside:
+            make(aside, "half")
+            raise KeyboardInterrupt
+    assert not any(out.parent.iterdir())
+    out.mkdir()  # an empty folder is no obstacle
+    with published(out) as aside:
+        make(aside, "one")
+        assert not any(out.iterdir())
+    with pytest.raises(FileExistsError):
+        with published(out) as aside:
+            make(aside, "two")
+    assert (out / "file").read_text() == "one"
+    with published(out, replace=True) as aside:
+        aside.write_text("a file")
+    assert out.read_text() == "a file" and list(out.parent.iterdir()) == [out]
