@@ -30,7 +30,7 @@ from seer_scale.data.transforms.on_device import to_float
 from seer_scale.data.transforms.views import make_views
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
-from seer_scale.export.load import load_backbone
+from seer_scale.interop.load import load_backbone
 from seer_scale.observe.records import read_metrics
 from seer_scale.plugins import load_plugins
 from seer_scale.rank_info import detect

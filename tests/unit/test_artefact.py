@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seer_scale.errors import UserError
-from seer_scale.export import artefact
-from seer_scale.export.artefact import ABOUT, About, Artefact, TensorInfo, write_artefact
+from seer_scale.interop import artefact
+from seer_scale.interop.artefact import ABOUT, About, Artefact, TensorInfo, write_artefact
 
 TENSORS = {
     "stem.conv.weight": torch.randn(4, 3, 3, 3),

@@ -18,7 +18,7 @@ ROOMS = [
     "launch",
     "training",
     "evaluate",
-    "export",
+    "interop",
     "plan",
     "checkpoint",
     "corpus",

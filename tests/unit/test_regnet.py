@@ -8,7 +8,7 @@ import timm
 import torch
 
 from seer_scale.errors import UserError
-from seer_scale.export.names import TIMM_MODELS
+from seer_scale.interop.names import TIMM_MODELS
 from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.models.registry import backbone_names, build_backbone, initialise
 from seer_scale.models.regnet import REGNETY, RegNetY, stage_plan

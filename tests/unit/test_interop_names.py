@@ -9,7 +9,7 @@ import torchvision.models
 from torchvision.models import regnet as torchvision_regnet
 from transformers import RegNetConfig, RegNetModel
 
-from seer_scale.export.names import NAME_MAPS, TIMM_MODELS, TORCHVISION_MODELS
+from seer_scale.interop.names import NAME_MAPS, TIMM_MODELS, TORCHVISION_MODELS
 from seer_scale.models.registry import build_backbone
 from seer_scale.models.regnet import REGNETY, stage_plan
 

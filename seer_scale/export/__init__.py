@@ -1,1 +1,0 @@
-"""Backbones for other libraries, and from them."""
