@@ -249,6 +249,10 @@ def _needs(config: Config) -> dict[str, tuple[bool, str]]:
         "train.min_loss_scale": (config.train.precision == "fp16", "train.precision fp16"),
         "checkpoint.keep_best": (config.knn.enabled and config.knn.every_samples > 0, "knn.every_samples"),
         "checkpoint.init_part": (bool(config.checkpoint.init_from), "a checkpoint.init_from"),
+        "health.images": (
+            kind != "stream" or config.knn.enabled and bool(config.knn.bank),
+            "a data.kind other than stream, or a knn.bank",
+        ),
         "data.prefetch": has_workers,
         "data.timeout_s": has_workers,
         "data.block": (kind != "stream", "a data.kind other than stream"),

@@ -304,6 +304,17 @@ class Knn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Health:
+    images: int = opt(
+        2048,
+        "images whose features are looked at (rank, norm, alignment, uniformity: docs/health.md) whenever kNN would be "
+        "measured, also without labels: of kNN's queries, or else of those trained on; 0 = none",
+        ge=0,
+        le=10_000,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     run: Run = Run()
     data: Data = Data()
@@ -318,6 +329,7 @@ class Config:
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     knn: Knn = Knn()
+    health: Health = Health()
 
     @property
     def peak_lr(self) -> float:

@@ -13,19 +13,25 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seer_scale.config import Config, Knn
-from seer_scale.data.sampling.order import permute
 from seer_scale.data.sources import Source, open_data, open_source
 from seer_scale.data.sources.files import folders_in
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, CheckpointError, DataError, Problem
-from seer_scale.evaluate.features import Encode, extract_features, gather_rows
+from seer_scale.evaluate.features import (
+    Encode,
+    FeatureTable,
+    draw_indices,
+    extract_features,
+    gather_features,
+    gather_rows,
+)
 from seer_scale.files import shown
 from seer_scale.formatting import counted
 
@@ -111,11 +117,11 @@ def labelled_images(config: Config, source: Source | None = None) -> LabelledIma
     if queries:
         if problem := _without_classes(queries, queries_path, split_folders(queries_path)):
             raise DataError(_needs_classes(problem, "kNN needs classes of its queries"))
-        asked = _draw_indices(queries, 0, section.limit_queries)
+        asked = draw_indices(queries, 0, section.limit_queries)
     else:
-        queries, asked = bank, _draw_indices(bank, 0, min(math.ceil(len(bank) / 5), section.limit_queries or len(bank)))
+        queries, asked = bank, draw_indices(bank, 0, min(math.ceil(len(bank) / 5), section.limit_queries or len(bank)))
         held = len(asked)
-    kept = _draw_indices(bank, held, section.limit)
+    kept = draw_indices(bank, held, section.limit)
     unknown = sorted(set(queries.classes) - set(bank.classes))
     if unknown:
         raise DataError(
@@ -220,32 +226,31 @@ def _without_classes(source: Source, path: str, splits: Sequence[str], exclude: 
     return Problem(shown(path), NOTHING, why)
 
 
-def _draw_indices(source: Source, first: int, max_num: int) -> np.ndarray:
-    """Image numbers at up to `max_num` (0: all) places of a fixed shuffle, from `first` on; it cuts classes evenly."""
-    n = len(source)
-    return np.sort(permute(np.arange(first, min(n, first + max_num) if max_num else n), n, seed=0, epoch=0))
-
-
 @torch.no_grad()
 def knn(
-    encode: Encode, images: LabelledImages, config: Knn, *, workers: int, world: World
+    encode: Encode,
+    images: LabelledImages,
+    config: Knn,
+    *,
+    workers: int,
+    world: World,
+    queries: FeatureTable | None = None,
 ) -> tuple[dict[str, float], Neighbours]:
     """Top-1 and top-5 in percent with their standard errors, the share of the commonest class (what is right without a
     network, too), how many queries and classes there were; and the neighbours. Collective; the same result on each
-    rank."""
-    of = partial(extract_features, encode, size=config.size, batch=config.batch, workers=workers, world=world)
-    parts = [(f, y, i) for f, _, y, i in of(images.queries, images.query_indices)]
-    f, y, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
+    rank. queries: the features of the query images, where they are known."""
+    how: dict[str, Any] = dict(size=config.size, batch=config.batch, workers=workers, world=world)
+    queries = queries or gather_features(encode, images.queries, images.query_indices, **how)
+    ids = queries.numbers
     if not len(ids):
         raise DataError(_none_readable("knn.queries", len(images.query_indices)))
-    _check_finite(f)
-    order = ids.argsort()
-    f, y, ids = torch.nn.functional.normalize(f[order], dim=1), y[order], ids[order]
-    y = torch.tensor(images.query_to_bank, device=y.device)[y]  # what ranks share is read-only
+    _check_finite(queries.features)
+    f = torch.nn.functional.normalize(queries.features, dim=1)
+    y = torch.tensor(images.query_to_bank, device=ids.device)[queries.labels]  # what ranks share is read-only
 
     nearest = f.new_full((len(f), 0), 0.0)
     found = labels = ids.new_empty((len(f), 0))
-    for g, _, yb, ib in of(images.bank, images.bank_indices):
+    for g, _, yb, ib in extract_features(encode, images.bank, images.bank_indices, **how):
         similarity = f @ torch.nn.functional.normalize(g, dim=1).T
         nearest, found, labels = _best(
             config.k,

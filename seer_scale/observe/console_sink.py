@@ -35,7 +35,7 @@ class ConsoleSink:
 
     def row(self, row: Record) -> None:
         self._learn(row)
-        if not self._progress.on_terminal or "knn/top1" in row:  # which shows the others at its foot
+        if not self._progress.on_terminal or "evaluation/stage" in row:  # which shows the others at its foot
             self._progress.print(self._sentence(row))
 
     def event(self, event: Record) -> None:
@@ -71,6 +71,8 @@ class ConsoleSink:
             when = f" at {measured:,} samples" if measured not in (None, row["samples_seen"]) else ""
             commonest = f" (commonest class {most:.1f} %)" if most is not None else ""
             words.append(f"kNN top-1 {top1:.1f} %{spread}{when}{commonest}")
+        if (rank := _number(row, "health/rankme")) is not None:
+            words.append(f"effective rank {rank:.0f}")
         return words
 
     def _speed(self, row: Record, idle_s: float = 0) -> list[str]:

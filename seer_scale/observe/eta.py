@@ -28,7 +28,7 @@ class Eta:
 
     def add(self, row: dict[str, Any]) -> None:
         """`throughput/img_per_s` is that of the updates alone, without evaluations and checkpoints."""
-        self._evaluation_s = _positive(row, "time/knn_s") or self._evaluation_s
+        self._evaluation_s = _positive(row, "time/evaluation_s") or self._evaluation_s
         self._stall_s = _positive(row, "time/checkpoint_stall_s") or self._stall_s
         if "step" not in row:
             return

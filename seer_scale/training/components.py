@@ -15,6 +15,7 @@ from seer_scale.cores import rank_cores
 from seer_scale.data.loading.listing import share
 from seer_scale.data.sources import Source
 from seer_scale.distributed import World
+from seer_scale.evaluate.feature_health import HealthImages, health_images
 from seer_scale.evaluate.knn import LabelledImages, labelled_images
 from seer_scale.files import shown
 from seer_scale.methods.registry import build_method
@@ -51,7 +52,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Components:
-    """labelled: the images of kNN; None: there is none. cores, workers: CPU cores and loader processes of each rank."""
+    """labelled: the images of kNN, health: those whose features are looked at; None: there are none. cores, workers:
+    CPU cores and loader processes of each rank."""
 
     engine: Engine
     execution: Execution
@@ -59,6 +61,7 @@ class Components:
     clock: Clock
     history: DataHistory
     labelled: LabelledImages | None
+    health: HealthImages | None
     origin: Origin
     cores: int
     workers: int
@@ -90,7 +93,8 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
     seen, step = origin.meta.get("samples_seen", 0), origin.meta.get("step", 0)
     clock = Clock(config.train.global_batch, config.end(seen), seen, step)
     workers = config.data.num_workers(cores)
-    return Components(engine, execution, schedule, clock, history, labelled, origin, cores, workers)
+    health = health_images(config, history.source, labelled)
+    return Components(engine, execution, schedule, clock, history, labelled, health, origin, cores, workers)
 
 
 def list_images(

@@ -1,4 +1,5 @@
-"""What a run measures and shows of what it has learned: kNN before, during and after training, and pictures."""
+"""What a run measures and shows of what it has learned, before, during and after training: kNN, the health of its
+features, and pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,8 +15,11 @@ from seer_scale.config import Config
 from seer_scale.data.batch import Batch
 from seer_scale.data.sources import Source
 from seer_scale.distributed import World
+from seer_scale.evaluate.feature_health import HealthImages, feature_health
+from seer_scale.evaluate.features import gather_features
 from seer_scale.evaluate.gallery_pictures import show_crops, show_neighbours, show_prototypes
 from seer_scale.evaluate.knn import LabelledImages, Neighbours, knn
+from seer_scale.formatting import counted
 from seer_scale.methods.base import Features
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.records import compare, read_metrics
@@ -24,13 +28,14 @@ from seer_scale.parallel.engine import Engine
 from seer_scale.training.checkpointing import BestCheckpoint, Checkpointing
 from seer_scale.training.clock import Clock
 from seer_scale.training.event_log import LogEvent, disk_may_fill
+from seer_scale.training.monitors import Monitors
 
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """labelled: the images of kNN; None: there is none. between_batches: called before each batch, by all ranks alike:
-    what it raises ends an evaluation, which may outlast the grace of a preemption. workers: loader processes of a rank.
-    All ranks call all methods alike.
+    """labelled: the images of kNN, health: those whose features are looked at; None: there are none. between_batches:
+    called before each batch, by all ranks alike: what it raises ends an evaluation, which may outlast the grace of a
+    preemption. workers: loader processes of a rank. All ranks call all methods alike.
     """
 
     config: Config
@@ -39,6 +44,8 @@ class Evaluation:
     engine: Engine
     clock: Clock
     labelled: LabelledImages | None
+    health: HealthImages | None
+    monitors: Monitors
     checkpoints: Checkpointing
     best: BestCheckpoint
     log: RunLog
@@ -48,53 +55,70 @@ class Evaluation:
     workers: int
 
     def __post_init__(self) -> None:
-        self.measurement = measurement_of(self.labelled, self.config)
+        self.measurement = measurement_of(self.config, self.labelled, self.health)
 
     @property
     def is_due(self) -> bool:
         return self.clock.passed_multiple(self.config.knn.every_samples) and not self.clock.at_end
 
     def measure(self, stage: Literal["before", "during", "after"]) -> None:
-        """kNN, if there are labelled images; a checkpoint, if it is the best so far and these are kept."""
+        """kNN, if there are labelled images, and the health of features; a checkpoint, if it is the best so far and
+        these are kept."""
+        if self.labelled is None and self.health is None:
+            return
+        begin = time.perf_counter()
+        with self.progress.spending("evaluation"):
+            figures, found = self._measure(stage)
+        row: dict[str, Any] = {"samples_seen": self.clock.samples_seen, "evaluation/stage": stage, **self.measurement}
+        row |= figures | {"time/evaluation_s": time.perf_counter() - begin}
+        self.log.log(row)
+        self.monitors.check_evaluation(row)
         if self.labelled is None:
             return
-        with self.progress.spending("evaluation"):
-            scores, found, seconds = self._knn(stage, self.labelled)
-        self.log.log(
-            {
-                "samples_seen": self.clock.samples_seen,
-                "knn/stage": stage,
-                **self.measurement,
-                **scores,
-                "time/knn_s": seconds,
-            }
-        )
         if self.best.active and self.clock.samples_seen:
-            if self.best.add(self.clock.samples_seen, scores["knn/top1"]):
+            if self.best.add(self.clock.samples_seen, figures["knn/top1"]):
                 self.checkpoints.save_in_step()
             self.best.mark()
-        if stage != "during" and self.world.is_main:
+        if stage != "during" and found and self.world.is_main:
             with disk_may_fill(), self.progress.spending("evaluation"):
                 show_neighbours(self.run_dir, stage, self.labelled, found)
 
-    def _knn(self, stage: str, labelled: LabelledImages) -> tuple[dict[str, float], Neighbours, float]:
-        """Figures, neighbours, and the seconds they took."""
-        begin = time.perf_counter()
-        queries, bank = len(labelled.query_indices), len(labelled.bank_indices)
-        self.log_event(
-            "evaluation",
-            f"Measuring kNN {stage} training, of {queries:,} images among {bank:,} (knn.enabled false does without).",
-        )
+    def _measure(self, stage: str) -> tuple[dict[str, float], Neighbours | None]:
+        """Figures, and the neighbours of kNN. The features of an image are made once: kNN's queries are looked at by
+        both; of some a second view is encoded."""
+        labelled, health, config = self.labelled, self.health, self.config.knn
+        if labelled:
+            source, indices, num_bank = labelled.queries, labelled.query_indices, len(labelled.bank_indices)
+            of = f"kNN {stage} training, of {len(indices):,} images among {num_bank:,} (knn.enabled false does without)"
+        else:
+            assert health is not None, "else there is nothing to measure"
+            source, indices, num_bank = health.source, health.indices, 0
+            of = f"features {stage} training, of {counted(len(indices), 'image')} (health.images 0 does without)"
+        self.log_event("evaluation", f"Measuring {of}.")
         self.engine.average_buffers()
-        with self.progress.doing(f"measuring kNN {stage} training", queries + bank):
-            scores, found = knn(self._encode, labelled, self.config.knn, workers=self.workers, world=self.world)
-        return scores, found, time.perf_counter() - begin
+        how: dict[str, Any] = dict(workers=self.workers, world=self.world)
+        num_pairs = len(health.pairs) if health else 0
+        ordered = health.pairs_first(indices) if health else indices
+        figures: dict[str, float] = {}
+        found = None
+        with self.progress.doing(f"measuring {stage} training", len(indices) + num_bank + num_pairs):
+            table = gather_features(
+                self._encode, source, ordered, num_pairs=num_pairs, size=config.size, batch=config.batch, **how
+            )
+            if health:
+                figures |= feature_health(table, health)
+            if labelled:
+                scores, found = knn(self._encode, labelled, config, queries=table, **how)
+                figures |= scores
+        return figures, found
 
     def finish(self, source: Source) -> None:
         """What follows the last update, as far as no start before has done it."""
         rows, events = read_metrics(self.run_dir) if self.world.is_main else ([], [])
         here = [r for r in [*rows, *events] if r["samples_seen"] >= self.clock.samples_seen]
-        done = {r.get("knn/stage") for r in here if compare(r, self.measurement)} | {r.get("event") for r in here}
+        done = {r.get("evaluation/stage") for r in here if compare(r, self.measurement)} | {
+            r.get("event") for r in here
+        }
         done = self.world.broadcast_object(done)
         if "after" not in done:
             self.measure("after")
@@ -132,6 +156,7 @@ class Evaluation:
         return self.engine.encode(images)
 
 
-def measurement_of(labelled: LabelledImages | None, config: Config) -> dict[str, str]:
-    """What a row of kNN figures says of how they were measured."""
-    return {"knn/measurement": labelled.measurement(config.knn)} if labelled else {}
+def measurement_of(config: Config, labelled: LabelledImages | None, health: HealthImages | None) -> dict[str, str]:
+    """What a row of an evaluation says of how its figures were measured."""
+    measurement = {"knn/measurement": labelled.measurement(config.knn)} if labelled else {}
+    return measurement | ({"health/measurement": health.measurement(config.knn.size)} if health else {})

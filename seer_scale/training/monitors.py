@@ -21,27 +21,39 @@ Monitor = Callable[[Row], Problem | None]
 
 STARVED_SHARE, STARVED_LINES = 0.05, 3
 """Of the time between two metric lines, the share of waiting for images that is too much in so many lines in a row."""
+LOW_RANK, LOW_SHARE = 3.0, 0.25
+"""An effective rank of embeddings below which they point the same way; where few images or dimensions allow no more
+than some, this share of that."""
 SMALLER_STEPS = "lower optim.lr, lengthen schedule.warmup_samples, or use train.precision bf16"
 
 
 class Monitors:
-    """fatal: what these find ends the run, by TrainingError. by_event: what these find is told once, as an event of
-    that kind. told: the kinds that were told, in starts before, too."""
+    """fatal: what these find in a metric line ends the run, by TrainingError. by_event: what these find is told once,
+    as an event of that kind. of_evaluation: the same for the figures of an evaluation. told: the kinds that were told,
+    in starts before, too."""
 
     def __init__(
         self,
         fatal: Collection[Monitor],
         by_event: Mapping[str, Monitor],
+        of_evaluation: Mapping[str, Monitor],
         log_event: LogEvent,
         told: Collection[str] = (),
     ):
-        self._fatal, self._by_event, self._log_event, self.told = fatal, by_event, log_event, set(told)
+        self._fatal, self._by_event, self._of_evaluation = fatal, by_event, of_evaluation
+        self._log_event, self.told = log_event, set(told)
 
     def check(self, row: Row) -> None:
         for monitor in self._fatal:
             if problem := monitor(row):
                 raise TrainingError(problem)
-        for kind, monitor in self._by_event.items():
+        self._tell(self._by_event, row)
+
+    def check_evaluation(self, row: Row) -> None:
+        self._tell(self._of_evaluation, row)
+
+    def _tell(self, monitors: Mapping[str, Monitor], row: Row) -> None:
+        for kind, monitor in monitors.items():
             if kind not in self.told and (problem := monitor(row)):
                 self.told.add(kind)
                 self._log_event(kind, str(problem))
@@ -115,3 +127,25 @@ class Starvation:
             f"updates wait for images {100 * share:.0f} % of their time",
             f"{fix} ({self.bench} says how many a core makes)",
         )
+
+
+def low_rank(row: Row) -> Problem | None:
+    """Embeddings of different images that all point the same way, after training began: before it, those of random
+    weights may."""
+    rank = row.get("health/rankme_embeddings")
+    if rank is None or not row["samples_seen"]:
+        return None
+    least = min(LOW_RANK, LOW_SHARE * row["health/rankme_embeddings_limit"])
+    if not rank < least:
+        return None
+    return Problem(
+        "health/rankme_embeddings",
+        round(rank, 2),
+        f"embeddings of different images use at least {least:g} directions while a network learns: they have collapsed",
+        "go back to a checkpoint from before the fall, with a lower optim.lr or a longer schedule.warmup_samples",
+    )
+
+
+EVALUATION_MONITORS: Mapping[str, Monitor] = {"low_rank": low_rank}
+TOLD_ONCE_A_RUN = frozenset({"collapse", *EVALUATION_MONITORS})
+"""The kinds of events that a later start does not tell again."""

@@ -29,7 +29,7 @@ from seer_scale.training.components import build_components
 from seer_scale.training.evaluation import Evaluation, measurement_of
 from seer_scale.training.event_log import EventLog, disk_may_fill
 from seer_scale.training.loop import TrainingLoop
-from seer_scale.training.monitors import Monitors, monitors_of
+from seer_scale.training.monitors import EVALUATION_MONITORS, TOLD_ONCE_A_RUN, Monitors, monitors_of
 from seer_scale.training.skips import SkipMonitor
 from seer_scale.training.start_messages import notes, start_event
 from seer_scale.training.stop import StopRequest, StopRequested
@@ -116,7 +116,7 @@ class TrainingRun:
     def _best_checkpoint(self) -> BestCheckpoint:
         """Collective."""
         made, keep_best = self.made, self.config.checkpoint.keep_best
-        measurement = measurement_of(made.labelled, self.config)
+        measurement = measurement_of(self.config, made.labelled, made.health)
         scores = known_scores(
             self.run_dir, self.folder, measurement, made.clock.samples_seen, self.world, active=keep_best
         )
@@ -132,8 +132,8 @@ class TrainingRun:
             cores=made.cores,
             is_contended=bool(made.execution.contended),
         )
-        is_told = made.origin.meta.get("told_of_health", False)
-        return Monitors(fatal, by_event, self.events.log_event, told=["collapse"] if is_told else [])
+        told = made.origin.meta.get("told_of_health", [])
+        return Monitors(fatal, by_event, EVALUATION_MONITORS, self.events.log_event, told=told)
 
     def _build_checkpointing(self, best: BestCheckpoint) -> Checkpointing:
         made, batches, monitors = self.made, self.batches, self.monitors
@@ -143,7 +143,7 @@ class TrainingRun:
             return {
                 "data": batches.history.state(),
                 "schedule": made.schedule.state,
-                "told_of_health": "collapse" in monitors.told,
+                "told_of_health": sorted(monitors.told & TOLD_ONCE_A_RUN),
             }
 
         return Checkpointing(
@@ -174,6 +174,8 @@ class TrainingRun:
             engine=self.made.engine,
             clock=self.made.clock,
             labelled=self.made.labelled,
+            health=self.made.health,
+            monitors=self.monitors,
             checkpoints=self.checkpoints,
             best=best,
             log=self.log,

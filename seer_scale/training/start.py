@@ -131,7 +131,9 @@ def _check_model(config: Config) -> None:
     with torch.device("meta"):
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
     sizes = {f"views.crops.{i}.size": crop.size for i, crop in enumerate(config.views.crops)}
-    if problems := check_sizes(backbone, sizes | ({"knn.size": config.knn.size} if config.knn.enabled else {})):
+    if config.knn.enabled or config.health.images:
+        sizes["knn.size"] = config.knn.size
+    if problems := check_sizes(backbone, sizes):
         raise ConfigError(problems)
     method = build_method(config, World())
     unnamed = sorted({name for name, _ in method.named_parameters()} - set(method.initialisers()))

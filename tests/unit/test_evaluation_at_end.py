@@ -14,13 +14,14 @@ from seer_scale.training import evaluation as module
 from seer_scale.training.checkpointing import BestCheckpoint, known_scores
 from seer_scale.training.clock import Clock
 from seer_scale.training.evaluation import Evaluation
+from seer_scale.training.monitors import Monitors
 
 
 def evaluation(run_dir, told: list[str], *, world: World = World(), scores: dict[int, float] | None = None, **config):
     """That of a run that has seen all of its 640 samples. scores: where the best checkpoint is kept, those known."""
     sections = {"run": SimpleNamespace(prototype_images=30), "checkpoint": SimpleNamespace(background=True)}
     knn = SimpleNamespace(size=16, batch=4)
-    labelled = SimpleNamespace(measurement=lambda c: "now", query_indices=[1], bank_indices=[2])
+    labelled = SimpleNamespace(measurement=lambda c: "now", queries=None, query_indices=[1], bank_indices=[2])
     method = SimpleNamespace(anchors="prototypes")
     engine = SimpleNamespace(whole=lambda name: name, method=method, average_buffers=lambda: None)
     best = BestCheckpoint(run_dir, world, None, scores or {}, active=scores is not None)
@@ -31,6 +32,8 @@ def evaluation(run_dir, told: list[str], *, world: World = World(), scores: dict
         engine=engine,
         clock=Clock(64, 640, 640, 10),
         labelled=labelled,
+        health=None,
+        monitors=Monitors([], {}, {}, None),
         checkpoints=SimpleNamespace(save_in_step=lambda: told.append("saved")),
         best=best,
         log=SimpleNamespace(log=lambda row: None),
@@ -58,13 +61,13 @@ def log(run_dir, *records: dict) -> None:
 def test_what_a_start_before_has_done_is_not_done_again(tmp_path, monkeypatch):
     pictures = ["looked at 30", "prototypes"]
     assert at_end(tmp_path, monkeypatch) == ["after", *pictures]
-    log(tmp_path, {"knn/stage": "after", "samples_seen": 320})
+    log(tmp_path, {"evaluation/stage": "after", "samples_seen": 320})
     assert at_end(tmp_path, monkeypatch) == ["after", *pictures]
-    log(tmp_path, {"knn/stage": "after"})
+    log(tmp_path, {"evaluation/stage": "after"})
     assert at_end(tmp_path, monkeypatch) == pictures
-    log(tmp_path, {"knn/stage": "after", "knn/measurement": "now"})
+    log(tmp_path, {"evaluation/stage": "after", "knn/measurement": "now"})
     assert at_end(tmp_path, monkeypatch) == pictures
-    log(tmp_path, {"knn/stage": "after", "knn/measurement": "then"})  # with other keys or images
+    log(tmp_path, {"evaluation/stage": "after", "knn/measurement": "then"})  # with other keys or images
     assert at_end(tmp_path, monkeypatch) == ["after", *pictures]
     log(tmp_path, {"event": "prototypes"})  # as with knn.enabled false
     assert at_end(tmp_path, monkeypatch) == ["after"]
@@ -91,6 +94,7 @@ def test_whether_the_best_is_saved_is_rank_0_s_to_say(tmp_path, monkeypatch, say
             return says
 
     for top1 in (9.0, 11.0):
+        monkeypatch.setattr(module, "gather_features", lambda *_, **__: None)
         monkeypatch.setattr(module, "knn", lambda *_, **__: ({"knn/top1": top1}, None))  # noqa: B023
         evaluation(tmp_path, told, world=Rank(rank=1, size=2), scores={320: 10.0}).measure("during")
     assert told.count("saved") == 2 * says

@@ -34,7 +34,7 @@ def test_a_fatal_one_comes_first_and_ends_the_run():
     by_event = {"collapse": lambda row: Problem("optim.lr", 1.0, "it is too much")}
     log = lambda kind, text, **_: told.append(kind)  # noqa: E731
     with pytest.raises(TrainingError) as caught:
-        Monitors([lambda row: Problem("train.max_skips", 3, "too many")], by_event, log).check({})
+        Monitors([lambda row: Problem("train.max_skips", 3, "too many")], by_event, {}, log).check({})
     assert caught.value.problems[0].key == "train.max_skips" and not told
 
 
@@ -42,9 +42,9 @@ def test_what_was_told_is_not_told_again_in_another_start_either():
     told: list[str] = []
     by_event = {"collapse": lambda row: Problem("optim.lr", row["lr"], "it is too much") if row["lr"] > 1 else None}
     log = lambda kind, text, **_: told.append(f"{kind}: {text}")  # noqa: E731
-    monitors = Monitors([], by_event, log)
+    monitors = Monitors([], by_event, {}, log)
     for lr in (0.5, 2.0, 3.0):
         monitors.check({"lr": lr})
     assert told == ["collapse: optim.lr is 2, but it is too much."] and monitors.told == {"collapse"}
-    Monitors([], by_event, log, told=monitors.told).check({"lr": 4.0})
+    Monitors([], by_event, {}, log, told=monitors.told).check({"lr": 4.0})
     assert len(told) == 1

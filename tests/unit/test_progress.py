@@ -30,7 +30,7 @@ def test_updates_evaluations_and_checkpoints_are_estimated_apart():
     eta.add(line(10, 64.0, **{"time/checkpoint_stall_s": 2.0}))
     assert eta.seconds() == pytest.approx(5760 / 64 + 8 * 2)  # it is forgotten: the first starts loaders, and compiles
     assert not eta.is_rough
-    eta.add({"samples_seen": 640, "time/knn_s": 100.0})
+    eta.add({"samples_seen": 640, "time/evaluation_s": 100.0})
     assert eta.seconds() == pytest.approx(5760 / 64 + 8 * 2 + 4 * 100)  # at 1600, 3200, 4800 and the end
     eta.add(line(76, 64.0, **{"time/checkpoint_stall_s": 0.0}))
     assert eta.seconds() == pytest.approx(24 * 64 / 64 + 2 * 2 + 100)

@@ -1,6 +1,7 @@
 """The report is one file that needs nothing else, tells the truth of metrics.jsonl, and copes with what is missing."""
 
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 
@@ -191,10 +192,10 @@ def test_the_headline_claims_no_more_than_was_measured():
 
 
 def test_the_headline_says_where_a_figure_is_from_that_is_not_of_the_end():
-    rows = [{"samples_seen": n, "knn/top1": 20.0 + n, "knn/stage": s} for n, s in ((0, "before"), (9, "after"))]
+    rows = [{"samples_seen": n, "knn/top1": 20.0 + n, "evaluation/stage": s} for n, s in ((0, "before"), (9, "after"))]
     assert headline(rows) == "kNN top-1: 20.0 % before, 29.0 % after"
     assert headline([*rows, {"samples_seen": 4480}]) == "kNN top-1: 20.0 % before, 29.0 % at 9 samples"
-    during = rows[1] | {"samples_seen": 1280, "knn/stage": "during"}
+    during = rows[1] | {"samples_seen": 1280, "evaluation/stage": "during"}
     assert headline([rows[0], during]) == "kNN top-1: 20.0 % before, 29.0 % at 1,280 samples"
     assert headline([during, {"samples_seen": 1281}]) == "kNN top-1: 29.0 % at 1,280 samples"
 
@@ -331,3 +332,24 @@ def test_values_at_the_ends_stand_clear_of_the_level_and_of_error_bars(monkeypat
         written.clear()
         svg(Plot([curve], level=(level, "level") if level else None, until=9))
         assert written == 2 * expected
+
+
+def test_health_of_features_has_curves_where_it_was_measured(run_dir):
+    assert "Effective rank" not in titles_of(run_dir)
+    figures_of_health = {
+        "health/rankme": 30.0,
+        "health/rankme_embeddings": 12.5,
+        "health/alignment": 0.21,
+        "health/uniformity": -1.5,
+        "health/feature_norm": 3.0,
+        "health/feature_norm_std": 0.5,
+    }
+    with (run_dir / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps({"samples_seen": 0} | figures_of_health) + "\n")
+    page = write_report(run_dir).read_text()
+    assert titles_of(run_dir)[2:5] == ["Effective rank", "Alignment and uniformity", "Norm of features"]
+    assert all(said in page for said in ("embeddings: 12.5", "alignment: 0.21", "uniformity: -1.50", "norm: 3 ± 0.5"))
+
+
+def titles_of(run_dir) -> list[str]:
+    return [plot.title for plot in figures.plots_of_run(figures.Figures(*read_metrics(run_dir)))]

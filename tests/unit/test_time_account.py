@@ -67,7 +67,7 @@ class Log:
             self.now += seconds
             return
         self.spend("evaluation", seconds)
-        self._line(samples_seen=self.step * 10, **{"time/knn_s": seconds, "knn/stage": stage})
+        self._line(samples_seen=self.step * 10, **{"time/evaluation_s": seconds, "evaluation/stage": stage})
         self.spend("evaluation", rest_s)
 
     def updates(

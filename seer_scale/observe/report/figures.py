@@ -68,6 +68,7 @@ def plots_of_run(draw: Figures) -> list[Figure]:
     return [
         _loss(draw),
         _knn(draw),
+        *_health(draw),
         figure(
             "Learning rate",
             "The schedule as it was applied: warm-up, then decay.",
@@ -149,6 +150,40 @@ def _knn(draw: Figures) -> Figure:
         limits=(0, max([*heights, commonest or 0.0]) + 10 if heights else None),
         level=(commonest, "always the commonest class") if commonest else None,
     )
+
+
+def _health(draw: Figures) -> list[Figure]:
+    """Of features, as docs/health.md explains them; none where they were not measured."""
+    if not any("health/rankme" in row for row in draw.rows):
+        return []
+
+    def curve(key: str, name: str, colour: str, **how: Any) -> Curve:
+        return draw.curve(f"health/{key}", name, colour, apart="health/measurement", **how)
+
+    return [
+        draw.figure(
+            "Effective rank",
+            "RankMe: how many directions features and embeddings of different images really use. A fall to a few is "
+            "collapse; a slow fall late in a run means that fewer things are told apart.",
+            curve("rankme", "features", BLUE, digits=".1f", ends=True),
+            curve("rankme_embeddings", "embeddings", ORANGE, digits=".1f"),
+            limits=(0, None),
+        ),
+        draw.figure(
+            "Alignment and uniformity",
+            "Of embeddings. Alignment: squared distance of two views of an image, 0 at best. Uniformity: how evenly "
+            "images are spread, 0 where all are one and about -4 at best. Both near 0 is collapse.",
+            curve("alignment", "alignment", GREEN, digits=".2f"),
+            curve("uniformity", "uniformity", ORANGE, digits=".2f"),
+        ),
+        draw.figure(
+            "Norm of features",
+            "Mean over images, with its deviation. A norm that grows without end comes before overflow in half "
+            "precision; a deviation of 0 means that all images look alike.",
+            curve("feature_norm", "norm", INK, spread="health/feature_norm_std"),
+            limits=(0, None),
+        ),
+    ]
 
 
 def climb(account: TimeAccount) -> Markup:

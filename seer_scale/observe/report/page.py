@@ -65,7 +65,7 @@ def headline(rows: Rows) -> Headline | None:
 
 def _when(row: dict[str, Any], rows: Rows) -> str:
     seen = row["samples_seen"]
-    is_end = row.get("knn/stage", "after") == "after" and seen == rows[-1]["samples_seen"]
+    is_end = row.get("evaluation/stage", "after") == "after" and seen == rows[-1]["samples_seen"]
     return "after" if is_end else f"at {counted(seen, 'sample')}"
 
 
