@@ -51,6 +51,8 @@ def run(words: Sequence[str]) -> int:
         return int(asked.code or EXIT_DONE)
     if more:
         args.parser.unexpected(more, args.takes_overrides)
+    if args.takes_plugins and overrides[:1] == ["--run.plugins"]:  # loaded above
+        overrides = overrides[2:]
     if overrides and not args.takes_overrides:
         fix = args.instead_of_overrides if "instead_of_overrides" in args else "leave it out"
         raise UserError(Problem(overrides[0], NOTHING, f"has no effect with {args.parser.prog}", fix))

@@ -109,7 +109,7 @@ class Print(argparse.Action):
         parser.exit()
 
 
-SETTINGS = ("run", "parser", "takes_overrides", "is_run")
+SETTINGS = ("run", "parser", "takes_overrides", "takes_plugins", "is_run")
 """What a command's parser sets beside the arguments that were given."""
 
 
@@ -120,12 +120,16 @@ def add_command(
     help: str,
     *,
     takes_overrides: bool = False,
+    takes_plugins: bool = False,
     is_run: bool = False,
     **settings: Any,
 ) -> Parser:
-    """A command of the tree. takes_overrides: of `--section.key value`. is_run: what it prints is not its product."""
+    """A command of the tree. takes_overrides: of `--section.key value`. takes_plugins: of --plugin alone. is_run: what
+    it prints is not its product."""
     parser = commands.add_parser(name, help=help, description=settings.pop("description", sentence(help)), **settings)
-    parser.set_defaults(run=run, parser=parser, takes_overrides=takes_overrides, is_run=is_run)
+    parser.set_defaults(
+        run=run, parser=parser, takes_overrides=takes_overrides, takes_plugins=takes_plugins, is_run=is_run
+    )
     return parser
 
 

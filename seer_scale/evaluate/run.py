@@ -1,99 +1,146 @@
-"""Evaluate a checkpoint, or a run's newest one, on any number of ranks."""
+"""From the words of `seer-scale eval` to a result on the disk."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from seer_scale import distributed
 from seer_scale.checkpoint import store
-from seer_scale.config import Config, load_recipe, resolve
-from seer_scale.cores import rank_cores, told_threads
-from seer_scale.data.loading.listing import share
+from seer_scale.config.fields import read_section
 from seer_scale.distributed import World
-from seer_scale.errors import NOTHING, CheckpointError, ConfigError, DataError, Problem, UserError
-from seer_scale.evaluate.knn import LabelledImages, knn, labelled_images, why_unlabelled
-from seer_scale.methods.registry import build_method
+from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
+from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.plotting import draw
+from seer_scale.evaluate.registry import task_class
+from seer_scale.evaluate.subject import open_subject, run_dir_of
+from seer_scale.evaluate.task import Result, TaskSettings
+from seer_scale.files import to_json, write_whole
 from seer_scale.observe.progress import Progress
-from seer_scale.parallel import build_engine, check_device
+
+RESULTS = "eval"
+"""The folder of results in a run's folder."""
 
 
-def run_dir_of(path: Path) -> Path:
-    """The folder of the run at `path` or of the checkpoint at `path`; of one that lies elsewhere, where it lies."""
-    if (path / "config.yaml").is_file():
-        return path
-    above = path.resolve().parents
-    return above[1] if (above[1] / "config.yaml").is_file() else above[0]
+def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
+    """The options of the task `name`, as YAML values by field; `None` stands for a bare flag. Raises ConfigError with
+    every problem."""
+    problems: list[Problem] = []
+    values, kinds = {}, {f.name: f.type for f in dataclasses.fields(task_class(name).settings)}
+    for field, text in given.items():
+        try:
+            is_text = kinds.get(field) == "str" or not isinstance(text, str)
+            values[field] = text if is_text else yaml.safe_load(f"[{text}]" if "," in text and text[0] != "[" else text)
+        except yaml.YAMLError:
+            problems.append(Problem(field, text, "must be a YAML value", "such as 3, 0.1, true or [1, 2]"))
+    settings = read_section(task_class(name).settings, values, "", problems)
+    problems += settings.problems()
+    if problems:
+        raise ConfigError([dataclasses.replace(p, key=option_of(p.key)) for p in problems], f"eval {name}")
+    return settings
 
 
-def _list_images(config: Config, run_dir: Path, world: World) -> LabelledImages:
-    """The images kNN is to use, listed by rank 0; collective. Raises UserError."""
+def option_of(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
-    def listed() -> LabelledImages:
-        if images := labelled_images(config):
-            return images
-        problem = why_unlabelled(config)
-        assert problem is not None, "else there are labelled images"
-        raise DataError(
-            dataclasses.replace(problem, nearest="give labelled images, as in --knn.bank DIR --knn.queries DIR")
+
+def check_path(path: Path) -> None:
+    """That there is something to evaluate. Raises UserError before any process group is made."""
+    is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
+    is_exported = path.is_file() or any(path.glob("*.safetensors*")) or any(path.glob("config.json"))
+    if not is_run and not (path / store.MANIFEST).is_file() and not is_exported:
+        rule = "is not a run's folder (it has no config.yaml), nor a checkpoint, nor an exported file"
+        raise UserError(Problem(str(path), NOTHING, rule, "give one, such as runs/demo"))
+
+
+def results_folder(path: Path, out: Path | None) -> Path:
+    """Where results go: the run's eval/, else beside what was exported."""
+    if out:
+        return out
+    if path.is_file():
+        return path.parent / RESULTS
+    above = run_dir_of(path) if (path / store.MANIFEST).is_file() or (path / "config.yaml").is_file() else path
+    return above / RESULTS
+
+
+def run_task(
+    name: str, path: Path, settings: TaskSettings, *, which: str = "last", weights: str = "trained",
+    out: Path | None = None, device: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Measure, and write eval/NAME.json (NAME-random.json of untrained weights) and its plots; returns what was
+    written. Collective over the processes that torchrun, accelerate launch or srun has started. Raises UserError."""
+    check_path(path)
+    folder = results_folder(path, out)
+    world = distributed.init(folder / "logs", device=device)
+    try:
+        return measure(name, path, settings, world, folder, which=which, weights=weights)
+    finally:
+        distributed.shutdown(world)
+
+
+def measure(
+    name: str, path: Path, settings: TaskSettings, world: World, folder: Path, *, which: str, weights: str
+) -> dict[str, Any]:
+    """As `run_task`, in a world that stands."""
+    begin = time.perf_counter()
+    task = task_class(name)(settings)
+    subject = open_subject(path, which, weights, world.device, settings.seed)
+    with Progress(active=world.is_main, to_stderr=True) as progress:
+        evaluation = Evaluation(
+            task=name, subject=subject, options=settings, world=world, progress=progress, folder=folder
         )
-
-    return share(world, run_dir / "logs", listed, lambda images: [images.bank, images.queries], name="evaluated")
-
-
-def evaluated_config(path: Path, overrides: list[str]) -> Config:
-    """The recipe of the run or checkpoint `path` as an evaluation takes it. Raises UserError, also for what this
-    machine's devices cannot do."""
-    is_run = (path / "config.yaml").is_file()
-    if not is_run and not (path / store.MANIFEST).is_file():
-        raise UserError(
-            Problem(
-                str(path),
-                NOTHING,
-                "is not a run's folder (it has no config.yaml), nor a checkpoint",
-                "give one, such as runs/demo",
-            )
-        )
-    recipe = load_recipe(str(path / "config.yaml")) if is_run else store.read_meta(path)["config"]
-    recipe["parallel"] = {
-        "device": (recipe.get("parallel") or {}).get("device", "auto")
-    }  # how it was trained does not bind its evaluation
-    recipe["run"] = {
-        k: v for k, v in (recipe.get("run") or {}).items() if k != "plugins"
-    }  # loaded where --plugin is given
-    recipe["train"] = (recipe.get("train") or {}) | {"micro_batch": 0, "compile": False}
-    config = resolve(recipe, overrides, world_size=1)  # an evaluation need not divide the training's batch
-    if problems := check_device(config):
-        raise ConfigError(problems)
-    return dataclasses.replace(config, knn=dataclasses.replace(config.knn, enabled=True))  # asking for it enables it
+        result = task.measure(evaluation)
+    record = as_record(name, settings, evaluation, result, time.perf_counter() - begin)
+    if world.is_main:
+        publish(record, result, folder)
+    evaluation.clean()
+    return record
 
 
-def knn_of(path: Path, config: Config, world: World) -> dict[str, Any]:
-    """kNN scores of the checkpoint `path`, or of the newest valid one of the run `path`; collective. Raises
-    UserError."""
-    is_run = (path / "config.yaml").is_file()
-    images = _list_images(config, run_dir_of(path), world)
-    found = store.latest(path / "checkpoints", world) if is_run else path
-    if found is None:
-        raise UserError(Problem(str(path), NOTHING, "has no valid checkpoint yet", "train it first"))
-    if not is_run and (problem := store.validate(path, world)):
-        rule = f"cannot be used as a checkpoint: it {problem.rule}"
-        raise CheckpointError(Problem(str(path), NOTHING, rule, problem.nearest))
-    engine = build_engine(build_method(config, world), config, world, loaded=("",))
-    state = {k: v for k, v in engine.state().items() if k.startswith("model/")}
-    store.load(found, state, world, prefixes="model/")
-    engine.refresh()
-    total, cores = len(images.query_indices) + len(images.bank_indices), rank_cores(world)
-    torch.set_num_threads(told_threads() or cores)
-    with Progress(active=world.is_main, to_stderr=True) as progress, progress.doing("measuring kNN", total):
+def as_record(
+    name: str, settings: TaskSettings, evaluation: Evaluation[Any], result: Result, seconds: float
+) -> dict[str, Any]:
+    """A result as eval/NAME.json holds it."""
+    subject = evaluation.subject
+    return {
+        "task": name,
+        "headline": result.headline,
+        "score": result.scores[result.headline],
+        "scores": dict(result.scores),
+        "protocol": result.protocol,
+        "subject": {
+            "path": str(subject.path),
+            "run": str(subject.run_dir or ""),
+            "checkpoint": subject.checkpoint,
+            "samples_seen": subject.samples_seen,
+            "weights": subject.weights,
+            "fingerprint": subject.fingerprint,
+        },
+        "size": evaluation.size,
+        "settings": dataclasses.asdict(settings),
+        "table": [dict(row) for row in result.table],
+        "plots": [dataclasses.asdict(plot) for plot in result.plots],
+        **result.more,
+        "seconds": round(seconds, 1),
+        "processes": evaluation.world.size,
+        "device": str(evaluation.device.type),
+        "torch": torch.__version__,
+        "wall_time": time.time(),
+    }
 
-        def encode(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            progress.advance(len(batch) * world.size)
-            return engine.encode(batch)
 
-        scores, _ = knn(encode, images, config.knn, workers=config.data.num_workers(cores), world=world)
-    seen = store.read_meta(found, world)["samples_seen"]
-    about = {"protocol": images.protocol, "samples_seen": seen, "checkpoint": found.resolve().name}
-    return {**scores, **about, "run": str(run_dir_of(path))}
+def publish(record: Mapping[str, Any], result: Result, folder: Path) -> Path:
+    """Write a record and its plots; the path of the record."""
+    suffix = "-random" if record["subject"]["weights"] == "random" else ""
+    stem = f"{record['task']}{suffix}"
+    path = folder / f"{stem}.json"
+    for i, plot in enumerate(result.plots):
+        draw(plot, folder / f"{stem}{f'-{i + 1}' * bool(i)}.svg")
+    write_whole(path, to_json(record, indent=1) + "\n")
+    return path

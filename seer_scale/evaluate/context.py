@@ -1,0 +1,230 @@
+"""What a task works with: backbone, ranks, loader, progress, a folder of what is done, and Hugging Face's accelerate
+for whatever it trains."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from seer_scale.cores import rank_cores, told_threads
+from seer_scale.data.loading.listing import share
+from seer_scale.data.loading.loader import eval_batches
+from seer_scale.data.transforms.on_device import to_float
+from seer_scale.distributed import World
+from seer_scale.errors import NOTHING, CheckpointError, DataError, Problem, UserError
+from seer_scale.evaluate.splits import DataSet, Split, open_data_set
+from seer_scale.evaluate.subject import Subject
+from seer_scale.evaluate.task import S
+from seer_scale.extras import how_to_install
+from seer_scale.formatting import counted
+from seer_scale.observe.progress import Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SHARD = 1024
+"""Images whose features are written together: what a kill can lose, on each rank."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Features of a split, on the host: float32 [n, D], of the images `rows` (int64 [n], in order) of the split, those
+    that could be read; targets: of these."""
+
+    features: Tensor
+    rows: np.ndarray
+    targets: np.ndarray
+
+
+@dataclass(kw_only=True)
+class Evaluation(Generic[S]):
+    """folder: where results go (RUN/eval). cores, workers: of this rank, the latter loader processes. All ranks make it,
+    and call all methods, alike."""
+
+    task: str
+    subject: Subject
+    options: S
+    world: World
+    progress: Progress
+    folder: Path
+    _used: set[Path] = field(default_factory=set)
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.options.size or self.subject.size
+
+    def __post_init__(self) -> None:
+        self.cores = rank_cores(self.world)
+        self.workers = self.options.workers if self.options.workers >= 0 else min(8, max(0, self.cores - 1))
+        torch.set_num_threads(told_threads() or self.cores)
+
+    # ------------------------------------------------------------------------------------------------ what is there
+
+    def data_set(self, make: Callable[[], DataSet] | None = None) -> DataSet:
+        """What --data and --test name, or what `make` gives, listed by rank 0. Raises DataError."""
+        options, config = self.options, self.subject.config
+        make = make or (lambda: open_data_set(options.data, options.test, config))
+        with self.progress.doing("listing images"):
+            return share(self.world, self.folder, make, lambda found: found.sources, name=f"listed-{self.task}")
+
+    # ------------------------------------------------------------------------------------------------ what is done
+
+    def work(self, *parts: Any) -> Path:
+        """A folder for what need not be done again after a kill, by what it depends on: the weights, the task and
+        `parts`. It is removed when the command has ended well."""
+        mark = zlib.crc32(repr([self.subject.fingerprint, self.task, *parts]).encode(errors="backslashreplace"))
+        place = self.folder / "unfinished" / f"{self.task}-{mark:08x}"
+        self._used.add(place)
+        if self.world.is_main:
+            place.mkdir(parents=True, exist_ok=True)
+        self.world.barrier()
+        return place
+
+    def clean(self) -> None:
+        """Remove what is not needed any more."""
+        self.world.barrier()
+        if self.world.is_main:
+            for place in self._used:
+                shutil.rmtree(place, ignore_errors=True)
+            unfinished = self.folder / "unfinished"
+            if unfinished.is_dir() and not any(unfinished.iterdir()):
+                unfinished.rmdir()
+
+    # ------------------------------------------------------------------------------------------------ features
+
+    def features(
+        self,
+        split: Split,
+        what: str = "",
+        *,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        transform: Callable[[Tensor, np.ndarray], Tensor] | None = None,
+        mark: str = "",
+    ) -> Table:
+        """Features of every image of a split that can be read, the same on any number of ranks; goes on where a kill
+        left off. Collective.
+
+        encode: normalised images [n, 3, S, S] -> [n, D], the backbone's features otherwise. transform: uint8 images [n,
+        3, S, S] on the device and their rows in the split -> uint8 images, before normalising, such as a corruption.
+        mark: stands for `encode` and `transform`. Raises DataError where no image can be read, CheckpointError where
+        features are not finite.
+        """
+        encode = encode or self.subject.encode
+        place = self.work("features", split.mark, self.size, mark)
+        shards = [
+            (place / f"{first:012d}.safetensors", np.arange(first, min(first + SHARD, len(split))))
+            for first in range(0, len(split), SHARD)
+        ]
+        done = self.world.from_main(lambda: [is_whole(path) for path, _ in shards])
+        todo = [shard for shard, ready in zip(shards, done) if not ready]
+        num = sum(len(rows) for _, rows in todo)
+        label = f"computing features of {what or split.name}"
+        problem = None
+        with self.progress.doing(label, len(split), done=len(split) - num):
+            try:
+                for path, rows in todo[self.world.rank :: self.world.size]:
+                    self._write_shard(path, split, rows, encode, transform)
+            except UserError as error:
+                problem = error
+        if raised := [p for p in self.world.gather_objects(problem) if p]:
+            raise raised[0]
+        features, numbers = zip(*(read_shard(path) for path, _ in shards))
+        rows = torch.cat(numbers).numpy()
+        if not len(rows):
+            fix = "check them: seer-scale data describe"
+            raise DataError(Problem(split.name, NOTHING, f"none of {counted(len(split), 'image')} can be read", fix))
+        return Table(torch.cat([f for f in features if len(f)]), rows, split.targets[rows])
+
+    @torch.no_grad()
+    def _write_shard(
+        self,
+        path: Path,
+        split: Split,
+        rows: np.ndarray,
+        encode: Callable[[Tensor], Tensor],
+        transform: Callable[[Tensor, np.ndarray], Tensor] | None,
+    ) -> None:
+        features, numbers = [], []
+        for pixels, _, found in eval_batches(
+            split.source, rows, self.size, batch=self.options.batch, workers=self.workers
+        ):
+            pixels = pixels.to(self.device)
+            if transform:
+                pixels = transform(pixels, found.numpy())
+            of_batch = encode(to_float(pixels)).float().cpu()
+            if not of_batch.isfinite().all():
+                raise CheckpointError(not_finite())
+            features.append(of_batch)
+            numbers.append(found)
+            self.progress.advance(len(found) * self.world.size)
+        empty = torch.empty(0, dtype=torch.int64)
+        tensors = {
+            "features": torch.cat(features) if features else torch.empty(0, 0),
+            "rows": torch.cat(numbers) if numbers else empty,
+        }
+        aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        save_file(tensors, aside)
+        os.replace(aside, path)
+
+    # ------------------------------------------------------------------------------------------------ training a head
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """accelerate's, over the ranks and the device of `world`. Raises UserError where it is not installed."""
+        return accelerator_of(self.world)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard of features was written to its end."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys()) == {"features", "rows"}
+    except (OSError, SafetensorError):
+        return False
+
+
+def read_shard(path: Path) -> tuple[Tensor, Tensor]:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("features"), file.get_tensor("rows")
+
+
+def not_finite() -> Problem:
+    fix = "use an earlier checkpoint"
+    return Problem(
+        "The features", NOTHING, "are not finite, so they mean nothing: weights or BatchNorm statistics are broken", fix
+    )
+
+
+def accelerator_of(world: World, precision: str = "no") -> Accelerator:
+    """accelerate's Accelerator over the process group that stands. precision: "no", "fp16" or "bf16" (autocast).
+    Raises UserError where it is not installed."""
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        rule = "is not installed, and trains the heads"
+        raise UserError(Problem("accelerate", NOTHING, rule, how_to_install("accelerate"))) from error
+    ranks = {
+        "RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank,
+        "LOCAL_WORLD_SIZE": world.local_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    if world.size > 1:  # it reads them even where there is a process group; nothing connects to the address
+        for name, value in ranks.items():
+            os.environ.setdefault(name, str(value))
+    return Accelerator(cpu=world.device.type == "cpu", mixed_precision=precision)

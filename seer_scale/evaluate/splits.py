@@ -1,0 +1,101 @@
+"""Labelled images to train a head on and to test it on."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from seer_scale.config import Config, Data, Knn, Run, Train
+from seer_scale.data.sources import Source, subset
+from seer_scale.errors import NOTHING, DataError, Problem
+from seer_scale.evaluate.knn import labelled_images, why_unlabelled
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their targets: int64 [n], a class each, or int8 [n, classes] where an image may have several: 1 has
+    it, 0 has it not, -1 is not to be counted."""
+
+    source: Source
+    targets: np.ndarray
+    classes: list[str]
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def multi_label(self) -> bool:
+        return self.targets.ndim == 2
+
+    def take(self, indices: np.ndarray) -> Split:
+        """The images `indices`, in that order."""
+        return dataclasses.replace(self, source=subset(self.source, indices), targets=self.targets[indices])
+
+    @property
+    def mark(self) -> str:
+        """Stands for which images and targets these are, but for their folder, which may be moved."""
+        crc = zlib.crc32(repr([len(self.source), *self.classes]).encode(errors="backslashreplace"))
+        return f"{zlib.crc32(np.ascontiguousarray(self.targets).tobytes(), crc):08x}"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """protocol: what is trained and tested on, by what classes, a sentence. more: what a layout has beside them, such
+    as a revisited set's lists of what is easy and hard."""
+
+    name: str
+    train: Split
+    test: Split
+    protocol: str
+    more: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self.train.source, self.test.source]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.train.classes
+
+
+LAYOUTS: dict[str, Callable[[str], DataSet]] = {}
+"""Data sets by one word, from the folder where they lie (layouts.py)."""
+
+
+def open_data_set(data: str, test: str, config: Config | None) -> DataSet:
+    """data: whatever `data.path` takes, NAME or NAME:FOLDER of LAYOUTS; empty: what `config`, the run's recipe, has.
+    test: images to test on. Raises DataError."""
+    if not data and config is None:
+        raise DataError(Problem("--data", NOTHING, "is missing, and no recipe says where labelled images are",
+                                "give a folder of train and test parts, or of classes"))  # fmt: skip
+    section = Config(
+        run=Run(dir="-"),
+        train=Train(total_samples=1),
+        data=Data(path=data) if data else config.data if config else Data(),
+        knn=Knn(bank=data, queries=test, limit=0, limit_queries=0),
+    )
+    if not data and config:
+        known = config.knn
+        section = dataclasses.replace(
+            section, knn=dataclasses.replace(section.knn, bank=known.bank, queries=test or known.queries)
+        )
+    images = labelled_images(section)
+    if images is None:
+        problem = why_unlabelled(section)
+        assert problem is not None, "else there are labelled images"
+        raise DataError(dataclasses.replace(problem, nearest="give labelled images: --data DIR, or --data and --test"))
+    assert images.bank.labels is not None and images.queries.labels is not None, "they are labelled"
+    bank, asked = images.bank_indices, images.query_indices
+    train = Split(subset(images.bank, bank), images.bank.labels[bank].astype(np.int64), images.classes, "train")
+    of_test = images.query_to_bank[images.queries.labels[asked]].astype(np.int64)
+    return DataSet(
+        name=data or (section.knn.bank or section.data.path),
+        train=train,
+        test=Split(subset(images.queries, asked), of_test, images.classes, "test"),
+        protocol=images.protocol,
+    )

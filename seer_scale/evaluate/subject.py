@@ -1,0 +1,94 @@
+"""What is evaluated: the backbone of a run, a checkpoint or an exported file, or the same network untrained."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seer_scale.checkpoint import store
+from seer_scale.config import Config, read_config
+from seer_scale.data.transforms.image import Transform
+from seer_scale.interop.load import find_checkpoint, load_backbone
+from seer_scale.models.backbone import Backbone
+from seer_scale.models.init import initial_values
+from seer_scale.models.registry import reset_buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """model: whole, in eval mode, on the rank's device. fingerprint: stands for its weights. run_dir: of its run, None
+    of a file that was exported. config: the recipe it was trained by, as far as it is known."""
+
+    path: Path
+    model: Backbone
+    fingerprint: str
+    weights: str
+    size: int
+    checkpoint: str = ""
+    samples_seen: int | None = None
+    run_dir: Path | None = None
+    config: Config | None = field(default=None, repr=False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, S, S] on the model's device -> features float32 [N, num_features], by running
+        statistics. No collectives."""
+        return self.model(images).float()
+
+
+def run_dir_of(path: Path) -> Path:
+    """The folder of the run at `path` or of the checkpoint at `path`; of one that lies elsewhere, where it lies."""
+    if (path / "config.yaml").is_file():
+        return path
+    above = path.resolve().parents
+    return above[1] if (above[1] / "config.yaml").is_file() else above[0]
+
+
+def open_subject(path: Path, which: str, weights: str, device: torch.device, seed: int = 0) -> Subject:
+    """weights: "trained", or "random": the same network as its run began (what was exported: by `seed`). Raises
+    UserError."""
+    model = load_backbone(path, which)
+    place, meta, config = None, {}, None
+    if path.is_dir() and ((path / store.MANIFEST).is_file() or (path / "checkpoints").is_dir()):
+        place = find_checkpoint(path, which)
+        meta = store.read_meta(place)
+        config = read_config(meta["config"], [])
+    if weights == "random":
+        begin(model, meta["export"]["prefix"] if meta else "", config.run.seed if config else seed)
+    size = model.transform.size if isinstance(model.transform, Transform) else 224
+    return Subject(
+        path=path,
+        model=model.to(device),
+        fingerprint=fingerprint(model),
+        weights=weights,
+        size=size,
+        checkpoint=place.resolve().name if place and weights == "trained" else "",
+        samples_seen=meta.get("samples_seen") if weights == "trained" else 0,
+        run_dir=run_dir_of(path) if place and (run_dir_of(path) / "config.yaml").is_file() else None,
+        config=config,
+    )
+
+
+@torch.no_grad()
+def begin(model: Backbone, prefix: str, seed: int) -> None:
+    """Give a backbone the weights with which its run began. prefix: what its parameters' names begin with there."""
+    inits = model.initialisers()
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_values(inits[name], parameter.shape, seed, prefix + name).view_as(parameter))
+    reset_buffers(model)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Of the weights and statistics, whatever file they came from: what was computed with other weights is not gone
+    on with."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        sample = tensor.detach().flatten()
+        step = max(1, sample.numel() // 4096)
+        digest.update(sample[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""What a task of `seer-scale eval` is: a file in `evaluate/tasks` with its options and what it measures.
+
+A task sees a frozen backbone, labelled splits and the ranks that work on it; it gives scores, what stands behind them,
+and a plot as data. Nothing here trains the backbone's run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from seer_scale.config.fields import opt
+from seer_scale.errors import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """The options every task has; a task's own are a subclass. An option is the field's name with hyphens."""
+
+    data: str = opt("", "labelled images: a folder (of train and test parts, or of classes), a list, tars, hf:NAME, "
+                        "a manifest, or the name of a data set; empty = those of the run's recipe")  # fmt: skip
+    test: str = opt("", "labelled images to test on; empty = the test part of --data, or a fifth of it, held out")
+    size: int = opt(0, "side of the images in pixels; 0 = what the backbone's preprocessing says", ge=0)
+    batch: int = opt(64, "images a forward pass of one process", ge=1)
+    workers: int = opt(-1, "loader processes of one process; -1 = by its cores", ge=-1)
+    seed: int = opt(0, "of everything that is drawn", ge=0)
+
+    def problems(self) -> list[Problem]:
+        """What no single range says; keys are the fields' names."""
+        return []
+
+
+S = TypeVar("S", bound=TaskSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Curves, bars or points, as data: series name -> (x, y) pairs; of bars x is a name."""
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, Sequence[tuple[Any, float]]]
+    kind: Literal["lines", "bars", "points"] = "lines"
+    log_x: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """scores: "name" -> figure, in percent unless its name says otherwise; "name_stderr" is its standard error or
+    deviation. headline: the name of the one that stands for the task. protocol: what was measured on what, one
+    sentence or two. table: what stands behind (a row a head, a class, a severity ...)."""
+
+    scores: Mapping[str, float]
+    headline: str
+    protocol: str
+    table: Sequence[Mapping[str, Any]] = ()
+    plots: Sequence[Plot] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else for the JSON file."""
+
+
+class Task(ABC, Generic[S]):
+    """One class a task, registered by `registry.register_task`."""
+
+    name: ClassVar[str]
+    settings: ClassVar[type[TaskSettings]]
+
+    def __init__(self, settings: S):
+        self.options = settings
+
+    @abstractmethod
+    def measure(self, evaluation: Any) -> Result:
+        """On `evaluation` (an `Evaluation` of context.py); all ranks call it alike and have the same result. Work that
+        takes minutes goes on where it was killed: what is done lies in `evaluation.work`. Raises UserError."""
