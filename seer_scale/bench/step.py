@@ -22,9 +22,9 @@ from seer_scale.bench.ranks import wait
 from seer_scale.config import Config, Crop, load_recipe, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.interop.names import TIMM_MODELS
 from seer_scale.extras import how_to_install
 from seer_scale.files import to_json
+from seer_scale.interop.names import TIMM_MODELS
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.methods.swav.settings import SwAVSettings
 from seer_scale.models.execution import COMPUTE_DTYPES

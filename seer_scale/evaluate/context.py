@@ -50,8 +50,8 @@ class Table:
 
 @dataclass(kw_only=True)
 class Evaluation(Generic[S]):
-    """folder: where results go (RUN/eval). cores, workers: of this rank, the latter loader processes. All ranks make it,
-    and call all methods, alike."""
+    """folder: where results go (RUN/eval). cores, workers: of this rank, the latter loader processes. All ranks make
+    it, and call all methods, alike."""
 
     task: str
     subject: Subject

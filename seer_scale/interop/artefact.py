@@ -21,8 +21,8 @@ from torch import Tensor
 
 from seer_scale.checkpoint.layout import SAFETENSORS_DTYPES
 from seer_scale.errors import NOTHING, Problem, UserError, missing_path
-from seer_scale.interop.names import NAME_MAPS
 from seer_scale.files import plain
+from seer_scale.interop.names import NAME_MAPS
 from seer_scale.models.timm_adaptor import TIMM_PREFIX
 
 ABOUT = "seer_scale"
