@@ -153,12 +153,15 @@ def _sections(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(path: str | Path, *, which: str | int = "last", plugins: str | Sequence[str] = ()) -> Backbone:
-    """The backbone of a run or a checkpoint: an `nn.Module` on the CPU, in eval mode, of images [N, 3, S, S] or a list
-    of such, one a resolution, to features [N, num_features] or a list. Its `transform` is the right preprocessing.
+    """The backbone of a run, a checkpoint or an export: an `nn.Module` on the CPU, in eval mode, of images [N, 3, S, S]
+    or a list of such, one a resolution, to features [N, num_features] or a list. Its `transform` is the right
+    preprocessing.
 
-    which: of a run, "last" or "best" or samples seen. plugins: those that bring the backbone; none that a checkpoint
-    names is loaded by itself. Weights alone are read, straight from the shards: no optimiser state, no process group,
-    nothing pickled. Raises UserError, CheckpointError.
+    path: a run's folder, a checkpoint's, or what `export` wrote (but ONNX). which: of a run, "last", "best" or samples
+    seen. plugins: those that bring the backbone; none that a file names is loaded by itself. The backbone's bytes alone
+    are read, straight from the shards: no optimiser state, no process group, nothing pickled; checksums are not
+    verified, as that would read all of a checkpoint (`seer-scale inspect --verify` does). Raises UserError,
+    CheckpointError.
     """
     load_plugins(_several(plugins))
     return load_backbone(Path(path).expanduser(), str(which))

@@ -358,6 +358,53 @@ def _read(path: Path, wanted: State, layout: Layout) -> int:
     return nbytes
 
 
+class TensorReader:
+    """The tensors of a checkpoint, whole and one at a time, for who has no room for all of them. Raises
+    CheckpointError."""
+
+    MAX_OPEN_FILES = 256
+    """That stay open: one tensor may lie in the files of all ranks."""
+
+    def __init__(self, path: Path):
+        self.path, self.layout = path, read_layout(path)
+        self._open: dict[int, tuple[io.FileIO, int]] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        stored = self.layout.tensors[name]
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        try:
+            for part in stored.parts:
+                with self._file(part.file) as (raw, begin):
+                    raw.seek(begin + part.offset)
+                    _fill(raw, whole.view(-1)[part.start : part.stop])
+        except OSError as error:
+            raise _unread(self.path, _told(error)) from error
+        return whole
+
+    @contextmanager
+    def _file(self, rank: int) -> Iterator[tuple[io.FileIO, int]]:
+        """The file of a rank, and where its data begin."""
+        if rank in self._open:
+            yield self._open[rank]
+            return
+        raw = (self.path / _file_of(rank)).open("rb", buffering=0)
+        try:
+            opened = raw, 8 + int.from_bytes(raw.read(8), "little")
+            yield opened
+        except BaseException:
+            raw.close()
+            raise
+        if len(self._open) < self.MAX_OPEN_FILES:
+            self._open[rank] = opened
+        else:
+            raw.close()
+
+    def close(self) -> None:
+        for raw, _ in self._open.values():
+            raw.close()
+        self._open.clear()
+
+
 def _fill(raw: io.FileIO, tensor: torch.Tensor) -> None:
     left = tensor.view(torch.uint8).numpy().data
     while left:

@@ -1,0 +1,106 @@
+"""Loading a backbone from what many ranks wrote, of methods with a teacher, and from exported files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import seer_scale
+from seer_scale.checkpoint import store
+from seer_scale.data.transforms.views import eval_preprocessing
+from seer_scale.distributed import World
+from seer_scale.interop.artefact import About, TensorInfo, write_artefact
+from seer_scale.interop.load import materialise
+from seer_scale.interop.weights import open_weights
+from seer_scale.models.registry import build_backbone, initialise
+from tests.pieces import bytes_read_by, write_in_pieces
+from tests.tiny import RECIPE
+
+MODEL = RECIPE["model"]
+
+
+def backbone(seed: int = 0) -> torch.nn.Module:
+    made = build_backbone(**MODEL)
+    initialise(made, seed)
+    for buffer in made.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    return made.eval()
+
+
+def checkpoint(folder, ranks=1, prefix="backbone.", seen=5, model=MODEL, **others):
+    """others: networks that the method holds beside, by the prefix of their names."""
+    net = backbone()
+    state = {f"model/{prefix}{n}": t for n, t in net.state_dict().items()}
+    for other, module in others.items():
+        state |= {f"model/{other}.{n}": t for n, t in module.state_dict().items()}
+    state |= {f"optim/{n}/momentum": torch.zeros_like(t) for n, t in state.items() if t.is_floating_point()}
+    meta = {
+        "samples_seen": seen,
+        "config": {"model": model, "data": {"path": "/home/someone/photos"}},
+        "method": {"name": "toy", "state": {}},
+        "export": {"prefix": prefix},
+        "preprocessing": eval_preprocessing(32) | {"training_sizes": [24]},
+    }
+    return net, write_in_pieces(folder, state, meta, ranks)
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
+
+
+def test_of_many_ranks_no_byte_is_read_but_the_backbones(tmp_path):
+    """Beside them: the manifest, where each tensor lies, and where the data of each file begin."""
+    net, place = checkpoint(tmp_path, 96, head=torch.nn.Linear(300, 300))
+    assert store.validate(place, World()) is None and len(list(place.glob("state-*"))) == 96
+    own = sum(t.nbytes for t in net.state_dict().values())
+    weights = open_weights(place)
+    assert sum(info.nbytes for info in weights.tensors.values()) == own
+    loaded, counted = materialise(weights)
+    assert same(net, loaded) and counted == own
+    described = sum((place / name).stat().st_size for name in (store.MANIFEST, store.TENSORS))
+    assert bytes_read_by(lambda: weights.fill(net.state_dict())) <= own + 2 * described + 96 * 8 + 4096
+    assert all(torch.equal(weights.read(n), t) for n, t in net.state_dict().items())
+    weights.close()
+    whole = sum(f.stat().st_size for f in place.iterdir())
+    assert whole > 5 * own
+
+
+def test_of_a_teacher_the_prefix_says_which(tmp_path):
+    teacher, place = checkpoint(tmp_path, prefix="teacher.backbone.", **{"student.backbone": backbone(seed=1)})
+    assert same(seer_scale.load(place), teacher)
+
+
+def test_a_network_that_is_not_what_the_recipe_says_is_refused(tmp_path):
+    _, place = checkpoint(tmp_path / "a", model=MODEL | {"depth": 6})
+    with pytest.raises(seer_scale.UserError, match="does not hold a regnety: s"):
+        seer_scale.load(place)
+    _, place = checkpoint(tmp_path / "b", model={"name": "mine"})
+    with pytest.raises(seer_scale.UserError, match="no such backbone") as caught:
+        seer_scale.load(place)
+    assert caught.value.problems[0].key == "model.name"
+
+
+def test_what_has_one_state_has_no_other(tmp_path):
+    _, place = checkpoint(tmp_path)
+    with pytest.raises(seer_scale.UserError) as caught:
+        seer_scale.load(place, which="best")
+    assert (caught.value.problems[0].key, caught.value.problems[0].value) == ("which", "best")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_artefact_is_loaded_as_its_run_is(tmp_path, dtype):
+    net = backbone()
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in net.state_dict().items()}
+    tensors["head/0.weight"] = torch.zeros(3)  # of no backbone
+    infos = {n: TensorInfo(t.dtype, t.shape) for n, t in tensors.items()}
+    about = About("safetensors", MODEL, eval_preprocessing(32))
+    write_artefact(tmp_path / "x.safetensors", about, infos, tensors.__getitem__)
+    loaded = seer_scale.load(tmp_path / "x.safetensors")
+    assert loaded.transform.size == 32 and all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert all(torch.equal(t, tensors[n].to(t.dtype)) for n, t in loaded.state_dict().items())
+    del tensors["s4.b1.se.fc1.bias"], infos["s4.b1.se.fc1.bias"]
+    write_artefact(tmp_path / "y.safetensors", about, infos, tensors.__getitem__)
+    with pytest.raises(seer_scale.UserError, match="s4.b1.se.fc1.bias is absent there"):
+        seer_scale.load(tmp_path / "y.safetensors")
