@@ -12,7 +12,8 @@ from torch import Tensor
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_config
 from seer_scale.data.transforms.image import Transform
-from seer_scale.interop.load import find_checkpoint, load_backbone
+from seer_scale.interop.load import load_backbone
+from seer_scale.interop.weights import find_checkpoint
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import initial_values
 from seer_scale.models.registry import reset_buffers

@@ -139,8 +139,10 @@ def open_weights(path: Path, which: str = "last") -> Weights:
 
 
 def find_checkpoint(path: Path, which: str) -> Path:
-    """The checkpoint of a run that is meant. Its contents are not verified, which would read all of it. Raises
-    UserError."""
+    """A checkpoint itself, or that of a run which is meant. Its contents are not verified, which would read all of it.
+    Raises UserError."""
+    if (path / store.MANIFEST).is_file():
+        return path
     if not path.exists():
         raise UserError(missing_path(path))
     folder = path / "checkpoints"
