@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seer_scale.files import plain, shown
+from seer_scale.files import plain, shown, to_json
 from seer_scale.formatting import counted
 from seer_scale.interop.artefact import About
 from seer_scale.interop.formats import LIBRARIES, Target
@@ -62,10 +62,10 @@ def card(name: str, about: About, target: Target, num_features: int, num_paramet
     }  # fmt: skip
     lines = [
         "---",
-        f"license: {json.dumps(license or UNLICENSED)}",
-        f"library_name: {json.dumps(LIBRARIES[about.format])}",
+        f"license: {to_json(license or UNLICENSED)}",
+        f"library_name: {to_json(LIBRARIES[about.format])}",
         "pipeline_tag: image-feature-extraction",
-        f"tags: [self-supervised, {json.dumps(origin.get('method') or 'unknown')}]",
+        f"tags: [self-supervised, {to_json(origin.get('method') or 'unknown')}]",
         "---",
         f"# {_cell(name)}",
         "",
@@ -88,7 +88,7 @@ def card(name: str, about: About, target: Target, num_features: int, num_paramet
         lines.append("")
     if recipe:
         lines += ["## Recipe", "", f"{counted(len(recipe), 'section')}, keys that were resolved:", "", "```yaml"]
-        lines += [f"{k}: {json.dumps(plain(v), allow_nan=False)}" for k, v in recipe.items()] + ["```", ""]
+        lines += [f"{k}: {to_json(v)}" for k, v in recipe.items()] + ["```", ""]
     return "\n".join(lines)
 
 
