@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from torch.nn.functional import normalize
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.evaluate.features import gather_rows
+from seer_scale.evaluate.metrics import share_right
 from seer_scale.extras import how_to_install
 
 if TYPE_CHECKING:
@@ -93,9 +93,3 @@ def vote(
     votes.scatter_add_(1, of_bank, (similarity.double() / temperature).exp())
     ranked = votes.topk(min(5, classes), dim=1).indices == torch.from_numpy(truth)[:, None]
     return share_right("top1", ranked[:, 0]) | share_right("top5", ranked.any(1))
-
-
-def share_right(name: str, is_right: Tensor) -> dict[str, float]:
-    """The share of right answers and its standard error, in percent."""
-    share = is_right.double().mean().item()
-    return {name: 100 * share, f"{name}_stderr": 100 * math.sqrt(share * (1 - share) / len(is_right))}
