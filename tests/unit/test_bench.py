@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from seer_scale.bench import checkpoint, data, engines, lars, sinkhorn, step
+from seer_scale.bench import checkpoint, data, engines, lars, learn, sinkhorn, step
+from seer_scale.data.sources import open_data
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.methods.losses import sinkhorn as ours
@@ -263,3 +265,87 @@ def test_data(tmp_path):
     assert set(facts["workers"]["2"]) == {"images_per_s", "of_processes", "to_first", "processes_to_first"}
     with pytest.raises(UserError, match="--workers is 0, but must be numbers"):
         data.run(data_options(str(tmp_path), "--workers", "0"))
+
+
+# --- learn
+
+LEARN = """
+model: {name: regnety, depth: 5, w0: 16, wa: 24.0, wm: 2.0, group_width: 8}
+views: {crops: [{num: 2, size: 16}, {num: 1, size: 8}]}
+swav: {hidden: [16], embedding_dim: 8, prototypes: [8], epsilon: 0.03, iterations: 2}
+optim: {name: sgd, lr: 0.1, lr_batch: 0}
+train: {total_samples: 32, global_batch: 16}
+knn: {size: 16}
+"""
+
+
+@pytest.fixture
+def learn_options(tmp_path):
+    pytest.importorskip("lightly")
+    (tmp_path / "learn.yaml").write_text(LEARN)
+    for i in range(40):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(Image.fromarray(photo(24, 24, seed=i))))
+
+    def options(*words: str) -> argparse.Namespace:
+        parser = argparse.ArgumentParser()
+        learn.add_arguments(parser)
+        return parser.parse_args([str(tmp_path / "images"), "--recipe", str(tmp_path / "learn.yaml"), *words])
+
+    return options
+
+
+def test_learn(learn_options, tmp_path):
+    told = json.loads(learn.run(learn_options("--seeds", "2", "--json")))
+    assert list(told["runs"]) == [learn.OURS, learn.STEPS, learn.TIME] and told["queries"] == 8
+    assert all(len(found) == 2 and found[0]["cpu_s"] > 0 for found in told["runs"].values())
+    assert {one["samples"] for name in (learn.OURS, learn.STEPS) for one in told["runs"][name]} == {32}
+    ours, other = (told["runs"][name] for name in (learn.OURS, learn.STEPS))
+    by_seed = [mine["knn"] - theirs["knn"] for mine, theirs in zip(ours, other)]
+    assert told["ours_minus"][learn.STEPS][0] == pytest.approx(sum(by_seed) / 2)
+    lines = learn.run(learn_options("--seeds", "1", "--samples", "16")).splitlines()
+    assert "8 queries" in lines[2] and "16 samples" in lines[4] and "a CPU second" in lines[6]
+
+
+def test_both_loops_begin_alike_and_train_the_backbone(learn_options, tmp_path):
+    (tmp_path / "two.yaml").write_text(LEARN.replace(", {num: 1, size: 8}", ""))
+    config = learn.configure(learn_options("--recipe", str(tmp_path / "two.yaml")))
+    method = learn.start(config)[0]
+    reference = learn.Reference(method, config)
+    view = torch.randn(16, 3, 16, 16)
+    views = [view, view.flip(0)]  # lightly's loop has statistics a view, ours a resolution: here they are the same
+    ours = method.train().loss([torch.cat(views)], samples_seen=0).loss
+    assert ours.item() == pytest.approx(reference(views).item(), rel=1e-5)
+
+    source = open_data(config.data)
+    weights = {name: p.clone() for name, p in method.backbone.named_parameters()}
+    for train in (learn.train_ours, learn.train_reference):
+        trained, _ = train(config, source)
+        assert not any(torch.equal(p, weights[name]) for name, p in trained.named_parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize(
+    "was, now, key",
+    [
+        ("name: sgd", "name: adamw", "optim.name"),
+        ("hidden: [16]", "hidden: []", "swav.hidden"),
+        ("prototypes: [8]", "prototypes: [8, 8]", "swav.prototypes"),
+        ("iterations: 2", "queue: 16", "swav.queue"),
+    ],
+)
+def test_learn_compares_only_what_lightly_has(learn_options, tmp_path, was, now, key):
+    (tmp_path / "learn.yaml").write_text(LEARN.replace(was, now))
+    with pytest.raises(UserError) as error:
+        learn.run(learn_options())
+    assert error.value.problems[0].key == key
+
+
+def test_learn_needs_labels_and_seeds(learn_options, tmp_path):
+    with pytest.raises(UserError) as error:
+        learn.run(learn_options("--seeds", "0"))
+    assert error.value.problems[0].key == "--seeds"
+    shutil.rmtree(tmp_path / "images" / "b")
+    with pytest.raises(UserError) as error:
+        learn.run(learn_options())
+    assert error.value.problems[0].key == "PATH"
