@@ -15,11 +15,11 @@ from seer_scale.files import shown, to_json
 BENCHES = {
     "step": ("bench.step", "an update against a plain loop"),
     "data": ("bench.data", "images/s that a core makes of your files"),
-    "learn": ("bench.learn", "what is learned in equal updates and equal time, against lightly"),
     "engines": ("bench.engines", "every engine against ddp, in speed and memory"),
     "checkpoint": ("bench.checkpoint", "how long training waits for a checkpoint"),
     "lars": ("bench.lars", "LARS on sharded parameters"),
     "sinkhorn": ("bench.sinkhorn", "Sinkhorn against a lower bound from its memory traffic"),
+    "learn": ("bench.learn", "what is learned in equal updates and equal time, against lightly"),
 }
 INSPECT = (
     "Of a checkpoint: what is in it, who wrote it, whether it is whole; this reads no tensor. Of a run: where its "

@@ -135,8 +135,8 @@ def test_a_bench_is_given_what_it_can_send_to_its_ranks(name, monkeypatch):
     sent = []
     bench = importlib.import_module(f"seer_scale.bench.{name}")
     monkeypatch.setattr(bench, "run", lambda args: sent.append(pickle.loads(pickle.dumps(args))))
-    assert main(["bench", name, *["unused"] * (name == "data")]) == 0
-    assert isinstance(vars(sent[0])["rounds"], int)
+    assert main(["bench", name, *["unused"] * (name in ("data", "learn"))]) == 0
+    assert isinstance(vars(sent[0])["seeds" if name == "learn" else "rounds"], int)
 
 
 def parser_of(*path: str) -> argparse.ArgumentParser:
