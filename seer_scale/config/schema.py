@@ -208,6 +208,14 @@ class Train:
         ),
         ge=0,
     )
+    freeze_backbone_samples: int = opt(
+        0,
+        (
+            "the backbone's parameters stay fixed until this many samples were seen, while what is new beside it "
+            "settles; its BatchNorm statistics adapt to the images"
+        ),
+        ge=0,
+    )
     precision: Literal["fp32", "fp16", "bf16"] = opt("fp32", "compute type of convolutions and matrix products")
     max_skips: int = opt(50, "as many updates skipped in a row, because gradients are not finite, end the run", ge=1)
     collapse_after: float = opt(

@@ -146,6 +146,17 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         """How updates treat each parameter, by its name."""
         return {name: ParameterGroup() for name, _ in self.named_parameters()}
 
+    def backbone_prefixes(self) -> tuple[str, ...]:
+        """What the names of the backbone begin with: `export_prefix`, and that of the network it is a moving average
+        of, or that is one of it."""
+        own, found = self.export_prefix, {self.export_prefix: None}
+        for name, group in self.parameter_groups().items():
+            for this, other in ((name, group.average_of), (group.average_of, name)):
+                rest = this.removeprefix(own)
+                if group.average_of and rest != this and other.endswith(f".{rest}"):
+                    found[other.removesuffix(rest)] = None
+        return tuple(found)
+
     def average_momentum(self, samples_seen: int) -> float:
         """Of the moving averages among the parameters, in the update after `samples_seen` samples."""
         raise NotImplementedError(f"{type(self).__name__} declares moving averages, but no momentum.")

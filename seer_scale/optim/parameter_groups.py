@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,18 @@ class ParameterGroup:
 
     def is_frozen(self, samples_seen: int) -> bool:
         return any(first <= samples_seen < end for first, end in self.frozen)
+
+
+def frozen_until(
+    groups: Mapping[str, ParameterGroup], prefixes: tuple[str, ...], samples: int
+) -> dict[str, ParameterGroup]:
+    """`groups`, but that updates leave alone what has a name that begins so, until this many samples were seen."""
+    if not samples:
+        return dict(groups)
+    return {
+        name: replace(group, frozen=(*group.frozen, (0, samples))) if name.startswith(prefixes) else group
+        for name, group in groups.items()
+    }
 
 
 def check_groups(groups: Mapping[str, ParameterGroup], shapes: Mapping[str, Sequence[int]]) -> None:

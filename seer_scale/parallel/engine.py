@@ -24,7 +24,7 @@ from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.init import initial_values
 from seer_scale.models.registry import reset_buffers
 from seer_scale.optim.optimizers import build_optimizer
-from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, normalized_parameters
+from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, frozen_until, normalized_parameters
 from seer_scale.parallel.loss_scaler import LossScaler
 from seer_scale.parallel.parallelize import parallelize
 from seer_scale.parallel.shard import Shard
@@ -41,7 +41,9 @@ class Engine:
     def __init__(self, method: Method[Any, Any], config: Config, world: World, loaded: tuple[str, ...] = ()):
         """loaded: beginnings of the names of parameters that a checkpoint will bring; "" is all of them."""
         self.method, self.config, self.world, self._loaded = method, config, world, loaded
-        self._initialisers, self.groups = method.initialisers(), method.parameter_groups()
+        self._initialisers = method.initialisers()
+        frozen = method.backbone_prefixes(), config.train.freeze_backbone_samples
+        self.groups = frozen_until(method.parameter_groups(), *frozen)
         self._normalized = normalized_parameters(self.groups)
         self.averages = {n: group.average_of for n, group in self.groups.items() if group.average_of}
         for name in self.averages:

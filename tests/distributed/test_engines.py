@@ -40,7 +40,7 @@ CASES = {
     "queue": {"swav.queue": 16},
     "each block recomputed": {"parallel.activation_checkpoint": "every 1"},
     "runs recomputed": {"parallel.activation_checkpoint": [[1], [1], [2], []]},
-    "frozen": {"swav.freeze_samples": 16},
+    "frozen": {"swav.freeze_samples": 16, "train.freeze_backbone_samples": 24},
     "no BatchNorm in the head": {"swav.batch_norm": False},
     "no decay of vectors": {"optim.exclude_vectors": True, "optim.weight_decay": 0.1},
 }

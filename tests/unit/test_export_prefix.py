@@ -14,5 +14,7 @@ def test_the_prefix_is_that_of_the_backbones_parameters(kind, prefix):
     with torch.device("meta"):
         method = make(kind, World())
     assert method.export_prefix == prefix
+    twins = {"backbone.": (), "student.backbone.": ("teacher.backbone.",)}[prefix]
+    assert method.backbone_prefixes() == (prefix, *twins)
     names = {name.removeprefix(prefix) for name, _ in method.named_parameters() if name.startswith(prefix)}
     assert names == {name for name, _ in method.backbone.named_parameters()}

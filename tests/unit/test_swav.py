@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from seer_scale.bench.step import textbook_loss, textbook_sinkhorn
+from seer_scale.checkpoint.layout import local_of
 from seer_scale.distributed import World
 from seer_scale.methods.losses.sinkhorn import sinkhorn
 from seer_scale.methods.swav import method as swav
@@ -92,6 +93,24 @@ def test_frozen_prototypes_do_not_move_and_rows_keep_unit_length():
     moved = engine.whole("prototypes.0.weight")
     assert not torch.allclose(moved, start, atol=1e-4)
     assert torch.allclose(moved.norm(dim=1), torch.ones(12), atol=1e-6)
+
+
+def test_a_frozen_backbone_settles_the_head_and_its_statistics_adapt():
+    """No update, no decay, no momentum: it goes on from there as if its own run began."""
+    config, engine = tiny(
+        WORLD, **{"parallel.engine": "single", "train.freeze_backbone_samples": 16, "optim.weight_decay": 0.1}
+    )
+    start = {name: local_of(tensor).clone() for name, tensor in engine.state().items()}
+    losses_of(engine, config, WORLD, range(2))
+    now = {name: local_of(tensor) for name, tensor in engine.state().items()}
+    moved = {name for name, tensor in now.items() if not torch.equal(tensor, start[name])}
+    backbone = {name for name in now if name.split("/")[1].startswith("backbone.")}
+    statistics = {"running_mean", "running_var", "num_batches_tracked"}
+    assert {name.rpartition(".")[2] for name in moved & backbone} == statistics
+    assert {"model/head.0.weight", "optim/head.0.weight/momentum", "model/prototypes.0.weight"} <= moved
+    losses_of(engine, config, WORLD, range(2, 3))
+    stem = "backbone.stem.conv.weight"
+    assert not torch.equal(engine.whole(stem), start[f"model/{stem}"])
 
 
 def test_it_watches_itself():
