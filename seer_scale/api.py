@@ -37,9 +37,10 @@ from seer_scale.rank_info import detect
 from seer_scale.training.start import default_run_dir, run_training
 
 if TYPE_CHECKING:
+    from seer_scale.interop.importing import Imported
     from seer_scale.models.backbone import Backbone
 
-__all__ = ["Embedded", "Run", "Transform", "ViewSheet", "embed", "load", "train", "views"]
+__all__ = ["Embedded", "Run", "Transform", "ViewSheet", "embed", "import_weights", "load", "train", "views"]
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -165,6 +166,21 @@ def load(path: str | Path, *, which: str | int = "last", plugins: str | Sequence
     """
     load_plugins(_several(plugins))
     return load_backbone(Path(path).expanduser(), str(which))
+
+
+def import_weights(
+    path: str | Path, out: str | Path, *, format: str = "auto", model: str = "", overwrite: bool = False
+) -> Imported:
+    """Published weights become a folder `out` that `load` and `checkpoint.init_from` take; what was taken.
+
+    path: a file of VISSL, timm, torchvision or the SwAV repository, or a folder of timm or transformers. format: auto
+    goes by the names. model: the backbone they must be of, as in `model.name`. Nothing in a file is run. Raises
+    UserError, with nothing left behind.
+    """
+    from seer_scale.interop import importing
+
+    given, made = (Path(p).expanduser() for p in (path, out))
+    return importing.import_weights(given, made, format=format, model=model, overwrite=overwrite)
 
 
 class Embedded(NamedTuple):

@@ -74,6 +74,11 @@ class StoredTensor:
     def dtype(self) -> torch.dtype:
         return self.storage.dtype
 
+    def read_run(self, start: int, stop: int) -> Tensor:
+        """Of a vector that lies in one piece, a copy of these elements."""
+        assert self.stride == (1,) and stop <= self.shape[0], "no vector in one piece"
+        return StoredTensor(self.storage, self.offset + start, torch.Size([stop - start]), (1,)).read()
+
     def read(self) -> Tensor:
         """A contiguous copy, on the CPU."""
         array = self.storage.array

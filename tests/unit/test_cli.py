@@ -27,6 +27,7 @@ from seer_scale.errors import EXIT_STOPPED
 COMMANDS = (
     "train",
     "recipes",
+    "import",
     "launch",
     "list",
     "status",
@@ -293,7 +294,7 @@ def test_commands_start_in_a_moment(tmp_path):
         "train no",
         "trian",
     ]
-    asked += [f"{command} --help" for command in ("launch", "inspect", "eval knn", "bench", "data", "plan")]
+    asked += [f"{command} --help" for command in ("launch", "import", "inspect", "eval knn", "bench", "data", "plan")]
     code = (
         "import sys; from seer_scale import cli\n"
         "for words in sys.argv[1:]:\n"

@@ -1,0 +1,136 @@
+"""`seer-scale import`: published weights become an artefact (artefact.py)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seer_scale.data.transforms.views import eval_preprocessing
+from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.files import published
+from seer_scale.formatting import counted
+from seer_scale.interop.architecture import find_model
+from seer_scale.interop.artefact import OWN_FORMAT, About, TensorInfo, write_artefact
+from seer_scale.interop.published import Lazy, open_published
+from seer_scale.models.registry import build_backbone
+from seer_scale.models.timm_adaptor import STATISTICS, TIMM_PREFIX, Whole
+
+COUNT = STATISTICS[2]
+"""Of the updates of a BatchNorm's statistics: what a file need not have."""
+IMAGE_SIZE = 224
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Imported:
+    """path: of the artefact. format: of what it was made of. model: the keys of a recipe's section `model`. taken: how
+    many tensors of each part (backbone, head, prototypes). left: names that were not taken. anew: of the backbone's
+    buffers that were not there and begin as before any training."""
+
+    path: Path
+    format: str
+    model: dict[str, Any]
+    taken: dict[str, int]
+    left: list[str]
+    anew: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{counted(n, 'tensor')} of the {part}" for part, n in self.taken.items())
+        model = " ".join(f"--model.{key} {value}" for key, value in self.model.items())
+        lines = [f"{self.path} has {parts}, by names of {self.format}.", f"Its network: {model}"]
+        for what, names in (("Not taken", self.left), ("Not there, so as before any training", self.anew)):
+            if names:
+                lines.append(f"{what} ({len(names)}): {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+        lines.append(f"Go on from it: seer-scale train RECIPE --checkpoint.init_from {self.path}")
+        return "\n".join(lines)
+
+
+def import_weights(
+    path: Path, out: Path, *, format: str = "auto", model: str = "", overwrite: bool = False
+) -> Imported:
+    """Make an artefact at `out`, a folder that is not there yet, of the weights in a file or folder.
+
+    format: vissl, timm, torchvision or transformers; auto goes by the names. model: the backbone they must be of, as in
+    `model.name`. Tensors become fp32, one at a time. Raises UserError, with nothing left behind.
+    """
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(Problem("--out", out, "it exists", "give another, or --force"))
+    found = open_published(path, format)
+    keys = _model(path, {name: tensor.shape for name, tensor in found.tensors.items()}, model)
+    with torch.device("meta"):
+        backbone = build_backbone(keys["name"], **{k: v for k, v in keys.items() if k != "name"})
+    prefix = "net." if isinstance(backbone, Whole) else ""
+    theirs = {prefix + name: tensor for name, tensor in found.tensors.items()}
+    wanted = {name: t for name, t in backbone.state_dict().items()}
+    taken, anew = _taken(path, theirs, wanted, {name for name, _ in backbone.named_parameters()}, keys["name"])
+    others = {name: TensorInfo(torch.float32, tensor.shape) for name, tensor in found.others.items()}
+    infos = {name: TensorInfo(wanted[name].dtype, wanted[name].shape) for name in (*taken, *anew)} | others
+    sources = taken | found.others
+
+    def read(name: str) -> Tensor:
+        if name not in sources:
+            return torch.zeros(infos[name].shape, dtype=infos[name].dtype)
+        tensor = sources[name].read().to(infos[name].dtype)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(Problem(str(path), NOTHING, f"holds values that are not finite, in {name}"))
+        return tensor.view(infos[name].shape)
+
+    origin = {"file": path.name, "format": found.format}
+    about = About(OWN_FORMAT, keys, eval_preprocessing(IMAGE_SIZE), origin)
+    try:
+        with published(out, replace=overwrite) as aside:
+            aside.mkdir()
+            write_artefact(aside, about, infos, read, max_shard_bytes=MAX_SHARD_BYTES)
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror or error})"
+        raise UserError(Problem(str(out), NOTHING, rule, "give another --out")) from error
+    parts = Counter("backbone" if "/" not in name else name.partition("/")[0] for name in sources)
+    left = sorted(found.left + [name.removeprefix(prefix) for name in theirs.keys() - taken.keys()])
+    return Imported(out, found.format, keys, dict(parts), left, sorted(anew))
+
+
+def _model(where: Path, shapes: Mapping[str, torch.Size], asked: str) -> dict[str, Any]:
+    """The keys of the network. Raises UserError where it is another than asked."""
+    if asked.startswith(TIMM_PREFIX):
+        return {"name": asked}
+    if asked and asked != "regnety":
+        with torch.device("meta"):
+            build_backbone(asked)  # there is one of this name
+    keys = find_model(str(where), shapes)
+    if asked not in ("", keys["name"]):
+        told = json.dumps(keys, allow_nan=False) if keys["name"] == "regnety" else keys["name"]
+        raise UserError(Problem("--model", asked, f"{where} holds another: {told}", keys["name"]))
+    return keys
+
+
+def _taken(
+    where: Path, theirs: Mapping[str, Lazy], wanted: Mapping[str, Tensor], parameters: set[str], model: str
+) -> tuple[dict[str, Lazy], list[str]]:
+    """The tensors of the network, and names of its buffers that are not there. Raises UserError where one of its
+    parameters or statistics is not, or has another shape."""
+    taken, anew, wrong = {}, [], []
+    for name, tensor in wanted.items():
+        if name not in theirs:
+            if name in parameters or name.rpartition(".")[2] in STATISTICS[:2]:
+                wrong.append(f"{name} is absent")
+            elif name.endswith(COUNT):
+                anew.append(name)
+        elif theirs[name].shape != tensor.shape and (tensor.numel() != 1 or theirs[name].shape.numel() != 1):
+            wrong.append(f"{name} is {list(theirs[name].shape)} there and {list(tensor.shape)} in it")
+        else:
+            taken[name] = theirs[name]
+    if wrong:
+        more = f" ({counted(len(wrong), 'tensor')} in all)" if len(wrong) > 1 else ""
+        rule = f"does not hold a {model}: {wrong[0]}{more}"
+        raise UserError(Problem(str(where), NOTHING, rule, "--model names another"))
+    return taken, anew

@@ -1,0 +1,293 @@
+"""Published weights come in to the bit, from every layout, as the network that they are of, or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import seer_scale
+from seer_scale.cli import main
+from seer_scale.errors import UserError
+from seer_scale.interop.architecture import Plan, find_generator
+from seer_scale.interop.artefact import Artefact
+from seer_scale.interop.names import NAME_MAPS
+from seer_scale.models.registry import build_backbone, initialise
+from seer_scale.models.regnet import REGNETY, RegNetSpec
+
+TINY = {"depth": 5, "w0": 8, "wa": 12.0, "wm": 2.0, "group_width": 8}
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class AttrDict(dict):
+    """What VISSL's files have beside their weights."""
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[str, torch.Tensor]:
+    """A small RegNetY with statistics of its own."""
+    backbone = build_backbone("regnety", **TINY)
+    initialise(backbone, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, tensor in backbone.state_dict().items():
+            if "running" in name or name.endswith("bias"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif name.endswith("tracked"):
+                tensor.fill_(7)
+    return {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+
+
+def vissl(name: str, part: str = "") -> str:
+    """A name of ours as VISSL's trunk has it (vissl/models/trunks/regnet.py, classy_vision/models/anynet.py)."""
+    if name.startswith("stem."):
+        return name.replace("stem.conv", "_feature_blocks.conv1.stem.0").replace(
+            "stem.bn", "_feature_blocks.conv1.stem.1"
+        )
+    s, b, rest = re.fullmatch(r"s(\d)\.b(\d+)\.(.+)", name).groups()
+    for mine, theirs in (
+        ("conv1.conv", "f.a.0"), ("conv1.bn", "f.a.1"), ("conv2.conv", "f.b.0"), ("conv2.bn", "f.b.1"),
+        ("se.fc1", "f.se.excitation.0"), ("se.fc2", "f.se.excitation.2"), ("conv3.conv", "f.c"),
+        ("conv3.bn", "f.final_bn"), ("downsample.conv", "proj"), ("downsample.bn", "bn"),
+    ):  # fmt: skip
+        if rest.startswith(f"{mine}."):
+            return f"_feature_blocks.res{int(s) + 1}.{part.format(s)}block{s}-{int(b) - 1}.{rest.replace(mine, theirs)}"
+    raise KeyError(name)
+
+
+HEAD = {
+    "0.weight": torch.randn(6, 40),
+    "0.bias": torch.randn(6),
+    "2.weight": torch.randn(4, 6),
+    "2.bias": torch.ones(4),
+}
+PROTOTYPES = torch.randn(5, 4)
+
+
+def heads() -> dict[str, torch.Tensor]:
+    return {f"0.projection_head.{k}": v for k, v in HEAD.items()} | {"0.prototypes0.weight": PROTOTYPES}
+
+
+def classy(trunk, heads, **more) -> dict:
+    """As VISSL's CheckpointWriter leaves it."""
+    return {
+        "type": "consolidated",
+        "phase_idx": 3,
+        "config": AttrDict(MODEL=AttrDict(name="regnet"), list=[AttrDict()]),
+        "classy_state_dict": {"base_model": {"model": {"trunk": trunk, "heads": heads}, **more}, "optimizer": {}},
+    }
+
+
+def sharded(trunk: dict[str, torch.Tensor], size: int) -> list[dict]:
+    """Local state dicts and their metadata of fairscale's FSDP, of `size` ranks: two units, flattened and padded, and a
+    buffer each rank has; as FullyShardedDataParallel.local_metadata_dict has it."""
+    buffers = {n: t for n, t in trunk.items() if "running" in n or "tracked" in n}
+    parameters = {n: t for n, t in trunk.items() if n not in buffers}
+    inner = "_feature_blocks.res2"
+    units = {
+        inner: {n: t for n, t in parameters.items() if n.startswith(f"{inner}.")},
+        "": {n: t for n, t in parameters.items() if not n.startswith(f"{inner}.")},
+    }
+    ranks = [{"model": {"trunk": dict(buffers)}, "meta": {"trunk": {"param_metadata": [], "buffer_names": [*buffers]}}}
+             for _ in range(size)]  # fmt: skip
+    for path, members in units.items():
+        flat = torch.cat([t.flatten() for t in members.values()])
+        chunk = -(-len(flat) // size)
+        for rank, held in enumerate(ranks):
+            run = flat[rank * chunk : (rank + 1) * chunk]
+            padding = chunk - len(run)
+            held["model"]["trunk"][f"{path}.flat_param_0" if path else "flat_param_0"] = nn.functional.pad(
+                run, (0, padding)
+            )
+            about = {
+                "names": [n.removeprefix(f"{path}.") if path else n for n in members],
+                "shapes": [t.shape for t in members.values()],
+                "numels": [t.numel() for t in members.values()],
+                "padding": padding,
+            }
+            held["meta"]["trunk"]["param_metadata"].append(
+                {
+                    "fsdp_path": path,
+                    "params": {"flat_param_0": about},
+                    "no_broadcast_optim_state": False,
+                    "shared_param_info": [],
+                }
+            )
+    return [{"classy_state_dict": {"base_model": held}, "type": "shard"} for held in ranks]
+
+
+def write(kind: str, folder, ours):
+    """A file or folder of this kind with these weights."""
+    path = folder / f"{kind.split()[0]}.torch"
+    trunk = {vissl(name): tensor for name, tensor in ours.items()}
+    if kind == "vissl":
+        torch.save(classy(trunk, heads()), path)
+    elif kind == "vissl of old":  # the stem without its own name, blocks in parts, the legacy format
+        trunk = {vissl(n, "block{}-part0.").replace("conv1.stem", "conv1"): t for n, t in ours.items()}
+        torch.save(classy(trunk, heads()), path, _use_new_zipfile_serialization=False)
+    elif kind == "vissl sharded":
+        shards = sharded(trunk, 3)
+        for i, shard in enumerate(shards):
+            torch.save(shard, folder / f"model_final_shard{i}.torch")
+        torch.save({"type": "shard_list", "shards": [f"/cluster/model_final_shard{i}.torch" for i in range(3)]}, path)
+    elif kind == "vissl sliced":
+        (folder / "vissl_layers").mkdir()
+        names = {}
+        for i, (name, tensor) in enumerate(trunk.items()):
+            torch.save({"type": "slice", "weight": tensor}, folder / "vissl_layers" / f"{i:x}.torch")
+            names[name] = f"/cluster/vissl_layers/{i:x}.torch"
+        torch.save({"type": "slice_list", "classy_state_dict": {"base_model": {"model": {"trunk": names}}}}, path)
+    else:
+        state = {NAME_MAPS[kind].theirs(name): t for name, t in ours.items()}
+        torch.save({"state_dict": {f"module.{n}": t for n, t in state.items()}, "epoch": 3}, path)
+    return path
+
+
+KINDS = ("vissl", "vissl of old", "vissl sharded", "vissl sliced", *NAME_MAPS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_comes_in_to_the_bit(kind, ours, tmp_path):
+    path = write(kind, tmp_path, ours)
+    made = seer_scale.import_weights(path, tmp_path / "out")
+    assert made.format == kind.split()[0] and made.model["name"] == "regnety" and not made.left and not made.anew
+    found = seer_scale.load(tmp_path / "out").state_dict()
+    assert found.keys() == ours.keys() and all(torch.equal(found[n], t) for n, t in ours.items())
+    held = Artefact(tmp_path / "out")
+    with_head = kind in ("vissl", "vissl of old")
+    assert made.taken == {"backbone": len(ours)} | ({"head": 4, "prototypes": 1} if with_head else {})
+    if with_head:
+        assert all(torch.equal(held.read(f"head/{n}"), t) for n, t in HEAD.items())
+        assert torch.equal(held.read("prototypes/0.weight"), PROTOTYPES)
+
+
+def test_shards_are_put_together_as_fairscale_does(ours):
+    from fairscale.nn import FullyShardedDataParallel
+
+    trunk = {vissl(name): tensor for name, tensor in ours.items()}
+    ranks = [shard["classy_state_dict"]["base_model"] for shard in sharded(trunk, 3)]
+    whole = FullyShardedDataParallel.consolidate_shard_weights(
+        [r["model"]["trunk"] for r in ranks], [r["meta"]["trunk"] for r in ranks]
+    )
+    assert whole.keys() == trunk.keys() and all(torch.equal(whole[n], t) for n, t in trunk.items())
+
+
+@torch.no_grad()
+def test_files_of_the_libraries_themselves_make_the_same_features(tmp_path):
+    from transformers import RegNetConfig, RegNetForImageClassification
+
+    theirs = timm.create_model("regnety_002").eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    config = RegNetConfig(hidden_sizes=[24, 56, 152, 368], depths=[1, 1, 4, 7], groups_width=8)
+    folded = RegNetForImageClassification(config).eval()
+    folded.save_pretrained(tmp_path / "transformers")
+    seen = torchvision.models.resnet18().eval()
+    torch.save(seen.state_dict(), tmp_path / "torchvision.pth")
+    for name, module, head in (("timm.pth", theirs, "head.fc"), ("torchvision.pth", seen, "fc"),
+                               ("transformers", folded, "classifier.1")):  # fmt: skip
+        made = seer_scale.import_weights(tmp_path / name, tmp_path / "out", overwrite=True)
+        assert made.left == [f"{head}.bias", f"{head}.weight"]
+        assert made.model == {"name": "timm/resnet18" if name == "torchvision.pth" else "regnety_200mf"}
+        if isinstance(module, RegNetForImageClassification):
+            wanted = module.regnet(X).pooler_output.flatten(1)
+        else:
+            module.set_submodule(head, nn.Identity())
+            wanted = module(X)
+        torch.testing.assert_close(seer_scale.load(tmp_path / "out")(X), wanted, rtol=0, atol=1e-6)
+
+
+def test_the_swav_repositorys_resnet_keeps_its_head(tmp_path):
+    state = timm.create_model("resnet50", num_classes=0).state_dict()
+    state |= {f"projection_head.{n}": t for n, t in HEAD.items()} | {"prototypes.weight": PROTOTYPES}
+    torch.save({f"module.{n}": t for n, t in state.items()}, tmp_path / "swav.pth.tar")
+    made = seer_scale.import_weights(tmp_path / "swav.pth.tar", tmp_path / "out")
+    assert made.model == {"name": "timm/resnet50"} and not made.left
+    assert made.taken == {"backbone": 318, "head": 4, "prototypes": 1}
+    assert torch.equal(Artefact(tmp_path / "out").read("prototypes/0.weight"), PROTOTYPES)
+
+
+def test_any_network_of_timm_comes_in_by_its_name(tmp_path):
+    theirs = timm.create_model("test_convnext").eval()
+    torch.save(theirs.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError) as caught:
+        seer_scale.import_weights(tmp_path / "x.pth", tmp_path / "out")
+    assert caught.value.problems[0].key == str(tmp_path / "x.pth") and not (tmp_path / "out").exists()
+    made = seer_scale.import_weights(tmp_path / "x.pth", tmp_path / "out", model="timm/test_convnext")
+    assert made.left == ["head.fc.bias", "head.fc.weight"]
+    theirs.reset_classifier(0)
+    torch.testing.assert_close(seer_scale.load(tmp_path / "out")(X), theirs(X), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [*REGNETY.values(), RegNetSpec(**TINY), RegNetSpec(8, 24, 20.0, 1.8, 16, 0.5)])
+def test_a_generator_is_found_for_every_regnety(spec):
+    found = find_generator(Plan.of(spec))
+    assert found is not None and Plan.of(found) == Plan.of(spec)
+
+
+def test_what_cannot_come_in_is_told_and_leaves_nothing(ours, tmp_path):
+    names = NAME_MAPS["torchvision"]
+
+    def refused(change, **options):
+        state = {names.theirs(n): t for n, t in ours.items()}
+        change(state)
+        torch.save(state, tmp_path / "x.pth")
+        with pytest.raises(UserError) as caught:
+            seer_scale.import_weights(tmp_path / "x.pth", tmp_path / "out", **options)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pth"]
+        return caught.value.problems[0]
+
+    place, some = str(tmp_path / "x.pth"), "trunk_output.block4.block4-0.f.c.0.weight"
+    assert refused(lambda s: s.pop(some)).key == place
+    assert refused(lambda s: s.update({some: torch.zeros(3, 3)})).key == place
+    assert refused(lambda s: s.update({"stem.0.weight": s["stem.0.weight"] * torch.nan})).key == place
+    assert refused(lambda s: s.update({"stem.0.weight": torch.zeros(16, 3, 3, 3)})).key == place
+    assert refused(dict.clear).key == place
+    problem = refused(lambda s: None, model="regnety_8gf")
+    assert (problem.key, problem.value, problem.nearest) == ("--model", "regnety_8gf", "regnety")
+    problem = refused(lambda s: None, format="vissl")
+    assert (problem.key, problem.value, problem.nearest) == ("--format", "vissl", "torchvision")
+    assert refused(lambda s: None, format="keras").key == "--format"
+    assert refused(lambda s: None, model="regnety_9gf").key == "model.name"
+    (tmp_path / "x.pth").unlink()
+    torch.save(torchvision.models.regnet_y_800mf().state_dict(), tmp_path / "x.pth")  # of other widths than the paper's
+    with pytest.raises(UserError):
+        seer_scale.import_weights(tmp_path / "x.pth", tmp_path / "out")
+    for missing in ("gone", "."):
+        with pytest.raises(UserError):
+            seer_scale.import_weights(tmp_path / missing, tmp_path / "out")
+
+
+def test_lists_of_files_lead_nowhere_else(ours, tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "model_final_shard0.torch"
+    inside.mkdir()
+    path = write("vissl sharded", inside, ours)
+    (inside / outside.name).rename(outside)
+    torch.save({"type": "shard_list", "shards": [f"../{outside.name}"]}, path)
+    with pytest.raises(UserError) as caught:
+        seer_scale.import_weights(path, tmp_path / "out")
+    assert caught.value.problems[0].key == str(path)
+
+
+def test_half_precision_and_an_absent_count_of_updates(ours, tmp_path):
+    half = {n: t.half() if t.is_floating_point() else t for n, t in ours.items() if not n.endswith("tracked")}
+    torch.save(half, tmp_path / "x.pth")
+    made = seer_scale.import_weights(tmp_path / "x.pth", tmp_path / "out")
+    found = seer_scale.load(tmp_path / "out").state_dict()
+    assert len(made.anew) == len(ours) - len(half) and all(not found[name] for name in made.anew)
+    assert all(torch.equal(found[n], t.to(found[n].dtype)) for n, t in half.items())
+
+
+def test_the_command(ours, tmp_path, capsys):
+    path, out = str(write("timm", tmp_path, ours)), str(tmp_path / "out")
+    assert main(["import", path, "--out", out, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["taken"] == {"backbone": len(ours)} and told["format"] == "timm" and told["left"] == []
+    assert main(["import", path, "--out", out]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["import", path, "--out", out, "--force", "--model", "regnety"]) == 0
+    assert f"--checkpoint.init_from {out}" in capsys.readouterr().out
