@@ -72,7 +72,7 @@ def losses_of(engine: Engine, config: Config, world: World, steps: range, lr: fl
     out = []
     for step in steps:
         seen = step * config.train.global_batch
-        loss, _ = engine.gradients(micro_batches(config, step, world), samples_seen=seen)
+        loss = engine.gradients(micro_batches(config, step, world), samples_seen=seen).loss
         engine.update(lr, seen)
         out.append((world.sum_(loss.clone()) / world.size).item())
     return out

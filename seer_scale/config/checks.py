@@ -253,6 +253,8 @@ def _needs(config: Config) -> dict[str, tuple[bool, str]]:
             kind != "stream" or config.knn.enabled and bool(config.knn.bank),
             "a data.kind other than stream, or a knn.bank",
         ),
+        "probe.enabled": (config.knn.enabled, "knn.enabled true"),
+        "probe.lr": (config.probe.enabled, "probe.enabled true"),
         "data.prefetch": has_workers,
         "data.timeout_s": has_workers,
         "data.block": (kind != "stream", "a data.kind other than stream"),

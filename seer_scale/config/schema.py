@@ -323,6 +323,16 @@ class Health:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    enabled: bool = opt(
+        False,
+        "train a linear classifier on the features of the training images, which never touches the network "
+        "(docs/health.md); needs labels of data.path and kNN's queries",
+    )
+    lr: float = opt(0.001, "its learning rate (AdamW)", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     run: Run = Run()
     data: Data = Data()
@@ -338,6 +348,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     knn: Knn = Knn()
     health: Health = Health()
+    probe: Probe = Probe()
 
     @property
     def peak_lr(self) -> float:

@@ -266,13 +266,13 @@ def knn(
     _check_finite(nearest)  # topk takes what is no number for the largest
     votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / config.temperature).exp())
     ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices == y[:, None]
-    scores = _score("knn/top1", ranked[:, 0]) | _score("knn/top5", ranked.any(1))
+    scores = score("knn/top1", ranked[:, 0]) | score("knn/top5", ranked.any(1))
     majority = 100 * y.bincount().max().item() / len(y)
     scores |= {"knn/majority": majority, "knn/queries": len(y), "knn/classes": len(images.classes)}
     return scores, Neighbours(ids, found, nearest)
 
 
-def _score(name: str, is_right: Tensor) -> dict[str, float]:
+def score(name: str, is_right: Tensor) -> dict[str, float]:
     """The share of right answers and its standard error, in percent."""
     share = is_right.float().mean().item()
     return {name: 100 * share, f"{name}_stderr": 100 * math.sqrt(share * (1 - share) / len(is_right))}

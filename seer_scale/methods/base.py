@@ -26,10 +26,12 @@ TargetsT = TypeVar("TargetsT")
 
 class LossOutput(NamedTuple):
     """loss: fp32, 0-dim, the mean over the images of the views given. metrics: what `Method.metrics` reads once it is
-    averaged over micro-batches and ranks; empty where none was asked for."""
+    averaged over micro-batches and ranks; empty where none was asked for. features: of one view of each image, which
+    the loss needs anyway, [B, Method.feature_width], without a graph; None where the method has none to give."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    features: Tensor | None = None
 
 
 class Features(NamedTuple):
@@ -115,6 +117,12 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         """Of normalised images [N, 3, S, S], with running statistics; for evaluation."""
 
     # --- what it declares
+
+    @property
+    def feature_width(self) -> int:
+        """Of the features that `loss` gives (the backbone's, of a whole view: the first assigned crop, a teacher's
+        first global crop, what is visible of a masked image); 0: it gives none. A probe learns from them."""
+        return 0
 
     @abstractmethod
     def shard_units(self) -> dict[str, nn.Module]:

@@ -71,6 +71,8 @@ class ConsoleSink:
             when = f" at {measured:,} samples" if measured not in (None, row["samples_seen"]) else ""
             commonest = f" (commonest class {most:.1f} %)" if most is not None else ""
             words.append(f"kNN top-1 {top1:.1f} %{spread}{when}{commonest}")
+        if (top1 := _number(row, "probe/top1")) is not None:
+            words.append(f"probe top-1 {top1:.1f} %")
         if (rank := _number(row, "health/rankme")) is not None:
             words.append(f"effective rank {rank:.0f}")
         return words

@@ -159,24 +159,28 @@ class Engine:
     def gradients(self, batches: Sequence[MicroBatch], *, samples_seen: int, with_metrics: bool = False) -> LossOutput:
         """Forward and backward of this rank's share of the global batch, in micro-batches of equal size.
 
-        Returns the method's loss over it, detached. With several micro-batches a forward without gradients comes first,
-        where the method has targets (SwAV's codes), which are then those of the whole global batch; running statistics
-        move once, by the mean over micro-batches, as they would over groups of ranks.
+        Returns the method's loss over it, detached, and features of its images in their order, if it gives some. With
+        several micro-batches a forward without gradients comes first, where the method has targets (SwAV's codes),
+        which are then those of the whole global batch; running statistics move once, by the mean over micro-batches, as
+        they would over groups of ranks.
         """
         self.buffers.keep()
         if len(batches) == 1:
             out = self._run("loss", batches[0](), samples_seen=samples_seen, with_metrics=with_metrics)
             self._backward(out.loss * self.scaler.scale)
-            return LossOutput(out.loss.detach(), out.metrics)
+            return out._replace(loss=out.loss.detach())
         num, outs = len(batches), []
         targets: list[Any] = self._targets(batches, samples_seen) if self.method.has_batch_targets else [None] * num
         for i, (batch, own) in enumerate(zip(batches, targets, strict=True)):
             with self._accumulating(i == num - 1), self.buffers.micro_batch(i, num):
                 out = self._run("loss", batch(), samples_seen=samples_seen, targets=own, with_metrics=with_metrics)
                 self._backward(out.loss * self.scaler.scale / num)
-            outs.append(LossOutput(out.loss.detach(), out.metrics))
+            outs.append(out._replace(loss=out.loss.detach()))
         metrics = {k: torch.stack([out.metrics[k] for out in outs]).mean(0) for k in outs[0].metrics}
-        return LossOutput(torch.stack([out.loss for out in outs]).mean(0), metrics)
+        features = [out.features for out in outs if out.features is not None]
+        return LossOutput(
+            torch.stack([out.loss for out in outs]).mean(0), metrics, torch.cat(features) if features else None
+        )
 
     def _targets(self, batches: Sequence[MicroBatch], samples_seen: int) -> list[Any]:
         """Of each micro-batch, over the whole global batch."""

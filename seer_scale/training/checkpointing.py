@@ -70,13 +70,14 @@ def known_scores(
 class Checkpointing:
     """The checkpoints of a run, one in flight at most.
 
-    state_of_run: what a checkpoint's meta has beside what the engine and the clock say. resumed_from: the checkpoint in
-    this folder that holds the state as it is. All ranks call `save` alike.
+    state: the tensors of a checkpoint, by reference. state_of_run: what its meta has beside what the engine and the
+    clock say. resumed_from: the checkpoint in this folder that holds the state as it is. All ranks call `save` alike.
     """
 
     config: Config
     world: World
     engine: Engine
+    state: Callable[[], store.State]
     saver: Saver
     clock: Clock
     best: BestCheckpoint
@@ -123,7 +124,7 @@ class Checkpointing:
                     )
                 )
             self.engine.average_buffers()
-            self.saver.begin(self.engine.state(), self._meta())
+            self.saver.begin(self.state(), self._meta())
             self._stall_s = time.perf_counter() - begin
             if in_background:
                 return None

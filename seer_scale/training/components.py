@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from seer_scale.checkpoint import store
 from seer_scale.config import Config
 from seer_scale.cores import rank_cores
@@ -27,6 +29,7 @@ from seer_scale.parallel.engine import Engine
 from seer_scale.training import resume
 from seer_scale.training.clock import Clock
 from seer_scale.training.data_history import DataHistory, open_data_history
+from seer_scale.training.probe import Probe, build_probe
 from seer_scale.training.resume import Change
 from seer_scale.training.stop import StopRequest
 
@@ -52,8 +55,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Components:
-    """labelled: the images of kNN, health: those whose features are looked at; None: there are none. cores, workers:
-    CPU cores and loader processes of each rank."""
+    """labelled: the images of kNN, health: those whose features are looked at, probe: the one the recipe asks for;
+    None: there are none. cores, workers: CPU cores and loader processes of each rank."""
 
     engine: Engine
     execution: Execution
@@ -62,9 +65,18 @@ class Components:
     history: DataHistory
     labelled: LabelledImages | None
     health: HealthImages | None
+    probe: Probe | None
     origin: Origin
     cores: int
     workers: int
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by reference."""
+        return state_of(self.engine, self.probe)
+
+
+def state_of(engine: Engine, probe: Probe | None) -> dict[str, Tensor]:
+    return engine.state() | (probe.state() if probe else {})
 
 
 def build_components(config: Config, world: World, run_dir: Path, stop: StopRequest, progress: Progress) -> Components:
@@ -79,6 +91,7 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
     with progress.doing(f"listing the images of {shown(config.data.path)}"):
         saved = store.read_meta(found, world)["data"] if found else None
         history, labelled = list_images(config, run_dir, world, stop, saved)
+    probe = build_probe(config, method.feature_width, history.source, labelled, world)
     cores = rank_cores(world)
     with progress.doing("measuring how the network runs fastest"):
         between = partial(stop.end_start_if_agreed, world)
@@ -87,14 +100,16 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
         engine = build_engine(method, config, world, loaded=resume.loaded_prefixes(config, found))
     schedule, origin = LearningRate(config), Origin()
     if found:
-        origin = _restore(found, config, engine, schedule, progress, verify_s)
+        origin = _restore(found, config, engine, probe, schedule, progress, verify_s)
     elif weights:
-        origin = Origin(weights=weights, part=part, loaded=_load(weights, engine, progress, prefixes=part))
+        origin = Origin(
+            weights=weights, part=part, loaded=_load(weights, engine, engine.state(), progress, prefixes=part)
+        )
     seen, step = origin.meta.get("samples_seen", 0), origin.meta.get("step", 0)
     clock = Clock(config.train.global_batch, config.end(seen), seen, step)
     workers = config.data.num_workers(cores)
     health = health_images(config, history.source, labelled)
-    return Components(engine, execution, schedule, clock, history, labelled, health, origin, cores, workers)
+    return Components(engine, execution, schedule, clock, history, labelled, health, probe, origin, cores, workers)
 
 
 def list_images(
@@ -116,14 +131,22 @@ def list_images(
 
 
 def _restore(
-    path: Path, config: Config, engine: Engine, schedule: LearningRate, progress: Progress, verify_s: float
+    path: Path,
+    config: Config,
+    engine: Engine,
+    probe: Probe | None,
+    schedule: LearningRate,
+    progress: Progress,
+    verify_s: float,
 ) -> Origin:
-    """Bring engine, method and schedule to where the checkpoint `path` stands. Collective. Raises UserError."""
+    """Bring engine, method, probe and schedule to where the checkpoint `path` stands. Collective. Raises UserError."""
     meta = resume.check_resumable(path, config, engine.world)
     then = meta["config"]
     is_kept = engine.method.load_state(meta["method"]["state"], then, meta["samples_seen"])
     prefixes = ("model/", "optim/", "scaler/", *(("memory/",) if is_kept else ()))
-    loaded = _load(path, engine, progress, prefixes, remedy=resume.remedy(then, config))
+    if probe and meta.get("probe") == probe.classes_crc32:  # of other classes it begins anew
+        prefixes += ("probe/",)
+    loaded = _load(path, engine, state_of(engine, probe), progress, prefixes, remedy=resume.remedy(then, config))
     schedule.state |= meta["schedule"]
     if then["train"]["precision"] != config.train.precision:
         engine.scaler.restart()
@@ -137,11 +160,16 @@ def _restore(
 
 
 def _load(
-    path: Path, engine: Engine, progress: Progress, prefixes: str | tuple[str, ...], remedy: str = store.DEFAULT_REMEDY
+    path: Path,
+    engine: Engine,
+    state: store.State,
+    progress: Progress,
+    prefixes: str | tuple[str, ...],
+    remedy: str = store.DEFAULT_REMEDY,
 ) -> dict[str, float]:
-    """Take over what of a checkpoint has names that begin so; what that took. Collective."""
+    """Take over into `state` what of a checkpoint has names that begin so; what that took. Collective."""
     begin, world = time.perf_counter(), engine.world
     with progress.doing(f"loading {shown(path)}"):
-        nbytes = world.gather_objects(store.load(path, engine.state(), world, prefixes=prefixes, remedy=remedy))
+        nbytes = world.gather_objects(store.load(path, state, world, prefixes=prefixes, remedy=remedy))
     engine.refresh()
     return {"load_s": time.perf_counter() - begin, "load_bytes": sum(nbytes), "load_bytes_most": max(nbytes)}

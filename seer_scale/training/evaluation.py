@@ -29,6 +29,7 @@ from seer_scale.training.checkpointing import BestCheckpoint, Checkpointing
 from seer_scale.training.clock import Clock
 from seer_scale.training.event_log import LogEvent, disk_may_fill
 from seer_scale.training.monitors import Monitors
+from seer_scale.training.probe import Probe
 
 
 @dataclass(kw_only=True)
@@ -45,6 +46,7 @@ class Evaluation:
     clock: Clock
     labelled: LabelledImages | None
     health: HealthImages | None
+    probe: Probe | None
     monitors: Monitors
     checkpoints: Checkpointing
     best: BestCheckpoint
@@ -109,7 +111,7 @@ class Evaluation:
                 figures |= feature_health(table, health)
             if labelled:
                 scores, found = knn(self._encode, labelled, config, queries=table, **how)
-                figures |= scores
+                figures |= scores | (self.probe.measure(table) if self.probe else {})
         return figures, found
 
     def finish(self, source: Source) -> None:

@@ -28,6 +28,7 @@ from seer_scale.training.evaluation import Evaluation
 from seer_scale.training.event_log import LogEvent
 from seer_scale.training.metric_window import MetricWindow, metric_line
 from seer_scale.training.monitors import Monitors
+from seer_scale.training.probe import Probe
 from seer_scale.training.skips import SkipMonitor
 from seer_scale.training.stop import StopRequest, StopRequested
 from seer_scale.training.unreadable import UnreadableImages
@@ -51,6 +52,7 @@ class TrainingLoop:
     unreadable: UnreadableImages
     checkpoints: Checkpointing
     evaluation: Evaluation
+    probe: Probe | None
     stop: StopRequest
     log: RunLog
     log_event: LogEvent
@@ -96,8 +98,10 @@ class TrainingLoop:
             views = micro_batches(
                 batch, self.config.views.crops, self.num_micro_batches, self.world.device, self.memory_format
             )
-            loss, metrics = self.engine.gradients(views, samples_seen=seen, with_metrics=with_metrics)
+            loss, metrics, features = self.engine.gradients(views, samples_seen=seen, with_metrics=with_metrics)
         stats = self.engine.update(lr, seen)
+        if self.probe and features is not None:
+            self.probe.update(features, self.probe.labels(self.batches.source, batch.indices))
         self.watchdog.beat()
         self.clock.advance()
         self.progress.advance(self.clock.global_batch)
@@ -126,7 +130,7 @@ class TrainingLoop:
             window, self.engine, self.clock, lr=lr, epoch=self.batches.epoch, stats=stats, metrics=metrics
         )
         self.skips.read()
-        self.log.log(line.row)
+        self.log.log(line.row | (self.probe.take_metrics() if self.probe else {}))
         self.unreadable.add(window.unreadable, line.unreadable)
         window.reset()
         seen = self.clock.samples_seen

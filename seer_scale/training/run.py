@@ -74,7 +74,7 @@ class TrainingRun:
         self.events = EventLog(self.log, self.made.clock, world)
         self.saver = Saver(
             self.folder,
-            self.made.engine.state(),
+            self.made.state(),
             world,
             keep_last=config.checkpoint.keep_last,
             keep_every_samples=config.checkpoint.keep_every_samples,
@@ -143,6 +143,7 @@ class TrainingRun:
             return {
                 "data": batches.history.state(),
                 "schedule": made.schedule.state,
+                "probe": made.probe and made.probe.classes_crc32,
                 "told_of_health": sorted(monitors.told & TOLD_ONCE_A_RUN),
             }
 
@@ -150,6 +151,7 @@ class TrainingRun:
             config=self.config,
             world=self.world,
             engine=made.engine,
+            state=made.state,
             saver=self.saver,
             clock=made.clock,
             best=best,
@@ -175,6 +177,7 @@ class TrainingRun:
             clock=self.made.clock,
             labelled=self.made.labelled,
             health=self.made.health,
+            probe=self.made.probe,
             monitors=self.monitors,
             checkpoints=self.checkpoints,
             best=best,
@@ -202,6 +205,7 @@ class TrainingRun:
             unreadable=self.unreadable,
             checkpoints=self.checkpoints,
             evaluation=self.evaluation,
+            probe=made.probe,
             stop=self.stop,
             log=self.log,
             log_event=self.events.log_event,

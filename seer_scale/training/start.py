@@ -45,6 +45,7 @@ from seer_scale.parallel.units import sharded_units
 from seer_scale.plugins import load_plugins
 from seer_scale.rank_info import RankInfo, detect
 from seer_scale.timeouts import Timeouts
+from seer_scale.training.probe import check_features
 from seer_scale.training.run import train
 from seer_scale.training.stop import StopRequest
 from seer_scale.training.watchdog import Watchdog
@@ -136,6 +137,8 @@ def _check_model(config: Config) -> None:
     if problems := check_sizes(backbone, sizes):
         raise ConfigError(problems)
     method = build_method(config, World())
+    if problem := check_features(config, method.feature_width):
+        raise ConfigError([problem])
     unnamed = sorted({name for name, _ in method.named_parameters()} - set(method.initialisers()))
     if unnamed:
         rule = f"its initialisers() do not say how {unnamed[0]} starts ({counted(len(unnamed), 'parameter')} in all)"

@@ -25,6 +25,7 @@ from seer_scale.training import resume
 from seer_scale.training.clock import Clock
 from seer_scale.training.components import Components, Origin
 from seer_scale.training.data_history import manifest_of
+from seer_scale.training.probe import Probe
 
 
 class Note(NamedTuple):
@@ -125,6 +126,15 @@ def _about_knn(config: Config, world: World, made: Components) -> str:
     return ""
 
 
+def _about_probe(probe: Probe, origin: Origin) -> str:
+    anew = " It begins anew: the checkpoint has none of these classes."
+    is_new = origin.checkpoint is not None and origin.meta.get("probe") != probe.classes_crc32
+    return (
+        f"A linear probe of {counted(len(probe.classes), 'class')} learns beside the network (probe.enabled), from all "
+        f"images but kNN's queries.{anew * is_new}"
+    )
+
+
 def notes(config: Config, world: World, made: Components) -> Iterator[Note]:
     """The events that follow it."""
     yield from (Note("note", text) for text in _notes_on_engine(config, made.engine.name))
@@ -136,6 +146,8 @@ def notes(config: Config, world: World, made: Components) -> Iterator[Note]:
             f"run ends at {clock.end:,}.",
         )
     yield from _notes_on_images(config, made.history.source, made.labelled)
+    if made.probe:
+        yield Note("note", _about_probe(made.probe, made.origin))
     yield from _notes_on_cores(made.execution, made.workers, made.cores)
     if world.device.type == "cpu" and train.precision != "fp32":
         yield Note(

@@ -246,7 +246,9 @@ def precision_run(world: World, engine: str, precision: str) -> list[float]:
     built.scaler.scale.fill_(256.0 if precision == "fp16" else 1.0)  # no skips while the scale settles
     losses = []
     for step in range(LONG if engine == "single" or (engine, precision) == ("fsdp", "bf16") else SHORT):
-        loss, _ = built.gradients(micro_batches(config, step % 4, world), samples_seen=config.train.global_batch * step)
+        loss = built.gradients(
+            micro_batches(config, step % 4, world), samples_seen=config.train.global_batch * step
+        ).loss
         built.update(0.03, config.train.global_batch * step)
         losses.append((world.sum_(loss.clone()) / world.size).item())
     return losses

@@ -11,6 +11,7 @@ from functools import partial
 from seer_scale.launch.job import Job
 from seer_scale.models import execution as layout
 from seer_scale.models.init import initial_values
+from seer_scale.observe.records import read_metrics
 from seer_scale.parallel import engine
 from seer_scale.rank_info import detect
 from seer_scale.training.start import run_training
@@ -209,6 +210,26 @@ def test_torn_checkpoint_is_passed_over(straight, tmp_path, photos):
     text = run("train", given, "--run.dir", place, "--schedule.warmup_samples", 9, folder=tmp_path)
     assert f"{torn} is passed over" in text and f"Going on from {place}/checkpoints/{whole}" in text
     assert "Changed since: " in text and "schedule.warmup_samples 8 -> 9" in text
+
+
+def test_a_probe_goes_on_on_another_number_of_ranks_and_leaves_no_trace(straight, tmp_path, photos):
+    """The network's path is that of the run without it; the probe's that of a run never stopped."""
+    given = recipe(tmp_path, photos, probe={"enabled": True, "lr": 0.01}, checkpoint={"every_samples": 80})
+    lines = {}
+    for name, ranks, stops in (("at once", 1, ()), ("stopped", 2, (80,))):
+        place = tmp_path / name
+        for end in stops:
+            whole = {"--train.total_samples": end, "--schedule.decay_samples": 160}
+            words = [word for pair in whole.items() for word in pair]
+            run("train", given, "--run.dir", place, *words, ranks=ranks, folder=tmp_path)
+        text = run("train", given, "--run.dir", place, folder=tmp_path)
+        assert "A linear probe of" in text and "begins anew" not in text
+        assert_same_path(place, straight)
+        lines[name] = [r for r in read_metrics(place)[0] if r["samples_seen"] > 80]
+    for one, other in zip(lines["at once"], lines["stopped"], strict=True):
+        for key in ("probe/loss", "probe/train_top1", "probe/top1"):
+            assert (key in one) == (key in other) and abs(one.get(key, 0) - other.get(key, 0)) < 1e-2, (key, one, other)
+    assert "probe/top1" in one and lines["at once"][-1]["probe/loss"] < 2
 
 
 def test_resume_and_init_from_are_different_words(tmp_path, photos):

@@ -47,7 +47,7 @@ def losses(engine: Engine, config, world: World, updates: int = UPDATES, lr: flo
     out = []
     for step in range(updates):
         seen = step * config.train.global_batch
-        loss, _ = engine.gradients(on_device(config, step, world), samples_seen=seen)
+        loss = engine.gradients(on_device(config, step, world), samples_seen=seen).loss
         engine.update(lr, seen)
         out.append(loss.detach())
     return [(world.sum_(loss.clone()) / world.size).item() for loss in out]
@@ -137,7 +137,7 @@ def test_memory_layouts_agree():
         views = [
             [v.to("cuda").contiguous(memory_format=layout) for v in make()] for make in micro_batches(config, 0, gpu())
         ]
-        loss, _ = engine.gradients([lambda v=v: v for v in views], samples_seen=0)
+        loss = engine.gradients([lambda v=v: v for v in views], samples_seen=0).loss
         results.append((loss.item(), engine.update(0.02, 0)["grad_norm"].item()))
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
 

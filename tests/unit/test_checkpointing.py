@@ -45,13 +45,12 @@ def made(saver: FakeSaver, *, finite: bool = True, **given) -> tuple[Checkpointi
     told: list[str] = []
     clock = Clock(8, 80, **given)
     method = SimpleNamespace(name="any", state=lambda: {}, export_prefix="trunk.")
-    engine = SimpleNamespace(
-        is_finite=lambda: finite, average_buffers=lambda: None, state=dict, method=method, name="single"
-    )
+    engine = SimpleNamespace(is_finite=lambda: finite, average_buffers=lambda: None, method=method, name="single")
     checkpoints = Checkpointing(
         config=Config(data=Data(path="x"), checkpoint=Checkpoint(every_samples=24)),
         world=World(),
         engine=engine,
+        state=dict,
         saver=saver,
         clock=clock,
         best=BestCheckpoint(Path(), World(), None, {8: 50.0}, active=False),

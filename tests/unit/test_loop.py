@@ -57,7 +57,7 @@ class FakeEngine:
 
     def gradients(self, micro_batches, *, samples_seen: int, with_metrics: bool):
         self.done.append(f"{samples_seen} measured" if with_metrics else f"{samples_seen}")
-        return torch.ones(()), {}
+        return torch.ones(()), {}, None
 
     def update(self, lr: float, samples_seen: int):
         self.rates[samples_seen] = lr
@@ -101,6 +101,7 @@ def made(
         unreadable=SimpleNamespace(add=lambda *_: None),
         checkpoints=checkpoints,
         evaluation=Due(clock, done, CONFIG.knn.every_samples),
+        probe=None,
         stop=SimpleNamespace(stop_signal=lambda _: "SIGTERM" if 0 < stop_after == clock.samples_seen else None),
         log=SimpleNamespace(log=lambda row: done.append(f"log {row['samples_seen']}")),
         log_event=lambda *_, **__: None,

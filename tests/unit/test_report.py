@@ -353,3 +353,12 @@ def test_health_of_features_has_curves_where_it_was_measured(run_dir):
 
 def titles_of(run_dir) -> list[str]:
     return [plot.title for plot in figures.plots_of_run(figures.Figures(*read_metrics(run_dir)))]
+
+
+def test_a_probe_has_curves_where_there_is_one(run_dir):
+    with (run_dir / "metrics.jsonl").open("a") as f:
+        for seen in (64, 128):
+            row = {"probe/loss": 2.5, "probe/train_top1": 20.0, "probe/top1": 31.5, "probe/top1_stderr": 1.5}
+            f.write(json.dumps({"samples_seen": seen} | row) + "\n")
+    assert titles_of(run_dir)[2:4] == ["Linear probe", "Loss of the linear probe"]
+    assert "held-out images: 31.5 ± 1.5 %" in write_report(run_dir).read_text()

@@ -102,7 +102,7 @@ def test_a_gradient_that_goes_bad_in_backward_is_found(name):
     told: list[str] = []
     watch = SkipMonitor(list(engine.shapes), "fp32", World(), told.append)
     dict(engine.method.named_parameters())[name].register_hook(lambda g: g * torch.inf)
-    loss, _ = engine.gradients(micro_batches(config, 0, World()), samples_seen=0)
+    loss = engine.gradients(micro_batches(config, 0, World()), samples_seen=0).loss
     stats = engine.update(0.1, 0)
     watch.watch(1, loss, stats["skipped"], stats["grad_norms"])
     assert f"first the gradient of {name}, one of 1 of {len(engine.shapes)}." in told[0]

@@ -33,6 +33,7 @@ def made(
         engine=SimpleNamespace(name="single", method=method, shapes={"w": torch.Size([1000, 1000])}),
         execution=Execution(threads, torch.contiguous_format, given.get("contended", "")),
         clock=Clock(config.train.global_batch, config.end(seen), seen, 0),
+        probe=None,
         history=SimpleNamespace(source=source, refreshes=given.get("refreshes", 0)),
         labelled=given.get("labelled"),
         origin=given.get("origin", Origin()),

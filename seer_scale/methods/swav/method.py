@@ -60,6 +60,10 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
 
     # --- what it declares
 
+    @property
+    def feature_width(self) -> int:
+        return self.backbone.num_features
+
     def shard_units(self) -> dict[str, nn.Module]:
         units = {f"backbone.{name}": unit for name, unit in self.backbone.shard_units().items()}
         return units | {"head": self.head} | {f"prototypes.{i}": p for i, p in enumerate(self.prototypes)}
@@ -90,25 +94,27 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
 
     # --- the step
 
-    def embed(self, views: list[Tensor]) -> Tensor:
-        """views: for each resolution [num * B, 3, S, S], crop-major. Returns unit vectors, fp32 [V, B, dim]."""
+    def embed(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """views: for each resolution [num * B, 3, S, S], crop-major. Returns unit vectors, fp32 [V, B, dim], and the
+        features of the first crop [B, D], without a graph."""
         features = self.backbone(views)
         z = F.normalize(self.head(torch.cat(features)).float(), dim=1)
-        return z.view(self.num_crops, -1, z.shape[1])
+        z = z.view(self.num_crops, -1, z.shape[1])
+        return z, features[0][: z.shape[1]].detach()
 
     def loss(
         self, views: list[Tensor], *, samples_seen: int, targets: list[Tensor] | None = None, with_metrics: bool = False
     ) -> LossOutput:
         """Collectives: the backbone's; where it makes the codes itself, those of `targets`."""
-        z = self.embed(views)
+        z, features = self.embed(views)
         with torch.autocast(z.device.type, enabled=False):
             scores, queued = self._score(z, samples_seen if targets is None else None)
             codes = self.targets([self._inputs(z, scores, queued)], samples_seen)[0] if targets is None else targets
             loss = torch.stack([self._swapped(s, q) for s, q in zip(scores, codes, strict=True)]).mean()
-        return LossOutput(loss, self._batch_metrics(scores, codes) if with_metrics else {})
+        return LossOutput(loss, self._batch_metrics(scores, codes) if with_metrics else {}, features)
 
     def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> AssignmentInputs:
-        z = self.embed(views)
+        z, _ = self.embed(views)
         with torch.autocast(z.device.type, enabled=False):
             return self._inputs(z, *self._score(z, samples_seen, part))
 

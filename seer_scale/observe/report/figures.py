@@ -68,6 +68,7 @@ def plots_of_run(draw: Figures) -> list[Figure]:
     return [
         _loss(draw),
         _knn(draw),
+        *_probe(draw),
         *_health(draw),
         figure(
             "Learning rate",
@@ -150,6 +151,30 @@ def _knn(draw: Figures) -> Figure:
         limits=(0, max([*heights, commonest or 0.0]) + 10 if heights else None),
         level=(commonest, "always the commonest class") if commonest else None,
     )
+
+
+def _probe(draw: Figures) -> list[Figure]:
+    if not any("probe/loss" in row for row in draw.rows):
+        return []
+    top1 = draw.curve("probe/top1", "held-out images", GREEN, digits=".1f", unit="%", spread="probe/top1_stderr")
+    on_train = draw.curve("probe/train_top1", "training images", BLUE, digits=".1f", unit="%", smooth=True)
+    return [
+        draw.figure(
+            "Linear probe",
+            "Top-1 of a linear classifier that learns beside the network and never touches it. It follows features as "
+            "they change, and so lags behind one trained on the finished network.",
+            top1,
+            on_train,
+            unit="%",
+            limits=(0, None),
+        ),
+        draw.figure(
+            "Loss of the linear probe",
+            "Cross-entropy on crops of the training images, before the probe learns from them.",
+            draw.curve("probe/loss", "loss", INK, smooth=True),
+            limits=(0, None),
+        ),
+    ]
 
 
 def _health(draw: Figures) -> list[Figure]:
