@@ -3,6 +3,7 @@ for whatever it trains."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zlib
@@ -14,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from seer_scale.cores import rank_cores, told_threads
@@ -26,8 +26,9 @@ from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, CheckpointError, DataError, Problem, UserError
 from seer_scale.evaluate.splits import DataSet, Split, open_data_set
 from seer_scale.evaluate.subject import Subject
-from seer_scale.evaluate.task import S
+from seer_scale.evaluate.task import SettingsT
 from seer_scale.extras import how_to_install
+from seer_scale.files import write_whole
 from seer_scale.formatting import counted
 from seer_scale.observe.progress import Progress
 
@@ -49,13 +50,13 @@ class Table:
 
 
 @dataclass(kw_only=True)
-class Evaluation(Generic[S]):
+class Evaluation(Generic[SettingsT]):
     """folder: where results go (RUN/eval). cores, workers: of this rank, the latter loader processes. All ranks make
     it, and call all methods, alike."""
 
     task: str
     subject: Subject
-    options: S
+    options: SettingsT
     world: World
     progress: Progress
     folder: Path
@@ -179,9 +180,7 @@ class Evaluation(Generic[S]):
             "features": torch.cat(features) if features else torch.empty(0, 0),
             "rows": torch.cat(numbers) if numbers else empty,
         }
-        aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        save_file(tensors, aside)
-        os.replace(aside, path)
+        write_whole(path, save(tensors))
 
     # ------------------------------------------------------------------------------------------------ training a head
 
@@ -192,17 +191,20 @@ class Evaluation(Generic[S]):
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a shard of features was written to its end."""
+    """Whether a safetensors file is as long as its header says."""
     try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys()) == {"features", "rows"}
-    except (OSError, SafetensorError):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            end = max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
+            return file.tell() + end == path.stat().st_size
+    except (OSError, ValueError, LookupError, MemoryError):
         return False
 
 
 def read_shard(path: Path) -> tuple[Tensor, Tensor]:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("features"), file.get_tensor("rows")
+    """From bytes, since safetensors takes no names that are not UTF-8."""
+    tensors = load(path.read_bytes())
+    return tensors["features"], tensors["rows"]
 
 
 def not_finite() -> Problem:

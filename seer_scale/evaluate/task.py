@@ -32,7 +32,7 @@ class TaskSettings:
         return []
 
 
-S = TypeVar("S", bound=TaskSettings)
+SettingsT = TypeVar("SettingsT", bound=TaskSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,13 @@ class Result:
     """Anything else for the JSON file."""
 
 
-class Task(ABC, Generic[S]):
+class Task(ABC, Generic[SettingsT]):
     """One class a task, registered by `registry.register_task`."""
 
     name: ClassVar[str]
     settings: ClassVar[type[TaskSettings]]
 
-    def __init__(self, settings: S):
+    def __init__(self, settings: SettingsT):
         self.options = settings
 
     @abstractmethod

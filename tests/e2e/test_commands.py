@@ -27,22 +27,26 @@ def last_knn(run_dir) -> dict:
 
 def test_eval_gives_the_score_of_the_run(straight, photos, tmp_path, capsys):
     found = scores(capsys, straight)
-    assert found["knn/top1"] == last_knn(straight)["knn/top1"] and found["samples_seen"] == 160
-    assert found["checkpoint"] == checkpoints(straight)[-1]
+    assert found["scores"]["knn/top1"] == last_knn(straight)["knn/top1"]
+    assert found["subject"]["samples_seen"] == 160 and found["subject"]["checkpoint"] == checkpoints(straight)[-1]
     # images that are in the bank find themselves
     again = shutil.copytree(photos, tmp_path / "again")
-    assert scores(capsys, straight, "--knn.bank", photos, "--knn.queries", again, "--knn.k", 1)["knn/top1"] == 100
+    told = scores(capsys, straight, "--data", photos, "--test", again, "--headline-k", 1, "--out", tmp_path / "eval")
+    assert told["score"] == 100 and json.loads((tmp_path / "eval" / "knn.json").read_text()) == told
     assert main(["eval", "knn", str(straight)]) == 0
     text = capsys.readouterr().out
-    assert f"kNN top-1 {found['knn/top1']:.1f} % ± {found['knn/top1_stderr']:.1f}" in text and found["protocol"] in text
-    assert main(["eval", "knn", str(straight), "--knn.bank", "/no/where"]) == 2
+    assert (
+        f"knn/top1 {found['score']:.2f} ± {found['scores']['knn/top1_stderr']:.2f}" in text
+        and found["protocol"] in text
+    )
+    assert main(["eval", "knn", str(straight), "--data", "/no/where"]) == 2
     assert "/no/where does not exist" in capsys.readouterr().err
 
 
 def test_eval_takes_the_device_it_is_given(straight, monkeypatch, capsys):
     """On a machine with a GPU, as far as torch says."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert scores(capsys, straight, "--parallel.device", "cpu")["samples_seen"] == 160
+    assert scores(capsys, straight, "--device", "cpu")["device"] == "cpu"
 
 
 def test_report(straight, capsys):
@@ -96,4 +100,4 @@ def test_torchrun(tmp_path, photos):
     scored = command(*ours, "eval", "knn", place, "--json", folder=tmp_path)
     assert scored.wait() == 0, scored.text
     found = [json.loads(line) for line in scored.text.splitlines() if line.startswith("{")]
-    assert len(found) == 1 and found[0]["knn/top1"] == pytest.approx(last_knn(place)["knn/top1"])
+    assert len(found) == 1 and found[0]["score"] == pytest.approx(last_knn(place)["knn/top1"])

@@ -62,9 +62,12 @@ COMMANDS = (
         ),
         (["train", "demo", "--print-confg"], "did you mean --print-config?"),
         (["train", "no/recipe.yaml", "--help"], "no/recipe.yaml is no file"),
-        (["eval"], "eval needs one of knn"),
+        (["eval"], "eval needs one of "),
         (["eval", "knn"], "eval knn needs RUN"),
-        (["eval", "linear", "x"], "linear is no command of seer-scale eval"),
+        (["eval", "knm", "x"], "knm is no command of seer-scale eval; did you mean knn?"),
+        (["eval", "knn", "x", "--kk", "3"], "--kk is no option of seer-scale eval knn"),
+        (["eval", "knn", "x", "--knn.bank", "d"], "labelled images are given by --data and --test"),
+        (["eval", "knn", "x", "--batch", "0"], "--batch is 0, but must be at least 1"),
         (["eval", "knn", "no/run"], "no/run is not a run's folder"),
         (["report"], "RUN is missing, and there is no run in runs/; nearest: runs/demo."),
         (["report", "no/run"], "RUN is no/run, but that is no run's folder: it does not exist"),
@@ -294,7 +297,7 @@ def test_commands_start_in_a_moment(tmp_path):
         "train no",
         "trian",
     ]
-    asked += [f"{command} --help" for command in ("launch", "import", "inspect", "eval knn", "bench", "data", "plan")]
+    asked += [f"{command} --help" for command in ("launch", "import", "inspect", "eval", "bench", "data", "plan")]
     code = (
         "import sys; from seer_scale import cli\n"
         "for words in sys.argv[1:]:\n"

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from seer_scale.config import Config, Data, Knn
@@ -22,7 +21,6 @@ from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, UserError
 from seer_scale.evaluate.gallery_pictures import show_neighbours, show_prototypes
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
-from seer_scale.evaluate.run import evaluated_config, knn_of
 from seer_scale.observe.gallery import read_gallery
 from tests.ranks import run_ranks
 from tests.tiny import world_of
@@ -204,15 +202,6 @@ def test_pictures_of_prototypes_look_at_so_many_images_and_no_more(tmp_path):
             tmp_path, counted, torch.eye(3), images.bank, num=num, size=16, batch=4, workers=0, world=World()
         )
         assert min(num, len(images.bank)) - 1 <= sum(looked) <= num
-
-
-def test_eval_of_a_run_that_evaluated_nothing(tmp_path):
-    write_corpus(tmp_path)
-    recipe = {"data": {"path": str(tmp_path / "train")}, "train": {"total_samples": 8}, "knn": {"enabled": False}}
-    recipe |= {"swav": {"prototypes": [8]}, "parallel": {"ranks": 1}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(UserError, match="has no valid checkpoint yet"):
-        knn_of(tmp_path, evaluated_config(tmp_path, ["--knn.enabled", "false"]), World())
 
 
 def test_prototypes_shown_are_apart_from_each_other():

@@ -10,14 +10,19 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
+from torch import nn
 
-from seer_scale.config import resolve
 from seer_scale.data.loading import listing
 from seer_scale.data.loading.listing import share
 from seer_scale.data.sources import open_source
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, StartStopped, UserError
-from seer_scale.evaluate.run import _list_images
+from seer_scale.evaluate import context
+from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.run import read_settings
+from seer_scale.evaluate.splits import DataSet
+from seer_scale.evaluate.subject import Subject
+from seer_scale.observe.progress import Progress
 from tests.problems import refused, unreadable
 from tests.processes import hear_questions
 from tests.unit.test_sources import cache, contents, numbered_tars, touch  # noqa: F401  the cache is a fixture
@@ -152,33 +157,32 @@ def test_a_folder_that_the_nodes_do_not_share_is_told(tmp_path, ranks, monkeypat
 def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, monkeypatch, ranks):
     for n in range(60):
         touch(tmp_path / "data" / f"c{n % 3}" / f"{n}.jpg")
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "listing-1.bin").touch()
-    config = resolve(
-        {"train": {"total_samples": 64}, "swav": {"prototypes": [16]}, "data": {"path": str(tmp_path / "data")}},
-        {},
-        world_size=1,
-    )
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "listing-1.bin").touch()
+    monkeypatch.setattr(context, "rank_cores", lambda world: 1)
+
+    def listed(rank: World, data: str) -> DataSet:
+        settings = read_settings("knn", {"data": str(tmp_path / data)})
+        subject = Subject(path=tmp_path, model=nn.Identity(), fingerprint="", weights="trained", size=8)
+        return Evaluation(
+            task="knn", subject=subject, options=settings, world=rank, progress=Progress(active=False),
+            folder=tmp_path / "eval",
+        ).data_set()  # fmt: skip
+
     found = []
     asked = [
-        questions(tmp_path / "data", monkeypatch, lambda rank=rank: found.append(_list_images(config, tmp_path, rank)))
+        questions(tmp_path / "data", monkeypatch, lambda rank=rank: found.append(listed(rank, "data")))
         for rank in ranks
     ]
     assert asked[0] > 3 and asked[1] <= 2, asked
     assert found[0].classes == found[1].classes == ["c0", "c1", "c2"] and found[0].protocol == found[1].protocol
-    assert np.array_equal(found[0].bank_indices, found[1].bank_indices)
-    assert contents(found[0].bank) == contents(found[1].bank)
-    assert (tmp_path / "logs" / "listing-1.bin").exists()
-
-    config = resolve(
-        {"train": {"total_samples": 64}, "swav": {"prototypes": [16]}, "data": {"path": str(tmp_path / "data" / "c0")}},
-        {},
-        world_size=1,
-    )
+    for one, other in zip((found[0].train, found[0].test), (found[1].train, found[1].test)):
+        assert np.array_equal(one.targets, other.targets) and contents(one.source) == contents(other.source)
+    assert (tmp_path / "eval" / "listing-1.bin").exists()
     Rank.said.clear()
     for rank in ranks:
         with pytest.raises(UserError, match="has no labels; give labelled images"):
-            _list_images(config, tmp_path, rank)
+            listed(rank, "data/c0")
 
 
 def test_problems_of_a_recipe_reach_other_ranks_as_they_are():

@@ -97,7 +97,7 @@ def test_what_a_checkpoint_names_is_not_imported(beside, photos):
     assert seer_scale.Run(beside / "run").config.method.name == "colours" and not (beside / "imported").exists()
     other = ("train", "photos_laptop", "--data.path", photos, "--run.dir", "run", "--train.threads", 1)
     run(*other, "--schedule.warmup_samples", 0, "--train.total_samples", 64, folder=beside, status=2)
-    told = run("eval", "knn", "run", "--knn.bank", photos, folder=beside, status=2)
+    told = run("eval", "knn", "run", "--data", photos, folder=beside, status=2)
     assert "--plugin" in told and not (beside / "imported").exists()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from seer_scale.config import Knn
 from seer_scale.config.fields import opt
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.nearest import nearest_neighbours, vote
@@ -19,33 +20,38 @@ from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
 @dataclass(frozen=True, kw_only=True)
 class KnnSettings(TaskSettings):
     k: tuple[int, ...] = opt((10, 20, 50, 100, 200), "neighbours that vote", ge=1)
-    temperature: tuple[float, ...] = opt((0.07,), "weight of a neighbour is exp(cosine / temperature)", gt=0)
-    headline_k: int = opt(20, "the k whose figure stands for the task", ge=1)
+    temperature: tuple[float, ...] = opt(
+        (),
+        "weight of a neighbour is exp(cosine / temperature); the first stands for the task; none = the run's",
+        gt=0,
+    )
+    headline_k: int = opt(0, "the k whose figure stands for the task; 0 = the recipe's", ge=0)
     faiss_from: int = opt(5_000_000, "images of the bank from which Faiss searches, exactly, too; 0 = never", ge=0)
 
 
 @register_task("knn", KnnSettings)
-class Knn(Task[KnnSettings]):
+class NearestNeighbours(Task[KnnSettings]):
     def measure(self, evaluation: Evaluation[KnnSettings]) -> Result:
         options = self.options
         data = evaluation.data_set()
         bank, asked = evaluation.features(data.train), evaluation.features(data.test)
-        ks = sorted({min(k, len(bank.rows)) for k in (*options.k, options.headline_k)})
+        recipe = evaluation.subject.config.knn if evaluation.subject.config else Knn()
+        temperatures = options.temperature or (recipe.temperature,)
+        main = min(options.headline_k or recipe.k, len(bank.rows))
+        ks = sorted({main, *(min(k, len(bank.rows)) for k in options.k)})
         found = nearest_neighbours(bank.features, asked.features, ks[-1], evaluation, faiss_from=options.faiss_from)
         scores, table = {}, []
-        for temperature in options.temperature:
+        for temperature in temperatures:
             for k in ks:
                 row = vote(found, bank.targets, asked.targets, len(data.classes), k, temperature)
                 table.append({"k": k, "temperature": temperature, **row})
-        main = min(options.headline_k, len(bank.rows))
-        best = next(r for r in table if r["k"] == main and r["temperature"] == options.temperature[0])
+        best = next(r for r in table if r["k"] == main and r["temperature"] == temperatures[0])
         for name in ("top1", "top1_stderr", "top5", "top5_stderr"):
             scores[f"knn/{name}"] = best[name]
         scores["knn/majority"] = 100 * float((asked.targets == _commonest(asked.targets)).mean())
         scores |= {"knn/queries": len(asked.rows), "knn/classes": len(data.classes)}
         curves = {
-            f"temperature {t:g}": [(r["k"], r["top1"]) for r in table if r["temperature"] == t]
-            for t in options.temperature
+            f"temperature {t:g}": [(r["k"], r["top1"]) for r in table if r["temperature"] == t] for t in temperatures
         }
         plot = Plot(title="kNN", x="k", y="top-1, %", series=curves, log_x=True)
         return Result(scores=scores, headline="knn/top1", protocol=data.protocol, table=table, plots=(plot,))

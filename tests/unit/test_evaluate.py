@@ -1,0 +1,206 @@
+"""What every task of `seer-scale eval` stands on: features that are the same on any number of ranks and after a kill,
+nearest neighbours, options, what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from seer_scale.config import Knn, resolve
+from seer_scale.distributed import World
+from seer_scale.errors import CheckpointError, ConfigError, UserError
+from seer_scale.evaluate import context, nearest
+from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.knn import knn, labelled_images
+from seer_scale.evaluate.nearest import by_blocks, by_faiss, nearest_neighbours, vote
+from seer_scale.evaluate.registry import first_line, task_class, task_names
+from seer_scale.evaluate.run import as_record, publish, read_settings
+from seer_scale.evaluate.splits import open_data_set
+from seer_scale.evaluate.subject import Subject
+from seer_scale.observe.progress import Progress
+from tests.ranks import run_ranks
+from tests.tiny import world_of
+from tests.unit.test_knn import encode, write_corpus
+
+SIZE = 16
+
+
+class Colours(nn.Module):
+    """[N, 3, S, S] to three features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        return encode(images)[0]
+
+
+def evaluation_of(folder: Path, world: World = World(), task: str = "knn", **given: object) -> Evaluation:
+    settings = read_settings(task, {"workers": "0", "batch": "4", "data": str(folder), **given})
+    subject = Subject(path=folder, model=Colours(), fingerprint="0", weights="trained", size=SIZE)
+    return Evaluation(
+        task=task, subject=subject, options=settings, world=world, progress=Progress(active=False),
+        folder=folder / "eval",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def features_on_ranks(rank: int, size: int, corpus: Path) -> tuple:
+    world = world_of(rank, size)
+    context.SHARD = 8
+    evaluation = evaluation_of(corpus, world)
+    data = evaluation.data_set()
+    table = evaluation.features(data.train)
+    result = task_class("knn")(evaluation.options).measure(evaluation)
+    evaluation.clean()
+    return table.features.numpy(), table.rows, table.targets, dict(result.scores), evaluation.subject.model.seen
+
+
+def test_features_are_those_of_one_rank_on_two(corpus, monkeypatch):
+    monkeypatch.setattr(context, "SHARD", 8)
+    alone = features_on_ranks(0, 1, corpus)
+    pair = run_ranks(2, features_on_ranks, corpus)
+    for ranks in pair:
+        for mine, other in zip(ranks[:3], alone[:3]):
+            assert np.array_equal(mine, other)
+        assert ranks[3] == alone[3]
+    assert sum(ranks[4] for ranks in pair) == alone[4] == 33 + 15, "each image once; what cannot be read is left out"
+    assert not (corpus / "eval" / "unfinished").exists()
+
+
+def test_what_was_computed_before_a_kill_is_not_computed_again(corpus, monkeypatch):
+    monkeypatch.setattr(context, "SHARD", 8)
+    whole = evaluation_of(corpus)
+    data = whole.data_set()
+    expected = whole.features(data.train)
+    whole.clean()
+
+    killed = evaluation_of(corpus)
+    model, forward = killed.subject.model, killed.subject.model.forward
+
+    def until(images):
+        if model.seen >= 20:
+            raise KeyboardInterrupt
+        return forward(images)
+
+    model.forward = until
+    with pytest.raises(KeyboardInterrupt):
+        killed.features(data.train)
+    again = evaluation_of(corpus)
+    found = again.features(data.train)
+    assert torch.equal(found.features, expected.features) and np.array_equal(found.targets, expected.targets)
+    assert again.subject.model.seen == 33 - 16, "two shards of eight were whole"
+    torn = next((again.work("features", data.train.mark, SIZE, "")).glob("*.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:-5])
+    assert torch.equal(evaluation_of(corpus).features(data.train).features, expected.features)
+    again.clean()
+
+
+def test_other_weights_go_on_with_nothing(corpus):
+    first, second = evaluation_of(corpus), evaluation_of(corpus)
+    object.__setattr__(second.subject, "fingerprint", "1")
+    assert first.work("x") != second.work("x") != second.work("y")
+    first.clean(), second.clean()
+
+
+def test_features_that_are_not_finite_are_refused(corpus):
+    evaluation = evaluation_of(corpus)
+    evaluation.subject.model.forward = lambda images: encode(images)[0] / 0
+    with pytest.raises(CheckpointError, match="not finite"):
+        evaluation.features(evaluation.data_set().test)
+    evaluation.clean()
+
+
+def test_neighbours_are_those_of_brute_force(corpus, monkeypatch):
+    monkeypatch.setattr(nearest, "BLOCK_BYTES", 4 * 4096 * 7)
+    draw = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(50, 8, generator=draw), torch.randn(9, 8, generator=draw)
+    bank[30] = bank[10]
+    queries[0] = bank[10]
+    norm = torch.nn.functional.normalize
+    expected = (norm(queries, dim=1) @ norm(bank, dim=1).T).sort(dim=1, descending=True, stable=True)
+    evaluation = evaluation_of(corpus)
+    similarity, rows = nearest_neighbours(bank, queries, 7, evaluation)
+    assert torch.equal(rows, expected.indices[:, :7]) and rows[0, :2].tolist() == [10, 30], "the earlier of equal ones"
+    assert torch.allclose(similarity, expected.values[:, :7], atol=1e-6)
+    by_index = by_faiss(bank, queries[1:], 7, World())
+    assert torch.equal(by_index[1], rows[1:]) and torch.allclose(by_index[0], similarity[1:], atol=1e-6)
+    assert by_blocks(bank, queries[:0], 7, World())[1].shape == by_faiss(bank, queries[:0], 7, World())[1].shape
+
+
+def test_votes_of_several_k_are_those_of_each_alone(corpus):
+    """And of the evaluation that a run makes as it trains."""
+    evaluation = evaluation_of(corpus, k="1,3,5", temperature="0.2,0.07")
+    result = task_class("knn")(evaluation.options).measure(evaluation)
+    evaluation.clean()
+    config = resolve(
+        {"train": {"total_samples": 8}, "swav": {"prototypes": [8]}, "data": {"path": str(corpus)}}, {}, world_size=1
+    )
+    images = labelled_images(config)
+    for row in result.table:
+        of_run = Knn(size=SIZE, k=row["k"], temperature=row["temperature"], batch=4)
+        scores, _ = knn(encode, images, of_run, workers=0, world=World())
+        assert {name: row[name] for name in ("top1", "top5")} == pytest.approx(
+            {name: scores[f"knn/{name}"] for name in ("top1", "top5")}
+        )
+    assert {row["k"] for row in result.table} == {1, 3, 5, 20} and len(result.table) == 8
+    assert result.scores["knn/queries"] == 15 and result.scores["knn/majority"] == pytest.approx(100 / 3)
+
+
+def test_a_vote_by_hand():
+    found = torch.tensor([[0.9, 0.8, 0.1], [0.5, 0.4, 0.3]]), torch.tensor([[0, 1, 2], [2, 1, 0]])
+    labels = np.array([0, 1, 1])
+    assert vote(found, labels, np.array([0, 1]), 2, 1, 0.1)["top1"] == 100
+    assert vote(found, labels, np.array([1, 1]), 2, 2, 0.1)["top1"] == 50
+    assert vote(found, labels, np.array([1, 1]), 2, 3, 100.0)["top1"] == 100, "two votes of one weight beat one"
+
+
+def test_the_parts_of_a_folder_and_what_is_held_out(corpus, tmp_path):
+    data = open_data_set(str(corpus), "", None)
+    assert len(data.train) == 34 and len(data.test) == 15 and data.classes == ["class0", "class1", "class2"]
+    assert [data.train.source.class_of(i) for i in range(34)] == [data.classes[t] for t in data.train.targets]
+    held = open_data_set(str(corpus / "test"), "", None)
+    assert (len(held.train), len(held.test)) == (12, 3)
+    names = [{split.source.name(i) for i in range(len(split))} for split in (held.train, held.test)]
+    assert not names[0] & names[1]
+    part = data.train.take(np.array([3, 30]))
+    assert len(part) == len(part.source) == 2 and part.mark != data.train.mark
+    with pytest.raises(UserError, match="--data is missing"):
+        open_data_set("", "", None)
+
+
+def test_options_are_checked_together_and_told_as_they_are_written():
+    with pytest.raises(ConfigError) as told:
+        read_settings("knn", {"k": "0,1", "headline_k": "-1", "batch": "x", "temperature": "0.1"})
+    assert [p.key for p in told.value.problems] == ["--k", "--headline-k", "--batch"]
+
+
+def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
+    evaluation = evaluation_of(corpus, k="1,3")
+    result = task_class("knn")(evaluation.options).measure(evaluation)
+    evaluation.clean()
+    record = as_record("knn", evaluation.options, evaluation, result, 1.0)
+    path = publish(record, result, tmp_path)
+    kept = json.loads(path.read_text())
+    assert kept["score"] == record["scores"]["knn/top1"] and kept["settings"]["k"] == [1, 3]
+    assert (tmp_path / "knn.svg").read_text().count("<svg") == 1
+    record["subject"]["weights"] = "random"
+    assert publish(record, result, tmp_path).name == "knn-random.json"
+
+
+def test_each_task_says_what_it_measures():
+    for name, what in task_names().items():
+        assert what and what[0].islower() or what.split()[0].isupper(), f"{name}: a clause that help can show"
+        assert task_class(name).settings.__dataclass_params__.frozen
+    assert first_line("One line\n that goes on.\n\nMore.") == "One line that goes on"
