@@ -76,10 +76,13 @@ DATE = re.compile(r"(19|20)\d\d([-_. ]?[01]?\d([-_. ]?[0-3]?\d)?)?")
 MAX_NAMES = 5
 
 
-def labelled_images(config: Config, source: Source | None = None) -> LabelledImages | None:
+def labelled_images(
+    config: Config, source: Source | None = None, otherwise: str = ", or leave knn.bank and knn.queries out"
+) -> LabelledImages | None:
     """The images kNN is to use; None where there are no labels and none were asked for. Raises DataError.
 
-    source: data.path, already opened. Of a folder of splits (train, val, test) the classes are those below them.
+    source: data.path, already opened. otherwise: what else can be done, for errors. Of a folder of splits (train, val,
+    test) the classes are those below them.
     """
     section = config.knn
     if not section.enabled:
@@ -111,7 +114,7 @@ def labelled_images(config: Config, source: Source | None = None) -> LabelledIma
         )
     if problem := _without_classes(bank, bank_path, splits, exclude):
         if section.bank or section.queries:
-            raise DataError(_needs_classes(problem, "kNN needs classes", ", or leave knn.bank and knn.queries out"))
+            raise DataError(_needs_classes(problem, "kNN needs classes", otherwise))
         return None
     held = 0
     if queries:

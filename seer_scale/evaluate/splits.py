@@ -77,14 +77,14 @@ def open_data_set(data: str, test: str, config: Config | None) -> DataSet:
         run=Run(dir="-"),
         train=Train(total_samples=1),
         data=Data(path=data) if data else config.data if config else Data(),
-        knn=Knn(bank=data, queries=test, limit=0, limit_queries=0),
+        knn=Knn(queries=test, limit=0, limit_queries=0),
     )
     if not data and config:
         known = config.knn
         section = dataclasses.replace(
             section, knn=dataclasses.replace(section.knn, bank=known.bank, queries=test or known.queries)
         )
-    images = labelled_images(section)
+    images = labelled_images(section, otherwise="")
     if images is None:
         problem = why_unlabelled(section)
         assert problem is not None, "else there are labelled images"

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_config
-from seer_scale.data.transforms.image import Transform
-from seer_scale.interop.load import load_backbone
-from seer_scale.interop.weights import find_checkpoint
+from seer_scale.interop.load import materialise
+from seer_scale.interop.weights import open_weights
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import initial_values
 from seer_scale.models.registry import reset_buffers
@@ -52,24 +51,26 @@ def run_dir_of(path: Path) -> Path:
 def open_subject(path: Path, which: str, weights: str, device: torch.device, seed: int = 0) -> Subject:
     """weights: "trained", or "random": the same network as its run began (what was exported: by `seed`). Raises
     UserError."""
-    model = load_backbone(path, which)
-    place, meta, config = None, {}, None
-    if path.is_dir() and ((path / store.MANIFEST).is_file() or (path / "checkpoints").is_dir()):
-        place = find_checkpoint(path, which)
-        meta = store.read_meta(place)
-        config = read_config(meta["config"], [])
-    if weights == "random":
+    opened = open_weights(path, which)
+    try:
+        model, _ = materialise(opened)
+    finally:
+        opened.close()
+    checkpoint = opened.place if (opened.place / store.MANIFEST).is_file() else None
+    meta = store.read_meta(checkpoint) if checkpoint else {}
+    config = read_config(meta["config"], []) if checkpoint else None
+    is_random = weights == "random"
+    if is_random:
         begin(model, meta["export"]["prefix"] if meta else "", config.run.seed if config else seed)
-    size = model.transform.size if isinstance(model.transform, Transform) else 224
     return Subject(
         path=path,
         model=model.to(device),
         fingerprint=fingerprint(model),
         weights=weights,
-        size=size,
-        checkpoint=place.resolve().name if place and weights == "trained" else "",
-        samples_seen=meta.get("samples_seen") if weights == "trained" else 0,
-        run_dir=run_dir_of(path) if place and (run_dir_of(path) / "config.yaml").is_file() else None,
+        size=int(opened.about.preprocessing["size"]),
+        checkpoint=checkpoint.resolve().name if checkpoint and not is_random else "",
+        samples_seen=0 if is_random else opened.about.origin.get("samples_seen"),
+        run_dir=opened.run,
         config=config,
     )
 

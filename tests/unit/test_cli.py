@@ -67,7 +67,6 @@ COMMANDS = (
         (["eval", "knm", "x"], "knm is no command of seer-scale eval; did you mean knn?"),
         (["eval", "knn", "x", "--kk", "3"], "--kk is no option of seer-scale eval knn"),
         (["eval", "knn", "x", "--knn.bank", "d"], "labelled images are given by --data and --test"),
-        (["eval", "knn", "x", "--batch", "0"], "--batch is 0, but must be at least 1"),
         (["eval", "knn", "no/run"], "no/run is not a run's folder"),
         (["report"], "RUN is missing, and there is no run in runs/; nearest: runs/demo."),
         (["report", "no/run"], "RUN is no/run, but that is no run's folder: it does not exist"),
