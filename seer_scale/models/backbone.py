@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seer_scale.models.init import Init
+
+
+class StageMap(NamedTuple):
+    """What a stage makes of an image [3, H, W]: [channels, H / stride, W / stride], rounded up."""
+
+    name: str
+    channels: int
+    stride: int
 
 
 class Backbone(nn.Module, ABC):
@@ -58,6 +66,19 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def stage_units(self) -> list[list[str]]:
         """The names of the units of each stage."""
+
+    def stage_maps(self) -> list[StageMap]:
+        """What `forward_stages` gives, finest first; nothing of a backbone without feature maps."""
+        return []
+
+    def forward_stages(self, xs: list[Tensor]) -> list[list[Tensor]]:
+        """Images [N_r, 3, H_r, W_r] -> of each of `stage_maps` its maps, one tensor a resolution."""
+        raise NotImplementedError(f"{type(self).__name__} has no feature maps")
+
+    def after_stages(self) -> list[str]:
+        """The names of the parameters between the last stage and the pooled features, which `forward_stages` does not
+        use."""
+        return []
 
     def refuses(self, size: int) -> str:
         """Why it takes no size x size images, as a clause; empty where it does. Asked of one on the meta device."""

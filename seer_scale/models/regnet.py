@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.models.backbone import Backbone
+from seer_scale.models.backbone import Backbone, StageMap
 from seer_scale.models.init import Constant, Init, Normal
 from seer_scale.models.layers.norm import BatchNorm
 
@@ -185,6 +185,10 @@ class RegNetY(Backbone):
         for names in (["stem"], *self.stage_units()):
             xs = self.forward_units(names, xs)
         return [x.mean((2, 3)) for x in xs]
+
+    def stage_maps(self) -> list[StageMap]:
+        widths = [self.block(names[-1]).conv3.conv.out_channels for names in self.stage_units()]
+        return [StageMap(f"s{s}", width, 2 ** (s + 1)) for s, width in enumerate(widths, 1)]
 
     @overload
     def forward_stages(self, xs: Tensor) -> list[Tensor]: ...

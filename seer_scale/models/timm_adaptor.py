@@ -9,6 +9,8 @@ otherwise.
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from operator import attrgetter
@@ -20,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from seer_scale.errors import NOTHING, Problem, UserError, closest
 from seer_scale.extras import how_to_install
-from seer_scale.models.backbone import Backbone
+from seer_scale.models.backbone import Backbone, StageMap
 from seer_scale.models.constructor import Constructor
 from seer_scale.models.init import Init
 from seer_scale.models.layers.norm import BatchNorm
@@ -113,9 +115,38 @@ class TimmBackbone(Backbone):
     def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
         before, stages, after = self.steps
         for names in (*([name] for name in before), *stages, *([name] for name in after)):
-            step = attrgetter(names[0])(self)
-            xs = self.forward_units(names, xs) if isinstance(step, (OfLists, BatchNorm)) else [step(x) for x in xs]
+            xs = self._through(names, xs)
         return xs
+
+    def _through(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
+        step = attrgetter(names[0])(self)
+        return self.forward_units(names, xs) if isinstance(step, (OfLists, BatchNorm)) else [step(x) for x in xs]
+
+    def stage_maps(self) -> list[StageMap]:
+        """None of a network whose stages are tokens, or not known here."""
+        if isinstance(self, Whole):
+            return []
+        side = 256
+        twin = copy.deepcopy(self).to("meta").eval()
+        with torch.no_grad():
+            maps = [xs[0] for xs in twin.forward_stages([torch.empty(1, 3, side, side, device="meta")])]
+        names = [os.path.commonprefix([unit.split(".") for unit in units]) for units in self.stage_units()]
+        return [StageMap(".".join(name), x.shape[1], side // x.shape[2]) for name, x in zip(names, maps) if x.ndim == 4]
+
+    def forward_stages(self, xs: list[Tensor]) -> list[list[Tensor]]:
+        before, stages, _ = self.steps
+        for name in before:
+            xs = self._through([name], xs)
+        maps = []
+        for units in stages:
+            xs = self._through(units, xs)
+            maps.append(xs)
+        return maps
+
+    def after_stages(self) -> list[str]:
+        before, stages, _ = self.steps
+        used = tuple(f"{name}." for names in (before, *stages) for name in names)
+        return [name for name, _ in self.named_parameters() if not name.startswith(used)]
 
     def pooled(self, x: Tensor) -> Tensor:
         return self.forward_head(x, pre_logits=True)

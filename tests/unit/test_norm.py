@@ -36,6 +36,21 @@ def test_a_list_is_one_call_an_entry_in_order():
     assert torch.equal(ours(xs[0]), plain(xs[0]))  # a single tensor
 
 
+def test_jointly_the_entries_of_a_list_are_one_batch():
+    plain, ours = plain_and_ours()
+    ours.joint = True
+    xs = [(torch.randn(shape) + r).requires_grad_() for r, shape in enumerate(SHAPES[:2])]
+    whole = torch.cat([x.movedim(1, 0).flatten(1) for x in xs], dim=1).T  # [pixels, C]
+    expected = plain(whole).T
+    ys = ours(xs)
+    torch.testing.assert_close(torch.cat([y.movedim(1, 0).flatten(1) for y in ys], dim=1), expected)
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(plain.named_buffers()))
+    got, wanted = (torch.autograd.grad(y.square().sum(), xs) for y in (torch.cat([y.flatten() for y in ys]), expected))
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    for y, x in zip(ours.eval()(xs), xs):
+        torch.testing.assert_close(y, plain.eval()(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
 def test_half_precision_in_and_out_with_fp32_statistics(dtype, training):

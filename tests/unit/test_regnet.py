@@ -106,6 +106,7 @@ def test_stage_maps_lead_to_the_pooled_features():
     model, x = tiny().eval(), torch.randn(2, 3, 64, 64)
     maps = model.forward_stages(x)
     assert [tuple(m.shape[1:]) for m in maps] == [(w, 16 // 2**i, 16 // 2**i) for i, w in enumerate([8, 16, 32, 64])]
+    assert [(m.shape[1], 64 // m.shape[2]) for m in maps] == [(of.channels, of.stride) for of in model.stage_maps()]
     assert torch.equal(maps[-1].mean((2, 3)), model(x))
     assert torch.equal(model.forward_stages([x])[1][0], maps[1])
 

@@ -74,6 +74,27 @@ def test_values_gradients_and_statistics_are_timms(name):
 
 
 @pytest.mark.parametrize(
+    "name, strides",
+    [
+        ("test_resnet", [4, 8, 16, 32]), ("regnety_002", [4, 8, 16, 32]), ("test_convnext", [4, 8, 16, 32]),
+        ("test_efficientnet", [2, 4, 8, 16, 32]), ("test_vit", []), ("test_nfnet", []),
+    ],
+)  # fmt: skip
+def test_stage_maps_are_as_told(name, strides):
+    backbone = built(name).eval()
+    told = backbone.stage_maps()
+    assert [of.stride for of in told] == strides and len({of.name for of in told}) == len(strides)
+    if not told:
+        return
+    maps = backbone.forward_stages([torch.randn(1, 3, 64, 96), torch.randn(2, 3, 32, 32)])
+    for of, (wide, small) in zip(told, maps, strict=True):
+        assert wide.shape == (1, of.channels, 64 // of.stride, 96 // of.stride)
+        assert small.shape == (2, of.channels, 32 // of.stride, 32 // of.stride)
+    sum(x.sum() for xs in maps for x in xs).backward()
+    assert [n for n, p in backbone.named_parameters() if p.grad is None] == backbone.after_stages()
+
+
+@pytest.mark.parametrize(
     "name", ["test_resnet", "resnet10t", "test_convnext", "test_efficientnet", "test_vit", "test_nfnet"]
 )
 def test_initial_weights_are_distributed_as_timms(name):

@@ -28,11 +28,13 @@ EMPTY = 1e-30
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d (parameters, buffers and defaults) over a list of tensors, one a resolution.
 
-    `process_group`: None for local statistics, or the group of ranks whose batches count as one. Statistics and affine
-    maths are fp32 whatever the input; the gradients of weight and bias are this rank's sums.
+    `process_group`: None for local statistics, or the group of ranks whose batches count as one. `joint`: entries of
+    a list count as one batch, too, as where each is an image of another size. Statistics and affine maths are fp32
+    whatever the input; the gradients of weight and bias are this rank's sums.
     """
 
     process_group: dist.ProcessGroup | None = None
+    joint: bool = False
     momentum: float
     running_mean: Tensor
     running_var: Tensor
@@ -58,6 +60,8 @@ class BatchNorm(nn.BatchNorm2d):
         """
         if isinstance(xs, Tensor):
             return self.forward([xs])[0]
+        if self.joint and self.training and len(xs) > 1:
+            return _entries_of(BatchNorm.forward(self, [_one_entry(xs)])[0], xs)
         weight, bias = self.weight.float(), self.bias.float()
         mean, var = self.running_mean, self.running_var
         if not self.training:
@@ -78,6 +82,17 @@ class BatchNorm(nn.BatchNorm2d):
             if tape is not None:
                 tape.write(stats)
         return list(_Normalise.apply(self.process_group, self.eps, stats, weight, bias, *xs))
+
+
+def _one_entry(xs: list[Tensor]) -> Tensor:
+    """[N_r, C, H_r, W_r] each -> [1, C, sum of N_r * H_r * W_r, 1]"""
+    return torch.cat([x.movedim(1, 0).flatten(1) for x in xs], dim=1)[None, ..., None]
+
+
+def _entries_of(y: Tensor, xs: list[Tensor]) -> list[Tensor]:
+    """The way back from `_one_entry`, to the shapes of `xs`."""
+    parts = y[0, ..., 0].split([x.numel() // x.shape[1] for x in xs], dim=1)
+    return [part.view(x.movedim(1, 0).shape).movedim(0, 1).contiguous() for part, x in zip(parts, xs)]
 
 
 @torch.no_grad()
