@@ -132,7 +132,7 @@ class TrainingRun:
             cores=made.cores,
             is_contended=bool(made.execution.contended),
         )
-        told = made.origin.meta.get("told_of_health", [])
+        told = made.origin.meta.get("told", [])
         return Monitors(fatal, by_event, EVALUATION_MONITORS, self.events.log_event, told=told)
 
     def _build_checkpointing(self, best: BestCheckpoint) -> Checkpointing:
@@ -144,7 +144,7 @@ class TrainingRun:
                 "data": batches.history.state(),
                 "schedule": made.schedule.state,
                 "probe": made.probe and made.probe.classes_crc32,
-                "told_of_health": sorted(monitors.told & TOLD_ONCE_A_RUN),
+                "told": sorted(monitors.told & TOLD_ONCE_A_RUN),
             }
 
         return Checkpointing(

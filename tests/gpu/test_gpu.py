@@ -23,6 +23,8 @@ from seer_scale.distributed import World
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel import ENGINES, load
 from seer_scale.parallel.engine import Engine
+from seer_scale.training.probe import Probe
+from tests.distributed.test_probe import Images, labelled
 from tests.tiny import RECIPE, micro_batches, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -104,6 +106,20 @@ def test_an_update_never_waits_for_the_host(variant):
     with no_host_synchronisation():
         engine.gradients(batches, samples_seen=24, with_metrics=True)
         engine.update(0.02, 24)
+
+
+def test_a_probe_never_waits_for_the_host_and_learns_what_it_does_on_the_cpu():
+    source, batches = Images("train"), [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    weights = []
+    for world in (World(), gpu()):
+        probe, indices = Probe(0.01, source.classes, 6, labelled(source, 3), world), torch.arange(8)
+        probe.update(batches[0].to(world.device), probe.labels(source, indices))
+        given = [x.to(world.device) for x in batches[1:]]
+        with no_host_synchronisation():
+            for x in given:
+                probe.update(x, probe.labels(source, indices))
+        weights.append(probe.weight.cpu())
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)
 
 
 def test_scores_and_sinkhorn_stay_fp32_in_half_precision_runs():
