@@ -1,4 +1,4 @@
-"""The Python face: `import seer_scale`, then `train`, `load`, `embed`, `views`.
+"""The Python face: `import seer_scale`, then `train`, `load`, `embed`, `export`, `views`.
 
 What the command line does, these do, and a `~` that begins a path is the home folder, as in a shell. Errors are
 `seer_scale.UserError`, whose `problems` have key, value, rule and nearest fix. Under `torchrun` and `srun` every
@@ -31,6 +31,7 @@ from seer_scale.data.transforms.views import make_views
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
 from seer_scale.interop.load import load_backbone
+from seer_scale.interop.write import MAX_SHARD_SIZE, export_backbone
 from seer_scale.observe.records import read_metrics
 from seer_scale.plugins import load_plugins
 from seer_scale.rank_info import detect
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from seer_scale.interop.importing import Imported
     from seer_scale.models.backbone import Backbone
 
-__all__ = ["Embedded", "Run", "Transform", "ViewSheet", "embed", "import_weights", "load", "train", "views"]
+__all__ = ["Embedded", "Run", "Transform", "ViewSheet", "embed", "export", "import_weights", "load", "train", "views"]
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -166,6 +167,37 @@ def load(path: str | Path, *, which: str | int = "last", plugins: str | Sequence
     """
     load_plugins(_several(plugins))
     return load_backbone(Path(path).expanduser(), str(which))
+
+
+def export(
+    path: str | Path,
+    out: str | Path,
+    format: str,
+    *,
+    dtype: str = "fp32",
+    which: str | int = "last",
+    license: str = "",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    force: bool = False,
+    plugins: str | Sequence[str] = (),
+) -> Path:
+    """Write the backbone of a run, a checkpoint or an earlier export for another library, which loads it without this
+    package and gives the same features; returns `out`.
+
+    format: timm, torchvision, transformers, safetensors (what `load` takes, too) or onnx. out: a folder, which gets the
+    weights, what the library wants beside them and a model card; a name that ends with .safetensors or .onnx is that of
+    a lone file. dtype: fp32, fp16 or bf16. which, plugins: as `load`. max_shard_size: of a file, in bytes or as "5GB",
+    where the library reads several. force: replace an earlier export. One tensor is held at a time (of ONNX the whole
+    network). Raises UserError, with nothing written, also where the library has no such network: its problem's
+    `nearest` are the formats that do.
+    """
+    load_plugins(_several(plugins))
+    place = Path(out).expanduser()
+    export_backbone(
+        Path(path).expanduser(), place, format, dtype=dtype, which=str(which), license=license,
+        max_shard_size=max_shard_size, force=force,
+    )  # fmt: skip
+    return place
 
 
 def import_weights(

@@ -28,9 +28,9 @@ def backbone(seed: int = 0) -> torch.nn.Module:
     return made.eval()
 
 
-def checkpoint(folder, ranks=1, prefix="backbone.", seen=5, model=MODEL, **others):
+def checkpoint(folder, ranks=1, prefix="backbone.", seen=5, model=MODEL, net=None, preprocessing=None, **others):
     """others: networks that the method holds beside, by the prefix of their names."""
-    net = backbone()
+    net = net or backbone()
     state = {f"model/{prefix}{n}": t for n, t in net.state_dict().items()}
     for other, module in others.items():
         state |= {f"model/{other}.{n}": t for n, t in module.state_dict().items()}
@@ -40,7 +40,7 @@ def checkpoint(folder, ranks=1, prefix="backbone.", seen=5, model=MODEL, **other
         "config": {"model": model, "data": {"path": "/home/someone/photos"}},
         "method": {"name": "toy", "state": {}},
         "export": {"prefix": prefix},
-        "preprocessing": eval_preprocessing(32) | {"training_sizes": [24]},
+        "preprocessing": (preprocessing or eval_preprocessing(32)) | {"training_sizes": [24]},
     }
     return net, write_in_pieces(folder, state, meta, ranks)
 

@@ -62,8 +62,8 @@ class BatchNorm(nn.BatchNorm2d):
             return self.forward([xs])[0]
         if self.joint and self.training and len(xs) > 1:
             return _entries_of(BatchNorm.forward(self, [_one_entry(xs)])[0], xs)
-        weight, bias = self.weight.float(), self.bias.float()
         mean, var = self.running_mean, self.running_var
+        weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)  # fp32, but where all was cast, as for ONNX
         if not self.training:
             return [F.batch_norm(x, mean, var, weight, bias, eps=self.eps) for x in xs]
         tape = Tape.current()
