@@ -9,7 +9,7 @@ from typing import Any
 
 from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE
-from seer_scale.files import shown
+from seer_scale.files import shown, to_json
 
 EXPORT_FORMATS = ("timm", "torchvision", "transformers", "safetensors", "onnx")
 """As `interop.formats.FORMATS`, without loading torch for --help."""
@@ -35,6 +35,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a file, where the library reads several (5GB)"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
 
 
 def export(args: argparse.Namespace) -> int:
@@ -44,5 +45,8 @@ def export(args: argparse.Namespace) -> int:
         args.path, args.out, args.format, dtype=args.dtype, which=args.which, license=args.license,
         max_shard_size=args.max_shard_size, force=args.force,
     )  # fmt: skip
+    if args.json:
+        print(to_json({"path": str(args.out), "format": args.format, "dtype": args.dtype, "loading": loading}))
+        return EXIT_DONE
     print(f"Written: {shown(args.out)}. Load it with\n\n{loading}")
     return EXIT_DONE

@@ -35,6 +35,7 @@ COMMANDS = (
     "cancel",
     "resubmit",
     "eval",
+    "export",
     "inspect",
     "report",
     "plan",

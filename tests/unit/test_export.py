@@ -314,5 +314,9 @@ def test_the_command_exports_a_run_with_its_results(tmp_path, capsys):
     assert "/home/someone" not in text + (out / "model.safetensors").read_bytes()[:9000].decode(errors="ignore")
     again = seer_scale.export(out, tmp_path / "again", "timm")  # what is known goes along
     assert "| linear | 5 | top1: 61.25 |" in (again / "README.md").read_text()
+    onnx = ["export", str(out), "--out", str(tmp_path / "x.onnx"), "--format", "onnx", "--json"]
+    assert main(onnx) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["format"] == "onnx" and str(tmp_path / "x.onnx") in told["loading"]
     assert main(["export", str(run), "--out", str(out), "--format", "timm"]) == 2
     assert main(["export", str(run), "--out", str(tmp_path / "b"), "--format", "timm", "--which", "7"]) == 2
