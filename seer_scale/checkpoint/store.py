@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -64,20 +64,20 @@ def save(folder: Path, state: State, meta: dict[str, Any], world: World, layout:
     written: dict[str, dict[str, int]] = {}
     name = None
     try:
-        with _agreement(world):
+        with agreement(world):
             if world.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 for stale in folder.glob(".tmp-*"):
                     _remove(stale)
                 aside.mkdir()
-        with _agreement(world):
+        with agreement(world):
             if mine := layout.written_by(world.rank):
                 runs = (_bytes_of(state[name], part) for name, part in mine.items())
                 _write(aside / _file_of(world.rank), itertools.chain([layout.header(world.rank)], runs), written)
             if world.is_main:
                 _write(aside / TENSORS, [layout.to_json()], written)
         files = {name: facts for rank in world.gather_objects(written) for name, facts in rank.items()}
-        with _agreement(world):
+        with agreement(world):
             if world.is_main:
                 name = _publish(aside, meta, files)
     except CheckpointError as problem:
@@ -296,11 +296,18 @@ DEFAULT_REMEDY = "choose the recipe that wrote it, or another checkpoint"
 
 
 def load(
-    path: Path, state: State, world: World, *, prefixes: str | tuple[str, ...] = "", remedy: str = DEFAULT_REMEDY
+    path: Path,
+    state: State,
+    world: World,
+    *,
+    prefixes: str | tuple[str, ...] = "",
+    remedy: str = DEFAULT_REMEDY,
+    names: Mapping[str, str] | None = None,
 ) -> int:
     """Fill the tensors of `state`, those whose name begins with one of `prefixes`, in place from the checkpoint `path`.
 
-    Returns the bytes this rank has read. remedy: what to do if they do not fit.
+    Returns the bytes this rank has read. remedy: what to do if they do not fit. names: of tensors here to those in the
+    checkpoint, of which no others are then looked at.
 
     Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read. Rank 0 reads
     the layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `latest` has,
@@ -308,11 +315,11 @@ def load(
     tensors are not to be used.
     """
     wanted = {k: v for k, v in state.items() if k.startswith(prefixes)}
-    layout = read_layout(path, world)
-    with _agreement(world):
-        _compare(path, wanted, layout, prefixes, remedy)
+    layout = _named(read_layout(path, world), names)
+    with agreement(world):
+        compare(path, wanted, layout.tensors, remedy, prefixes=prefixes)
     try:
-        with _agreement(world):
+        with agreement(world):
             return _read(path, wanted, layout)
     except CheckpointError as problem:
         error = _unread(path, problem.problems[0].clause)
@@ -321,14 +328,25 @@ def load(
 
 
 def check_compatible(
-    path: Path, state: State, world: World = World(), *, prefixes: str = "", remedy: str = DEFAULT_REMEDY
+    path: Path,
+    state: State,
+    world: World = World(),
+    *,
+    prefixes: str = "",
+    remedy: str = DEFAULT_REMEDY,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """That the tensors under `prefixes` in the checkpoint `path` have the names, shapes and dtypes of `state`, which
-    may be on the meta device. remedy: what to do if not. Collective, if a world is given; reads no tensor. Raises
+    may be on the meta device. remedy, names: as of `load`. Collective, if a world is given; reads no tensor. Raises
     CheckpointError."""
-    _compare(
-        path, {k: v for k, v in state.items() if k.startswith(prefixes)}, read_layout(path, world), prefixes, remedy
-    )
+    layout = _named(read_layout(path, world), names)
+    compare(path, {k: v for k, v in state.items() if k.startswith(prefixes)}, layout.tensors, remedy, prefixes=prefixes)
+
+
+def _named(layout: Layout, names: Mapping[str, str] | None) -> Layout:
+    if names is None:
+        return layout
+    return Layout({new: layout.tensors[old] for new, old in names.items() if old in layout.tensors})
 
 
 def _read(path: Path, wanted: State, layout: Layout) -> int:
@@ -413,10 +431,36 @@ def _fill(raw: io.FileIO, tensor: torch.Tensor) -> None:
         left = left[count:]
 
 
-def _compare(path: Path, wanted: State, layout: Layout, prefixes: str | tuple[str, ...], remedy: str) -> None:
-    """Raises CheckpointError with a sentence on the first tensor that differs between the run and the checkpoint."""
-    here = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in wanted.items()}
-    there = {k: f"{_word(v.dtype)} {list(v.shape)}" for k, v in layout.tensors.items() if k.startswith(prefixes)}
+class Described(Protocol):
+    """What is said of a tensor that need not be there."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch.Tensor."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """As torch.Tensor."""
+
+
+def compare(
+    path: Path,
+    wanted: State,
+    held: Mapping[str, Described],
+    remedy: str,
+    *,
+    prefixes: str | tuple[str, ...] = "",
+    casts: bool = False,
+) -> None:
+    """Raises CheckpointError with a sentence on the first tensor that differs between the run and what `path` holds
+    under `prefixes`. casts: whether one type of floating point is as good as another."""
+
+    def described(tensor: Described) -> str:
+        word = "float" if casts and tensor.dtype.is_floating_point else _word(tensor.dtype)
+        return f"{word} {list(tensor.shape)}"
+
+    here = {k: described(v) for k, v in wanted.items()}
+    there = {k: described(v) for k, v in held.items() if k.startswith(prefixes)}
     if not here and not there:
         raise CheckpointError(Problem(str(path), NOTHING, f"holds nothing under {prefixes!r}"))
     for key in sorted(here | there):
@@ -448,7 +492,7 @@ def prune(folder: Path, keep_last: int, keep_every_samples: int, world: World) -
     old = [name for name in names[keep_last:] if name not in milestones.values()]
     if not old or (valid := latest(folder, world, warn=lambda _: None)) is None:
         return
-    with _agreement(world):
+    with agreement(world):
         if world.is_main:
             for name in old:
                 if name not in (valid.name, best_of(folder)):
@@ -498,7 +542,7 @@ def _discard(path: Path) -> None:
 
 
 @contextmanager
-def _agreement(world: World) -> Iterator[None]:
+def agreement(world: World) -> Iterator[None]:
     """The body succeeds on all ranks, or CheckpointError with the first rank's problem is raised on all. Collective."""
     error: Exception | None = None
     try:
@@ -536,7 +580,7 @@ def _published(folder: Path) -> list[Path]:
 def _names(folder: Path, world: World) -> list[str]:
     """Rank 0's view of `_published`, on all ranks."""
     names: list[str] = []
-    with _agreement(world):
+    with agreement(world):
         if world.is_main:
             try:
                 names = [p.name for p in _published(folder)]

@@ -291,9 +291,15 @@ class Checkpoint:
         "auto",
         "auto = from the newest valid checkpoint in run.dir; none = refuse where there is one; or a checkpoint's path",
     )
-    init_from: str = opt("", "start a new run from the weights of this checkpoint, or of the newest one of this run")
+    init_from: str = opt(
+        "",
+        "start a new run from weights: those of a run's newest checkpoint, of a checkpoint, or of what import and "
+        "export make",
+    )
     init_part: Literal["all", "backbone"] = opt(
-        "all", "what checkpoint.init_from gives; backbone = the method's own layers start anew"
+        "all",
+        "what checkpoint.init_from gives; backbone = the method's own layers start anew, as those do in any case that "
+        "an imported file has not or has in other shapes",
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seer_scale.checkpoint.layout import SAFETENSORS_DTYPES
+from seer_scale.checkpoint.layout import SAFETENSORS_DTYPES, local_of, run_of
 from seer_scale.errors import NOTHING, Problem, UserError, missing_path
 from seer_scale.files import plain
 from seer_scale.interop.names import NAME_MAPS
@@ -181,6 +181,27 @@ class Artefact:
             return self._files[file].get_tensor(theirs)
         except (SafetensorError, OSError) as error:
             raise UserError(Problem(str(file), NOTHING, f"could not be read ({error})")) from error
+
+    @torch.no_grad()
+    def fill(self, tensor: Tensor, name: str) -> int:
+        """Copy our `name` into a tensor of its shape, or what a rank holds of one (`Shard`), of any precision; the
+        bytes read: of the rows that are needed. Raises UserError."""
+        local, (start, stop) = local_of(tensor), run_of(tensor)
+        info, (file, theirs) = self.tensors[name], self._held[name]
+        if start == stop:
+            return 0
+        if not info.shape:
+            read = self.read(name)
+        else:
+            inner = info.shape[1:].numel()
+            first, last = start // inner, -(-stop // inner)
+            try:
+                read = self._files[file].get_slice(theirs)[first:last]
+            except (SafetensorError, OSError) as error:
+                raise UserError(Problem(str(file), NOTHING, f"could not be read ({error})")) from error
+            start, stop = start - first * inner, stop - first * inner
+        local.copy_(read.reshape(-1)[start:stop].view_as(local))
+        return read.nbytes
 
 
 def our_names(about: About, where: Path) -> Callable[[str], str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from seer_scale.parallel.engine import Engine
 from seer_scale.training import resume
 from seer_scale.training.clock import Clock
 from seer_scale.training.data_history import DataHistory, open_data_history
+from seer_scale.training.initial_weights import InitialWeights, find_initial_weights
 from seer_scale.training.probe import Probe, build_probe
 from seer_scale.training.resume import Change
 from seer_scale.training.stop import StopRequest
@@ -38,15 +39,13 @@ from seer_scale.training.stop import StopRequest
 class Origin:
     """What a start goes on from.
 
-    checkpoint: of the run. weights: the checkpoint a new run has weights of, those whose names begin with `part`.
-    loaded: seconds (verify_s, load_s) and bytes (load_bytes, load_bytes_most of a rank) of reading it. changes,
-    rate_change: what is otherwise than in the checkpoint's recipe, and a sentence on the learning rate. meta: of the
-    checkpoint.
+    checkpoint: of the run. weights: what a new run begins with. loaded: seconds (verify_s, load_s) and bytes
+    (load_bytes, load_bytes_most of a rank) of reading it. changes, rate_change: what is otherwise than in the
+    checkpoint's recipe, and a sentence on the learning rate. meta: of the checkpoint.
     """
 
     checkpoint: Path | None = None
-    weights: Path | None = None
-    part: str = ""
+    weights: InitialWeights | None = None
     loaded: dict[str, float] = field(default_factory=dict)
     changes: Sequence[Change] = ()
     rate_change: str = ""
@@ -84,10 +83,10 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
     begin = time.perf_counter()
     with progress.doing("looking for a checkpoint and verifying it"):
         found = resume.find_checkpoint(config, run_dir, world)  # before anything is built
-        weights = resume.find_weights(config, world) if config.checkpoint.init_from and not found else None
+        method = build_method(config, world)
+        is_given = config.checkpoint.init_from and not found
+        weights = find_initial_weights(config, method, world) if is_given else None
     verify_s = time.perf_counter() - begin
-    method = build_method(config, world)
-    part = resume.check_weights(config, weights, resume.state_of(method), world) if weights else ""
     with progress.doing(f"listing the images of {shown(config.data.path)}"):
         saved = store.read_meta(found, world)["data"] if found else None
         history, labelled = list_images(config, run_dir, world, stop, saved)
@@ -97,14 +96,13 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
         between = partial(stop.end_start_if_agreed, world)
         execution = choose_execution(method.backbone, config, world, cores, between)
     with progress.doing("building the network"):
-        engine = build_engine(method, config, world, loaded=resume.loaded_prefixes(config, found))
+        loaded = ("",) if found else weights.loaded if weights else ()
+        engine = build_engine(method, config, world, loaded=loaded)
     schedule, origin = LearningRate(config), Origin()
     if found:
         origin = _restore(found, config, engine, probe, schedule, progress, verify_s)
     elif weights:
-        origin = Origin(
-            weights=weights, part=part, loaded=_load(weights, engine, engine.state(), progress, prefixes=part)
-        )
+        origin = Origin(weights=weights, loaded=_load(weights.path, engine, engine.state(), progress, weights.load))
     seen, step = origin.meta.get("samples_seen", 0), origin.meta.get("step", 0)
     clock = Clock(config.train.global_batch, config.end(seen), seen, step)
     workers = config.data.num_workers(cores)
@@ -146,7 +144,8 @@ def _restore(
     prefixes = ("model/", "optim/", "scaler/", *(("memory/",) if is_kept else ()))
     if probe and meta.get("probe") == probe.classes_crc32:  # of other classes it begins anew
         prefixes += ("probe/",)
-    loaded = _load(path, engine, state_of(engine, probe), progress, prefixes, remedy=resume.remedy(then, config))
+    reading = partial(store.load, path, prefixes=prefixes, remedy=resume.remedy(then, config))
+    loaded = _load(path, engine, state_of(engine, probe), progress, reading)
     schedule.state |= meta["schedule"]
     if then["train"]["precision"] != config.train.precision:
         engine.scaler.restart()
@@ -164,12 +163,11 @@ def _load(
     engine: Engine,
     state: store.State,
     progress: Progress,
-    prefixes: str | tuple[str, ...],
-    remedy: str = store.DEFAULT_REMEDY,
+    reading: Callable[[store.State, World], int],
 ) -> dict[str, float]:
-    """Take over into `state` what of a checkpoint has names that begin so; what that took. Collective."""
+    """Take over into `state` what `reading` brings of `path`; what that took. Collective."""
     begin, world = time.perf_counter(), engine.world
     with progress.doing(f"loading {shown(path)}"):
-        nbytes = world.gather_objects(store.load(path, state, world, prefixes=prefixes, remedy=remedy))
+        nbytes = world.gather_objects(reading(state, world))
     engine.refresh()
     return {"load_s": time.perf_counter() - begin, "load_bytes": sum(nbytes), "load_bytes_most": max(nbytes)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,10 @@ from seer_scale.checkpoint import store
 from seer_scale.config import Config, keys_of_network, read_config
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, Problem, UserError
-from seer_scale.methods.base import BufferKind, Method
 from seer_scale.methods.registry import build_method
 from seer_scale.optim.schedules import LearningRate
+from seer_scale.training.initial_weights import MODEL, find_initial_weights, print_warning, state_of
 
-BACKBONE = "model/backbone."
 START_KEYS = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoint.init_part", "run.plugins")
 """Keys of where a run lies and how it began, which a resume may give otherwise."""
 PATH_KEYS = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
@@ -37,12 +35,8 @@ class Change(NamedTuple):
         return f"{self.key} {json.dumps(self.before)} -> {json.dumps(self.after)}"
 
 
-def _to_stderr(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
-
-
 def find_checkpoint(
-    config: Config, run_dir: Path, world: World, *, contents: bool = True, warn: Callable[[str], None] = _to_stderr
+    config: Config, run_dir: Path, world: World, *, contents: bool = True, warn: Callable[[str], None] = print_warning
 ) -> Path | None:
     """The checkpoint to go on from; None: none. Without `contents` sizes must do, no file is read. Collective. Raises
     UserError."""
@@ -119,39 +113,6 @@ def check_resumable(path: Path, config: Config, world: World = World()) -> dict[
     return meta
 
 
-def find_weights(
-    config: Config, world: World, *, contents: bool = True, warn: Callable[[str], None] = _to_stderr
-) -> Path:
-    """The checkpoint that checkpoint.init_from names: itself, or the newest valid one of a run. Collective. Raises
-    CheckpointError."""
-    path = Path(config.checkpoint.init_from)
-    for folder in (path / "checkpoints", path):
-        if found := store.latest(folder, world, verify=contents, warn=warn):
-            return found
-    if problem := store.validate(path, world, contents=contents):
-        raise CheckpointError(Problem("checkpoint.init_from", path, f"it {problem.rule}", problem.nearest))
-    return path
-
-
-def check_weights(config: Config, path: Path, state: store.State, world: World = World()) -> str:
-    """That what checkpoint.init_part names of `path` fits into `state`; what the names of those tensors begin with.
-    Collective. Raises CheckpointError."""
-    store.check_compatible(path, state, world, prefixes=BACKBONE)
-    if config.checkpoint.init_part == "backbone":
-        return BACKBONE
-    anew = "give checkpoint.init_part backbone, which draws all else anew, or choose another checkpoint"
-    store.check_compatible(path, state, world, prefixes="model/", remedy=anew)
-    return "model/"
-
-
-def loaded_prefixes(config: Config, found: Path | None) -> tuple[str, ...]:
-    """What the names of those parameters begin with that a checkpoint brings to a start, which goes on from `found`."""
-    init_from, init_part = config.checkpoint.init_from, config.checkpoint.init_part
-    if found or init_from and init_part == "all":
-        return ("",)
-    return (BACKBONE.removeprefix("model/"),) if init_from else ()
-
-
 def rate_change(meta: dict[str, Any], config: Config) -> str:
     """A sentence where `config` goes on from a checkpoint's `meta` with another learning rate than its own recipe
     would."""
@@ -178,12 +139,12 @@ def validate_resume(config: Config, run_dir: Path) -> str:
     path = find_checkpoint(config, run_dir, World(), contents=False, warn=lambda _: None)
     if not path and not config.checkpoint.init_from:
         return ""
-    state = state_of(build_method(config, World()))
+    method = build_method(config, World())
     if not path:
-        check_weights(config, find_weights(config, World(), contents=False, warn=lambda _: None), state)
+        find_initial_weights(config, method, World(), contents=False, warn=lambda _: None)
         return ""
     meta = check_resumable(path, config)
-    store.check_compatible(path, state, prefixes="model/", remedy=remedy(meta["config"], config))
+    store.check_compatible(path, state_of(method), prefixes=MODEL, remedy=remedy(meta["config"], config))
     changed, rate = changes(meta["config"], config), rate_change(meta, config)
     if not changed:
         return ""
@@ -200,12 +161,6 @@ def remedy(then: dict[str, Any], config: Config) -> str:
         f"give back what the checkpoint has ({', '.join(changed)}), or begin in another run.dir with "
         "checkpoint.init_from and, where only the backbone is the same, checkpoint.init_part backbone"
     )
-
-
-def state_of(method: Method[Any, Any]) -> store.State:
-    """The names and shapes that a checkpoint has of a network, from the network itself (on meta, say)."""
-    statistics = {n: b for n, b in method.named_buffers() if method.buffer_kind(n) == BufferKind.STATISTICS}
-    return {f"model/{n}": t for n, t in (dict(method.named_parameters()) | statistics).items()}
 
 
 def changes(then: dict[str, Any], config: Config) -> list[Change]:

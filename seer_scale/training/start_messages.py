@@ -21,7 +21,6 @@ from seer_scale.evaluate.knn import LabelledImages, why_unlabelled
 from seer_scale.formatting import counted, memory_size
 from seer_scale.models.execution import Execution
 from seer_scale.observe.records import read_metrics
-from seer_scale.training import resume
 from seer_scale.training.clock import Clock
 from seer_scale.training.components import Components, Origin
 from seer_scale.training.data_history import manifest_of
@@ -86,10 +85,7 @@ def start_event(
     if world.is_main and read_metrics(run_dir)[0]:
         text = f"An earlier start left no checkpoint in {run_dir / 'checkpoints'}, so training begins anew. {text}"
     if origin.weights:
-        whose = "Its weights are those of {}"
-        if origin.part == resume.BACKBONE:
-            whose = "Its backbone is that of {} and all else drawn anew"
-        text += f" {whose.format(origin.weights)}: {_read(origin)}."
+        text += f" {origin.weights}: {_read(origin)}."
     compiles = " The first update compiles, which takes minutes." * config.train.compile
     return "start", text + copies + compiles, fields | origin.loaded
 

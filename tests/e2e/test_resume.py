@@ -8,6 +8,10 @@ import re
 import signal
 from functools import partial
 
+import torch
+
+from seer_scale.checkpoint.store import TensorReader
+from seer_scale.cli import main
 from seer_scale.launch.job import Job
 from seer_scale.models import execution as layout
 from seer_scale.models.init import initial_values
@@ -30,6 +34,7 @@ from tests.e2e.runs import (
     start,
     until,
 )
+from tests.vissl import classy, vissl
 
 
 def test_killed_on_two_ranks_goes_on_on_one(straight, tmp_path, photos):
@@ -372,3 +377,32 @@ def test_a_method_from_outside_goes_on_after_a_kill(tmp_path, photos):
     begun = events(place, "resume")[0]["samples_seen"]
     assert 0 < begun <= done and f"samples-{begun:012d}" in text and "3 ranks (zero2, cpu)" in text
     assert_same_path(place, tmp_path / "straight")
+
+
+def test_pretraining_goes_on_from_imported_weights(tmp_path, photos):
+    """A run's network leaves by names of VISSL, comes in again, and its loss goes on from there; a frozen backbone
+    waits."""
+    few = {
+        "knn": {"enabled": False},
+        "checkpoint": {"every_samples": 0},
+        "health": {"images": 0},
+        "run": {"prototype_images": 0},
+    }
+    given = recipe(tmp_path, photos, train={"total_samples": 240}, **few)
+    assert run_training(given, ["--run.dir", str(tmp_path / "before")]) == 0
+    reader = TensorReader(tmp_path / "before" / "checkpoints" / checkpoints(tmp_path / "before")[-1])
+    held = {n.removeprefix("model/"): reader.read(n) for n in reader.layout.tensors if n.startswith("model/")}
+    trunk = {vissl(n.removeprefix("backbone.")): t for n, t in held.items() if n.startswith("backbone.")}
+    heads = {f"0.projection_head.{n.removeprefix('head.')}": t for n, t in held.items() if n.startswith("head.")}
+    heads |= {f"0.prototypes{n.split('.')[1]}.weight": t for n, t in held.items() if n.startswith("prototypes.")}
+    torch.save(classy(trunk, heads), tmp_path / "x.torch")
+    assert main(["import", str(tmp_path / "x.torch"), "--out", str(tmp_path / "imported")]) == 0
+
+    words = ["--train.total_samples", "16", "--run.dir"]
+    begun = ["--checkpoint.init_from", str(tmp_path / "imported"), "--train.freeze_backbone_samples", "8"]
+    assert run_training(given, [*words, str(tmp_path / "random")]) == 0
+    assert run_training(given, [*words, str(tmp_path / "goes_on"), *begun]) == 0
+    random, goes_on = (runs.read_metrics(tmp_path / name)[0][0]["loss"] for name in ("random", "goes_on"))
+    assert goes_on < 0.95 * random, (goes_on, random)
+    (told,) = events(tmp_path / "goes_on", "start")
+    assert f"Its weights are those of {tmp_path / 'imported'}" in told["text"] and told["load_bytes"] > 0

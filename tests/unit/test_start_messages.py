@@ -13,7 +13,8 @@ from seer_scale.distributed import World
 from seer_scale.models.execution import Execution
 from seer_scale.training.clock import Clock
 from seer_scale.training.components import Origin
-from seer_scale.training.resume import BACKBONE, Change
+from seer_scale.training.initial_weights import InitialWeights
+from seer_scale.training.resume import Change
 from seer_scale.training.start_messages import notes, start_event
 
 LOADED = {"load_s": 1.0, "load_bytes": 2048, "load_bytes_most": 1024}
@@ -83,8 +84,13 @@ def test_a_new_run_says_what_it_trains_and_of_whose_weights(tmp_path):
     assert fields["parameters"] == 1_000_000 and fields["staging_bytes"] == 4096 and fields["attempt"] == "2"
     (tmp_path / "metrics.jsonl").write_text('{"samples_seen": 8, "loss": 1.0}\n')
     assert "begins anew" in event(config, tmp_path)[1]
-    for part, whose in ((BACKBONE, "Its backbone is that of there"), ("model/", "Its weights are those of there")):
-        _, text, fields = event(config, tmp_path, origin=Origin(weights=Path("there"), part=part, loaded=LOADED))
+    for parts, whose in (
+        ({"anew": ("head",)}, "Its backbone is that of there and all else drawn anew"),
+        ({}, "Its weights are those of there"),
+        ({"kept": ("head",), "anew": ("fc",)}, "Its backbone and head are those of there, and fc drawn anew"),
+    ):
+        weights = InitialWeights(Path("there"), {}, (), **parts)
+        _, text, fields = event(config, tmp_path, origin=Origin(weights=weights, loaded=LOADED))
         assert f"{whose}" in text and "read 2.0 KiB in 1.0 s" in text and fields["load_bytes"] == 2048
 
 
