@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import yaml
@@ -85,26 +85,40 @@ def test_compare_runs(example, place):
         example("compare_runs.py", "run", "--metric", "los")
 
 
-def test_first_steps(place, monkeypatch):
-    """The notebook, cell by cell, with what its second cell sets replaced by small settings."""
-    monkeypatch.chdir(place)
+def run_notebook(name: str, settings: dict) -> list:
+    """What its cells show, in order, with what its first cell sets replaced by `settings`."""
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
     names: dict = {"__name__": "notebook"}
-    cells = json.loads((EXAMPLES / "first_steps.ipynb").read_text())["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     shown = []
-    for number, source in enumerate(sources):
+    for number, source in enumerate(cell.source for cell in notebook.cells if cell.cell_type == "code"):
         tree = ast.parse(source)
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, f"cell {number}", "exec"), names)
         if number == 0:
-            names |= {"RECIPE": "small.yaml", "SAMPLES": 16}
+            assert settings.keys() <= names.keys()
+            names |= settings
         if last:
             shown.append(eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names))
+    return shown
+
+
+def test_first_steps(place, monkeypatch):
+    monkeypatch.chdir(place)
+    shown = run_notebook("first_steps.ipynb", {"RECIPE": "small.yaml", "SAMPLES": 16})
     sheet, trained, metrics, report, shapes, share = shown
     assert sheet._repr_png_()[:4] == b"\x89PNG" and trained == (16, True) and report.is_file()
     assert metrics[0][0] == 16 and [samples for samples, _ in metrics[1]] == [0, 16]
     assert shapes[1][0] == 20 and shapes[0][1] == shapes[1][1] and 0 <= share <= 1
-    assert not any(cell.get("outputs") for cell in cells)
+
+
+def test_load_embed(place, monkeypatch):
+    monkeypatch.chdir(place)
+    settings = {"RUN": "run", "IMAGES": "corpus/test", "EXPORT": "exports/run"}
+    (width, transform), (shape, _), sheet, out, difference = run_notebook("load_embed.ipynb", settings)
+    assert shape == (20, width) and transform.size > 0 and sheet.size == (600, 400)
+    assert (out / "README.md").is_file() and difference < 1e-5
 
 
 def test_two_processes(place):
@@ -133,6 +147,6 @@ def test_none_is_left_out():
     assert {p.name for p in files if p.stem not in tested} == PLUGINS
     text = (Path(__file__).parent / "test_plugins.py").read_text()
     assert all(name in text for name in PLUGINS)
-    for path in files - {EXAMPLES / "first_steps.ipynb"}:
+    for path in {p for p in files if p.suffix != ".ipynb"}:
         assert path.name in path.read_text(), f"{path.name} does not say how it is run"
         assert len(path.read_text().splitlines()) <= (80 if path.name in PLUGINS else 60), path.name
