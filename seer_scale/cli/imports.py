@@ -29,13 +29,13 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the backbone it must be, as in model.name; timm/NAME for timm's"
     )
-    parser.add_argument("--force", action="store_true", help="replace what is at --out")
+    parser.add_argument("--force", action="store_true", help="replace an earlier import at --out")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
 
 
 def run(args: argparse.Namespace) -> int:
     from seer_scale.interop.importing import import_weights
 
-    made = import_weights(args.path, args.out, format=args.format, model=args.model, overwrite=args.force)
+    made = import_weights(args.path, args.out, format=args.format, model=args.model, force=args.force)
     print(to_json(made.to_dict(), indent=1) if args.json else shown(str(made), keep="\n"))
     return EXIT_DONE

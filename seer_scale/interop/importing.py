@@ -19,13 +19,13 @@ from seer_scale.formatting import counted
 from seer_scale.interop.architecture import find_model
 from seer_scale.interop.artefact import OWN_FORMAT, About, TensorInfo, write_artefact
 from seer_scale.interop.published import Lazy, open_published
+from seer_scale.interop.write import MAX_SHARD_SIZE, check_replaceable, size_in_bytes
 from seer_scale.models.registry import build_backbone
 from seer_scale.models.timm_adaptor import STATISTICS, TIMM_PREFIX, Whole
 
 COUNT = STATISTICS[2]
 """Of the updates of a BatchNorm's statistics: what a file need not have."""
 IMAGE_SIZE = 224
-MAX_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,13 @@ class Imported:
         return "\n".join(lines)
 
 
-def import_weights(
-    path: Path, out: Path, *, format: str = "auto", model: str = "", overwrite: bool = False
-) -> Imported:
-    """Make an artefact at `out`, a folder that is not there yet, of the weights in a file or folder.
+def import_weights(path: Path, out: Path, *, format: str = "auto", model: str = "", force: bool = False) -> Imported:
+    """Make an artefact at `out`, a folder, of the weights in a file or folder. force: replace an earlier one.
 
     format: vissl, timm, torchvision or transformers; auto goes by the names. model: the backbone they must be of, as in
     `model.name`. Tensors become fp32, one at a time. Raises UserError, with nothing left behind.
     """
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(Problem("--out", out, "it exists", "give another, or --force"))
+    check_replaceable(out, force)
     found = open_published(path, format)
     keys = _model(path, {name: tensor.shape for name, tensor in found.tensors.items()}, model)
     with torch.device("meta"):
@@ -88,9 +85,9 @@ def import_weights(
     origin = {"file": path.name, "format": found.format}
     about = About(OWN_FORMAT, keys, eval_preprocessing(IMAGE_SIZE), origin)
     try:
-        with published(out, replace=overwrite) as aside:
+        with published(out, replace=force) as aside:
             aside.mkdir()
-            write_artefact(aside, about, infos, read, max_shard_bytes=MAX_SHARD_BYTES)
+            write_artefact(aside, about, infos, read, max_shard_bytes=size_in_bytes(MAX_SHARD_SIZE))
     except OSError as error:
         rule = f"cannot be written ({error.strerror or error})"
         raise UserError(Problem(str(out), NOTHING, rule, "give another --out")) from error

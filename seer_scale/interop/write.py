@@ -52,7 +52,7 @@ def export_backbone(
     """
     if dtype not in EXPORT_DTYPES:
         raise UserError(Problem("--dtype", dtype, "that is no type of weights", nearest(dtype, EXPORT_DTYPES)))
-    max_shard_bytes, is_file = _bytes_of(max_shard_size), out.suffix in LONE_FILES
+    max_shard_bytes, is_file = size_in_bytes(max_shard_size), out.suffix in LONE_FILES
     weights = open_weights(path, which)
     try:
         target = target_of(format, weights)
@@ -130,6 +130,11 @@ def _check_out(out: Path, format: str, target: Target, force: bool) -> None:
         raise UserError(Problem("--out", str(out), rule, "give a folder"))
     if out.suffix in LONE_FILES and target.needs_folder:
         raise UserError(Problem("--out", str(out), f"{format} reads a folder", str(out.with_suffix(""))))
+    check_replaceable(out, force)
+
+
+def check_replaceable(out: Path, force: bool) -> None:
+    """That there is nothing at `out`, or, with `force`, an export or import and nothing else. Raises UserError."""
     if not out.exists() and not out.is_symlink():
         return
     if out.is_dir() and not any(out.iterdir()):
@@ -160,7 +165,7 @@ def _check_onnx(weights: Weights, dtype: str, is_file: bool) -> None:
         raise UserError(Problem("--out", NOTHING, f": {rule}", "give a folder"))
 
 
-def _bytes_of(size: int | str) -> int:
+def size_in_bytes(size: int | str) -> int:
     """Of "5GB", or a number of bytes. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(size).strip().upper())
     unit = f"{match[2].rstrip('B')}B" if match and match[2].rstrip("B") else ""

@@ -8,13 +8,15 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import seer_scale
 from seer_scale.cli import main
+from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.errors import UserError
 from seer_scale.interop.architecture import Plan, find_generator
-from seer_scale.interop.artefact import Artefact
+from seer_scale.interop.artefact import About, Artefact, TensorInfo, write_artefact
 from seer_scale.interop.names import NAME_MAPS
 from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.models.regnet import REGNETY, RegNetSpec
@@ -121,7 +123,7 @@ def test_files_of_the_libraries_themselves_make_the_same_features(tmp_path):
     torch.save(seen.state_dict(), tmp_path / "torchvision.pth")
     for name, module, head in (("timm.pth", theirs, "head.fc"), ("torchvision.pth", seen, "fc"),
                                ("transformers", folded, "classifier.1")):  # fmt: skip
-        made = seer_scale.import_weights(tmp_path / name, tmp_path / "out", overwrite=True)
+        made = seer_scale.import_weights(tmp_path / name, tmp_path / "out", force=True)
         assert made.left == [f"{head}.bias", f"{head}.weight"]
         assert made.model == {"name": "timm/resnet18" if name == "torchvision.pth" else "regnety_200mf"}
         if isinstance(module, RegNetForImageClassification):
@@ -160,6 +162,23 @@ def test_a_generator_is_found_for_every_regnety(spec):
     assert found is not None and Plan.of(found) == Plan.of(spec)
 
 
+@pytest.mark.parametrize("format", ["timm", "torchvision", "transformers"])
+def test_what_an_export_holds_comes_in_to_the_bit(format, tmp_path):
+    """By names and shapes alone, as from whoever has the library: the header of the file is another's."""
+    net = build_backbone("regnety_400mf")
+    initialise(net, seed=3)
+    infos = {name: TensorInfo(t.dtype, t.shape) for name, t in net.state_dict().items()}
+    about = About("safetensors", {"name": "regnety_400mf"}, eval_preprocessing(64))
+    write_artefact(tmp_path / "ours.safetensors", about, infos, net.state_dict().__getitem__)
+    seer_scale.export(tmp_path / "ours.safetensors", tmp_path / "out", format)
+    file = tmp_path / "out" / "model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})
+    made = seer_scale.import_weights(tmp_path / "out", tmp_path / "in")
+    assert (made.format, made.model, made.left, made.anew) == (format, {"name": "regnety_400mf"}, [], [])
+    found = seer_scale.load(tmp_path / "in").state_dict()
+    assert all(torch.equal(found[n], t) for n, t in net.state_dict().items())
+
+
 def test_what_cannot_come_in_is_told_and_leaves_nothing(ours, tmp_path):
     names = NAME_MAPS["torchvision"]
 
@@ -188,6 +207,11 @@ def test_what_cannot_come_in_is_told_and_leaves_nothing(ours, tmp_path):
     torch.save(torchvision.models.regnet_y_800mf().state_dict(), tmp_path / "x.pth")  # of other widths than the paper's
     with pytest.raises(UserError):
         seer_scale.import_weights(tmp_path / "x.pth", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    with pytest.raises(UserError) as caught:
+        seer_scale.import_weights(tmp_path / "x.pth", tmp_path / "full", force=True)
+    assert caught.value.problems[0].key == "--out" and (tmp_path / "full" / "mine.txt").exists()
     for missing in ("gone", "."):
         with pytest.raises(UserError):
             seer_scale.import_weights(tmp_path / missing, tmp_path / "out")
