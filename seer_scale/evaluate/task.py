@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from seer_scale.config.fields import opt
 from seer_scale.errors import Problem
+from seer_scale.observe.chart import Chart as Plot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +34,6 @@ class TaskSettings:
 
 
 SettingsT = TypeVar("SettingsT", bound=TaskSettings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """Curves, bars or points, as data: series name -> (x, y) pairs; of bars x is a name."""
-
-    title: str
-    x: str
-    y: str
-    series: Mapping[str, Sequence[tuple[Any, float]]]
-    kind: Literal["lines", "bars", "points"] = "lines"
-    log_x: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from seer_scale.config import load_recipe
 from seer_scale.files import shown, write_whole
 from seer_scale.formatting import counted, duration, rate, short_number
 from seer_scale.observe.records import START_EVENTS, compare, read_metrics
+from seer_scale.observe.report.evaluations import plots_of, read_results, rows_of
 from seer_scale.observe.report.figures import Figures, climb, latest, majority, memory_title, newest_start, plots_of_run
 from seer_scale.observe.report.pictures import Pictures, hits
 from seer_scale.observe.report.plots import Rows, is_number
@@ -98,6 +99,7 @@ def _data(run_dir: Path) -> dict[str, Any]:
     restarts, queries = max(0, len(account.attempts) - 1), pictures.queries()
     known = [r for r in rows if is_number(r.get("knn/top1"))]
     draw = Figures(rows, events)
+    results = read_results(run_dir)
     kept = _kept(events)
     return {
         "name": shown(run_dir.resolve().name),
@@ -120,6 +122,8 @@ def _data(run_dir: Path) -> dict[str, Any]:
         "has_anchors": bool(newest_start(events).get("anchors", "untold")),  # a method without them has no such section
         "use": pictures.use(),
         "sections": _sections(draw, pictures),
+        "results": [(r.task, r.figure, r.score, r.untrained, r.of, r.protocol) for r in rows_of(results)],
+        "result_plots": plots_of(results),
         "versions": _versions(events, config),
         "recipe": place.read_text() if place.exists() else "",
         "restarts": restarts,

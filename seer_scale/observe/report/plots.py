@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seer_scale.formatting import short_number
+from seer_scale.observe.chart import Chart
 
 if TYPE_CHECKING:  # a name that older versions lack
     from matplotlib.typing import RcKeyType
@@ -183,10 +184,33 @@ def _one(plot: Plot, size: str) -> str:
         ax.tick_params(length=0)
         if plot.legend:
             ax.legend(frameon=False, fontsize=9.5, loc="best")
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        text = _saved(figure)
         strips = _strips(ax, plot, 72 * SIZES[size][1])
-    text = out.getvalue()
+    return _of_page(text, size, strips)
+
+
+def chart_svg(chart: Chart) -> Markup:
+    """A chart in both sizes, in the page's colours."""
+    return Markup("".join(_one_chart(chart, size) for size in SIZES))
+
+
+def _one_chart(chart: Chart, size: str) -> str:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZES[size], layout="constrained")
+        ax = figure.subplots()
+        chart.draw(ax, (BLUE, ORANGE, GREEN, INK))
+        ax.tick_params(length=0)
+        return _of_page(_saved(figure), size, "")
+
+
+def _saved(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return out.getvalue()
+
+
+def _of_page(text: str, size: str, strips: str) -> str:
+    """matplotlib's SVG as part of a page: without what only a file needs, in variables of the style sheet."""
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| xmlns(:\w+)?="[^"]*"', "", text, count=4)
     for name, colour in COLOURS.items():
