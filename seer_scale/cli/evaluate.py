@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale.cli.parser import Parser, add_command
-from seer_scale.errors import EXIT_DONE
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED
 from seer_scale.files import to_json
 
 EPILOG = """On several processes: torchrun --nproc-per-node 8 -m seer_scale eval TASK ..., or srun, or accelerate
@@ -27,6 +27,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
     tasks = parser.add_subparsers(metavar="TASK", required=True)
     for name, what in _tasks().items() if words[:1] in (["eval"], ["help"]) else ():
         _add_task(tasks, name, what, fill=name in asked)
+    _add_suite(tasks, fill="suite" in asked)
 
 
 def _tasks() -> dict[str, str]:
@@ -35,31 +36,52 @@ def _tasks() -> dict[str, str]:
     return task_names()
 
 
+def _add_suite(tasks: Any, fill: bool) -> None:
+    what = "several tasks, in one table with SEER's published figures beside"
+    parser = add_command(
+        tasks, "suite", suite, what, description=f"Measures {what}.", epilog=EPILOG, takes_plugins=True
+    )
+    _add_subject(parser)
+    parser.add_argument(
+        "--tasks", default="knn,linear,lowshot",
+        help="names, or a YAML file: a list of names and of mappings with `task` and its options",
+    )  # fmt: skip
+    if fill:
+        from seer_scale.evaluate.task import TaskSettings
+
+        _add_options(parser, TaskSettings)
+
+
 def _add_task(tasks: Any, name: str, what: str, fill: bool) -> None:
     parser = add_command(
         tasks, name, partial(evaluate, name), what, description=f"Measures {what}.", epilog=EPILOG, takes_plugins=True,
     )  # fmt: skip
+    _add_subject(parser)
+    if fill:
+        from seer_scale.evaluate.registry import task_class
+
+        _add_options(parser, task_class(name).settings)
+
+
+def _add_subject(parser: Parser) -> None:
     parser.set_defaults(instead_of_overrides="labelled images are given by --data and --test, options by --NAME")
     parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or an exported file")
     parser.add_argument("--which", default="last", help="of a run: last, best, or samples seen")
     parser.add_argument(
-        "--init", dest="weights", default="trained", choices=["trained", "random"],
+        "--init", dest="weights", default="trained", choices=["trained", "random", "both"],
         help="random: the same network as it begins, to compare with",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the results; a run's eval/ otherwise")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
-    if fill:
-        _add_options(parser, name)
 
 
-def _add_options(parser: Parser, name: str) -> None:
+def _add_options(parser: Parser, settings: type) -> None:
     from seer_scale.config.fields import keys_of
-    from seer_scale.evaluate.registry import task_class
     from seer_scale.evaluate.run import option_of
 
     options = parser.add_argument_group("options of the task")
-    for field, kind, default, what in keys_of(task_class(name).settings):
+    for field, kind, default, what in keys_of(settings):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         of_flag: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
         options.add_argument(
@@ -72,14 +94,34 @@ def evaluate(name: str, args: argparse.Namespace) -> int:
     from seer_scale.evaluate.run import read_settings, run_task
     from seer_scale.rank_info import detect
 
-    given = {key.partition(".")[2]: value for key, value in vars(args).items() if key.startswith("task.")}
-    settings = read_settings(name, given)
-    record = run_task(
-        name, args.path, settings, which=args.which, weights=args.weights, out=args.out, device=args.device
+    settings = read_settings(name, _given(args))
+    records = run_task(
+        name, args.path, settings, which=args.which, initial=_weights(args), out=args.out, device=args.device
     )
     if detect().rank == 0:
-        print(to_json(record) if args.json else as_text(record))
+        for record in records:
+            print(to_json(record) if args.json else as_text(record))
     return EXIT_DONE
+
+
+def suite(args: argparse.Namespace) -> int:
+    from seer_scale.evaluate.suite import as_table, read_suite, run_suite
+    from seer_scale.rank_info import detect
+
+    items = read_suite(args.tasks, _given(args))
+    summary = run_suite(args.path, items, which=args.which, initial=_weights(args), out=args.out, device=args.device)
+    if detect().rank == 0:
+        print(to_json(summary) if args.json else as_table(summary))
+    return EXIT_DONE if not summary["problems"] else EXIT_FAILED
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a task that were given, as text."""
+    return {key.partition(".")[2]: value for key, value in vars(args).items() if key.startswith("task.")}
+
+
+def _weights(args: argparse.Namespace) -> list[str]:
+    return ["random", "trained"] if args.weights == "both" else [args.weights]
 
 
 def as_text(record: dict[str, Any]) -> str:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 SHARD = 1024
 """Images whose features are written together: what a kill can lose, on each rank."""
 
+SHARED_FEATURES = "features"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -89,20 +91,24 @@ class Evaluation(Generic[SettingsT]):
 
     def work(self, *parts: Any) -> Path:
         """A folder for what need not be done again after a kill, by what it depends on: the weights, the task and
-        `parts`. It is removed when the command has ended well."""
-        mark = zlib.crc32(repr([self.subject.fingerprint, self.task, *parts]).encode(errors="backslashreplace"))
-        place = self.folder / "unfinished" / f"{self.task}-{mark:08x}"
+        `parts` (features, which begin with SHARED_FEATURES, are of all tasks). It is removed when the command has ended
+        well."""
+        owner = SHARED_FEATURES if parts[:1] == (SHARED_FEATURES,) else self.task
+        mark = zlib.crc32(repr([self.subject.fingerprint, owner, *parts]).encode(errors="backslashreplace"))
+        place = self.folder / "unfinished" / f"{owner}-{mark:08x}"
         self._used.add(place)
         if self.world.is_main:
             place.mkdir(parents=True, exist_ok=True)
         self.world.barrier()
         return place
 
-    def clean(self) -> None:
-        """Remove what is not needed any more."""
+    def clean(self, keep_features: bool = False) -> None:
+        """Remove what is not needed any more. keep_features: the next task may need them, too."""
         self.world.barrier()
         if self.world.is_main:
             for place in self._used:
+                if keep_features and place.name.startswith(SHARED_FEATURES):
+                    continue
                 shutil.rmtree(place, ignore_errors=True)
             unfinished = self.folder / "unfinished"
             if unfinished.is_dir() and not any(unfinished.iterdir()):
@@ -128,7 +134,7 @@ class Evaluation(Generic[SettingsT]):
         features are not finite.
         """
         encode = encode or self.subject.encode
-        place = self.work("features", split.mark, self.size, mark)
+        place = self.work(SHARED_FEATURES, split.mark, self.size, mark)
         shards = [
             (place / f"{first:012d}.safetensors", np.arange(first, min(first + SHARD, len(split))))
             for first in range(0, len(split), SHARD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +70,25 @@ def results_folder(path: Path, out: Path | None) -> Path:
 
 
 def run_task(
-    name: str, path: Path, settings: TaskSettings, *, which: str = "last", weights: str = "trained",
+    name: str, path: Path, settings: TaskSettings, *, which: str = "last", initial: Sequence[str] = ("trained",),
     out: Path | None = None, device: str = "auto",
-) -> dict[str, Any]:  # fmt: skip
-    """Measure, and write eval/NAME.json (NAME-random.json of untrained weights) and its plots; returns what was
-    written. Collective over the processes that torchrun, accelerate launch or srun has started. Raises UserError."""
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure with each of the weights `initial` ("trained", "random"), and write eval/NAME.json (NAME-random.json of
+    untrained ones) and its plots; returns what was written. Collective over the processes that torchrun, accelerate
+    launch or srun has started. Raises UserError."""
     check_path(path)
     folder = results_folder(path, out)
     world = distributed.init(folder / "logs", device=device)
-    try:
-        return measure(name, path, settings, world, folder, which=which, weights=weights)
-    finally:
-        distributed.shutdown(world)
+    records = [measure(name, path, settings, world, folder, which=which, weights=weights) for weights in initial]
+    distributed.shutdown(world)
+    return records
 
 
 def measure(
-    name: str, path: Path, settings: TaskSettings, world: World, folder: Path, *, which: str, weights: str
-) -> dict[str, Any]:
-    """As `run_task`, in a world that stands."""
+    name: str, path: Path, settings: TaskSettings, world: World, folder: Path, *, which: str, weights: str,
+    keep_features: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """As `run_task`, in a world that stands. keep_features: for another task of the same weights."""
     begin = time.perf_counter()
     task = task_class(name)(settings)
     subject = open_subject(path, which, weights, world.device, settings.seed)
@@ -99,7 +100,11 @@ def measure(
     record = as_record(name, settings, evaluation, result, time.perf_counter() - begin)
     if world.is_main:
         publish(record, result, folder)
-    evaluation.clean()
+        if subject.run_dir and folder == results_folder(subject.run_dir, None):
+            from seer_scale.observe.report import write_report  # loads matplotlib
+
+            write_report(subject.run_dir)
+    evaluation.clean(keep_features)
     return record
 
 
@@ -121,7 +126,10 @@ def as_record(
             "samples_seen": subject.samples_seen,
             "weights": subject.weights,
             "fingerprint": subject.fingerprint,
+            "backbone": subject.backbone,
+            "parameters": sum(p.numel() for p in subject.model.parameters()),
         },
+        "data": settings.data or (subject.config.data.path if subject.config else ""),
         "size": evaluation.size,
         "settings": dataclasses.asdict(settings),
         "table": [dict(row) for row in result.table],

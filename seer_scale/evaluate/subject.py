@@ -28,6 +28,7 @@ class Subject:
     fingerprint: str
     weights: str
     size: int
+    backbone: str = ""
     checkpoint: str = ""
     samples_seen: int | None = None
     run_dir: Path | None = None
@@ -67,6 +68,7 @@ def open_subject(path: Path, which: str, weights: str, device: torch.device, see
         model=model.to(device),
         fingerprint=fingerprint(model),
         weights=weights,
+        backbone=str(opened.about.model["name"]),
         size=int(opened.about.preprocessing["size"]),
         checkpoint=checkpoint.resolve().name if checkpoint and not is_random else "",
         samples_seen=0 if is_random else opened.about.origin.get("samples_seen"),

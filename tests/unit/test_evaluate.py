@@ -18,10 +18,13 @@ from seer_scale.evaluate import context, nearest
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.knn import knn, labelled_images
 from seer_scale.evaluate.nearest import by_blocks, by_faiss, nearest_neighbours, vote
+from seer_scale.evaluate.published import TABLE, difference, published
 from seer_scale.evaluate.registry import first_line, task_class, task_names
 from seer_scale.evaluate.run import as_record, publish, read_settings
 from seer_scale.evaluate.splits import open_data_set
 from seer_scale.evaluate.subject import Subject
+from seer_scale.evaluate.suite import read_suite
+from seer_scale.models.registry import build_backbone
 from seer_scale.observe.progress import Progress
 from tests.ranks import run_ranks
 from tests.tiny import world_of
@@ -197,6 +200,33 @@ def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
     assert (tmp_path / "knn.svg").read_text().count("<svg") == 1
     record["subject"]["weights"] = "random"
     assert publish(record, result, tmp_path).name == "knn-random.json"
+
+
+def test_a_suite_is_read_whole_with_every_problem(tmp_path):
+    given = tmp_path / "suite.yaml"
+    given.write_text("- knn\n- {task: knn, headline-k: 3, k: [1, 2]}\n")
+    first, second = read_suite(str(given), {"batch": "7", "size": "32"})
+    assert first[1] == read_settings("knn", {"batch": "7", "size": "32"})
+    assert second[1].headline_k == 3 and second[1].k == (1, 2) and second[1].batch == 7
+    given.write_text("- knm\n- {task: knn, kk: 3}\n- [1]\n")
+    with pytest.raises(ConfigError) as told:
+        read_suite(str(given), {})
+    assert [p.key for p in told.value.problems] == ["TASK", "--kk", "--tasks"]
+    for wrong in ("", str(tmp_path / "none.yaml")):
+        with pytest.raises(UserError) as none:
+            read_suite(wrong, {})
+        assert none.value.problems[0].key == "--tasks"
+
+
+def test_published_figures_stand_beside_with_what_tells_them_apart():
+    assert published("linear", "regnety_128gf").score == 75.96 and published("knn", "regnety_128gf") is None
+    smallest = published("finetune", "regnety")
+    assert smallest.backbone == "regnety_32gf"
+    for row in TABLE:
+        with torch.device("meta"):
+            assert sum(p.numel() for p in build_backbone(row.backbone).parameters()) == row.parameters
+    told = difference(smallest, "regnety", 300_000, 9000, "clothing", 64)
+    assert "9,000 samples, 64 px, on clothing" in told and "regnety_32gf (141M) after 1B images" in told
 
 
 def test_each_task_says_what_it_measures():

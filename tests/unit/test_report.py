@@ -362,3 +362,35 @@ def test_a_probe_has_curves_where_there_is_one(run_dir):
             f.write(json.dumps({"samples_seen": seen} | row) + "\n")
     assert titles_of(run_dir)[2:4] == ["Linear probe", "Loss of the linear probe"]
     assert "held-out images: 31.5 ± 1.5 %" in write_report(run_dir).read_text()
+
+
+def test_what_eval_has_measured_has_rows_and_charts(run_dir):
+    chart = {"title": "By <k>", "x": "k", "y": "top-1, %", "series": {"a": [[1, 20.0], [5, 30.0]]}, "log_x": True}
+    bars = {
+        "title": "Bars",
+        "x": "corruption",
+        "y": "%",
+        "series": {"a": [["blur", 2.0]], "b": [["fog", 3.0]]},
+        "kind": "bars",
+    }
+    (run_dir / "eval").mkdir()
+    record = {
+        "task": "knn", "headline": "knn/top1", "scores": {"knn/top1": 41.5, "knn/top1_stderr": 2.25},
+        "protocol": "On <these>.", "subject": {"checkpoint": "samples-000000000064"}, "plots": [chart, bars],
+    }  # fmt: skip
+    for name, kept in {
+        "knn": record, "knn-random": record | {"scores": {"knn/top1": 20.0}}, "suite": {"suite": ["knn"]},
+        "alone-random": record | {"task": "alone", "plots": [{"title": 1}]},
+        "damaged": record | {"task": "damaged", "plots": [{"title": "no series"}, 3], "headline": "none"},
+    }.items():  # fmt: skip
+        (run_dir / "eval" / f"{name}.json").write_text(json.dumps(kept))
+    (run_dir / "eval" / "torn.json").write_text("{")
+    page = Page(html := write_report(run_dir).read_text())
+    assert page.open == [] and html.count("<h2>What it is worth</h2>") == 1
+    assert re.findall(r"<h3>(.*?)</h3>", html)[-2:] == ["By &lt;k&gt;", "Bars"]
+    for words in ("41.50 ± 2.25", "20.00", "On <these>.", "samples-000000000064", "untrained"):
+        assert words in page.text
+    ids = re.findall(r'id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert not any(colour in drawn for colour in COLOURS.values())

@@ -1,0 +1,46 @@
+"""What SEER's backbones were published to reach, to stand beside figures of ours.
+
+Top-1 on ImageNet of arXiv 2103.01988 and 2202.08360, pretrained on a billion images of Instagram.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from seer_scale.formatting import short_number
+
+
+@dataclass(frozen=True)
+class Published:
+    """score: in percent. size: of the images in pixels."""
+
+    backbone: str
+    parameters: int
+    task: str
+    score: float
+    size: int
+
+
+_LINEAR = {"regnety_32gf": 74.03, "regnety_64gf": 75.25, "regnety_128gf": 75.96, "regnety_256gf": 77.51,
+           "regnety_10b": 79.8}  # fmt: skip
+_FINETUNED = {"regnety_32gf": 83.4, "regnety_64gf": 84.0, "regnety_128gf": 84.5, "regnety_256gf": 85.2,
+              "regnety_10b": 85.8}  # fmt: skip
+PARAMETERS = {"regnety_32gf": 141_333_770, "regnety_64gf": 276_457_786, "regnety_128gf": 637_419_894,
+              "regnety_256gf": 1_272_156_138, "regnety_10b": 9_323_934_872}  # fmt: skip
+"""Of the trunk."""
+TABLE = [Published(name, PARAMETERS[name], "linear", score, 224) for name, score in _LINEAR.items()]
+TABLE += [Published(name, PARAMETERS[name], "finetune", score, 384) for name, score in _FINETUNED.items()]
+
+
+def published(task: str, backbone: str) -> Published | None:
+    """Of this backbone; of one that SEER has not, that of its smallest."""
+    of_task = [p for p in TABLE if p.task == task]
+    return next((p for p in of_task if p.backbone == backbone), of_task[0] if of_task else None)
+
+
+def difference(row: Published, backbone: str, parameters: int, samples_seen: int | None, data: str, size: int) -> str:
+    """What tells a figure of ours from a published one, in a sentence."""
+    seen = "an unknown number of" if samples_seen is None else f"{samples_seen:,}"
+    ours = f"{backbone} ({short_number(parameters)}) after {seen} samples, {size} px, on {data}"
+    theirs = f"{row.backbone} ({short_number(row.parameters)}) after 1B images of Instagram, {row.size} px, on ImageNet"
+    return f"Ours: {ours}; SEER: {theirs}."

@@ -1,0 +1,115 @@
+"""Several tasks of one backbone, one table, with SEER's published figures beside."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seer_scale import distributed
+from seer_scale.errors import ConfigError, Problem, UserError
+from seer_scale.evaluate.context import SHARED_FEATURES
+from seer_scale.evaluate.published import difference, published
+from seer_scale.evaluate.registry import task_class
+from seer_scale.evaluate.run import check_path, measure, read_settings, results_folder
+from seer_scale.evaluate.task import TaskSettings
+from seer_scale.files import to_json, write_whole
+
+DEFAULT = ("knn", "linear", "lowshot")
+"""What a minute or two on a laptop measures."""
+Item = tuple[str, TaskSettings]
+
+
+def read_suite(given: str, common: Mapping[str, Any]) -> list[Item]:
+    """given: task names, as in "knn,linear", or a YAML file: a list of names and of mappings with `task` and its
+    options. common: options of every task that has them, as text. Raises UserError, with every problem."""
+    entries: list[Any] = [{"task": name.strip()} for name in given.split(",") if name.strip()]
+    if given.endswith((".yaml", ".yml")):
+        try:
+            entries = yaml.safe_load(Path(given).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(Problem("--tasks", given, f"cannot be read ({type(error).__name__})")) from error
+    if not isinstance(entries, list) or not entries:
+        raise UserError(Problem("--tasks", given, "must be a list of tasks", f"such as {','.join(DEFAULT)}"))
+    problems: list[Problem] = []
+    items = []
+    for entry in entries:
+        options = {"task": entry} if isinstance(entry, str) else entry
+        if not isinstance(options, dict) or not isinstance(options.get("task"), str):
+            problems.append(Problem("--tasks", str(entry), "must be a name, or a mapping with `task` and its options"))
+            continue
+        name = options["task"]
+        try:
+            known = task_class(name).settings.__dataclass_fields__
+            own = {k.replace("-", "_"): v for k, v in options.items() if k != "task"}
+            items.append((name, read_settings(name, {k: v for k, v in common.items() if k in known} | own)))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems, "The suite")
+    return items
+
+
+def run_suite(
+    path: Path, items: Sequence[Item], *, which: str, initial: Sequence[str], out: Path | None, device: str
+) -> dict[str, Any]:
+    """Measure each, one after the other; writes each task's file, and eval/suite.json. initial: "trained", "random".
+    Collective. Raises UserError, once all that could be measured was."""
+    check_path(path)
+    folder = results_folder(path, out)
+    world = distributed.init(folder / "logs", device=device)
+    rows: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    for weights in initial:
+        for name, settings in items:
+            try:
+                record = measure(name, path, settings, world, folder, which=which, weights=weights, keep_features=True)
+            except UserError as error:
+                problems += error.prefixed(f"eval {name}").problems
+                continue
+            rows.append(_row(record))
+    summary = {"suite": [name for name, _ in items], "subject": rows[0]["subject"] if rows else {}, "rows": rows,
+               "problems": [str(p) for p in problems], "wall_time": time.time()}  # fmt: skip
+    if world.is_main:
+        write_whole(folder / "suite.json", to_json(summary, indent=1) + "\n")
+        if not problems:
+            for place in (folder / "unfinished").glob(f"{SHARED_FEATURES}-*"):
+                shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):
+                (folder / "unfinished").rmdir()
+    distributed.shutdown(world)
+    if problems and not rows:
+        raise UserError(*problems)
+    return summary
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    subject, name = record["subject"], record["headline"]
+    row = published(record["task"], subject["backbone"])
+    told = row and difference(
+        row, subject["backbone"], subject["parameters"], subject["samples_seen"], record["data"], record["size"]
+    )
+    return {
+        "task": record["task"], "figure": name, "weights": subject["weights"], "score": record["score"],
+        "stderr": record["scores"].get(f"{name}_stderr"), "published": row.score if row else None,
+        "difference": told or "", "seconds": record["seconds"], "subject": subject,
+    }  # fmt: skip
+
+
+def as_table(summary: Mapping[str, Any]) -> str:
+    """For people."""
+    lines = [("task", "figure", "weights", "score", "SEER's", "seconds")]
+    for row in summary["rows"]:
+        error = f" ± {row['stderr']:.2f}" if row["stderr"] is not None else ""
+        theirs = f"{row['published']:.2f}" if row["published"] is not None else ""
+        score = f"{row['score']:.2f}{error}"
+        lines.append((row["task"], row["figure"], row["weights"], score, theirs, f"{row['seconds']:.0f}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    told = ["  ".join(f"{w:<{n}}" for w, n in zip(line, widths)).rstrip() for line in lines]
+    notes = list(dict.fromkeys(row["difference"] for row in summary["rows"] if row["difference"]))
+    return "\n".join([*told, *notes, *(f"Not measured: {p}" for p in summary["problems"])])
