@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, checked, load_recipe, merge, read_config
 from seer_scale.cores import available_cores
-from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.sources import open_source
 from seer_scale.data.sources.files import of_paths
 from seer_scale.data.transforms.image import ImageLike, Transform, pixels_of
@@ -30,6 +29,7 @@ from seer_scale.data.transforms.on_device import to_float
 from seer_scale.data.transforms.views import make_views
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
+from seer_scale.evaluate.shards import encode_images
 from seer_scale.interop.load import load_backbone
 from seer_scale.interop.write import MAX_SHARD_SIZE, export_backbone
 from seer_scale.observe.records import read_metrics
@@ -256,10 +256,13 @@ def embed(
     before, features, labels, numbers = model.training, [], [], []
     model.eval()
     try:
-        for pixels, label, number in eval_batches(source, np.arange(len(source)), size, batch=batch, workers=workers):
-            features.append(model(to_float(pixels.to(device))).float().cpu())
-            labels.append(label)
-            numbers += number.tolist()
+        for part in encode_images(
+            lambda pixels, _: model(to_float(pixels)).float(), source, np.arange(len(source)), size=size, batch=batch,
+            workers=workers, device=device,
+        ):  # fmt: skip
+            features.append(part.features)
+            labels.append(part.labels)
+            numbers += part.numbers.tolist()
     finally:
         model.train(before)
     if not features:

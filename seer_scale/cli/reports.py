@@ -19,6 +19,7 @@ BENCHES = {
     "checkpoint": ("bench.checkpoint", "how long training waits for a checkpoint"),
     "lars": ("bench.lars", "LARS on sharded parameters"),
     "sinkhorn": ("bench.sinkhorn", "Sinkhorn against a lower bound from its memory traffic"),
+    "embed": ("bench.embed", "images/s that embed makes, against the bare forward"),
     "learn": ("bench.learn", "what is learned in equal updates and equal time, against lightly"),
 }
 INSPECT = (

@@ -3,7 +3,6 @@ for whatever it trains."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import zlib
@@ -15,20 +14,18 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from seer_scale.cores import rank_cores, told_threads
 from seer_scale.data.loading.listing import share
-from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
-from seer_scale.errors import NOTHING, CheckpointError, DataError, Problem, UserError
+from seer_scale.errors import NOTHING, DataError, Problem, UserError
+from seer_scale.evaluate.shards import SafetensorsShards, Shards, read_safetensors
 from seer_scale.evaluate.splits import DataSet, Split, open_data_set
 from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.task import SettingsT
 from seer_scale.extras import how_to_install
-from seer_scale.files import write_whole
 from seer_scale.formatting import counted
 from seer_scale.observe.progress import Progress
 
@@ -134,59 +131,21 @@ class Evaluation(Generic[SettingsT]):
         features are not finite.
         """
         encode = encode or self.subject.encode
-        place = self.work(SHARED_FEATURES, split.mark, self.size, mark)
-        shards = [
-            (place / f"{first:012d}.safetensors", np.arange(first, min(first + SHARD, len(split))))
-            for first in range(0, len(split), SHARD)
-        ]
-        done = self.world.from_main(lambda: [is_whole(path) for path, _ in shards])
-        todo = [shard for shard, ready in zip(shards, done) if not ready]
-        num = sum(len(rows) for _, rows in todo)
-        label = f"computing features of {what or split.name}"
-        problem = None
-        with self.progress.doing(label, len(split), done=len(split) - num):
-            try:
-                for path, rows in todo[self.world.rank :: self.world.size]:
-                    self._write_shard(path, split, rows, encode, transform)
-            except UserError as error:
-                problem = error
-        if raised := [p for p in self.world.gather_objects(problem) if p]:
-            raise raised[0]
-        features, numbers = zip(*(read_shard(path) for path, _ in shards))
+
+        def encode_pixels(pixels: Tensor, rows: np.ndarray) -> Tensor:
+            return encode(to_float(transform(pixels, rows) if transform else pixels)).float()
+
+        shards = Shards(self.work(SHARED_FEATURES, split.mark, self.size, mark), len(split), SHARD, SafetensorsShards())
+        shards.write(
+            encode_pixels, split.source, image_size=self.size, batch=self.options.batch, workers=self.workers,
+            world=self.world, progress=self.progress, label=f"computing features of {what or split.name}",
+        )  # fmt: skip
+        features, numbers, _ = zip(*(read_safetensors(shards.path(i)) for i in range(len(shards))))
         rows = torch.cat(numbers).numpy()
         if not len(rows):
             fix = "check them: seer-scale data describe"
             raise DataError(Problem(split.name, NOTHING, f"none of {counted(len(split), 'image')} can be read", fix))
         return Table(torch.cat([f for f in features if len(f)]), rows, split.targets[rows])
-
-    @torch.no_grad()
-    def _write_shard(
-        self,
-        path: Path,
-        split: Split,
-        rows: np.ndarray,
-        encode: Callable[[Tensor], Tensor],
-        transform: Callable[[Tensor, np.ndarray], Tensor] | None,
-    ) -> None:
-        features, numbers = [], []
-        for pixels, _, found in eval_batches(
-            split.source, rows, self.size, batch=self.options.batch, workers=self.workers
-        ):
-            pixels = pixels.to(self.device)
-            if transform:
-                pixels = transform(pixels, found.numpy())
-            of_batch = encode(to_float(pixels)).float().cpu()
-            if not of_batch.isfinite().all():
-                raise CheckpointError(not_finite())
-            features.append(of_batch)
-            numbers.append(found)
-            self.progress.advance(len(found) * self.world.size)
-        empty = torch.empty(0, dtype=torch.int64)
-        tensors = {
-            "features": torch.cat(features) if features else torch.empty(0, 0),
-            "rows": torch.cat(numbers) if numbers else empty,
-        }
-        write_whole(path, save(tensors))
 
     # ------------------------------------------------------------------------------------------------ training a head
 
@@ -194,30 +153,6 @@ class Evaluation(Generic[SettingsT]):
     def accelerator(self) -> Accelerator:
         """accelerate's, over the ranks and the device of `world`. Raises UserError where it is not installed."""
         return accelerator_of(self.world)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    try:
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            end = max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
-            return file.tell() + end == path.stat().st_size
-    except (OSError, ValueError, LookupError, MemoryError):
-        return False
-
-
-def read_shard(path: Path) -> tuple[Tensor, Tensor]:
-    """From bytes, since safetensors takes no names that are not UTF-8."""
-    tensors = load(path.read_bytes())
-    return tensors["features"], tensors["rows"]
-
-
-def not_finite() -> Problem:
-    fix = "use an earlier checkpoint"
-    return Problem(
-        "The features", NOTHING, "are not finite, so they mean nothing: weights or BatchNorm statistics are broken", fix
-    )
 
 
 def accelerator_of(world: World, precision: str = "no") -> Accelerator:

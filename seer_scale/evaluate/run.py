@@ -15,11 +15,11 @@ from seer_scale import distributed
 from seer_scale.checkpoint import store
 from seer_scale.config.fields import read_section
 from seer_scale.distributed import World
-from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
+from seer_scale.errors import ConfigError, Problem
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.plotting import draw
 from seer_scale.evaluate.registry import task_class
-from seer_scale.evaluate.subject import open_subject, run_dir_of
+from seer_scale.evaluate.subject import check_path, open_subject, run_dir_of
 from seer_scale.evaluate.task import Result, TaskSettings
 from seer_scale.files import to_json, write_whole
 from seer_scale.observe.progress import Progress
@@ -48,15 +48,6 @@ def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
 
 def option_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
-
-
-def check_path(path: Path) -> None:
-    """That there is something to evaluate. Raises UserError before any process group is made."""
-    is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
-    is_exported = path.is_file() or any(path.glob("*.safetensors*")) or any(path.glob("config.json"))
-    if not is_run and not (path / store.MANIFEST).is_file() and not is_exported:
-        rule = "is not a run's folder (it has no config.yaml), nor a checkpoint, nor an exported file"
-        raise UserError(Problem(str(path), NOTHING, rule, "give one, such as runs/demo"))
 
 
 def results_folder(path: Path, out: Path | None) -> Path:

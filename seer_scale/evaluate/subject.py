@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_config
+from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.interop.load import materialise
 from seer_scale.interop.weights import open_weights
 from seer_scale.models.backbone import Backbone
@@ -39,6 +40,15 @@ class Subject:
         """Normalised images [N, 3, S, S] on the model's device -> features float32 [N, num_features], by running
         statistics. No collectives."""
         return self.model(images).float()
+
+
+def check_path(path: Path) -> None:
+    """That there is something to evaluate. Raises UserError before any process group is made."""
+    is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
+    is_exported = path.is_file() or any(path.glob("*.safetensors*")) or any(path.glob("config.json"))
+    if not is_run and not (path / store.MANIFEST).is_file() and not is_exported:
+        rule = "is not a run's folder (it has no config.yaml), nor a checkpoint, nor an exported file"
+        raise UserError(Problem(str(path), NOTHING, rule, "give one, such as runs/demo"))
 
 
 def run_dir_of(path: Path) -> Path:

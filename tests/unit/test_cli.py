@@ -36,6 +36,7 @@ COMMANDS = (
     "resubmit",
     "eval",
     "export",
+    "embed",
     "inspect",
     "report",
     "plan",

@@ -7,6 +7,7 @@ reported.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
@@ -51,14 +52,21 @@ def _own(array: np.ndarray, pin: bool) -> torch.Tensor:
 
 
 def eval_batches(
-    source: Source, indices: Sequence[int] | np.ndarray, size: int, *, batch: int, workers: int
+    source: Source,
+    indices: Sequence[int] | np.ndarray,
+    size: int,
+    *,
+    batch: int,
+    workers: int,
+    within: int = sys.maxsize,
 ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None, None]:
     """(images uint8 [b, 3, size, size], labels int64 [b], image numbers int64 [b]) for evaluation, in order.
 
-    b is at most `batch`. Images that cannot be read are left out; the label is -1 where there is none.
+    b is at most `batch`. within: no batch reaches over a multiple of so many indices. Images that cannot be read are
+    left out; the label is -1 where there is none.
     """
-    task = EvalBatches(source, np.asarray(indices, np.int64), size, batch)
-    for (images, labels), results in iterate_batches(task, range(0, len(indices), batch), workers=workers):
+    task = EvalBatches(source, np.asarray(indices, np.int64), size, batch, within)
+    for (images, labels), results in iterate_batches(task, task.keys(), workers=workers):
         rows = [row for row, index in enumerate(results) if index is not None]
         if rows:
             numbers = torch.tensor([results[row] for row in rows], dtype=torch.int64)

@@ -5,6 +5,7 @@ Imported by processes that are to stay small: neither this nor what it imports n
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -183,18 +184,25 @@ def _alive(tracker: ItemTracker) -> Iterator[None]:
 
 @dataclass
 class EvalBatches:
-    """The batches of an evaluation: a row is an image, or none."""
+    """The batches of an evaluation, none of which reaches over a multiple of `within` indices: a row is an image, or
+    none."""
 
     source: Source
     indices: np.ndarray
     size: int
     batch: int
+    within: int = sys.maxsize
+
+    def keys(self) -> list[int]:
+        """The first index of each."""
+        n = len(self.indices)
+        return [i for first in range(0, n, self.within) for i in range(first, min(first + self.within, n), self.batch)]
 
     def buffers(self) -> list[Spec]:
         return [((self.batch, 3, self.size, self.size), np.uint8), ((self.batch,), np.int64)]
 
     def rows(self, key: int) -> int:
-        return min(self.batch, len(self.indices) - key)
+        return min(self.batch, self.within - key % self.within, len(self.indices) - key)
 
     def fill(self, key: int, row: int, out: Sequence[np.ndarray], tracker: ItemTracker) -> int | None:
         images, labels = out
