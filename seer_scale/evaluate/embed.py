@@ -23,7 +23,7 @@ from seer_scale.data.transforms.on_device import to_float
 from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
-from seer_scale.evaluate.shards import FORMATS, Shards, dtype_name
+from seer_scale.evaluate.shards import SHARD_KINDS, Shards, dtype_name
 from seer_scale.evaluate.subject import Subject, check_path, open_subject
 from seer_scale.files import published, to_json, write_whole
 from seer_scale.formatting import counted
@@ -57,7 +57,7 @@ class EmbedOptions:
             )
             if value < least
         ]
-        takes = [dtype_name(dtype) for dtype in FORMATS[self.format]().dtypes]
+        takes = [dtype_name(dtype) for dtype in SHARD_KINDS[self.format]().dtypes]
         if self.dtype not in takes:
             problems.append(Problem("--dtype", self.dtype, f"{self.format} has no such numbers", tuple(takes)))
         if problems:
@@ -107,7 +107,7 @@ def embed(subject: Subject, data: str, out: Path, options: EmbedOptions, world: 
             return subject.encode(to_float(pixels))
 
         dtype: torch.dtype = getattr(torch, options.dtype)
-        shards = Shards(place, len(source), options.shard, FORMATS[options.format](), dtype)
+        shards = Shards(place, len(source), options.shard, SHARD_KINDS[options.format](), dtype)
         shards.write(
             encode, source, image_size=size, batch=options.batch, workers=workers, world=world, progress=progress,
             label="computing features",

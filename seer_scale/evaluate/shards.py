@@ -241,7 +241,7 @@ class ParquetShards(ShardFormat):
             return -1
 
 
-FORMATS: dict[str, Callable[[], ShardFormat]] = {
+SHARD_KINDS: dict[str, Callable[[], ShardFormat]] = {
     "safetensors": partial(SafetensorsShards, with_names=True), "npy": NumpyShards, "parquet": ParquetShards,
 }  # fmt: skip
 
