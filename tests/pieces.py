@@ -31,8 +31,7 @@ def write_in_pieces(folder: Path, state: Mapping[str, torch.Tensor], meta: dict,
         if parts := layout.written_by(rank):
             runs = [store._bytes_of(state[name], part) for name, part in parts.items()]
             store._write(aside / store._file_of(rank), [layout.header(rank), *runs], written)
-    store._write(aside / store.TENSORS, [layout.to_json()], written)
-    return folder / store._publish(aside, meta, written)
+    return store.publish_files(aside, meta, written, layout)
 
 
 def bytes_read_by(work: Callable[[], object]) -> int:

@@ -116,6 +116,13 @@ def _publish(aside: Path, meta: dict[str, Any], files: dict[str, dict[str, int]]
     return final.name
 
 
+def publish_files(aside: Path, meta: dict[str, Any], files: dict[str, dict[str, int]], layout: Layout) -> Path:
+    """Publish a checkpoint whose state files another way than `save` has made, in `aside`, a folder beside those that
+    are published. files: name -> size and crc32. Raises OSError."""
+    _write(aside / TENSORS, [layout.to_json()], files)
+    return aside.with_name(_publish(aside, meta, files))
+
+
 class _Checksummed(io.FileIO):
     """A raw file that keeps size and crc32 of what is written to it: of what was meant, not of what arrived."""
 

@@ -17,6 +17,7 @@ BENCHES = {
     "data": ("bench.data", "images/s that a core makes of your files"),
     "engines": ("bench.engines", "every engine against ddp, in speed and memory"),
     "checkpoint": ("bench.checkpoint", "how long training waits for a checkpoint"),
+    "load": ("bench.load", "what loading a backbone reads of a checkpoint of many ranks"),
     "lars": ("bench.lars", "LARS on sharded parameters"),
     "sinkhorn": ("bench.sinkhorn", "Sinkhorn against a lower bound from its memory traffic"),
     "embed": ("bench.embed", "images/s that embed makes, against the bare forward"),

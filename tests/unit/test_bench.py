@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from seer_scale.bench import checkpoint, data, engines, lars, learn, sinkhorn, step
+from seer_scale.bench import checkpoint, data, engines, lars, learn, load, sinkhorn, step
 from seer_scale.data.sources import open_data
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
@@ -349,3 +349,12 @@ def test_learn_needs_labels_and_seeds(learn_options, tmp_path):
     with pytest.raises(UserError) as error:
         learn.run(learn_options())
     assert error.value.problems[0].key == "PATH"
+
+
+def test_load():
+    """A backbone of many ranks costs its own bytes and a description of them."""
+    given = argparse.Namespace(model="regnety_200mf", ranks=24, head=1, json=True)
+    found = json.loads(load.run(given))
+    own = sum(t.nbytes for t in build_backbone("regnety_200mf").state_dict().values())
+    assert found["backbone_bytes"] == own <= found["asked_bytes"] < own + 2**20
+    assert found["whole_bytes"] > 2 * own + 8_000_000

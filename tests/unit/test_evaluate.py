@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from seer_scale.config import Knn, resolve
+from seer_scale.data.transforms.views import resize_centre
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, ConfigError, UserError
 from seer_scale.evaluate import context, nearest
@@ -22,13 +24,14 @@ from seer_scale.evaluate.published import TABLE, difference, published
 from seer_scale.evaluate.registry import first_line, task_class, task_names
 from seer_scale.evaluate.run import as_record, publish, read_settings
 from seer_scale.evaluate.splits import open_data_set
-from seer_scale.evaluate.subject import Subject
+from seer_scale.evaluate.subject import Subject, open_subject
 from seer_scale.evaluate.suite import read_suite
 from seer_scale.models.registry import build_backbone
 from seer_scale.observe.progress import Progress
 from tests.ranks import run_ranks
 from tests.tiny import world_of
 from tests.unit.test_knn import encode, write_corpus
+from tests.unit.test_load import backbone, checkpoint
 
 SIZE = 16
 
@@ -200,6 +203,35 @@ def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
     assert (tmp_path / "knn.svg").read_text().count("<svg") == 1
     record["subject"]["weights"] = "random"
     assert publish(record, result, tmp_path).name == "knn-random.json"
+
+
+def test_what_is_evaluated_is_in_eval_mode_and_depends_on_no_neighbour(tmp_path):
+    """Running statistics, not those of a batch; and the weights that the method exports, such as a teacher's."""
+    net, place = checkpoint(tmp_path, prefix="teacher.backbone.", **{"student.backbone": backbone(seed=1)})
+    subject = open_subject(place, "last", "trained", torch.device("cpu"))
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = {n: b.clone() for n, b in subject.model.named_buffers()}
+    whole = subject.encode(images)
+    assert torch.allclose(whole[2:3], subject.encode(images[2:3]), atol=1e-6)
+    assert torch.allclose(whole, net(images), atol=1e-6) and not subject.model.training
+    assert all(torch.equal(b, before[n]) for n, b in subject.model.named_buffers())
+    other = open_subject(place, "last", "random", torch.device("cpu"))
+    assert other.fingerprint != subject.fingerprint and other.samples_seen == 0
+    assert subject.size == 32 and subject.backbone == "regnety" and subject.checkpoint == place.name
+
+
+def test_pixels_are_those_of_torchvision_as_published(tmp_path):
+    """Resize the short side to 256, cut 224 from the centre: to the level that rounding leaves."""
+    y, x = np.mgrid[:600, :874]
+    image = (127 + 120 * np.sin(np.stack([y / 31, x / 23, (x + y) / 41], 2))).astype(np.uint8)
+    ours = resize_centre(image, 224).astype(int)
+
+    def apart(short_side: int) -> float:
+        of_torch = torch.from_numpy(image).permute(2, 0, 1)
+        theirs = v2.CenterCrop(224)(v2.Resize(short_side, antialias=True)(of_torch)).numpy()
+        return float(np.abs(ours - theirs).mean())
+
+    assert apart(256) < 2 < 10 < apart(224)
 
 
 def test_a_suite_is_read_whole_with_every_problem(tmp_path):
