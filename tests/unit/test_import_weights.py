@@ -99,6 +99,13 @@ def test_every_layout_comes_in_to_the_bit(kind, ours, tmp_path):
         assert torch.equal(held.read("prototypes/0.weight"), PROTOTYPES)
 
 
+def test_these_names_of_vissl_are_those_that_timm_knows(ours):
+    """timm reads SEER's published files by names of its own (timm.models.regnet)."""
+    trunk = {vissl(name): tensor for name, tensor in ours.items()}
+    read = timm.models.regnet.checkpoint_filter_fn(classy(trunk, heads()), nn.Identity())
+    assert read.keys() == ours.keys() and all(torch.equal(read[n], t) for n, t in ours.items())
+
+
 def test_shards_are_put_together_as_fairscale_does(ours):
     from fairscale.nn import FullyShardedDataParallel
 
