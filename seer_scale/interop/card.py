@@ -69,7 +69,8 @@ def card(name: str, about: About, target: Target, num_features: int, num_paramet
         "---",
         f"# {_cell(name)}",
         "",
-        "An image backbone without a classifier, exported by seer_scale.",
+        "An image backbone without a classifier, exported by seer_scale. PATH stands for this folder, FILE for its "
+        "file of weights.",
         "",
         "```python",
         target.loading,

@@ -103,7 +103,8 @@ class CheckpointWeights(Weights):
 
 def _public(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without what is of this machine alone."""
-    kept = {section: values for section, values in recipe.items() if section not in ("run", "data", "knn")}
+    of_machine = ("run", "data", "knn", "parallel", "checkpoint")
+    kept = {section: values for section, values in recipe.items() if section not in of_machine}
     path = str((recipe.get("data") or {}).get("path", ""))
     return kept | {"data": {"path": path if path.startswith("hf:") else Path(path).name}}
 
@@ -128,6 +129,8 @@ class ArtefactWeights(Weights):
 def open_weights(path: Path, which: str = "last") -> Weights:
     """Those of a run, a checkpoint or an artefact. which: of a run, "last", "best" or samples seen. Plugins that
     bring its backbone are loaded before. Reads no tensor. Raises UserError."""
+    if not path.exists():
+        raise UserError(missing_path(path))
     if is_artefact(path) or (path / store.MANIFEST).is_file() or path.suffix == ".onnx":
         if which != "last":
             raise UserError(Problem("which", which, f"{path} is no run, and holds one state only", "give the run"))

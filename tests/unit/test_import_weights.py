@@ -253,5 +253,9 @@ def test_the_command(ours, tmp_path, capsys):
     assert told["taken"] == {"backbone": len(ours)} and told["format"] == "timm" and told["left"] == []
     assert main(["import", path, "--out", out]) == 2
     assert "--force" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    assert main(["import", path, "--out", str(tmp_path / "mine"), "--force"]) == 2
+    assert (tmp_path / "mine" / "thesis.txt").is_file() and "thesis.txt" in capsys.readouterr().err
     assert main(["import", path, "--out", out, "--force", "--model", "regnety"]) == 0
     assert f"--checkpoint.init_from {out}" in capsys.readouterr().out

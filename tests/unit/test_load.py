@@ -37,7 +37,11 @@ def checkpoint(folder, ranks=1, prefix="backbone.", seen=5, model=MODEL, net=Non
     state |= {f"optim/{n}/momentum": torch.zeros_like(t) for n, t in state.items() if t.is_floating_point()}
     meta = {
         "samples_seen": seen,
-        "config": {"model": model, "data": {"path": "/home/someone/photos"}},
+        "config": {
+            "model": model,
+            "data": {"path": "/home/someone/photos"},
+            "checkpoint": {"init_from": "/home/someone/x"},
+        },
         "method": {"name": "toy", "state": {}},
         "export": {"prefix": prefix},
         "preprocessing": (preprocessing or eval_preprocessing(32)) | {"training_sizes": [24]},
