@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.evaluate.shards import SafetensorsShards, Shards, read_safetensors
-from seer_scale.evaluate.splits import DataSet, Split, open_data_set
+from seer_scale.evaluate.splits import DataSet, Split, check_targets, open_data_set
 from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.task import SettingsT
 from seer_scale.extras import how_to_install
@@ -81,8 +82,15 @@ class Evaluation(Generic[SettingsT]):
         """What --data and --test name, or what `make` gives, listed by rank 0. Raises DataError."""
         options, config = self.options, self.subject.config
         make = make or (lambda: open_data_set(options.data, options.test, config))
+
+        def checked() -> DataSet:
+            found = make()
+            for split in (found.train, found.test):
+                check_targets(split)
+            return found
+
         with self.progress.doing("listing images"):
-            return share(self.world, self.folder, make, lambda found: found.sources, name=f"listed-{self.task}")
+            return share(self.world, self.folder, checked, lambda found: found.sources, name=f"listed-{self.task}")
 
     # ------------------------------------------------------------------------------------------------ what is done
 
@@ -155,19 +163,35 @@ class Evaluation(Generic[SettingsT]):
         return accelerator_of(self.world)
 
 
-def accelerator_of(world: World, precision: str = "no") -> Accelerator:
+def accelerator_of(world: World, precision: str = "no", accumulate: int = 1) -> Accelerator:
     """accelerate's Accelerator over the process group that stands. precision: "no", "fp16" or "bf16" (autocast).
-    Raises UserError where it is not installed."""
+    accumulate: backward passes an update. Raises UserError where it is not installed."""
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         rule = "is not installed, and trains the heads"
         raise UserError(Problem("accelerate", NOTHING, rule, how_to_install("accelerate"))) from error
+    local_rank = world.device.index if world.device.type == "cuda" else world.local_rank  # one that sees its GPU alone
     ranks = {
-        "RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank,
+        "RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": local_rank,
         "LOCAL_WORLD_SIZE": world.local_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
     }  # fmt: skip
     if world.size > 1:  # it reads them even where there is a process group; nothing connects to the address
         for name, value in ranks.items():
             os.environ.setdefault(name, str(value))
-    return Accelerator(cpu=world.device.type == "cpu", mixed_precision=precision)
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()  # it refuses a second precision in a process, where several tasks may run
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():  # on CPUs it chooses threads by itself and warns of it
+        warnings.simplefilter("ignore")
+        made = Accelerator(
+            cpu=world.device.type == "cpu",
+            mixed_precision=precision,
+            gradient_accumulation_steps=accumulate,
+            # ranks move buffers alike, or by statistics that they share
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    torch.set_num_threads(threads)
+    return made

@@ -13,6 +13,8 @@ from seer_scale.config import Config, Data, Knn, Run, Train
 from seer_scale.data.sources import Source, subset
 from seer_scale.errors import NOTHING, DataError, Problem
 from seer_scale.evaluate.knn import labelled_images, why_unlabelled
+from seer_scale.formatting import counted
+from seer_scale.rng import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,44 @@ def open_data_set(data: str, test: str, config: Config | None) -> DataSet:
         test=Split(subset(images.queries, asked), of_test, images.classes, "test"),
         protocol=images.protocol,
     )
+
+
+def check_targets(split: Split) -> None:
+    """Raises DataError where a target is missing or beyond the classes."""
+    low, high = (-1, 1) if split.multi_label else (0, len(split.classes) - 1)
+    bad = np.flatnonzero(((split.targets < low) | (split.targets > high)).reshape(len(split), -1).any(1))
+    if split.multi_label and split.targets.shape[1] != len(split.classes):
+        rule = f"has {split.targets.shape[1]} labels an image, but {counted(len(split.classes), 'class')}"
+        raise DataError(Problem(split.name, NOTHING, rule))
+    if len(bad):
+        name, value = split.source.name(int(bad[0])), split.targets[bad[0]].tolist()
+        rule = f"it has {counted(len(split.classes), 'class')}, and of {counted(len(bad), 'image')} the label is none"
+        raise DataError(Problem(f"{split.name}, label of {name}", value, rule, f"give {low} to {high}"))
+
+
+def stratified(targets: np.ndarray, classes: int, amount: float | int, *key: object, seed: int) -> np.ndarray:
+    """Row numbers, ascending, drawn by (seed, key) without replacement from int64 [n]: of each class `amount` rows (an
+    int), or this share of them, rounded."""
+    drawn = []
+    generator = numpy_generator(seed, "stratified", *key)
+    for c in range(classes):
+        rows = generator.permutation(np.flatnonzero(targets == c))
+        drawn.append(rows[: amount if isinstance(amount, int) else round(amount * len(rows))])
+    return np.sort(np.concatenate(drawn))
+
+
+def hold_out(split_targets: np.ndarray, classes: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to train on, rows held out), ascending; of each class at least one is trained on, and one held out where it
+    has two. Of several labels an image, a plain draw."""
+    n = len(split_targets)
+    if split_targets.ndim == 2:
+        held = numpy_generator(seed, "held out").permutation(n)[: max(1, round(share * n))]
+    else:
+        drawn = []
+        for c in range(classes):
+            rows = numpy_generator(seed, "held out", c).permutation(np.flatnonzero(split_targets == c))
+            drawn.append(rows[: min(len(rows) - 1, max(1, round(share * len(rows))))] if len(rows) else rows)
+        held = np.concatenate(drawn)
+    is_held = np.zeros(n, bool)
+    is_held[held] = True
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)

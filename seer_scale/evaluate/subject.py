@@ -12,6 +12,7 @@ from torch import Tensor
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_config
 from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.interop.artefact import About
 from seer_scale.interop.load import materialise
 from seer_scale.interop.weights import open_weights
 from seer_scale.models.backbone import Backbone
@@ -22,7 +23,8 @@ from seer_scale.models.registry import reset_buffers
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """model: whole, in eval mode, on the rank's device. fingerprint: stands for its weights. run_dir: of its run, None
-    of a file that was exported. config: the recipe it was trained by, as far as it is known."""
+    of a file that was exported. config: the recipe it was trained by, as far as it is known. about: what an export
+    of it says."""
 
     path: Path
     model: Backbone
@@ -34,6 +36,7 @@ class Subject:
     samples_seen: int | None = None
     run_dir: Path | None = None
     config: Config | None = field(default=None, repr=False)
+    about: About | None = field(default=None, repr=False)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -84,6 +87,7 @@ def open_subject(path: Path, which: str, weights: str, device: torch.device, see
         samples_seen=0 if is_random else opened.about.origin.get("samples_seen"),
         run_dir=opened.run,
         config=config,
+        about=opened.about,
     )
 
 

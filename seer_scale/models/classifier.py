@@ -1,0 +1,65 @@
+"""A backbone with a linear head over named classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from seer_scale.models.backbone import Backbone
+from seer_scale.models.init import Normal, initial_values
+from seer_scale.models.layers.stateful import StatefulLayer
+
+HEAD_STD = 0.01
+
+
+class Classifier(nn.Module):
+    """The head is drawn by `seed`. multi_label: an image may have several of the classes.
+
+    trains_backbone: False holds the backbone fixed, whose statistics do not move then. moves_statistics: False
+    normalises by running statistics in training, too.
+    """
+
+    trains_backbone = True
+    moves_statistics = True
+
+    def __init__(self, backbone: Backbone, classes: Sequence[str], *, multi_label: bool = False, seed: int = 0):
+        super().__init__()
+        self.backbone, self.classes, self.multi_label = backbone, list(classes), multi_label
+        device = next(backbone.parameters()).device
+        self.head = nn.Linear(backbone.num_features, len(self.classes), device=device)
+        with torch.no_grad():
+            weight = initial_values(Normal(HEAD_STD), self.head.weight.shape, seed, "head.weight")
+            self.head.weight.copy_(weight.view_as(self.head.weight))
+            self.head.bias.zero_()
+
+    def forward(self, images: Tensor, feature_scale: Tensor | None = None) -> Tensor:
+        """Normalised images [N, 3, S, S] -> scores [N, classes], before softmax or sigmoid. feature_scale: [N,
+        num_features], multiplies features (dropout)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_backbone):
+            features = self.backbone(images)
+        return self.head(features if feature_scale is None else features * feature_scale)
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        if not self.trains_backbone:
+            self.backbone.eval()
+        elif not self.moves_statistics:
+            for layer in self.backbone.modules():
+                if isinstance(layer, StatefulLayer):
+                    layer.eval()
+        return self
+
+
+def parameter_depths(backbone: Backbone, *, of_stages: bool = False) -> tuple[dict[str, int], int]:
+    """(for each parameter how many units, or stages, come before its own, the number of all), for layer decay: 0 is the
+    stem. A parameter outside every unit goes with the one before it."""
+    stages = backbone.stage_units()
+    groups = stages if of_stages else [[name] for stage in stages for name in stage]
+    depth_of = {unit: depth for depth, group in enumerate(groups, 1) for unit in group}
+    depths, depth = {}, 0
+    for name, _ in backbone.named_parameters():
+        depth = next((d for unit, d in depth_of.items() if name.startswith(f"{unit}.")), depth)
+        depths[name] = depth
+    return depths, len(groups) + 1

@@ -1,0 +1,303 @@
+"""Fine-tuning: what is learned, kept and gone on with, and that it does not depend on the number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import seer_scale
+from seer_scale.data.loading.loader import eval_batches
+from seer_scale.data.transforms.on_device import to_float
+from seer_scale.data.transforms.views import eval_preprocessing
+from seer_scale.distributed import World
+from seer_scale.errors import ConfigError, UserError
+from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.finetuning import FinetuneSettings, Finetuning, losses, parameter_groups
+from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
+from seer_scale.evaluate.registry import task_class
+from seer_scale.evaluate.run import read_settings
+from seer_scale.evaluate.subject import Subject
+from seer_scale.interop.artefact import About, Artefact
+from seer_scale.models.classifier import Classifier, parameter_depths
+from seer_scale.models.registry import build_backbone, initialise
+from seer_scale.observe.progress import Progress
+from tests.ranks import run_ranks
+from tests.tiny import RECIPE, world_of
+
+SIZE, MODEL = 24, RECIPE["model"]
+COLOURS = {"blue": (60, 80, 200), "green": (60, 180, 60), "red": (200, 70, 60)}
+EVERYTHING = {
+    "mixup": "0.4", "cutmix": "1", "dropout": "0.2", "label_smoothing": "0.1", "ema": "0.5", "layer_decay": "0.8",
+    "accumulate": "2", "clip_norm": "1", "warmup_epochs": "0.5", "schedule": "cosine",
+}  # fmt: skip
+QUICK = {"epochs": "2", "global_batch": "8", "lr": "0.8"}
+
+
+def write_squares(folder: Path) -> Path:
+    """A square of a class's colour, somewhere on grey noise."""
+    draw = np.random.default_rng(0)
+    for part, num in (("train", 14), ("test", 7)):
+        for name, colour in COLOURS.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(num):
+                image = draw.normal(110, 30, (24, 24, 3))
+                top, left = draw.integers(0, 10, 2)
+                image[top : top + 14, left : left + 14] = draw.normal(colour, 25, (14, 14, 3))
+                image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+                image.save(folder / part / name / f"{i}.jpg", quality=95)
+    (folder / "test" / "red" / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    return write_squares(tmp_path_factory.mktemp("squares"))
+
+
+def backbone():
+    made = build_backbone(**MODEL)
+    initialise(made, 0)
+    return made.eval()
+
+
+def evaluation_of(data: Path, folder: Path, world: World = World(), weights: str = "trained", **given) -> Evaluation:
+    settings = read_settings("finetune", {"workers": "0", "batch": "16", "data": str(data), **QUICK, **given})
+    about = About("safetensors", MODEL, eval_preprocessing(SIZE), {"method": "toy"})
+    subject = Subject(
+        path=folder, model=backbone(), fingerprint="0", weights=weights, size=SIZE, samples_seen=7, about=about
+    )
+    return Evaluation(
+        task="finetune", subject=subject, options=settings, world=world, progress=Progress(active=False),
+        folder=folder,
+    )  # fmt: skip
+
+
+def measure(evaluation: Evaluation):
+    result = task_class("finetune")(evaluation.options).measure(evaluation)
+    evaluation.clean()
+    return result
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    kept = Artefact(folder / "finetune")
+    return {name: kept.read(name) for name in kept.tensors}
+
+
+def test_it_learns_and_what_is_kept_predicts_as_measured(squares, tmp_path):
+    evaluation = evaluation_of(squares, tmp_path, epochs="6", held_out="0.1")
+    before = {n: t.clone() for n, t in evaluation.subject.model.state_dict().items()}
+    result = measure(evaluation)
+    assert result.scores["finetune/top1"] > 75, "chance is 33"
+    assert all(torch.equal(t, before[n]) for n, t in evaluation.subject.model.state_dict().items())
+    epochs = result.more["epochs"]
+    assert len(epochs) == 6 and epochs[-1]["train_loss"] < 0.6 * epochs[0]["train_loss"]
+    assert all(0 <= row["held_out_top1"] <= 100 for row in epochs)
+    assert result.scores["finetune/images"] == 21 and sum(row["images"] for row in result.table) == 21
+    assert not (tmp_path / "unfinished").exists()
+
+    loaded, kept = seer_scale.load(tmp_path / "finetune"), Artefact(tmp_path / "finetune")
+    assert kept.about.origin["head"]["classes"] == list(COLOURS) and kept.about.origin["method"] == "toy"
+    data = evaluation.data_set()
+    images, labels, _ = next(eval_batches(data.test.source, np.arange(len(data.test)), SIZE, batch=99, workers=0))
+    with torch.no_grad():
+        scores = F.linear(loaded(to_float(images)), kept.read("head/weight"), kept.read("head/bias"))
+    right = (scores.argmax(1) == torch.from_numpy(data.test.targets[:21])).double().mean()
+    assert 100 * right == pytest.approx(result.scores["finetune/top1"])
+
+
+def train_until_killed(squares: Path, folder: Path, given: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    save, saves = Finetuning.save, []
+
+    def save_and_die(self):
+        save(self)
+        saves.append(self.done.samples_seen)
+        if len(saves) == 4:
+            Finetuning._loss_of = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # in the next update
+
+    Finetuning.save = save_and_die
+    measure(evaluation_of(squares, folder, **given))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw"])
+def test_what_was_killed_goes_on_to_the_same_weights(squares, tmp_path, optimizer):
+    """In mid-epoch, with all that has a state."""
+    given = EVERYTHING | {"optimizer": optimizer, "lr": "0.02", "save_every": "1e-9", "freeze_epochs": "0.3"}
+    whole = measure(evaluation_of(squares, tmp_path / "whole", **given))
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_until_killed, args=(squares, tmp_path / "killed", given)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    state = next((tmp_path / "killed").glob("unfinished/*/state.safetensors"))
+    assert not (tmp_path / "killed" / "finetune").exists()
+    seen = []
+    resumed = evaluation_of(squares, tmp_path / "killed", **given)
+    resumed.progress.advance = seen.append
+    again = measure(resumed)
+    assert sum(seen) == 80 - 32 + 21 and not state.exists(), "it began anew"
+    assert again.scores == whole.scores and again.more == whole.more
+    a, b = weights_in(tmp_path / "whole"), weights_in(tmp_path / "killed")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+CASES = {"synchronised": EVERYTHING, "frozen": EVERYTHING | {"statistics": "frozen", "optimizer": "adamw"}}
+
+
+def on_ranks(rank: int, size: int, squares: Path, folder: Path) -> list:
+    found = []
+    for name, given in CASES.items():
+        evaluation = evaluation_of(squares, folder / name, world_of(rank, size), **given | {"epochs": "1"})
+        result = measure(evaluation)
+        found.append((dict(result.scores), result.more["epochs"]))
+    return found
+
+
+def test_processes_share_the_work_and_change_nothing(squares, tmp_path):
+    """Weights are equal to rounding after the updates of an epoch."""
+    alone = on_ranks(0, 1, squares, tmp_path / "one")
+    first, second = run_ranks(2, on_ranks, squares, tmp_path / "two")
+    assert first == second
+    for name, (scores, epochs), (wanted, wanted_epochs) in zip(CASES, first, alone):
+        assert scores == pytest.approx(wanted, rel=1e-3), name
+        assert scores["finetune/images"] == 21 and epochs[0]["train_loss"] == pytest.approx(
+            wanted_epochs[0]["train_loss"], rel=1e-4
+        )
+        a, b = weights_in(tmp_path / "one" / name), weights_in(tmp_path / "two" / name)
+        for key in a:
+            assert torch.allclose(a[key].float(), b[key].float(), rtol=1e-3, atol=1e-4), (name, key)
+
+
+def test_a_backbone_held_fixed_moves_afterwards_only(squares, tmp_path, monkeypatch):
+    states = []
+
+    def keep(self):
+        states.append({n: t.clone() for n, t in self.network.state_dict().items()})
+
+    monkeypatch.setattr(Finetuning, "save", keep)
+    measure(evaluation_of(squares, tmp_path, freeze_epochs="1"))
+    begun = {f"backbone.{n}": t for n, t in backbone().state_dict().items()}
+    moved = [{n for n, t in state.items() if n in begun and not torch.equal(t, begun[n])} for state in states]
+    assert not moved[0] and {n for n in moved[-1] if "num_batches" not in n} >= {"backbone.stem.conv.weight"}
+    assert any("running_mean" in n for n in moved[-1])
+    assert states[0]["head.weight"].std() != states[-1]["head.weight"].std()
+
+
+def test_half_precision_and_several_labels_an_image(squares, tmp_path):
+    evaluation = evaluation_of(squares, tmp_path, precision="bf16", mixup="0.2", **{"lr": "0.4"})
+    data = evaluation.data_set()
+    draw = np.random.default_rng(1)
+
+    def several(split):
+        targets = np.eye(3, dtype=np.int8)[split.targets]
+        targets[draw.random(targets.shape) < 0.1] = -1
+        return dataclasses.replace(split, targets=targets)
+
+    both = dataclasses.replace(data, train=several(data.train), test=several(data.test))
+    evaluation.data_set = lambda: both
+    result = measure(evaluation)
+    assert result.headline == "finetune/map" and result.scores["finetune/map"] > 40
+    assert result.more["epochs"][-1]["train_loss"] < result.more["epochs"][0]["train_loss"]
+    assert Artefact(tmp_path / "finetune").about.origin["head"]["multi_label"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "nearest"),
+    [
+        ({"lr": "1e30"}, "--lr", "give a lower one"),
+        ({"precision": "fp16"}, "--precision", ("bf16", "fp32")),
+        ({"global_batch": "9", "mixup": "1"}, "--global-batch", (10,)),
+    ],
+)
+def test_what_cannot_be_trained_is_told_and_leaves_nothing(squares, tmp_path, given, key, nearest):
+    with pytest.raises(UserError) as told:
+        measure(evaluation_of(squares, tmp_path, **given))
+    assert [(p.key, p.nearest) for p in told.value.problems] == [(key, nearest)]
+    assert not (tmp_path / "finetune").exists()
+
+
+def test_untrained_weights_have_no_statistics_to_keep(squares, tmp_path):
+    with pytest.raises(UserError) as told:
+        measure(evaluation_of(squares, tmp_path, weights="random", statistics="frozen"))
+    assert told.value.problems[0].key == "--statistics"
+
+
+def test_options_that_exclude_each_other():
+    with pytest.raises(ConfigError) as told:
+        read_settings("finetune", {
+            "accumulate": "3", "schedule": "cosine", "steps": "0.5", "warmup_epochs": "35", "freeze_epochs": "40",
+        })  # fmt: skip
+    found = {p.key: p.nearest for p in told.value.problems}
+    assert found == {
+        "--global-batch": (258,), "--steps": "leave it out", "--warmup-epochs": (34,), "--freeze-epochs": (34,),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_the_learning_rate_is_that_of_the_paper():
+    options, num = FinetuneSettings(), 2560  # ten updates an epoch
+    rates = [options.rate(epoch * num, num) for epoch in range(35)]
+    assert rates == pytest.approx([1.0] * 30 + [0.1] * 5) and options.updates(35, num) == 350
+    cosine = FinetuneSettings(schedule="cosine", warmup_epochs=1)
+    risen = [cosine.rate(256 * update, num) for update in range(350)]
+    assert np.all(np.diff(risen[:11]) > 0) and np.all(np.diff(risen[10:]) < 0) and max(risen) == 1 > risen[-1] > 0
+
+
+def test_lower_units_learn_more_slowly():
+    network = Classifier(backbone(), ["a", "b"])
+    options = FinetuneSettings(layer_decay=0.5, exclude_vectors=True)
+    groups = parameter_groups(network, options)
+    of = {id(p): group for group in groups for p in group["params"]}
+    rates = {name: of[id(p)]["rate"] for name, p in network.named_parameters()}
+    depths, top = parameter_depths(network.backbone)
+    assert rates["head.bias"] == 1 and rates["backbone.stem.conv.weight"] == 0.5**top
+    last = network.backbone.stage_units()[-1][-1]
+    assert rates[f"backbone.{last}.conv1.conv.weight"] == 0.5 and top == 1 + 5
+    assert {d for n, d in parameter_depths(network.backbone, of_stages=True)[0].items()} == {0, 1, 2, 3, 4}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == len(depths) + 2
+    for name, p in network.named_parameters():
+        assert of[id(p)]["weight_decay"] == (0 if p.ndim < 2 else options.weight_decay), name
+
+
+@pytest.mark.parametrize("alphas", [(0.5, 0.0), (0.0, 1.0), (0.5, 1.0)])
+def test_a_pair_is_mixed_alike_wherever_it_stands(alphas):
+    """And as much of the other image as of its target."""
+    images = torch.arange(12.0)[:, None, None, None].expand(12, 3, 8, 8)
+    options = {"mixup": alphas[0], "cutmix": alphas[1], "seed": 3}
+    mixed, shares = mix_pairs(images, 40, **options)
+    halves = [mix_pairs(part, 40 + first, **options) for first, part in ((0, images[:4]), (4, images[4:]))]
+    assert torch.equal(mixed, torch.cat([half[0] for half in halves]))
+    assert torch.equal(shares, torch.cat([half[1] for half in halves]))
+    own, other = torch.arange(12.0), torch.arange(12.0)[partners(12)]
+    assert torch.allclose(mixed.mean((1, 2, 3)), shares * own + (1 - shares) * other, atol=1e-5)
+    assert len(shares.unique()) >= 5 and not torch.equal(mix_pairs(images, 42, **options)[1], shares)
+    scale = dropout_scale(6, (4, 5000), 0.3, seed=1)
+    assert torch.equal(scale[2:], dropout_scale(8, (2, 5000), 0.3, seed=1))
+    assert scale.mean().item() == pytest.approx(1, abs=0.03) and set(scale.unique().tolist()) == {0, scale.max().item()}
+
+
+def test_losses_are_torchs_and_what_is_not_known_counts_for_nothing():
+    scores, targets = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    wanted = F.cross_entropy(scores, targets, label_smoothing=0.1, reduction="none")
+    assert torch.equal(losses(scores, targets, 0.1), wanted)
+    several = torch.tensor([[1, 0, -1]] * 4, dtype=torch.int8)
+    known = F.binary_cross_entropy_with_logits(scores[:, :2], several[:, :2].float(), reduction="none").sum(1)
+    assert torch.allclose(losses(scores, several), known)
+
+
+def test_settings_as_they_are_written():
+    settings = read_settings("finetune", {"steps": "0.5,0.75", "crop_scale": "[0.3, 1]"})
+    assert settings.steps == (0.5, 0.75) and json.dumps(dataclasses.asdict(settings))
