@@ -7,19 +7,15 @@ functions of (seed, sample). What was done is saved as safetensors, and gone on 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,8 +31,8 @@ from seer_scale.evaluate.features import gather_features
 from seer_scale.evaluate.metrics import average_precisions, mean_of, per_class_accuracy, topk_accuracy
 from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
 from seer_scale.evaluate.splits import Split
+from seer_scale.evaluate.state import read_more, read_tensors, save_state
 from seer_scale.evaluate.task import TaskSettings
-from seer_scale.files import plain
 from seer_scale.models.classifier import Classifier, parameter_depths
 from seer_scale.models.layers.stateful import share_statistics
 
@@ -184,41 +180,27 @@ class Done:
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def save_state(path: Path, done: Done, network: nn.Module, average: nn.Module | None, optimizer: Any) -> None:
-    """Written aside, then renamed."""
+def tensors_of(network: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """By "network/NAME", "average/NAME" and "optimizer/NAME/SLOT"."""
     tensors = {f"network/{name}": t for name, t in network.state_dict().items()}
     tensors |= {f"average/{name}": t for name, t in average.state_dict().items()} if average else {}
     for name, p in network.named_parameters():
         tensors |= {f"optimizer/{name}/{k}": v for k, v in optimizer.state.get(p, {}).items() if v is not None}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    text = json.dumps(plain(vars(done)), allow_nan=False)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, aside, {"done": text})
-    os.replace(aside, path)
-
-
-def read_done(path: Path) -> Done:
-    """What `path` has seen; nothing where there is none, or none that is whole."""
-    try:
-        with safe_open(path, "pt") as file:
-            return Done(**json.loads(file.metadata()["done"]))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return Done()
+    return tensors
 
 
 @torch.no_grad()
-def load_state(path: Path, network: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
-    parameters = dict(network.named_parameters())
-    places = {f"network/{name}": t for name, t in network.state_dict().items()}
-    places |= {f"average/{name}": t for name, t in average.state_dict().items()} if average else {}
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118  # it is no mapping
-            tensor = file.get_tensor(name)
-            if name in places:
-                places[name].copy_(tensor)
-            else:
-                _, whose, slot = name.split("/")
-                p = parameters[whose]
-                optimizer.state[p][slot] = tensor.to(p.device) if tensor.ndim else tensor  # AdamW counts on the host
+def take_tensors(
+    kept: Mapping[str, Tensor], network: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> None:
+    places, parameters = tensors_of(network, average, optimizer), dict(network.named_parameters())
+    for name, tensor in kept.items():
+        if name in places:
+            places[name].copy_(tensor)
+        else:
+            _, whose, slot = name.split("/")
+            p = parameters[whose]
+            optimizer.state[p][slot] = tensor.to(p.device) if tensor.ndim else tensor  # AdamW counts on the host
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -246,9 +228,9 @@ class Finetuning:
         network.moves_statistics = options.statistics == "synchronised"
         if network.moves_statistics:  # after the copy: a process group is not copied
             share_statistics(network.backbone, world.group("statistics", world.size))
-        self.done = world.from_main(lambda: read_done(self._path))
+        self.done = Done(**world.from_main(lambda: read_more(self._path)))
         if self.done.samples_seen:
-            load_state(self._path, network, self._average, self.optimizer)
+            take_tensors(read_tensors(self._path), network, self._average, self.optimizer)
         if self.done.scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(self.done.scaler)
         self._loss = torch.tensor(self.done.loss, dtype=torch.float64, device=world.device)
@@ -379,7 +361,7 @@ class Finetuning:
             return
         self.done.loss = self._loss.item()
         self.done.scaler = dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
-        save_state(self._path, self.done, self.network, self._average, self.optimizer)
+        save_state(self._path, tensors_of(self.network, self._average, self.optimizer), vars(self.done))
 
     # -------------------------------------------------------------------------------------------- scores
 

@@ -89,7 +89,7 @@ def write_artefact(
     of them once, and one is held at a time. max_shard_bytes: of a file, of a folder (0: one file). Raises OSError."""
     metadata = {"format": "pt", ABOUT: about.to_json()}
     if not out.is_dir():
-        _write_file(out, tensors, read, metadata)
+        write_file(out, tensors, read, metadata)
         return
     shards: list[dict[str, TensorInfo]] = [{}]
     held = 0
@@ -100,23 +100,23 @@ def write_artefact(
         shards[-1][name] = info
         held += info.nbytes
     if len(shards) == 1:
-        _write_file(out / WEIGHTS, tensors, read, metadata)
+        write_file(out / WEIGHTS, tensors, read, metadata)
         return
     where: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(out / file, shard, read, metadata)
+        write_file(out / file, shard, read, metadata)
         where |= dict.fromkeys(shard, file)
     total = sum(info.nbytes for info in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (out / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1, allow_nan=False))
 
 
-def _write_file(
+def write_file(
     path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """safetensors' own writer takes all tensors of a file at once. As there, wider types come first, so that each
-    element lies at a multiple of its size."""
+    """A safetensors file, not whole before it ends. safetensors' own writer takes all tensors of a file at once. As
+    there, wider types come first, so that each element lies at a multiple of its size. Raises OSError."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
