@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,16 +64,19 @@ class DataSet:
         return self.train.classes
 
 
-LAYOUTS: dict[str, Callable[[str], DataSet]] = {}
-"""Data sets by one word, from the folder where they lie (layouts.py)."""
-
-
 def open_data_set(data: str, test: str, config: Config | None) -> DataSet:
-    """data: whatever `data.path` takes, NAME or NAME:FOLDER of LAYOUTS; empty: what `config`, the run's recipe, has.
-    test: images to test on. Raises DataError."""
+    """data: whatever `data.path` takes, WORD or WORD:FOLDER of layouts.LAYOUTS; empty: what `config`, the run's
+    recipe, has. test: images to test on. Raises DataError."""
     if not data and config is None:
         raise DataError(Problem("--data", NOTHING, "is missing, and no recipe says where labelled images are",
                                 "give a folder of train and test parts, or of classes"))  # fmt: skip
+    from seer_scale.evaluate import layouts  # which stands on this module
+
+    if named := layouts.named_data_set(data):
+        if test:
+            fix = "leave it out, or give a folder as --data"
+            raise DataError(Problem("--test", test, f"{data} has its own images to test on", fix))
+        return named
     section = Config(
         run=Run(dir="-"),
         train=Train(total_samples=1),
