@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from seer_scale.data.sources import open_source, subset
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem
-from seer_scale.evaluate.shards import SafetensorsShards, Shards
+from seer_scale.evaluate.context import SHARD
+from seer_scale.evaluate.shards import SafetensorsShards, Shards, encode_images
 from seer_scale.evaluate.subject import check_path, open_subject
 from seer_scale.files import to_json
 from seer_scale.observe.progress import Progress
@@ -68,12 +70,15 @@ def run(args: argparse.Namespace) -> str:
             subject.encode(to_float(pixels.to(device)))
         wait(device)
 
+    stream = partial(
+        encode_images, lambda pixels, _: subject.encode(to_float(pixels)), source, size=size, batch=args.batch,
+        workers=workers, device=device, within=SHARD,
+    )  # fmt: skip
+
     def embed() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            Shards(Path(folder), len(source), 1024, SafetensorsShards(with_names=True)).write(
-                lambda pixels, _: subject.encode(to_float(pixels)), source, image_size=size, batch=args.batch,
-                workers=workers, world=World(device=device), progress=Progress(active=False), label="",
-            )  # fmt: skip
+            shards = Shards(Path(folder), len(source), SHARD, SafetensorsShards(with_names=True))
+            shards.write(stream, source, world=World(device=device), progress=Progress(active=False), label="")
 
     forward()
     seconds: dict[str, list[float]] = {"forward": [], "loader": [], "embed": []}

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -22,7 +22,7 @@ from seer_scale.data.loading.listing import share
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
-from seer_scale.evaluate.shards import SafetensorsShards, Shards, read_safetensors
+from seer_scale.evaluate.shards import FeatureStream, SafetensorsShards, Shards, encode_images, read_safetensors
 from seer_scale.evaluate.splits import DataSet, Split, check_targets, open_data_set
 from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.task import SettingsT
@@ -128,6 +128,7 @@ class Evaluation(Generic[SettingsT]):
         *,
         encode: Callable[[Tensor], Tensor] | None = None,
         transform: Callable[[Tensor, np.ndarray], Tensor] | None = None,
+        stream: FeatureStream | None = None,
         mark: str = "",
     ) -> Table:
         """Features of every image of a split that can be read, the same on any number of ranks; goes on where a kill
@@ -135,19 +136,21 @@ class Evaluation(Generic[SettingsT]):
 
         encode: normalised images [n, 3, S, S] -> [n, D], the backbone's features otherwise. transform: uint8 images [n,
         3, S, S] on the device and their rows in the split -> uint8 images, before normalising, such as a corruption.
-        mark: stands for `encode` and `transform`. Raises DataError where no image can be read, CheckpointError where
-        features are not finite.
+        stream: makes the features of rows in another way than by the loader. mark: stands for these. Raises DataError
+        where no image can be read, CheckpointError where features are not finite.
         """
         encode = encode or self.subject.encode
 
         def encode_pixels(pixels: Tensor, rows: np.ndarray) -> Tensor:
             return encode(to_float(transform(pixels, rows) if transform else pixels)).float()
 
-        shards = Shards(self.work(SHARED_FEATURES, split.mark, self.size, mark), len(split), SHARD, SafetensorsShards())
-        shards.write(
-            encode_pixels, split.source, image_size=self.size, batch=self.options.batch, workers=self.workers,
-            world=self.world, progress=self.progress, label=f"computing features of {what or split.name}",
+        stream = stream or partial(
+            encode_images, encode_pixels, split.source, size=self.size, batch=self.options.batch, workers=self.workers,
+            device=self.device, within=SHARD,
         )  # fmt: skip
+        shards = Shards(self.work(SHARED_FEATURES, split.mark, self.size, mark), len(split), SHARD, SafetensorsShards())
+        label = f"computing features of {what or split.name}"
+        shards.write(stream, split.source, world=self.world, progress=self.progress, label=label)
         features, numbers, _ = zip(*(read_safetensors(shards.path(i)) for i in range(len(shards))))
         rows = torch.cat(numbers).numpy()
         if not len(rows):

@@ -8,6 +8,7 @@ import shutil
 import time
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from seer_scale.data.transforms.on_device import to_float
 from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
-from seer_scale.evaluate.shards import SHARD_KINDS, Shards, dtype_name
+from seer_scale.evaluate.shards import SHARD_KINDS, Shards, dtype_name, encode_images
+from seer_scale.evaluate.splits import images_mark
 from seer_scale.evaluate.subject import Subject, check_path, open_subject
 from seer_scale.files import published, to_json, write_whole
 from seer_scale.formatting import counted
 from seer_scale.observe.progress import Progress
 
 EMBEDDED = "manifest.json"
-NAMES_LOOKED_AT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +109,11 @@ def embed(subject: Subject, data: str, out: Path, options: EmbedOptions, world: 
 
         dtype: torch.dtype = getattr(torch, options.dtype)
         shards = Shards(place, len(source), options.shard, SHARD_KINDS[options.format](), dtype)
-        shards.write(
-            encode, source, image_size=size, batch=options.batch, workers=workers, world=world, progress=progress,
-            label="computing features",
+        stream = partial(
+            encode_images, encode, source, size=size, batch=options.batch, workers=workers, device=world.device,
+            within=options.shard,
         )  # fmt: skip
+        shards.write(stream, source, world=world, progress=progress, label="computing features")
 
     def publish() -> dict[str, Any]:
         about = manifest_of(subject, source, shards, size, options)
@@ -137,10 +139,8 @@ def open_images(data: str) -> Source:
 
 def fingerprint_of(subject: Subject, source: Source, size: int, options: EmbedOptions) -> str:
     """Stands for what the files will hold: those of another network or other images are not gone on with."""
-    some = np.linspace(0, len(source) - 1, min(len(source), NAMES_LOOKED_AT)).astype(np.int64).tolist()
-    names = [os.path.basename(source.name(i)) for i in some]
     shape = (options.format, options.dtype, options.shard)
-    words = [subject.fingerprint, size, *shape, len(source), *names, *source.classes]
+    words = [subject.fingerprint, size, *shape, images_mark(source), *source.classes]
     return f"{zlib.crc32(repr(words).encode(errors='backslashreplace')):08x}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,30 @@ DATASETS = "SEER_SCALE_DATASETS"
 """The environment's folder of all data sets, each below its word."""
 
 
-def named_data_set(data: str) -> DataSet | None:
-    """What WORD:FOLDER, or WORD alone, names; None where it is no word of LAYOUTS. Of a word alone the folder is that
-    in $SEER_SCALE_DATASETS, or here. Raises DataError."""
+def named_folder(data: str, words: Collection[str]) -> tuple[str, Path | None]:
+    """WORD:FOLDER, or WORD alone, as the word and its folder; none where it is none of `words`. Of a word alone the
+    folder is that in $SEER_SCALE_DATASETS, or here. Raises DataError where it is not there."""
     word, has_folder, folder = data.partition(":")
-    if word not in LAYOUTS:
-        return None
-    if not has_folder:
-        name = word.partition("-")[0]
-        place = Path(os.environ.get(DATASETS, ""), name)
-        if not place.is_dir():
-            looked = f"looked for {shown(place)}" if DATASETS in os.environ else f"{DATASETS} is not set"
-            fix = f"write {word}:FOLDER, or set {DATASETS} to the folder of all data sets"
-            raise DataError(Problem("--data", word, f"there is no such folder: {looked}", fix))
-        folder = str(place)
-    root = Path(folder).expanduser()
+    if word not in words:
+        return word, None
+    if has_folder:
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise DataError(missing_path(root))
+        return word, root
+    root = Path(os.environ.get(DATASETS, ""), word.partition("-")[0]).expanduser()
     if not root.is_dir():
-        raise DataError(missing_path(root))
+        looked = f"looked for {shown(root)}" if DATASETS in os.environ else f"{DATASETS} is not set"
+        fix = f"write {word}:FOLDER, or set {DATASETS} to the folder of all data sets"
+        raise DataError(Problem("--data", word, f"there is no such folder: {looked}", fix))
+    return word, root
+
+
+def named_data_set(data: str) -> DataSet | None:
+    """What WORD:FOLDER, or WORD alone, names; None where it is no word of LAYOUTS. Raises DataError."""
+    word, root = named_folder(data, LAYOUTS)
+    if root is None:
+        return None
     train, test = LAYOUTS[word](root)
     for split in (train, test):
         if not len(split):

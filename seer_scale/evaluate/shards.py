@@ -42,6 +42,10 @@ class Features(NamedTuple):
     labels: Tensor
 
 
+FeatureStream = Callable[[np.ndarray], Iterator[Features]]
+"""Image numbers -> their features, a part at a time, in order."""
+
+
 # ------------------------------------------------------------------------------------------------ making them
 
 
@@ -94,12 +98,10 @@ class Shards:
     def images(self, i: int) -> np.ndarray:
         return np.arange(i * self.size, min((i + 1) * self.size, self.num))
 
-    def write(
-        self, encode: EncodePixels, source: Source, *, image_size: int, batch: int, workers: int, world: World,
-        progress: Progress, label: str,
-    ) -> None:  # fmt: skip
-        """Those that are not there, shared out among the ranks. Collective. Raises UserError on all ranks:
-        CheckpointError where features are not finite."""
+    def write(self, stream: FeatureStream, source: Source, *, world: World, progress: Progress, label: str) -> None:
+        """Those that are not there, shared out among the ranks. Collective. stream: gives the features of images, a
+        part at a time, in order; `encode_images` with `within=size`, or another that no part leads over a shard. Raises
+        UserError on all ranks: CheckpointError where features are not finite."""
         done = world.from_main(lambda: [self.format.count(self.path(i)) >= 0 for i in range(len(self))])
         todo = [i for i, is_whole in enumerate(done) if not is_whole]
         mine, problem = todo[world.rank :: world.size], None
@@ -107,12 +109,8 @@ class Shards:
         with progress.doing(label, self.num, done=self.num - left):
             try:
                 indices = np.concatenate([np.empty(0, np.int64), *map(self.images, mine)])
-                stream = encode_images(
-                    encode, source, indices, size=image_size, batch=batch, workers=workers, device=world.device,
-                    within=self.size,
-                )  # fmt: skip
                 parts: list[Features] = []
-                for part in stream:
+                for part in stream(indices):
                     while int(part.numbers[0]) // self.size != mine[0]:
                         self._write(mine.pop(0), source, parts)
                         parts = []

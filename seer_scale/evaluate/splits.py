@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import zlib
 from dataclasses import dataclass, field
 
@@ -40,8 +41,18 @@ class Split:
     @property
     def mark(self) -> str:
         """Stands for which images and targets these are, but for their folder, which may be moved."""
-        crc = zlib.crc32(repr([len(self.source), *self.classes]).encode(errors="backslashreplace"))
+        crc = zlib.crc32(repr([images_mark(self.source), *self.classes]).encode(errors="backslashreplace"))
         return f"{zlib.crc32(np.ascontiguousarray(self.targets).tobytes(), crc):08x}"
+
+
+NAMES_LOOKED_AT = 64
+
+
+def images_mark(source: Source) -> str:
+    """Stands for which images these are, by their number and the names of some, but for their folders."""
+    some = np.linspace(0, len(source) - 1, min(len(source), NAMES_LOOKED_AT)).astype(np.int64).tolist()
+    names = [os.path.basename(source.name(i)) for i in some]
+    return f"{zlib.crc32(repr([len(source), *names]).encode(errors='backslashreplace')):08x}"
 
 
 @dataclass(frozen=True)
