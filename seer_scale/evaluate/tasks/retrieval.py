@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from seer_scale.config.fields import opt
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.evaluate.context import Evaluation, Table
+from seer_scale.evaluate.knn import named_classes
 from seer_scale.evaluate.layouts import named_folder
 from seer_scale.evaluate.metrics import mean_of
 from seer_scale.evaluate.nearest import nearest_neighbours
@@ -27,6 +28,7 @@ from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.revisited import REVISITED, SETUPS, open_revisited, revisited_scores, whole_images
 from seer_scale.evaluate.splits import Split
 from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
+from seer_scale.files import shown
 from seer_scale.formatting import counted
 
 REVISITED_KS = (1, 5, 10)
@@ -123,23 +125,25 @@ class Retrieval(Task[RetrievalSettings]):
         scores, table = retrieval_scores(hits[counted_in], relevant[counted_in], self.options.k)
         scores |= {"retrieval/queries": int(counted_in.sum()), "retrieval/gallery": len(bank.rows) - is_self}
         lost = int((~counted_in).sum())
-        where = f"each of {len(asked.rows):,} images among the others" if is_self else data.protocol.rstrip(".")
+        where = f"{len(asked.rows):,} images of {data.test.name}"
+        where += " among the others" if is_self else f" in {len(bank.rows):,} of {data.train.name}"
         none = f"; {counted(lost, 'image')} with nothing to find left out" if lost else ""
         curve = [(row["k"], row["recall"]) for row in table]
         plot = Plot(title="Retrieval", x="k", y="recall at k, %", series={"recall": curve}, log_x=True)
-        protocol = f"Retrieval by cosine: {where}{none}."
+        protocol = f"Retrieval by cosine of {where}, {shown(data.name)}; {named_classes(data.classes)}{none}."
         return Result(scores=scores, headline="retrieval/map_at_r", protocol=protocol, table=table, plots=(plot,))
 
     def _revisited(self, ranked: np.ndarray, gnd: list[dict[str, list[int]]], protocol: str) -> Result:
-        scores, table = {}, []
+        names = ("map", *(f"mp@{k}" for k in REVISITED_KS))
+        scores: dict[str, float] = {}
+        table: list[dict[str, Any]] = []
         for setup in SETUPS:
             aps, precisions = revisited_scores(ranked, gnd, setup, REVISITED_KS)
-            row = {"setup": setup, "map": 100 * mean_of(aps), "queries": int((~np.isnan(aps)).sum())}
+            row: dict[str, Any] = {"setup": setup, "map": 100 * mean_of(aps), "queries": int((~np.isnan(aps)).sum())}
             row |= {f"mp@{k}": 100 * mean_of(column) for k, column in zip(REVISITED_KS, precisions.T)}
             table.append(row)
-            scores |= {f"retrieval/{setup}_{name}": row[name] for name in ("map", *(f"mp@{k}" for k in REVISITED_KS))}
-        names = ("map", *(f"mp@{k}" for k in REVISITED_KS))
-        bars = {str(row["setup"]): [(name, float(row[name])) for name in names] for row in table}
+            scores |= {f"retrieval/{setup}_{name}": row[name] for name in names}
+        bars = {row["setup"]: [(name, row[name]) for name in names] for row in table}
         plot = Plot(title="Retrieval, revisited", x="", y="%", series=bars, kind="bars")
         protocol += f" Whole images, long side {self.options.side}, scales {', '.join(map(str, self.options.scales))}."
         return Result(scores=scores, headline="retrieval/medium_map", protocol=protocol, table=table, plots=(plot,))
