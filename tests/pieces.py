@@ -7,23 +7,13 @@ from pathlib import Path
 
 import torch
 
+from seer_scale.bench.load import even_layout
 from seer_scale.checkpoint import store
-from seer_scale.checkpoint.layout import Layout, Part, Stored
 
 
 def write_in_pieces(folder: Path, state: Mapping[str, torch.Tensor], meta: dict, ranks: int) -> Path:
     """A checkpoint of `state` as if `ranks` ranks had each held an equal run of every tensor."""
-    ends = [0] * ranks
-    tensors = {}
-    for name, tensor in state.items():
-        step = -(-tensor.numel() // ranks)
-        stored = Stored(tensor.dtype, tensor.shape, [])
-        for rank, start in enumerate(range(0, tensor.numel(), step)):
-            stop = min(start + step, tensor.numel())
-            stored.parts.append(Part(start, stop, rank, ends[rank]))
-            ends[rank] += (stop - start) * tensor.itemsize
-        tensors[name] = stored
-    layout = Layout(tensors)
+    layout = even_layout(state, ranks)
     aside = folder / ".tmp-pieces"
     aside.mkdir(parents=True)
     written: dict[str, dict[str, int]] = {}

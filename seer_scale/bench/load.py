@@ -12,10 +12,12 @@ import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.layout import Layout, Part, Stored
@@ -45,17 +47,7 @@ def stand_in(folder: Path, model: str, ranks: int, head: int) -> Path:
     state = {f"model/{PREFIX}{n}": t for n, t in backbone.state_dict().items()}
     state["model/head.weight"] = torch.empty(head, device="meta")
     state |= {f"optim/{n}/momentum": t for n, t in state.items() if t.is_floating_point()}
-    ends = [0] * ranks
-    tensors = {}
-    for name, tensor in state.items():
-        step = max(1, -(-tensor.numel() // ranks))
-        stored = Stored(tensor.dtype, tensor.shape, [])
-        for rank, start in enumerate(range(0, tensor.numel(), step)):
-            stop = min(start + step, tensor.numel())
-            stored.parts.append(Part(start, stop, rank, ends[rank]))
-            ends[rank] += (stop - start) * tensor.itemsize
-        tensors[name] = stored
-    layout = Layout(tensors)
+    layout = even_layout(state, ranks)
     aside = folder / ".tmp-stand-in"
     aside.mkdir(parents=True)
     meta = {
@@ -68,9 +60,28 @@ def stand_in(folder: Path, model: str, ranks: int, head: int) -> Path:
         path = aside / f"state-{rank:05d}.safetensors"
         with path.open("wb") as file:
             file.write(header)
-            file.truncate(len(header) + ends[rank])
+            ends = (
+                p.offset + (p.stop - p.start) * layout.tensors[n].dtype.itemsize
+                for n, p in layout.written_by(rank).items()
+            )
+            file.truncate(len(header) + max(ends, default=0))
         files[path.name] = {"size": path.stat().st_size, "crc32": 0}
     return store.publish_files(aside, meta, files, layout)
+
+
+def even_layout(state: Mapping[str, Tensor], ranks: int) -> Layout:
+    """As if each of `ranks` ranks had held an equal run of every tensor."""
+    ends = [0] * ranks
+    tensors = {}
+    for name, tensor in state.items():
+        step = max(1, -(-tensor.numel() // ranks))
+        stored = Stored(tensor.dtype, tensor.shape, [])
+        for rank, start in enumerate(range(0, tensor.numel(), step)):
+            stop = min(start + step, tensor.numel())
+            stored.parts.append(Part(start, stop, rank, ends[rank]))
+            ends[rank] += (stop - start) * tensor.itemsize
+        tensors[name] = stored
+    return Layout(tensors)
 
 
 def bytes_asked() -> int:
