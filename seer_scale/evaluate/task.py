@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 from seer_scale.config.fields import opt
@@ -31,6 +31,12 @@ class TaskSettings:
     def problems(self) -> list[Problem]:
         """What no single range says; keys are the fields' names."""
         return []
+
+    @property
+    def mark(self) -> str:
+        """Stands for the options that figures depend on."""
+        others = ("data", "test", "batch", "workers")
+        return repr([(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in others])
 
 
 SettingsT = TypeVar("SettingsT", bound=TaskSettings)

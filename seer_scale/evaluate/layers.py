@@ -1,0 +1,112 @@
+"""Features of a backbone's layers: its pooled output, its stages, pooled, or several of these side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from seer_scale.errors import Problem, UserError
+from seer_scale.evaluate.subject import Subject
+from seer_scale.models.regnet import RegNetY
+
+LAST, STAGES = "last", ("s1", "s2", "s3", "s4")
+
+
+def layer_problems(layers: Sequence[str], key: str = "layers") -> list[Problem]:
+    known = (LAST, *STAGES)
+    bad = [layer for layer in layers if set(layer.split("+")) - set(known)]
+    rule = f"must be one of {', '.join(known)}, or several of them joined by +"
+    return [Problem(key, layer, rule, ("last", "s3+s4")) for layer in bad]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """names: of layers. columns: where each stage they need lies in a row of what `encode` gives."""
+
+    subject: Subject
+    names: tuple[str, ...]
+    columns: Mapping[str, slice]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Normalised images [n, 3, S, S] -> float32 [n, D], the pooled stages side by side; one forward."""
+        model = self.subject.model
+        if list(self.columns) == [LAST]:
+            return self.subject.encode(images)
+        assert isinstance(model, RegNetY), "layers_of refuses others"
+        pooled = dict(zip(STAGES, (maps.mean((2, 3)) for maps in model.forward_stages(images))))
+        return torch.cat([pooled[stage] for stage in self.columns], 1).float()
+
+    @property
+    def mark(self) -> str:
+        """Stands for `encode`."""
+        return "+".join(self.columns)
+
+    def width(self, layer: str) -> int:
+        return sum(self.columns[stage].stop - self.columns[stage].start for stage in self.stages(layer))
+
+    def stages(self, layer: str) -> list[str]:
+        """The names of its columns."""
+        return [stage if stage in self.columns else STAGES[-1] for stage in layer.split("+")]
+
+
+def layers_of(subject: Subject, names: Sequence[str], option: str = "--layers") -> Layers:
+    """Raises UserError where the backbone gives its last layer only and another is asked for."""
+    needed = {stage for name in names for stage in name.split("+")}
+    if needed == {LAST}:
+        return Layers(subject, tuple(names), {LAST: slice(0, subject.model.num_features)})
+    model = subject.model
+    if not isinstance(model, RegNetY):
+        rule = "this backbone gives its pooled output only; stages are a RegNetY's"
+        raise UserError(Problem(option, ",".join(names), rule, (LAST,)))
+    needed = {STAGES[-1] if stage == LAST else stage for stage in needed}
+    columns, first = {}, 0
+    for stage, units in zip(STAGES, model.stage_units()):
+        if stage in needed:
+            width = model.block(units[-1]).conv3.conv.out_channels
+            columns[stage] = slice(first, first + width)
+            first += width
+    return Layers(subject, tuple(names), columns)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows that `Layers.encode` has made to what a classifier of each layer takes: shifted and scaled by column, then
+    (unit) to unit length."""
+
+    layers: Layers
+    shift: Tensor
+    scale: Tensor
+    unit: bool
+
+    def __call__(self, rows: Tensor) -> dict[str, Tensor]:
+        """[n, D] -> for each layer [n, width]."""
+        rows = self._scaled(rows)
+        return {name: self._layer(rows, name) for name in self.layers.names}
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return (rows - self.shift.to(rows.device)) * self.scale.to(rows.device)
+
+    def _layer(self, rows: Tensor, name: str) -> Tensor:
+        parts = [rows[:, self.layers.columns[stage]] for stage in self.layers.stages(name)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return normalize(whole, dim=1) if self.unit else whole
+
+    def of(self, rows: Tensor, name: str) -> Tensor:
+        """[n, D] -> [n, width] of one layer."""
+        return self._layer(self._scaled(rows), name)
+
+
+def fit_inputs(layers: Layers, rows: Tensor, how: str) -> Inputs:
+    """how: "standardize" (each column to mean 0 and variance 1 over `rows` [n, D], as a BatchNorm without weights that
+    has seen them all), "l2" (unit length) or "none"."""
+    shift, scale = torch.zeros(rows.shape[1]), torch.ones(rows.shape[1])
+    if how == "standardize":
+        wide = rows.double()
+        mean, variance = wide.mean(0), wide.var(0, correction=0)
+        shift, scale = mean.float(), (variance + 1e-5 * variance.mean().clamp(min=1e-30)).rsqrt().float()
+    return Inputs(layers, shift, scale, how == "l2")

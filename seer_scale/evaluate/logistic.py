@@ -1,0 +1,109 @@
+"""Classifiers fitted to convergence by scikit-learn, as rows of weights: what SGD's are checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.evaluate.context import Evaluation
+from seer_scale.extras import how_to_install
+from seer_scale.files import published
+
+MAX_ITERATIONS = 1000
+
+
+class Linear(NamedTuple):
+    """weight float32 [classes, D], bias [classes]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """[n, classes] of rows [n, D]."""
+        return torch.nn.functional.linear(rows, self.weight, self.bias)
+
+
+def sklearn_module(name: str) -> Any:
+    """A module of scikit-learn. Raises UserError where it is not installed."""
+    try:
+        from importlib import import_module
+
+        return import_module(f"sklearn.{name}")
+    except ImportError as error:
+        rule = "is not installed, and fits the classifiers"
+        raise UserError(Problem("scikit-learn", NOTHING, rule, how_to_install("scikit-learn"))) from error
+
+
+def logistic(rows: Tensor, targets: np.ndarray, classes: int, c: float) -> Linear:
+    """scikit-learn's LogisticRegression (lbfgs, `c` the inverse strength of its L2 penalty) of rows [n, D] and targets
+    [n]; where targets are [n, classes], one for each class on the rows that count. A class without images gets a bias
+    of -inf."""
+    x = rows.double().numpy()
+    if targets.ndim == 1:
+        return _fit(x, targets, classes, c)
+    of_class = [_fit(x[t >= 0], t[t >= 0], 2, c) for t in targets.T]
+    return Linear(
+        torch.stack([w[1] - w[0] for w, _ in of_class]),
+        torch.stack([(b[1] - b[0]).clamp(-1e9, 1e9) for _, b in of_class]),
+    )
+
+
+def _fit(x: np.ndarray, y: np.ndarray, classes: int, c: float) -> Linear:
+    weight, bias = torch.zeros(classes, x.shape[1]), torch.full((classes,), -torch.inf)
+    present = np.unique(y)
+    if len(present) < 2:
+        bias[torch.from_numpy(present).long()] = 0
+        return Linear(weight, bias)
+    model = sklearn_module("linear_model").LogisticRegression(C=c, max_iter=MAX_ITERATIONS, tol=1e-4)
+    model.fit(x, y)
+    w, b = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+    if len(present) == 2:  # one row, of the second class
+        w, b = torch.cat([-w, w]) / 2, torch.cat([-b, b]) / 2
+    found = torch.from_numpy(present).long()
+    weight[found], bias[found] = w.float(), b.float()
+    return Linear(weight, bias)
+
+
+def fitted(
+    jobs: Sequence[tuple[str, Callable[[], Linear]]], evaluation: Evaluation[Any], place: Path, what: str
+) -> list[Linear]:
+    """What each job (a name, and what fits) gives, on every rank; ranks share them out, and what `place` holds is not
+    fitted again. Collective."""
+    world = evaluation.world
+    paths = [place / f"{name}.safetensors" for name, _ in jobs]
+    done = world.from_main(lambda: [_is_whole(path) for path in paths])
+    todo = [i for i, ready in enumerate(done) if not ready]
+    problem = None
+    with evaluation.progress.doing(f"fitting {what}", len(jobs), "fits", done=len(jobs) - len(todo)):
+        try:
+            for i in todo[world.rank :: world.size]:
+                weight, bias = jobs[i][1]()
+                with published(paths[i], replace=True) as aside:
+                    save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, aside)
+                evaluation.progress.advance(world.size)
+        except UserError as error:
+            problem = error
+    if raised := [p for p in world.gather_objects(problem) if p]:
+        raise raised[0]
+    return [_read(path) for path in paths]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys()) == {"weight", "bias"}
+    except (OSError, SafetensorError):
+        return False
+
+
+def _read(path: Path) -> Linear:
+    with safe_open(path, "pt") as file:
+        return Linear(file.get_tensor("weight"), file.get_tensor("bias"))

@@ -1,0 +1,119 @@
+"""mean average precision of linear SVMs on frozen features, as published for VOC07
+
+VISSL's protocol (arXiv 1905.01235, SEER's table of VOC07): features of unit length, for each class a LinearSVC with the
+cost that has the highest average precision in 3-fold cross-validation on the training images; positives weigh twice.
+What is not to be counted is a negative when training, and left out of the test.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seer_scale.config.fields import opt
+from seer_scale.errors import DataError, Problem, UserError
+from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.layers import fit_inputs, layer_problems, layers_of
+from seer_scale.evaluate.logistic import sklearn_module
+from seer_scale.evaluate.metrics import average_precision, mean_of
+from seer_scale.evaluate.registry import register_task
+from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
+from seer_scale.files import to_json, write_whole
+
+MAX_ITERATIONS_SVM = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvmSettings(TaskSettings):
+    c: tuple[float, ...] = opt(
+        (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0), "costs to choose from, for each class", gt=0
+    )
+    folds: int = opt(3, "of the cross-validation by which they are chosen", ge=2)
+    layer: str = opt(
+        "last", "last (the pooled output), s1 ... s4 (a RegNetY's stages, pooled), or several, as in s3+s4"
+    )
+
+    def problems(self) -> list[Problem]:
+        return layer_problems([self.layer], "layer")
+
+
+@register_task("svm", SvmSettings)
+class Svm(Task[SvmSettings]):
+    def measure(self, evaluation: Evaluation[SvmSettings]) -> Result:
+        options, world = self.options, evaluation.world
+        layers = layers_of(evaluation.subject, (options.layer,), "--layer")
+        data = evaluation.data_set()
+        train, test = (
+            evaluation.features(split, encode=layers.encode, mark=layers.mark) for split in (data.train, data.test)
+        )
+        inputs = fit_inputs(layers, train.features, "l2")
+        x, asked = (inputs.of(table.features, options.layer).double().numpy() for table in (train, test))
+        y, truth = (_of_several(table.targets, len(data.classes)) for table in (train, test))
+        self._check(y, data.classes)
+        place = evaluation.work("svm", data.train.mark, data.test.mark, layers.mark, options.c, options.folds)
+        paths = [place / f"class-{c}.json" for c in range(len(data.classes))]
+        done = world.from_main(lambda: [path.is_file() for path in paths])
+        todo = [c for c, ready in enumerate(done) if not ready]
+        problem = None
+        with evaluation.progress.doing("fitting SVMs", len(paths), "classes", done=len(paths) - len(todo)):
+            try:
+                for c in todo[world.rank :: world.size]:
+                    self._fit(paths[c], x, y[:, c], asked, truth[:, c], evaluation.options.seed)
+                    evaluation.progress.advance(world.size)
+            except UserError as error:
+                problem = error
+        if raised := [p for p in world.gather_objects(problem) if p]:
+            raise raised[0]
+        table = [{"class": name, **json.loads(path.read_text())} for name, path in zip(data.classes, paths)]
+        curves = {"map": "interpolated", "map_11point": "11point", "map_area": "area"}
+        scores = {f"svm/{name}": mean_of(_column(table, f"ap_{curve}")) for name, curve in curves.items()}
+        bars = [(row["class"], row["ap_interpolated"] or 0.0) for row in table]
+        return Result(
+            scores=scores | {"svm/images": len(test.rows), "svm/classes": len(data.classes)},
+            headline="svm/map",
+            protocol=f"{data.protocol} A LinearSVC for each class, of {len(options.c)} costs by {options.folds}-fold "
+            "cross-validation; the area under the envelope of precision, as VISSL.",
+            table=table,
+            plots=(Plot(title="Linear SVMs", x="class", y="average precision, %", series={"AP": bars}, kind="bars"),),
+        )
+
+    def _check(self, y: np.ndarray, classes: list[str]) -> None:
+        for name, column in zip(classes, y.T):
+            fewest = min(np.count_nonzero(column == 1), np.count_nonzero(column != 1))
+            if fewest < self.options.folds:
+                rule = f"has only {fewest} training images with it or without it, too few for so many folds"
+                raise DataError(Problem(f"--folds of class {name}", self.options.folds, rule, "give more images"))
+
+    def _fit(self, path: Path, x: np.ndarray, y: np.ndarray, asked: np.ndarray, truth: np.ndarray, seed: int) -> None:
+        """Write what one class gives."""
+        svm, selection = sklearn_module("svm"), sklearn_module("model_selection")
+        wanted = np.where(y == 1, 1, -1)
+
+        def model(c: float) -> Any:
+            return svm.LinearSVC(
+                C=c, class_weight={1: 2, -1: 1}, penalty="l2", loss="squared_hinge", dual=True, tol=1e-4,
+                max_iter=MAX_ITERATIONS_SVM, random_state=seed,
+            )  # fmt: skip
+
+        found = [
+            selection.cross_val_score(model(c), x, wanted, cv=self.options.folds, scoring="average_precision").mean()
+            for c in self.options.c
+        ]
+        c = self.options.c[int(np.argmax(found))]
+        given = model(c).fit(x, wanted).decision_function(asked)
+        row = {"c": c, "cross_validated_ap": 100 * max(found)}
+        row |= {f"ap_{curve}": average_precision(given, truth, curve) for curve in ("interpolated", "11point", "area")}
+        write_whole(path, to_json(row) + "\n")
+
+
+def _of_several(targets: np.ndarray, classes: int) -> np.ndarray:
+    """int8 [n, classes], of a class each, too."""
+    return targets if targets.ndim == 2 else (targets[:, None] == np.arange(classes)).astype(np.int8)
+
+
+def _column(table: list[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([np.nan if row[name] is None else row[name] for row in table])
