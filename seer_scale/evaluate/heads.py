@@ -4,7 +4,6 @@ one pass over the images, each as if alone."""
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,10 +21,11 @@ from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.context import Evaluation, is_whole
 from seer_scale.evaluate.layers import Inputs, Layers
 from seer_scale.evaluate.metrics import average_precisions, mean_of, per_class_accuracy, topk_accuracy
 from seer_scale.evaluate.splits import Split
+from seer_scale.files import write_whole
 
 SAVE_EVERY_S = 20.0
 LR_BATCH = 256
@@ -207,9 +206,7 @@ def train(
     heads = heads.to(world.device)
     optimizer = HeadsSGD(heads.groups(), plan.momentum)
     path = place / "heads.safetensors"
-    seen = world.from_main(lambda: saved_samples(path))
-    if seen:
-        load_state(path, heads, optimizer)
+    seen = load_state(path, heads, optimizer) if world.from_main(lambda: is_whole(path)) else 0
     wrapped, prepared = accelerator.prepare(heads, optimizer)
     sampler = ElasticSampler([DataVersion(0, (("all", len(data)),))], plan.seed, plan.global_batch)
     saved = time.monotonic()
@@ -230,28 +227,19 @@ def train(
 
 
 def save_state(path: Path, heads: Heads, optimizer: HeadsSGD, samples_seen: int) -> None:
-    tensors = {name: p.detach().contiguous() for name, p in heads.named_parameters()}
-    tensors |= {f"momentum/{name}": optimizer.state[p]["momentum"] for name, p in heads.named_parameters()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    save_file({name: t.cpu() for name, t in tensors.items()}, aside, {"samples_seen": str(samples_seen)})
-    os.replace(aside, path)
-
-
-def saved_samples(path: Path) -> int:
-    """Samples that what was saved has seen; 0 where nothing was."""
-    try:
-        with safe_open(path, "pt") as file:
-            return int(file.metadata()["samples_seen"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return 0
+    tensors = {name: p.detach().cpu().contiguous() for name, p in heads.named_parameters()}
+    tensors |= {f"momentum/{name}": optimizer.state[p]["momentum"].cpu() for name, p in heads.named_parameters()}
+    write_whole(path, save(tensors | {"samples_seen": torch.tensor(samples_seen)}))
 
 
 @torch.no_grad()
-def load_state(path: Path, heads: Heads, optimizer: HeadsSGD) -> None:
-    with safe_open(path, "pt") as file:
-        for name, p in heads.named_parameters():
-            p.copy_(file.get_tensor(name))
-            optimizer.state[p]["momentum"] = file.get_tensor(f"momentum/{name}").to(p.device)
+def load_state(path: Path, heads: Heads, optimizer: HeadsSGD) -> int:
+    """Samples that what was saved has seen."""
+    saved = load(path.read_bytes())
+    for name, p in heads.named_parameters():
+        p.copy_(saved[name])
+        optimizer.state[p]["momentum"] = saved[f"momentum/{name}"].to(p.device)
+    return int(saved["samples_seen"])
 
 
 def num_samples(num: int, epochs: int, global_batch: int, at_least_updates: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,15 +12,18 @@ from torch.nn.functional import normalize
 
 from seer_scale.errors import Problem, UserError
 from seer_scale.evaluate.subject import Subject
-from seer_scale.models.regnet import RegNetY
+from seer_scale.formatting import counted
 
-LAST, STAGES = "last", ("s1", "s2", "s3", "s4")
+LAST = "last"
+STAGE = re.compile(r"s[1-9]")
 
 
 def layer_problems(layers: Sequence[str], key: str = "layers") -> list[Problem]:
-    known = (LAST, *STAGES)
-    bad = [layer for layer in layers if set(layer.split("+")) - set(known)]
-    rule = f"must be one of {', '.join(known)}, or several of them joined by +"
+    def is_known(stage: str) -> bool:
+        return stage == LAST or STAGE.fullmatch(stage) is not None
+
+    bad = [layer for layer in layers if not all(map(is_known, layer.split("+")))]
+    rule = f"must be {LAST} or a stage, such as s3, or several of them joined by +"
     return [Problem(key, layer, rule, ("last", "s3+s4")) for layer in bad]
 
 
@@ -33,12 +37,14 @@ class Layers:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Normalised images [n, 3, S, S] -> float32 [n, D], the pooled stages side by side; one forward."""
-        model = self.subject.model
+        """Normalised images [n, 3, S, S] -> float32 [n, D], the pooled stages side by side; one forward, and another
+        for the pooled output beside stages where more than a mean makes it of the last."""
         if list(self.columns) == [LAST]:
             return self.subject.encode(images)
-        assert isinstance(model, RegNetY), "layers_of refuses others"
-        pooled = dict(zip(STAGES, (maps.mean((2, 3)) for maps in model.forward_stages(images))))
+        model = self.subject.model
+        pooled = {f"s{i}": maps[0].mean((2, 3)) for i, maps in enumerate(model.forward_stages([images]), 1)}
+        if LAST in self.columns:
+            pooled[LAST] = self.subject.encode(images) if model.after_stages() else pooled[f"s{len(pooled)}"]
         return torch.cat([pooled[stage] for stage in self.columns], 1).float()
 
     @property
@@ -47,29 +53,22 @@ class Layers:
         return "+".join(self.columns)
 
     def width(self, layer: str) -> int:
-        return sum(self.columns[stage].stop - self.columns[stage].start for stage in self.stages(layer))
-
-    def stages(self, layer: str) -> list[str]:
-        """The names of its columns."""
-        return [stage if stage in self.columns else STAGES[-1] for stage in layer.split("+")]
+        return sum(self.columns[stage].stop - self.columns[stage].start for stage in layer.split("+"))
 
 
 def layers_of(subject: Subject, names: Sequence[str], option: str = "--layers") -> Layers:
-    """Raises UserError where the backbone gives its last layer only and another is asked for."""
-    needed = {stage for name in names for stage in name.split("+")}
-    if needed == {LAST}:
-        return Layers(subject, tuple(names), {LAST: slice(0, subject.model.num_features)})
+    """Raises UserError for a layer that the backbone has not."""
     model = subject.model
-    if not isinstance(model, RegNetY):
-        rule = "this backbone gives its pooled output only; stages are a RegNetY's"
-        raise UserError(Problem(option, ",".join(names), rule, (LAST,)))
-    needed = {STAGES[-1] if stage == LAST else stage for stage in needed}
+    needed = list(dict.fromkeys(stage for name in names for stage in name.split("+")))
+    maps = model.stage_maps() if needed != [LAST] else []
+    widths = {LAST: model.num_features} | {f"s{i}": stage.channels for i, stage in enumerate(maps, 1)}
+    if missing := [stage for stage in needed if stage not in widths]:
+        rule = f"this backbone has {counted(len(maps), 'stage')} that can be pooled"
+        raise UserError(Problem(option, missing[0], rule, tuple(widths)))
     columns, first = {}, 0
-    for stage, units in zip(STAGES, model.stage_units()):
-        if stage in needed:
-            width = model.block(units[-1]).conv3.conv.out_channels
-            columns[stage] = slice(first, first + width)
-            first += width
+    for stage in needed:
+        columns[stage] = slice(first, first + widths[stage])
+        first += widths[stage]
     return Layers(subject, tuple(names), columns)
 
 
@@ -92,7 +91,7 @@ class Inputs:
         return (rows - self.shift.to(rows.device)) * self.scale.to(rows.device)
 
     def _layer(self, rows: Tensor, name: str) -> Tensor:
-        parts = [rows[:, self.layers.columns[stage]] for stage in self.layers.stages(name)]
+        parts = [rows[:, self.layers.columns[stage]] for stage in name.split("+")]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return normalize(whole, dim=1) if self.unit else whole
 

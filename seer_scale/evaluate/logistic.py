@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.context import Evaluation, is_whole
 from seer_scale.extras import how_to_install
-from seer_scale.files import published
+from seer_scale.files import write_whole
 
 MAX_ITERATIONS = 1000
 
@@ -79,15 +78,14 @@ def fitted(
     fitted again. Collective."""
     world = evaluation.world
     paths = [place / f"{name}.safetensors" for name, _ in jobs]
-    done = world.from_main(lambda: [_is_whole(path) for path in paths])
+    done = world.from_main(lambda: [is_whole(path) for path in paths])
     todo = [i for i, ready in enumerate(done) if not ready]
     problem = None
     with evaluation.progress.doing(f"fitting {what}", len(jobs), "fits", done=len(jobs) - len(todo)):
         try:
             for i in todo[world.rank :: world.size]:
                 weight, bias = jobs[i][1]()
-                with published(paths[i], replace=True) as aside:
-                    save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, aside)
+                write_whole(paths[i], save({"weight": weight.contiguous(), "bias": bias.contiguous()}))
                 evaluation.progress.advance(world.size)
         except UserError as error:
             problem = error
@@ -96,14 +94,5 @@ def fitted(
     return [_read(path) for path in paths]
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys()) == {"weight", "bias"}
-    except (OSError, SafetensorError):
-        return False
-
-
 def _read(path: Path) -> Linear:
-    with safe_open(path, "pt") as file:
-        return Linear(file.get_tensor("weight"), file.get_tensor("bias"))
+    return Linear(**load(path.read_bytes()))

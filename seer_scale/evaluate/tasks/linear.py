@@ -133,7 +133,7 @@ class LinearProbe(Task[LinearSettings]):
         grid = [Head(*each) for each in product(layers.names, options.lr, options.weight_decay)]
         whole, fit, held, sample = self._training_sets(evaluation, data.train, layers)
         inputs = fit_inputs(layers, sample, options.normalize)
-        place = (data.train.mark, layers.mark, evaluation.size, options.mark)
+        place = (data.train.mark, evaluation.size, options.mark)
 
         def trained(heads: Sequence[Head], on: TrainingSet, part: str) -> Heads:
             plan = plan_of(options, len(on), augment=options.augment)
@@ -185,9 +185,7 @@ class LinearProbe(Task[LinearSettings]):
         table = evaluation.features(data.train, "training images", encode=layers.encode, mark=layers.mark)
         fit, held = _held_out(table.targets, data.train, options)
         inputs = fit_inputs(layers, table.features[fit], options.normalize)
-        place = evaluation.work(
-            "lbfgs", data.train.mark, layers.mark, options.normalize, options.held_out, options.seed
-        )
+        place = evaluation.work(data.train.mark, evaluation.size, options.mark)
         rows: list[dict[str, Any]] = [{"layer": name, "c": c} for name, c in product(layers.names, options.c)]
 
         def fits(of: Sequence[Mapping[str, Any]], on: np.ndarray, part: str) -> list[Fitted]:
