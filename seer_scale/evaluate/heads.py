@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,16 +21,19 @@ from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.evaluate.context import Evaluation, is_whole
+from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.layers import Inputs, Layers
 from seer_scale.evaluate.metrics import average_precisions, mean_of, per_class_accuracy, topk_accuracy
 from seer_scale.evaluate.splits import Split
 from seer_scale.files import write_whole
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 SAVE_EVERY_S = 20.0
 LR_BATCH = 256
 """Images of the global batch for which learning rates are given; they scale with it."""
-STEPS = (2 / 7, 4 / 7, 6 / 7)
+RATE_STEPS = (2 / 7, 4 / 7, 6 / 7)
 """Where "steps" divides the rate by ten: after 8, 16 and 24 of 28 epochs, as VISSL."""
 ROWS = 8192
 """Of features that are scored at a time."""
@@ -59,7 +62,7 @@ class Plan:
         """The learning rate as a share of the first."""
         done = samples_seen / self.samples
         if self.schedule == "steps":
-            return 0.1 ** sum(done >= step for step in STEPS)
+            return 0.1 ** sum(done >= step for step in RATE_STEPS)
         return 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -206,7 +209,7 @@ def train(
     heads = heads.to(world.device)
     optimizer = HeadsSGD(heads.groups(), plan.momentum)
     path = place / "heads.safetensors"
-    seen = load_state(path, heads, optimizer) if world.from_main(lambda: is_whole(path)) else 0
+    seen = load_state(path, heads, optimizer) if world.from_main(lambda: path.is_file()) else 0
     wrapped, prepared = accelerator.prepare(heads, optimizer)
     sampler = ElasticSampler([DataVersion(0, (("all", len(data)),))], plan.seed, plan.global_batch)
     saved = time.monotonic()
@@ -214,9 +217,7 @@ def train(
         for rows, targets in data.batches(sampler, seen, plan.samples):
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate(seen) * plan.global_batch / LR_BATCH
-            prepared.zero_grad()
-            accelerator.backward(losses(wrapped(inputs(rows)), targets).sum())
-            prepared.step()
+            update(wrapped, prepared, accelerator, inputs(rows), targets)
             seen += plan.global_batch
             evaluation.progress.advance(plan.global_batch)
             if world.is_main and (time.monotonic() - saved >= SAVE_EVERY_S or seen >= plan.samples):
@@ -224,6 +225,17 @@ def train(
                 saved = time.monotonic()
     accelerator.free_memory()
     return heads
+
+
+def update(
+    heads: nn.Module, optimizer: HeadsSGD, accelerator: Accelerator, features: dict[str, Tensor], targets: Tensor
+) -> Tensor:
+    """One of all heads, which accelerate has prepared; their losses, [heads]."""
+    optimizer.zero_grad()
+    found = losses(heads(features), targets)
+    accelerator.backward(found.sum())
+    optimizer.step()
+    return found.detach()
 
 
 def save_state(path: Path, heads: Heads, optimizer: HeadsSGD, samples_seen: int) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.evaluate.context import Evaluation, is_whole
+from seer_scale.evaluate.context import Evaluation
 from seer_scale.extras import how_to_install
 from seer_scale.files import write_whole
 
@@ -78,7 +78,7 @@ def fitted(
     fitted again. Collective."""
     world = evaluation.world
     paths = [place / f"{name}.safetensors" for name, _ in jobs]
-    done = world.from_main(lambda: [is_whole(path) for path in paths])
+    done = world.from_main(lambda: [path.is_file() for path in paths])
     todo = [i for i, ready in enumerate(done) if not ready]
     problem = None
     with evaluation.progress.doing(f"fitting {what}", len(jobs), "fits", done=len(jobs) - len(todo)):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from seer_scale.bench import checkpoint, data, engines, lars, learn, load, sinkhorn, step
+from seer_scale.bench import eval as eval_bench
 from seer_scale.data.sources import open_data
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
@@ -358,3 +359,16 @@ def test_load():
     own = sum(t.nbytes for t in build_backbone("regnety_200mf").state_dict().values())
     assert found["backbone_bytes"] == own <= found["asked_bytes"] < own + 2**20
     assert found["whole_bytes"] > 2 * own + 8_000_000
+
+
+# --- eval
+
+
+def test_a_sweep_of_heads():
+    words = ["--backbone", "regnety_200mf", "--size", "32", "--batch", "4", "--classes", "5", "--rounds", "1"]
+    told = json.loads(eval_bench.run(options(eval_bench, *words, "--json")))
+    assert set(told["seconds"]) == {"36", "1"} and min(told["seconds"].values()) > 0 and told["ratio"] > 0
+    assert "a sweep costs" in eval_bench.run(options(eval_bench, *words, "--heads", "2"))
+    with pytest.raises(UserError) as found:
+        eval_bench.run(options(eval_bench, "--heads", "0"))
+    assert found.value.problems[0].key == "--heads"

@@ -30,6 +30,8 @@ from seer_scale.files import to_json, write_whole
 from seer_scale.formatting import counted
 
 FOLDS = 3
+SHARE_OF_ALL = 4
+"""Where draws have a fourth of all images, features are made of all: other tasks need them, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +81,12 @@ class Lowshot(Task[LowshotSettings]):
             raise DataError(Problem("--data", data.name, "an image has several labels there, and a draw wants one"))
         draws = self._draws(data.train)
         union = np.unique(np.concatenate([draw.indices for draw in draws]))
+        if len(union) * SHARE_OF_ALL > len(data.train):
+            union = np.arange(len(data.train))
         test = evaluation.features(data.test, "test images")
-        bank = evaluation.features(data.train.take(union), "the images drawn")
+        bank = evaluation.features(
+            data.train if len(union) == len(data.train) else data.train.take(union), "the images drawn"
+        )
         kept = {int(union[row]): i for i, row in enumerate(bank.rows)}  # of those that can be read
         place = evaluation.work("draws", data.train.mark, data.test.mark, options.mark)
         paths = [place / f"{draw.shot}-{draw.number}.json" for draw in draws]
