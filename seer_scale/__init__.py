@@ -7,13 +7,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from seer_scale.api import Embedded, Run, Transform, ViewSheet, embed, export, import_weights, load, train, views
+    from seer_scale.api import (
+        Embedded,
+        Run,
+        Transform,
+        ViewSheet,
+        embed,
+        export,
+        import_weights,
+        load,
+        load_classifier,
+        train,
+        views,
+    )
     from seer_scale.errors import ConfigError, DataError, Problem, TrainingError, UserError
     from seer_scale.methods.registry import register_method
     from seer_scale.models.registry import register_backbone
 
 _HOMES = {
-    "api": ("Embedded", "Run", "Transform", "ViewSheet", "embed", "export", "import_weights", "load", "train", "views"),
+    "api": (
+        "Embedded",
+        "Run",
+        "Transform",
+        "ViewSheet",
+        "embed",
+        "export",
+        "import_weights",
+        "load",
+        "load_classifier",
+        "train",
+        "views",
+    ),
     "errors": ("ConfigError", "DataError", "Problem", "TrainingError", "UserError"),
     "methods.registry": ("register_method",),
     "models.registry": ("register_backbone",),
@@ -22,7 +46,8 @@ _HOMES = {
 
 __all__ = [
     "ConfigError", "DataError", "Embedded", "Problem", "Run", "TrainingError", "Transform", "UserError", "ViewSheet",
-    "embed", "export", "import_weights", "load", "register_backbone", "register_method", "train", "views",
+    "embed", "export", "import_weights", "load", "load_classifier", "register_backbone", "register_method", "train",
+    "views",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The Python face: `import seer_scale`, then `train`, `load`, `embed`, `export`, `views`.
+"""The Python face: `import seer_scale`, then `train`, `load`, `load_classifier`, `embed`, `export`, `views`.
 
 What the command line does, these do, and a `~` that begins a path is the home folder, as in a shell. Errors are
 `seer_scale.UserError`, whose `problems` have key, value, rule and nearest fix. Under `torchrun` and `srun` every
@@ -31,6 +31,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
 from seer_scale.evaluate.shards import encode_images
 from seer_scale.interop.load import load_backbone
+from seer_scale.interop.load import load_classifier as load_classifier_at
 from seer_scale.interop.write import MAX_SHARD_SIZE, export_backbone
 from seer_scale.observe.records import read_metrics
 from seer_scale.plugins import load_plugins
@@ -40,8 +41,21 @@ from seer_scale.training.start import default_run_dir, run_training
 if TYPE_CHECKING:
     from seer_scale.interop.importing import Imported
     from seer_scale.models.backbone import Backbone
+    from seer_scale.models.classifier import Classifier
 
-__all__ = ["Embedded", "Run", "Transform", "ViewSheet", "embed", "export", "import_weights", "load", "train", "views"]
+__all__ = [
+    "Embedded",
+    "Run",
+    "Transform",
+    "ViewSheet",
+    "embed",
+    "export",
+    "import_weights",
+    "load",
+    "load_classifier",
+    "train",
+    "views",
+]
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -167,6 +181,16 @@ def load(path: str | Path, *, which: str | int = "last", plugins: str | Sequence
     """
     load_plugins(_several(plugins))
     return load_backbone(Path(path).expanduser(), str(which))
+
+
+def load_classifier(path: str | Path, *, plugins: str | Sequence[str] = ()) -> Classifier:
+    """The network that `seer-scale eval finetune` has trained and kept (RUN/eval/finetune), or an export of it in the
+    format safetensors: an `nn.Module` on the CPU, in eval mode, of images [N, 3, S, S] to scores [N, classes], before
+    softmax (`multi_label`: sigmoid). Its `classes` are names, its `transform` is the right preprocessing. Raises
+    UserError: also where there is no head.
+    """
+    load_plugins(_several(plugins))
+    return load_classifier_at(Path(path).expanduser())
 
 
 def export(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ ABOUT = "seer_scale"
 ARTEFACT_VERSION = 1
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_FORMAT = "safetensors"
+HEAD = "head"
+"""Of `About.origin`: the `Head` of a classifier, whose tensors are head/weight [classes, D] and head/bias [classes]."""
 _WORDS = {dtype: word for word, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -63,6 +65,16 @@ class About:
             rule = f"has metadata of version {version}, but this version reads version {ARTEFACT_VERSION}"
             raise UserError(Problem(str(where), NOTHING, rule))
         return kept
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a linear head tells apart. multi_label: an image may have several of the classes. protocol: how it was
+    trained, a sentence or two."""
+
+    classes: Sequence[str]
+    multi_label: bool = False
+    protocol: str = ""
 
 
 class TensorInfo(NamedTuple):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from seer_scale.data.transforms.image import Transform
+from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.formatting import counted
+from seer_scale.interop.artefact import HEAD, Head
 from seer_scale.interop.weights import Weights, open_weights
 from seer_scale.models.backbone import Backbone
+from seer_scale.models.classifier import Classifier
 from seer_scale.models.registry import reset_buffers
 
 
@@ -17,6 +22,41 @@ def load_backbone(path: Path, which: str = "last") -> Backbone:
         return materialise(weights)[0]
     finally:
         weights.close()
+
+
+def load_classifier(path: Path) -> Classifier:
+    """As `seer_scale.load_classifier`, whose plugins are loaded already."""
+    weights = open_weights(path)
+    try:
+        backbone, _ = materialise(weights)
+        given, width = weights.about.origin.get(HEAD), backbone.num_features
+        if given is None:
+            raise UserError(
+                Problem(str(path), NOTHING, "has no head over classes", "seer-scale eval finetune trains one")
+            )
+        head = _read_head(given, path)
+        shapes = {"head/weight": (len(head.classes), width), "head/bias": (len(head.classes),)}
+        if wrong := [
+            name for name, shape in shapes.items() if getattr(weights.others.get(name), "shape", None) != shape
+        ]:
+            rule = f"has no {wrong[0]} of {list(shapes[wrong[0]])}, as {counted(len(head.classes), 'class')} want"
+            raise UserError(Problem(str(path), NOTHING, rule))
+        made = Classifier(backbone, head.classes, multi_label=head.multi_label).eval()
+        for name, parameter in made.head.named_parameters():
+            parameter.data.copy_(weights.read(f"head/{name}"))
+        return made
+    finally:
+        weights.close()
+
+
+def _read_head(given: Any, path: Path) -> Head:
+    try:
+        head = Head(**given)
+        if not all(isinstance(name, str) for name in head.classes) or not isinstance(head.multi_label, bool):
+            raise TypeError("its classes are no names")
+        return head
+    except TypeError as error:
+        raise UserError(Problem(str(path), NOTHING, f"has damaged metadata ({error!r})")) from None
 
 
 def materialise(weights: Weights) -> tuple[Backbone, int]:

@@ -19,8 +19,9 @@ from seer_scale.models.registry import build_backbone
 
 
 class Weights:
-    """`tensors`, by the names of `Backbone.state_dict()`, without those that a constructor computes; `backbone` is the
-    network itself on the meta device. Opened by `open_weights`."""
+    """`tensors`, by the names of `Backbone.state_dict()`, without those that a constructor computes; `others`, of an
+    artefact, of what stands beside the backbone ("head/weight"); `backbone` is the network itself on the meta device.
+    Opened by `open_weights`."""
 
     def __init__(self, place: Path, about: About, *, run: Path | None = None, needs_plugin: str = ""):
         self.place, self.about, self.run = place, about, run
@@ -35,9 +36,10 @@ class Weights:
             rule = f"{place} has it of a plugin, and what a file names is not loaded by itself"
             raise UserError(Problem("model.name", name, rule, f"give --plugin {needs_plugin}")) from None
         self.tensors: dict[str, TensorInfo] = {}
+        self.others: dict[str, TensorInfo] = {}
 
     def read(self, name: str) -> Tensor:
-        """One of `tensors`, whole, on the CPU. Raises UserError."""
+        """One of `tensors` or `others`, whole, on the CPU. Raises UserError."""
         raise NotImplementedError
 
     def fill(self, state: Mapping[str, Tensor]) -> int:
@@ -113,7 +115,9 @@ class ArtefactWeights(Weights):
     def __init__(self, place: Path):
         self._artefact = Artefact(place)
         super().__init__(place, self._artefact.about)
-        self.tensors = {name: info for name, info in self._artefact.tensors.items() if "/" not in name}
+        held = self._artefact.tensors
+        self.tensors = {name: info for name, info in held.items() if "/" not in name}
+        self.others = {name: info for name, info in held.items() if "/" in name}
         self.check("choose another")
 
     def read(self, name: str) -> Tensor:

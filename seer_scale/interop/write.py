@@ -15,7 +15,7 @@ from seer_scale.errors import NOTHING, Problem, UserError, nearest
 from seer_scale.files import published, to_json
 from seer_scale.formatting import file_size
 from seer_scale.interop import onnx_graph
-from seer_scale.interop.artefact import OWN_FORMAT, WEIGHTS, About, TensorInfo, write_artefact
+from seer_scale.interop.artefact import HEAD, OWN_FORMAT, WEIGHTS, About, TensorInfo, write_artefact
 from seer_scale.interop.card import card, results_of
 from seer_scale.interop.formats import Target, target_of
 from seer_scale.interop.load import materialise
@@ -89,22 +89,27 @@ def _about(weights: Weights, format: str, dtype: str, license: str) -> About:
     known = weights.about.origin
     results = results_of(weights.run, known.get("samples_seen")) or known.get("results", [])
     own = {"dtype": dtype, "license": license or known.get("license", ""), "results": results}
-    return replace(weights.about, format=format, origin={**known, **own})
+    kept = {key: value for key, value in known.items() if key != HEAD or format == OWN_FORMAT}
+    return replace(weights.about, format=format, origin={**kept, **own})
 
 
 def _write_tensors(weights: Weights, target: Target, out: Path, about: About, dtype: str, max_shard_bytes: int) -> None:
     names = {target.names(name): name for name in weights.backbone.state_dict()}
+    stored = weights.tensors
+    if about.format == OWN_FORMAT:  # other libraries have no place for a head of ours
+        names |= {name: name for name in weights.others}
+        stored = stored | weights.others
     tables: Mapping[str, Tensor] = {}  # that a constructor computes, and no checkpoint holds
-    if any(name not in weights.tensors for name in names.values()):
+    if any(name not in stored for name in names.values()):
         tables = materialise(weights)[0].state_dict()
 
     def read(theirs: str) -> Tensor:
         name = names[theirs]
-        return _cast(name, weights.read(name) if name in weights.tensors else tables[name], dtype, weights)
+        return _cast(name, weights.read(name) if name in stored else tables[name], dtype, weights)
 
     infos = {}
     for theirs, name in names.items():
-        held, shape = weights.tensors.get(name) or TensorInfo(tables[name].dtype, tables[name].shape)
+        held, shape = stored.get(name) or TensorInfo(tables[name].dtype, tables[name].shape)
         infos[theirs] = TensorInfo(EXPORT_DTYPES[dtype] if held.is_floating_point else held, shape)
     write_artefact(out, about, infos, read, max_shard_bytes=max_shard_bytes if target.in_shards else 0)
 

@@ -15,14 +15,12 @@ HEAD_STD = 0.01
 
 
 class Classifier(nn.Module):
-    """The head is drawn by `seed`. multi_label: an image may have several of the classes.
+    """The head is drawn by `seed`. multi_label: an image may have several of the classes. trains_backbone: False holds
+    the backbone fixed, whose statistics do not move then. moves_statistics: False normalises by running statistics in
+    training, too. transform: what an image needs before."""
 
-    trains_backbone: False holds the backbone fixed, whose statistics do not move then. moves_statistics: False
-    normalises by running statistics in training, too.
-    """
-
-    trains_backbone = True
-    moves_statistics = True
+    trains_backbone: bool = True
+    moves_statistics: bool = True
 
     def __init__(self, backbone: Backbone, classes: Sequence[str], *, multi_label: bool = False, seed: int = 0):
         super().__init__()
@@ -33,6 +31,10 @@ class Classifier(nn.Module):
             weight = initial_values(Normal(HEAD_STD), self.head.weight.shape, seed, "head.weight")
             self.head.weight.copy_(weight.view_as(self.head.weight))
             self.head.bias.zero_()
+
+    @property
+    def transform(self) -> object:
+        return self.backbone.transform
 
     def forward(self, images: Tensor, feature_scale: Tensor | None = None) -> Tensor:
         """Normalised images [N, 3, S, S] -> scores [N, classes], before softmax or sigmoid. feature_scale: [N,

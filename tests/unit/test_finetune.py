@@ -27,7 +27,7 @@ from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
 from seer_scale.evaluate.registry import task_class
 from seer_scale.evaluate.run import read_settings
 from seer_scale.evaluate.subject import Subject
-from seer_scale.interop.artefact import About, Artefact
+from seer_scale.interop.artefact import About, Artefact, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier, parameter_depths
 from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.observe.progress import Progress
@@ -105,14 +105,28 @@ def test_it_learns_and_what_is_kept_predicts_as_measured(squares, tmp_path):
     assert result.scores["finetune/images"] == 21 and sum(row["images"] for row in result.table) == 21
     assert not (tmp_path / "unfinished").exists()
 
-    loaded, kept = seer_scale.load(tmp_path / "finetune"), Artefact(tmp_path / "finetune")
-    assert kept.about.origin["head"]["classes"] == list(COLOURS) and kept.about.origin["method"] == "toy"
+    about = Artefact(tmp_path / "finetune").about
+    assert about.origin["method"] == "toy" and about.origin["results"][0]["scores"] == dict(result.scores)
     data = evaluation.data_set()
-    images, labels, _ = next(eval_batches(data.test.source, np.arange(len(data.test)), SIZE, batch=99, workers=0))
-    with torch.no_grad():
-        scores = F.linear(loaded(to_float(images)), kept.read("head/weight"), kept.read("head/bias"))
-    right = (scores.argmax(1) == torch.from_numpy(data.test.targets[:21])).double().mean()
-    assert 100 * right == pytest.approx(result.scores["finetune/top1"])
+    images, *_ = next(eval_batches(data.test.source, np.arange(len(data.test)), SIZE, batch=99, workers=0))
+    seer_scale.export(tmp_path / "finetune", tmp_path / "exported", "safetensors")
+    for place in (tmp_path / "finetune", tmp_path / "exported" / "model.safetensors"):
+        kept = seer_scale.load_classifier(place)
+        assert kept.classes == list(COLOURS) and not kept.multi_label and kept.transform.size == SIZE
+        with torch.no_grad():
+            right = (kept(to_float(images)).argmax(1) == torch.from_numpy(data.test.targets[:21])).double().mean()
+        assert 100 * right == pytest.approx(result.scores["finetune/top1"])
+
+
+def test_a_head_that_is_not_there_is_told(tmp_path):
+    net = backbone()
+    tensors = dict(net.state_dict())
+    for head, rule in ((None, "no head"), ({"classes": ["a", "b"]}, "has no head/weight"), ({"of": 1}, "damaged")):
+        about = About("safetensors", MODEL, eval_preprocessing(SIZE), {"head": head} if head else {})
+        infos = {n: TensorInfo(t.dtype, t.shape) for n, t in tensors.items()}
+        write_artefact(tmp_path / "x.safetensors", about, infos, tensors.__getitem__)
+        with pytest.raises(UserError, match=rule):
+            seer_scale.load_classifier(tmp_path / "x.safetensors")
 
 
 def train_until_killed(squares: Path, folder: Path, given: dict[str, str]) -> None:
