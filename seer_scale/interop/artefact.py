@@ -30,7 +30,7 @@ ABOUT = "seer_scale"
 ARTEFACT_VERSION = 1
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_FORMAT = "safetensors"
-HEAD = "head"
+HEAD_KEY = "head"
 """Of `About.origin`: the `Head` of a classifier, whose tensors are head/weight [classes, D] and head/bias [classes]."""
 _WORDS = {dtype: word for word, dtype in SAFETENSORS_DTYPES.items()}
 

@@ -8,7 +8,7 @@ from typing import Any
 from seer_scale.data.transforms.image import Transform
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.formatting import counted
-from seer_scale.interop.artefact import HEAD, Head
+from seer_scale.interop.artefact import HEAD_KEY, Head
 from seer_scale.interop.weights import Weights, open_weights
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.classifier import Classifier
@@ -29,7 +29,7 @@ def load_classifier(path: Path) -> Classifier:
     weights = open_weights(path)
     try:
         backbone, _ = materialise(weights)
-        given, width = weights.about.origin.get(HEAD), backbone.num_features
+        given, width = weights.about.origin.get(HEAD_KEY), backbone.num_features
         if given is None:
             raise UserError(
                 Problem(str(path), NOTHING, "has no head over classes", "seer-scale eval finetune trains one")

@@ -15,7 +15,7 @@ from seer_scale.errors import NOTHING, Problem, UserError, nearest
 from seer_scale.files import published, to_json
 from seer_scale.formatting import file_size
 from seer_scale.interop import onnx_graph
-from seer_scale.interop.artefact import HEAD, OWN_FORMAT, WEIGHTS, About, TensorInfo, write_artefact
+from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, WEIGHTS, About, TensorInfo, write_artefact
 from seer_scale.interop.card import card, results_of
 from seer_scale.interop.formats import Target, target_of
 from seer_scale.interop.load import materialise
@@ -89,7 +89,7 @@ def _about(weights: Weights, format: str, dtype: str, license: str) -> About:
     known = weights.about.origin
     results = results_of(weights.run, known.get("samples_seen")) or known.get("results", [])
     own = {"dtype": dtype, "license": license or known.get("license", ""), "results": results}
-    kept = {key: value for key, value in known.items() if key != HEAD or format == OWN_FORMAT}
+    kept = {key: value for key, value in known.items() if key != HEAD_KEY or format == OWN_FORMAT}
     return replace(weights.about, format=format, origin={**kept, **own})
 
 

@@ -23,7 +23,7 @@ from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
 from seer_scale.evaluate.task import Plot, Result, Task
 from seer_scale.files import published
-from seer_scale.interop.artefact import HEAD, OWN_FORMAT, About, Head, TensorInfo, write_artefact
+from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, About, Head, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier
 
 NOT_IN_WEIGHTS = ("data", "test", "batch", "workers", "save_every")
@@ -118,7 +118,7 @@ def keep_network(out: Path, network: Classifier, evaluation: Evaluation[Any], re
     assert subject.about is not None, "it was opened from a path"
     head = Head(network.classes, network.multi_label, result.protocol)
     results = [{"task": "finetune", "samples_seen": subject.samples_seen or 0, "scores": dict(result.scores)}]
-    origin = {**subject.about.origin, HEAD: dataclasses.asdict(head), "results": results}
+    origin = {**subject.about.origin, HEAD_KEY: dataclasses.asdict(head), "results": results}
     about = About(OWN_FORMAT, subject.about.model, eval_preprocessing(evaluation.size), origin)
     tensors = dict(network.backbone.state_dict())
     tensors |= {f"head/{name}": t for name, t in network.head.state_dict().items()}
