@@ -141,7 +141,7 @@ def test_a_bench_is_given_what_it_can_send_to_its_ranks(name, monkeypatch):
     bench = importlib.import_module(f"seer_scale.bench.{name}")
     monkeypatch.setattr(bench, "run", lambda args: sent.append(pickle.loads(pickle.dumps(args))))
     assert main(["bench", name, *["unused"] * {"data": 1, "learn": 1, "embed": 2}.get(name, 0)]) == 0
-    assert isinstance(vars(sent[0])["seeds" if name == "learn" else "rounds"], int)
+    assert isinstance(vars(sent[0])[{"learn": "seeds", "load": "ranks"}.get(name, "rounds")], int)
 
 
 def parser_of(*path: str) -> argparse.ArgumentParser:
