@@ -100,7 +100,7 @@ def as_results(found: dict[str, Tensor], image_id: int, categories: Sequence[int
 
 def ground_truth(coco: CocoSet) -> dict[str, Any]:
     """As pycocotools takes it; annotations are numbered from 1, as it takes number 0 for none."""
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for i, image_id in enumerate(coco.ids.tolist()):
         for one in coco.annotations(i):
             whole = {"iscrowd": 0, "area": one["bbox"][2] * one["bbox"][3], "segmentation": []} | one
@@ -114,7 +114,7 @@ def ground_truth(coco: CocoSet) -> dict[str, Any]:
 
 
 def average_precision(
-    coco: CocoSet, results: list[dict[str, Any]], kind: Literal["bbox", "segm"]
+    coco: CocoSet, results: list[dict[str, Any]], kind: Literal["box", "mask"]
 ) -> tuple[dict[str, float], dict[int, float]]:
     """(figures of SUMMARY, AP by category), in percent, by COCO's evaluation; without those that no object counts
     for."""
@@ -130,7 +130,7 @@ def average_precision(
         else:  # loadRes takes no empty list
             found.dataset = truth.dataset | {"annotations": []}
             found.createIndex()
-        evaluation = COCOeval(truth, found, kind)
+        evaluation = COCOeval(truth, found, {"box": "bbox", "mask": "segm"}[kind])
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

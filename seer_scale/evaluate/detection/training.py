@@ -166,7 +166,9 @@ def on_device(one: Example | UserError, device: torch.device) -> Example:
     return one
 
 
-def train(detector: Detector, examples: Examples, evaluation: Evaluation[DetectSettings], place: Path) -> list[dict]:
+def train(
+    detector: Detector, examples: Examples, evaluation: Evaluation[DetectSettings], place: Path
+) -> list[dict[str, Any]]:
     """To the end, from where a kill left it in `place`; the losses on the way, a row each save. Collective.
 
     Raises UserError where an image cannot be read (on its rank), TrainingError where the loss is not finite.
@@ -236,8 +238,8 @@ def backward(
 
 
 def state_of(detector: Detector, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {p: name for name, p in detector.named_parameters()}
-    momenta = {f"momentum/{names[p]}": of["momentum_buffer"] for p, of in optimizer.state.items()}
+    states = [(name, optimizer.state.get(p, {})) for name, p in detector.named_parameters()]
+    momenta = {f"momentum/{name}": of["momentum_buffer"] for name, of in states if of}
     return {f"weights/{name}": t for name, t in detector.state_dict().items()} | momenta
 
 

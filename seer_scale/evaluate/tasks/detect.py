@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -58,9 +59,9 @@ class Detect(Task[DetectSettings]):
         losses = train(detector.to(world.device), Examples(trained, options, masks=masks), evaluation, place)
         results = detect_all(detector, tested, list(trained.categories), evaluation, place)
 
-        kinds = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
+        kinds: tuple[Literal["box", "mask"], ...] = ("box", "mask") if masks else ("box",)
         with evaluation.progress.doing("measuring average precision"):
-            measured = world.from_main(lambda: {n: average_precision(tested, results, k) for n, k in kinds.items()})
+            measured = world.from_main(lambda: {kind: average_precision(tested, results, kind) for kind in kinds})
         scores = {f"detect/{kind}_{n}": v for kind, (figures, _) in measured.items() for n, v in figures.items()}
         table = by_class(tested, {kind: of for kind, (_, of) in measured.items()})
         shown = sorted(table, key=lambda row: -row["objects"])[:MAX_BARS]
@@ -99,7 +100,7 @@ def open_sets(options: DetectSettings) -> tuple[CocoSet, CocoSet]:
     return trained, tested
 
 
-def by_class(tested: CocoSet, measured: dict[str, dict[int, float]]) -> list[dict]:
+def by_class(tested: CocoSet, measured: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
     """A row for each class that has objects in the test images."""
     num: dict[int, int] = {}
     for i in range(len(tested)):
