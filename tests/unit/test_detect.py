@@ -122,7 +122,7 @@ def test_the_figure_is_the_same_after_a_kill_and_on_two_processes(data, tmp_path
     seen = []
     read = training.read_image
     monkeypatch.setattr(training, "read_image", lambda coco, i: seen.append(i) or read(coco, i))
-    monkeypatch.setattr(precision, "SHARD", 2)
+    monkeypatch.setattr(precision, "SHARD_IMAGES", 2)
     for module, name in ((training, "save_state"), (precision, "write_whole")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, dies_after(2, getattr(module, name)))

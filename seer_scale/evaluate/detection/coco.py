@@ -125,7 +125,7 @@ def read_coco(path: Path, folder: Path) -> CocoSet:
                 problems.add("annotation", "whose bbox lies outside its image", one)
             else:
                 usable[i] += _count(one, height, width, counts)
-                objects[i].append({key: one[key] for key in KEPT if key in one})
+                objects[i].append({key: one[key] for key in ANNOTATION_KEYS if key in one})
     problems.raise_if_any()
     if not usable.any():
         raise DataError(Problem(shown(path), NOTHING, "has no object with an area that is no crowd"))
@@ -135,14 +135,14 @@ def read_coco(path: Path, folder: Path) -> CocoSet:
         names=_strings(image["file_name"] for image in images),
         ids=np.array([image["id"] for image in images], np.int64),
         sizes=np.array([(image["height"], image["width"]) for image in images], np.int64),
-        objects=_strings(json.dumps(of_image) for of_image in objects),
+        objects=_strings(to_json(of_image) for of_image in objects),
         usable=usable,
         categories=categories,
         counts=counts,
     )
 
 
-KEPT = ("bbox", "category_id", "iscrowd", "area", "segmentation")
+ANNOTATION_KEYS = ("bbox", "category_id", "iscrowd", "area", "segmentation")
 
 
 def clipped(bbox: list[float], height: int, width: int) -> tuple[float, float, float, float] | None:

@@ -22,7 +22,7 @@ from seer_scale.evaluate.detection.settings import DetectSettings
 from seer_scale.evaluate.detection.training import read_image
 from seer_scale.files import to_json, write_whole
 
-SHARD = 64
+SHARD_IMAGES = 64
 """Images whose detections are written together: what a kill can lose, on each rank."""
 SUMMARY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The first of COCO's twelve figures, in its order."""
@@ -48,8 +48,8 @@ def detect_all(
     off. categories: of classes 1, 2, ... Collective. Raises UserError where an image cannot be read."""
     world, progress = evaluation.world, evaluation.progress
     shards = [
-        (place / f"detections-{first:09d}.json", range(first, min(first + SHARD, len(coco))))
-        for first in range(0, len(coco), SHARD)
+        (place / f"detections-{first:09d}.json", range(first, min(first + SHARD_IMAGES, len(coco))))
+        for first in range(0, len(coco), SHARD_IMAGES)
     ]
     done = world.from_main(lambda: [path.is_file() for path, _ in shards])
     todo = [shard for shard, ready in zip(shards, done) if not ready]

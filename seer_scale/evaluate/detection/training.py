@@ -22,7 +22,7 @@ from seer_scale.evaluate.context import Evaluation, accelerator_of
 from seer_scale.evaluate.detection.coco import CocoSet, clipped, is_usable
 from seer_scale.evaluate.detection.model import Detector, Example
 from seer_scale.evaluate.detection.settings import DetectSettings
-from seer_scale.evaluate.training_state import read_record, read_tensors, save_state
+from seer_scale.evaluate.state import read_more, read_tensors, save_state
 from seer_scale.files import shown
 from seer_scale.rng import key, numpy_generator
 
@@ -179,7 +179,7 @@ def train(
     every = max(1, min(MAX_BETWEEN_SAVES, total // SAVES))
     path = place / "detector.safetensors"
     optimizer = build_optimizer(detector, options)
-    state = world.from_main(lambda: read_record(path)) or {"iteration": 0, "losses": []}
+    state = world.from_main(lambda: read_more(path)) or {"iteration": 0, "losses": []}
     if state["iteration"]:
         restore(detector, optimizer, read_tensors(path))
     elif evaluation.subject.weights == "random" and detector.frozen:
