@@ -186,6 +186,7 @@ def accelerator_of(world: World, precision: str = "no", accumulate: int = 1) -> 
             os.environ.setdefault(name, str(value))
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()  # it refuses a second precision in a process, where several tasks may run
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch knows no other
     threads = torch.get_num_threads()
     with warnings.catch_warnings():  # on CPUs it chooses threads by itself and warns of it
         warnings.simplefilter("ignore")

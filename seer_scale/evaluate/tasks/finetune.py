@@ -23,6 +23,7 @@ from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
 from seer_scale.evaluate.task import Plot, Result, Task
 from seer_scale.files import published
+from seer_scale.formatting import counted
 from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, About, Head, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier
 
@@ -76,7 +77,7 @@ class Finetune(Task[FinetuneSettings]):
         )
         which = f"the moving average of the weights ({options.ema:g} an update)" if options.ema else "the last weights"
         return (
-            f"The whole network was trained on {len(split):,} of these for {options.epochs} epochs {begin}, "
+            f"The whole network was trained on {len(split):,} of these for {counted(options.epochs, 'epoch')} {begin}, "
             f"BatchNorm by {statistics}; measured are {which}."
         )
 
