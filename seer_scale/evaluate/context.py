@@ -22,7 +22,14 @@ from seer_scale.data.loading.listing import share
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
-from seer_scale.evaluate.shards import FeatureStream, SafetensorsShards, Shards, encode_images, read_safetensors
+from seer_scale.evaluate.shards import (
+    EncodePixels,
+    FeatureStream,
+    SafetensorsShards,
+    Shards,
+    encode_images,
+    read_safetensors,
+)
 from seer_scale.evaluate.splits import DataSet, Split, check_targets, open_data_set
 from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.task import SettingsT
@@ -127,26 +134,26 @@ class Evaluation(Generic[SettingsT]):
         what: str = "",
         *,
         encode: Callable[[Tensor], Tensor] | None = None,
-        transform: Callable[[Tensor, np.ndarray], Tensor] | None = None,
+        encode_pixels: EncodePixels | None = None,
         stream: FeatureStream | None = None,
         mark: str = "",
     ) -> Table:
         """Features of every image of a split that can be read, the same on any number of ranks; goes on where a kill
         left off. Collective.
 
-        encode: normalised images [n, 3, S, S] -> [n, D], the backbone's features otherwise. transform: uint8 images [n,
-        3, S, S] on the device and their rows in the split -> uint8 images, before normalising, such as a corruption.
-        stream: makes the features of rows in another way than by the loader. mark: stands for these. Raises DataError
-        where no image can be read, CheckpointError where features are not finite.
+        encode: normalised images [n, 3, S, S] -> [n, D], the backbone's features otherwise. encode_pixels: instead, of
+        uint8 images on the device and their rows in the split. stream: instead, features of rows in another way than by
+        the loader. mark: stands for these. Raises DataError where no image can be read, CheckpointError where features
+        are not finite.
         """
-        encode = encode or self.subject.encode
+        of_images = encode or self.subject.encode
 
-        def encode_pixels(pixels: Tensor, rows: np.ndarray) -> Tensor:
-            return encode(to_float(transform(pixels, rows) if transform else pixels)).float()
+        def of_pixels(pixels: Tensor, rows: np.ndarray) -> Tensor:
+            return of_images(to_float(pixels)).float()
 
         stream = stream or partial(
-            encode_images, encode_pixels, split.source, size=self.size, batch=self.options.batch, workers=self.workers,
-            device=self.device, within=SHARD,
+            encode_images, encode_pixels or of_pixels, split.source, size=self.size, batch=self.options.batch,
+            workers=self.workers, device=self.device, within=SHARD,
         )  # fmt: skip
         shards = Shards(self.work(SHARED_FEATURES, split.mark, self.size, mark), len(split), SHARD, SafetensorsShards())
         label = f"computing features of {what or split.name}"
