@@ -101,19 +101,16 @@ def motion_blur(x: Tensor, draws: Draws, level: int) -> Tensor:
 
 def _moved(x: Tensor, radius: int, sigma: float, angle: float) -> Tensor:
     """[C, H, W] as it leaves a trace in one direction; outside it is as at its edge."""
-    width, (height, across) = 2 * radius + 1, x.shape[1:]
-    weights = np.exp(-0.5 * (np.arange(width) / sigma) ** 2)
-    weights /= weights.sum()
-    rows, columns = torch.arange(height, device=x.device), torch.arange(across, device=x.device)
-    out = torch.zeros_like(x)
-    for i, weight in enumerate(weights.tolist()):
-        down = -math.ceil(i * math.sin(math.radians(angle)) - 0.5)
-        right = -math.ceil(i * math.cos(math.radians(angle)) - 0.5)
-        if abs(down) >= height or abs(right) >= across:
-            break
-        moved = x[:, (rows - down).clamp(0, height - 1)][:, :, (columns - right).clamp(0, across - 1)]
-        out += weight * moved
-    return out
+    at, (height, across) = np.arange(2 * radius + 1), x.shape[1:]
+    weights = np.exp(-0.5 * (at / sigma) ** 2)
+    down = -np.ceil(at * math.sin(math.radians(angle)) - 0.5).astype(np.int64)
+    right = -np.ceil(at * math.cos(math.radians(angle)) - 0.5).astype(np.int64)
+    inside = (np.abs(down) < height) & (np.abs(right) < across)  # both grow
+    rows = (np.arange(height) - down[inside, None]).clip(0, height - 1)
+    columns = (np.arange(across) - right[inside, None]).clip(0, across - 1)
+    rows, columns = (torch.from_numpy(numbers).to(x.device) for numbers in (rows[:, :, None], columns[:, None]))
+    share = torch.from_numpy((weights / weights.sum())[inside]).to(x)
+    return torch.einsum("t,cthw->chw", share, x[:, rows, columns])
 
 
 def zoom_blur(x: Tensor, draws: Draws, level: int) -> Tensor:
