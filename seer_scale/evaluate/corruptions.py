@@ -20,7 +20,7 @@ from torch import Tensor
 from seer_scale.rng import numpy_generator
 
 SEVERITIES = (1, 2, 3, 4, 5)
-MIN_SIDE = 32
+MIN_CORRUPTED_SIDE = 32
 """Kernels reach so far."""
 LEFT_OUT = ("frost", "glass_blur")
 
@@ -108,9 +108,9 @@ def _moved(x: Tensor, radius: int, sigma: float, angle: float) -> Tensor:
     inside = (np.abs(down) < height) & (np.abs(right) < across)  # both grow
     rows = (np.arange(height) - down[inside, None]).clip(0, height - 1)
     columns = (np.arange(across) - right[inside, None]).clip(0, across - 1)
-    rows, columns = (torch.from_numpy(numbers).to(x.device) for numbers in (rows[:, :, None], columns[:, None]))
+    row, column = (torch.from_numpy(numbers).to(x.device) for numbers in (rows[:, :, None], columns[:, None]))
     share = torch.from_numpy((weights / weights.sum())[inside]).to(x)
-    return torch.einsum("t,cthw->chw", share, x[:, rows, columns])
+    return torch.einsum("t,cthw->chw", share, x[:, row, column])
 
 
 def zoom_blur(x: Tensor, draws: Draws, level: int) -> Tensor:

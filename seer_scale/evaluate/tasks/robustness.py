@@ -18,7 +18,7 @@ from seer_scale.config.fields import opt
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.errors import DataError, Problem, UserError, nearest
 from seer_scale.evaluate.context import Evaluation, Table
-from seer_scale.evaluate.corruptions import CORRUPTIONS, LEFT_OUT, MIN_SIDE, SEVERITIES, corrupt
+from seer_scale.evaluate.corruptions import CORRUPTIONS, LEFT_OUT, MIN_CORRUPTED_SIDE, SEVERITIES, corrupt
 from seer_scale.evaluate.metrics import share_right
 from seer_scale.evaluate.nearest import nearest_neighbours, vote
 from seer_scale.evaluate.registry import register_task
@@ -50,9 +50,9 @@ class RobustnessSettings(TaskSettings):
 class Robustness(Task[RobustnessSettings]):
     def measure(self, evaluation: Evaluation[RobustnessSettings]) -> Result:
         options = self.options
-        if evaluation.size < MIN_SIDE:
-            rule = f"corruptions need {MIN_SIDE} pixels at least"
-            raise UserError(Problem("--size", evaluation.size, rule, (MIN_SIDE,)))
+        if evaluation.size < MIN_CORRUPTED_SIDE:
+            rule = f"corruptions need {MIN_CORRUPTED_SIDE} pixels at least"
+            raise UserError(Problem("--size", evaluation.size, rule, (MIN_CORRUPTED_SIDE,)))
         data = evaluation.data_set()
         if data.train.multi_label:
             raise DataError(Problem("--data", data.name, "has several labels an image, and this task needs one"))
