@@ -39,7 +39,7 @@ def starved(shares: list[float], workers: int, cores: int, *, is_contended: bool
         cores=cores,
         is_contended=is_contended,
     )
-    monitors = Monitors(fatal, by_event, lambda kind, text, **_: told.append(f"{kind}: {text}"))
+    monitors = Monitors(fatal, by_event, {}, lambda kind, text, **_: told.append(f"{kind}: {text}"))
     for share in shares:
         monitors.check({"time/data_wait_frac": share, "skipped_in_a_row": 0})
     return told
