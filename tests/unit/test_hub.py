@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from seer_scale.errors import NOTHING, Unreadable
+from seer_scale.errors import NOTHING, DataError, Unreadable
+from seer_scale.evaluate.splits import open_data_set
 from tests.problems import refused, unreadable
 
 datasets = pytest.importorskip("datasets")
@@ -102,6 +103,17 @@ def zipped_folder(tmp_path) -> str:
         for path in sorted((tmp_path / "photos").rglob("*.jpg")):
             archive.write(path, path.relative_to(tmp_path / "photos"))
     return f"hf:{tmp_path / 'zipped'}"
+
+
+def test_a_path_may_name_its_split_so_that_one_is_trained_on_and_another_tested_on(tmp_path):
+    parts = datasets.DatasetDict(train=made().select(range(8)), test=made().select(range(8, 12)))
+    parts.save_to_disk(tmp_path / "saved")
+    path = f"hf:{tmp_path / 'saved'}"
+    data = open_data_set(path, f"{path}[test]", None)
+    assert (len(data.train), len(data.test)) == (8, 4)
+    assert data.train.targets.tolist() == LABELS[:8] and data.test.targets.tolist() == LABELS[8:12]
+    with pytest.raises(DataError):
+        open_source(f"{path}[val]")
 
 
 def arrow_file(tmp_path) -> str:

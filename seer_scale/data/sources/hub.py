@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +93,11 @@ def open_hub(path: str, split: str = "train", image_key: str = "") -> HubSource:
     path: hf:OWNER/NAME or hf:OWNER/NAME@CONFIG on the Hub; a folder that save_to_disk wrote; a .parquet or .arrow file,
     or a glob of them; any other folder whose layout the library knows (hf:FOLDER where it might be taken for something
     else). What exists on this machine goes before the Hub. split: as the library has it, with train[:10%] where it
-    converts; a folder saved without splits is all train. image_key: the column, where there are several of images.
+    converts; a folder saved without splits is all train; hf:...[SPLIT] has its own, for images that are tested on.
+    image_key: the column, where there are several of images.
     """
+    if own := re.fullmatch(rf"({HUB_PREFIX}[^\[]+)\[(.+)\]", path):
+        path, split = own.groups()
     dataset = _load(path, split)
     if not len(dataset):
         raise DataError(Problem(path, NOTHING, f"holds no image in its split {split}"))
