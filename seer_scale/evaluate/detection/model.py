@@ -7,6 +7,7 @@ batch or process, so neither does an update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper
 
 from seer_scale.errors import NOTHING, CheckpointError, Problem
 from seer_scale.evaluate.detection.settings import DetectSettings
@@ -69,6 +71,16 @@ class Pyramid(nn.Module):
         ]
 
 
+def _pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
+    """With the scales that the strides give. It would infer them from the first image it sees, padding included, and
+    keep them: wrong ones of a small image."""
+    pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], size, sampling_ratio=2)
+    finest, coarsest = (round(math.log2(stride)) for stride in (strides[0], strides[-1]))
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = LevelMapper(finest, coarsest, pool.canonical_scale, pool.canonical_level)
+    return pool
+
+
 class Detector(nn.Module):
     """classes: without the background. group: of all ranks, over which statistics of BatchNorm are taken where the
     options say so. Draws its initial weights; the backbone keeps its own."""
@@ -79,7 +91,6 @@ class Detector(nn.Module):
     ):  # fmt: skip
         super().__init__()
         strides = [of.stride for _, of in levels]
-        names = [str(level) for level in range(len(levels))]
         ratios = ((0.5, 1.0, 2.0),) * (len(strides) + 1)
         width, regions = options.width, options.regions
         shape: dict[str, Any] = {
@@ -88,7 +99,7 @@ class Detector(nn.Module):
             "rpn_anchor_generator": AnchorGenerator(tuple((8 * s,) for s in (*strides, 2 * strides[-1])), ratios),
             "rpn_post_nms_top_n_train": min(2000, 4 * regions),
             "rpn_post_nms_top_n_test": min(1000, 2 * regions),
-            "box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+            "box_roi_pool": _pool(strides, 7),
             "box_batch_size_per_image": regions,
             "box_head": TwoMLPHead(7 * 7 * width, 4 * width),
             "box_predictor": FastRCNNPredictor(4 * width, classes + 1),
@@ -97,7 +108,7 @@ class Detector(nn.Module):
         if masks:
             net: FasterRCNN = MaskRCNN(
                 pyramid,
-                mask_roi_pool=MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2),
+                mask_roi_pool=_pool(strides, 14),
                 mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
                 mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
                 **shape,

@@ -17,6 +17,7 @@ from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.detection.coco import CocoSet, find_pair, read_coco
 from seer_scale.evaluate.detection.settings import DetectSettings
+from seer_scale.evaluate.layouts import named_folder
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.task import Plot, Result, Task
 from seer_scale.extras import how_to_install
@@ -86,7 +87,7 @@ class Detect(Task[DetectSettings]):
 
 def open_sets(options: DetectSettings) -> tuple[CocoSet, CocoSet]:
     """Those to train and to test on. Raises DataError."""
-    data = Path(options.data)
+    data = named_folder(options.data, ("coco",))[1] or Path(options.data)
     of_train = (Path(options.annotations), data) if options.annotations else find_pair(data, "train")
     of_test = (
         find_pair(data, "val")
