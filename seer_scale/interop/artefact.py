@@ -152,10 +152,11 @@ def write_file(
 
 
 def is_artefact(path: Path) -> bool:
-    """Whether it looks like one: a file NAME.safetensors, or a folder of such."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
-    return path.suffix == ".safetensors" and path.is_file()
+    """Whether it looks like one: a file NAME.safetensors, or a folder of such. A path that cannot be looked at is
+    none."""
+    if os.path.isdir(path):
+        return any(os.path.isfile(path / name) for name in (WEIGHTS, WEIGHTS_INDEX))
+    return path.suffix == ".safetensors" and os.path.isfile(path)
 
 
 class Artefact:
