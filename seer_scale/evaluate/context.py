@@ -107,7 +107,8 @@ class Evaluation(Generic[SettingsT]):
         well."""
         owner = SHARED_FEATURES if parts[:1] == (SHARED_FEATURES,) else self.task
         mark = zlib.crc32(repr([self.subject.fingerprint, owner, *parts]).encode(errors="backslashreplace"))
-        place = self.folder / "unfinished" / f"{owner}-{mark:08x}"
+        name = self.world.broadcast_object(f"{owner}-{mark:08x}")  # a rank that could not read an image agrees
+        place = self.folder / "unfinished" / name
         self._used.add(place)
         if self.world.is_main:
             place.mkdir(parents=True, exist_ok=True)

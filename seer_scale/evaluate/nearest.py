@@ -90,6 +90,7 @@ def vote(
     similarity, rows = (x[:, :k] for x in found)
     of_bank = torch.from_numpy(labels)[rows]
     votes = torch.zeros(len(rows), classes, dtype=torch.float64)
-    votes.scatter_add_(1, of_bank, (similarity.double() / temperature).exp())
+    beyond = similarity.double() - similarity[:, :1].double()  # of the nearest: the order is the same, none overflows
+    votes.scatter_add_(1, of_bank, (beyond / temperature).exp())
     ranked = votes.topk(min(5, classes), dim=1).indices == torch.from_numpy(truth)[:, None]
     return share_right("top1", ranked[:, 0]) | share_right("top5", ranked.any(1))

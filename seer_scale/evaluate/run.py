@@ -55,9 +55,10 @@ def results_folder(path: Path, out: Path | None) -> Path:
     if out:
         return out
     if path.is_file():
-        return path.parent / RESULTS
-    above = run_dir_of(path) if (path / store.MANIFEST).is_file() or (path / "config.yaml").is_file() else path
-    return above / RESULTS
+        return path.with_name(f"{path.stem}-{RESULTS}")
+    if (path / store.MANIFEST).is_file() or (path / "config.yaml").is_file():
+        return run_dir_of(path) / RESULTS
+    return path.with_name(f"{path.name}-{RESULTS}")
 
 
 def run_task(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -38,21 +40,25 @@ class Split:
         """The images `indices`, in that order."""
         return dataclasses.replace(self, source=subset(self.source, indices), targets=self.targets[indices])
 
-    @property
+    @cached_property
     def mark(self) -> str:
         """Stands for which images and targets these are, but for their folder, which may be moved."""
         crc = zlib.crc32(repr([images_mark(self.source), *self.classes]).encode(errors="backslashreplace"))
         return f"{zlib.crc32(np.ascontiguousarray(self.targets).tobytes(), crc):08x}"
 
 
-NAMES_LOOKED_AT = 64
+IMAGES_LOOKED_AT = 64
 
 
 def images_mark(source: Source) -> str:
-    """Stands for which images these are, by their number and the names of some, but for their folders."""
-    some = np.linspace(0, len(source) - 1, min(len(source), NAMES_LOOKED_AT)).astype(np.int64).tolist()
-    names = [os.path.basename(source.name(i)) for i in some]
-    return f"{zlib.crc32(repr([len(source), *names]).encode(errors='backslashreplace')):08x}"
+    """Stands for which images these are, by their number and the names and bytes of some, but for their folders, which
+    may be moved. Reads those images."""
+    some = np.linspace(0, len(source) - 1, min(len(source), IMAGES_LOOKED_AT)).astype(np.int64).tolist()
+    crc = zlib.crc32(repr([len(source), *(os.path.basename(source.name(i)) for i in some)]).encode(errors="replace"))
+    for i in some:
+        with suppress(DataError):
+            crc = zlib.crc32(source.read(i), crc)
+    return f"{crc:08x}"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ def results_of(run: Path | None, samples_seen: int | None) -> list[dict[str, Any
     for path in sorted((run / "eval").glob("*.json")):
         try:
             result = json.loads(path.read_bytes())
-            if isinstance(result["scores"], dict) and result.get("samples_seen", samples_seen) == samples_seen:
+            subject = result["subject"]
+            of_these = subject["weights"] == "trained" and subject["samples_seen"] == samples_seen
+            if isinstance(result["scores"], dict) and of_these:
                 found.append({"task": str(result["task"]), "samples_seen": samples_seen, "scores": result["scores"]})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # another's file, or one that is being written

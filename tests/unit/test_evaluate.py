@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
@@ -22,7 +23,7 @@ from seer_scale.evaluate.knn import knn, labelled_images
 from seer_scale.evaluate.nearest import by_blocks, by_faiss, nearest_neighbours, vote
 from seer_scale.evaluate.published import TABLE, difference, published
 from seer_scale.evaluate.registry import first_line, task_class, task_names
-from seer_scale.evaluate.run import as_record, publish, read_settings
+from seer_scale.evaluate.run import as_record, publish, read_settings, results_folder
 from seer_scale.evaluate.splits import open_data_set
 from seer_scale.evaluate.subject import Subject, open_subject
 from seer_scale.evaluate.suite import read_suite
@@ -266,3 +267,28 @@ def test_each_task_says_what_it_measures():
         assert what and what[0].islower() or what.split()[0].isupper(), f"{name}: a clause that help can show"
         assert task_class(name).settings.__dataclass_params__.frozen
     assert first_line("One line\n that goes on.\n\nMore.") == "One line that goes on"
+
+
+def test_images_of_the_same_names_and_labels_are_other_images(tmp_path):
+    """Features of what was there before are not taken for those of what is there now."""
+    marks = []
+    for shade in (10, 10, 200):
+        folder = tmp_path / str(len(marks))
+        for name in ("a", "b"):
+            (folder / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (shade, i, 0)).save(folder / name / f"{i}.png")
+        marks.append(open_data_set(str(folder), "", None).train.mark)
+    assert marks[0] == marks[1] != marks[2]
+
+
+def test_results_of_an_export_lie_beside_it(tmp_path):
+    (tmp_path / "ex").mkdir()
+    assert results_folder(tmp_path / "ex", None) == tmp_path / "ex-eval"
+    (tmp_path / "x.safetensors").touch()
+    assert results_folder(tmp_path / "x.safetensors", None) == tmp_path / "x-eval"
+
+
+def test_votes_at_any_temperature_are_finite():
+    found = torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[0, 1, 2]])
+    assert vote(found, np.array([0, 1, 1]), np.array([0]), 2, 3, 1e-4)["top1"] == 100

@@ -299,7 +299,13 @@ def test_the_command_exports_a_run_with_its_results(tmp_path, capsys):
     rows = [{"samples_seen": n, "knn/top1": 30.0 + n} for n in (0, 5, 10)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "eval").mkdir()
-    results = {"linear": {"task": "linear", "samples_seen": 5, "scores": {"top1": 61.25}}, "a|b": {"task": 3}, "c": []}
+    subject = {"weights": "trained", "samples_seen": 5}
+    linear = {"task": "linear", "subject": subject, "scores": {"top1": 61.25}}
+    results = {"linear": linear, "a|b": {"task": 3}, "c": []}
+    for weights, seen in (("random", 0), ("random", 5), ("trained", 10)):
+        results[f"{weights}-{seen}"] = linear | {
+            "subject": {"weights": weights, "samples_seen": seen}, "scores": {"top1": 99.5},
+        }  # fmt: skip
     for name, content in results.items():
         (run / "eval" / f"{name}.json").write_text(json.dumps(content))
     out = tmp_path / "out"
@@ -311,6 +317,7 @@ def test_the_command_exports_a_run_with_its_results(tmp_path, capsys):
     assert yaml.safe_load(front)["license"] == "cc-by-4.0"
     for words_in in ("| knn | 5 | knn/top1: 35 |", "| linear | 5 | top1: 61.25 |", "| data | photos |"):
         assert words_in in body
+    assert "99.5" not in body, "of other weights"
     assert "/home/someone" not in text + (out / "model.safetensors").read_bytes()[:9000].decode(errors="ignore")
     again = seer_scale.export(out, tmp_path / "again", "timm")  # what is known goes along
     assert "| linear | 5 | top1: 61.25 |" in (again / "README.md").read_text()

@@ -56,7 +56,7 @@ class Robustness(Task[RobustnessSettings]):
         data = evaluation.data_set()
         if data.train.multi_label:
             raise DataError(Problem("--data", data.name, "has several labels an image, and this task needs one"))
-        accuracy = self._classifier(evaluation, evaluation.features(data.train), len(data.classes))
+        accuracy = self._classifier(evaluation, evaluation.features(data.train), len(data.classes), data.train.mark)
         clean = accuracy(evaluation.features(data.test))
         names = options.corruptions or tuple(CORRUPTIONS)
         table: list[dict[str, Any]] = [{"corruption": "none", "severity": 0, **clean}]
@@ -81,9 +81,10 @@ class Robustness(Task[RobustnessSettings]):
         return {s: replace(table, features=features) for s, features in zip(severities, of_severity)}
 
     def _classifier(
-        self, evaluation: Evaluation[RobustnessSettings], bank: Table, classes: int
+        self, evaluation: Evaluation[RobustnessSettings], bank: Table, classes: int, mark: str
     ) -> Callable[[Table], dict[str, float]]:
-        """What gives top1 with its standard error, in percent. Collective, and so is what it gives."""
+        """What gives top1 with its standard error, in percent. mark: of the bank's images. Collective, and so is what
+        it gives."""
         options = self.options
         if options.classifier == "knn":
             k = min(options.k, len(bank.rows))
@@ -98,7 +99,9 @@ class Robustness(Task[RobustnessSettings]):
 
         mean, std = bank.features.mean(0), bank.features.std(0).clamp(min=1e-6)
         job = ("linear", lambda: logistic((bank.features - mean) / std, bank.targets, classes, options.c))
-        (head,) = fitted([job], evaluation, evaluation.work("linear", options.c, options.data), "the classifier")
+        (head,) = fitted(
+            [job], evaluation, evaluation.work("linear", options.c, mark, evaluation.size), "the classifier"
+        )
 
         def by_head(asked: Table) -> dict[str, float]:
             scores = head.scores((asked.features - mean) / std)

@@ -54,7 +54,7 @@ class Svm(Task[SvmSettings]):
         x, asked = (inputs.of(table.features, options.layer).double().numpy() for table in (train, test))
         y, truth = (_of_several(table.targets, len(data.classes)) for table in (train, test))
         self._check(y, data.classes)
-        place = evaluation.work("svm", data.train.mark, data.test.mark, layers.mark, options.c, options.folds)
+        place = evaluation.work("svm", data.train.mark, data.test.mark, layers.mark, evaluation.size, options.mark)
         paths = [place / f"class-{c}.json" for c in range(len(data.classes))]
         done = world.from_main(lambda: [path.is_file() for path in paths])
         todo = [c for c, ready in enumerate(done) if not ready]
