@@ -92,7 +92,7 @@ def measure(
     record = as_record(name, settings, evaluation, result, time.perf_counter() - begin)
     if world.is_main:
         publish(record, result, folder)
-        if subject.run_dir and folder == results_folder(subject.run_dir, None):
+        if subject.run_dir and folder.resolve() == results_folder(subject.run_dir, None).resolve():
             from seer_scale.observe.report import write_report  # loads matplotlib
 
             write_report(subject.run_dir)

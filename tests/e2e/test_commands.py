@@ -31,7 +31,7 @@ def test_eval_gives_the_score_of_the_run(straight, photos, tmp_path, capsys):
     assert found["subject"]["samples_seen"] == 160 and found["subject"]["checkpoint"] == checkpoints(straight)[-1]
     # images that are in the bank find themselves
     again = shutil.copytree(photos, tmp_path / "again")
-    told = scores(capsys, straight, "--data", photos, "--test", again, "--headline-k", 1, "--out", tmp_path / "eval")
+    told = scores(capsys, straight, "--data", photos, "--test", again, "--k", 1, "--out", tmp_path / "eval")
     assert told["score"] == 100 and json.loads((tmp_path / "eval" / "knn.json").read_text()) == told
     assert main(["eval", "knn", str(straight)]) == 0
     text = capsys.readouterr().out

@@ -161,7 +161,9 @@ def test_votes_of_several_k_are_those_of_each_alone(corpus):
         assert {name: row[name] for name in ("top1", "top5")} == pytest.approx(
             {name: scores[f"knn/{name}"] for name in ("top1", "top5")}
         )
-    assert {row["k"] for row in result.table} == {1, 3, 5, 20} and len(result.table) == 8
+    assert {row["k"] for row in result.table} == {1, 3, 5} and len(result.table) == 6
+    first = next(row for row in result.table if row["k"] == 1 and row["temperature"] == 0.2)
+    assert result.scores["knn/top1"] == first["top1"] and "k is 1, the temperature 0.2." in result.protocol
     assert result.scores["knn/queries"] == 15 and result.scores["knn/majority"] == pytest.approx(100 / 3)
 
 
@@ -189,8 +191,8 @@ def test_the_parts_of_a_folder_and_what_is_held_out(corpus, tmp_path):
 
 def test_options_are_checked_together_and_told_as_they_are_written():
     with pytest.raises(ConfigError) as told:
-        read_settings("knn", {"k": "0,1", "headline_k": "-1", "batch": "x", "temperature": "0.1"})
-    assert [p.key for p in told.value.problems] == ["--k", "--headline-k", "--batch"]
+        read_settings("knn", {"k": "0,1", "faiss_from": "-1", "batch": "x", "temperature": "0.1"})
+    assert [p.key for p in told.value.problems] == ["--k", "--faiss-from", "--batch"]
 
 
 def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
@@ -237,10 +239,10 @@ def test_pixels_are_those_of_torchvision_as_published(tmp_path):
 
 def test_a_suite_is_read_whole_with_every_problem(tmp_path):
     given = tmp_path / "suite.yaml"
-    given.write_text("- knn\n- {task: knn, headline-k: 3, k: [1, 2]}\n")
+    given.write_text("- knn\n- {task: knn, faiss-from: 3, k: [2, 1]}\n")
     first, second = read_suite(str(given), {"batch": "7", "size": "32"})
     assert first[1] == read_settings("knn", {"batch": "7", "size": "32"})
-    assert second[1].headline_k == 3 and second[1].k == (1, 2) and second[1].batch == 7
+    assert second[1].faiss_from == 3 and second[1].k == (2, 1) and second[1].batch == 7
     given.write_text("- knm\n- {task: knn, kk: 3}\n- [1]\n")
     with pytest.raises(ConfigError) as told:
         read_suite(str(given), {})

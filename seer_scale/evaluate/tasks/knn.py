@@ -16,16 +16,22 @@ from seer_scale.evaluate.nearest import nearest_neighbours, vote
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
 
+BESIDE = (10, 20, 50, 100, 200)
+"""Values of k that are measured beside the run's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KnnSettings(TaskSettings):
-    k: tuple[int, ...] = opt((10, 20, 50, 100, 200), "neighbours that vote", ge=1)
+    k: tuple[int, ...] = opt(
+        (),
+        "neighbours that vote; the first stands for the task; none = the run's, and 10, 20, 50, 100, 200 beside",
+        ge=1,
+    )
     temperature: tuple[float, ...] = opt(
         (),
         "weight of a neighbour is exp(cosine / temperature); the first stands for the task; none = the run's",
         gt=0,
     )
-    headline_k: int = opt(0, "the k whose figure stands for the task; 0 = the recipe's", ge=0)
     faiss_from: int = opt(5_000_000, "images of the bank from which Faiss searches, exactly, too; 0 = never", ge=0)
 
 
@@ -37,8 +43,9 @@ class NearestNeighbours(Task[KnnSettings]):
         bank, asked = evaluation.features(data.train), evaluation.features(data.test)
         recipe = evaluation.subject.config.knn if evaluation.subject.config else Knn()
         temperatures = options.temperature or (recipe.temperature,)
-        main = min(options.headline_k or recipe.k, len(bank.rows))
-        ks = sorted({main, *(min(k, len(bank.rows)) for k in options.k)})
+        asked_k = options.k or (recipe.k, *BESIDE)
+        main, *others = (min(k, len(bank.rows)) for k in asked_k)
+        ks = sorted({main, *others})
         found = nearest_neighbours(bank.features, asked.features, ks[-1], evaluation, faiss_from=options.faiss_from)
         scores, table = {}, []
         for temperature in temperatures:
@@ -54,7 +61,8 @@ class NearestNeighbours(Task[KnnSettings]):
             f"temperature {t:g}": [(r["k"], r["top1"]) for r in table if r["temperature"] == t] for t in temperatures
         }
         plot = Plot(title="kNN", x="k", y="top-1, %", series=curves, log_x=True)
-        return Result(scores=scores, headline="knn/top1", protocol=data.protocol, table=table, plots=(plot,))
+        protocol = f"{data.protocol} k is {main}, the temperature {temperatures[0]:g}."
+        return Result(scores=scores, headline="knn/top1", protocol=protocol, table=table, plots=(plot,))
 
 
 def _commonest(targets: np.ndarray) -> int:
