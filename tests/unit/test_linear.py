@@ -27,6 +27,7 @@ from seer_scale.evaluate.run import read_settings
 from seer_scale.evaluate.splits import DataSet, Split, check_targets, hold_out, open_data_set, stratified
 from seer_scale.evaluate.subject import Subject, begin
 from seer_scale.evaluate.task import Result
+from seer_scale.evaluate.tasks.lowshot import usual_shots
 from seer_scale.models.registry import build_backbone
 from seer_scale.observe.progress import Progress
 from tests.conftest import write_photos
@@ -394,3 +395,13 @@ def test_a_class_with_too_few_positives_for_the_folds(pictures, monkeypatch):
     monkeypatch.setattr(Evaluation, "data_set", lambda self: data)
     with refused("--folds of class class1", 3):
         measured(pictures, "svm")
+
+
+def test_the_usual_shots_leave_an_image_of_each_class():
+    def of(*counts: int) -> tuple[str, ...]:
+        targets = np.repeat(np.arange(len(counts)), counts)
+        return usual_shots(Split(None, targets, [str(c) for c in range(len(counts))]))
+
+    assert (
+        of(1300, 100) == ("1%", "10%") and of(1300, 99) == ("5", "10%") and of(9, 50) == ("5",) and of(3, 50) == ("3",)
+    )

@@ -38,7 +38,9 @@ SHARE_OF_ALL = 4
 class LowshotSettings(HeadSettings):
     solver: Literal["sgd", "lbfgs"] = opt("lbfgs", "scikit-learn's logistic regression, or heads by SGD as of linear")
     shots: tuple[str, ...] = opt(
-        ("1%", "10%"), "labels: a share of each class's training images, as in 1%, or images of each class, as in 5"
+        (),
+        "labels: a share of each class's training images, as in 1%, or images of each class, as in 5; none = 1%,10% "
+        "where that leaves an image of each, else 5 for 1%",
     )
     draws: int = opt(5, "draws of each, by seed", ge=1)
     split_file: tuple[str, ...] = opt(
@@ -50,6 +52,13 @@ class LowshotSettings(HeadSettings):
         found = [Problem("shots", shot, rule, ("1%", "5")) for shot in self.shots if amount_of(shot) is None]
         missing = [missing_path(path) for path in self.split_file if not os.path.exists(path)]
         return found + [Problem("split_file", p.key, f"it {p.rule}", p.nearest) for p in missing]
+
+
+def usual_shots(train: Split) -> tuple[str, ...]:
+    """1 % and 10 %, as published, where they leave an image of each class; else 5 of each class, or what there is."""
+    least = int(np.bincount(train.targets, minlength=len(train.classes)).min())
+    shares = tuple(f"{percent}%" for percent in (1, 10) if least * percent >= 100)
+    return shares if "1%" in shares else (str(max(1, min(5, least))), *shares)
 
 
 def amount_of(shot: str) -> float | int | None:
@@ -121,7 +130,7 @@ class Lowshot(Task[LowshotSettings]):
             found = [Draw(Path(p).stem, n, listed(Path(p), train)) for n, p in enumerate(options.split_file)]
         else:
             found = []
-            for shot in options.shots:
+            for shot in options.shots or usual_shots(train):
                 amount = amount_of(shot)
                 assert amount is not None, "the settings have been checked"
                 for number in range(options.draws):
