@@ -76,13 +76,21 @@ DATE = re.compile(r"(19|20)\d\d([-_. ]?[01]?\d([-_. ]?[0-3]?\d)?)?")
 MAX_NAMES = 5
 
 
-def labelled_images(
-    config: Config, source: Source | None = None, otherwise: str = ", or leave knn.bank and knn.queries out"
-) -> LabelledImages | None:
+@dataclass(frozen=True)
+class Words:
+    """What a user has called the images of the bank and of the queries by; trains: whether data.path is trained on."""
+
+    bank: str = "knn.bank"
+    queries: str = "knn.queries"
+    otherwise: str = ", or leave knn.bank and knn.queries out"
+    without: str = " (knn.enabled false, or knn.bank)"
+    trains: bool = True
+
+
+def labelled_images(config: Config, source: Source | None = None, words: Words = Words()) -> LabelledImages | None:
     """The images kNN is to use; None where there are no labels and none were asked for. Raises DataError.
 
-    source: data.path, already opened. otherwise: what else can be done, for errors. Of a folder of splits (train, val,
-    test) the classes are those below them.
+    source: data.path, already opened. Of a folder of splits (train, val, test) the classes are those below them.
     """
     section = config.knn
     if not section.enabled:
@@ -106,15 +114,15 @@ def labelled_images(
     if section.queries and os.path.realpath(bank_path) == os.path.realpath(section.queries):
         raise DataError(
             Problem(
-                "knn.queries",
+                words.queries,
                 section.queries,
                 "that is the bank itself, where each would find itself",
-                "leave knn.queries out, and a fifth of the bank is held out to ask about",
+                f"leave {words.queries} out, and a fifth of the bank is held out to ask about",
             )
         )
     if problem := _without_classes(bank, bank_path, splits, exclude):
         if section.bank or section.queries:
-            raise DataError(_needs_classes(problem, "kNN needs classes", otherwise))
+            raise DataError(_needs_classes(problem, "kNN needs classes", words.otherwise))
         return None
     held = 0
     if queries:
@@ -129,28 +137,26 @@ def labelled_images(
     if unknown:
         raise DataError(
             Problem(
-                "knn.queries",
+                words.queries,
                 section.queries,
                 f"it has the class {shown(unknown[0])!r}, which the bank has not",
-                "use one set of classes for knn.bank and knn.queries",
+                f"use one set of classes for {words.bank} and {words.queries}",
             )
         )
     query_to_bank = np.array([bank.classes.index(name) for name in queries.classes])
     of = f"{len(asked):,} of {shown(queries_path)}" if queries_path else f"{len(asked):,} others of it, held out"
     protocol = f"{len(kept):,} images of {shown(bank_path)} vote on {of}; {named_classes(bank.classes)}."
-    if splits and not section.bank and queries_path:
+    if splits and not section.bank and queries_path and words.trains:
         protocol += f" Training sees the queries too, without labels (data.path {shown(bank_path)} would not)."
     if beside:
         protocol += f" What lies beside them has no part in kNN: {_some_names(beside)}."
     if not splits and len(called_so := [name for name in bank.classes if is_split(name)]) > 1:
         protocol += (
             f" {_some_names(called_so)} are taken for classes, as {len(bank.classes) - len(called_so)} others lie "
-            "beside them; if they are parts of the data set, give knn.bank and knn.queries."
+            f"beside them; if they are parts of the data set, give {words.bank} and {words.queries}."
         )
     if all(DATE.fullmatch(name) for name in bank.classes):
-        protocol += (
-            " These look like dates: if they are no classes, the figures mean nothing (knn.enabled false, or knn.bank)."
-        )
+        protocol += f" These look like dates: if they are no classes, the figures mean nothing{words.without}."
     return LabelledImages(bank, kept, queries, asked, list(bank.classes), query_to_bank, protocol)
 
 

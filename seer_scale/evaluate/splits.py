@@ -14,7 +14,7 @@ import numpy as np
 from seer_scale.config import Config, Data, Knn, Run, Train
 from seer_scale.data.sources import Source, subset
 from seer_scale.errors import NOTHING, DataError, Problem
-from seer_scale.evaluate.knn import labelled_images, why_unlabelled
+from seer_scale.evaluate.knn import Words, labelled_images, why_unlabelled
 from seer_scale.formatting import counted
 from seer_scale.rng import numpy_generator
 
@@ -105,7 +105,7 @@ def open_data_set(data: str, test: str, config: Config | None) -> DataSet:
         section = dataclasses.replace(
             section, knn=dataclasses.replace(section.knn, bank=known.bank, queries=test or known.queries)
         )
-    images = labelled_images(section, otherwise="")
+    images = labelled_images(section, words=Words("--data", "--test", "", "", trains=not data))
     if images is None:
         problem = why_unlabelled(section)
         assert problem is not None, "else there are labelled images"

@@ -185,6 +185,14 @@ def test_the_parts_of_a_folder_and_what_is_held_out(corpus, tmp_path):
     assert not names[0] & names[1]
     part = data.train.take(np.array([3, 30]))
     assert len(part) == len(part.source) == 2 and part.mark != data.train.mark
+    assert "Training sees" not in data.protocol
+    (tmp_path / "odd" / "class9").mkdir(parents=True)
+    (tmp_path / "odd" / "class0").mkdir()
+    for name in ("class0", "class9"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "odd" / name / "a.png")
+    with pytest.raises(UserError) as told:
+        open_data_set(str(corpus / "train"), str(tmp_path / "odd"), None)
+    assert told.value.problems[0].key == "--test" and "knn." not in str(told.value)
     with pytest.raises(UserError, match="--data is missing"):
         open_data_set("", "", None)
 

@@ -379,6 +379,8 @@ def test_what_eval_has_measured_has_rows_and_charts(run_dir):
         "protocol": "On <these>.", "subject": {"checkpoint": "samples-000000000064"}, "plots": [chart, bars],
     }  # fmt: skip
     for name, kept in {
+        "other": record | {"plots": []},
+        "other-random": record | {"protocol": "On others.", "scores": {"knn/top1": 77.5}},
         "knn": record, "knn-random": record | {"scores": {"knn/top1": 20.0}}, "suite": {"suite": ["knn"]},
         "alone-random": record | {"task": "alone", "plots": [{"title": 1}]},
         "damaged": record | {"task": "damaged", "plots": [{"title": "no series"}, 3], "headline": "none"},
@@ -390,6 +392,7 @@ def test_what_eval_has_measured_has_rows_and_charts(run_dir):
     assert re.findall(r"<h3>(.*?)</h3>", html)[-2:] == ["By &lt;k&gt;", "Bars"]
     for words in ("41.50 ± 2.25", "20.00", "On <these>.", "samples-000000000064", "untrained"):
         assert words in page.text
+    assert "77.50" not in page.text, "measured with other images"
     ids = re.findall(r'id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
