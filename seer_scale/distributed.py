@@ -11,8 +11,8 @@ import os
 import re
 import resource
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -106,6 +106,25 @@ class World:
         if problem is not None:
             raise problem
         return value
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What ends the body on one rank ends it on all: a UserError is raised on each, for anything else the others
+        raise one that says so. Collective, at the end of the body."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:
+            error = e
+        told = error if isinstance(error, UserError) else None
+        if error is not None and told is None:
+            rule = f"ended ({type(error).__name__}: {error})"
+            told = UserError(Problem(f"Rank {self.rank}", NOTHING, rule))
+        first = next((e for e in self.gather_objects(told) if e is not None), None)
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        if first is not None:
+            raise first from error
 
     def sum_(self, x: torch.Tensor) -> torch.Tensor:
         """`x` summed over all ranks, in place; one all-reduce."""

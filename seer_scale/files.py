@@ -58,6 +58,17 @@ def written_whole(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
             aside.unlink(missing_ok=True)
 
 
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file begins with; {} where there is none, or one that does not go as far as it says."""
+    try:
+        with open(path, "rb") as file:
+            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+            return header if file.tell() + end == path.stat().st_size else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError):
+        return {}
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Raises OSError."""
     with written_whole(path) as file:

@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -94,6 +94,7 @@ class Evaluation(Generic[SettingsT]):
             found = make()
             for split in (found.train, found.test):
                 check_targets(split)
+                _ = split.mark  # reads some images, which the other ranks then need not
             return found
 
         with self.progress.doing("listing images"):
@@ -114,6 +115,19 @@ class Evaluation(Generic[SettingsT]):
             place.mkdir(parents=True, exist_ok=True)
         self.world.barrier()
         return place
+
+    def complete(
+        self, paths: Sequence[Path], make: Callable[[int], None], what: str, unit: str, *, by_all: bool = False
+    ) -> None:
+        """Call make(i), which writes paths[i], for each that is not there. Ranks share them out; by_all: all of them
+        make each together, and one writes. Collective: what make raises on one rank is raised on all."""
+        done = self.world.from_main(lambda: [path.is_file() for path in paths])
+        todo = [i for i, is_there in enumerate(done) if not is_there]
+        first, step = (0, 1) if by_all else (self.world.rank, self.world.size)
+        with self.progress.doing(what, len(paths), unit, done=len(paths) - len(todo)), self.world.together():
+            for i in todo[first::step]:
+                make(i)
+                self.progress.advance(step)
 
     def clean(self, keep_features: bool = False) -> None:
         """Remove what is not needed any more. keep_features: the next task may need them, too."""

@@ -96,7 +96,7 @@ def embed(subject: Subject, data: str, out: Path, options: EmbedOptions, world: 
     with Progress(active=world.is_main, to_stderr=True) as progress:
         with progress.doing("listing images"):
             source = share(world, folder, lambda: open_images(data), lambda found: [found], name="listed-embed")
-        mark = fingerprint_of(subject, source, size, options)
+        mark = world.from_main(lambda: fingerprint_of(subject, source, size, options))
         if found := world.from_main(lambda: _there(out, mark)):
             return found
         place = folder / mark

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +24,7 @@ from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.layers import Inputs, Layers
 from seer_scale.evaluate.metrics import average_precisions, mean_of, per_class_accuracy, topk_accuracy
 from seer_scale.evaluate.splits import Split
-from seer_scale.files import write_whole
+from seer_scale.evaluate.state import read_more, read_tensors, save_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -209,7 +208,7 @@ def train(
     heads = heads.to(world.device)
     optimizer = HeadsSGD(heads.groups(), plan.momentum)
     path = place / "heads.safetensors"
-    seen = load_state(path, heads, optimizer) if world.from_main(lambda: path.is_file()) else 0
+    seen = resume(path, heads, optimizer) if world.from_main(lambda: bool(read_more(path))) else 0
     wrapped, prepared = accelerator.prepare(heads, optimizer)
     sampler = ElasticSampler([DataVersion(0, (("all", len(data)),))], plan.seed, plan.global_batch)
     saved = time.monotonic()
@@ -221,7 +220,7 @@ def train(
             seen += plan.global_batch
             evaluation.progress.advance(plan.global_batch)
             if world.is_main and (time.monotonic() - saved >= SAVE_EVERY_S or seen >= plan.samples):
-                save_state(path, heads, optimizer, seen)
+                keep(path, heads, optimizer, seen)
                 saved = time.monotonic()
     accelerator.free_memory()
     return heads
@@ -238,20 +237,20 @@ def update(
     return found.detach()
 
 
-def save_state(path: Path, heads: Heads, optimizer: HeadsSGD, samples_seen: int) -> None:
-    tensors = {name: p.detach().cpu().contiguous() for name, p in heads.named_parameters()}
-    tensors |= {f"momentum/{name}": optimizer.state[p]["momentum"].cpu() for name, p in heads.named_parameters()}
-    write_whole(path, save(tensors | {"samples_seen": torch.tensor(samples_seen)}))
+def keep(path: Path, heads: Heads, optimizer: HeadsSGD, samples_seen: int) -> None:
+    tensors = {name: p.detach() for name, p in heads.named_parameters()}
+    tensors |= {f"momentum/{name}": optimizer.state[p]["momentum"] for name, p in heads.named_parameters()}
+    save_state(path, tensors, {"samples_seen": samples_seen})
 
 
 @torch.no_grad()
-def load_state(path: Path, heads: Heads, optimizer: HeadsSGD) -> int:
-    """Samples that what was saved has seen."""
-    saved = load(path.read_bytes())
+def resume(path: Path, heads: Heads, optimizer: HeadsSGD) -> int:
+    """Samples that what was kept has seen."""
+    saved = read_tensors(path)
     for name, p in heads.named_parameters():
         p.copy_(saved[name])
         optimizer.state[p]["momentum"] = saved[f"momentum/{name}"].to(p.device)
-    return int(saved["samples_seen"])
+    return int(read_more(path)["samples_seen"])
 
 
 def num_samples(num: int, epochs: int, global_batch: int, at_least_updates: int = 0) -> int:

@@ -76,21 +76,13 @@ def fitted(
 ) -> list[Linear]:
     """What each job (a name, and what fits) gives, on every rank; ranks share them out, and what `place` holds is not
     fitted again. Collective."""
-    world = evaluation.world
     paths = [place / f"{name}.safetensors" for name, _ in jobs]
-    done = world.from_main(lambda: [path.is_file() for path in paths])
-    todo = [i for i, ready in enumerate(done) if not ready]
-    problem = None
-    with evaluation.progress.doing(f"fitting {what}", len(jobs), "fits", done=len(jobs) - len(todo)):
-        try:
-            for i in todo[world.rank :: world.size]:
-                weight, bias = jobs[i][1]()
-                write_whole(paths[i], save({"weight": weight.contiguous(), "bias": bias.contiguous()}))
-                evaluation.progress.advance(world.size)
-        except UserError as error:
-            problem = error
-    if raised := [p for p in world.gather_objects(problem) if p]:
-        raise raised[0]
+
+    def fit(i: int) -> None:
+        weight, bias = jobs[i][1]()
+        write_whole(paths[i], save({"weight": weight.contiguous(), "bias": bias.contiguous()}))
+
+    evaluation.complete(paths, fit, f"fitting {what}", "fits")
     return [_read(path) for path in paths]
 
 

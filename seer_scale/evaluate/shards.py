@@ -7,7 +7,6 @@ the same shards, and what is whole is not made again.
 from __future__ import annotations
 
 import io
-import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from seer_scale.data.sources import Source
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, CheckpointError, Problem, UserError
 from seer_scale.extras import how_to_install
-from seer_scale.files import to_json, write_whole, written_whole
+from seer_scale.files import safetensors_header, to_json, write_whole, written_whole
 from seer_scale.observe.progress import Progress
 
 EncodePixels = Callable[[Tensor, np.ndarray], Tensor]
@@ -104,25 +103,20 @@ class Shards:
         UserError on all ranks: CheckpointError where features are not finite."""
         done = world.from_main(lambda: [self.format.count(self.path(i)) >= 0 for i in range(len(self))])
         todo = [i for i, is_whole in enumerate(done) if not is_whole]
-        mine, problem = todo[world.rank :: world.size], None
+        mine = todo[world.rank :: world.size]
         left = sum(len(self.images(i)) for i in todo)
-        with progress.doing(label, self.num, done=self.num - left):
-            try:
-                indices = np.concatenate([np.empty(0, np.int64), *map(self.images, mine)])
-                parts: list[Features] = []
-                for part in stream(indices):
-                    while int(part.numbers[0]) // self.size != mine[0]:
-                        self._write(mine.pop(0), source, parts)
-                        parts = []
-                    parts.append(part)
-                    progress.advance(len(part.numbers) * world.size)
-                while mine:
+        with progress.doing(label, self.num, done=self.num - left), world.together():
+            indices = np.concatenate([np.empty(0, np.int64), *map(self.images, mine)])
+            parts: list[Features] = []
+            for part in stream(indices):
+                while int(part.numbers[0]) // self.size != mine[0]:
                     self._write(mine.pop(0), source, parts)
                     parts = []
-            except UserError as error:
-                problem = error
-        if raised := [p for p in world.gather_objects(problem) if p]:
-            raise raised[0]
+                parts.append(part)
+                progress.advance(len(part.numbers) * world.size)
+            while mine:
+                self._write(mine.pop(0), source, parts)
+                parts = []
 
     def _write(self, i: int, source: Source, parts: list[Features]) -> None:
         none = torch.empty(0, dtype=torch.int64)
@@ -179,15 +173,8 @@ class SafetensorsShards(ShardFormat):
         write_whole(path, safetensors.torch.save(shard._asdict(), metadata))
 
     def count(self, path: Path) -> int:
-        """By the file's header, and its length."""
-        try:
-            with open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-                end = max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
-                is_whole = file.tell() + end == path.stat().st_size
-                return header["numbers"]["shape"][0] if is_whole else -1
-        except (OSError, ValueError, LookupError, MemoryError):
-            return -1
+        header = safetensors_header(path)
+        return header["numbers"]["shape"][0] if "numbers" in header else -1
 
 
 class NumpyShards(ShardFormat):

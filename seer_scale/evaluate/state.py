@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from seer_scale.files import UNFINISHED, to_json
+from seer_scale.files import UNFINISHED, safetensors_header, to_json
 from seer_scale.interop.artefact import TensorInfo, write_file
 
 STATE_KEY = "state"
@@ -27,14 +27,8 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], more: Mapping[str, Any
 
 def read_more(path: Path) -> dict[str, Any]:
     """What was saved beside the tensors; {} where nothing was, or no whole file."""
-    try:
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            metadata = header.pop("__metadata__")
-            end = max((t["data_offsets"][1] for t in header.values()), default=0)
-            return json.loads(metadata[STATE_KEY]) if file.tell() + end == path.stat().st_size else {}
-    except (OSError, ValueError, LookupError, MemoryError):
-        return {}
+    metadata = safetensors_header(path).get("__metadata__") or {}
+    return json.loads(metadata.get(STATE_KEY, "{}"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -302,3 +302,25 @@ def test_results_of_an_export_lie_beside_it(tmp_path):
 def test_votes_at_any_temperature_are_finite():
     found = torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[0, 1, 2]])
     assert vote(found, np.array([0, 1, 1]), np.array([0]), 2, 3, 1e-4)["top1"] == 100
+
+
+def fail_on_one(rank: int, size: int) -> list[str]:
+    """What ranks are told where one of them fails within `World.together`."""
+    world, told = world_of(rank, size), []
+    for error in (UserError("One sentence."), OSError(28, "No space left")):
+        try:
+            with world.together():
+                if rank == 1:
+                    raise error
+        except (UserError, OSError) as e:
+            told.append(f"{type(e).__name__}: {e}")
+    with world.together():
+        pass
+    return told
+
+
+def test_what_ends_one_rank_ends_all():
+    first, second = run_ranks(2, fail_on_one)
+    assert first[0] == second[0] == "UserError: One sentence."
+    assert first[1] == "UserError: Rank 1 ended (OSError: [Errno 28] No space left)."
+    assert second[1] == "OSError: [Errno 28] No space left"

@@ -54,28 +54,22 @@ def detect_all(
     done = world.from_main(lambda: [path.is_file() for path, _ in shards])
     todo = [shard for shard, ready in zip(shards, done) if not ready]
     mine = todo[world.rank :: world.size]
-    problem = None
     num = sum(len(rows) for _, rows in todo)
     accelerator = accelerator_of(world, "bf16" if evaluation.options.precision == "bf16" else "no")
-    with progress.doing("detecting objects", len(coco), done=len(coco) - num):
+    with progress.doing("detecting objects", len(coco), done=len(coco) - num), world.together():
         order = [i for _, rows in mine for i in rows]
         loader = iter(DataLoader(Images(coco), batch_size=None, sampler=order, num_workers=evaluation.workers))
-        try:
-            for path, rows in mine:
-                found: list[dict[str, Any]] = []
-                for i in rows:
-                    image = next(loader)
-                    if isinstance(image, UserError):
-                        raise image
-                    with accelerator.autocast():
-                        of_image = detector.detect(image.to(world.device))
-                    found += as_results(of_image, int(coco.ids[i]), categories)
-                    progress.advance(world.size)
-                write_whole(path, to_json(found))
-        except UserError as error:
-            problem = error
-    if raised := [p for p in world.gather_objects(problem) if p]:
-        raise raised[0]
+        for path, rows in mine:
+            found: list[dict[str, Any]] = []
+            for i in rows:
+                image = next(loader)
+                if isinstance(image, UserError):
+                    raise image
+                with accelerator.autocast():
+                    of_image = detector.detect(image.to(world.device))
+                found += as_results(of_image, int(coco.ids[i]), categories)
+                progress.advance(world.size)
+            write_whole(path, to_json(found))
     return [one for path, _ in shards for one in json.loads(path.read_bytes())]
 
 

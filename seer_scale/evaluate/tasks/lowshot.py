@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from seer_scale.config.fields import opt
-from seer_scale.errors import DataError, Problem, UserError, missing_path
+from seer_scale.errors import DataError, Problem, missing_path
 from seer_scale.evaluate.context import Evaluation, Table
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, best, check_batch, figures, measure_heads, train
 from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
@@ -99,23 +99,17 @@ class Lowshot(Task[LowshotSettings]):
         kept = {int(union[row]): i for i, row in enumerate(bank.rows)}  # of those that can be read
         place = evaluation.work("draws", data.train.mark, data.test.mark, options.mark)
         paths = [place / f"{draw.shot}-{draw.number}.json" for draw in draws]
-        done = world.from_main(lambda: [path.is_file() for path in paths])
-        todo = [i for i, ready in enumerate(done) if not ready]
-        problem = None
-        with evaluation.progress.doing("classifying by few labels", len(draws), "draws", done=len(draws) - len(todo)):
-            try:  # of heads by SGD all ranks train each draw together
-                for i in todo if options.solver == "sgd" else todo[world.rank :: world.size]:
-                    rows = np.array([kept[j] for j in draws[i].indices.tolist() if j in kept])
-                    self._check(draws[i], bank.targets[rows], data.train)
-                    found = self._by_sgd if options.solver == "sgd" else self._by_lbfgs
-                    row = found(evaluation, layers, bank, rows, test, len(data.classes), paths[i].name)
-                    if options.solver == "lbfgs" or world.is_main:
-                        write_whole(paths[i], to_json(row) + "\n")
-                    evaluation.progress.advance(1 if options.solver == "sgd" else world.size)
-            except UserError as error:
-                problem = error
-        if raised := [p for p in world.gather_objects(problem) if p]:
-            raise raised[0]
+        by_sgd = options.solver == "sgd"
+
+        def classify(i: int) -> None:
+            rows = np.array([kept[j] for j in draws[i].indices.tolist() if j in kept])
+            self._check(draws[i], bank.targets[rows], data.train)
+            found = self._by_sgd if by_sgd else self._by_lbfgs
+            row = found(evaluation, layers, bank, rows, test, len(data.classes), paths[i].name)
+            if not by_sgd or world.is_main:
+                write_whole(paths[i], to_json(row) + "\n")
+
+        evaluation.complete(paths, classify, "classifying by few labels", "draws", by_all=by_sgd)
         table = [
             {"shots": draw.shot, "draw": draw.number, "images": len(draw.indices), **json.loads(path.read_text())}
             for draw, path in zip(draws, paths)

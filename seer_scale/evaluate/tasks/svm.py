@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from seer_scale.config.fields import opt
-from seer_scale.errors import DataError, Problem, UserError
+from seer_scale.errors import DataError, Problem
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.layers import fit_inputs, layer_problems, layers_of
 from seer_scale.evaluate.logistic import sklearn_module
@@ -44,7 +44,7 @@ class SvmSettings(TaskSettings):
 @register_task("svm", SvmSettings)
 class Svm(Task[SvmSettings]):
     def measure(self, evaluation: Evaluation[SvmSettings]) -> Result:
-        options, world = self.options, evaluation.world
+        options = self.options
         layers = layers_of(evaluation.subject, (options.layer,), "--layer")
         data = evaluation.data_set()
         train, test = (
@@ -56,18 +56,11 @@ class Svm(Task[SvmSettings]):
         self._check(y, data.classes)
         place = evaluation.work("svm", data.train.mark, data.test.mark, layers.mark, evaluation.size, options.mark)
         paths = [place / f"class-{c}.json" for c in range(len(data.classes))]
-        done = world.from_main(lambda: [path.is_file() for path in paths])
-        todo = [c for c, ready in enumerate(done) if not ready]
-        problem = None
-        with evaluation.progress.doing("fitting SVMs", len(paths), "classes", done=len(paths) - len(todo)):
-            try:
-                for c in todo[world.rank :: world.size]:
-                    self._fit(paths[c], x, y[:, c], asked, truth[:, c], evaluation.options.seed)
-                    evaluation.progress.advance(world.size)
-            except UserError as error:
-                problem = error
-        if raised := [p for p in world.gather_objects(problem) if p]:
-            raise raised[0]
+
+        def fit(c: int) -> None:
+            self._fit(paths[c], x, y[:, c], asked, truth[:, c], options.seed)
+
+        evaluation.complete(paths, fit, "fitting SVMs", "classes")
         table = [{"class": name, **json.loads(path.read_text())} for name, path in zip(data.classes, paths)]
         curves = {"map": "interpolated", "map_11point": "11point", "map_area": "area"}
         scores = {f"svm/{name}": mean_of(_column(table, f"ap_{curve}")) for name, curve in curves.items()}
