@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from seer_scale.config.fields import opt
 from seer_scale.errors import Problem
-from seer_scale.observe.chart import Chart as Plot
+from seer_scale.observe.chart import Chart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Result:
     headline: str
     protocol: str
     table: Sequence[Mapping[str, Any]] = ()
-    plots: Sequence[Plot] = ()
+    plots: Sequence[Chart] = ()
     more: Mapping[str, Any] = field(default_factory=dict)
     """Anything else for the JSON file."""
 

@@ -19,9 +19,10 @@ from seer_scale.evaluate.detection.coco import CocoSet, find_pair, read_coco
 from seer_scale.evaluate.detection.settings import DetectSettings
 from seer_scale.evaluate.layouts import named_folder
 from seer_scale.evaluate.registry import register_task
-from seer_scale.evaluate.task import Plot, Result, Task
+from seer_scale.evaluate.task import Result, Task
 from seer_scale.extras import how_to_install
 from seer_scale.formatting import counted
+from seer_scale.observe.chart import Chart
 
 MAX_BARS = 20
 """Classes that the plot shows: those with most objects."""
@@ -78,8 +79,8 @@ class Detect(Task[DetectSettings]):
             f"short side {options.size}. {told_of(trained)}",
             table=table,
             plots=(
-                Plot(title="Detection by class", x="", y="AP, %", series=bars, kind="bars"),
-                Plot(title="Training the detector", x="updates", y="loss", series={"loss": curve}),
+                Chart(title="Detection by class", x="", y="AP, %", series=bars, kind="bars"),
+                Chart(title="Training the detector", x="updates", y="loss", series={"loss": curve}),
             ),
             more={"losses": losses},
         )

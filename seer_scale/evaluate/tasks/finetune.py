@@ -21,11 +21,12 @@ from seer_scale.evaluate.finetuning import Done, FinetuneSettings, Finetuning, c
 from seer_scale.evaluate.metrics import average_precisions, per_class_accuracy
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
-from seer_scale.evaluate.task import Plot, Result, Task
+from seer_scale.evaluate.task import Result, Task
 from seer_scale.files import published
 from seer_scale.formatting import counted
 from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, About, Head, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier
+from seer_scale.observe.chart import Chart
 
 NOT_IN_WEIGHTS = ("data", "test", "batch", "workers", "save_every")
 """Options on which the trained weights do not depend: images are told by their marks."""
@@ -102,13 +103,13 @@ def _per_class(data: DataSet, scores: Tensor, targets: np.ndarray) -> list[dict[
     return [{"class": label, "images": n, name: figure} for label, n, figure in rows]
 
 
-def _plots(done: Done, multi_label: bool) -> tuple[Plot, ...]:
+def _plots(done: Done, multi_label: bool) -> tuple[Chart, ...]:
     loss = {"training loss": [(row["epoch"], row["train_loss"]) for row in done.epochs]}
-    plots = [Plot(title="Fine-tuning", x="epoch", y="loss of the training images", series=loss)]
+    plots = [Chart(title="Fine-tuning", x="epoch", y="loss of the training images", series=loss)]
     keys = ("held_out_map",) if multi_label else ("held_out_top1", "held_out_top5")
     curves = {key: [(row["epoch"], row[key]) for row in done.epochs] for key in keys if key in done.epochs[-1]}
     if curves:
-        plots.append(Plot(title="Fine-tuning", x="epoch", y="of the held-out images, %", series=curves))
+        plots.append(Chart(title="Fine-tuning", x="epoch", y="of the held-out images, %", series=curves))
     return tuple(plots)
 
 

@@ -14,7 +14,8 @@ from seer_scale.config.fields import opt
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.nearest import nearest_neighbours, vote
 from seer_scale.evaluate.registry import register_task
-from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
+from seer_scale.evaluate.task import Result, Task, TaskSettings
+from seer_scale.observe.chart import Chart
 
 BESIDE = (10, 20, 50, 100, 200)
 """Values of k that are measured beside the run's."""
@@ -60,7 +61,7 @@ class NearestNeighbours(Task[KnnSettings]):
         curves = {
             f"temperature {t:g}": [(r["k"], r["top1"]) for r in table if r["temperature"] == t] for t in temperatures
         }
-        plot = Plot(title="kNN", x="k", y="top-1, %", series=curves, log_x=True)
+        plot = Chart(title="kNN", x="k", y="top-1, %", series=curves, log_x=True)
         protocol = f"{data.protocol} k is {main}, the temperature {temperatures[0]:g}."
         return Result(scores=scores, headline="knn/top1", protocol=protocol, table=table, plots=(plot,))
 

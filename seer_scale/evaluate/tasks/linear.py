@@ -37,7 +37,8 @@ from seer_scale.evaluate.logistic import fitted, logistic
 from seer_scale.evaluate.metrics import average_precisions, per_class_accuracy
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
-from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
+from seer_scale.evaluate.task import Result, Task, TaskSettings
+from seer_scale.observe.chart import Chart
 from seer_scale.rng import numpy_generator
 
 MIN_UPDATES = 1000
@@ -256,7 +257,7 @@ def _best_of_layers(rows: Sequence[Mapping[str, Any]], multi_label: bool) -> lis
     return found
 
 
-def _plot(table: Sequence[Mapping[str, Any]], layer: str, headline: str, solver: str) -> Plot:
+def _plot(table: Sequence[Mapping[str, Any]], layer: str, headline: str, solver: str) -> Chart:
     x, key = ("C", "c") if solver == "lbfgs" else ("learning rate", "lr")
     shown = f"held_out_{headline}" if len(table) > 1 else f"test_{headline}"
     series: dict[str, list[tuple[float, float]]] = {}
@@ -266,4 +267,4 @@ def _plot(table: Sequence[Mapping[str, Any]], layer: str, headline: str, solver:
             series.setdefault(name, []).append((row[key], row[shown]))
     where = "held-out images" if len(table) > 1 else "test images"
     y = f"{'mAP' if headline == 'map' else 'top-1'} of {where}, %"
-    return Plot(title=f"Linear classifiers on {layer}", x=x, y=y, series=series, log_x=True)
+    return Chart(title=f"Linear classifiers on {layer}", x=x, y=y, series=series, log_x=True)

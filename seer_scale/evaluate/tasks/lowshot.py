@@ -24,10 +24,11 @@ from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
 from seer_scale.evaluate.logistic import logistic, sklearn_module
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import Split, hold_out, stratified
-from seer_scale.evaluate.task import Plot, Result, Task
+from seer_scale.evaluate.task import Result, Task
 from seer_scale.evaluate.tasks.linear import HeadSettings, plan_of
 from seer_scale.files import to_json, write_whole
 from seer_scale.formatting import counted
+from seer_scale.observe.chart import Chart
 
 FOLDS = 3
 SHARE_OF_ALL = 4
@@ -217,7 +218,7 @@ class Lowshot(Task[LowshotSettings]):
                     scores[f"lowshot/{shot}_{name}_stderr"] = values.std(ddof=1)
             points.append((own[0]["images"] / classes, scores[f"lowshot/{shot}_top1"]))
         scores |= {"lowshot/images": images, "lowshot/classes": classes}
-        plot = Plot(title="Few labels", x="images a class", y="top-1, %", series={"top-1": points}, log_x=True)
+        plot = Chart(title="Few labels", x="images a class", y="top-1, %", series={"top-1": points}, log_x=True)
         options = self.options
         kind = "logistic regressions" if options.solver == "lbfgs" else "linear heads by SGD"
         drawn = "as listed" if options.split_file else f"mean and deviation of {counted(options.draws, 'draw')}"

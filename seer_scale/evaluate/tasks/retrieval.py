@@ -27,9 +27,10 @@ from seer_scale.evaluate.nearest import nearest_neighbours
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.revisited import REVISITED, SETUPS, open_revisited, revisited_scores, whole_images
 from seer_scale.evaluate.splits import Split
-from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
+from seer_scale.evaluate.task import Result, Task, TaskSettings
 from seer_scale.files import shown
 from seer_scale.formatting import counted
+from seer_scale.observe.chart import Chart
 
 REVISITED_KS = (1, 5, 10)
 GEM_EPS = 1e-6
@@ -129,7 +130,7 @@ class Retrieval(Task[RetrievalSettings]):
         where += " among the others" if is_self else f" in {len(bank.rows):,} of {data.train.name}"
         none = f"; {counted(lost, 'image')} with nothing to find left out" if lost else ""
         curve = [(row["k"], row["recall"]) for row in table]
-        plot = Plot(title="Retrieval", x="k", y="recall at k, %", series={"recall": curve}, log_x=True)
+        plot = Chart(title="Retrieval", x="k", y="recall at k, %", series={"recall": curve}, log_x=True)
         protocol = f"Retrieval by cosine of {where}, {shown(data.name)}; {named_classes(data.classes)}{none}."
         return Result(scores=scores, headline="retrieval/map_at_r", protocol=protocol, table=table, plots=(plot,))
 
@@ -144,7 +145,7 @@ class Retrieval(Task[RetrievalSettings]):
             table.append(row)
             scores |= {f"retrieval/{setup}_{name}": row[name] for name in names}
         bars = {row["setup"]: [(name, row[name]) for name in names] for row in table}
-        plot = Plot(title="Retrieval, revisited", x="", y="%", series=bars, kind="bars")
+        plot = Chart(title="Retrieval, revisited", x="", y="%", series=bars, kind="bars")
         protocol += f" Whole images, long side {self.options.side}, scales {', '.join(map(str, self.options.scales))}."
         return Result(scores=scores, headline="retrieval/medium_map", protocol=protocol, table=table, plots=(plot,))
 

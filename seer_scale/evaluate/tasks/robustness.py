@@ -23,7 +23,8 @@ from seer_scale.evaluate.metrics import share_right
 from seer_scale.evaluate.nearest import nearest_neighbours, vote
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import Split
-from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
+from seer_scale.evaluate.task import Result, Task, TaskSettings
+from seer_scale.observe.chart import Chart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +127,8 @@ class Robustness(Task[RobustnessSettings]):
         curves = {name: [(0, clean["top1"]), *((row["severity"], row["top1"]) for row in of[name])] for name in names}
         bars = {"mean over severities": [(name, 100 - value) for name, value in errors.items()]}
         plots = (
-            Plot(title="Corrupted images", x="severity", y="top-1, %", series=curves),
-            Plot(title="By corruption", x="", y="top-1, %", series=bars, kind="bars"),
+            Chart(title="Corrupted images", x="severity", y="top-1, %", series=curves),
+            Chart(title="By corruption", x="", y="top-1, %", series=bars, kind="bars"),
         )
         severities = ", ".join(map(str, sorted(self.options.severities)))
         asked = f"{len(names)} corruptions of ImageNet-C at severities {severities}"

@@ -21,8 +21,9 @@ from seer_scale.evaluate.layers import fit_inputs, layer_problems, layers_of
 from seer_scale.evaluate.logistic import sklearn_module
 from seer_scale.evaluate.metrics import average_precision, mean_of
 from seer_scale.evaluate.registry import register_task
-from seer_scale.evaluate.task import Plot, Result, Task, TaskSettings
+from seer_scale.evaluate.task import Result, Task, TaskSettings
 from seer_scale.files import to_json, write_whole
+from seer_scale.observe.chart import Chart
 
 MAX_ITERATIONS_SVM = 2000
 
@@ -71,7 +72,7 @@ class Svm(Task[SvmSettings]):
             protocol=f"{data.protocol} A LinearSVC for each class, of {len(options.c)} costs by {options.folds}-fold "
             "cross-validation; the area under the envelope of precision, as VISSL.",
             table=table,
-            plots=(Plot(title="Linear SVMs", x="class", y="average precision, %", series={"AP": bars}, kind="bars"),),
+            plots=(Chart(title="Linear SVMs", x="class", y="average precision, %", series={"AP": bars}, kind="bars"),),
         )
 
     def _check(self, y: np.ndarray, classes: list[str]) -> None:
