@@ -84,6 +84,12 @@ def apply_activation_checkpointing(
         return xs
 
     vars(sequence)["forward_units"] = forward_units  # before that of its class
+    vars(sequence)["__deepcopy__"] = _refuse_copy
+
+
+def _refuse_copy(_: object) -> None:
+    """A copy would run the units of what it was copied from."""
+    raise TypeError("what recomputes cannot be copied: build another and load its state_dict")
 
 
 def _recomputing(sequence: UnitSequence, forward: Lists, during: Callable[[], AbstractContextManager[None]]) -> Lists:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -246,3 +247,10 @@ def test_seers_10b_in_parts():
     assert largest(split) == ("backbone.s4.b1.conv3", 28280**2)
     assert len(split) == len(units) + 4
     assert largest(split_units(units, 10**8)) == ("backbone.s4.b1.conv3", 28280**2)
+
+
+def test_what_recomputes_is_not_copied_with_units_of_the_original():
+    """A copy would silently have the outputs of what it was copied from."""
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(recomputed("every 2"))
+    assert copy.deepcopy(tiny()).shard_units().keys() == tiny().shard_units().keys()
