@@ -8,8 +8,18 @@ from datetime import timedelta
 
 def counted(num: int, noun: str) -> str:
     """1, "image" -> "1 image"; 2000, "class" -> "2,000 classes"."""
-    plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+    hisses = noun.endswith(("s", "x", "ch", "sh")) and not noun.endswith("epoch")
+    plural = f"{noun}es" if hisses else f"{noun}s"
     return f"{num:,} {noun if num == 1 else plural}"
+
+
+def plus_minus(stderr: object, std: object = None) -> str:
+    """What follows a figure: " ± 0.42" of its standard error, else " ± 0.42 (deviation)"; "" where neither is a
+    number."""
+    for value, word in ((stderr, ""), (std, " (deviation)")):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return f" ± {value:.2f}{word}"
+    return ""
 
 
 def with_full_stop(clause: str) -> str:

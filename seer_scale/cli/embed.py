@@ -10,6 +10,7 @@ from typing import Any
 from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE
 from seer_scale.files import shown, to_json
+from seer_scale.formatting import counted
 
 ABOUT_EMBED = """Features of every image that can be read, with names and labels, in files of so many images each, and
 manifest.json, which says what they are of. The folder appears when it is whole; what was killed goes on with the same
@@ -49,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     made = embed_images(args.path, args.data, args.out, options, which=args.which, device=args.device)
     if detect().rank == 0:
-        print(to_json(made) if args.json else _as_text(made, args.out))
+        print(to_json(made) if args.json else as_text(made, args.out))
     return EXIT_DONE
 
 
-def _as_text(made: dict[str, Any], out: Path) -> str:
+def as_text(made: dict[str, Any], out: Path) -> str:
+    """A manifest in a sentence, for people."""
     lost = f"; {made['unreadable']:,} could not be read" if made["unreadable"] else ""
-    files = f"{len(made['shards']):,} {made['format']} files"
+    files = counted(len(made["shards"]), f"{made['format']} file")
     return f"{shown(out)}: {made['images']:,} x {made['num_features']:,} features in {files}{lost}."

@@ -11,6 +11,7 @@ from typing import Any
 from seer_scale.cli.parser import Parser, add_command
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED
 from seer_scale.files import to_json
+from seer_scale.formatting import plus_minus
 
 EPILOG = """On several processes: torchrun --nproc-per-node 8 -m seer_scale eval TASK ..., or srun, or accelerate
 launch; the figure is the same. What is killed goes on where it was with the same command."""
@@ -129,10 +130,10 @@ def as_text(record: dict[str, Any]) -> str:
     scores, subject = record["scores"], record["subject"]
     shown = []
     for key, value in scores.items():
-        if key.endswith("_stderr"):
+        if any(key.endswith(suffix) and key.removesuffix(suffix) in scores for suffix in ("_stderr", "_std")):
             continue
-        error = scores.get(f"{key}_stderr")
-        figure = f"{value:,.0f}" if float(value).is_integer() and error is None else f"{value:.2f}"
-        shown.append(f"{key} {figure}" + (f" ± {error:.2f}" if error is not None else ""))
+        around = plus_minus(scores.get(f"{key}_stderr"), scores.get(f"{key}_std"))
+        figure = f"{value:,.0f}" if float(value).is_integer() and not around else f"{value:.2f}"
+        shown.append(f"{key} {figure}{around}")
     weights = "untrained weights" if subject["weights"] == "random" else subject["checkpoint"] or subject["path"]
     return f"{', '.join(shown)} ({weights}). {record['protocol']}"

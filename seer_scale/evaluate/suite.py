@@ -19,6 +19,7 @@ from seer_scale.evaluate.registry import task_class
 from seer_scale.evaluate.run import check_path, measure, read_settings, results_folder
 from seer_scale.evaluate.task import TaskSettings
 from seer_scale.files import to_json, write_whole
+from seer_scale.formatting import plus_minus
 
 DEFAULT = ("knn", "linear", "lowshot")
 """What a minute or two on a laptop measures."""
@@ -96,7 +97,8 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     )
     return {
         "task": record["task"], "figure": name, "weights": subject["weights"], "score": record["score"],
-        "stderr": record["scores"].get(f"{name}_stderr"), "published": row.score if row else None,
+        "stderr": record["scores"].get(f"{name}_stderr"), "std": record["scores"].get(f"{name}_std"),
+        "published": row.score if row else None,
         "difference": told or "", "seconds": record["seconds"], "subject": subject,
     }  # fmt: skip
 
@@ -105,9 +107,8 @@ def as_table(summary: Mapping[str, Any]) -> str:
     """For people."""
     lines = [("task", "figure", "weights", "score", "SEER's", "seconds")]
     for row in summary["rows"]:
-        error = f" ± {row['stderr']:.2f}" if row["stderr"] is not None else ""
         theirs = f"{row['published']:.2f}" if row["published"] is not None else ""
-        score = f"{row['score']:.2f}{error}"
+        score = f"{row['score']:.2f}{plus_minus(row['stderr'], row['std'])}"
         lines.append((row["task"], row["figure"], row["weights"], score, theirs, f"{row['seconds']:.0f}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     told = ["  ".join(f"{w:<{n}}" for w, n in zip(line, widths)).rstrip() for line in lines]

@@ -44,9 +44,9 @@ SettingsT = TypeVar("SettingsT", bound=TaskSettings)
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """scores: "name" -> figure, in percent unless its name says otherwise; "name_stderr" is its standard error or
-    deviation. headline: the name of the one that stands for the task. protocol: what was measured on what, one
-    sentence or two. table: what stands behind (a row a head, a class, a severity ...)."""
+    """scores: "name" -> figure, in percent unless its name says otherwise; "name_stderr" is its standard error,
+    "name_std" its deviation over draws. headline: the name of the one that stands for the task. protocol: what was
+    measured on what, one sentence or two. table: what stands behind (a row a head, a class, a severity ...)."""
 
     scores: Mapping[str, float]
     headline: str

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from seer_scale.bench import embed as bench
+from seer_scale.cli.embed import as_text
 from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.sources import open_source
 from seer_scale.distributed import World
@@ -142,3 +143,9 @@ def test_the_bench_compares_with_the_bare_forward(corpus, monkeypatch):
     found = json.loads(bench.run(parser.parse_args(words)))
     torch.set_num_threads(threads)
     assert set(found["images_per_s"]) == {"forward", "loader", "embed"} and found["to_forward"] > 0
+
+
+def test_what_was_written_is_told_with_nouns_that_agree():
+    made = {"shards": [{}], "format": "npy", "images": 33, "num_features": 3, "unreadable": 0}
+    assert as_text(made, Path("out")).endswith("in 1 npy file.")
+    assert as_text(made | {"shards": [{}, {}]}, Path("out")).endswith("in 2 npy files.")

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
+from seer_scale.cli.evaluate import as_text
 from seer_scale.config import Knn, resolve
 from seer_scale.data.transforms.views import resize_centre
 from seer_scale.distributed import World
@@ -324,3 +325,10 @@ def test_what_ends_one_rank_ends_all():
     assert first[0] == second[0] == "UserError: One sentence."
     assert first[1] == "UserError: Rank 1 ended (OSError: [Errno 28] No space left)."
     assert second[1] == "OSError: [Errno 28] No space left"
+
+
+def test_what_stands_behind_a_plus_minus_is_told_in_words():
+    scores = {"x/a": 50.0, "x/a_stderr": 1.5, "x/b": 60.25, "x/b_std": 2.5, "x/c_std": 3.0, "x/images": 1500}
+    subject = {"weights": "random", "checkpoint": "", "path": ""}
+    told = as_text({"scores": scores, "subject": subject, "protocol": "On these."})
+    assert told.startswith("x/a 50.00 ± 1.50, x/b 60.25 ± 2.50 (deviation), x/c_std 3, x/images 1,500 (untrained")

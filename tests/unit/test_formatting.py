@@ -10,6 +10,7 @@ from seer_scale.formatting import (
     elapsed,
     file_size,
     memory_size,
+    plus_minus,
     rate,
     rough_duration,
     short_number,
@@ -20,6 +21,13 @@ from seer_scale.formatting import (
 def test_nouns_are_counted():
     assert [counted(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
     assert [counted(n, "class") for n in (1, 2)] == ["1 class", "2 classes"]
+    assert [counted(2, noun) for noun in ("epoch", "batch", "box")] == ["2 epochs", "2 batches", "2 boxes"]
+
+
+def test_a_plus_minus_without_a_word_is_a_standard_error():
+    assert [plus_minus(0.421), plus_minus(0.421, 3.0), plus_minus(None, 3.0), plus_minus(None, None)] == [
+        " ± 0.42", " ± 0.42", " ± 3.00 (deviation)", "",
+    ]  # fmt: skip
 
 
 def test_what_is_left_out_is_counted():

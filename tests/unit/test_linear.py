@@ -272,7 +272,7 @@ def test_two_processes_give_the_figures_of_one(pictures):
     both = [row["top1"] for row in alone["few labels"][1] if row["shots"] == "3"]
     found = alone["few labels"][0]
     assert found["lowshot/3_top1"] == pytest.approx(np.mean(both))
-    assert found["lowshot/3_top1_stderr"] == pytest.approx(np.std(both, ddof=1))
+    assert found["lowshot/3_top1_std"] == pytest.approx(np.std(both, ddof=1))
 
 
 @pytest.mark.parametrize("given", [QUICK, {**QUICK, "augment": "true"}], ids=["cached", "augmented"])

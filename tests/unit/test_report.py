@@ -383,14 +383,24 @@ def test_what_eval_has_measured_has_rows_and_charts(run_dir):
         "other-random": record | {"protocol": "On others.", "scores": {"knn/top1": 77.5}},
         "knn": record, "knn-random": record | {"scores": {"knn/top1": 20.0}}, "suite": {"suite": ["knn"]},
         "alone-random": record | {"task": "alone", "plots": [{"title": 1}]},
+        "drawn": record | {"scores": {"knn/top1": 55.0, "knn/top1_std": 4.5}, "plots": [bars | {"x": ""}]},
         "damaged": record | {"task": "damaged", "plots": [{"title": "no series"}, 3], "headline": "none"},
     }.items():  # fmt: skip
         (run_dir / "eval" / f"{name}.json").write_text(json.dumps(kept))
     (run_dir / "eval" / "torn.json").write_text("{")
     page = Page(html := write_report(run_dir).read_text())
     assert page.open == [] and html.count("<h2>What it is worth</h2>") == 1
-    assert re.findall(r"<h3>(.*?)</h3>", html)[-2:] == ["By &lt;k&gt;", "Bars"]
-    for words in ("41.50 ± 2.25", "20.00", "On <these>.", "samples-000000000064", "untrained"):
+    assert re.findall(r"<h3>(.*?)</h3>", html)[-3:] == ["Bars", "By &lt;k&gt;", "Bars"]
+    for words in (
+        "41.50 ± 2.25",
+        "55.00 ± 4.50 (deviation)",
+        "eval knn: %.",
+        "eval knn: % by corruption.",
+        "20.00",
+        "On <these>.",
+        "samples-000000000064",
+        "untrained",
+    ):
         assert words in page.text
     assert "77.50" not in page.text, "measured with other images"
     ids = re.findall(r'id="([^"]+)"', html)

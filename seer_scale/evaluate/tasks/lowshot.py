@@ -215,7 +215,7 @@ class Lowshot(Task[LowshotSettings]):
                 values = np.array([row[name] for row in own])
                 scores[f"lowshot/{shot}_{name}"] = values.mean()
                 if len(values) > 1:
-                    scores[f"lowshot/{shot}_{name}_stderr"] = values.std(ddof=1)
+                    scores[f"lowshot/{shot}_{name}_std"] = values.std(ddof=1)
             points.append((own[0]["images"] / classes, scores[f"lowshot/{shot}_top1"]))
         scores |= {"lowshot/images": images, "lowshot/classes": classes}
         plot = Chart(title="Few labels", x="images a class", y="top-1, %", series={"top-1": points}, log_x=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale.files import shown
+from seer_scale.formatting import plus_minus
 from seer_scale.observe.chart import Chart
 from seer_scale.observe.report.figures import Figure
 from seer_scale.observe.report.plots import chart_svg, is_number
@@ -68,12 +69,11 @@ def rows_of(results: Mapping[str, dict[str, Any]]) -> list[Row]:
 
 
 def figure_of(record: Mapping[str, Any]) -> str:
-    """Its headline, such as "71.2 ± 0.4"."""
+    """Its headline, such as "71.20 ± 0.40"."""
     name, scores = record.get("headline"), record["scores"]
-    value, error = scores.get(name), scores.get(f"{name}_stderr")
-    if not is_number(value):
-        return ""
-    return f"{value:.2f}" + (f" ± {error:.2f}" if is_number(error) else "")
+    value = scores.get(name)
+    around = plus_minus(scores.get(f"{name}_stderr"), scores.get(f"{name}_std"))
+    return f"{value:.2f}{around}" if is_number(value) else ""
 
 
 def plots_of(results: Mapping[str, dict[str, Any]]) -> list[Figure]:
@@ -88,5 +88,6 @@ def plots_of(results: Mapping[str, dict[str, Any]]) -> list[Figure]:
                 picture = chart_svg(chart)
             except (TypeError, ValueError, KeyError, AttributeError):  # another version's, or damaged
                 continue
-            drawn.append(Figure(shown(chart.title), f"eval {shown(record['task'])}: {chart.y} by {chart.x}.", picture))
+            axes = f"{chart.y} by {chart.x}" if chart.x else chart.y
+            drawn.append(Figure(shown(chart.title), f"eval {shown(record['task'])}: {axes}.", picture))
     return drawn
