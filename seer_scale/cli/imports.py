@@ -14,7 +14,7 @@ from seer_scale.files import shown, to_json
 ABOUT_IMPORT = """Published weights become what --checkpoint.init_from takes: SEER's in VISSL's files (consolidated,
 sharded or sliced), SwAV's ResNet-50, and those of timm, torchvision and transformers, as files or folders. Nothing in a
 file is run: it is read as data."""
-SOURCE_FORMATS = ("auto", "vissl", "timm", "torchvision", "transformers")
+SOURCE_FORMATS = ("auto", "vissl", "timm", "torchvision", "transformers", "safetensors")
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
@@ -29,6 +29,9 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
     parser.add_argument(
         "--model", metavar="NAME", default="", help="the backbone it must be, as in model.name; timm/NAME for timm's"
     )
+    parser.add_argument(
+        "--size", type=int, default=0, help="of images, in pixels; default: as files beside the weights tell, else 224"
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier import at --out")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
 
@@ -36,6 +39,6 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     from seer_scale.interop.importing import import_weights
 
-    made = import_weights(args.path, args.out, format=args.format, model=args.model, force=args.force)
+    made = import_weights(args.path, args.out, format=args.format, model=args.model, size=args.size, force=args.force)
     print(to_json(made.to_dict(), indent=1) if args.json else shown(str(made), keep="\n"))
     return EXIT_DONE

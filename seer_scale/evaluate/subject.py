@@ -14,7 +14,7 @@ from seer_scale.config import Config, read_config
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.interop.artefact import About
 from seer_scale.interop.load import materialise
-from seer_scale.interop.weights import open_weights
+from seer_scale.interop.weights import check_not_onnx, open_weights
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import initial_values
 from seer_scale.models.registry import reset_buffers
@@ -47,6 +47,7 @@ class Subject:
 
 def check_path(path: Path) -> None:
     """That there is something to evaluate. Raises UserError before any process group is made."""
+    check_not_onnx(path)
     is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
     is_exported = path.is_file() or any(path.glob("*.safetensors*")) or any(path.glob("config.json"))
     if not is_run and not (path / store.MANIFEST).is_file() and not is_exported:

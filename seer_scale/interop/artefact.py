@@ -29,6 +29,7 @@ ABOUT = "seer_scale"
 """The key of a file's metadata under which `About` lies."""
 ARTEFACT_VERSION = 1
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+ONNX_FILE = "model.onnx"
 OWN_FORMAT = "safetensors"
 HEAD_KEY = "head"
 """Of `About.origin`: the `Head` of a classifier, whose tensors are head/weight [classes, D] and head/bias [classes]."""
@@ -165,12 +166,12 @@ class Artefact:
     def __init__(self, path: Path):
         self.path = path
         names = _files(path)
-        self._files = {name: _open(name) for name in names}
-        about = next(iter(self._files.values())).metadata() or {}
-        if ABOUT not in about:
+        self._files = {name: open_safetensors(name) for name in names}
+        about = about_of(next(iter(self._files.values())), path)
+        if about is None:
             rule = "has no metadata of ours, so what network it is of is not known"
             raise UserError(Problem(str(path), NOTHING, rule, "seer-scale import takes published weights"))
-        self.about = About.from_json(about[ABOUT], path)
+        self.about = about
         ours = our_names(self.about, path)
         self._held: dict[str, tuple[Path, str]] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -217,6 +218,12 @@ class Artefact:
         return read.nbytes
 
 
+def about_of(opened: Any, where: Path) -> About | None:  # safetensors has no types for it
+    """Of an open file's metadata; None where they are not ours. Raises UserError where they are damaged."""
+    text = (opened.metadata() or {}).get(ABOUT)
+    return None if text is None else About.from_json(text, where)
+
+
 def our_names(about: About, where: Path) -> Callable[[str], str]:
     """From the names of `about`'s format. Raises UserError where there is none such."""
     name = about.model["name"]
@@ -235,17 +242,22 @@ def _files(path: Path) -> Iterable[Path]:
         return [path]
     if not (path / WEIGHTS_INDEX).is_file():
         return [path / WEIGHTS]
+    return indexed_files(path / WEIGHTS_INDEX)
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that a WEIGHTS_INDEX names, which lie beside it. Raises UserError."""
     try:
-        where = json.loads((path / WEIGHTS_INDEX).read_bytes())["weight_map"]
-        files = sorted(set(where.values()))
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if not files or any(Path(file).name != file for file in files):
             raise ValueError("its files are to lie beside it")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(Problem(str(path / WEIGHTS_INDEX), NOTHING, f"is damaged ({error!r})")) from None
-    return [path / file for file in files]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise UserError(Problem(str(index), NOTHING, f"is damaged ({error!r})")) from None
+    return [index.parent / file for file in files]
 
 
-def _open(path: Path) -> Any:  # safetensors has no types for it
+def open_safetensors(path: Path) -> Any:  # safetensors has no types for it
+    """Raises UserError."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

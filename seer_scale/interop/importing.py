@@ -12,27 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.files import published
 from seer_scale.formatting import counted
 from seer_scale.interop.architecture import find_model
-from seer_scale.interop.artefact import OWN_FORMAT, About, TensorInfo, write_artefact
-from seer_scale.interop.published import Lazy, open_published
+from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, About, TensorInfo, write_artefact
+from seer_scale.interop.formats import LIBRARIES
+from seer_scale.interop.preprocessing import Prepared, find_preprocessing
+from seer_scale.interop.published import Lazy, Published, open_published
 from seer_scale.interop.write import MAX_SHARD_SIZE, check_replaceable, size_in_bytes
 from seer_scale.models.registry import build_backbone
 from seer_scale.models.timm_adaptor import STATISTICS, TIMM_PREFIX, Whole
 
 COUNT = STATISTICS[2]
 """Of the updates of a BatchNorm's statistics: what a file need not have."""
-IMAGE_SIZE = 224
 
 
 @dataclass(frozen=True)
 class Imported:
     """path: of the artefact. format: of what it was made of. model: the keys of a recipe's section `model`. taken: how
     many tensors of each part (backbone, head, prototypes). left: names that were not taken. anew: of the backbone's
-    buffers that were not there and begin as before any training."""
+    buffers that were not there and begin as before any training. size: of the images, in pixels. prepared: how images
+    are, and what told it."""
 
     path: Path
     format: str
@@ -40,14 +41,25 @@ class Imported:
     taken: dict[str, int]
     left: list[str]
     anew: list[str]
+    prepared: Prepared
+
+    @property
+    def size(self) -> int:
+        """Of the images, in pixels."""
+        return int(self.prepared.how["size"])
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "size": self.size}
 
     def __str__(self) -> str:
         parts = ", ".join(f"{counted(n, 'tensor')} of the {part}" for part, n in self.taken.items())
         model = " ".join(f"--model.{key} {value}" for key, value in self.model.items())
-        lines = [f"{self.path} has {parts}, by names of {self.format}.", f"Its network: {model}"]
+        library = LIBRARIES.get(self.format, self.format)
+        lines = [f"{self.path} has {parts}, by names of {library}.", f"Its network: {model}"]
+        lines.append(f"Its images: {self.size} pixels, {_SOURCES.get(self.prepared.source, self.prepared.source)}")
+        if differs := self.prepared.differs:
+            told = ", ".join(f"{key} {ours} (there {theirs})" for key, (theirs, ours) in differs.items())
+            lines.append(f"They are prepared otherwise than there: {told}")
         for what, names in (("Not taken", self.left), ("Not there, so as before any training", self.anew)):
             if names:
                 lines.append(f"{what} ({len(names)}): {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
@@ -55,18 +67,30 @@ class Imported:
         return "\n".join(lines)
 
 
-def import_weights(path: Path, out: Path, *, format: str = "auto", model: str = "", force: bool = False) -> Imported:
+_SOURCES = {
+    "assumed": "which is assumed, as nothing beside the weights tells (--size N sets it)",
+    "metadata": "as its metadata tell",
+    "--size": "as --size tells",
+}
+"""How each `Prepared.source` that is no file is told."""
+
+
+def import_weights(
+    path: Path, out: Path, *, format: str = "auto", model: str = "", size: int = 0, force: bool = False
+) -> Imported:
     """Make an artefact at `out`, a folder, of the weights in a file or folder. force: replace an earlier one.
 
-    format: vissl, timm, torchvision or transformers; auto goes by the names. model: the backbone they must be of, as in
-    `model.name`. Tensors become fp32, one at a time. Raises UserError, with nothing left behind.
+    format: vissl, timm, torchvision, transformers or safetensors (ours); auto goes by the names. model: the backbone
+    they must be of, as in `model.name`. size: of the images in pixels; 0: as metadata or a library's files tell, else
+    224. Tensors become fp32, one at a time. Raises UserError, with nothing left behind.
     """
     check_replaceable(out, force)
     found = open_published(path, format)
-    keys = _model(path, {name: tensor.shape for name, tensor in found.tensors.items()}, model)
+    prepared = find_preprocessing(found.folder, found.about, size)
+    keys = _model(path, found, model)
     with torch.device("meta"):
         backbone = build_backbone(keys["name"], **{k: v for k, v in keys.items() if k != "name"})
-    prefix = "net." if isinstance(backbone, Whole) else ""
+    prefix = "net." if isinstance(backbone, Whole) and found.format != OWN_FORMAT else ""
     theirs = {prefix + name: tensor for name, tensor in found.tensors.items()}
     wanted = {name: t for name, t in backbone.state_dict().items()}
     taken, anew = _taken(path, theirs, wanted, {name for name, _ in backbone.named_parameters()}, keys["name"])
@@ -83,7 +107,9 @@ def import_weights(path: Path, out: Path, *, format: str = "auto", model: str = 
         return tensor.view(infos[name].shape)
 
     origin = {"file": path.name, "format": found.format}
-    about = About(OWN_FORMAT, keys, eval_preprocessing(IMAGE_SIZE), origin)
+    if found.about and found.format == OWN_FORMAT and HEAD_KEY in found.about.origin:
+        origin[HEAD_KEY] = found.about.origin[HEAD_KEY]
+    about = About(OWN_FORMAT, keys, prepared.how, origin)
     try:
         with published(out, replace=force) as aside:
             aside.mkdir()
@@ -93,20 +119,23 @@ def import_weights(path: Path, out: Path, *, format: str = "auto", model: str = 
         raise UserError(Problem(str(out), NOTHING, rule, "give another --out")) from error
     parts = Counter("backbone" if "/" not in name else name.partition("/")[0] for name in sources)
     left = sorted(found.left + [name.removeprefix(prefix) for name in theirs.keys() - taken.keys()])
-    return Imported(out, found.format, keys, dict(parts), left, sorted(anew))
+    return Imported(out, found.format, keys, dict(parts), left, sorted(anew), prepared)
 
 
-def _model(where: Path, shapes: Mapping[str, torch.Size], asked: str) -> dict[str, Any]:
-    """The keys of the network. Raises UserError where it is another than asked."""
+def _model(where: Path, found: Published, asked: str) -> dict[str, Any]:
+    """The keys of the network: by metadata of ours, else by shapes. Raises UserError where it is another than asked."""
     if asked.startswith(TIMM_PREFIX):
         return {"name": asked}
     if asked and asked != "regnety":
         with torch.device("meta"):
             build_backbone(asked)  # there is one of this name
-    keys = find_model(str(where), shapes)
+    if found.about:
+        keys = dict(found.about.model)
+    else:
+        keys = find_model(str(where), {name: tensor.shape for name, tensor in found.tensors.items()})
     if asked not in ("", keys["name"]):
         told = json.dumps(keys, allow_nan=False) if keys["name"] == "regnety" else keys["name"]
-        raise UserError(Problem("--model", asked, f"{where} holds another: {told}", keys["name"]))
+        raise UserError(Problem("--model", asked, f"{where} holds another: {told}", f"give --model {keys['name']}"))
     return keys
 
 

@@ -6,23 +6,31 @@ Files are hostile until shown otherwise (`pickles.py`). What is opened is read w
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from seer_scale.checkpoint.layout import SAFETENSORS_DTYPES
 from seer_scale.errors import NOTHING, Problem, UserError, missing_path, nearest
-from seer_scale.interop.artefact import WEIGHTS, WEIGHTS_INDEX
+from seer_scale.interop.artefact import (
+    OWN_FORMAT,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    About,
+    about_of,
+    indexed_files,
+    open_safetensors,
+)
 from seer_scale.interop.names import NAME_MAPS, NameMap
 from seer_scale.interop.pickles import StoredTensor, read_pickle
+from seer_scale.interop.preprocessing import CONFIG, read_object
 
 
 class Lazy(Protocol):
@@ -43,9 +51,12 @@ class Lazy(Protocol):
 @dataclass
 class Published:
     """tensors: of a backbone, by the names of its `state_dict`. others: of what a method has beside it, in the
-    artefact's words ("head/0.weight"). left: names of the file that nothing here has a use for."""
+    artefact's words ("head/0.weight"). left: names of the file that nothing here has a use for. about: its metadata,
+    where they are ours. folder: in which a library keeps what belongs to the weights, where it is one's."""
 
     format: str
+    about: About | None = None
+    folder: Path | None = None
     tensors: dict[str, Lazy] = field(default_factory=dict)
     others: dict[str, Lazy] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
@@ -53,23 +64,28 @@ class Published:
 
 def open_published(path: Path, format: str = "auto") -> Published:
     """The weights in a file or folder. Raises UserError: for what is none, or of another format than asked."""
-    if format not in ("auto", *SOURCE_LAYOUTS):
-        raise UserError(Problem("--format", format, "that is no format", nearest(format, ("auto", *SOURCE_LAYOUTS))))
+    known = ("auto", *SOURCE_LAYOUTS, OWN_FORMAT)
+    if format not in known:
+        raise UserError(Problem("--format", format, "that is no format", nearest(format, known)))
     if not path.exists():
         raise UserError(missing_path(path))
-    flat = {_clean(name): tensor for name, tensor in _tensors(path)}
-    found = next((name for name, layout in SOURCE_LAYOUTS.items() if any(map(layout.mark.match, flat))), None)
-    if found is None:
+    files = _files(path)
+    about = about_of(open_safetensors(files[0]), path) if _is_safetensors(files[0]) else None
+    flat = {_clean(name): tensor for file in files for name, tensor in _tensors(file)}
+    is_own = about is not None and about.format == OWN_FORMAT
+    found = OWN_FORMAT if is_own else _layout_of(flat)
+    if not found:
         some = ", ".join(sorted(flat)[:3]) or "none"
         rule = f"has tensors of no layout that is known ({some})"
         raise UserError(Problem(str(path), NOTHING, rule, f"known are {', '.join(SOURCE_LAYOUTS)}"))
     if format not in ("auto", found) and not {format, found} <= SAME_RESNETS:
-        raise UserError(Problem("--format", format, f"{path} has names of {found}", found))
-    out, layout = Published(found), SOURCE_LAYOUTS[found]
+        raise UserError(Problem("--format", format, f"{path} has names of {found}", f"give --format {found}"))
+    out = Published(found, about, path if path.is_dir() else path.parent if path.name in LIBRARY_FILES else None)
+    ours_of = str if is_own else SOURCE_LAYOUTS[found].ours
     for name, tensor in flat.items():
-        if other := _other(name):
+        if other := name if is_own and "/" in name else _other(name):
             out.others[other] = tensor
-        elif ours := layout.ours(name):
+        elif ours := ours_of(name):
             out.tensors[ours] = tensor
         else:
             out.left.append(name)
@@ -126,6 +142,13 @@ SOURCE_LAYOUTS = {
     "torchvision": Layout(re.compile(r"trunk_output\."), partial(_of_map, NAME_MAPS["torchvision"], "")),
     "timm": Layout(re.compile(r"\w+(?:\.\w+)+"), str),
 }
+
+
+def _layout_of(names: Iterable[str]) -> str:
+    """Empty where it is none that is known."""
+    return next((name for name, layout in SOURCE_LAYOUTS.items() if any(map(layout.mark.match, names))), "")
+
+
 SAME_RESNETS = {"timm", "torchvision"}
 """Which have one name for a ResNet."""
 _WRAPPERS = ("_fsdp_wrapped_module", "_fpw_module", "_orig_mod")
@@ -155,33 +178,25 @@ def _other(name: str) -> str:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Lazy]]:
+LIBRARY_FILES = (WEIGHTS_INDEX, WEIGHTS, "pytorch_model.bin")
+"""Of which a library's folder has one."""
+
+
+def _files(path: Path) -> list[Path]:
+    """Of tensors."""
     if path.is_dir():
         _check_config(path)
-        files = [path / WEIGHTS_INDEX, path / WEIGHTS, path / "pytorch_model.bin"]
-        found = next((file for file in files if file.is_file()), None)
+        found = next((file for name in LIBRARY_FILES if (file := path / name).is_file()), None)
         if found is None:
             inside = sorted(p for p in path.iterdir() if p.suffix in (".torch", ".pth", ".pt", ".bin", ".safetensors"))
             fix = f"did you mean {inside[0]}?" if inside else "give a file of weights, or its folder"
             raise UserError(Problem(str(path), NOTHING, f"has no {WEIGHTS} and no pytorch_model.bin", fix))
         path = found
-    if path.name == WEIGHTS_INDEX:
-        for file in _listed(path):
-            yield from _of_safetensors(file)
-    elif _is_safetensors(path):
-        yield from _of_safetensors(path)
-    else:
-        yield from _of_pickle(path)
+    return indexed_files(path) if path.name == WEIGHTS_INDEX else [path]
 
 
-def _listed(index: Path) -> list[Path]:
-    try:
-        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if not files or any(Path(file).name != file for file in files):
-            raise ValueError("its files are to lie beside it")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise UserError(Problem(str(index), NOTHING, f"is damaged ({error!r})")) from None
-    return [index.parent / file for file in files]
+def _tensors(file: Path) -> Iterator[tuple[str, Lazy]]:
+    return _of_safetensors(file) if _is_safetensors(file) else _of_pickle(file)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -205,8 +220,8 @@ class _OfSafetensors:
 
 
 def _of_safetensors(path: Path) -> Iterator[tuple[str, Lazy]]:
+    opened = open_safetensors(path)
     try:
-        opened = safe_open(path, framework="pt")
         for name in opened.keys():  # noqa: SIM118  # it is no mapping
             piece = opened.get_slice(name)
             if dtype := SAFETENSORS_DTYPES.get(piece.get_dtype()):
@@ -217,17 +232,13 @@ def _of_safetensors(path: Path) -> Iterator[tuple[str, Lazy]]:
 
 def _check_config(folder: Path) -> None:
     """What shapes do not tell, where a transformers' config.json does. Raises UserError."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes()) if path.is_file() else {}
-        wanted = {"hidden_act": "relu", "downsample_in_first_stage": True, "layer_type": "y"}
-        if config.get("model_type") != "regnet":
-            return
-    except (ValueError, AttributeError, OSError, RecursionError) as error:
-        raise UserError(Problem(str(path), NOTHING, f"is damaged ({error!r})")) from None
-    for key, value in wanted.items():
+    path = folder / CONFIG
+    config = read_object(path)
+    if config.get("model_type") != "regnet":
+        return
+    for key, value in {"hidden_act": "relu", "downsample_in_first_stage": True, "layer_type": "y"}.items():
         if config.get(key, value) != value:
-            raise UserError(Problem(f"{path}: {key}", config[key], "it is no RegNetY then", value))
+            raise UserError(Problem(f"{path}: {key}", config[key], "it is no RegNetY then", (value,)))
 
 
 # ------------------------------------------------------------------------------------------------ torch.save

@@ -13,7 +13,8 @@ from seer_scale.checkpoint import store
 from seer_scale.config import read_config
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError, missing_path
-from seer_scale.interop.artefact import OWN_FORMAT, About, Artefact, TensorInfo, is_artefact
+from seer_scale.interop.artefact import ONNX_FILE, OWN_FORMAT, About, Artefact, TensorInfo, is_artefact
+from seer_scale.interop.names import NAME_MAPS
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.registry import build_backbone
 
@@ -135,14 +136,20 @@ def open_weights(path: Path, which: str = "last") -> Weights:
     bring its backbone are loaded before. Reads no tensor. Raises UserError."""
     if not path.exists():
         raise UserError(missing_path(path))
-    if is_artefact(path) or (path / store.MANIFEST).is_file() or path.suffix == ".onnx":
+    check_not_onnx(path)
+    if is_artefact(path) or (path / store.MANIFEST).is_file():
         if which != "last":
             raise UserError(Problem("which", which, f"{path} is no run, and holds one state only", "give the run"))
-        if path.suffix == ".onnx":
-            rule = "is of ONNX, whose weights are not read back"
-            raise UserError(Problem(str(path), NOTHING, rule, "give the run, or an export of another format"))
         return ArtefactWeights(path) if is_artefact(path) else CheckpointWeights(path)
     return CheckpointWeights(find_checkpoint(path, which))
+
+
+def check_not_onnx(path: Path) -> None:
+    """Raises UserError for a file of ONNX, and for a folder with one and nothing that is read."""
+    read = is_artefact(path) or (path / store.MANIFEST).is_file() or (path / "checkpoints").is_dir()
+    if path.suffix == ".onnx" or ((path / ONNX_FILE).is_file() and not read):
+        rule, formats = "is of ONNX, whose weights are not read back", ", ".join((OWN_FORMAT, *NAME_MAPS))
+        raise UserError(Problem(str(path), NOTHING, rule, f"give the run, or an export as one of {formats}"))
 
 
 def find_checkpoint(path: Path, which: str) -> Path:

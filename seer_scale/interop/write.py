@@ -15,7 +15,7 @@ from seer_scale.errors import NOTHING, Problem, UserError, nearest
 from seer_scale.files import published, to_json
 from seer_scale.formatting import file_size
 from seer_scale.interop import onnx_graph
-from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, WEIGHTS, About, TensorInfo, write_artefact
+from seer_scale.interop.artefact import HEAD_KEY, ONNX_FILE, OWN_FORMAT, WEIGHTS, About, TensorInfo, write_artefact
 from seer_scale.interop.card import card, results_of
 from seer_scale.interop.formats import Target, target_of
 from seer_scale.interop.load import materialise
@@ -24,7 +24,7 @@ from seer_scale.interop.weights import Weights, open_weights
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = "5GB"
 SHARDS = "model*.safetensors*"
-ONNX_FILE, README = "model.onnx", "README.md"
+README = "README.md"
 EXPORTED_NAMES = (README, "config.json", "preprocessor_config.json", ONNX_FILE, f"{ONNX_FILE}.data")
 """What may lie in a folder that --force replaces, beside SHARDS."""
 LONE_FILES = {".onnx": ("onnx",), ".safetensors": (OWN_FORMAT, "timm", "torchvision", "transformers")}

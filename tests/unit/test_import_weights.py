@@ -14,10 +14,11 @@ from torch import nn
 import seer_scale
 from seer_scale.cli import main
 from seer_scale.data.transforms.views import eval_preprocessing
-from seer_scale.errors import UserError
+from seer_scale.errors import NOTHING, UserError
 from seer_scale.interop.architecture import Plan, find_generator
 from seer_scale.interop.artefact import About, Artefact, TensorInfo, write_artefact
 from seer_scale.interop.names import NAME_MAPS
+from seer_scale.interop.preprocessing import Prepared
 from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.models.regnet import REGNETY, RegNetSpec
 from tests.vissl import classy, sharded, vissl
@@ -184,8 +185,105 @@ def test_what_an_export_holds_comes_in_to_the_bit(format, tmp_path):
     save_file(load_file(file), file, {"format": "pt"})
     made = seer_scale.import_weights(tmp_path / "out", tmp_path / "in")
     assert (made.format, made.model, made.left, made.anew) == (format, {"name": "regnety_400mf"}, [], [])
+    source = {"timm": "config.json", "transformers": "preprocessor_config.json"}.get(format, "assumed")
+    assert made.prepared == Prepared(eval_preprocessing(224 if source == "assumed" else 64), source)
     found = seer_scale.load(tmp_path / "in").state_dict()
     assert all(torch.equal(found[n], t) for n, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("model", [{"name": "regnety", **TINY}, {"name": "timm/test_convnext"}])
+@pytest.mark.parametrize("format", ["safetensors", "timm"])
+def test_what_our_metadata_tell_goes_before_what_names_do(model, format, tmp_path):
+    net = build_backbone(**model)
+    initialise(net.to_empty(device="cpu"), seed=3)
+    state = net.state_dict() | {"head/weight": torch.ones(2, 3)}
+    how = eval_preprocessing(40) | {"training_sizes": [48, 24]}
+    about = About("safetensors", model, how, {"head": {"classes": ["cat", "dog"]}})
+    infos = {name: TensorInfo(t.dtype, t.shape) for name, t in state.items()}
+    write_artefact(tmp_path / "ours.safetensors", about, infos, state.__getitem__)
+    seer_scale.export(tmp_path / "ours.safetensors", tmp_path / "out", format)
+    made = seer_scale.import_weights(tmp_path / "out", tmp_path / "in")
+    assert (made.format, made.model, made.left, made.size) == (format, model, [], 40)
+    assert f"names of {'seer_scale' if format == 'safetensors' else format}" in str(made)
+    held = Artefact(tmp_path / "in")
+    assert held.about.preprocessing == how and held.about.model == model
+    assert ("head" in held.about.origin) == ("head/weight" in held.tensors) == (format == "safetensors")
+    found = seer_scale.load(tmp_path / "in").state_dict()
+    assert all(torch.equal(found[n], t) for n, t in net.state_dict().items())
+    sized = seer_scale.import_weights(tmp_path / "out", tmp_path / "in", size=48, force=True)
+    assert sized.prepared == Prepared(how | eval_preprocessing(48), "--size")
+
+
+def test_how_the_libraries_prepare_images_is_read_from_files_of_their_own(ours, tmp_path):
+    from timm.models._hub import save_config_for_hf
+    from transformers import BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
+
+    torch.save(ours, tmp_path / "pytorch_model.bin")
+    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+    def found():
+        """From the folder and from the file in it alike."""
+        both = [
+            seer_scale.import_weights(path, tmp_path / "out", force=True).prepared
+            for path in (tmp_path, tmp_path / "pytorch_model.bin")
+        ]
+        assert both[0] == both[1]
+        return both[0].how["size"], both[0].source, both[0].differs
+
+    name = "preprocessor_config.json"
+    short, bicubic = "resize_short_side", {"interpolation": ("bicubic", "bilinear")}
+    ConvNextImageProcessor(size={"shortest_edge": 96}, **imagenet).save_pretrained(tmp_path)
+    assert found() == (96, name, {short: (109, 110), **bicubic})
+    ConvNextImageProcessor(size={"shortest_edge": 384}, **imagenet).save_pretrained(tmp_path)
+    assert found() == (384, name, {short: (384, 439), "crop": ("squash", "centre"), **bicubic})
+    BitImageProcessor(size={"shortest_edge": 110}, crop_size=96, **imagenet).save_pretrained(tmp_path)
+    assert found() == (96, name, bicubic)
+    ViTImageProcessor(size={"height": 48, "width": 48}, **imagenet).save_pretrained(tmp_path)
+    assert found() == (48, name, {short: (48, 55), "crop": ("squash", "centre")})
+    for key, image_mean, image_std in (
+        ("image_mean", [0.5] * 3, imagenet["image_std"]),
+        ("image_std", imagenet["image_mean"], [0.5] * 3),
+    ):
+        ViTImageProcessor(image_mean=image_mean, image_std=image_std).save_pretrained(tmp_path)
+        with pytest.raises(UserError) as caught:
+            found()
+        problem = caught.value.problems[0]
+        assert problem.key == f"{tmp_path / name}: {key}" and problem.value == [0.5] * 3
+        assert problem.nearest == (imagenet[key],)
+    theirs = timm.create_model("regnety_002")
+    theirs.pretrained_cfg |= {"input_size": (3, 96, 96), "crop_pct": 0.95, "interpolation": "bicubic"}
+    save_config_for_hf(theirs, tmp_path / "config.json")
+    assert found() == (96, "config.json", {short: (101, 110), **bicubic})
+
+
+@pytest.mark.parametrize(
+    "content, key, value",
+    [
+        ('{"architecture": "x", "mean": [NaN, 0.456, 0.406]}', ": mean", ...),
+        ('{"architecture": "x", "pretrained_cfg": {"std": [1, 1, 1]}}', ": pretrained_cfg.std", [1, 1, 1]),
+        ('{"architecture": "x", "input_size": [3, 64, 32]}', ": input_size", [64, 32]),
+        ('{"architecture": "x", "input_size": [3, 0, 0]}', ": input_size", [0, 0]),
+        ('{"architecture": "x", "input_size": 3}', "", NOTHING),
+        ('{"architecture": "x", "pretrained_cfg": null}', "", NOTHING),
+        ('{"architecture": "x", "input_size": [3, Infinity, Infinity]}', "", NOTHING),
+        ("[]", "", NOTHING),
+        ("[" * 100_000, "", NOTHING),
+    ],
+)
+def test_images_that_cannot_be_prepared_so_are_refused_with_the_key(content, key, value, ours, tmp_path):
+    (tmp_path / "in").mkdir()
+    torch.save(ours, tmp_path / "in" / "pytorch_model.bin")
+    (tmp_path / "in" / "config.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        seer_scale.import_weights(tmp_path / "in", tmp_path / "out")
+    problem = caught.value.problems[0]
+    assert problem.key == f"{tmp_path / 'in' / 'config.json'}{key}" and not (tmp_path / "out").exists()
+    assert value is ... or problem.value == value
+    if key == ": input_size":
+        assert seer_scale.import_weights(tmp_path / "in", tmp_path / "out", size=32).size == 32
+    with pytest.raises(UserError) as caught:
+        seer_scale.import_weights(tmp_path / "in" / "pytorch_model.bin", tmp_path / "no", size=-1)
+    assert (caught.value.problems[0].key, caught.value.problems[0].nearest) == ("--size", (8,))
 
 
 def test_what_cannot_come_in_is_told_and_leaves_nothing(ours, tmp_path):
@@ -207,9 +305,9 @@ def test_what_cannot_come_in_is_told_and_leaves_nothing(ours, tmp_path):
     assert refused(lambda s: s.update({"stem.0.weight": torch.zeros(16, 3, 3, 3)})).key == place
     assert refused(dict.clear).key == place
     problem = refused(lambda s: None, model="regnety_8gf")
-    assert (problem.key, problem.value, problem.nearest) == ("--model", "regnety_8gf", "regnety")
+    assert (problem.key, problem.value, problem.nearest) == ("--model", "regnety_8gf", "give --model regnety")
     problem = refused(lambda s: None, format="vissl")
-    assert (problem.key, problem.value, problem.nearest) == ("--format", "vissl", "torchvision")
+    assert (problem.key, problem.value, problem.nearest) == ("--format", "vissl", "give --format torchvision")
     assert refused(lambda s: None, format="keras").key == "--format"
     assert refused(lambda s: None, model="regnety_9gf").key == "model.name"
     (tmp_path / "x.pth").unlink()
@@ -251,6 +349,7 @@ def test_the_command(ours, tmp_path, capsys):
     assert main(["import", path, "--out", out, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["taken"] == {"backbone": len(ours)} and told["format"] == "timm" and told["left"] == []
+    assert told["size"] == 224 and told["prepared"]["source"] == "assumed"
     assert main(["import", path, "--out", out]) == 2
     assert "--force" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
@@ -258,4 +357,7 @@ def test_the_command(ours, tmp_path, capsys):
     assert main(["import", path, "--out", str(tmp_path / "mine"), "--force"]) == 2
     assert (tmp_path / "mine" / "thesis.txt").is_file() and "thesis.txt" in capsys.readouterr().err
     assert main(["import", path, "--out", out, "--force", "--model", "regnety"]) == 0
-    assert f"--checkpoint.init_from {out}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"--checkpoint.init_from {out}" in printed and "224 pixels, which is assumed" in printed
+    assert main(["import", path, "--out", out, "--force", "--size", "40"]) == 0
+    assert "40 pixels" in capsys.readouterr().out and seer_scale.load(out).transform.size == 40

@@ -9,6 +9,7 @@ import seer_scale
 from seer_scale.checkpoint import store
 from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
+from seer_scale.evaluate.subject import check_path
 from seer_scale.interop.artefact import About, TensorInfo, write_artefact
 from seer_scale.interop.load import materialise
 from seer_scale.interop.weights import open_weights
@@ -91,6 +92,17 @@ def test_what_has_one_state_has_no_other(tmp_path):
     with pytest.raises(seer_scale.UserError) as caught:
         seer_scale.load(place, which="best")
     assert (caught.value.problems[0].key, caught.value.problems[0].value) == ("which", "best")
+
+
+def test_onnx_is_not_read_back_and_what_is_is_told(tmp_path):
+    (tmp_path / "model.onnx").touch()
+    for path in (tmp_path, tmp_path / "model.onnx"):
+        for read in (seer_scale.load, check_path):
+            with pytest.raises(seer_scale.UserError) as caught:
+                read(path)
+            problem = caught.value.problems[0]
+            assert problem.key == str(path) and "ONNX" in problem.rule
+            assert all(name in problem.nearest for name in ("safetensors", "timm", "torchvision", "transformers"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
