@@ -49,8 +49,8 @@ class Layers:
 
     @property
     def mark(self) -> str:
-        """Stands for `encode`."""
-        return "+".join(self.columns)
+        """Stands for `encode`; "" for the backbone's features, which other tasks compute, too."""
+        return "" if list(self.columns) == [LAST] else "+".join(self.columns)
 
     def width(self, layer: str) -> int:
         return sum(self.columns[stage].stop - self.columns[stage].start for stage in layer.split("+"))

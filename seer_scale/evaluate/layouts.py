@@ -49,6 +49,12 @@ def named_folder(data: str, words: Collection[str]) -> tuple[str, Path | None]:
     return word, root
 
 
+def word_of(data: str) -> str:
+    """The word of LAYOUTS that --data names; "" where it is none."""
+    word = data.partition(":")[0]
+    return word if word in LAYOUTS else ""
+
+
 def named_data_set(data: str) -> DataSet | None:
     """What WORD:FOLDER, or WORD alone, names; None where it is no word of LAYOUTS. Raises DataError."""
     word, root = named_folder(data, LAYOUTS)

@@ -12,13 +12,16 @@ from seer_scale.formatting import short_number
 
 @dataclass(frozen=True)
 class Published:
-    """score: in percent. size: of the images in pixels."""
+    """task, figure, data: what was measured, "linear", "top1", and a word of layouts.LAYOUTS. score: in percent. size:
+    of the images in pixels."""
 
     backbone: str
     parameters: int
     task: str
     score: float
     size: int
+    figure: str = "top1"
+    data: str = "imagenet"
 
 
 _LINEAR = {"regnety_32gf": 74.03, "regnety_64gf": 75.25, "regnety_128gf": 75.96, "regnety_256gf": 77.51,
@@ -32,15 +35,20 @@ TABLE = [Published(name, PARAMETERS[name], "linear", score, 224) for name, score
 TABLE += [Published(name, PARAMETERS[name], "finetune", score, 384) for name, score in _FINETUNED.items()]
 
 
-def published(task: str, backbone: str) -> Published | None:
-    """Of this backbone; of one that SEER has not, that of its smallest."""
-    of_task = [p for p in TABLE if p.task == task]
-    return next((p for p in of_task if p.backbone == backbone), of_task[0] if of_task else None)
+NAMES = {"imagenet": "ImageNet"}
+
+
+def published(task: str, figure: str, data: str, backbone: str) -> Published | None:
+    """What may stand beside a figure of ours. data: the word of a named data set, whose own figures alone may; "" where
+    the images are the user's, beside which those of any do. Of this backbone; of one that SEER has not, that of its
+    smallest."""
+    rows = [p for p in TABLE if (p.task, p.figure) == (task, figure) and data in ("", p.data)]
+    return next((p for p in rows if p.backbone == backbone), rows[0] if rows else None)
 
 
 def difference(row: Published, backbone: str, parameters: int, samples_seen: int | None, data: str, size: int) -> str:
     """What tells a figure of ours from a published one, in a sentence."""
     seen = "an unknown number of" if samples_seen is None else f"{samples_seen:,}"
     ours = f"{backbone} ({short_number(parameters)}) after {seen} samples, {size} px, on {data}"
-    theirs = f"{row.backbone} ({short_number(row.parameters)}) after 1B images of Instagram, {row.size} px, on ImageNet"
-    return f"Ours: {ours}; SEER: {theirs}."
+    theirs = f"{row.backbone} ({short_number(row.parameters)}) after 1B images of Instagram, {row.size} px"
+    return f"Ours: {ours}; SEER: {theirs}, on {NAMES[row.data]}."

@@ -14,11 +14,12 @@ import yaml
 from seer_scale import distributed
 from seer_scale.errors import ConfigError, Problem, UserError
 from seer_scale.evaluate.context import SHARED_FEATURES
+from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.published import difference, published
 from seer_scale.evaluate.registry import task_class
 from seer_scale.evaluate.run import check_path, measure, read_settings, results_folder
 from seer_scale.evaluate.task import TaskSettings
-from seer_scale.files import to_json, write_whole
+from seer_scale.files import shown, to_json, write_whole
 from seer_scale.formatting import plus_minus
 
 DEFAULT = ("knn", "linear", "lowshot")
@@ -60,22 +61,26 @@ def run_suite(
     path: Path, items: Sequence[Item], *, which: str, initial: Sequence[str], out: Path | None, device: str
 ) -> dict[str, Any]:
     """Measure each, one after the other; writes each task's file, and eval/suite.json. initial: "trained", "random".
-    Collective. Raises UserError, once all that could be measured was."""
+    Collective. Raises UserError where nothing could be measured."""
     check_path(path)
     folder = results_folder(path, out)
     world = distributed.init(folder / "logs", device=device)
     rows: list[dict[str, Any]] = []
-    problems: list[Problem] = []
+    failed: list[UserError] = []
+    problems: list[dict[str, str]] = []
     for weights in initial:
         for name, settings in items:
             try:
                 record = measure(name, path, settings, world, folder, which=which, weights=weights, keep_features=True)
             except UserError as error:
-                problems += error.prefixed(f"eval {name}").problems
+                failed.append(error.prefixed(f"eval {name}"))
+                problems.append({"task": name, "weights": weights, "problem": str(error)})
                 continue
             rows.append(_row(record))
-    summary = {"suite": [name for name, _ in items], "subject": rows[0]["subject"] if rows else {}, "rows": rows,
-               "problems": [str(p) for p in problems], "wall_time": time.time()}  # fmt: skip
+    of_trained = [row for row in rows if row["weights"] == "trained"]
+    subject: dict[str, Any] = next((row["subject"] for row in of_trained + rows), {})
+    summary = {"suite": [name for name, _ in items], "subject": subject, "rows": rows, "problems": problems,
+               "wall_time": time.time()}  # fmt: skip
     if world.is_main:
         write_whole(folder / "suite.json", to_json(summary, indent=1) + "\n")
         if not problems:
@@ -84,33 +89,39 @@ def run_suite(
             with suppress(OSError):
                 (folder / "unfinished").rmdir()
     distributed.shutdown(world)
-    if problems and not rows:
-        raise UserError(*problems)
+    if failed and not rows:
+        raise UserError.joined(failed)
     return summary
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    subject, name = record["subject"], record["headline"]
-    row = published(record["task"], subject["backbone"])
+    subject, name, task = record["subject"], record["headline"], record["task"]
+    row = published(task, name.removeprefix(f"{task}/"), word_of(record["settings"]["data"]), subject["backbone"])
     told = row and difference(
         row, subject["backbone"], subject["parameters"], subject["samples_seen"], record["data"], record["size"]
     )
     return {
-        "task": record["task"], "figure": name, "weights": subject["weights"], "score": record["score"],
+        "task": task, "figure": name, "data": record["data"], "weights": subject["weights"], "score": record["score"],
         "stderr": record["scores"].get(f"{name}_stderr"), "std": record["scores"].get(f"{name}_std"),
-        "published": row.score if row else None,
-        "difference": told or "", "seconds": record["seconds"], "subject": subject,
+        "published": row.score if row else None, "difference": told or "", "seconds": record["seconds"],
+        "subject": subject,
     }  # fmt: skip
 
 
 def as_table(summary: Mapping[str, Any]) -> str:
-    """For people."""
-    lines = [("task", "figure", "weights", "score", "SEER's", "seconds")]
+    """For people. What tells our figures from SEER's is said of the trained weights, where a task measured both."""
+    lines = [("task", "figure", "data", "weights", "score", "SEER's", "seconds")]
     for row in summary["rows"]:
         theirs = f"{row['published']:.2f}" if row["published"] is not None else ""
         score = f"{row['score']:.2f}{plus_minus(row['stderr'], row['std'])}"
-        lines.append((row["task"], row["figure"], row["weights"], score, theirs, f"{row['seconds']:.0f}"))
+        about = row["task"], row["figure"], shown(row["data"]), row["weights"]
+        lines.append((*about, score, theirs, f"{row['seconds']:.0f}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     told = ["  ".join(f"{w:<{n}}" for w, n in zip(line, widths)).rstrip() for line in lines]
-    notes = list(dict.fromkeys(row["difference"] for row in summary["rows"] if row["difference"]))
-    return "\n".join([*told, *notes, *(f"Not measured: {p}" for p in summary["problems"])])
+    differing = [row for row in summary["rows"] if row["difference"]]
+    of_trained = {row["task"] for row in differing if row["weights"] == "trained"}
+    notes = dict.fromkeys(
+        shown(row["difference"]) for row in differing if row["weights"] == "trained" or row["task"] not in of_trained
+    )
+    missing = [f"Not measured: {p['task']}, {p['weights']} weights: {p['problem']}" for p in summary["problems"]]
+    return "\n".join([*told, *notes, *missing])

@@ -263,14 +263,15 @@ def test_a_suite_is_read_whole_with_every_problem(tmp_path):
 
 
 def test_published_figures_stand_beside_with_what_tells_them_apart():
-    assert published("linear", "regnety_128gf").score == 75.96 and published("knn", "regnety_128gf") is None
-    smallest = published("finetune", "regnety")
+    assert published("linear", "top1", "", "regnety_128gf").score == 75.96
+    smallest = published("finetune", "top1", "imagenet", "regnety")
     assert smallest.backbone == "regnety_32gf"
     for row in TABLE:
         with torch.device("meta"):
             assert sum(p.numel() for p in build_backbone(row.backbone).parameters()) == row.parameters
     told = difference(smallest, "regnety", 300_000, 9000, "clothing", 64)
     assert "9,000 samples, 64 px, on clothing" in told and "regnety_32gf (141M) after 1B images" in told
+    assert told.endswith("on ImageNet.")
 
 
 def test_each_task_says_what_it_measures():

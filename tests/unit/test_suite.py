@@ -1,0 +1,90 @@
+"""Several tasks of one backbone: what is measured, written and shown, and which published figures stand beside."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from seer_scale.errors import UserError
+from seer_scale.evaluate.layouts import word_of
+from seer_scale.evaluate.published import published
+from seer_scale.evaluate.subject import Subject
+from seer_scale.evaluate.suite import as_table, read_suite, run_suite
+from tests.unit.test_knn import write_corpus
+from tests.unit.test_load import checkpoint
+
+SUITE = """
+- knn
+- {task: lowshot, shots: 50}
+- {task: linear, solver: lbfgs, c: 1}
+- {task: lowshot, shots: 40%, draws: 2, c: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def test_a_suite_measures_what_it_can_of_both_weights(corpus, tmp_path, monkeypatch):
+    _, place = checkpoint(tmp_path / "run")
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    items = read_suite(str(tmp_path / "suite.yaml"), {"data": str(corpus), "size": "16", "workers": "0"})
+    encoded: Counter[str] = Counter()
+    plain = Subject.encode
+
+    def counting(self, images):
+        encoded[self.weights] += len(images)
+        return plain(self, images)
+
+    monkeypatch.setattr(Subject, "encode", counting)
+    out = tmp_path / "eval"
+    summary = run_suite(place, items, which="last", initial=["random", "trained"], out=out, device="cpu")
+    assert encoded == {"random": 33 + 15, "trained": 33 + 15}, "once for all tasks"
+    stems = {path.stem for path in out.glob("*.json")}
+    assert stems == {f"{task}{end}" for task in ("knn", "linear", "lowshot") for end in ("", "-random")} | {"suite"}
+    kept = json.loads((out / "suite.json").read_text())
+    assert kept["rows"] == summary["rows"] and kept["suite"] == ["knn", "lowshot", "linear", "lowshot"]
+    assert [(row["task"], row["weights"]) for row in kept["rows"]] == [
+        (task, weights) for weights in ("random", "trained") for task in ("knn", "linear", "lowshot")
+    ]
+    assert kept["subject"]["weights"] == "trained" and kept["subject"]["samples_seen"] == 5
+    assert [(p["task"], p["weights"]) for p in kept["problems"]] == [("lowshot", "random"), ("lowshot", "trained")]
+    for row in kept["rows"]:
+        suffix = "-random" * (row["weights"] == "random")
+        assert json.loads((out / f"{row['task']}{suffix}.json").read_text())["score"] == row["score"]
+        assert row["published"] == (74.03 if row["task"] == "linear" else None)
+
+    head, *lines = as_table(summary).splitlines()
+    assert head.split() == ["task", "figure", "data", "weights", "score", "SEER's", "seconds"]
+    assert all(str(corpus) in line for line in lines[:6])
+    linear = next(line for line in lines if line.startswith("linear") and " trained " in line)
+    assert f"{kept['rows'][4]['score']:.2f} ± {kept['rows'][4]['stderr']:.2f}  " in linear and " 74.03 " in linear
+    assert all("(deviation)" in line for line in lines[:6] if line.startswith("lowshot"))
+    (told,) = [line for line in lines if line.startswith("Ours:")]
+    assert "after 5 samples, 16 px" in told and told.endswith("on ImageNet.")
+    missing = [line for line in lines if line.startswith("Not measured")]
+    assert [line.split(":")[1] for line in missing] == [" lowshot, random weights", " lowshot, trained weights"]
+    assert all(str(p["problem"]) in line for p, line in zip(kept["problems"], missing))
+
+
+def test_a_suite_that_measures_nothing_says_why_of_each_task(corpus, tmp_path):
+    _, place = checkpoint(tmp_path / "run")
+    items = read_suite("lowshot", {"data": str(corpus / "none"), "workers": "0"})
+    with pytest.raises(UserError) as told:
+        run_suite(place, items, which="last", initial=["trained"], out=tmp_path / "eval", device="cpu")
+    assert told.value.problems[0].key == str(corpus / "none") and told.value.args[0].startswith("eval lowshot: ")
+
+
+def test_published_figures_stand_beside_those_of_the_same_kind_alone():
+    def of(task: str, figure: str, data: str) -> float | None:
+        row = published(task, figure, word_of(data), "regnety_128gf")
+        return row.score if row else None
+
+    for task, score in (("linear", 75.96), ("finetune", 84.5)):
+        assert [of(task, "top1", data) for data in ("imagenet", "imagenet:/x", "photos", "")] == [score] * 4
+        assert [of(task, "top1", data) for data in ("places205", "inat18:/x", "voc07")] == [None] * 3
+        assert of(task, "map", "photos") is of(task, "map", "imagenet") is None
+    assert of("knn", "top1", "imagenet") is None
