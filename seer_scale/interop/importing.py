@@ -56,7 +56,8 @@ class Imported:
         model = " ".join(f"--model.{key} {value}" for key, value in self.model.items())
         library = LIBRARIES.get(self.format, self.format)
         lines = [f"{self.path} has {parts}, by names of {library}.", f"Its network: {model}"]
-        lines.append(f"Its images: {self.size} pixels, {_SOURCES.get(self.prepared.source, self.prepared.source)}")
+        source = self.prepared.source
+        lines.append(f"Its images: {self.size} pixels, {_SOURCES.get(source, f'as {source} tells')}")
         if differs := self.prepared.differs:
             told = ", ".join(f"{key} {ours} (there {theirs})" for key, (theirs, ours) in differs.items())
             lines.append(f"They are prepared otherwise than there: {told}")
@@ -70,9 +71,8 @@ class Imported:
 _SOURCES = {
     "assumed": "which is assumed, as nothing beside the weights tells (--size N sets it)",
     "metadata": "as its metadata tell",
-    "--size": "as --size tells",
 }
-"""How each `Prepared.source` that is no file is told."""
+"""How each `Prepared.source` is told that is neither a file nor an option."""
 
 
 def import_weights(

@@ -187,6 +187,7 @@ def test_what_an_export_holds_comes_in_to_the_bit(format, tmp_path):
     assert (made.format, made.model, made.left, made.anew) == (format, {"name": "regnety_400mf"}, [], [])
     source = {"timm": "config.json", "transformers": "preprocessor_config.json"}.get(format, "assumed")
     assert made.prepared == Prepared(eval_preprocessing(224 if source == "assumed" else 64), source)
+    assert source == "assumed" or f"64 pixels, as {source} tells" in str(made)
     found = seer_scale.load(tmp_path / "in").state_dict()
     assert all(torch.equal(found[n], t) for n, t in net.state_dict().items())
 
