@@ -7,6 +7,9 @@ import dataclasses
 import math
 import os
 import signal
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,8 @@ from seer_scale.evaluate.run import read_settings
 from seer_scale.evaluate.splits import DataSet, Split, check_targets, hold_out, open_data_set, stratified
 from seer_scale.evaluate.subject import Subject, begin
 from seer_scale.evaluate.task import Result
-from seer_scale.evaluate.tasks.lowshot import usual_shots
+from seer_scale.evaluate.tasks import svm as svm_module
+from seer_scale.evaluate.tasks.lowshot import listed, usual_shots
 from seer_scale.models.registry import build_backbone
 from seer_scale.observe.progress import Progress
 from tests.conftest import write_photos
@@ -324,6 +328,41 @@ def test_svms_are_those_of_vissl(pictures, monkeypatch):
         assert row["ap_interpolated"] == pytest.approx(expected, abs=1.0)
 
 
+def test_svms_that_do_not_converge_are_counted(pictures, monkeypatch, recwarn):
+    """As scikit-learn warns of them; the protocol is that of any weights."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import cross_val_score
+    from sklearn.svm import LinearSVC
+
+    data = multi_label(pictures)
+    monkeypatch.setattr(Evaluation, "data_set", lambda self: data)
+    monkeypatch.setattr(svm_module, "MAX_ITERATIONS_SVM", 25)
+    result = measured(pictures, "svm", c="0.001,1000")
+    assert not [w for w in recwarn if issubclass(w.category, ConvergenceWarning)]
+    evaluation = evaluation_of(pictures, "svm")
+    x = evaluation.features(data.train).features.double().numpy()
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    evaluation.clean()
+
+    def warned(work: Callable[[], object]) -> int:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            work()
+        return sum(issubclass(w.category, ConvergenceWarning) for w in told)
+
+    for c, row in enumerate(result.table):
+        wanted = np.where(data.train.targets[:, c] == 1, 1, -1)
+        models = {
+            cost: LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=25, random_state=0) for cost in (0.001, 1000.0)
+        }
+        folds = sum(warned(partial(cross_val_score, m, x, wanted, cv=3)) for m in models.values())
+        last = warned(partial(models[row["c"]].fit, x, wanted))
+        assert row["converged"] is (not last) and row["unconverged_fits"] == folds + last
+    total = sum(row["unconverged_fits"] for row in result.table)
+    assert result.scores["svm/unconverged_fits"] == total and 0 < total < 3 * 7
+    assert "at most 25 iterations" in result.protocol and "converged" not in result.protocol
+
+
 # ------------------------------------------------------------------------------------------------ what is drawn
 
 
@@ -354,6 +393,27 @@ def test_a_list_of_files_is_a_draw(pictures, tmp_path):
     (tmp_path / "two.txt").write_text("c0_1.jpg\nnone.jpg\n")
     with refused("--split-file"):
         measured(with_names, "lowshot", split_file=str(tmp_path / "two.txt"))
+
+
+def test_a_list_tells_images_of_one_name_apart_by_their_folders(pictures, tmp_path):
+    train = open_data_set(str(pictures), "", None).train
+    given = tmp_path / "list.txt"
+    wanted = ["class2/1.jpg", "/elsewhere/train/class0/1.jpg", "./class1/3.jpg"]
+    given.write_text("\n".join([*wanted, wanted[0], ""]))
+    found = listed(given, train)
+    assert [Path(train.source.name(i)).parts[-2:] for i in found] == [
+        ("class0", "1.jpg"), ("class1", "3.jpg"), ("class2", "1.jpg"),
+    ]  # fmt: skip
+    alone = train.take(np.flatnonzero(train.targets == 0))
+    given.write_text("other/1.jpg\n")
+    assert listed(given, alone).tolist() == [1], "there is one of that name"
+    for lines in ("1.jpg", "class9/1.jpg", "class0/x/1.jpg"):
+        given.write_text(f"{lines}\nclass1/3.jpg\n")
+        with refused("--split-file", str(given), "name their folders, too"):
+            listed(given, train)
+    given.write_text("a/1.jpg\nb/1.jpg\n")
+    with refused("--split-file", str(given), "name each image once, by its folders"):
+        listed(given, alone)
 
 
 def test_bad_input_is_one_problem_before_work_begins(pictures):

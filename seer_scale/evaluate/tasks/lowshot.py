@@ -26,7 +26,7 @@ from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import Split, hold_out, stratified
 from seer_scale.evaluate.task import Result, Task
 from seer_scale.evaluate.tasks.linear import HeadSettings, plan_of
-from seer_scale.files import to_json, write_whole
+from seer_scale.files import shown, to_json, write_whole
 from seer_scale.formatting import counted
 from seer_scale.observe.chart import Chart
 
@@ -232,14 +232,37 @@ class Lowshot(Task[LowshotSettings]):
 
 
 def listed(path: Path, train: Split) -> np.ndarray:
-    """The training images that a list names by their file names, with folders or without. Raises DataError where one is
-    not there."""
+    """The training images that a list names by their file names, with as many folders as tell them apart: of images of
+    one file name it is that whose path ends most alike. Raises DataError where none is there, or several are alike."""
     try:
-        wanted = {os.path.basename(line.strip()) for line in path.read_text().splitlines() if line.strip()}
+        lines = {shown(line.strip()) for line in path.read_text().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(Problem("--split-file", str(path), f"it cannot be read ({error})")) from error
-    numbers = {os.path.basename(train.source.name(i)): i for i in range(len(train))}
-    if missing := sorted(wanted - set(numbers)):
-        rule = f"{counted(len(missing), 'image')} of its {len(wanted):,} are not among the training images"
+    named = {line: parts_of(line) for line in sorted(lines)}
+    images: dict[str, list[tuple[int, list[str]]]] = {parts[-1]: [] for parts in named.values()}
+    for i in range(len(train)):
+        own = parts_of(train.source.name(i))
+        if own[-1] in images:
+            images[own[-1]].append((i, own))
+    if missing := [line for line, parts in named.items() if not images[parts[-1]]]:
+        rule = f"{counted(len(missing), 'image')} of its {len(named):,} are not among the training images"
         raise DataError(Problem("--split-file", str(path), rule, f"the first is {missing[0]}"))
-    return np.sort(np.array([numbers[name] for name in wanted]))
+    found: dict[int, str] = {}
+    for line, parts in named.items():
+        alike = images[parts[-1]]
+        for depth in range(2, len(parts) + 1):
+            alike = [(i, own) for i, own in alike if own[-depth:] == parts[-depth:]] or alike
+        image, name = alike[0][0], train.source.name(alike[0][0])
+        if len(alike) > 1:
+            rule = f"its {line} may be any of {counted(len(alike), 'image')}, such as {name}"
+            raise DataError(Problem("--split-file", str(path), rule, "name their folders, too"))
+        if image in found:
+            rule = f"its {found[image]} and {line} are both {name}"
+            raise DataError(Problem("--split-file", str(path), rule, "name each image once, by its folders"))
+        found[image] = line
+    return np.array(sorted(found), np.int64)
+
+
+def parts_of(name: str) -> list[str]:
+    """Folders and file of a path, or of a tar and its member; one part at least."""
+    return [part for part in name.replace("::", "/").split("/") if part not in ("", ".")] or [name]
