@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seer_scale.cores import rank_cores, told_threads
 from seer_scale.data.loading.listing import share
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
@@ -29,6 +28,7 @@ from seer_scale.evaluate.shards import (
     Shards,
     encode_images,
     read_safetensors,
+    share_cores,
 )
 from seer_scale.evaluate.splits import DataSet, Split, check_targets, open_data_set
 from seer_scale.evaluate.subject import Subject
@@ -58,8 +58,8 @@ class Table:
 
 @dataclass(kw_only=True)
 class Evaluation(Generic[SettingsT]):
-    """folder: where results go (RUN/eval). cores, workers: of this rank, the latter loader processes. All ranks make
-    it, and call all methods, alike."""
+    """folder: where results go (RUN/eval). workers: loader processes of this rank. All ranks make it, and call all
+    methods, alike."""
 
     task: str
     subject: Subject
@@ -79,9 +79,7 @@ class Evaluation(Generic[SettingsT]):
         return self.options.size or self.subject.size
 
     def __post_init__(self) -> None:
-        self.cores = rank_cores(self.world)
-        self.workers = self.options.workers if self.options.workers >= 0 else min(8, max(0, self.cores - 1))
-        torch.set_num_threads(told_threads() or self.cores)
+        self.workers = share_cores(self.world, self.options.workers)
 
     # ------------------------------------------------------------------------------------------------ what is there
 

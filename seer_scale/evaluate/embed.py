@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from seer_scale import __version__, distributed
-from seer_scale.cores import rank_cores, told_threads
 from seer_scale.data.loading.listing import share
 from seer_scale.data.sources import Source, open_source
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
-from seer_scale.evaluate.shards import SHARD_KINDS, Shards, dtype_name, encode_images
+from seer_scale.evaluate.shards import SHARD_KINDS, Shards, dtype_name, encode_images, share_cores
 from seer_scale.evaluate.splits import images_mark
 from seer_scale.evaluate.subject import Subject, check_path, open_subject
 from seer_scale.files import published, to_json, write_whole
@@ -89,8 +88,7 @@ def embed_images(
 
 def embed(subject: Subject, data: str, out: Path, options: EmbedOptions, world: World, folder: Path) -> dict[str, Any]:
     """As `embed_images`, in a world that stands. folder: where what is not finished lies."""
-    torch.set_num_threads(told_threads() or rank_cores(world))
-    workers = options.workers if options.workers >= 0 else min(8, max(0, rank_cores(world) - 1))
+    workers = share_cores(world, options.workers)
     size = options.size or subject.size
     begin = time.perf_counter()
     with Progress(active=world.is_main, to_stderr=True) as progress:

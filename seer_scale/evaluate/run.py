@@ -19,7 +19,7 @@ from seer_scale.errors import ConfigError, Problem
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.plotting import draw
 from seer_scale.evaluate.registry import task_class
-from seer_scale.evaluate.subject import check_path, open_subject, run_dir_of
+from seer_scale.evaluate.subject import Subject, check_path, open_subject, run_dir_of
 from seer_scale.evaluate.task import Result, TaskSettings
 from seer_scale.files import to_json, write_whole
 from seer_scale.observe.progress import Progress
@@ -71,19 +71,21 @@ def run_task(
     check_path(path)
     folder = results_folder(path, out)
     world = distributed.init(folder / "logs", device=device)
-    records = [measure(name, path, settings, world, folder, which=which, weights=weights) for weights in initial]
+    records = []
+    for weights in initial:
+        subject = open_subject(path, which, weights, world.device, settings.seed)
+        records.append(measure(name, subject, settings, world, folder))
+    report(path, folder, world)
     distributed.shutdown(world)
     return records
 
 
 def measure(
-    name: str, path: Path, settings: TaskSettings, world: World, folder: Path, *, which: str, weights: str,
-    keep_features: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """As `run_task`, in a world that stands. keep_features: for another task of the same weights."""
+    name: str, subject: Subject, settings: TaskSettings, world: World, folder: Path, *, keep_features: bool = False
+) -> dict[str, Any]:
+    """As `run_task`, of one subject, in a world that stands. keep_features: for another task of the same weights."""
     begin = time.perf_counter()
     task = task_class(name)(settings)
-    subject = open_subject(path, which, weights, world.device, settings.seed)
     with Progress(active=world.is_main, to_stderr=True) as progress:
         evaluation = Evaluation(
             task=name, subject=subject, options=settings, world=world, progress=progress, folder=folder
@@ -92,12 +94,17 @@ def measure(
     record = as_record(name, settings, evaluation, result, time.perf_counter() - begin)
     if world.is_main:
         publish(record, result, folder)
-        if subject.run_dir and folder.resolve() == results_folder(subject.run_dir, None).resolve():
-            from seer_scale.observe.report import write_report  # loads matplotlib
-
-            write_report(subject.run_dir)
     evaluation.clean(keep_features)
     return record
+
+
+def report(path: Path, folder: Path, world: World) -> None:
+    """Write the report of the run at `path`, or of the checkpoint there, anew, where results went into its folder."""
+    run_dir = run_dir_of(path)
+    if world.is_main and (run_dir / "config.yaml").is_file() and folder.resolve() == (run_dir / RESULTS).resolve():
+        from seer_scale.observe.report import write_report  # loads matplotlib
+
+        write_report(run_dir)
 
 
 def as_record(

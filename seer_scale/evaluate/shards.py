@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from seer_scale.cores import rank_cores, told_threads
 from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.sources import Source
 from seer_scale.distributed import World
@@ -46,6 +47,17 @@ FeatureStream = Callable[[np.ndarray], Iterator[Features]]
 
 
 # ------------------------------------------------------------------------------------------------ making them
+
+
+MAX_WORKERS = 8
+
+
+def share_cores(world: World, workers: int) -> int:
+    """Loader processes of this rank, `workers` of them, or (-1) as many as its cores leave; torch gets as many threads
+    as it was told, or has cores. Collective."""
+    cores = rank_cores(world)
+    torch.set_num_threads(told_threads() or cores)
+    return workers if workers >= 0 else min(MAX_WORKERS, max(0, cores - 1))
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from seer_scale.evaluate.context import SHARED_FEATURES
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.published import difference, published
 from seer_scale.evaluate.registry import task_class
-from seer_scale.evaluate.run import check_path, measure, read_settings, results_folder
+from seer_scale.evaluate.run import check_path, measure, read_settings, report, results_folder
+from seer_scale.evaluate.subject import open_subject
 from seer_scale.evaluate.task import TaskSettings
 from seer_scale.files import shown, to_json, write_whole
 from seer_scale.formatting import plus_minus
@@ -69,9 +70,13 @@ def run_suite(
     failed: list[UserError] = []
     problems: list[dict[str, str]] = []
     for weights in initial:
+        subject, seed = None, None
         for name, settings in items:
             try:
-                record = measure(name, path, settings, world, folder, which=which, weights=weights, keep_features=True)
+                if subject is None or weights == "random" and seed != settings.seed:
+                    subject, seed = open_subject(path, which, weights, world.device, settings.seed), settings.seed
+                given, subject = subject, None if task_class(name).trains_backbone else subject
+                record = measure(name, given, settings, world, folder, keep_features=True)
             except UserError as error:
                 failed.append(error.prefixed(f"eval {name}"))
                 problems.append({"task": name, "weights": weights, "problem": str(error)})
@@ -88,6 +93,7 @@ def run_suite(
                 shutil.rmtree(place, ignore_errors=True)
             with suppress(OSError):
                 (folder / "unfinished").rmdir()
+    report(path, folder, world)
     distributed.shutdown(world)
     if failed and not rows:
         raise UserError.joined(failed)

@@ -62,6 +62,8 @@ class Task(ABC, Generic[SettingsT]):
 
     name: ClassVar[str]
     settings: ClassVar[type[TaskSettings]]
+    trains_backbone: ClassVar[bool] = False
+    """Whether it leaves other weights in its subject, which no task after it is given."""
 
     def __init__(self, settings: SettingsT):
         self.options = settings

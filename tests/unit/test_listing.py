@@ -17,7 +17,7 @@ from seer_scale.data.loading.listing import share
 from seer_scale.data.sources import open_source
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, StartStopped, UserError
-from seer_scale.evaluate import context
+from seer_scale.evaluate import shards
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.run import read_settings
 from seer_scale.evaluate.splits import DataSet
@@ -159,7 +159,7 @@ def test_an_evaluation_lists_once_and_leaves_a_run_s_listing_alone(tmp_path, mon
         touch(tmp_path / "data" / f"c{n % 3}" / f"{n}.jpg")
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "listing-1.bin").touch()
-    monkeypatch.setattr(context, "rank_cores", lambda world: 1)
+    monkeypatch.setattr(shards, "rank_cores", lambda world: 1)
 
     def listed(rank: World, data: str) -> DataSet:
         settings = read_settings("knn", {"data": str(tmp_path / data)})

@@ -30,6 +30,8 @@ MAX_BARS = 20
 
 @register_task("detect", DetectSettings)
 class Detect(Task[DetectSettings]):
+    trains_backbone = True
+
     def measure(self, evaluation: Evaluation[DetectSettings]) -> Result:
         try:
             import pycocotools  # noqa: F401  # only whether it is there
