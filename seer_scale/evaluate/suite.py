@@ -70,12 +70,12 @@ def run_suite(
     failed: list[UserError] = []
     problems: list[dict[str, str]] = []
     for weights in initial:
-        subject, seed = None, None
+        opened, seed = None, None
         for name, settings in items:
             try:
-                if subject is None or weights == "random" and seed != settings.seed:
-                    subject, seed = open_subject(path, which, weights, world.device, settings.seed), settings.seed
-                given, subject = subject, None if task_class(name).trains_backbone else subject
+                if opened is None or weights == "random" and seed != settings.seed:
+                    opened, seed = open_subject(path, which, weights, world.device, settings.seed), settings.seed
+                given, opened = opened, None if task_class(name).trains_backbone else opened
                 record = measure(name, given, settings, world, folder, keep_features=True)
             except UserError as error:
                 failed.append(error.prefixed(f"eval {name}"))

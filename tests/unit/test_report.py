@@ -380,7 +380,7 @@ def test_what_eval_has_measured_has_rows_and_charts(run_dir):
     }  # fmt: skip
     for name, kept in {
         "other": record | {"plots": []},
-        "other-random": record | {"protocol": "On others.", "scores": {"knn/top1": 77.5}},
+        "other-random": record | {"data": "others", "scores": {"knn/top1": 77.5}},
         "knn": record, "knn-random": record | {"scores": {"knn/top1": 20.0}}, "suite": {"suite": ["knn"]},
         "alone-random": record | {"task": "alone", "plots": [{"title": 1}]},
         "drawn": record | {"scores": {"knn/top1": 55.0, "knn/top1_std": 4.5}, "plots": [bars | {"x": ""}]},

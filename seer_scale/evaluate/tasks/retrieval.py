@@ -64,7 +64,7 @@ class Retrieval(Task[RetrievalSettings]):
         data = evaluation.data_set(partial(open_revisited, word, root))
         bank, asked = self._whole(evaluation, data.train), self._whole(evaluation, data.test)
         similarity, rows = nearest_neighbours(bank.features, asked.features, len(bank.rows), evaluation)
-        return self._revisited(rows.numpy(), data.more["gnd"], data.protocol)  # type: ignore[arg-type]  # of its own making
+        return self._revisited(rows.numpy(), data.more["gnd"], data.protocol)
 
     # ------------------------------------------------------------------------------------------------ features
 

@@ -52,8 +52,8 @@ def rows_of(results: Mapping[str, dict[str, Any]]) -> list[Row]:
         if stem != trained and trained in results:
             continue
         is_untrained, before = stem != trained, results.get(trained + UNTRAINED)
-        if before and any(before.get(key) != record.get(key) for key in ("protocol", "size")):
-            before = None  # of other images
+        if before and any(before.get(key) != record.get(key) for key in ("data", "size", "settings")):
+            before = None  # of other images, or in another way
         subject = record.get("subject") or {}
         rows.append(
             Row(
