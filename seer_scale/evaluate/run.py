@@ -26,6 +26,8 @@ from seer_scale.observe.progress import Progress
 
 RESULTS = "eval"
 """The folder of results in a run's folder."""
+HISTORY = "history.jsonl"
+"""A line a result, there: all that was measured, but for tables and plots."""
 
 
 def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
@@ -40,7 +42,7 @@ def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
         except yaml.YAMLError:
             problems.append(Problem(field, text, "must be a YAML value", "such as 3, 0.1, true or [1, 2]"))
     settings = read_section(task_class(name).settings, values, "", problems)
-    problems += settings.problems()
+    problems += settings.name_problems() + settings.problems()
     if problems:
         raise ConfigError([dataclasses.replace(p, key=option_of(p.key)) for p in problems], f"eval {name}")
     return settings
@@ -145,9 +147,12 @@ def as_record(
 def publish(record: Mapping[str, Any], result: Result, folder: Path) -> Path:
     """Write a record and its plots; the path of the record."""
     suffix = "-random" if record["subject"]["weights"] == "random" else ""
-    stem = f"{record['task']}{suffix}"
+    stem = f"{record['settings']['name'] or record['task']}{suffix}"
     path = folder / f"{stem}.json"
     for i, plot in enumerate(result.plots):
         draw(plot, folder / f"{stem}{f'-{i + 1}' * bool(i)}.svg")
     write_whole(path, to_json(record, indent=1) + "\n")
+    line = {key: value for key, value in record.items() if key not in ("table", "plots")}
+    with (folder / HISTORY).open("a") as file:  # a file of this name that is written anew loses nothing
+        file.write(to_json(line) + "\n")
     return path

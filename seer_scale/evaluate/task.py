@@ -6,6 +6,7 @@ and a plot as data. Nothing here trains the backbone's run.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 from seer_scale.config.fields import opt
 from seer_scale.errors import Problem
 from seer_scale.observe.chart import Chart
+
+NOT_IN_FIGURES = ("data", "test", "batch", "workers", "name")
+"""Options of every task on which figures do not depend; of the images there is a mark of their own."""
+RESERVED = ("suite", "history")
+"""Names that other results have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,13 @@ class TaskSettings:
     batch: int = opt(64, "images a forward pass of one process", ge=1)
     workers: int = opt(-1, "loader processes of one process; -1 = by its cores", ge=-1)
     seed: int = opt(0, "of everything that is drawn", ge=0)
+    name: str = opt("", "of the result, as in eval/NAME.json, where several are to be kept; empty = the task's")
+
+    def name_problems(self) -> list[Problem]:
+        """What is wrong with `name`."""
+        if not self.name or re.fullmatch(r"[\w.+=-]+", self.name) and self.name[0] != "." and self.name not in RESERVED:
+            return []
+        return [Problem("name", self.name, "must be a plain name of a file", "letters, digits, dots and hyphens")]
 
     def problems(self) -> list[Problem]:
         """What no single range says; keys are the fields' names."""
@@ -35,8 +48,7 @@ class TaskSettings:
     @property
     def mark(self) -> str:
         """Stands for the options that figures depend on."""
-        others = ("data", "test", "batch", "workers")
-        return repr([(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in others])
+        return repr([(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in NOT_IN_FIGURES])
 
 
 SettingsT = TypeVar("SettingsT", bound=TaskSettings)

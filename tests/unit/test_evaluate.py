@@ -215,6 +215,18 @@ def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
     assert (tmp_path / "knn.svg").read_text().count("<svg") == 1
     record["subject"]["weights"] = "random"
     assert publish(record, result, tmp_path).name == "knn-random.json"
+    record["settings"]["name"] = "knn-others"
+    assert publish(record, result, tmp_path).name == "knn-others-random.json"
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == 3 * [kept["score"]] and "table" not in lines[0]
+
+
+def test_the_name_of_a_result_is_that_of_a_file_and_changes_no_figure():
+    for wrong in ("a/b", ".a", "suite", "a b", ".."):
+        with pytest.raises(ConfigError) as told:
+            read_settings("knn", {"name": wrong})
+        assert [p.key for p in told.value.problems] == ["--name"]
+    assert read_settings("knn", {"name": "knn-b"}).mark == read_settings("knn", {}).mark
 
 
 def test_what_is_evaluated_is_in_eval_mode_and_depends_on_no_neighbour(tmp_path):

@@ -57,7 +57,7 @@ class Detect(Task[DetectSettings]):
             torch.manual_seed(options.seed)
             group = world.group("statistics", world.size)
             detector = Detector(subject.model, levels, len(trained.categories), options, masks=masks, group=group)
-        where_from = {"data", "test", "annotations", "test_annotations", "workers"}
+        where_from = {"data", "test", "annotations", "test_annotations", "workers", "name"}
         kept = {name: value for name, value in dataclasses.asdict(options).items() if name not in where_from}
         place = evaluation.work(sorted(kept.items()), trained.mark, tested.mark)
         losses = train(detector.to(world.device), Examples(trained, options, masks=masks), evaluation, place)

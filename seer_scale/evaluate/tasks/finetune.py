@@ -21,14 +21,14 @@ from seer_scale.evaluate.finetuning import Done, FinetuneSettings, Finetuning, c
 from seer_scale.evaluate.metrics import average_precisions, per_class_accuracy
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
-from seer_scale.evaluate.task import Result, Task
+from seer_scale.evaluate.task import NOT_IN_FIGURES, Result, Task
 from seer_scale.files import published
 from seer_scale.formatting import counted
 from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, About, Head, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier
 from seer_scale.observe.chart import Chart
 
-NOT_IN_WEIGHTS = ("data", "test", "batch", "workers", "save_every")
+NOT_IN_WEIGHTS = (*NOT_IN_FIGURES, "save_every")
 """Options on which the trained weights do not depend: images are told by their marks."""
 
 
@@ -65,7 +65,9 @@ class Finetune(Task[FinetuneSettings]):
         evaluation.world.barrier()
         if evaluation.world.is_main:
             suffix = "-random" if subject.weights == "random" else ""
-            keep_network(evaluation.folder / f"finetune{suffix}", finetuning.measured, evaluation, result)
+            keep_network(
+                evaluation.folder / f"{options.name or self.name}{suffix}", finetuning.measured, evaluation, result
+            )
         return result
 
     def _how(self, split: Split, weights: str) -> str:

@@ -57,7 +57,7 @@ def rows_of(results: Mapping[str, dict[str, Any]]) -> list[Row]:
         subject = record.get("subject") or {}
         rows.append(
             Row(
-                task=shown(record["task"]),
+                task=shown(record["task"] if trained == record["task"] else f"{record['task']} ({trained})"),
                 figure=shown(str(record.get("headline", ""))),
                 score="" if is_untrained else figure_of(record),
                 untrained=figure_of(before) if before else "",
