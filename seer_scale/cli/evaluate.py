@@ -135,5 +135,5 @@ def as_text(record: dict[str, Any]) -> str:
         around = plus_minus(scores.get(f"{key}_stderr"), scores.get(f"{key}_std"))
         figure = f"{value:,.0f}" if float(value).is_integer() and not around else f"{value:.2f}"
         shown.append(f"{key} {figure}{around}")
-    weights = "untrained weights" if subject["weights"] == "random" else subject["checkpoint"] or subject["path"]
+    weights = "untrained weights" if subject["weights"] == "random" else subject["checkpoint"] or shown(subject["path"])
     return f"{', '.join(shown)} ({weights}). {record['protocol']}"

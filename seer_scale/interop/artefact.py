@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seer_scale.checkpoint.layout import SAFETENSORS_DTYPES, local_of, run_of
 from seer_scale.errors import NOTHING, Problem, UserError, missing_path
-from seer_scale.files import plain
+from seer_scale.files import plain, shown
 from seer_scale.interop.names import NAME_MAPS
 from seer_scale.models.timm_adaptor import TIMM_PREFIX
 
@@ -31,6 +31,8 @@ ARTEFACT_VERSION = 1
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ONNX_FILE = "model.onnx"
 OWN_FORMAT = "safetensors"
+DESCRIPTORS = Path("/proc/self/fd")
+"""Where Linux has the open files of a process by number."""
 HEAD_KEY = "head"
 """Of `About.origin`: the `Head` of a classifier, whose tensors are head/weight [classes, D] and head/bias [classes]."""
 _WORDS = {dtype: word for word, dtype in SAFETENSORS_DTYPES.items()}
@@ -257,8 +259,11 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def open_safetensors(path: Path) -> Any:  # safetensors has no types for it
-    """Raises UserError."""
+    """By its descriptor where its name is not UTF-8, which safetensors does not take. Raises UserError."""
     try:
-        return safe_open(path, framework="pt")
+        if shown(path) == os.fspath(path) or not DESCRIPTORS.is_dir():
+            return safe_open(path, framework="pt")
+        with open(path, "rb") as file:
+            return safe_open(DESCRIPTORS / str(file.fileno()), framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(Problem(str(path), NOTHING, f"is no whole safetensors file ({error})")) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -93,3 +94,12 @@ def test_what_is_no_artefact_is_told_in_one_sentence(tmp_path):
         (folder / artefact.WEIGHTS_INDEX).write_bytes(index)
         with pytest.raises(UserError, match="is damaged"):
             Artefact(folder)
+
+
+def test_names_of_any_bytes(tmp_path):
+    """safetensors itself takes UTF-8 alone."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \x1b[31m")
+    folder.mkdir()
+    write(folder / "x.safetensors")
+    found = Artefact(folder / "x.safetensors")
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in TENSORS.items())
