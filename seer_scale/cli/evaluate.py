@@ -10,7 +10,7 @@ from typing import Any
 
 from seer_scale.cli.parser import Parser, add_command
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED
-from seer_scale.files import to_json
+from seer_scale.files import shown, to_json
 from seer_scale.formatting import plus_minus
 
 EPILOG = """On several processes: torchrun --nproc-per-node 8 -m seer_scale eval TASK ..., or srun, or accelerate
@@ -83,11 +83,11 @@ def _add_options(parser: Parser, settings: type) -> None:
 
     options = parser.add_argument_group("options of the task")
     for field, kind, default, what in keys_of(settings):
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        usual = ",".join(map(str, default)) if isinstance(default, tuple) else default
         of_flag: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
         options.add_argument(
             option_of(field), dest=f"task.{field}", default=argparse.SUPPRESS, metavar=kind.replace("%", "%%"),
-            help=f"{what} (default {shown})".replace("%", "%%") if shown != "" else what.replace("%", "%%"), **of_flag,
+            help=f"{what} (default {usual})".replace("%", "%%") if usual != "" else what.replace("%", "%%"), **of_flag,
         )  # fmt: skip
 
 
@@ -128,12 +128,12 @@ def _weights(args: argparse.Namespace) -> list[str]:
 def as_text(record: dict[str, Any]) -> str:
     """What a result says, for people."""
     scores, subject = record["scores"], record["subject"]
-    shown = []
+    figures = []
     for key, value in scores.items():
         if any(key.endswith(suffix) and key.removesuffix(suffix) in scores for suffix in ("_stderr", "_std")):
             continue
         around = plus_minus(scores.get(f"{key}_stderr"), scores.get(f"{key}_std"))
         figure = f"{value:,.0f}" if float(value).is_integer() and not around else f"{value:.2f}"
-        shown.append(f"{key} {figure}{around}")
+        figures.append(f"{key} {figure}{around}")
     weights = "untrained weights" if subject["weights"] == "random" else subject["checkpoint"] or shown(subject["path"])
-    return f"{', '.join(shown)} ({weights}). {record['protocol']}"
+    return f"{', '.join(figures)} ({weights}). {record['protocol']}"

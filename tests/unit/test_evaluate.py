@@ -4,6 +4,7 @@ nearest neighbours, options, what is written."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,12 @@ def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
     assert publish(record, result, tmp_path).name == "knn-others-random.json"
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [line["score"] for line in lines] == 3 * [kept["score"]] and "table" not in lines[0]
+
+
+def test_what_is_said_of_an_export_shows_its_name_as_it_may_be_printed():
+    subject = {"weights": "trained", "checkpoint": "", "path": os.fsdecode(b"caf\xe9")}
+    told = as_text({"scores": {"knn/top1": 12.5, "knn/top1_stderr": 0.5}, "subject": subject, "protocol": "So."})
+    assert told == "knn/top1 12.50 ± 0.50 (caf\\xe9). So."
 
 
 def test_the_name_of_a_result_is_that_of_a_file_and_changes_no_figure():
