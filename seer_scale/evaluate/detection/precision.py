@@ -1,4 +1,4 @@
-"""What a detector finds, and average precision of it by COCO's own evaluation (pycocotools)."""
+"""What a detector finds, and average precision of it by COCO's own evaluation."""
 
 from __future__ import annotations
 
@@ -107,14 +107,26 @@ def ground_truth(coco: CocoSet) -> dict[str, Any]:
     }
 
 
+def evaluator() -> tuple[Any, Any]:
+    """The classes COCO and COCOeval: faster-coco-eval's where it is installed, which has the same figures in a sixth of
+    the time, else pycocotools'."""
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        return COCO, COCOeval_faster
+    except ImportError:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        return COCO, COCOeval
+
+
 def average_precision(
     coco: CocoSet, results: list[dict[str, Any]], kind: Literal["box", "mask"]
 ) -> tuple[dict[str, float], dict[int, float]]:
     """(figures of SUMMARY, AP by category), in percent, by COCO's evaluation; without those that no object counts
     for."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
+    COCO, COCOeval = evaluator()
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
         truth, found = COCO(), COCO()
         truth.dataset = ground_truth(coco)
