@@ -225,17 +225,20 @@ def export(
 
 
 def import_weights(
-    path: str | Path, out: str | Path, *, format: str = "auto", model: str = "", size: int = 0, force: bool = False
-) -> Imported:
+    path: str | Path, out: str | Path, *, format: str = "auto", model: str = "", size: int = 0, force: bool = False,
+    plugins: str | Sequence[str] = (),
+) -> Imported:  # fmt: skip
     """Published weights become a folder `out` that `load` and `checkpoint.init_from` take; what was taken.
 
     path: a file of VISSL, timm, torchvision or the SwAV repository, or a folder of timm or transformers. format: auto
     goes by the names. model: the backbone they must be of, as in `model.name`. size: of the images in pixels; 0: as
     metadata of ours, timm's config.json or transformers' preprocessor_config.json tell, else 224. force: replace an
-    earlier import. Nothing in a file is run. Raises UserError, with nothing left behind.
+    earlier import. plugins: as `load`; of a plugin's backbone, tensors have the names of its `state_dict`. Nothing in a
+    file is run. Raises UserError, with nothing left behind.
     """
     from seer_scale.interop import importing
 
+    load_plugins(_several(plugins))
     given, made = (Path(p).expanduser() for p in (path, out))
     return importing.import_weights(given, made, format=format, model=model, size=size, force=force)
 

@@ -19,16 +19,18 @@ SOURCE_FORMATS = ("auto", "vissl", "timm", "torchvision", "transformers", "safet
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
     parser = add_command(
-        commands, "import", run, "turn published weights into what a run can begin with", description=ABOUT_IMPORT
-    )
+        commands, "import", run, "turn published weights into what a run can begin with", description=ABOUT_IMPORT,
+        takes_plugins=True,
+    )  # fmt: skip
     parser.add_argument("path", metavar="FILE", type=Path, help="the file, or the folder that a library reads")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to make")
     parser.add_argument(
         "--format", choices=SOURCE_FORMATS, default="auto", help="whose names it has (default: auto, by the names)"
     )
     parser.add_argument(
-        "--model", metavar="NAME", default="", help="the backbone it must be, as in model.name; timm/NAME for timm's"
-    )
+        "--model", metavar="NAME", default="",
+        help="the backbone it must be, as in model.name; timm/NAME for timm's; a plugin's for one that --plugin brings",
+    )  # fmt: skip
     parser.add_argument(
         "--size", type=int, default=0, help="of images, in pixels; default: as files beside the weights tell, else 224"
     )

@@ -47,7 +47,7 @@ def find_model(where: str, shapes: Shapes) -> dict[str, Any]:
         if name := RESNETS.get(("layer1.0.conv3.weight" in shapes, *depths)):
             return {"name": TIMM_PREFIX + name}
     rule = "holds a network that its names do not tell"
-    raise UserError(Problem(where, NOTHING, rule, f"give --model {TIMM_PREFIX}NAME, one of timm's"))
+    raise UserError(Problem(where, NOTHING, rule, f"give --model {TIMM_PREFIX}NAME, one of timm's, or a plugin's"))
 
 
 def _count(name: str, shapes: Shapes, first: int = 1) -> int:

@@ -21,7 +21,7 @@ from seer_scale.interop.formats import LIBRARIES
 from seer_scale.interop.preprocessing import Prepared, find_preprocessing
 from seer_scale.interop.published import Lazy, Published, open_published
 from seer_scale.interop.write import MAX_SHARD_SIZE, check_replaceable, size_in_bytes
-from seer_scale.models.registry import build_backbone
+from seer_scale.models.registry import build_backbone, registered_names
 from seer_scale.models.timm_adaptor import STATISTICS, TIMM_PREFIX, Whole
 
 COUNT = STATISTICS[2]
@@ -81,8 +81,9 @@ def import_weights(
     """Make an artefact at `out`, a folder, of the weights in a file or folder. force: replace an earlier one.
 
     format: vissl, timm, torchvision, transformers or safetensors (ours); auto goes by the names. model: the backbone
-    they must be of, as in `model.name`. size: of the images in pixels; 0: as metadata or a library's files tell, else
-    224. Tensors become fp32, one at a time. Raises UserError, with nothing left behind.
+    they must be of, as in `model.name`; of a plugin's, tensors have the names of its `state_dict`. size: of the images
+    in pixels; 0: as metadata or a library's files tell, else 224. Tensors become fp32, one at a time. Raises
+    UserError, with nothing left behind.
     """
     check_replaceable(out, force)
     found = open_published(path, format)
@@ -129,6 +130,8 @@ def _model(where: Path, found: Published, asked: str) -> dict[str, Any]:
     if asked and asked != "regnety":
         with torch.device("meta"):
             build_backbone(asked)  # there is one of this name
+    if asked in registered_names() and not found.about:  # shapes do not tell a plugin's
+        return {"name": asked}
     if found.about:
         keys = dict(found.about.model)
     else:

@@ -36,6 +36,11 @@ def register_backbone(name: str) -> Callable[[F], F]:
     return register
 
 
+def registered_names() -> list[str]:
+    """Of the backbones that `register_backbone` brought."""
+    return list(_REGISTERED)
+
+
 def backbone_names() -> list[str]:
     """Every name `build_backbone` knows beside timm's; `regnety` is the one whose generator is given freely."""
     return [*REGNETY, *_REGISTERED, "regnety"]

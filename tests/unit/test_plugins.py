@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 import seer_scale
 from seer_scale import plugins
@@ -74,6 +76,47 @@ def test_files_beside_bring_a_method_and_a_backbone(beside, photos):
     program = "import seer_scale; m = seer_scale.load('run', plugins=['my_backbone']); print(m.num_features)"
     done = subprocess.run([sys.executable, "-c", program], cwd=beside, capture_output=True, text=True)
     assert done.stdout == "16\n", done.stderr
+
+
+MAKE = """
+import torch
+from seer_scale.models.registry import build_backbone, initialise
+from seer_scale.plugins import load_plugins
+
+load_plugins(["my_backbone.py"])
+net = build_backbone("plain_convnet")
+initialise(net, seed=3)
+torch.save(net.state_dict(), "x.pth")
+"""
+COMPARE = """
+import seer_scale, torch
+
+made = torch.load("x.pth")
+for place in ("in", "again"):
+    found = seer_scale.load(place, plugins=["my_backbone.py"]).state_dict()
+    assert found.keys() == made.keys() and all(torch.equal(found[n], t) for n, t in made.items())
+"""
+
+
+def test_weights_of_a_plugins_backbone_come_in(beside):
+    """From a file by its names, and from an export by its metadata; what the file names is not loaded by itself."""
+
+    def python(program: str) -> None:
+        done = subprocess.run([sys.executable, "-c", program], cwd=beside, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    python(MAKE)
+    words = ("import", "x.pth", "--model", "plain_convnet", "--out")
+    told = run(*words, "in", folder=beside, status=2)
+    assert "no such backbone" in told and "--plugin" in told and not (beside / "in").exists()
+    plugin = ("--plugin", "my_backbone.py")
+    assert "--model.name plain_convnet" in run(*words, "in", *plugin, folder=beside)
+    assert "--plugin" in run("import", "in", "--out", "again", folder=beside, status=2)
+    run("import", "in", "--out", "again", *plugin, folder=beside)
+    python(COMPARE)
+    save_file({"s9.weight": torch.zeros(1)}, beside / "y.safetensors")
+    told = run("import", "y.safetensors", "--model", "plain_convnet", "--out", "no", *plugin, folder=beside, status=2)
+    assert "does not hold a plain_convnet: stem.conv.weight is absent" in told
 
 
 def test_what_a_class_lacks_is_told_before_anything_is_made(beside, photos):
