@@ -11,14 +11,15 @@ from importlib import metadata
 
 from seer_scale import __version__, console
 from seer_scale.cli import data, embed, evaluate, export, imports, launch, reports, train
-from seer_scale.cli.parser import Parser, split_overrides
+from seer_scale.cli.parser import Parser, split_overrides, split_switches
 from seer_scale.config import plugins_of
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserError, print_error
 from seer_scale.plugins import load_plugins
 
 UNREADABLE = (errno.EACCES, errno.ENAMETOOLONG)
 DESCRIPTION = "Self-supervised pretraining of large convnets, from a laptop to 512 GPUs."
-MAIN_EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all keys.
+MAIN_EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all keys. A bool
+alone is true; --section alone sets its key enabled, as in --probe.
 --plugin MODULE (a name, or the path of a .py file) brings methods and backbones; it may be given more than once.
 Exit status: 0 done (or submitted), 1 failed, 2 bad input, 75 stopped with its state saved."""
 
@@ -43,12 +44,15 @@ def run(words: Sequence[str]) -> int:
     """As `main`. Raises UserError."""
     if not words or words[0] == "help":
         words = [*words[1:], "--help"]
+    load_plugins(plugins_of({}, split_overrides(words)[1]))  # what they bring is known to all that follows
     own, overrides = split_overrides(words)
-    load_plugins(plugins_of({}, overrides))  # what they bring is known to --help, too
     try:
         args, more = build_parser(own).parse_known_args(own)
     except SystemExit as asked:  # of --help and --version
         return int(asked.code or EXIT_DONE)
+    if more and args.takes_overrides:
+        switched, more = split_switches(more)
+        overrides += switched
     if more:
         args.parser.unexpected(more, args.takes_overrides)
     if args.takes_plugins and overrides[:1] == ["--run.plugins"]:  # loaded above

@@ -133,17 +133,39 @@ def add_command(
     return parser
 
 
+BOOLEANS = [spelt(w) for w in ("true", "false", "yes", "no", "on", "off") for spelt in (str, str.title, str.upper)]
+"""YAML's."""
+
+
+def split_switches(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(overrides, the words left) of words that no option took: `--SECTION` is its key `enabled`, where it has one."""
+    keys = [key.split(".") for key, kind, *_ in all_keys() if kind == "bool"]
+    sections = {section for section, key in keys if key == "enabled"}
+    overrides: list[str] = []
+    rest, left = list(words), []
+    while rest:
+        name, is_whole, value = (word := rest.pop(0)).partition("=")
+        if not name.startswith("--") or name[2:] not in sections:
+            left.append(word)
+            continue
+        if not is_whole:
+            value = rest.pop(0) if rest and rest[0] in BOOLEANS else "true"
+        overrides += [f"{name}.enabled", value]
+    return overrides, left
+
+
 def sentence(clause: str) -> str:
     return f"{clause[:1].upper()}{clause[1:]}."
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the other words, `--section.key value` and `--section.key=value` words): what has a dot is a key of a recipe;
-    `--plugin MODULE`, which may come more than once, is run.plugins."""
+    `--plugin MODULE`, which may come more than once, is run.plugins. A key of true or false alone is true. Raises
+    UserError where the word after such a key may be meant as its value or as another argument."""
     own: list[str] = []
     overrides: list[str] = []
     plugins: list[str] = []
-    rest = list(words)
+    rest, switches = list(words), {key for key, kind, *_ in all_keys() if kind == "bool"}
     while rest:
         word = rest.pop(0)
         name, is_whole, value = word.partition("=")
@@ -156,7 +178,13 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
             own.append(word)
             continue
         overrides.append(word)
-        if not is_whole and rest and not rest[0].startswith("--"):
+        has_value = is_whole or bool(rest) and not rest[0].startswith("--")
+        if name[2:] in switches and not is_whole:
+            if has_value and rest[0] not in BOOLEANS:
+                fix = f"write {name}=true where {rest[0]} is no value of it"
+                raise UserError(Problem(name, rest[0], "must be true or false", fix))
+            overrides += [] if has_value else ["true"]
+        if has_value and not is_whole:
             overrides.append(rest.pop(0))
     if plugins:
         overrides += ["--run.plugins", json.dumps(plugins, allow_nan=False)]

@@ -78,7 +78,11 @@ def help_of_train(recipe: str = "") -> str:
         "",
     ]
     lines += ["--plugin MODULE: a Python module that brings methods or backbones, by name or path (run.plugins).", ""]
-    lines += ["Precedence: defaults < recipe < command line. Lists are written [1, 2]. Keys, types, defaults:", ""]
+    lines += [
+        "Precedence: defaults < recipe < command line. Lists are written [1, 2]; a bool alone is true, "
+        "--section alone sets its key enabled. Keys, types, defaults:",
+        "",
+    ]
     for key, kind, default, meaning in all_keys():
         section, name = key.split(".")
         values = given.get(section)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.cli import build_parser, main
+from seer_scale.cli.parser import split_switches
 from seer_scale.cli.reports import BENCHES
-from seer_scale.config import RECIPES, load_recipe, recipe_names, resolve
+from seer_scale.config import RECIPES, MethodSettings, load_recipe, method_settings, opt, recipe_names, resolve
 from seer_scale.errors import EXIT_STOPPED
 
 COMMANDS = (
@@ -63,6 +65,12 @@ COMMANDS = (
             "keys of a recipe have a dot, as in --train.total_samples; did you mean --optim.lr?",
         ),
         (["train", "demo", "--print-confg"], "did you mean --print-config?"),
+        (
+            ["train", "--knn.enabled", "demo"],
+            "but must be true or false; write --knn.enabled=true where demo is no",
+        ),
+        (["train", "demo", "--probe", "ture"], "ture is not expected here"),
+        (["eval", "knn", "x", "--probe"], "--probe is no option of seer-scale eval knn"),
         (["train", "no/recipe.yaml", "--help"], "no/recipe.yaml is no file"),
         (["eval"], "eval needs one of "),
         (["eval", "knn"], "eval knn needs RUN"),
@@ -187,6 +195,35 @@ def test_the_resolved_recipe_can_be_printed(capsys, photos):
     told = yaml.safe_load(capsys.readouterr().out)
     assert told["optim"]["lr"] == 0.25 and resolve(told) == resolve(load_recipe(words[0]), words[1:])
     assert main(["train", *words, "--optim.lr", "0.5", "--print-config"]) == 2  # given twice
+
+
+@pytest.mark.parametrize(
+    "words, compiles, knn",
+    [
+        (["--train.compile", "--knn", "photos_laptop"], True, True),
+        (["photos_laptop", "--knn", "false", "--train.compile"], True, False),
+        (["--knn=off", "photos_laptop", "--train.compile", "no"], False, False),
+        (["photos_laptop", "--knn.enabled", "--knn.k", "3", "--train.compile=true"], True, True),
+    ],
+)
+def test_a_bool_needs_no_value_and_a_section_is_switched_by_its_name(words, compiles, knn, capsys, photos):
+    words = ["train", "--print-config", *words, "--data.path", str(photos)]
+    assert main(words) == 0
+    told = yaml.safe_load(capsys.readouterr().out)
+    assert told["train"]["compile"] is compiles and told["knn"]["enabled"] is knn
+    assert main([*words, "--knn", "--knn.enabled"]) == 2 and "--knn.enabled is given twice" in capsys.readouterr().err
+
+
+def test_a_section_of_a_plugin_is_switched_by_its_name_too(monkeypatch):
+    @dataclass(frozen=True)
+    class Extra(MethodSettings):
+        enabled: bool = opt(False, "more")
+        number: int = opt(0, "of them")
+
+    monkeypatch.setitem(method_settings._CLASSES, "extra", Extra)
+    assert split_switches(["--extra", "x", "--extra=false", "--swav"]) == (
+        ["--extra.enabled", "true", "--extra.enabled", "false"], ["x", "--swav"],
+    )  # fmt: skip
 
 
 def test_a_recipe_that_does_not_fit_this_machine_can_be_looked_at(capsys):
