@@ -27,11 +27,11 @@ from seer_scale.evaluate.shards import (
     SafetensorsShards,
     Shards,
     encode_images,
-    read_safetensors,
     share_cores,
 )
 from seer_scale.evaluate.splits import DataSet, Split, check_targets, open_data_set
 from seer_scale.evaluate.subject import Subject
+from seer_scale.evaluate.table import Table, is_joined, join, open_matrix
 from seer_scale.evaluate.task import SettingsT
 from seer_scale.extras import how_to_install
 from seer_scale.formatting import counted
@@ -44,16 +44,6 @@ SHARD = 1024
 """Images whose features are written together: what a kill can lose, on each rank."""
 
 SHARED_FEATURES = "features"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Features of a split, on the host: float32 [n, D], of the images `rows` (int64 [n], in order) of the split, those
-    that could be read; targets: of these."""
-
-    features: Tensor
-    rows: np.ndarray
-    targets: np.ndarray
 
 
 @dataclass(kw_only=True)
@@ -168,15 +158,24 @@ class Evaluation(Generic[SettingsT]):
             encode_images, encode_pixels or of_pixels, split.source, size=self.size, batch=self.options.batch,
             workers=self.workers, device=self.device, within=SHARD,
         )  # fmt: skip
-        shards = Shards(self.work(SHARED_FEATURES, split.mark, self.size, mark), len(split), SHARD, SafetensorsShards())
-        label = f"computing features of {what or split.name}"
-        shards.write(stream, split.source, world=self.world, progress=self.progress, label=label)
-        features, numbers, _ = zip(*(read_safetensors(shards.path(i)) for i in range(len(shards))))
-        rows = torch.cat(numbers).numpy()
-        if not len(rows):
-            fix = "check them: seer-scale data describe"
-            raise DataError(Problem(split.name, NOTHING, f"none of {counted(len(split), 'image')} can be read", fix))
-        return Table(torch.cat([f for f in features if len(f)]), rows, split.targets[rows])
+        folder, world, name = self.work(SHARED_FEATURES, split.mark, self.size, mark), self.world, what or split.name
+        shards = Shards(folder, len(split), SHARD, SafetensorsShards())
+        if not world.from_main(lambda: is_joined(folder)):
+            label = f"computing features of {name}"
+            shards.write(stream, split.source, world=world, progress=self.progress, label=label)
+            with self.progress.doing(f"joining features of {name}"), world.together():
+                if world.is_main and not join(shards):
+                    rule = f"none of {counted(len(split), 'image')} can be read"
+                    raise DataError(Problem(split.name, NOTHING, rule, "check them: seer-scale data describe"))
+        features, rows = open_matrix(folder)
+        return Table(features, rows, split.targets[rows], folder)
+
+    def discard(self, *tables: Table) -> None:
+        """Remove the files of features that are not asked for again; who has mapped them keeps them. Collective."""
+        self.world.barrier()
+        if self.world.is_main:
+            for table in tables:
+                shutil.rmtree(table.folder, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------ training a head
 

@@ -25,6 +25,7 @@ from seer_scale.evaluate.layers import Inputs, Layers
 from seer_scale.evaluate.metrics import average_precisions, mean_of, per_class_accuracy, topk_accuracy
 from seer_scale.evaluate.splits import Split
 from seer_scale.evaluate.state import read_more, read_tensors, save_state
+from seer_scale.evaluate.table import Rows, by_blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,8 +35,6 @@ LR_BATCH = 256
 """Images of the global batch for which learning rates are given; they scale with it."""
 RATE_STEPS = (2 / 7, 4 / 7, 6 / 7)
 """Where "steps" divides the rate by ten: after 8, 16 and 24 of 28 epochs, as VISSL."""
-ROWS = 8192
-"""Of features that are scored at a time."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,13 @@ class Heads(nn.Module):
         ]
         return torch.cat(scores, 1)
 
-    def scores(self, index: int, inputs: Inputs, rows: Tensor) -> Tensor:
+    def scores(self, index: int, inputs: Inputs, rows: Tensor | Rows) -> Tensor:
         """[n, classes] on the host, by head `index`, of rows that `Layers.encode` has made."""
         head = self.heads[index]
         group = self.layers.index(head.layer)
         within = [i for i, other in enumerate(self.heads) if other.layer == head.layer].index(index)
         w, b = self.weights[group][within].detach(), self.biases[group][within].detach()
-        parts = [F.linear(inputs.of(part.to(w.device), head.layer), w, b).cpu() for part in rows.split(ROWS)]
-        return torch.cat(parts)
+        return by_blocks(lambda part: F.linear(inputs.of(part.to(w.device), head.layer), w, b).cpu(), rows)
 
     def groups(self) -> list[dict[str, Any]]:
         """For `HeadsSGD`."""
@@ -156,7 +154,7 @@ class CachedFeatures:
     """Rows [n, D] made once, on the host, and their targets."""
 
     evaluation: Evaluation[Any]
-    rows: Tensor
+    rows: Tensor | Rows
     targets: np.ndarray
 
     def __len__(self) -> int:
@@ -282,7 +280,7 @@ def figures(scores: Tensor, targets: np.ndarray) -> dict[str, float]:
 def measure_heads(
     heads: Heads,
     inputs: Inputs,
-    rows: Tensor,
+    rows: Tensor | Rows,
     targets: np.ndarray,
     evaluation: Evaluation[Any],
     only: Sequence[int] = (),

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from seer_scale.errors import Problem, UserError
 from seer_scale.evaluate.subject import Subject
+from seer_scale.evaluate.table import Rows, blocks
 from seer_scale.formatting import counted
 
 LAST = "last"
@@ -100,12 +101,23 @@ class Inputs:
         return self._layer(self._scaled(rows), name)
 
 
-def fit_inputs(layers: Layers, rows: Tensor, how: str) -> Inputs:
+def fit_inputs(layers: Layers, rows: Tensor | Rows, how: str) -> Inputs:
     """how: "standardize" (each column to mean 0 and variance 1 over `rows` [n, D], as a BatchNorm without weights that
     has seen them all), "l2" (unit length) or "none"."""
     shift, scale = torch.zeros(rows.shape[1]), torch.ones(rows.shape[1])
     if how == "standardize":
-        wide = rows.double()
-        mean, variance = wide.mean(0), wide.var(0, correction=0)
+        mean, variance = mean_and_variance(rows)
         shift, scale = mean.float(), (variance + 1e-5 * variance.mean().clamp(min=1e-30)).rsqrt().float()
     return Inputs(layers, shift, scale, how == "l2")
+
+
+def mean_and_variance(rows: Tensor | Rows) -> tuple[Tensor, Tensor]:
+    """Of each column of [n, D], without Bessel's correction, float64 [D]; in one pass (Chan et al. 1979, eq. 2.1)."""
+    num, mean, variance = 0, *torch.zeros(2, rows.shape[1], dtype=torch.float64)
+    for block in blocks(rows):
+        wide = block.double()
+        num += len(wide)
+        share, apart = len(wide) / num, wide.mean(0) - mean
+        variance = (1 - share) * (variance + share * apart.square()) + share * wide.var(0, correction=0)
+        mean = mean + share * apart
+    return mean, variance

@@ -42,9 +42,9 @@ def sklearn_module(name: str) -> Any:
 
 
 def logistic(rows: Tensor, targets: np.ndarray, classes: int, c: float) -> Linear:
-    """scikit-learn's LogisticRegression (lbfgs, `c` the inverse strength of its L2 penalty) of rows [n, D] and targets
-    [n]; where targets are [n, classes], one for each class on the rows that count. A class without images gets a bias
-    of -inf."""
+    """scikit-learn's LogisticRegression (lbfgs, `c` the inverse strength of its L2 penalty) of rows [n, D], which are
+    not copied where they are float64, and targets [n]; where targets are [n, classes], one for each class on the rows
+    that count. A class without images gets a bias of -inf."""
     x = rows.double().numpy()
     if targets.ndim == 1:
         return _fit(x, targets, classes, c)

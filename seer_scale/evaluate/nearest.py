@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.evaluate.features import gather_rows
 from seer_scale.evaluate.metrics import share_right
+from seer_scale.evaluate.table import blocks, rows_a_block
 from seer_scale.extras import how_to_install
 
 if TYPE_CHECKING:
     from seer_scale.evaluate.context import Evaluation
 
 BLOCK_BYTES = 1 << 28
-"""Of similarities at a time."""
+"""Of similarities, and of queries, at a time."""
+MAX_QUERIES = 4096
 
 
 def nearest_neighbours(
@@ -32,54 +33,66 @@ def nearest_neighbours(
     world, progress = evaluation.world, evaluation.progress
     bounds = np.linspace(0, len(queries), world.size + 1).round().astype(int)
     mine = queries[bounds[world.rank] : bounds[world.rank + 1]]
-    search: Callable[[Tensor, Tensor, int, World], tuple[Tensor, Tensor]] = by_blocks
-    if faiss_from and len(bank) >= faiss_from:
-        search = by_faiss
-    with progress.doing(f"searching {len(bank):,} images for the nearest", len(queries)):
-        similarity, rows = search(bank, mine, k, world)
     device = world.device
+    search = by_faiss if faiss_from and len(bank) >= faiss_from else by_products
+    with progress.doing(f"searching {len(bank):,} images for the nearest", len(queries)):
+        similarity, rows = search(bank, mine, k, device)
     return gather_rows(similarity.to(device), world).cpu(), gather_rows(rows.to(device), world).cpu()
 
 
-def by_blocks(bank: Tensor, queries: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
+def by_products(bank: Tensor, queries: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Exact: the whole matrix of similarities, a block of bank and queries at a time."""
-    device = world.device
-    q_step = max(1, min(len(queries), 4096))
-    b_step = max(k, BLOCK_BYTES // (4 * q_step))
-    similarities, rows = [], []
-    for first in range(0, len(queries), q_step):
-        asked = normalize(queries[first : first + q_step].to(device), dim=1)
-        best = asked.new_empty(len(asked), 0)
-        best_rows = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
-        for start in range(0, len(bank), b_step):
-            part = normalize(bank[start : start + b_step].to(device), dim=1)
-            both = torch.cat([best, asked @ part.T], 1)
-            numbers = torch.arange(start, start + len(part), device=device).expand(len(asked), -1)
-            both_rows = torch.cat([best_rows, numbers], 1)
-            order = both.sort(dim=1, descending=True, stable=True).indices[:, :k]
-            best, best_rows = both.gather(1, order), both_rows.gather(1, order)
-        similarities.append(best.cpu())
-        rows.append(best_rows.cpu())
-    if not similarities:
-        return torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
-    return torch.cat(similarities), torch.cat(rows)
+
+    def search(asked: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        similarity = torch.cat([asked @ normalize(rows.to(device), dim=1).T for rows in blocks(part)], 1)
+        return similarity, torch.arange(len(part), device=device).expand(len(asked), -1)
+
+    step = max(k, BLOCK_BYTES // (4 * _queries_a_block(queries)))
+    return _searched(search, bank, step, queries, k, device)
 
 
-def by_faiss(bank: Tensor, queries: Tensor, k: int, world: World) -> tuple[Tensor, Tensor]:
-    """Faiss' flat index of inner products: exact as well. Raises UserError where it is not installed."""
+def by_faiss(bank: Tensor, queries: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Faiss' search by brute force, on CPUs: exact as well. Raises UserError where it is not installed."""
     try:
         import faiss
     except ImportError as error:
         rule = "is not installed, and searches banks of this size"
         fix = f"{how_to_install('faiss-cpu')}, or --faiss-from 0"
         raise UserError(Problem("faiss", NOTHING, rule, fix)) from error
-    index = faiss.IndexFlatIP(bank.shape[1])
-    for start in range(0, len(bank), 1 << 16):
-        index.add(normalize(bank[start : start + (1 << 16)], dim=1).numpy())
-    if not len(queries):
-        return torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
-    similarity, rows = index.search(normalize(queries, dim=1).numpy(), k)
-    return torch.from_numpy(similarity), torch.from_numpy(rows)
+
+    def search(asked: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        rows = normalize(part, dim=1).numpy()
+        found = faiss.knn(asked.numpy(), rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+        similarity, numbers = map(torch.from_numpy, found)
+        return similarity, numbers
+
+    return _searched(search, bank, rows_a_block(bank), queries, k, torch.device("cpu"))
+
+
+def _queries_a_block(queries: Tensor) -> int:
+    return max(1, min(len(queries), MAX_QUERIES, BLOCK_BYTES // (4 * queries.shape[1])))
+
+
+def _searched(
+    search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], bank: Tensor, step: int, queries: Tensor, k: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k best of the bank to each query, `step` rows of it at a time. search: queries of unit length [q, D], and
+    rows of the bank [b, D] as they are -> similarities and places among the b of the k best, or of more, [q, >= k]."""
+    similarities, rows = [torch.empty(0, k)], [torch.empty(0, k, dtype=torch.int64)]
+    for few in queries.split(_queries_a_block(queries)):
+        if not len(few):
+            break
+        asked = normalize(few.to(device), dim=1)
+        best, best_rows = asked.new_empty(len(asked), 0), torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+        for start in range(0, len(bank), step):
+            similarity, places = search(asked, bank[start : start + step])
+            both, both_rows = torch.cat([best, similarity], 1), torch.cat([best_rows, start + places], 1)
+            order = both.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            best, best_rows = both.gather(1, order), both_rows.gather(1, order)
+        similarities.append(best.cpu())
+        rows.append(best_rows.cpu())
+    return torch.cat(similarities), torch.cat(rows)
 
 
 def vote(

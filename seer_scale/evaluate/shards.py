@@ -201,10 +201,7 @@ class NumpyShards(ShardFormat):
             np.save(file, shard.features.numpy(), allow_pickle=False)
 
     def count(self, path: Path) -> int:
-        try:
-            return len(np.load(path, mmap_mode="r", allow_pickle=False)) if path.with_suffix(".json").exists() else -1
-        except (OSError, ValueError, EOFError):
-            return -1
+        return npy_rows(path) if path.with_suffix(".json").exists() else -1
 
 
 class ParquetShards(ShardFormat):
@@ -241,6 +238,14 @@ class ParquetShards(ShardFormat):
 SHARD_KINDS: dict[str, Callable[[], ShardFormat]] = {
     "safetensors": partial(SafetensorsShards, with_names=True), "npy": NumpyShards, "parquet": ParquetShards,
 }  # fmt: skip
+
+
+def npy_rows(path: Path) -> int:
+    """Of the array in a .npy file; -1 where there is none, or not a whole one."""
+    try:
+        return len(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError):
+        return -1
 
 
 def names_of(shard: Features, source: Source) -> list[str]:

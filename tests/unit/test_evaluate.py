@@ -19,13 +19,14 @@ from seer_scale.config import Knn, resolve
 from seer_scale.data.transforms.views import resize_centre
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, ConfigError, UserError
-from seer_scale.evaluate import context, nearest
+from seer_scale.evaluate import context, nearest, table
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.knn import knn, labelled_images
-from seer_scale.evaluate.nearest import by_blocks, by_faiss, nearest_neighbours, vote
+from seer_scale.evaluate.nearest import by_faiss, by_products, nearest_neighbours, vote
 from seer_scale.evaluate.published import TABLE, difference, published
 from seer_scale.evaluate.registry import first_line, task_class, task_names
 from seer_scale.evaluate.run import as_record, publish, read_settings, results_folder
+from seer_scale.evaluate.shards import Shards
 from seer_scale.evaluate.splits import open_data_set
 from seer_scale.evaluate.subject import Subject, open_subject
 from seer_scale.evaluate.suite import read_suite
@@ -37,6 +38,7 @@ from tests.unit.test_knn import encode, write_corpus
 from tests.unit.test_load import backbone, checkpoint
 
 SIZE = 16
+CPU = torch.device("cpu")
 
 
 class Colours(nn.Module):
@@ -110,10 +112,36 @@ def test_what_was_computed_before_a_kill_is_not_computed_again(corpus, monkeypat
     found = again.features(data.train)
     assert torch.equal(found.features, expected.features) and np.array_equal(found.targets, expected.targets)
     assert again.subject.model.seen == 33 - 16, "two shards of eight were whole"
-    torn = next((again.work("features", data.train.mark, SIZE, "")).glob("*.safetensors"))
+    folder = again.work("features", data.train.mark, SIZE, "")
+    assert sorted(path.name for path in folder.iterdir()) == ["matrix.npy", "rows.npy"], "shards that were joined go"
+    torn = table.matrix_path(folder)
     torn.write_bytes(torn.read_bytes()[:-5])
     assert torch.equal(evaluation_of(corpus).features(data.train).features, expected.features)
     again.clean()
+
+
+@pytest.mark.parametrize(("where", "name"), [(np, "save"), (os, "replace"), (os, "fsync"), (Path, "unlink")])
+def test_a_kill_while_shards_are_joined_loses_no_feature(corpus, monkeypatch, where, name):
+    monkeypatch.setattr(context, "SHARD", 8)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def killed(shards: Shards) -> int:
+        patch.setattr(where, name, interrupted)
+        return table.join(shards)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(context, "join", killed)
+        first = evaluation_of(corpus)
+        first.features(first.data_set().train)
+    again = evaluation_of(corpus)
+    found = again.features(again.data_set().train)
+    again.clean()
+    assert first.subject.model.seen == len(found.features) == 33 and not again.subject.model.seen
+    alone = evaluation_of(corpus)
+    assert torch.equal(alone.features(alone.data_set().train).features, found.features)
+    alone.clean()
 
 
 def test_other_weights_go_on_with_nothing(corpus):
@@ -132,7 +160,8 @@ def test_features_that_are_not_finite_are_refused(corpus):
 
 
 def test_neighbours_are_those_of_brute_force(corpus, monkeypatch):
-    monkeypatch.setattr(nearest, "BLOCK_BYTES", 4 * 4096 * 7)
+    monkeypatch.setattr(nearest, "BLOCK_BYTES", 4 * 9 * 7)
+    monkeypatch.setattr(table, "MAX_ROWS", 4)
     draw = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(50, 8, generator=draw), torch.randn(9, 8, generator=draw)
     norm = torch.nn.functional.normalize
@@ -141,11 +170,11 @@ def test_neighbours_are_those_of_brute_force(corpus, monkeypatch):
     similarity, rows = nearest_neighbours(bank, queries, 7, evaluation)
     assert torch.equal(rows, expected.indices[:, :7])
     assert torch.allclose(similarity, expected.values[:, :7], atol=1e-6)
-    by_index = by_faiss(bank, queries, 7, World())
+    by_index = by_faiss(bank, queries, 7, CPU)
     assert torch.equal(by_index[1], rows) and torch.allclose(by_index[0], similarity, atol=1e-6)
     alike = torch.eye(8)[torch.arange(50) % 5]
-    assert by_blocks(alike, alike[:2], 3, World())[1].tolist() == [[0, 5, 10], [1, 6, 11]], "the earlier of equal ones"
-    assert by_blocks(bank, queries[:0], 7, World())[1].shape == by_faiss(bank, queries[:0], 7, World())[1].shape
+    assert by_products(alike, alike[:2], 3, CPU)[1].tolist() == [[0, 5, 10], [1, 6, 11]], "the earlier of equal ones"
+    assert by_products(bank, queries[:0], 7, CPU)[1].shape == by_faiss(bank, queries[:0], 7, CPU)[1].shape == (0, 7)
 
 
 def test_votes_of_several_k_are_those_of_each_alone(corpus):

@@ -194,6 +194,10 @@ def test_the_same_figures_on_two_ranks_and_after_a_kill(corpus, monkeypatch):
         task_class("robustness")(killed.options).measure(killed)
     again = evaluation_of(corpus, task="robustness", corruptions="contrast", severities="5,1", size="32", k="5")
     table = task_class("robustness")(again.options).measure(again).table
+    kept = sorted(path.name.split("-")[0] for path in (again.folder / "unfinished").iterdir())
+    assert kept == ["features", "features", "robustness"], "of the clean images, and figures"
+    more = evaluation_of(corpus, task="robustness", corruptions="contrast", severities="5,1", size="32", k="5")
+    assert task_class("robustness")(more.options).measure(more).table == table and not more.subject.model.seen
     again.clean()
     assert again.subject.model.seen == 2 * (15 - 8) and table == result.table[:3]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from seer_scale.config.fields import opt
 from seer_scale.errors import DataError, Problem
-from seer_scale.evaluate.context import Evaluation, Table
+from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.heads import (
     AugmentedImages,
     CachedFeatures,
@@ -37,6 +38,7 @@ from seer_scale.evaluate.logistic import fitted, logistic
 from seer_scale.evaluate.metrics import average_precisions, per_class_accuracy
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
+from seer_scale.evaluate.table import Rows, Table, as_float64, by_blocks
 from seer_scale.evaluate.task import Result, Task, TaskSettings
 from seer_scale.observe.chart import Chart
 from seer_scale.rng import numpy_generator
@@ -159,16 +161,16 @@ class LinearProbe(Task[LinearSettings]):
 
     def _training_sets(
         self, evaluation: Evaluation[LinearSettings], train: Split, layers: Layers
-    ) -> tuple[TrainingSet, TrainingSet, tuple[Tensor, np.ndarray], Tensor]:
+    ) -> tuple[TrainingSet, TrainingSet, tuple[Tensor | Rows, np.ndarray], Tensor | Rows]:
         """(all training images, those without the held-out, the held-out features and targets, features that give mean
         and variance)"""
         options = self.options
         if not options.augment:
             table = evaluation.features(train, "training images", encode=layers.encode, mark=layers.mark)
             rows, held = _held_out(table.targets, train, options)
-            kept = CachedFeatures(evaluation, table.features[rows], table.targets[rows])
+            kept = CachedFeatures(evaluation, Rows(table.features, rows), table.targets[rows])
             whole = CachedFeatures(evaluation, table.features, table.targets)
-            return whole, kept, (table.features[held], table.targets[held]), kept.rows
+            return whole, kept, (Rows(table.features, held), table.targets[held]), kept.rows
         rows, held = _held_out(train.targets, train, options)
         of_held = evaluation.features(train.take(held), "images held out", encode=layers.encode, mark=layers.mark)
         drawn = np.sort(numpy_generator(options.seed, "sample").permutation(rows)[:SAMPLE])
@@ -185,25 +187,22 @@ class LinearProbe(Task[LinearSettings]):
         options, classes = self.options, len(data.classes)
         table = evaluation.features(data.train, "training images", encode=layers.encode, mark=layers.mark)
         fit, held = _held_out(table.targets, data.train, options)
-        inputs = fit_inputs(layers, table.features[fit], options.normalize)
+        inputs = fit_inputs(layers, Rows(table.features, fit), options.normalize)
         place = evaluation.work(data.train.mark, evaluation.size, options.mark)
         rows: list[dict[str, Any]] = [{"layer": name, "c": c} for name, c in product(layers.names, options.c)]
 
         def fits(of: Sequence[Mapping[str, Any]], on: np.ndarray, part: str) -> list[Fitted]:
-            jobs = [
-                (
-                    f"{part}-{row['layer']}-{row['c']!r}",
-                    lambda row=row: logistic(
-                        inputs.of(table.features[on], row["layer"]), table.targets[on], classes, row["c"]
-                    ),
-                )
-                for row in of
-            ]
+            def fit(row: Mapping[str, Any]) -> Fitted:
+                x = as_float64(partial(inputs.of, name=row["layer"]), Rows(table.features, on))
+                return logistic(x, table.targets[on], classes, row["c"])
+
+            jobs = [(f"{part}-{row['layer']}-{row['c']!r}", partial(fit, row)) for row in of]
             return fitted(jobs, evaluation, place, "logistic regressions")
 
         models = fits(rows, fit, "fit") if len(rows) > 1 else []
         for row, model in zip(rows, models):
-            found = figures(self._scores(model, inputs, table.features[held], row), table.targets[held])
+            of_held = self._scores(model, inputs, Rows(table.features, held), row)
+            found = figures(of_held, table.targets[held])
             row |= {f"held_out_{k}": v for k, v in found.items()}
         numbers = _best_of_layers(rows, data.train.multi_label) if models else [0]
         again = options.refit or not models
@@ -218,8 +217,8 @@ class LinearProbe(Task[LinearSettings]):
         return rows, scores[main]
 
     @staticmethod
-    def _scores(model: Fitted, inputs: Inputs, features: Tensor, row: Mapping[str, Any]) -> Tensor:
-        return model.scores(inputs.of(features, row["layer"]))
+    def _scores(model: Fitted, inputs: Inputs, features: Tensor | Rows, row: Mapping[str, Any]) -> Tensor:
+        return by_blocks(lambda part: model.scores(inputs.of(part, row["layer"])), features)
 
 
 def plan_of(options: HeadSettings, num: int, augment: bool = False) -> Plan:

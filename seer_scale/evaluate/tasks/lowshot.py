@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,13 @@ import torch
 
 from seer_scale.config.fields import opt
 from seer_scale.errors import DataError, Problem, missing_path
-from seer_scale.evaluate.context import Evaluation, Table
+from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, best, check_batch, figures, measure_heads, train
 from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
 from seer_scale.evaluate.logistic import logistic, sklearn_module
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import Split, hold_out, stratified
+from seer_scale.evaluate.table import Rows, Table, as_float64, by_blocks
 from seer_scale.evaluate.task import Result, Task
 from seer_scale.evaluate.tasks.linear import HeadSettings, plan_of
 from seer_scale.files import shown, to_json, write_whole
@@ -154,15 +156,17 @@ class Lowshot(Task[LowshotSettings]):
         key: str,
     ) -> dict[str, Any]:  # fmt: skip
         """`figures` of the test images, and what was chosen, by cross-validation; no collectives."""
-        features, targets = bank.features[torch.from_numpy(rows)], bank.targets[rows]
+        features, targets = Rows(bank.features, rows), bank.targets[rows]
         inputs = fit_inputs(layers, features, self.options.normalize)
-        x = inputs.of(features, layers.names[0])
+        prepare = partial(inputs.of, name=layers.names[0])
+        x = as_float64(prepare, features)
         c = self._c(x.numpy(), targets, classes)
-        scores = logistic(x, targets, classes, c).scores(inputs.of(test.features, layers.names[0]))
-        return {"c": c, **figures(scores, test.targets)}
+        model = logistic(x, targets, classes, c)
+        return {"c": c, **figures(by_blocks(lambda part: model.scores(prepare(part)), test.features), test.targets)}
 
     def _c(self, x: np.ndarray, targets: np.ndarray, classes: int) -> float:
-        """The strength with the lowest loss in cross-validation; the middle one where a class has a single image."""
+        """The strength with the lowest loss in cross-validation, of float64 [n, D]; the middle one where a class has a
+        single image."""
         options = self.options
         folds = min(FOLDS, int(np.bincount(targets).min()))
         if len(options.c) == 1 or folds < 2:
@@ -173,7 +177,8 @@ class Lowshot(Task[LowshotSettings]):
             loss = 0.0
             for fit, held in split.split(x, targets):
                 model = logistic(torch.from_numpy(x[fit]), targets[fit], classes, c)
-                loss += len(held) * figures(model.scores(torch.from_numpy(x[held])), targets[held])["loss"]
+                scores = model.scores(torch.from_numpy(x[held]).float())
+                loss += len(held) * figures(scores, targets[held])["loss"]
             found.append(loss)
         return options.c[int(np.argmin(found))]
 
@@ -183,12 +188,12 @@ class Lowshot(Task[LowshotSettings]):
     ) -> dict[str, Any]:  # fmt: skip
         """As `_by_lbfgs`, chosen on a held-out part; collective."""
         options = self.options
-        features, targets = bank.features[torch.from_numpy(rows)], bank.targets[rows]
+        features, targets = Rows(bank.features, rows), bank.targets[rows]
         grid = [Head(layers.names[0], lr, decay) for lr in options.lr for decay in options.weight_decay]
         inputs = fit_inputs(layers, features, options.normalize)
 
         def trained(own: Sequence[Head], on: np.ndarray) -> Heads:
-            part = CachedFeatures(evaluation, features[torch.from_numpy(on)], targets[on])
+            part = CachedFeatures(evaluation, Rows(bank.features, rows[on]), targets[on])
             heads = Heads(own, {name: layers.width(name) for name in layers.names}, classes)
             place = evaluation.work("sgd", key, own, options.mark, len(on))
             return train(heads, inputs, part, plan_of(options, len(on)), evaluation, place, "linear heads")
@@ -197,7 +202,7 @@ class Lowshot(Task[LowshotSettings]):
         number = len(grid) // 2
         if len(held) and len(grid) > 1:
             tried = trained(grid, fit)
-            of_held = features[torch.from_numpy(held)], targets[held]
+            of_held = Rows(bank.features, rows[held]), targets[held]
             number = best(measure_heads(tried, inputs, *of_held, evaluation), multi_label=False)
         head = trained([grid[number]], np.arange(len(rows)))
         found = measure_heads(head, inputs, test.features, test.targets, evaluation)[0]

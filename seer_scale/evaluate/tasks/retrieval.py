@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate, normalize
 from seer_scale.config.fields import opt
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
-from seer_scale.evaluate.context import Evaluation, Table
+from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.knn import named_classes
 from seer_scale.evaluate.layouts import named_folder
 from seer_scale.evaluate.metrics import mean_of
@@ -27,6 +27,7 @@ from seer_scale.evaluate.nearest import nearest_neighbours
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.revisited import REVISITED, SETUPS, open_revisited, revisited_scores, whole_images
 from seer_scale.evaluate.splits import Split
+from seer_scale.evaluate.table import Table
 from seer_scale.evaluate.task import Result, Task, TaskSettings
 from seer_scale.files import shown
 from seer_scale.formatting import counted

@@ -6,6 +6,7 @@ clean images, is made once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,13 +18,15 @@ from torch import Tensor
 from seer_scale.config.fields import opt
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.errors import DataError, Problem, UserError, nearest
-from seer_scale.evaluate.context import Evaluation, Table
+from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.corruptions import CORRUPTIONS, LEFT_OUT, MIN_CORRUPTED_SIDE, SEVERITIES, corrupt
 from seer_scale.evaluate.metrics import share_right
 from seer_scale.evaluate.nearest import nearest_neighbours, vote
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import Split
+from seer_scale.evaluate.table import Table, as_float64, by_blocks
 from seer_scale.evaluate.task import Result, Task, TaskSettings
+from seer_scale.files import to_json, write_whole
 from seer_scale.observe.chart import Chart
 
 
@@ -61,10 +64,19 @@ class Robustness(Task[RobustnessSettings]):
         clean = accuracy(evaluation.features(data.test))
         names = options.corruptions or tuple(CORRUPTIONS)
         table: list[dict[str, Any]] = [{"corruption": "none", "severity": 0, **clean}]
+        place = evaluation.work("figures", data.train.mark, data.test.mark, evaluation.size, options.mark)
+        paths = [place / f"{name}.json" for name in names]
+        is_done = evaluation.world.from_main(lambda: [path.is_file() for path in paths])
         for i, name in enumerate(names):
-            corrupted = self._corrupted(evaluation, data.test, name, f"{name} ({i + 1} of {len(names)})")
-            for severity, features in corrupted.items():
-                table.append({"corruption": name, "severity": severity, **accuracy(features)})
+            if not is_done[i]:
+                corrupted = self._corrupted(evaluation, data.test, name, f"{name} ({i + 1} of {len(names)})")
+                rows = [{"corruption": name, "severity": s, **accuracy(features)} for s, features in corrupted.items()]
+                if evaluation.world.is_main:
+                    write_whole(paths[i], to_json(rows) + "\n")
+                evaluation.discard(*corrupted.values())  # all corruptions' would be 13 x 5 test sets
+        evaluation.world.barrier()
+        for path in paths:
+            table += json.loads(path.read_text())
         return self._result(clean, table, names, data.protocol)
 
     def _corrupted(
@@ -99,13 +111,17 @@ class Robustness(Task[RobustnessSettings]):
         from seer_scale.evaluate.logistic import fitted, logistic
 
         mean, std = bank.features.mean(0), bank.features.std(0).clamp(min=1e-6)
-        job = ("linear", lambda: logistic((bank.features - mean) / std, bank.targets, classes, options.c))
+
+        def standardised(rows: Tensor) -> Tensor:
+            return (rows - mean) / std
+
+        job = ("linear", lambda: logistic(as_float64(standardised, bank.features), bank.targets, classes, options.c))
         (head,) = fitted(
             [job], evaluation, evaluation.work("linear", options.c, mark, evaluation.size), "the classifier"
         )
 
         def by_head(asked: Table) -> dict[str, float]:
-            scores = head.scores((asked.features - mean) / std)
+            scores = by_blocks(lambda part: head.scores(standardised(part)), asked.features)
             return share_right("top1", scores.argmax(1) == torch.from_numpy(asked.targets))
 
         return by_head

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from seer_scale.config.fields import opt
 from seer_scale.errors import DataError, Problem
@@ -22,6 +26,7 @@ from seer_scale.evaluate.layers import fit_inputs, layer_problems, layers_of
 from seer_scale.evaluate.logistic import sklearn_module
 from seer_scale.evaluate.metrics import average_precision, mean_of
 from seer_scale.evaluate.registry import register_task
+from seer_scale.evaluate.table import as_float64, by_blocks
 from seer_scale.evaluate.task import Result, Task, TaskSettings
 from seer_scale.files import to_json, write_whole
 from seer_scale.observe.chart import Chart
@@ -53,14 +58,25 @@ class Svm(Task[SvmSettings]):
             evaluation.features(split, encode=layers.encode, mark=layers.mark) for split in (data.train, data.test)
         )
         inputs = fit_inputs(layers, train.features, "l2")
-        x, asked = (inputs.of(table.features, options.layer).double().numpy() for table in (train, test))
+        prepare = partial(inputs.of, name=options.layer)
+
+        @cache
+        def x() -> np.ndarray:  # where there is something to fit
+            return as_float64(prepare, train.features).numpy()
+
+        def scored(model: Any) -> np.ndarray:
+            def of(rows: Tensor) -> Tensor:
+                return torch.from_numpy(model.decision_function(prepare(rows).double().numpy()))
+
+            return by_blocks(of, test.features).numpy()
+
         y, truth = (_of_several(table.targets, len(data.classes)) for table in (train, test))
         self._check(y, data.classes)
         place = evaluation.work("svm", data.train.mark, data.test.mark, layers.mark, evaluation.size, options.mark)
         paths = [place / f"class-{c}.json" for c in range(len(data.classes))]
 
         def fit(c: int) -> None:
-            self._fit(paths[c], x, y[:, c], asked, truth[:, c], options.seed)
+            self._fit(paths[c], x(), y[:, c], scored, truth[:, c], options.seed)
 
         evaluation.complete(paths, fit, "fitting SVMs", "classes")
         table = [{"class": name, **json.loads(path.read_text())} for name, path in zip(data.classes, paths)]
@@ -89,9 +105,12 @@ class Svm(Task[SvmSettings]):
                 rule = f"has only {fewest} training images with it or without it, too few for so many folds"
                 raise DataError(Problem(f"--folds of class {name}", self.options.folds, rule, "give more images"))
 
-    def _fit(self, path: Path, x: np.ndarray, y: np.ndarray, asked: np.ndarray, truth: np.ndarray, seed: int) -> None:
-        """Write what one class gives. converged: the fit that was tested has; unconverged_fits: how many have not, with
-        those of the cross-validation."""
+    def _fit(
+        self, path: Path, x: np.ndarray, y: np.ndarray, scored: Callable[[Any], np.ndarray], truth: np.ndarray,
+        seed: int,
+    ) -> None:  # fmt: skip
+        """Write what one class gives. scored: the test images' scores by a fitted model. converged: the fit that was
+        tested has; unconverged_fits: how many have not, with those of the cross-validation."""
         svm, selection = sklearn_module("svm"), sklearn_module("model_selection")
         wanted = np.where(y == 1, 1, -1)
 
@@ -115,7 +134,7 @@ class Svm(Task[SvmSettings]):
             found = [folds["test_score"].mean() for folds in tried]
             c = self.options.c[int(np.argmax(found))]
             chosen = model(c).fit(x, wanted)
-        given = chosen.decision_function(asked)
+        given = scored(chosen)
         fits = [chosen, *(fit for folds in tried for fit in folds["estimator"])]
         row = {
             "c": c,
