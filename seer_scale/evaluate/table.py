@@ -17,7 +17,7 @@ from seer_scale.evaluate.shards import Shards, npy_rows, read_safetensors
 from seer_scale.files import safetensors_header, written_whole
 
 MAX_ROWS = 8192
-BLOCK_BYTES = 1 << 26
+MAX_BLOCK_BYTES = 1 << 26
 """A block has no more rows, and none wider than float32 of so many bytes."""
 
 
@@ -51,7 +51,7 @@ class Rows:
 
 
 def rows_a_block(rows: Tensor | Rows) -> int:
-    return max(1, min(MAX_ROWS, BLOCK_BYTES // (4 * max(1, rows.shape[1]))))
+    return max(1, min(MAX_ROWS, MAX_BLOCK_BYTES // (4 * max(1, rows.shape[1]))))
 
 
 def blocks(rows: Tensor | Rows) -> Iterator[Tensor]:

@@ -145,5 +145,5 @@ def test_what_goes_by_blocks_is_what_goes_at_once(monkeypatch):
         torch.testing.assert_close(mean, expected.double().mean(0), rtol=1e-12, atol=0)
         torch.testing.assert_close(variance, expected.double().var(0, correction=0), rtol=1e-12, atol=0)
     assert [len(block) for block in blocks(whole[:0])] == [0]
-    wide = torch.empty(3, table.BLOCK_BYTES // 8 + 1)
+    wide = torch.empty(3, table.MAX_BLOCK_BYTES // 8 + 1)
     assert [len(block) for block in blocks(wide)] == [1, 1, 1]
