@@ -110,11 +110,14 @@ class World:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What ends the body on one rank ends it on all: a UserError is raised on each, for anything else the others
-        raise one that says so. Collective, at the end of the body."""
+        raise one that says so. Collective, at the end of the body, but for an error of a single rank within a
+        collective, of which the others learn as it ends."""
         error: Exception | None = None
         try:
             yield
         except Exception as e:
+            if isinstance(e, UserError) and e.single_rank:
+                raise
             error = e
         told = error if isinstance(error, UserError) else None
         if error is not None and told is None:

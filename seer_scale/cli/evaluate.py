@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from seer_scale.cli.parser import Parser, add_command
@@ -61,7 +62,8 @@ def _add_task(tasks: Any, name: str, what: str, fill: bool) -> None:
     if fill:
         from seer_scale.evaluate.registry import task_class
 
-        _add_options(parser, task_class(name).settings)
+        task = task_class(name)
+        _add_options(parser, task.settings, task.variants)
 
 
 def _add_subject(parser: Parser) -> None:
@@ -77,18 +79,36 @@ def _add_subject(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a sentence")
 
 
-def _add_options(parser: Parser, settings: type) -> None:
+def _add_options(parser: Parser, settings: type, variants: Mapping[str, type] = MappingProxyType({})) -> None:
+    """Those of `settings`, and of the settings that a flag chooses instead."""
     from seer_scale.config.fields import keys_of
     from seer_scale.evaluate.run import option_of
 
-    options = parser.add_argument_group("options of the task")
-    for field, kind, default, what in keys_of(settings):
-        usual = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        of_flag: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
-        options.add_argument(
-            option_of(field), dest=f"task.{field}", default=argparse.SUPPRESS, metavar=kind.replace("%", "%%"),
-            help=f"{what} (default {usual})".replace("%", "%%") if usual != "" else what.replace("%", "%%"), **of_flag,
-        )  # fmt: skip
+    chosen = {option_of(flag): {key: rest for key, *rest in keys_of(variant)} for flag, variant in variants.items()}
+    done: set[str] = set()
+    for flag, keys in {"": {key: rest for key, *rest in keys_of(settings)}, **chosen}.items():
+        options = parser.add_argument_group(f"options with {flag}" if flag else "options of the task")
+        for field, (kind, default, what) in keys.items():
+            if field in done:
+                continue
+            done.add(field)
+            usual = [f"default {_as_text(default)}"] * (default not in ("", ()))
+            for name, of in chosen.items() if not flag else ():
+                _, other, meaning = of.get(field, (kind, default, what))
+                if option_of(field) != name and (other, meaning) != (default, what):
+                    usual.append(f"with {name}{f': {meaning}, default' * (meaning != what)} {_as_text(other)}")
+            said = f"{what} ({'; '.join(usual)})" if usual else what
+            of_flag: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
+            options.add_argument(
+                option_of(field), dest=f"task.{field}", default=argparse.SUPPRESS, metavar=kind.replace("%", "%%"),
+                help=said.replace("%", "%%"), **of_flag,
+            )  # fmt: skip
+
+
+def _as_text(default: object) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(_as_text, default))
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def evaluate(name: str, args: argparse.Namespace) -> int:

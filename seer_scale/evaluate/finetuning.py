@@ -7,6 +7,8 @@ functions of (seed, sample). What was done is saved as safetensors, and gone on 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -30,9 +32,9 @@ from seer_scale.evaluate.context import Evaluation, accelerator_of
 from seer_scale.evaluate.features import gather_features
 from seer_scale.evaluate.metrics import average_precisions, mean_of, per_class_accuracy, topk_accuracy
 from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
-from seer_scale.evaluate.splits import Split
+from seer_scale.evaluate.splits import DataSet, Split
 from seer_scale.evaluate.state import read_more, read_tensors, save_state
-from seer_scale.evaluate.task import TaskSettings
+from seer_scale.evaluate.task import NOT_IN_FIGURES, TaskSettings
 from seer_scale.models.classifier import Classifier, parameter_depths
 from seer_scale.models.layers.stateful import share_statistics
 
@@ -41,7 +43,7 @@ LR_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSettings(TaskSettings):
+class TrainingSettings(TaskSettings):
     """By default as SEER's networks were fine-tuned (arXiv 2103.01988, section 4.1)."""
 
     epochs: int = opt(35, "passes over the training images", ge=1)
@@ -58,7 +60,7 @@ class FinetuneSettings(TaskSettings):
         "steps", "of the learning rate: divided by 10 at --steps, or cosine to 0"
     )
     steps: tuple[float, ...] = opt(
-        (), "shares of the training after which the rate is divided by 10; empty = 30 of 35 epochs", gt=0, lt=1
+        (30 / 35,), "shares of the training after which the rate is divided by 10; [] = never", gt=0, lt=1
     )
     warmup_epochs: float = opt(0.0, "epochs over which the rate rises from 0", ge=0)
     freeze_epochs: float = opt(0.0, "epochs at first in which the head alone is trained", ge=0)
@@ -78,24 +80,39 @@ class FinetuneSettings(TaskSettings):
     dropout: float = opt(0.0, "share of the features dropped before the head", ge=0, lt=1)
     ema: float = opt(0.0, "decay an update of a moving average of the weights, which is then measured; 0 = none", ge=0,
                      lt=1)  # fmt: skip
-    held_out: float = opt(
-        0.05, "share of the training images that is not trained on, for the curve by epoch; 0 = none", ge=0, lt=1
-    )
-    eval_every: int = opt(1, "epochs between two figures on the held-out images", ge=1)
     save_every: float = opt(10.0, "minutes after which what was done is saved, beside the end of each epoch", gt=0)
 
     def problems(self) -> list[Problem]:
-        found = []
+        found = super().problems()
         if self.global_batch % self.accumulate:
             near = -(-self.global_batch // self.accumulate) * self.accumulate
             rule = f"must be a multiple of --accumulate, {self.accumulate}"
             found.append(Problem("global_batch", self.global_batch, rule, (near,)))
-        if self.schedule == "cosine" and self.steps:
-            found.append(Problem("steps", self.steps, "it has no effect with --schedule cosine", "leave it out"))
         for key in ("warmup_epochs", "freeze_epochs"):
-            if getattr(self, key) >= self.epochs:
-                found.append(Problem(key, getattr(self, key), f"training ends after {self.epochs}", (self.epochs - 1,)))
+            if getattr(self, key) >= (last := self.least_epochs):
+                found.append(Problem(key, getattr(self, key), f"training ends after {last}", (last - 1,)))
         return found
+
+    def without_effect(self) -> dict[str, str]:
+        found = super().without_effect()
+        found |= {"steps": "with --schedule cosine"} if self.schedule == "cosine" else {}
+        found |= {"momentum": "with --optimizer adamw"} if self.optimizer == "adamw" else {}
+        return found | ({"layer_decay_by": "without --layer-decay"} if self.layer_decay == 1 else {})
+
+    @property
+    def of_weights(self) -> dict[str, Any]:
+        """The options on which the trained weights depend: images are told by their marks."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in (*NOT_IN_FIGURES, "save_every")}
+
+    @property
+    def least_epochs(self) -> int:
+        """So many at least, of whatever images."""
+        return self.epochs
+
+    @property
+    def measure_every(self) -> int:
+        """Epochs between two rows of what was learned, after which all is saved, too."""
+        return max(1, self.epochs // 10)
 
     @property
     def part(self) -> int:
@@ -113,11 +130,23 @@ class FinetuneSettings(TaskSettings):
         if update < warmup:
             return (update + 1) / (warmup + 1)
         if self.schedule == "steps":
-            return 0.1 ** sum(update >= step * total for step in self.steps or (30 / 35,))
+            return 0.1 ** sum(update >= step * total for step in self.steps)
         return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
 
 
-def check_processes(options: FinetuneSettings, evaluation: Evaluation[Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(TrainingSettings):
+    held_out: float = opt(
+        0.05, "share of the training images that is not trained on, for the curve by epoch; 0 = none", ge=0, lt=1
+    )
+    eval_every: int = opt(1, "epochs between two figures on the held-out images", ge=1)
+
+    @property
+    def measure_every(self) -> int:
+        return self.eval_every
+
+
+def check_processes(options: TrainingSettings, evaluation: Evaluation[Any]) -> None:
     """Raises UserError where the processes cannot do what was asked for."""
     size, device = evaluation.world.size, evaluation.device.type
     mixes = options.mixup or options.cutmix
@@ -134,6 +163,12 @@ def check_processes(options: FinetuneSettings, evaluation: Evaluation[Any]) -> N
         raise UserError(Problem("--statistics", "frozen", rule, ("synchronised",)))
 
 
+def new_classifier(evaluation: Evaluation[Any], data: DataSet) -> Classifier:
+    """A copy of the subject's network, with a head over the classes of the data."""
+    network, seed = copy.deepcopy(evaluation.subject.model), evaluation.options.seed
+    return Classifier(network, data.classes, multi_label=data.train.multi_label, seed=seed)
+
+
 # ------------------------------------------------------------------------------------------------ loss, optimiser
 
 
@@ -147,7 +182,7 @@ def losses(scores: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     return torch.where(targets >= 0, each, 0).sum(1)
 
 
-def parameter_groups(network: Classifier, options: FinetuneSettings) -> list[dict[str, Any]]:
+def parameter_groups(network: Classifier, options: TrainingSettings) -> list[dict[str, Any]]:
     """For torch's optimisers; "rate" multiplies the learning rate of the group."""
     depths, top = parameter_depths(network.backbone, of_stages=options.layer_decay_by == "stages")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -158,7 +193,7 @@ def parameter_groups(network: Classifier, options: FinetuneSettings) -> list[dic
     return [{"params": ps, "rate": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
-def build_optimizer(network: Classifier, options: FinetuneSettings) -> torch.optim.Optimizer:
+def build_optimizer(network: Classifier, options: TrainingSettings) -> torch.optim.Optimizer:
     groups = parameter_groups(network, options)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0)
@@ -211,7 +246,7 @@ class Finetuning:
     done. All processes make it, and call all methods, alike."""
 
     def __init__(
-        self, network: Classifier, split: Split, held: Split, options: FinetuneSettings, evaluation: Evaluation[Any],
+        self, network: Classifier, split: Split, held: Split, options: TrainingSettings, evaluation: Evaluation[Any],
         place: Path,
     ):  # fmt: skip
         self.network, self.split, self.held, self.options = network, split, held, options
@@ -330,7 +365,7 @@ class Finetuning:
             self._average.update_parameters(self.network)
         before, now = (s // num for s in (done.samples_seen - options.global_batch, done.samples_seen))
         is_last = done.samples_seen >= self.total_samples
-        if before // options.eval_every != now // options.eval_every or is_last:
+        if before // options.measure_every != now // options.measure_every or is_last:
             self._end_epoch()
         elif time.monotonic() - self._saved < 60 * options.save_every:
             return
@@ -348,7 +383,8 @@ class Finetuning:
             "lr": self.optimizer.param_groups[-1]["lr"],  # the head's
         }
         if len(self.held):
-            scores, rows = self._score_held_out()
+            with self.evaluation.progress.doing("measuring the held-out images"):
+                scores, rows = self.scores_of(self.held)
             row |= {f"held_out_{k}": v for k, v in figures(scores, self.held.targets[rows]).items()}
         done.epochs.append(row)
         done.loss, done.parts = 0.0, 0
@@ -372,19 +408,18 @@ class Finetuning:
         with self.accelerator.autocast():
             return self.measured(images).float()
 
-    def _score_held_out(self) -> tuple[Tensor, np.ndarray]:
-        """Scores of the held-out images that can be read, and their rows, on every process."""
+    def scores_of(self, split: Split) -> tuple[Tensor, np.ndarray]:
+        """Scores of the images of a split that can be read, and their rows, on every process. Collective."""
         evaluation = self.evaluation
 
         def encode(images: Tensor) -> tuple[Tensor, Tensor]:
             scores = self.scores(images)
             return scores, scores[:, :1]
 
-        with evaluation.progress.doing("measuring the held-out images"):
-            found = gather_features(
-                encode, self.held.source, np.arange(len(self.held)), size=evaluation.size,
-                batch=evaluation.options.batch, workers=evaluation.workers, world=self.world,
-            )  # fmt: skip
+        found = gather_features(
+            encode, split.source, np.arange(len(split)), size=evaluation.size, batch=evaluation.options.batch,
+            workers=evaluation.workers, world=self.world,
+        )  # fmt: skip
         return found.features.cpu(), found.numbers.cpu().numpy()
 
 

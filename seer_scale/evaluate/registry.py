@@ -17,13 +17,13 @@ _CLASSES: dict[str, type[Task[Any]]] = {}
 C = TypeVar("C", bound=type[Task[Any]])
 
 
-def register_task(name: str, settings: type[TaskSettings]) -> Callable[[C], C]:
-    """A decorator: this class is the task `name`, made by `cls(settings)`. Raises ValueError where another has the
-    name."""
+def register_task(name: str, settings: type[TaskSettings], **variants: type[TaskSettings]) -> Callable[[C], C]:
+    """A decorator: this class is the task `name`, made by `cls(settings)`. variants: `Task.variants`. Raises ValueError
+    where another has the name."""
 
     def register(cls: C) -> C:
         check_name_free(name, "task", cls, _CLASSES.get(name))
-        cls.name, cls.settings = name, settings
+        cls.name, cls.settings, cls.variants = name, settings, variants
         _CLASSES[name] = cls
         return cls
 

@@ -32,16 +32,29 @@ HISTORY = "history.jsonl"
 
 def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
     """The options of the task `name`, as YAML values by field; `None` stands for a bare flag. Raises ConfigError with
-    every problem."""
+    every problem, among them options that have no effect beside the others."""
     problems: list[Problem] = []
-    values, kinds = {}, {f.name: f.type for f in dataclasses.fields(task_class(name).settings)}
+    task, values = task_class(name), {}
+    kinds = {f.name: f.type for cls in (task.settings, *task.variants.values()) for f in dataclasses.fields(cls)}
     for field, text in given.items():
         try:
             is_text = kinds.get(field) == "str" or not isinstance(text, str)
             values[field] = text if is_text else yaml.safe_load(f"[{text}]" if "," in text and text[0] != "[" else text)
         except yaml.YAMLError:
             problems.append(Problem(field, text, "must be a YAML value", "such as 3, 0.1, true or [1, 2]"))
-    settings = read_section(task_class(name).settings, values, "", problems)
+    flag = next((flag for flag in task.variants if values.get(flag) is True), "")
+    chosen = task.variants.get(flag, task.settings)
+    idle = {
+        field: f"with {option_of(flag)}" if flag else f"without {' or '.join(map(option_of, task.variants))}"
+        for field in kinds.keys() - chosen.__dataclass_fields__.keys()
+    }
+    settings = read_section(chosen, {k: v for k, v in values.items() if k not in idle}, "", problems)
+    if not problems:  # a broken one keeps its default, which tells nothing
+        idle |= settings.without_effect()
+    problems += [
+        Problem(field, value, f"has no effect {idle[field]}", "leave it out")
+        for field, value in values.items() if field in idle
+    ]  # fmt: skip
     problems += settings.name_problems() + settings.problems()
     if problems:
         raise ConfigError([dataclasses.replace(p, key=option_of(p.key)) for p in problems], f"eval {name}")

@@ -45,6 +45,10 @@ class TaskSettings:
         """What no single range says; keys are the fields' names."""
         return []
 
+    def without_effect(self) -> dict[str, str]:
+        """Options on which nothing depends beside the values of the others, by field, with why: "without --augment"."""
+        return {}
+
     @property
     def mark(self) -> str:
         """Stands for the options that figures depend on."""
@@ -74,6 +78,8 @@ class Task(ABC, Generic[SettingsT]):
 
     name: ClassVar[str]
     settings: ClassVar[type[TaskSettings]]
+    variants: ClassVar[Mapping[str, type[TaskSettings]]]
+    """The options it has instead with a flag, by the flag, a field of all of them."""
     trains_backbone: ClassVar[bool] = False
     """Whether it leaves other weights in its subject, which no task after it is given."""
 

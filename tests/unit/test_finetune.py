@@ -70,20 +70,22 @@ def backbone():
     return made.eval()
 
 
-def evaluation_of(data: Path, folder: Path, world: World = World(), weights: str = "trained", **given) -> Evaluation:
-    settings = read_settings("finetune", {"workers": "0", "batch": "16", "data": str(data), **QUICK, **given})
+def evaluation_of(
+    data: Path, folder: Path, world: World = World(), weights: str = "trained", task: str = "finetune", **given
+) -> Evaluation:
+    settings = read_settings(task, {"workers": "0", "batch": "16", "data": str(data), **QUICK, **given})
     about = About("safetensors", MODEL, eval_preprocessing(SIZE), {"method": "toy"})
     subject = Subject(
         path=folder, model=backbone(), fingerprint="0", weights=weights, size=SIZE, samples_seen=7, about=about
     )
     return Evaluation(
-        task="finetune", subject=subject, options=settings, world=world, progress=Progress(active=False),
+        task=task, subject=subject, options=settings, world=world, progress=Progress(active=False),
         folder=folder,
     )  # fmt: skip
 
 
 def measure(evaluation: Evaluation):
-    result = task_class("finetune")(evaluation.options).measure(evaluation)
+    result = task_class(evaluation.task)(evaluation.options).measure(evaluation)
     evaluation.clean()
     return result
 
@@ -175,7 +177,8 @@ def on_ranks(rank: int, size: int, squares: Path, folder: Path) -> list:
         evaluation = evaluation_of(squares, folder / name, world_of(rank, size), **given | {"epochs": "1"})
         result = measure(evaluation)
         found.append((dict(result.scores), result.more["epochs"]))
-    return found
+    few = measure(evaluation_of(squares, folder / "few", world_of(rank, size), **FEW | {"epochs": "1"}))
+    return [*found, (dict(few.scores), [{k: v for k, v in row.items() if k != "shots"} for row in few.table])]
 
 
 def test_processes_share_the_work_and_change_nothing(squares, tmp_path):
@@ -183,6 +186,8 @@ def test_processes_share_the_work_and_change_nothing(squares, tmp_path):
     alone = on_ranks(0, 1, squares, tmp_path / "one")
     first, second = run_ranks(2, on_ranks, squares, tmp_path / "two")
     assert first == second
+    few, wanted = first.pop()[1], alone.pop()[1]
+    assert [pytest.approx(row, rel=1e-3) for row in wanted] == few, "by few labels"
     for name, (scores, epochs), (wanted, wanted_epochs) in zip(CASES, first, alone):
         assert scores == pytest.approx(wanted, rel=1e-3), name
         assert scores["finetune/images"] == 21 and epochs[0]["train_loss"] == pytest.approx(
@@ -224,6 +229,84 @@ def test_half_precision_and_several_labels_an_image(squares, tmp_path):
     assert result.headline == "finetune/map" and result.scores["finetune/map"] > 40
     assert result.more["epochs"][-1]["train_loss"] < result.more["epochs"][0]["train_loss"]
     assert Artefact(tmp_path / "finetune").about.origin["head"]["multi_label"] is True
+
+
+FEW = {"task": "lowshot", "finetune": "true", "shots": "3,50%", "draws": "2", "epochs": "10"}
+
+
+def test_few_labels_teach_the_whole_network_and_a_draw_is_not_trained_again(squares, tmp_path, monkeypatch):
+    evaluation = evaluation_of(squares, tmp_path / "whole", **FEW)
+    before = {n: t.clone() for n, t in evaluation.subject.model.state_dict().items()}
+    whole = measure(evaluation)
+    assert all(torch.equal(t, before[n]) for n, t in evaluation.subject.model.state_dict().items())
+    assert not any((tmp_path / "whole").iterdir()), "no network is kept"
+    assert whole.headline == "lowshot/3_finetuned_top1" and whole.scores["lowshot/50%_finetuned_top1"] > 55
+    of_half = [row["top1"] for row in whole.table if row["shots"] == "50%"]
+    assert whole.scores["lowshot/50%_finetuned_top1_std"] == pytest.approx(np.std(of_half, ddof=1))
+    assert [(row["images"], row["epochs"]) for row in whole.table] == [(9, 10)] * 2 + [(21, 10)] * 2
+    assert whole.scores["lowshot/images"] == 21, "one cannot be read"
+
+    trained, train, scores_of = [], Finetuning.train, Finetuning.scores_of
+
+    def counted(self):
+        trained.append(len(self.split))
+        train(self)
+
+    def killed(self, split):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return scores_of(self, split)
+
+    monkeypatch.setattr(Finetuning, "train", counted)
+    monkeypatch.setattr(Finetuning, "scores_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure(evaluation_of(squares, tmp_path / "killed", **FEW))
+    monkeypatch.setattr(Finetuning, "scores_of", scores_of)
+    updates = []
+    monkeypatch.setattr(Finetuning, "_after_update", lambda self, after=Finetuning._after_update, **how: (
+        updates.append(len(self.split)), after(self, **how)
+    ))  # fmt: skip
+    again = measure(evaluation_of(squares, tmp_path / "killed", **FEW))
+    assert trained == [9, 9, 9, 21, 21] and set(updates) == {21}, "what was trained needs to be measured alone"
+    assert again.scores == whole.scores and list(again.table) == list(whole.table)
+
+
+def test_few_labels_are_seen_as_often_as_they_need():
+    options = read_settings("lowshot", {"finetune": "true"})
+    published = [options.of_images(num) for num in (12_811, 24_488)]  # 1 % of ImageNet, and of Places205
+    assert {o.epochs for o in published} == {70} and published[0] == options.of_images(12_811)
+    assert (options.lr, options.weight_decay, options.global_batch) == (0.05, 0, 256)
+    rates = [published[0].rate(12_811 * epoch, 12_811) for epoch in (0, 29, 31, 69)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1])
+    few = options.of_images(50)
+    assert few.updates(few.epochs, 50) == 200
+    assert read_settings("lowshot", {"finetune": "true", "epochs": "3"}).of_images(50).epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "told"),
+    [
+        ("lowshot", {"mixup": "1"}, {"--mixup": "without --finetune"}),
+        ("lowshot", {"finetune": "true", "c": "1"}, {"--c": "with --finetune"}),
+        ("lowshot", {"finetune": "true", "split_file": __file__, "draws": "5"}, {"--draws": "with --split-file"}),
+        ("lowshot", {"held_out": "0.2"}, {"--held-out": "without several heads by --solver sgd"}),
+        ("lowshot", {"solver": "sgd", "c": "1"}, {"--c": "with --solver sgd"}),
+        ("linear", {"solver": "lbfgs", "lr": "1"}, {"--lr": "with --solver lbfgs"}),
+        ("linear", {"lr": "1", "weight_decay": "0", "refit": "true"}, {"--refit": "with one classifier"}),
+        ("linear", {"crop_scale": "0.1,1"}, {"--crop-scale": "without --augment"}),
+        ("finetune", {"optimizer": "adamw", "momentum": "0.9"}, {"--momentum": "with --optimizer adamw"}),
+        ("finetune", {"layer_decay_by": "units"}, {"--layer-decay-by": "without --layer-decay"}),
+        ("retrieval", {"gem_p": "3"}, {"--gem-p": "without --pool gem"}),
+        ("retrieval", {"data": "rparis6k:x", "k": "1"}, {"--k": "with images of a revisited set, taken whole"}),
+        ("robustness", {"c": "1"}, {"--c": "with --classifier knn"}),
+        ("detect", {"data": "x", "iterations": "3", "schedule": "1x"}, {"--schedule": "with --iterations"}),
+    ],
+)  # fmt: skip
+def test_an_option_that_has_no_effect_is_refused(task, given, told):
+    """Also one that has its default's value, and whatever else is wrong is told as well."""
+    with pytest.raises(ConfigError) as found:
+        read_settings(task, given)
+    assert {p.key: p.rule for p in found.value.problems} == {k: f"has no effect {why}" for k, why in told.items()}
 
 
 @pytest.mark.parametrize(

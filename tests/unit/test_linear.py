@@ -21,6 +21,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, UserError
 from seer_scale.evaluate import heads as heads_module
 from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.draws import listed, usual_shots
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, Plan, best, figures, losses, measure_heads, train
 from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
 from seer_scale.evaluate.logistic import logistic
@@ -31,7 +32,6 @@ from seer_scale.evaluate.splits import DataSet, Split, check_targets, hold_out, 
 from seer_scale.evaluate.subject import Subject, begin
 from seer_scale.evaluate.task import Result
 from seer_scale.evaluate.tasks import svm as svm_module
-from seer_scale.evaluate.tasks.lowshot import listed, usual_shots
 from seer_scale.models.registry import build_backbone
 from seer_scale.observe.progress import Progress
 from tests.conftest import write_photos
@@ -431,7 +431,8 @@ def test_bad_input_is_one_problem_before_work_begins(pictures):
         ("linear", {"layers": "last,s0"}, ["--layers"]),
         ("linear", {"solver": "lbfgs", "augment": "true"}, ["--augment"]),
         ("linear", {"lr": "0", "held_out": "1"}, ["--lr", "--held-out"]),
-        ("lowshot", {"shots": "0%,x,2", "split_file": "/no/list"}, ["--shots", "--shots", "--split-file"]),
+        ("lowshot", {"shots": "0%,x,2"}, ["--shots", "--shots"]),
+        ("lowshot", {"draws": "2", "split_file": "/no/list"}, ["--draws", "--split-file"]),
         ("svm", {"layer": "x"}, ["--layer"]),
     ]:
         with pytest.raises(ConfigError) as told:

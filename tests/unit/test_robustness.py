@@ -151,7 +151,7 @@ def test_what_is_left_out_is_named():
 
 
 def measured(corpus: Path, world: World = World(), **more: object) -> Result:
-    options = {"corruptions": "contrast,gaussian_noise", "severities": "5,1", "size": "32", "k": "5"} | more
+    options = {"corruptions": "contrast,gaussian_noise", "severities": "5,1", "size": "32"} | (more or {"k": "5"})
     evaluation = evaluation_of(corpus, world, task="robustness", **options)
     result = task_class("robustness")(evaluation.options).measure(evaluation)
     evaluation.clean()

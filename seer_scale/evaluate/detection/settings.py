@@ -50,6 +50,9 @@ class DetectSettings(TaskSettings):
             found.append(Problem("max_size", self.max_size, f"must be at least --size, {self.size}", (self.size,)))
         return found
 
+    def without_effect(self) -> dict[str, str]:
+        return super().without_effect() | ({"schedule": "with --iterations"} if self.iterations else {})
+
     @property
     def longest(self) -> int:
         return self.max_size or round(self.size * 1333 / 800)

@@ -6,7 +6,6 @@ chosen: the figure is that of the last epoch, on images that were not looked at 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,23 @@ from torch import Tensor
 from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.errors import NOTHING, DataError, Problem
 from seer_scale.evaluate.context import Evaluation
-from seer_scale.evaluate.finetuning import Done, FinetuneSettings, Finetuning, check_processes, figures
+from seer_scale.evaluate.finetuning import (
+    Done,
+    FinetuneSettings,
+    Finetuning,
+    check_processes,
+    figures,
+    new_classifier,
+)
 from seer_scale.evaluate.metrics import average_precisions, per_class_accuracy
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
-from seer_scale.evaluate.task import NOT_IN_FIGURES, Result, Task
+from seer_scale.evaluate.task import Result, Task
 from seer_scale.files import published
 from seer_scale.formatting import counted
 from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, About, Head, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier
 from seer_scale.observe.chart import Chart
-
-NOT_IN_WEIGHTS = (*NOT_IN_FIGURES, "save_every")
-"""Options on which the trained weights do not depend: images are told by their marks."""
 
 
 @register_task("finetune", FinetuneSettings)
@@ -39,12 +42,8 @@ class Finetune(Task[FinetuneSettings]):
         check_processes(options, evaluation)
         data = evaluation.data_set()
         split, held = _parts(data.train, options)
-        kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in NOT_IN_WEIGHTS}
-        place = evaluation.work("train", split.mark, held.mark, evaluation.size, kept)
-        network = Classifier(
-            copy.deepcopy(subject.model), data.classes, multi_label=data.train.multi_label, seed=options.seed
-        )
-        finetuning = Finetuning(network, split, held, options, evaluation, place)
+        place = evaluation.work("train", split.mark, held.mark, evaluation.size, options.of_weights)
+        finetuning = Finetuning(new_classifier(evaluation, data), split, held, options, evaluation, place)
         finetuning.train()
         table = evaluation.features(data.test, "test images", encode=finetuning.scores, mark=place.name)
         scores = {f"finetune/{k}": v for k, v in figures(table.features, table.targets).items()}

@@ -72,6 +72,11 @@ class HeadSettings(TaskSettings):
     )
     held_out: float = opt(0.1, "share of the training images by which the classifier is chosen", gt=0, lt=1)
 
+    def without_effect(self) -> dict[str, str]:
+        of_sgd = ("lr", "weight_decay", "epochs", "schedule", "momentum", "global_batch")
+        idle = dict.fromkeys(of_sgd, "with --solver lbfgs") if self.solver == "lbfgs" else {"c": "with --solver sgd"}
+        return super().without_effect() | idle
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings(HeadSettings):
@@ -89,6 +94,11 @@ class LinearSettings(HeadSettings):
         if self.augment and self.solver == "lbfgs":
             found.append(Problem("augment", True, "lbfgs wants features that stay the same", ("--solver sgd",)))
         return found
+
+    def without_effect(self) -> dict[str, str]:
+        num = len(set(self.layers)) * (len(self.lr) * len(self.weight_decay) if self.solver == "sgd" else len(self.c))
+        found = super().without_effect() | ({} if self.augment else {"crop_scale": "without --augment"})
+        return found | (dict.fromkeys(("held_out", "refit"), "with one classifier") if num == 1 else {})
 
 
 @register_task("linear", LinearSettings)

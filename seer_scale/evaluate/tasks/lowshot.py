@@ -1,97 +1,105 @@
-"""accuracy of linear classifiers on frozen features by few labels
+"""accuracy of linear classifiers on frozen features, or of the whole network fine-tuned, by few labels
 
 1 %, 10 %, or so many images a class; the mean over several draws, and their deviation (SimCLR, arXiv 2002.05709, has
-the lists of ImageNet).
+the lists of ImageNet). SEER's figures (arXiv 2103.01988) are of the whole network: --finetune.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from seer_scale.config.fields import opt
-from seer_scale.errors import DataError, Problem, missing_path
+from seer_scale.errors import DataError, Problem
 from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.draws import Draw, DrawSettings, check_draw, draws_of
+from seer_scale.evaluate.finetuning import Finetuning, TrainingSettings, check_processes, new_classifier
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, best, check_batch, figures, measure_heads, train
 from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
 from seer_scale.evaluate.logistic import logistic, sklearn_module
 from seer_scale.evaluate.registry import register_task
-from seer_scale.evaluate.splits import Split, hold_out, stratified
+from seer_scale.evaluate.splits import DataSet, hold_out
 from seer_scale.evaluate.table import Rows, Table, as_float64, by_blocks
 from seer_scale.evaluate.task import Result, Task
 from seer_scale.evaluate.tasks.linear import HeadSettings, plan_of
-from seer_scale.files import shown, to_json, write_whole
+from seer_scale.files import to_json, write_whole
 from seer_scale.formatting import counted
 from seer_scale.observe.chart import Chart
 
 FOLDS = 3
 SHARE_OF_ALL = 4
 """Where draws have a fourth of all images, features are made of all: other tasks need them, too."""
+EPOCHS, MIN_FINETUNE_UPDATES = 70, 200
+"""Of --finetune: VISSL's, and what a draw of some images needs to learn anything."""
+WHOLE_NETWORK = "train the whole network, with options of its own, instead of a classifier on its features"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowshotSettings(HeadSettings):
+class LowshotSettings(HeadSettings, DrawSettings):
+    finetune: bool = opt(False, WHOLE_NETWORK)
     solver: Literal["sgd", "lbfgs"] = opt("lbfgs", "scikit-learn's logistic regression, or heads by SGD as of linear")
-    shots: tuple[str, ...] = opt(
-        (),
-        "labels: a share of each class's training images, as in 1%, or images of each class, as in 5; none = 1%,10% "
-        "where that leaves an image of each, else 5 for 1%",
+
+    def without_effect(self) -> dict[str, str]:
+        alone = self.solver == "lbfgs" or len(self.lr) * len(self.weight_decay) == 1
+        return super().without_effect() | ({"held_out": "without several heads by --solver sgd"} if alone else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowshotFinetuneSettings(TrainingSettings, DrawSettings):
+    """By default as VISSL fine-tunes SEER's networks on 1 % and 10 % of ImageNet and of Places205
+    (configs/config/benchmark/semi_supervised), but for Nesterov's momentum."""
+
+    finetune: bool = opt(True, WHOLE_NETWORK)
+    epochs: int = opt(0, "passes over the images drawn; 0 = 70, and at least 200 updates", ge=0)
+    lr: float = opt(0.05, "learning rate of the head, for a global batch of 256", gt=0)
+    weight_decay: float = opt(0.0, "weight decay", ge=0)
+    steps: tuple[float, ...] = opt(
+        (30 / 70,), "shares of the training after which the rate is divided by 10; [] = never", gt=0, lt=1
     )
-    draws: int = opt(5, "draws of each, by seed", ge=1)
-    split_file: tuple[str, ...] = opt(
-        (), "instead of shots: lists of file names, one a line, each a draw, such as SimCLR's 1percent.txt"
-    )
 
-    def problems(self) -> list[Problem]:
-        rule = "must be a share of the images, such as 1%, or a number of images a class"
-        found = [Problem("shots", shot, rule, ("1%", "5")) for shot in self.shots if amount_of(shot) is None]
-        missing = [missing_path(path) for path in self.split_file if not os.path.exists(path)]
-        return found + [Problem("split_file", p.key, f"it {p.rule}", p.nearest) for p in missing]
+    @property
+    def least_epochs(self) -> int:
+        return self.epochs or EPOCHS
 
-
-def usual_shots(train: Split) -> tuple[str, ...]:
-    """1 % and 10 %, as published, where they leave an image of each class; else 5 of each class, or what there is."""
-    least = int(np.bincount(train.targets, minlength=len(train.classes)).min())
-    shares = tuple(f"{percent}%" for percent in (1, 10) if least * percent >= 100)
-    return shares if "1%" in shares else (str(max(1, min(5, least))), *shares)
+    def of_images(self, num: int) -> LowshotFinetuneSettings:
+        """With the number of epochs, of so many images."""
+        epochs = max(EPOCHS, math.ceil(MIN_FINETUNE_UPDATES * self.global_batch / num))
+        return self if self.epochs else dataclasses.replace(self, epochs=epochs)
 
 
-def amount_of(shot: str) -> float | int | None:
-    """A share of a class's images, or a number of them; None of what is neither."""
-    try:
-        amount = float(shot[:-1]) / 100 if shot.endswith("%") else int(shot)
-    except ValueError:
-        return None
-    return amount if 0 < amount and (isinstance(amount, int) or amount <= 1) else None
-
-
-@dataclass(frozen=True)
-class Draw:
-    """indices: of the training split, ascending."""
-
-    shot: str
-    number: int
-    indices: np.ndarray
-
-
-@register_task("lowshot", LowshotSettings)
-class Lowshot(Task[LowshotSettings]):
-    def measure(self, evaluation: Evaluation[LowshotSettings]) -> Result:
-        options, world = self.options, evaluation.world
-        check_batch(options.global_batch, world.size)
-        layers = layers_of(evaluation.subject, ("last",))
+@register_task("lowshot", LowshotSettings, finetune=LowshotFinetuneSettings)
+class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
+    def measure(self, evaluation: Evaluation[Any]) -> Result:
+        options = self.options
+        if isinstance(options, LowshotFinetuneSettings):
+            check_processes(options, evaluation)
+        else:
+            check_batch(options.global_batch, evaluation.world.size)
         data = evaluation.data_set()
         if data.train.multi_label:
             raise DataError(Problem("--data", data.name, "an image has several labels there, and a draw wants one"))
-        draws = self._draws(data.train)
+        draws = draws_of(options, data.train)
+        if isinstance(options, LowshotFinetuneSettings):
+            rows = self._finetuned(evaluation, options, data, draws)
+        else:
+            rows = self._classified(evaluation, options, data, draws)
+        about = [{"shots": draw.shot, "draw": draw.number, "images": len(draw.indices)} for draw in draws]
+        return self._result([a | row for a, row in zip(about, rows)], data)
+
+    def _classified(
+        self, evaluation: Evaluation[Any], options: LowshotSettings, data: DataSet, draws: Sequence[Draw]
+    ) -> list[dict[str, Any]]:
+        """Figures of a classifier on frozen features, of each draw."""
+        layers = layers_of(evaluation.subject, ("last",))
         union = np.unique(np.concatenate([draw.indices for draw in draws]))
         if len(union) * SHARE_OF_ALL > len(data.train):
             union = np.arange(len(data.train))
@@ -106,68 +114,60 @@ class Lowshot(Task[LowshotSettings]):
 
         def classify(i: int) -> None:
             rows = np.array([kept[j] for j in draws[i].indices.tolist() if j in kept])
-            self._check(draws[i], bank.targets[rows], data.train)
+            check_draw(draws[i], bank.targets[rows], data.train)
             found = self._by_sgd if by_sgd else self._by_lbfgs
-            row = found(evaluation, layers, bank, rows, test, len(data.classes), paths[i].name)
-            if not by_sgd or world.is_main:
-                write_whole(paths[i], to_json(row) + "\n")
+            row = found(evaluation, options, layers, bank, rows, test, len(data.classes), paths[i].name)
+            if not by_sgd or evaluation.world.is_main:
+                write_whole(paths[i], to_json(row | {"tested": len(test.rows)}) + "\n")
 
         evaluation.complete(paths, classify, "classifying by few labels", "draws", by_all=by_sgd)
-        table = [
-            {"shots": draw.shot, "draw": draw.number, "images": len(draw.indices), **json.loads(path.read_text())}
-            for draw, path in zip(draws, paths)
-        ]
-        return self._result(table, data.protocol, len(test.rows), len(data.classes))
+        return [json.loads(path.read_text()) for path in paths]
 
-    # -------------------------------------------------------------------------------------------- what is drawn
+    def _finetuned(
+        self, evaluation: Evaluation[Any], options: LowshotFinetuneSettings, data: DataSet, draws: Sequence[Draw]
+    ) -> list[dict[str, Any]]:
+        """Figures of the whole network, trained on each draw; networks are not kept."""
+        world, nothing = evaluation.world, data.train.take(np.empty(0, np.int64))
+        marks = data.train.mark, data.test.mark
+        place = evaluation.work("finetuned", *marks, evaluation.size, options.of_weights)
+        paths = [place / f"{draw.shot}-{draw.number}.json" for draw in draws]
 
-    def _draws(self, train: Split) -> list[Draw]:
-        options = self.options
-        if options.split_file:
-            found = [Draw(Path(p).stem, n, listed(Path(p), train)) for n, p in enumerate(options.split_file)]
-        else:
-            found = []
-            for shot in options.shots or usual_shots(train):
-                amount = amount_of(shot)
-                assert amount is not None, "the settings have been checked"
-                for number in range(options.draws):
-                    rows = stratified(train.targets, len(train.classes), amount, number, seed=options.seed)
-                    found.append(Draw(shot, number, rows))
-        for draw in found:
-            self._check(draw, train.targets[draw.indices], train)
-        return found
+        def finetune(i: int) -> None:
+            split, aside = data.train.take(draws[i].indices), paths[i].with_suffix("")
+            if world.is_main:
+                aside.mkdir(exist_ok=True)
+            own, network = options.of_images(len(split)), new_classifier(evaluation, data)
+            training = Finetuning(network, split, nothing, own, evaluation, aside)
+            training.train()
+            with evaluation.progress.doing("measuring the test images"):
+                scores, rows = training.scores_of(data.test)
+            row = {"epochs": own.epochs, "train_loss": training.done.epochs[-1]["train_loss"], "tested": len(rows)}
+            if world.is_main:
+                write_whole(paths[i], to_json(row | figures(scores, data.test.targets[rows])) + "\n")
+                shutil.rmtree(aside)
 
-    @staticmethod
-    def _check(draw: Draw, targets: np.ndarray, train: Split) -> None:
-        """Raises DataError where a class has no image, or fewer than asked for."""
-        num = np.bincount(targets, minlength=len(train.classes))
-        least = 1 if draw.shot.endswith("%") or not draw.shot.isdecimal() else int(draw.shot)
-        if num.min() < least:
-            name = train.classes[int(num.argmin())]
-            rule = (
-                f"of the class {name} there {'is' if num.min() == 1 else 'are'} {counted(num.min(), 'image')} in a draw"
-            )
-            raise DataError(Problem("--shots", draw.shot, rule, "give more of each, or images of each class"))
+        evaluation.complete(paths, finetune, "fine-tuning by few labels", "draws", by_all=True)
+        return [json.loads(path.read_text()) for path in paths]
 
     # -------------------------------------------------------------------------------------------- classifiers
 
     def _by_lbfgs(
-        self, evaluation: Evaluation[Any], layers: Layers, bank: Table, rows: np.ndarray, test: Table, classes: int,
-        key: str,
+        self, evaluation: Evaluation[Any], options: LowshotSettings, layers: Layers, bank: Table, rows: np.ndarray,
+        test: Table, classes: int, key: str,
     ) -> dict[str, Any]:  # fmt: skip
         """`figures` of the test images, and what was chosen, by cross-validation; no collectives."""
         features, targets = Rows(bank.features, rows), bank.targets[rows]
-        inputs = fit_inputs(layers, features, self.options.normalize)
+        inputs = fit_inputs(layers, features, options.normalize)
         prepare = partial(inputs.of, name=layers.names[0])
         x = as_float64(prepare, features)
-        c = self._c(x.numpy(), targets, classes)
+        c = self._c(options, x.numpy(), targets, classes)
         model = logistic(x, targets, classes, c)
         return {"c": c, **figures(by_blocks(lambda part: model.scores(prepare(part)), test.features), test.targets)}
 
-    def _c(self, x: np.ndarray, targets: np.ndarray, classes: int) -> float:
+    @staticmethod
+    def _c(options: LowshotSettings, x: np.ndarray, targets: np.ndarray, classes: int) -> float:
         """The strength with the lowest loss in cross-validation, of float64 [n, D]; the middle one where a class has a
         single image."""
-        options = self.options
         folds = min(FOLDS, int(np.bincount(targets).min()))
         if len(options.c) == 1 or folds < 2:
             return options.c[len(options.c) // 2]
@@ -183,11 +183,10 @@ class Lowshot(Task[LowshotSettings]):
         return options.c[int(np.argmin(found))]
 
     def _by_sgd(
-        self, evaluation: Evaluation[Any], layers: Layers, bank: Table, rows: np.ndarray, test: Table, classes: int,
-        key: str,
+        self, evaluation: Evaluation[Any], options: LowshotSettings, layers: Layers, bank: Table, rows: np.ndarray,
+        test: Table, classes: int, key: str,
     ) -> dict[str, Any]:  # fmt: skip
         """As `_by_lbfgs`, chosen on a held-out part; collective."""
-        options = self.options
         features, targets = Rows(bank.features, rows), bank.targets[rows]
         grid = [Head(layers.names[0], lr, decay) for lr in options.lr for decay in options.weight_decay]
         inputs = fit_inputs(layers, features, options.normalize)
@@ -210,64 +209,34 @@ class Lowshot(Task[LowshotSettings]):
 
     # -------------------------------------------------------------------------------------------- figures
 
-    def _result(self, table: list[dict[str, Any]], protocol: str, images: int, classes: int) -> Result:
+    def _result(self, table: list[dict[str, Any]], data: DataSet) -> Result:
+        options, classes = self.options, len(data.classes)
+        whole, tested = options.finetune, table[0]["tested"]
         scores: dict[str, float] = {}
         points: list[tuple[float, float]] = []
         shots = list(dict.fromkeys(row["shots"] for row in table))
-        for shot in shots:
+        names = {shot: f"lowshot/{shot}{'_finetuned' * whole}" for shot in shots}
+        for shot, prefix in names.items():
             own = [row for row in table if row["shots"] == shot]
             for name in ("top1", "top5", "mean_class"):
                 values = np.array([row[name] for row in own])
-                scores[f"lowshot/{shot}_{name}"] = values.mean()
+                scores[f"{prefix}_{name}"] = values.mean()
                 if len(values) > 1:
-                    scores[f"lowshot/{shot}_{name}_std"] = values.std(ddof=1)
-            points.append((own[0]["images"] / classes, scores[f"lowshot/{shot}_top1"]))
-        scores |= {"lowshot/images": images, "lowshot/classes": classes}
+                    scores[f"{prefix}_{name}_std"] = values.std(ddof=1)
+            points.append((own[0]["images"] / classes, scores[f"{prefix}_top1"]))
+        scores |= {"lowshot/images": tested, "lowshot/classes": classes}
         plot = Chart(title="Few labels", x="images a class", y="top-1, %", series={"top-1": points}, log_x=True)
-        options = self.options
-        kind = "logistic regressions" if options.solver == "lbfgs" else "linear heads by SGD"
         drawn = "as listed" if options.split_file else f"mean and deviation of {counted(options.draws, 'draw')}"
+        if isinstance(options, LowshotSettings):
+            kind = "logistic regressions" if options.solver == "lbfgs" else "linear heads by SGD"
+            how = f"{kind} on frozen features"
+        else:
+            epochs = " or ".join(f"{n}" for n in dict.fromkeys(row["epochs"] for row in table))
+            how = f"the whole network was trained on each draw for {epochs} epochs; measured are the last weights"
         return Result(
             scores={key: float(value) for key, value in scores.items()},
-            headline=f"lowshot/{shots[0]}_top1",
-            protocol=f"{protocol} Of the training images {', '.join(shots)}, {drawn}; {kind} on frozen features.",
-            table=table,
+            headline=f"{names[shots[0]]}_top1",
+            protocol=f"{data.protocol} Of the training images {', '.join(shots)}, {drawn}; {how}.",
+            table=[{k: v for k, v in row.items() if k != "tested"} for row in table],
             plots=(plot,),
         )
-
-
-def listed(path: Path, train: Split) -> np.ndarray:
-    """The training images that a list names by their file names, with as many folders as tell them apart: of images of
-    one file name it is that whose path ends most alike. Raises DataError where none is there, or several are alike."""
-    try:
-        lines = {shown(line.strip()) for line in path.read_text().splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(Problem("--split-file", str(path), f"it cannot be read ({error})")) from error
-    named = {line: parts_of(line) for line in sorted(lines)}
-    images: dict[str, list[tuple[int, list[str]]]] = {parts[-1]: [] for parts in named.values()}
-    for i in range(len(train)):
-        own = parts_of(train.source.name(i))
-        if own[-1] in images:
-            images[own[-1]].append((i, own))
-    if missing := [line for line, parts in named.items() if not images[parts[-1]]]:
-        rule = f"{counted(len(missing), 'image')} of its {len(named):,} are not among the training images"
-        raise DataError(Problem("--split-file", str(path), rule, f"the first is {missing[0]}"))
-    found: dict[int, str] = {}
-    for line, parts in named.items():
-        alike = images[parts[-1]]
-        for depth in range(2, len(parts) + 1):
-            alike = [(i, own) for i, own in alike if own[-depth:] == parts[-depth:]] or alike
-        image, name = alike[0][0], train.source.name(alike[0][0])
-        if len(alike) > 1:
-            rule = f"its {line} may be any of {counted(len(alike), 'image')}, such as {name}"
-            raise DataError(Problem("--split-file", str(path), rule, "name their folders, too"))
-        if image in found:
-            rule = f"its {found[image]} and {line} are both {name}"
-            raise DataError(Problem("--split-file", str(path), rule, "name each image once, by its folders"))
-        found[image] = line
-    return np.array(sorted(found), np.int64)
-
-
-def parts_of(name: str) -> list[str]:
-    """Folders and file of a path, or of a tar and its member; one part at least."""
-    return [part for part in name.replace("::", "/").split("/") if part not in ("", ".")] or [name]

@@ -52,6 +52,13 @@ class RetrievalSettings(TaskSettings):
     )
     side: int = opt(1024, "of roxford5k and rparis6k: long side of whole images in pixels", ge=32)
 
+    def without_effect(self) -> dict[str, str]:
+        revisited = self.data.partition(":")[0] in REVISITED
+        found = super().without_effect() | ({} if self.pool == "gem" else {"gem_p": "without --pool gem"})
+        if not revisited:
+            return found | {"side": "without --data roxford5k or rparis6k"}
+        return found | dict.fromkeys(("gallery", "k"), "with images of a revisited set, taken whole")
+
 
 @register_task("retrieval", RetrievalSettings)
 class Retrieval(Task[RetrievalSettings]):

@@ -39,6 +39,10 @@ class RobustnessSettings(TaskSettings):
     temperature: float = opt(0.07, "weight of a neighbour is exp(cosine / temperature)", gt=0)
     c: float = opt(1.0, "of logistic regression: inverse strength of its penalty, on standardised features", gt=0)
 
+    def without_effect(self) -> dict[str, str]:
+        idle = ("c",) if self.classifier == "knn" else ("k", "temperature")
+        return super().without_effect() | dict.fromkeys(idle, f"with --classifier {self.classifier}")
+
     def problems(self) -> list[Problem]:
         unknown = [name for name in self.corruptions if name not in CORRUPTIONS]
         twice = len(set(self.severities)) < len(self.severities) or len(set(self.corruptions)) < len(self.corruptions)
