@@ -81,7 +81,7 @@ def run_suite(
                 failed.append(error.prefixed(f"eval {name}"))
                 problems.append({"task": name, "weights": weights, "problem": str(error)})
                 continue
-            rows.append(_row(record))
+            rows += rows_of(record)
     of_trained = [row for row in rows if row["weights"] == "trained"]
     subject: dict[str, Any] = next((row["subject"] for row in of_trained + rows), {})
     summary = {"suite": [name for name, _ in items], "subject": subject, "rows": rows, "problems": problems,
@@ -100,18 +100,22 @@ def run_suite(
     return summary
 
 
-def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    subject, name, task = record["subject"], record["headline"], record["task"]
-    row = published(task, name.removeprefix(f"{task}/"), word_of(record["settings"]["data"]), subject["backbone"])
-    told = row and difference(
-        row, subject["backbone"], subject["parameters"], subject["samples_seen"], record["data"], record["size"]
-    )
-    return {
-        "task": task, "figure": name, "data": record["data"], "weights": subject["weights"], "score": record["score"],
-        "stderr": record["scores"].get(f"{name}_stderr"), "std": record["scores"].get(f"{name}_std"),
-        "published": row.score if row else None, "difference": told or "", "seconds": record["seconds"],
-        "subject": subject,
-    }  # fmt: skip
+def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the figure that stands for the task, and of others beside which a published one stands."""
+    subject, task, scores = record["subject"], record["task"], record["scores"]
+    data, backbone = word_of(record["settings"]["data"]), subject["backbone"]
+    beside = {name: published(task, name.removeprefix(f"{task}/"), data, backbone) for name in scores}
+    return [
+        {
+            "task": task, "figure": name, "data": record["data"], "weights": subject["weights"], "score": scores[name],
+            "stderr": scores.get(f"{name}_stderr"), "std": scores.get(f"{name}_std"),
+            "published": theirs.score if theirs else None, "seconds": record["seconds"], "subject": subject,
+            "difference": theirs and difference(
+                theirs, backbone, subject["parameters"], subject["samples_seen"], record["data"], record["size"]
+            ) or "",
+        }
+        for name, theirs in beside.items() if theirs or name == record["headline"]
+    ]  # fmt: skip
 
 
 def as_table(summary: Mapping[str, Any]) -> str:

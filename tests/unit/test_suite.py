@@ -11,7 +11,7 @@ from seer_scale.errors import UserError
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.published import published
 from seer_scale.evaluate.subject import Subject
-from seer_scale.evaluate.suite import as_table, read_suite, run_suite
+from seer_scale.evaluate.suite import as_table, read_suite, rows_of, run_suite
 from tests.unit.test_knn import write_corpus
 from tests.unit.test_load import checkpoint
 
@@ -85,6 +85,26 @@ def test_published_figures_stand_beside_those_of_the_same_kind_alone():
 
     for task, score in (("linear", 75.96), ("finetune", 84.5)):
         assert [of(task, "top1", data) for data in ("imagenet", "imagenet:/x", "photos", "")] == [score] * 4
-        assert [of(task, "top1", data) for data in ("places205", "inat18:/x", "voc07")] == [None] * 3
+        assert of(task, "top1", "voc07") is None
         assert of(task, "map", "photos") is of(task, "map", "imagenet") is None
-    assert of("knn", "top1", "imagenet") is None
+    assert of("knn", "top1", "imagenet") is of("linear", "top1", "inat18:/x") is None
+    assert [of("finetune", "top1", data) for data in ("inat18:/x", "places205")] == [82.6, 67.5]
+    for shot, score in (("1%", 57.5), ("10%", 76.7)):
+        figure = f"{shot}_finetuned_top1"
+        assert [of("lowshot", figure, data) for data in ("imagenet:/x", "photos", "places205")] == [score, score, None]
+        assert of("lowshot", f"{shot}_top1", "imagenet") is of("finetune", figure, "imagenet") is None
+
+
+def test_each_figure_beside_which_a_published_one_stands_has_a_row():
+    subject = {"backbone": "regnety_256gf", "weights": "trained", "parameters": 5, "samples_seen": 7}
+    names = [f"lowshot/{shot}_finetuned_{name}" for shot in ("1%", "10%", "5") for name in ("top1", "top1_std", "top5")]
+    record = {
+        "task": "lowshot", "headline": names[6], "scores": {n: float(i) for i, n in enumerate(names)},
+        "data": "imagenet", "settings": {"data": "imagenet"}, "subject": subject, "size": 224, "seconds": 1.0,
+    }  # fmt: skip
+    rows = rows_of(record)
+    assert [(r["figure"], r["published"]) for r in rows] == [(names[0], 60.5), (names[3], 77.9), (names[6], None)]
+    assert [(r["score"], r["std"]) for r in rows] == [(0, 1), (3, 4), (6, 7)]
+    (told,) = {r["difference"] for r in rows[:2]}
+    assert told.startswith("Ours: regnety_256gf (5) after 7 samples, 224 px, on imagenet; SEER: regnety_256gf (1.27B)")
+    assert rows_of(record | {"settings": {"data": "inat18"}})[0]["figure"] == names[6]
