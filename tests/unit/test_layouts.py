@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from seer_scale.cli import main
 from seer_scale.errors import DataError
 from seer_scale.evaluate.layouts import DATASETS, LAYOUTS, named_data_set
 from seer_scale.evaluate.splits import DataSet, open_data_set
+from seer_scale.evaluate.suite import rows_of
 from tests.problems import refused
+from tests.unit.test_load import checkpoint
 from tests.unit.test_sources import touch
 
 
@@ -103,7 +107,7 @@ TREES = {
 
 
 def test_every_layout_has_a_tree_here():
-    assert set(TREES) == set(LAYOUTS)
+    assert set(TREES) == set(LAYOUTS) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("word", LAYOUTS)
@@ -232,3 +236,50 @@ def test_a_file_that_is_damaged_is_told(word, name, text, tmp_path):
     with pytest.raises(DataError) as found:
         opened(word, root)
     assert len(found.value.problems) == 1 and found.value.problems[0].key
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+ONE_HEAD = ["--epochs", "1", "--lr", "0.1", "--weight-decay", "0", "--global-batch", "2"]
+COMMANDS = {
+    "imagenet": (["knn", "--k", "1"], "knn/top1"),
+    "places205": (["lowshot", "--finetune", "--shots", "1", "--draws", "1", "--epochs", "1", "--global-batch", "2"],
+                  "lowshot/1_finetuned_top1"),
+    "inat18": (["lowshot", "--shots", "1", "--draws", "1"], "lowshot/1_top1"),
+    "voc07": (["svm", "--c", "1", "--folds", "2"], "svm/map"),
+    "coco": (["linear", *ONE_HEAD], "linear/map"),
+    "openimages": (["linear", *ONE_HEAD], "linear/map"),
+    "openimages-machine": (["finetune", "--epochs", "1", "--global-batch", "2", "--held-out", "0"], "finetune/map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", COMMANDS)
+def test_each_word_is_measured_by_the_command(word, tmp_path, monkeypatch, capsys):
+    """On pictures laid out as the real set, which the environment's folder of all has."""
+    root = TREES[word](tmp_path / "tree")
+    if word == "voc07":  # more of each class, for the folds
+        lists = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+        for part in ("trainval", "test"):
+            numbers = [f"{n:06}" for n in range(1, 9)] if part == "trainval" else [f"{n:06}" for n in range(9, 13)]
+            for c, name in enumerate(("aeroplane", "cat")):
+                labels = [1 if n % 2 == c else 0 if n % 5 == 0 else -1 for n in range(len(numbers))]
+                rows = [f"{number} {label:2}" for number, label in zip(numbers, labels)]
+                (lists / f"{name}_{part}.txt").write_text("\n".join(rows) + "\n")
+            images(root, *(f"VOCdevkit/VOC2007/JPEGImages/{n}.jpg" for n in numbers))
+    draw = np.random.default_rng(0)
+    for path in root.rglob("*"):
+        if path.is_file() and path.read_bytes() == b"x":
+            Image.fromarray(draw.integers(0, 256, (28, 36, 3), dtype=np.uint8)).save(path, "JPEG")
+    _, place = checkpoint(tmp_path / "run")
+    (task, *options), headline = COMMANDS[word]
+    monkeypatch.setenv(DATASETS, str(tmp_path / "all"))
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / word.partition("-")[0]).symlink_to(root)
+    out = tmp_path / "eval"
+    words = ["eval", task, str(place), "--data", word, "--size", "24", "--workers", "0", "--out", str(out), *options]
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads((out / f"{task}.json").read_text())
+    assert record["headline"] == headline and 0 <= record["score"] <= 100
+    assert record["protocol"].startswith(f"{word}: ") and record["data"] == word
+    assert [row["published"] for row in rows_of(record)] == [None], "there is none of this task, figure and set"
