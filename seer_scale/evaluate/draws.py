@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,8 @@ class Draw:
 def draws_of(options: DrawSettings, train: Split) -> list[Draw]:
     """Raises DataError where one has no image of a class, or fewer than asked for."""
     if options.split_file:
-        found = [Draw(Path(p).stem, n, listed(Path(p), train)) for n, p in enumerate(options.split_file)]
+        names = [re.sub(r"^(\d+)percent$", r"\1%", Path(p).stem) for p in options.split_file]  # SimCLR's
+        found = [Draw(name, n, listed(Path(p), train)) for n, (name, p) in enumerate(zip(names, options.split_file))]
     else:
         found = []
         for shot in options.shots or usual_shots(train):

@@ -21,7 +21,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, UserError
 from seer_scale.evaluate import heads as heads_module
 from seer_scale.evaluate.context import Evaluation
-from seer_scale.evaluate.draws import listed, usual_shots
+from seer_scale.evaluate.draws import draws_of, listed, usual_shots
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, Plan, best, figures, losses, measure_heads, train
 from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
 from seer_scale.evaluate.logistic import logistic
@@ -404,6 +404,9 @@ def test_a_list_tells_images_of_one_name_apart_by_their_folders(pictures, tmp_pa
     assert [Path(train.source.name(i)).parts[-2:] for i in found] == [
         ("class0", "1.jpg"), ("class1", "3.jpg"), ("class2", "1.jpg"),
     ]  # fmt: skip
+    (tmp_path / "1percent.txt").write_text(given.read_text())
+    both = read_settings("lowshot", {"split_file": f"{tmp_path}/1percent.txt,{given}"})
+    assert [(d.shot, len(d.indices)) for d in draws_of(both, train)] == [("1%", 3), ("list", 3)]
     alone = train.take(np.flatnonzero(train.targets == 0))
     given.write_text("other/1.jpg\n")
     assert listed(given, alone).tolist() == [1], "there is one of that name"

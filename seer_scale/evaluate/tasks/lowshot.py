@@ -38,8 +38,8 @@ from seer_scale.observe.chart import Chart
 FOLDS = 3
 SHARE_OF_ALL = 4
 """Where draws have a fourth of all images, features are made of all: other tasks need them, too."""
-EPOCHS, MIN_FINETUNE_UPDATES = 70, 200
-"""Of --finetune: VISSL's, and what a draw of some images needs to learn anything."""
+EPOCHS, MIN_SAMPLES = 70, 12_800
+"""Of --finetune: VISSL's, and how many images it sees at least, where a draw has few: one pass of 1 % of ImageNet."""
 WHOLE_NETWORK = "train the whole network, with options of its own, instead of a classifier on its features"
 
 
@@ -59,7 +59,7 @@ class LowshotFinetuneSettings(TrainingSettings, DrawSettings):
     (configs/config/benchmark/semi_supervised), but for Nesterov's momentum."""
 
     finetune: bool = opt(True, WHOLE_NETWORK)
-    epochs: int = opt(0, "passes over the images drawn; 0 = 70, and at least 200 updates", ge=0)
+    epochs: int = opt(0, "passes over the images drawn; 0 = 70, and at least 12,800 images", ge=0)
     lr: float = opt(0.05, "learning rate of the head, for a global batch of 256", gt=0)
     weight_decay: float = opt(0.0, "weight decay", ge=0)
     steps: tuple[float, ...] = opt(
@@ -72,7 +72,7 @@ class LowshotFinetuneSettings(TrainingSettings, DrawSettings):
 
     def of_images(self, num: int) -> LowshotFinetuneSettings:
         """With the number of epochs, of so many images."""
-        epochs = max(EPOCHS, math.ceil(MIN_FINETUNE_UPDATES * self.global_batch / num))
+        epochs = max(EPOCHS, math.ceil(MIN_SAMPLES / num))
         return self if self.epochs else dataclasses.replace(self, epochs=epochs)
 
 
