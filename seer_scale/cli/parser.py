@@ -137,20 +137,22 @@ BOOLEANS = [spelt(w) for w in ("true", "false", "yes", "no", "on", "off") for sp
 """YAML's."""
 
 
+def switched_sections() -> set[str]:
+    """Those of a recipe that have a key `enabled` of true or false."""
+    return {key.removesuffix(".enabled") for key, kind, *_ in all_keys() if key.endswith(".enabled") and kind == "bool"}
+
+
 def split_switches(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(overrides, the words left) of words that no option took: `--SECTION` is its key `enabled`, where it has one."""
-    keys = [key.split(".") for key, kind, *_ in all_keys() if kind == "bool"]
-    sections = {section for section, key in keys if key == "enabled"}
     overrides: list[str] = []
-    rest, left = list(words), []
-    while rest:
-        name, is_whole, value = (word := rest.pop(0)).partition("=")
-        if not name.startswith("--") or name[2:] not in sections:
+    left: list[str] = []
+    sections = switched_sections()
+    for word in words:
+        name, is_whole, value = word.partition("=")
+        if name.startswith("--") and name[2:] in sections:
+            overrides += [f"{name}.enabled", value if is_whole else "true"]
+        else:
             left.append(word)
-            continue
-        if not is_whole:
-            value = rest.pop(0) if rest and rest[0] in BOOLEANS else "true"
-        overrides += [f"{name}.enabled", value]
     return overrides, left
 
 
@@ -166,6 +168,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     plugins: list[str] = []
     rest, switches = list(words), {key for key, kind, *_ in all_keys() if kind == "bool"}
+    sections = {f"--{section}" for section in switched_sections()}
     while rest:
         word = rest.pop(0)
         name, is_whole, value = word.partition("=")
@@ -175,7 +178,8 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
             plugins.append(value if is_whole else rest.pop(0))
             continue
         if not (name.startswith("--") and "." in name):
-            own.append(word)
+            with_value = word in sections and rest and rest[0] in BOOLEANS  # which a parser takes for another argument
+            own.append(f"{word}={rest.pop(0)}" if with_value else word)
             continue
         overrides.append(word)
         has_value = is_whole or bool(rest) and not rest[0].startswith("--")

@@ -203,6 +203,7 @@ def test_the_resolved_recipe_can_be_printed(capsys, photos):
         (["--train.compile", "--knn", "photos_laptop"], True, True),
         (["photos_laptop", "--knn", "false", "--train.compile"], True, False),
         (["--knn=off", "photos_laptop", "--train.compile", "no"], False, False),
+        (["--knn", "False", "photos_laptop", "--train.compile"], True, False),
         (["photos_laptop", "--knn.enabled", "--knn.k", "3", "--train.compile=true"], True, True),
     ],
 )
