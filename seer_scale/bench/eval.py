@@ -10,6 +10,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from seer_scale.evaluate.subject import Subject, begin
 from seer_scale.files import to_json
 from seer_scale.models.registry import build_backbone
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="regnety_400mf", help="a registered name, or timm/NAME")
@@ -37,13 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
-def run(args: argparse.Namespace) -> str:
-    """Measure; returns the lines to print. Raises UserError."""
-    for option in ("size", "batch", "classes", "heads", "rounds"):
-        if getattr(args, option) < 1:
-            raise UserError(Problem(f"--{option}", getattr(args, option), "must be at least 1", (1,)))
+def updates(args: argparse.Namespace, accelerator: Accelerator) -> dict[int, Callable[[], Tensor]]:
+    """By the number of heads, the sweep's and one: an update of theirs, with the forward that feeds it."""
     device = torch.device(args.device)
-    torch.set_num_threads(available_cores())
     model = build_backbone(args.backbone).to_empty(device="cpu").eval()
     begin(model, "", 0)
     subject = Subject(path=Path(), model=model.to(device), fingerprint="", weights="random", size=args.size)
@@ -52,8 +52,6 @@ def run(args: argparse.Namespace) -> str:
     targets = torch.randint(args.classes, (args.batch,), generator=draw).to(device)
     layers = layers_of(subject, ("last",))
     inputs = fit_inputs(layers, layers.encode(images).cpu(), "standardize")
-    world = World(device=device)
-    accelerator = accelerator_of(world)
 
     def update_of(num: int) -> Callable[[], Tensor]:
         heads = Heads(
@@ -62,10 +60,22 @@ def run(args: argparse.Namespace) -> str:
         wrapped, optimizer = accelerator.prepare(heads, HeadsSGD(heads.groups(), 0.9))
         return lambda: update(wrapped, optimizer, accelerator, inputs(layers.encode(images)), targets)
 
-    updates = {args.heads: update_of(args.heads), 1: update_of(1)}
-    taken: dict[int, list[float]] = {num: [] for num in updates}
+    return {args.heads: update_of(args.heads), 1: update_of(1)}
+
+
+def run(args: argparse.Namespace) -> str:
+    """Measure; returns the lines to print. Raises UserError."""
+    for option in ("size", "batch", "classes", "heads", "rounds"):
+        if getattr(args, option) < 1:
+            raise UserError(Problem(f"--{option}", getattr(args, option), "must be at least 1", (1,)))
+    device = torch.device(args.device)
+    torch.set_num_threads(available_cores())
+    world = World(device=device)
+    accelerator = accelerator_of(world)
+    both = updates(args, accelerator)
+    taken: dict[int, list[float]] = {num: [] for num in both}
     for turn in range(args.rounds + 1):  # the first warms up
-        for num, work in updates.items():
+        for num, work in both.items():
             taken[num] += [seconds(work, world)] * bool(turn)
     accelerator.free_memory()
     ratio = statistics.median(many / one for many, one in zip(taken[args.heads], taken[1]))

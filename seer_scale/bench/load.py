@@ -40,14 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
-def stand_in(folder: Path, model: str, ranks: int, head: int) -> Path:
-    """A checkpoint of `ranks` ranks whose tensors are all zero, in files without content."""
+def state_of(model: str, head: int) -> dict[str, Tensor]:
+    """What a run of a backbone and `head` more parameters saves, by name, on the meta device."""
     with torch.device("meta"):
         backbone = build_backbone(model)
     state = {f"model/{PREFIX}{n}": t for n, t in backbone.state_dict().items()}
     state["model/head.weight"] = torch.empty(head, device="meta")
-    state |= {f"optim/{n}/momentum": t for n, t in state.items() if t.is_floating_point()}
-    layout = even_layout(state, ranks)
+    return state | {f"optim/{n}/momentum": t for n, t in state.items() if t.is_floating_point()}
+
+
+def stand_in(folder: Path, model: str, ranks: int, head: int) -> Path:
+    """A checkpoint of `ranks` ranks whose tensors are all zero, in files without content."""
+    layout = even_layout(state_of(model, head), ranks)
     aside = folder / ".tmp-stand-in"
     aside.mkdir(parents=True)
     meta = {
