@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import textwrap
 from datetime import timedelta
 
 
@@ -11,6 +13,18 @@ def counted(num: int, noun: str) -> str:
     hisses = noun.endswith(("s", "x", "ch", "sh")) and not noun.endswith("epoch")
     plural = f"{noun}es" if hisses else f"{noun}s"
     return f"{num:,} {noun if num == 1 else plural}"
+
+
+MAX_COLUMNS = 120
+
+
+def paragraph(text: str, width: int = 0, indent: str = "") -> str:
+    """In lines of at most `width` columns, those of the terminal otherwise and no more than MAX_COLUMNS. No path is
+    broken."""
+    columns = width or min(MAX_COLUMNS, shutil.get_terminal_size((MAX_COLUMNS, 24)).columns)
+    return textwrap.fill(
+        text, columns, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def plus_minus(stderr: object, std: object = None) -> str:

@@ -45,7 +45,7 @@ def updates(args: argparse.Namespace, accelerator: Accelerator) -> dict[int, Cal
     """By the number of heads, the sweep's and one: an update of theirs, with the forward that feeds it."""
     device = torch.device(args.device)
     model = build_backbone(args.backbone).to_empty(device="cpu").eval()
-    begin(model, "", 0)
+    begin(model, 0)
     subject = Subject(path=Path(), model=model.to(device), fingerprint="", weights="random", size=args.size)
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch, 3, args.size, args.size, generator=draw).to(device)

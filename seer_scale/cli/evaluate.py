@@ -12,8 +12,10 @@ from typing import Any
 from seer_scale.cli.parser import Parser, add_command
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED
 from seer_scale.files import shown, to_json
-from seer_scale.formatting import plus_minus
+from seer_scale.formatting import paragraph, plus_minus
 
+NO_BREAK = "\0"
+"""Stands for a space at which no line ends."""
 EPILOG = """On several processes: torchrun --nproc-per-node 8 -m seer_scale eval TASK ..., or srun, or accelerate
 launch; the figure is the same. What is killed goes on where it was with the same command."""
 
@@ -112,7 +114,7 @@ def _as_text(default: object) -> str:
 
 
 def evaluate(name: str, args: argparse.Namespace) -> int:
-    from seer_scale.evaluate.run import read_settings, run_task
+    from seer_scale.evaluate.run import read_settings, results_folder, run_task
     from seer_scale.rank_info import detect
 
     settings = read_settings(name, _given(args))
@@ -121,18 +123,19 @@ def evaluate(name: str, args: argparse.Namespace) -> int:
     )
     if detect().rank == 0:
         for record in records:
-            print(to_json(record) if args.json else as_text(record))
+            print(to_json(record) if args.json else as_text(record, results_folder(args.path, args.out)))
     return EXIT_DONE
 
 
 def suite(args: argparse.Namespace) -> int:
+    from seer_scale.evaluate.run import results_folder
     from seer_scale.evaluate.suite import as_table, read_suite, run_suite
     from seer_scale.rank_info import detect
 
     items = read_suite(args.tasks, _given(args))
     summary = run_suite(args.path, items, which=args.which, initial=_weights(args), out=args.out, device=args.device)
     if detect().rank == 0:
-        print(to_json(summary) if args.json else as_table(summary))
+        print(to_json(summary) if args.json else as_table(summary, results_folder(args.path, args.out)))
     return EXIT_DONE if not summary["problems"] else EXIT_FAILED
 
 
@@ -145,15 +148,21 @@ def _weights(args: argparse.Namespace) -> list[str]:
     return ["random", "trained"] if args.weights == "both" else [args.weights]
 
 
-def as_text(record: dict[str, Any]) -> str:
-    """What a result says, for people."""
-    scores, subject = record["scores"], record["subject"]
-    figures = []
+def as_text(record: dict[str, Any], folder: Path, width: int = 0) -> str:
+    """What a result says, for people: the figure that stands for it, the others, what was measured, and where it was
+    written. folder: of the files. width: of the lines in columns, the terminal's otherwise."""
+    scores, subject, headline = record["scores"], record["subject"], record["headline"]
+    figures: list[str] = []
     for key, value in scores.items():
         if any(key.endswith(suffix) and key.removesuffix(suffix) in scores for suffix in ("_stderr", "_std")):
             continue
         around = plus_minus(scores.get(f"{key}_stderr"), scores.get(f"{key}_std"))
         figure = f"{value:,.0f}" if float(value).is_integer() and not around else f"{value:.2f}"
-        figures.append(f"{key} {figure}{around}")
+        name = key.removeprefix(f"{record['task']}/") if key != headline else key
+        figures.insert(0 if key == headline else len(figures), f"{name} {figure}{around}".replace(" ", NO_BREAK))
     weights = "untrained weights" if subject["weights"] == "random" else subject["checkpoint"] or shown(subject["path"])
-    return f"{', '.join(figures)} ({weights}). {record['protocol']}"
+    told = [", ".join(figures[1:]), record["protocol"], *(f"Warning: {text}" for text in record["warnings"])]
+    wrapped = [paragraph(text, width, "  ") for text in filter(None, told)]
+    files = ", ".join(record["files"])
+    lines = [f"{figures[0]} ({weights})", *wrapped, f"  Written: {shown(folder)}/{files}"]
+    return "\n".join(lines).replace(NO_BREAK, " ")

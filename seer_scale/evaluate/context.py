@@ -8,7 +8,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
@@ -21,6 +21,7 @@ from seer_scale.data.loading.listing import share
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
+from seer_scale.evaluate.knn import TRAIN
 from seer_scale.evaluate.shards import (
     EncodePixels,
     FeatureStream,
@@ -73,17 +74,18 @@ class Evaluation(Generic[SettingsT]):
 
     # ------------------------------------------------------------------------------------------------ what is there
 
-    def data_set(self, make: Callable[[], DataSet] | None = None) -> DataSet:
-        """What --data and --test name, or what `make` gives, listed by rank 0. Raises DataError."""
+    def data_set(self, make: Callable[[], DataSet] | None = None, *, roles: str = TRAIN) -> DataSet:
+        """What --data and --test name, or what `make` gives, listed by rank 0. roles: what the protocol says that the
+        images are for (knn.TRAIN, knn.VOTE). Raises DataError."""
         options, config = self.options, self.subject.config
-        make = make or (lambda: open_data_set(options.data, options.test, config))
+        make = make or (lambda: open_data_set(options.data, options.test, config, roles))
 
         def checked() -> DataSet:
             found = make()
             for split in (found.train, found.test):
                 check_targets(split)
                 _ = split.mark  # reads some images, which the other ranks then need not
-            return found
+            return replace(found, protocol=found.protocol + found.without_images)
 
         with self.progress.doing("listing images"):
             return share(self.world, self.folder, checked, lambda found: found.sources, name=f"listed-{self.task}")

@@ -74,17 +74,22 @@ SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 queries."""
 DATE = re.compile(r"(19|20)\d\d([-_. ]?[01]?\d([-_. ]?[0-3]?\d)?)?")
 MAX_NAMES = 5
+VOTE, TRAIN = "{bank} vote on {queries}", "Trained on {bank}, tested on {queries}"
+"""What labelled images are for, in a protocol."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """What a user has called the images of the bank and of the queries by; trains: whether data.path is trained on."""
+    """What a user has called the images of the bank and of the queries by; trains: whether data.path is trained on;
+    task, roles: who needs classes, and for what (VOTE, TRAIN)."""
 
     bank: str = "knn.bank"
     queries: str = "knn.queries"
     otherwise: str = ", or leave knn.bank and knn.queries out"
     without: str = " (knn.enabled false, or knn.bank)"
     trains: bool = True
+    task: str = "kNN"
+    roles: str = VOTE
 
 
 def labelled_images(config: Config, source: Source | None = None, words: Words = Words()) -> LabelledImages | None:
@@ -100,13 +105,17 @@ def labelled_images(config: Config, source: Source | None = None, words: Words =
         [] if not section.bank and config.data.kind not in ("auto", "folder") else split_folders(bank_path, exclude)
     )
     beside = [name for name in folders_in(bank_path, exclude) if splits and not is_split(name)]
+    passed_over: dict[str, list[str]] = {}
     queries_path, queries = section.queries, open_source(section.queries) if section.queries else None
     if splits and (bank := _with_classes(splits[0], config)):
         bank_path = splits[0]
         for path in () if queries else splits[1:]:
-            if (found := _with_classes(path, config)) and set(found.classes) <= set(bank.classes):
+            if not (found := _with_classes(path, config)):
+                continue
+            if not (more := sorted(set(found.classes) - set(bank.classes))):
                 queries, queries_path = found, path
                 break
+            passed_over[path] = more
     else:
         bank = open_source(section.bank) if section.bank else source or open_data(config.data)
         if bank.has_labels and not are_splits(bank.classes):
@@ -122,12 +131,12 @@ def labelled_images(config: Config, source: Source | None = None, words: Words =
         )
     if problem := _without_classes(bank, bank_path, splits, exclude):
         if section.bank or section.queries:
-            raise DataError(_needs_classes(problem, "kNN needs classes", words.otherwise))
+            raise DataError(_needs_classes(problem, f"{words.task} needs classes", words.otherwise))
         return None
     held = 0
     if queries:
         if problem := _without_classes(queries, queries_path, split_folders(queries_path)):
-            raise DataError(_needs_classes(problem, "kNN needs classes of its queries"))
+            raise DataError(_needs_classes(problem, f"{words.task} needs classes of {words.queries}"))
         asked = draw_indices(queries, 0, section.limit_queries)
     else:
         queries, asked = bank, draw_indices(bank, 0, min(math.ceil(len(bank) / 5), section.limit_queries or len(bank)))
@@ -139,20 +148,26 @@ def labelled_images(config: Config, source: Source | None = None, words: Words =
             Problem(
                 words.queries,
                 section.queries,
-                f"it has the class {shown(unknown[0])!r}, which the bank has not",
+                f"it has {_beyond(unknown, bank_path)}",
                 f"use one set of classes for {words.bank} and {words.queries}",
             )
         )
     query_to_bank = np.array([bank.classes.index(name) for name in queries.classes])
     of = f"{len(asked):,} of {shown(queries_path)}" if queries_path else f"{len(asked):,} others of it, held out"
-    protocol = f"{len(kept):,} images of {shown(bank_path)} vote on {of}; {named_classes(bank.classes)}."
+    images = words.roles.format(bank=f"{len(kept):,} images of {shown(bank_path)}", queries=of)
+    protocol = f"{images}; {named_classes(bank.classes)}."
     if splits and not section.bank and queries_path and words.trains:
-        protocol += f" Training sees the queries too, without labels (data.path {shown(bank_path)} would not)."
+        protocol += (
+            f" Pretraining sees the images of {shown(queries_path)}, too, without labels "
+            f"(data.path {shown(bank_path)} would not)."
+        )
+    for path, more in passed_over.items():
+        protocol += f" {shown(path)} is left out: it has {_beyond(more, bank_path)}."
     if beside:
-        protocol += f" What lies beside them has no part in kNN: {_some_names(beside)}."
+        protocol += f" What lies beside them is left out: {some_names(beside)}."
     if not splits and len(called_so := [name for name in bank.classes if is_split(name)]) > 1:
         protocol += (
-            f" {_some_names(called_so)} are taken for classes, as {len(bank.classes) - len(called_so)} others lie "
+            f" {some_names(called_so)} are taken for classes, as {len(bank.classes) - len(called_so)} others lie "
             f"beside them; if they are parts of the data set, give {words.bank} and {words.queries}."
         )
     if all(DATE.fullmatch(name) for name in bank.classes):
@@ -200,10 +215,14 @@ def why_unlabelled(config: Config, source: Source | None = None) -> Problem | No
 
 
 def named_classes(classes: Sequence[str]) -> str:
-    return f"{counted(len(classes), 'class')}: {_some_names(classes)}"
+    return f"{counted(len(classes), 'class')}: {some_names(classes)}"
 
 
-def _some_names(names: Sequence[str]) -> str:
+def _beyond(classes: Sequence[str], bank_path: str) -> str:
+    return f"{counted(len(classes), 'class')} that {shown(bank_path)} has not: {some_names(classes)}"
+
+
+def some_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
     return ", ".join(map(shown, names[:MAX_NAMES])) + more
 

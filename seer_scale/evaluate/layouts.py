@@ -20,7 +20,7 @@ from seer_scale.data.sources import open_source
 from seer_scale.data.sources.base import NamesBuilder, is_image
 from seer_scale.data.sources.files import Files, folders_in
 from seer_scale.errors import NOTHING, DataError, Problem, missing_path
-from seer_scale.evaluate.knn import named_classes
+from seer_scale.evaluate.knn import TRAIN, named_classes
 from seer_scale.evaluate.splits import DataSet, Split
 from seer_scale.extras import how_to_install
 from seer_scale.files import shown
@@ -55,8 +55,9 @@ def word_of(data: str) -> str:
     return word if word in LAYOUTS else ""
 
 
-def named_data_set(data: str) -> DataSet | None:
-    """What WORD:FOLDER, or WORD alone, names; None where it is no word of LAYOUTS. Raises DataError."""
+def named_data_set(data: str, roles: str = TRAIN) -> DataSet | None:
+    """What WORD:FOLDER, or WORD alone, names; None where it is no word of LAYOUTS. roles: as of `open_data_set`. Raises
+    DataError."""
     word, root = named_folder(data, LAYOUTS)
     if root is None:
         return None
@@ -64,9 +65,11 @@ def named_data_set(data: str) -> DataSet | None:
     for split in (train, test):
         if not len(split):
             raise DataError(Problem(str(root), NOTHING, f"has no image of {split.name} as {word} has it"))
-    protocol = f"{word}: {len(train):,} images of {train.name}, asked about {len(test):,} of {test.name}"
+    bank, queries = f"{len(train):,} images of {word}'s {train.name}", f"{len(test):,} of its {test.name}"
     kind = "several labels an image, " if train.multi_label else ""
-    return DataSet(data, train, test, f"{protocol}; {kind}{named_classes(train.classes)}.")
+    return DataSet(
+        data, train, test, f"{roles.format(bank=bank, queries=queries)}; {kind}{named_classes(train.classes)}."
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the layouts

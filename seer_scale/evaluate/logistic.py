@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +15,19 @@ from torch import Tensor
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.extras import how_to_install
-from seer_scale.files import write_whole
+from seer_scale.files import safetensors_header, write_whole
+from seer_scale.formatting import counted
 
 MAX_ITERATIONS = 1000
+_COUNT = "unconverged"
 
 
 class Linear(NamedTuple):
-    """weight float32 [classes, D], bias [classes]."""
+    """weight float32 [classes, D], bias [classes]. unconverged: fits behind it that ended before they had converged."""
 
     weight: Tensor
     bias: Tensor
+    unconverged: int = 0
 
     def scores(self, rows: Tensor) -> Tensor:
         """[n, classes] of rows [n, D]."""
@@ -50,9 +54,17 @@ def logistic(rows: Tensor, targets: np.ndarray, classes: int, c: float) -> Linea
         return _fit(x, targets, classes, c)
     of_class = [_fit(x[t >= 0], t[t >= 0], 2, c) for t in targets.T]
     return Linear(
-        torch.stack([w[1] - w[0] for w, _ in of_class]),
-        torch.stack([(b[1] - b[0]).clamp(-1e9, 1e9) for _, b in of_class]),
+        torch.stack([w[1] - w[0] for w, _, _ in of_class]),
+        torch.stack([(b[1] - b[0]).clamp(-1e9, 1e9) for _, b, _ in of_class]),
+        sum(fit.unconverged for fit in of_class),
     )
+
+
+def told_of_unconverged(num: int) -> tuple[str, ...]:
+    """A warning where so many fits are not the best there are."""
+    fits = counted(num, "fit")
+    told = f"{fits} of logistic regression did not converge in {MAX_ITERATIONS:,} iterations; smaller --c do."
+    return (told,) if num else ()
 
 
 def _fit(x: np.ndarray, y: np.ndarray, classes: int, c: float) -> Linear:
@@ -62,13 +74,16 @@ def _fit(x: np.ndarray, y: np.ndarray, classes: int, c: float) -> Linear:
         bias[torch.from_numpy(present).long()] = 0
         return Linear(weight, bias)
     model = sklearn_module("linear_model").LogisticRegression(C=c, max_iter=MAX_ITERATIONS, tol=1e-4)
-    model.fit(x, y)
+    with warnings.catch_warnings(record=True) as told:  # they are counted instead
+        warnings.simplefilter("always")
+        model.fit(x, y)
+    unconverged = any(issubclass(w.category, sklearn_module("exceptions").ConvergenceWarning) for w in told)
     w, b = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
     if len(present) == 2:  # one row, of the second class
         w, b = torch.cat([-w, w]) / 2, torch.cat([-b, b]) / 2
     found = torch.from_numpy(present).long()
     weight[found], bias[found] = w.float(), b.float()
-    return Linear(weight, bias)
+    return Linear(weight, bias, int(unconverged))
 
 
 def fitted(
@@ -79,12 +94,15 @@ def fitted(
     paths = [place / f"{name}.safetensors" for name, _ in jobs]
 
     def fit(i: int) -> None:
-        weight, bias = jobs[i][1]()
-        write_whole(paths[i], save({"weight": weight.contiguous(), "bias": bias.contiguous()}))
+        weight, bias, unconverged = jobs[i][1]()
+        write_whole(
+            paths[i], save({"weight": weight.contiguous(), "bias": bias.contiguous()}, {_COUNT: str(unconverged)})
+        )
 
     evaluation.complete(paths, fit, f"fitting {what}", "fits")
     return [_read(path) for path in paths]
 
 
 def _read(path: Path) -> Linear:
-    return Linear(**load(path.read_bytes()))
+    metadata = safetensors_header(path).get("__metadata__") or {}
+    return Linear(**load(path.read_bytes()), unconverged=int(metadata.get(_COUNT, 0)))

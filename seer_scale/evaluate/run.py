@@ -127,12 +127,16 @@ def as_record(
 ) -> dict[str, Any]:
     """A result as eval/NAME.json holds it."""
     subject = evaluation.subject
+    stem, num = settings.stem(name, subject.weights), len(result.plots)
+    plots = [f"{stem}{f'-{i + 1}' * bool(i)}.svg" for i in range(num)]
     return {
         "task": name,
+        "files": [f"{stem}.json", *plots, *result.files],
         "headline": result.headline,
         "score": result.scores[result.headline],
         "scores": dict(result.scores),
         "protocol": result.protocol,
+        "warnings": [*filter(None, [subject.remark]), *result.warnings],
         "subject": {
             "path": str(subject.path),
             "run": str(subject.run_dir or ""),
@@ -159,11 +163,9 @@ def as_record(
 
 def publish(record: Mapping[str, Any], result: Result, folder: Path) -> Path:
     """Write a record and its plots; the path of the record."""
-    suffix = "-random" if record["subject"]["weights"] == "random" else ""
-    stem = f"{record['settings']['name'] or record['task']}{suffix}"
-    path = folder / f"{stem}.json"
-    for i, plot in enumerate(result.plots):
-        draw(plot, folder / f"{stem}{f'-{i + 1}' * bool(i)}.svg")
+    path, *plots = (folder / name for name in record["files"])
+    for plot, place in zip(result.plots, plots):
+        draw(plot, place)
     write_whole(path, to_json(record, indent=1) + "\n")
     line = {key: value for key, value in record.items() if key not in ("table", "plots")}
     with (folder / HISTORY).open("a") as file:  # a file of this name that is written anew loses nothing

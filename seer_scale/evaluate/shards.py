@@ -205,7 +205,7 @@ class NumpyShards(ShardFormat):
 
 
 class ParquetShards(ShardFormat):
-    """Columns features (a list of fixed size), number, label, name."""
+    """Columns features (a list of fixed size), numbers, labels, names."""
 
     suffix = ".parquet"
 
@@ -222,7 +222,7 @@ class ParquetShards(ShardFormat):
         flat, width = self.pa.array(shard.features.numpy().ravel()), max(1, shard.features.shape[1])
         table = self.pa.table({
             "features": self.pa.FixedSizeListArray.from_arrays(flat, width),
-            "number": shard.numbers.numpy(), "label": shard.labels.numpy(), "name": names_of(shard, source),
+            "numbers": shard.numbers.numpy(), "labels": shard.labels.numpy(), "names": names_of(shard, source),
         })  # fmt: skip
         out = io.BytesIO()
         self.parquet.write_table(table, out)

@@ -15,7 +15,7 @@ import numpy as np
 from seer_scale.config import Config, Data, Knn, Run, Train
 from seer_scale.data.sources import Source, subset
 from seer_scale.errors import NOTHING, DataError, Problem
-from seer_scale.evaluate.knn import Words, labelled_images, why_unlabelled
+from seer_scale.evaluate.knn import TRAIN, Words, labelled_images, some_names, why_unlabelled
 from seer_scale.formatting import counted
 from seer_scale.rng import numpy_generator
 
@@ -81,16 +81,27 @@ class DataSet:
     def classes(self) -> list[str]:
         return self.train.classes
 
+    @property
+    def without_images(self) -> str:
+        """Which classes have no image to train on, or none to test on: a sentence each, or nothing."""
+        told, numbers = "", np.arange(len(self.classes))
+        for what, split in (("training", self.train), ("test", self.test)):
+            there = (split.targets == 1).any(0) if split.multi_label else np.isin(numbers, split.targets)
+            if missing := [name for name, is_there in zip(self.classes, there) if not is_there]:
+                told += f" Classes without {what} images: {some_names(missing)}."
+        return told
 
-def open_data_set(data: str, test: str, config: Config | None) -> DataSet:
+
+def open_data_set(data: str, test: str, config: Config | None, roles: str = TRAIN) -> DataSet:
     """data: whatever `data.path` takes, WORD or WORD:FOLDER of layouts.LAYOUTS; empty: what `config`, the run's
-    recipe, has. test: images to test on. Raises DataError."""
+    recipe, has. test: images to test on. roles: what they are for, as the protocol says it (knn.TRAIN, knn.VOTE).
+    Raises DataError."""
     if not data and config is None:
         raise DataError(Problem("--data", NOTHING, "is missing, and no recipe says where labelled images are",
                                 "give a folder of train and test parts, or of classes"))  # fmt: skip
     from seer_scale.evaluate import layouts  # which stands on this module
 
-    if named := layouts.named_data_set(data):
+    if named := layouts.named_data_set(data, roles):
         if test:
             fix = "leave it out, or give a folder as --data"
             raise DataError(Problem("--test", test, f"{data} has its own images to test on", fix))
@@ -106,7 +117,7 @@ def open_data_set(data: str, test: str, config: Config | None) -> DataSet:
         section = dataclasses.replace(
             section, knn=dataclasses.replace(section.knn, bank=known.bank, queries=test or known.queries)
         )
-    images = labelled_images(section, words=Words("--data", "--test", "", "", trains=not data))
+    images = labelled_images(section, words=Words("--data", "--test", "", "", not data, "eval", roles))
     if images is None:
         problem = why_unlabelled(section)
         assert problem is not None, "else there are labelled images"

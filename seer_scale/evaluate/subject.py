@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_config
-from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.interop.artefact import About
+from seer_scale.errors import NOTHING, Problem, UserError, missing_path
+from seer_scale.files import shown
+from seer_scale.interop.artefact import INITIAL_KEY, About
 from seer_scale.interop.load import materialise
 from seer_scale.interop.weights import check_not_onnx, open_weights
 from seer_scale.models.backbone import Backbone
@@ -24,7 +26,7 @@ from seer_scale.models.registry import reset_buffers
 class Subject:
     """model: whole, in eval mode, on the rank's device. fingerprint: stands for its weights. run_dir: of its run, None
     of a file that was exported. config: the recipe it was trained by, as far as it is known. about: what an export
-    of it says."""
+    of it says. remark: what its figures are to be read with, a sentence."""
 
     path: Path
     model: Backbone
@@ -37,6 +39,7 @@ class Subject:
     run_dir: Path | None = None
     config: Config | None = field(default=None, repr=False)
     about: About | None = field(default=None, repr=False)
+    remark: str = ""
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -47,6 +50,8 @@ class Subject:
 
 def check_path(path: Path) -> None:
     """That there is something to evaluate. Raises UserError before any process group is made."""
+    if not path.exists():
+        raise UserError(missing_path(path))
     check_not_onnx(path)
     is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
     is_exported = path.is_file() or any(path.glob("*.safetensors*")) or any(path.glob("config.json"))
@@ -64,8 +69,8 @@ def run_dir_of(path: Path) -> Path:
 
 
 def open_subject(path: Path, which: str, weights: str, device: torch.device, seed: int = 0) -> Subject:
-    """weights: "trained", or "random": the same network as its run began (what was exported: by `seed`). Raises
-    UserError."""
+    """weights: "trained", or "random": the same network as its run began; by `seed` where a file does not say how its
+    run did. Raises UserError."""
     opened = open_weights(path, which)
     try:
         model, _ = materialise(opened)
@@ -74,9 +79,15 @@ def open_subject(path: Path, which: str, weights: str, device: torch.device, see
     checkpoint = opened.place if (opened.place / store.MANIFEST).is_file() else None
     meta = store.read_meta(checkpoint) if checkpoint else {}
     config = read_config(meta["config"], []) if checkpoint else None
-    is_random = weights == "random"
+    is_random, remark = weights == "random", ""
     if is_random:
-        begin(model, meta["export"]["prefix"] if meta else "", config.run.seed if config else seed)
+        initial = opened.about.origin.get(INITIAL_KEY)
+        begin(model, *((seed, "") if initial is None else _seed_and_prefix(initial, path)))
+        if initial is None:
+            remark = (
+                f"{shown(path)} does not say how its run drew weights: the untrained ones are of seed {seed}, and "
+                "their figure is not that of the run's --init random."
+            )
     return Subject(
         path=path,
         model=model.to(device),
@@ -89,11 +100,23 @@ def open_subject(path: Path, which: str, weights: str, device: torch.device, see
         run_dir=opened.run,
         config=config,
         about=opened.about,
+        remark=remark,
     )
 
 
+def _seed_and_prefix(initial: Any, path: Path) -> tuple[int, str]:
+    """Of an export's metadata. Raises UserError where they are damaged."""
+    try:
+        seed, prefix = initial["seed"], initial["prefix"]
+    except (TypeError, LookupError):
+        seed = prefix = None
+    if type(seed) is not int or not isinstance(prefix, str):
+        raise UserError(Problem(str(path), NOTHING, f"has damaged metadata ({INITIAL_KEY} is {initial!r})"))
+    return seed, prefix
+
+
 @torch.no_grad()
-def begin(model: Backbone, prefix: str, seed: int) -> None:
+def begin(model: Backbone, seed: int, prefix: str = "") -> None:
     """Give a backbone the weights with which its run began. prefix: what its parameters' names begin with there."""
     inits = model.initialisers()
     for name, parameter in model.named_parameters():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ from seer_scale.evaluate.run import check_path, measure, read_settings, report, 
 from seer_scale.evaluate.subject import open_subject
 from seer_scale.evaluate.task import TaskSettings
 from seer_scale.files import shown, to_json, write_whole
-from seer_scale.formatting import plus_minus
+from seer_scale.formatting import paragraph, plus_minus
 
 DEFAULT = ("knn", "linear", "lowshot")
 """What a minute or two on a laptop measures."""
+SUMMARY = "suite.json"
 Item = tuple[str, TaskSettings]
 
 
@@ -53,9 +57,30 @@ def read_suite(given: str, common: Mapping[str, Any]) -> list[Item]:
             items.append((name, read_settings(name, {k: v for k, v in common.items() if k in known} | own)))
         except UserError as error:
             problems += error.problems
+    problems = problems or _same_names(items)
     if problems:
         raise ConfigError(problems, "The suite")
-    return items
+    return _named(items)
+
+
+def _same_names(items: Sequence[Item]) -> list[Problem]:
+    """What was named, and as another result is called."""
+    names = Counter(settings.name or task for task, settings in items)
+    given = dict.fromkeys(settings.name for _, settings in items if settings.name)
+    rule, fix = "more than one of the suite's results is called so", "give each a name of its own, in a file"
+    return [Problem("--name", name, rule, fix) for name in given if names[name] > 1]
+
+
+def _named(items: Sequence[Item]) -> list[Item]:
+    """With distinct names: of several of one task without names all but the first are TASK-2, TASK-3 ..."""
+    taken = {settings.name for _, settings in items} | {task for task, _ in items}
+    named: list[Item] = []
+    for task, settings in items:
+        if not settings.name and any(task == other and not known.name for other, known in named):
+            settings = replace(settings, name=next(n for i in count(2) if (n := f"{task}-{i}") not in taken))
+            taken.add(settings.name)
+        named.append((task, settings))
+    return named
 
 
 def run_suite(
@@ -79,7 +104,7 @@ def run_suite(
                 record = measure(name, given, settings, world, folder, keep_features=True)
             except UserError as error:
                 failed.append(error.prefixed(f"eval {name}"))
-                problems.append({"task": name, "weights": weights, "problem": str(error)})
+                problems.append({"task": settings.name or name, "weights": weights, "problem": str(error)})
                 continue
             rows += rows_of(record)
     of_trained = [row for row in rows if row["weights"] == "trained"]
@@ -87,7 +112,7 @@ def run_suite(
     summary = {"suite": [name for name, _ in items], "subject": subject, "rows": rows, "problems": problems,
                "wall_time": time.time()}  # fmt: skip
     if world.is_main:
-        write_whole(folder / "suite.json", to_json(summary, indent=1) + "\n")
+        write_whole(folder / SUMMARY, to_json(summary, indent=1) + "\n")
         if not problems:
             for place in (folder / "unfinished").glob(f"{SHARED_FEATURES}-*"):
                 shutil.rmtree(place, ignore_errors=True)
@@ -107,7 +132,8 @@ def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     beside = {name: published(task, name.removeprefix(f"{task}/"), data, backbone) for name in scores}
     return [
         {
-            "task": task, "figure": name, "data": record["data"], "weights": subject["weights"], "score": scores[name],
+            "task": task, "name": record["settings"]["name"] or task, "figure": name, "data": record["data"],
+            "weights": subject["weights"], "score": scores[name], "warnings": record["warnings"],
             "stderr": scores.get(f"{name}_stderr"), "std": scores.get(f"{name}_std"),
             "published": theirs.score if theirs else None, "seconds": record["seconds"], "subject": subject,
             "difference": theirs and difference(
@@ -118,20 +144,29 @@ def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def as_table(summary: Mapping[str, Any]) -> str:
-    """For people. What tells our figures from SEER's is said of the trained weights, where a task measured both."""
+def as_table(summary: Mapping[str, Any], folder: Path, width: int = 0) -> str:
+    """For people. What tells our figures from SEER's is said of the trained weights, where a task measured both.
+    folder: of the files. width: of paragraphs in columns, the terminal's otherwise."""
     lines = [("task", "figure", "data", "weights", "score", "SEER's", "seconds")]
     for row in summary["rows"]:
         theirs = f"{row['published']:.2f}" if row["published"] is not None else ""
         score = f"{row['score']:.2f}{plus_minus(row['stderr'], row['std'])}"
-        about = row["task"], row["figure"], shown(row["data"]), row["weights"]
+        about = row["name"], row["figure"].removeprefix(f"{row['task']}/"), shown(row["data"]), row["weights"]
         lines.append((*about, score, theirs, f"{row['seconds']:.0f}"))
+    data = {line[2] for line in lines[1:]}
+    columns = [i for i in range(len(lines[0])) if i != 2 or len(data) > 1]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    told = ["  ".join(f"{w:<{n}}" for w, n in zip(line, widths)).rstrip() for line in lines]
+    told = ["  ".join(f"{line[i]:<{widths[i]}}" for i in columns).rstrip() for line in lines]
     differing = [row for row in summary["rows"] if row["difference"]]
     of_trained = {row["task"] for row in differing if row["weights"] == "trained"}
-    notes = dict.fromkeys(
+    notes = [f"Data: {data.pop()}"] if len(data) == 1 else []
+    notes += dict.fromkeys(
         shown(row["difference"]) for row in differing if row["weights"] == "trained" or row["task"] not in of_trained
     )
-    missing = [f"Not measured: {p['task']}, {p['weights']} weights: {p['problem']}" for p in summary["problems"]]
-    return "\n".join([*told, *notes, *missing])
+    notes += [
+        f"Warning, {row['name']}, {row['weights']} weights: {text}"
+        for row in summary["rows"]
+        for text in row["warnings"]
+    ]
+    notes += [f"Not measured: {p['task']}, {p['weights']} weights: {p['problem']}" for p in summary["problems"]]
+    return "\n".join([*told, *(paragraph(note, width) for note in notes), f"Written: {shown(folder / SUMMARY)}"])

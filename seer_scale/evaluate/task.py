@@ -20,6 +20,8 @@ NOT_IN_FIGURES = ("data", "test", "batch", "workers", "name")
 """Options of every task on which figures do not depend; of the images there is a mark of their own."""
 RESERVED = ("suite", "history")
 """Names that other results have."""
+UNTRAINED = "-random"
+"""What the name of a result of untrained weights ends with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +39,17 @@ class TaskSettings:
 
     def name_problems(self) -> list[Problem]:
         """What is wrong with `name`."""
-        if not self.name or re.fullmatch(r"[\w.+=-]+", self.name) and self.name[0] != "." and self.name not in RESERVED:
+        is_plain = re.fullmatch(r"[\w.+=-]+", self.name) and self.name[0] != "."
+        if not self.name or is_plain and self.name not in RESERVED and not self.name.endswith(UNTRAINED):
             return []
-        return [Problem("name", self.name, "must be a plain name of a file", "letters, digits, dots and hyphens")]
+        return [
+            Problem(
+                "name",
+                self.name,
+                "must be a plain name of a file that no other result has",
+                "letters, digits, dots and hyphens, without -random at its end",
+            )
+        ]
 
     def problems(self) -> list[Problem]:
         """What no single range says; keys are the fields' names."""
@@ -48,6 +58,10 @@ class TaskSettings:
     def without_effect(self) -> dict[str, str]:
         """Options on which nothing depends beside the values of the others, by field, with why: "without --augment"."""
         return {}
+
+    def stem(self, task: str, weights: str) -> str:
+        """Of the files of a result: its name, with "-random" of untrained weights."""
+        return f"{self.name or task}{UNTRAINED * (weights == 'random')}"
 
     @property
     def mark(self) -> str:
@@ -69,6 +83,10 @@ class Result:
     protocol: str
     table: Sequence[Mapping[str, Any]] = ()
     plots: Sequence[Chart] = ()
+    warnings: Sequence[str] = ()
+    """What figures are to be read with, a sentence each."""
+    files: Sequence[str] = ()
+    """Names of what else was written to the folder of results."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Anything else for the JSON file."""
 

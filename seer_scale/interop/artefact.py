@@ -35,6 +35,9 @@ DESCRIPTORS = Path("/proc/self/fd")
 """Where Linux has the open files of a process by number."""
 HEAD_KEY = "head"
 """Of `About.origin`: the `Head` of a classifier, whose tensors are head/weight [classes, D] and head/bias [classes]."""
+INITIAL_KEY = "initial"
+"""Of `About.origin`: by what the weights before any training were drawn: the run's `seed`, and the `prefix` of their
+names in it."""
 _WORDS = {dtype: word for word, dtype in SAFETENSORS_DTYPES.items()}
 
 

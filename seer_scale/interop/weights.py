@@ -13,7 +13,7 @@ from seer_scale.checkpoint import store
 from seer_scale.config import read_config
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError, missing_path
-from seer_scale.interop.artefact import ONNX_FILE, OWN_FORMAT, About, Artefact, TensorInfo, is_artefact
+from seer_scale.interop.artefact import INITIAL_KEY, ONNX_FILE, OWN_FORMAT, About, Artefact, TensorInfo, is_artefact
 from seer_scale.interop.names import NAME_MAPS
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.registry import build_backbone
@@ -79,6 +79,7 @@ class CheckpointWeights(Weights):
             "checkpoint": place.resolve().name,
             "recipe": _public(meta["config"]),
             "seer_scale": meta.get("seer_scale"),
+            INITIAL_KEY: {"seed": config.run.seed, "prefix": meta["export"]["prefix"]},
         }
         model = {"name": config.model.name, **config.model.explicit_keys()}
         plugins = (meta["config"].get("run") or {}).get("plugins") or []

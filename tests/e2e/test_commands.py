@@ -35,10 +35,8 @@ def test_eval_gives_the_score_of_the_run(straight, photos, tmp_path, capsys):
     assert told["score"] == 100 and json.loads((tmp_path / "eval" / "knn.json").read_text()) == told
     assert main(["eval", "knn", str(straight)]) == 0
     text = capsys.readouterr().out
-    assert (
-        f"knn/top1 {found['score']:.2f} ± {found['scores']['knn/top1_stderr']:.2f}" in text
-        and found["protocol"] in text
-    )
+    assert text.startswith(f"knn/top1 {found['score']:.2f} ± {found['scores']['knn/top1_stderr']:.2f} (")
+    assert found["protocol"] in " ".join(text.split()) and f"Written: {straight}/eval/knn.json, knn.svg" in text
     assert main(["eval", "knn", str(straight), "--data", "/no/where"]) == 2
     assert "/no/where does not exist" in capsys.readouterr().err
 

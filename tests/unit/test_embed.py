@@ -111,8 +111,8 @@ def test_formats_hold_the_same_numbers(corpus, tmp_path):
     half = safetensors.torch.load_file(tmp_path / "h" / "features-000000.safetensors")["features"]
     assert np.array_equal(array, expected["features"]) and half.equal(expected["features"].bfloat16())
     assert np.array_equal(np.stack(table["features"].to_numpy()), array)
-    assert beside["labels"] == expected["labels"].tolist() == table["label"].to_pylist()
-    assert beside["names"] == table["name"].to_pylist() and beside["numbers"] == table["number"].to_pylist()
+    assert beside["labels"] == expected["labels"].tolist() == table["labels"].to_pylist()
+    assert beside["names"] == table["names"].to_pylist() and beside["numbers"] == table["numbers"].to_pylist()
 
 
 def test_what_cannot_be_stored_is_told(corpus, tmp_path):

@@ -3,6 +3,7 @@ nearest neighbours, options, what is written."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -43,6 +44,8 @@ CPU = torch.device("cpu")
 
 class Colours(nn.Module):
     """[N, 3, S, S] to three features."""
+
+    num_features = 3
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +219,7 @@ def test_the_parts_of_a_folder_and_what_is_held_out(corpus, tmp_path):
     assert not names[0] & names[1]
     part = data.train.take(np.array([3, 30]))
     assert len(part) == len(part.source) == 2 and part.mark != data.train.mark
-    assert "Training sees" not in data.protocol
+    assert "Pretraining sees" not in data.protocol
     (tmp_path / "odd" / "class9").mkdir(parents=True)
     (tmp_path / "odd" / "class0").mkdir()
     for name in ("class0", "class9"):
@@ -224,8 +227,43 @@ def test_the_parts_of_a_folder_and_what_is_held_out(corpus, tmp_path):
     with pytest.raises(UserError) as told:
         open_data_set(str(corpus / "train"), str(tmp_path / "odd"), None)
     assert told.value.problems[0].key == "--test" and "knn." not in str(told.value)
+    assert "1 class that" in str(told.value) and "has not: class9" in str(told.value)
     with pytest.raises(UserError, match="--data is missing"):
         open_data_set("", "", None)
+
+
+QUICK = {"linear": {"solver": "lbfgs", "c": "1"}, "lowshot": {"shots": "50%", "draws": "1"},
+         "svm": {"c": "1", "folds": "2"}, "robustness": {"corruptions": "fog", "severities": "1"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [("knn", {}), *QUICK.items(), ("robustness", QUICK["robustness"] | {"classifier": "linear"})],
+)
+def test_a_protocol_says_what_images_are_for_and_which_classes_lack_some(corpus, tmp_path, task, given):
+    evaluation = evaluation_of(corpus / "train", task=task, test=str(write_two_classes(tmp_path)), size="32", **given)
+    protocol = task_class(task)(evaluation.options).measure(evaluation).protocol
+    evaluation.clean()
+    votes = task in ("knn", "robustness") and "classifier" not in given
+    assert ("vote on" in protocol) == votes and ("Trained on" in protocol) != votes
+    assert "Classes without test images: class1." in protocol and "without training" not in protocol
+
+
+def write_two_classes(folder: Path) -> Path:
+    for name, shade in (("class0", 200), ("class2", 90)):
+        (folder / "two" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (60, shade, 60)).save(folder / "two" / name / "a.png")
+    return folder / "two"
+
+
+def test_a_part_of_other_classes_is_left_out_and_said_so(tmp_path):
+    for part, names in (("train", "ab"), ("val", "abc")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(5):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / part / name / f"{i}.png")
+    protocol = open_data_set(str(tmp_path), "", None).protocol
+    assert f"{tmp_path}/val is left out: it has 1 class that {tmp_path}/train has not: c." in protocol
 
 
 def test_options_are_checked_together_and_told_as_they_are_written():
@@ -241,24 +279,48 @@ def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
     record = as_record("knn", evaluation.options, evaluation, result, 1.0)
     path = publish(record, result, tmp_path)
     kept = json.loads(path.read_text())
+    assert path.name == "knn.json" and kept["files"] == ["knn.json", "knn.svg"]
     assert kept["score"] == record["scores"]["knn/top1"] and kept["settings"]["k"] == [1, 3]
     assert (tmp_path / "knn.svg").read_text().count("<svg") == 1
-    record["subject"]["weights"] = "random"
+    object.__setattr__(evaluation.subject, "weights", "random")
+    record = as_record("knn", evaluation.options, evaluation, result, 1.0)
     assert publish(record, result, tmp_path).name == "knn-random.json"
-    record["settings"]["name"] = "knn-others"
+    named = dataclasses.replace(evaluation.options, name="knn-others")
+    record = as_record("knn", named, evaluation, result, 1.0)
     assert publish(record, result, tmp_path).name == "knn-others-random.json"
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [line["score"] for line in lines] == 3 * [kept["score"]] and "table" not in lines[0]
 
 
 def test_what_is_said_of_an_export_shows_its_name_as_it_may_be_printed():
-    subject = {"weights": "trained", "checkpoint": "", "path": os.fsdecode(b"caf\xe9")}
-    told = as_text({"scores": {"knn/top1": 12.5, "knn/top1_stderr": 0.5}, "subject": subject, "protocol": "So."})
-    assert told == "knn/top1 12.50 ± 0.50 (caf\\xe9). So."
+    name = os.fsdecode(b"caf\xe9")
+    told = as_text(record_of({"knn/top1": 12.5, "knn/top1_stderr": 0.5}, path=name), Path(name))
+    assert told == "knn/top1 12.50 ± 0.50 (caf\\xe9)\n  So.\n  Written: caf\\xe9/knn.json, knn.svg"
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_result_is_a_block_of_lines_with_the_path_of_what_was_written(width):
+    figures = {f"knn/figure_{i}": 10.25 * i for i in range(12)}
+    scores = {"knn/x": 1.5, "knn/x_stderr": 0.5, **figures, "knn/top1": 50.0, "knn/top1_stderr": 1.5, "knn/n": 1500}
+    record = record_of(scores, protocol=40 * "words and " + "an end.", warnings=["Few."])
+    folder = Path("a folder/" + 12 * "long/")
+    head, *lines, warning, written = as_text(record, folder, width).splitlines()
+    assert head == "knn/top1 50.00 ± 1.50 (untrained weights)" and warning == "  Warning: Few."
+    assert written == f"  Written: {folder}/knn.json, knn.svg", "in one line, to be copied"
+    assert all(len(line) <= width and line.startswith("  ") for line in lines)
+    told = " ".join(line.strip() for line in lines)
+    assert told.startswith("x 1.50 ± 0.50, figure_0 0, figure_1 10.25, ") and "n 1,500 words and" in told
+    assert not any(line.endswith(("figure_5", "±")) for line in lines), "a figure stands by its name"
+
+
+def record_of(scores: dict[str, float], path: str = "", protocol: str = "So.", **more: object) -> dict:
+    subject = {"weights": "trained" if path else "random", "checkpoint": "", "path": path}
+    return {"task": "knn", "scores": scores, "headline": "knn/top1", "subject": subject, "protocol": protocol,
+            "warnings": [], "files": ["knn.json", "knn.svg"], **more}  # fmt: skip
 
 
 def test_the_name_of_a_result_is_that_of_a_file_and_changes_no_figure():
-    for wrong in ("a/b", ".a", "suite", "a b", ".."):
+    for wrong in ("a/b", ".a", "suite", "a b", "..", "knn-random"):
         with pytest.raises(ConfigError) as told:
             read_settings("knn", {"name": wrong})
         assert [p.key for p in told.value.problems] == ["--name"]
@@ -377,7 +439,6 @@ def test_what_ends_one_rank_ends_all():
 
 
 def test_what_stands_behind_a_plus_minus_is_told_in_words():
-    scores = {"x/a": 50.0, "x/a_stderr": 1.5, "x/b": 60.25, "x/b_std": 2.5, "x/c_std": 3.0, "x/images": 1500}
-    subject = {"weights": "random", "checkpoint": "", "path": ""}
-    told = as_text({"scores": scores, "subject": subject, "protocol": "On these."})
-    assert told.startswith("x/a 50.00 ± 1.50, x/b 60.25 ± 2.50 (deviation), x/c_std 3, x/images 1,500 (untrained")
+    scores = {"knn/top1": 50.0, "knn/top1_std": 1.5, "knn/b": 60.25, "knn/b_stderr": 2.5, "knn/c_std": 3.0}
+    told = as_text(record_of(scores), Path("eval")).splitlines()
+    assert told[:2] == ["knn/top1 50.00 ± 1.50 (deviation) (untrained weights)", "  b 60.25 ± 2.50, c_std 3"]

@@ -26,6 +26,7 @@ from seer_scale.evaluate.finetuning import FinetuneSettings, Finetuning, losses,
 from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
 from seer_scale.evaluate.registry import task_class
 from seer_scale.evaluate.run import read_settings
+from seer_scale.evaluate.splits import Split
 from seer_scale.evaluate.subject import Subject
 from seer_scale.interop.artefact import About, Artefact, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier, parameter_depths
@@ -106,6 +107,10 @@ def test_it_learns_and_what_is_kept_predicts_as_measured(squares, tmp_path):
     assert all(0 <= row["held_out_top1"] <= 100 for row in epochs)
     assert result.scores["finetune/images"] == 21 and sum(row["images"] for row in result.table) == 21
     assert not (tmp_path / "unfinished").exists()
+    assert "BatchNorm by statistics of 8 crops; measured" in result.protocol and result.files == ("finetune",)
+    assert result.protocol.startswith("Trained on 42 images of ") and "vote" not in result.protocol
+    (warning,) = result.warnings  # 39 images in 6 epochs are 30 updates of 8
+    assert warning.startswith("30 updates hardly train") and "(21 make 100 updates of 8 images)" in warning
 
     about = Artefact(tmp_path / "finetune").about
     assert about.origin["method"] == "toy" and about.origin["results"][0]["scores"] == dict(result.scores)
@@ -322,6 +327,14 @@ def test_what_cannot_be_trained_is_told_and_leaves_nothing(squares, tmp_path, gi
         measure(evaluation_of(squares, tmp_path, **given))
     assert [(p.key, p.nearest) for p in told.value.problems] == [(key, nearest)]
     assert not (tmp_path / "finetune").exists()
+
+
+def test_statistics_of_more_crops_than_images_are_told_as_that():
+    options = FinetuneSettings()
+    task, split = task_class("finetune")(options), Split(None, np.zeros(60, np.int64), ["a"])
+    assert "BatchNorm by statistics of 256 crops of 60 images; " in task._how(split, "trained")
+    num = next(n for n in range(1, 10_000) if not task._warnings(n))
+    assert options.updates(35, num) == 100 and options.updates(35, num - 1) == 99
 
 
 def test_untrained_weights_have_no_statistics_to_keep(squares, tmp_path):

@@ -293,7 +293,8 @@ def test_splits_are_bank_and_queries_and_their_folders_the_classes(tmp_path):
     (tmp_path / "photos" / "training").mkdir()  # nor here
     protocol, _ = told(path)
     assert protocol.startswith(
-        f"6 images of {path}/Train vote on 6 of {path}/val; 2 classes: cat, dog. Training sees the queries too"
+        f"6 images of {path}/Train vote on 6 of {path}/val; 2 classes: cat, dog. "
+        f"Pretraining sees the images of {path}/val, too, without labels (data.path {path}/Train would not)."
     )
     assert told(path, queries=f"{path}/test")[0].startswith(
         f"6 images of {path}/Train vote on 6 of {path}/test; 2 classes"
@@ -317,7 +318,7 @@ def test_what_lies_beside_splits_leaves_them_splits(tmp_path):
     (tmp_path / "photos" / "loop").symlink_to("loop")
     assert told(path) == plain
     folders(tmp_path / "photos", "raw")
-    assert told(path) == (f"{plain[0]} What lies beside them has no part in kNN: raw.", plain[1])
+    assert told(path) == (f"{plain[0]} What lies beside them is left out: raw.", plain[1])
     config = Config(data=Data(path=path, exclude=("raw",)), knn=KNN)
     assert labelled_images(config).protocol == plain[0]
     folders(tmp_path / "photos", "val/.cache", "train/@eaDir/cat")
@@ -337,7 +338,7 @@ def test_classes_called_train_and_test_are_told_by_what_lies_beside_them(tmp_pat
     assert "test, train are taken for classes" in told(path)[0]
     path = folders(tmp_path / "sorted", *classes[:3], "train/old", "train/new", "test/old", "test/new")
     protocol, _ = told(path)
-    assert f" {path}/train vote on 6 of {path}/test" in protocol and "part in kNN: bike, bus, car." in protocol
+    assert f" {path}/train vote on 6 of {path}/test" in protocol and "is left out: bike, bus, car." in protocol
 
 
 def test_splits_without_classes_below_are_none_themselves(tmp_path):
@@ -360,7 +361,7 @@ def test_one_class_alone_is_told_as_that(tmp_path):
     path = folders(tmp_path / "one", "hat")
     assert told(path) == (None, f"{path} has one class alone (hat)")
     with pytest.raises(
-        UserError, match="has one class alone .hat., but kNN needs classes of its queries, two at least"
+        UserError, match="has one class alone .hat., but kNN needs classes of knn.queries, two at least"
     ):
         told(folders(tmp_path / "pets", "cat", "dog"), queries=path)
 

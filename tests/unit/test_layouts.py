@@ -119,7 +119,7 @@ def test_each_image_is_there_and_targets_fit_the_classes(word, tmp_path):
         assert all(split.source.read(i) == b"x" for i in range(len(split.source)))
         assert split.source.has_labels != split.multi_label and split.classes == data.classes
         assert split.take(np.array([0])).mark
-    assert data.protocol.startswith(f"{word}: {len(data.train)} images of ")
+    assert data.protocol.startswith(f"Trained on {len(data.train)} images of {word}'s train")
 
 
 def test_imagenet_is_numbered_by_sorted_wnids(tmp_path):

@@ -20,6 +20,7 @@ from torch import Tensor
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, UserError
 from seer_scale.evaluate import heads as heads_module
+from seer_scale.evaluate import logistic as logistic_module
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.draws import draws_of, listed, usual_shots
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, Plan, best, figures, losses, measure_heads, train
@@ -47,7 +48,7 @@ QUICK = {"lr": "0.03,0.3", "weight_decay": "0,0.1", "global_batch": "8", "epochs
 def subject_of(folder: Path) -> Subject:
     keys = {k: v for k, v in RECIPE["model"].items() if k != "name"}
     model = build_backbone("regnety", **keys)
-    begin(model, "", 0)
+    begin(model, 0)
     return Subject(path=folder, model=model.eval(), fingerprint="0", weights="random", size=SIZE)
 
 
@@ -318,6 +319,20 @@ def test_two_processes_give_the_figures_of_one(pictures):
     found = alone["few labels"][0]
     assert found["lowshot/3_top1"] == pytest.approx(np.mean(both))
     assert found["lowshot/3_top1_std"] == pytest.approx(np.std(both, ddof=1))
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "few labels"])
+def test_fits_that_did_not_converge_are_counted_and_no_warning_is_raw(pictures, monkeypatch, name):
+    task, given = TASKS[name]
+    key, found = f"{task}/unconverged_fits", []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for most in (1000, 2):
+            monkeypatch.setattr(logistic_module, "MAX_ITERATIONS", most)
+            found.append(measured(pictures, task, **given))
+    assert found[0].scores[key] == 0 and not found[0].warnings
+    assert found[1].scores[key] == sum(row["unconverged_fits"] for row in found[1].table) > 1
+    assert found[1].warnings[0].startswith(f"{found[1].scores[key]:.0f} fits of logistic")
 
 
 @pytest.mark.parametrize("given", [QUICK, {**QUICK, "augment": "true"}], ids=["cached", "augmented"])

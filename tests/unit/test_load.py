@@ -7,9 +7,11 @@ import torch
 
 import seer_scale
 from seer_scale.checkpoint import store
+from seer_scale.cli import main
 from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
-from seer_scale.evaluate.subject import check_path
+from seer_scale.errors import UserError
+from seer_scale.evaluate.subject import check_path, open_subject
 from seer_scale.interop.artefact import About, TensorInfo, write_artefact
 from seer_scale.interop.load import materialise
 from seer_scale.interop.weights import open_weights
@@ -29,7 +31,9 @@ def backbone(seed: int = 0) -> torch.nn.Module:
     return made.eval()
 
 
-def checkpoint(folder, ranks=1, prefix="backbone.", seen=5, model=MODEL, net=None, preprocessing=None, **others):
+def checkpoint(
+    folder, ranks=1, prefix="backbone.", seen=5, model=MODEL, net=None, preprocessing=None, seed=0, **others
+):
     """others: networks that the method holds beside, by the prefix of their names."""
     net = net or backbone()
     state = {f"model/{prefix}{n}": t for n, t in net.state_dict().items()}
@@ -39,6 +43,7 @@ def checkpoint(folder, ranks=1, prefix="backbone.", seen=5, model=MODEL, net=Non
     meta = {
         "samples_seen": seen,
         "config": {
+            "run": {"seed": seed},
             "model": model,
             "data": {"path": "/home/someone/photos"},
             "checkpoint": {"init_from": "/home/someone/x"},
@@ -120,3 +125,43 @@ def test_an_artefact_is_loaded_as_its_run_is(tmp_path, dtype):
     write_artefact(tmp_path / "y.safetensors", about, infos, tensors.__getitem__)
     with pytest.raises(seer_scale.UserError, match="s4.b1.se.fc1.bias is absent there"):
         seer_scale.load(tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize(
+    "command", ["eval knn", "eval suite", "embed", "export --format timm --out x", "import --out x", "bench embed"]
+)
+def test_a_path_that_is_not_there_is_said_to_be_not_there(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    words = command.split()
+    beside = {"embed": ["d", "--out", "x"], "bench embed": ["d"]}.get(command, [])
+    place = 2 if words[0] in ("eval", "bench") else 1
+    assert main([*words[:place], "runs/nowhere", *beside, *words[place:]]) == 2
+    told = capsys.readouterr()
+    assert "runs/nowhere does not exist; the nearest folder there is: " in told.err and not told.out
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "timm"])
+def test_untrained_weights_of_an_export_are_those_with_which_its_run_began(format, tmp_path):
+    """By the run's seed and its names, also of an export of an export, at another precision."""
+    _, place = checkpoint(tmp_path / "run", prefix="teacher.backbone.", seed=7)
+    first = seer_scale.export(place, tmp_path / "first", format, dtype="bf16")
+    second = seer_scale.export(first, tmp_path / "second", "transformers")
+    seer_scale.import_weights(second, tmp_path / "third")
+    wanted = open_subject(place, "last", "random", torch.device("cpu"))
+    for path in (first, second, tmp_path / "third"):
+        found = open_subject(path, "last", "random", torch.device("cpu"), seed=3)
+        assert same(found.model, wanted.model) and found.fingerprint == wanted.fingerprint and not found.remark
+    net = backbone()
+    tensors = dict(net.state_dict())
+    infos = {name: TensorInfo(t.dtype, t.shape) for name, t in tensors.items()}
+    file = tmp_path / "other.safetensors"
+    for initial in (None, 3, {"seed": "x", "prefix": ""}):
+        about = About("safetensors", MODEL, eval_preprocessing(32), {} if initial is None else {"initial": initial})
+        write_artefact(file, about, infos, tensors.__getitem__)
+        if initial is None:
+            assert "of seed 3" in open_subject(file, "last", "random", torch.device("cpu"), seed=3).remark
+            continue
+        with pytest.raises(UserError, match="damaged metadata"):
+            open_subject(file, "last", "random", torch.device("cpu"))

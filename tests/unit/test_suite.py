@@ -44,7 +44,7 @@ def test_a_suite_measures_what_it_can_of_both_weights(corpus, tmp_path, monkeypa
     summary = run_suite(place, items, which="last", initial=["random", "trained"], out=out, device="cpu")
     assert encoded == {"random": 33 + 15, "trained": 33 + 15}, "once for all tasks"
     stems = {path.stem for path in out.glob("*.json")}
-    assert stems == {f"{task}{end}" for task in ("knn", "linear", "lowshot") for end in ("", "-random")} | {"suite"}
+    assert stems == {f"{task}{end}" for task in ("knn", "linear", "lowshot-2") for end in ("", "-random")} | {"suite"}
     kept = json.loads((out / "suite.json").read_text())
     assert kept["rows"] == summary["rows"] and kept["suite"] == ["knn", "lowshot", "linear", "lowshot"]
     assert [(row["task"], row["weights"]) for row in kept["rows"]] == [
@@ -54,12 +54,15 @@ def test_a_suite_measures_what_it_can_of_both_weights(corpus, tmp_path, monkeypa
     assert [(p["task"], p["weights"]) for p in kept["problems"]] == [("lowshot", "random"), ("lowshot", "trained")]
     for row in kept["rows"]:
         suffix = "-random" * (row["weights"] == "random")
-        assert json.loads((out / f"{row['task']}{suffix}.json").read_text())["score"] == row["score"]
+        assert json.loads((out / f"{row['name']}{suffix}.json").read_text())["score"] == row["score"]
         assert row["published"] == (74.03 if row["task"] == "linear" else None)
 
-    head, *lines = as_table(summary).splitlines()
-    assert head.split() == ["task", "figure", "data", "weights", "score", "SEER's", "seconds"]
-    assert all(str(corpus) in line for line in lines[:6])
+    head, *lines = as_table(summary, out, 999).splitlines()
+    assert head.split() == ["task", "figure", "weights", "score", "SEER's", "seconds"]
+    assert lines[6] == f"Data: {corpus}" and lines[-1] == f"Written: {out}/suite.json"
+    elsewhere = [*summary["rows"][:1], *({**row, "data": "other"} for row in summary["rows"][1:])]
+    head, *several = as_table({**summary, "rows": elsewhere}, out, 80).splitlines()
+    assert head.split()[2] == "data" and str(corpus) in several[0] and all(" other " in line for line in several[1:6])
     linear = next(line for line in lines if line.startswith("linear") and " trained " in line)
     assert f"{kept['rows'][4]['score']:.2f} ± {kept['rows'][4]['stderr']:.2f}  " in linear and " 74.03 " in linear
     assert all("(deviation)" in line for line in lines[:6] if line.startswith("lowshot"))
@@ -68,6 +71,25 @@ def test_a_suite_measures_what_it_can_of_both_weights(corpus, tmp_path, monkeypa
     missing = [line for line in lines if line.startswith("Not measured")]
     assert [line.split(":")[1] for line in missing] == [" lowshot, random weights", " lowshot, trained weights"]
     assert all(str(p["problem"]) in line for p, line in zip(kept["problems"], missing))
+
+
+def test_results_of_a_suite_have_names_of_their_own(tmp_path):
+    def names(text: str, **common: str) -> list[str]:
+        (tmp_path / "suite.yaml").write_text(text)
+        return [settings.name or task for task, settings in read_suite(str(tmp_path / "suite.yaml"), common)]
+
+    assert names("[linear, {task: linear, epochs: 3}, knn, linear, {task: linear, name: linear-2}, knn]") == [
+        "linear", "linear-3", "knn", "linear-4", "linear-2", "knn-2",
+    ]  # fmt: skip
+    assert names("[{task: knn, name: a}, {task: knn, name: b}, knn]") == ["a", "b", "knn"]
+    for text, common in (
+        ("[{task: knn, name: a}, {task: linear, name: a}]", {}),
+        ("[{task: knn, name: linear}, linear]", {}),
+        ("[knn, linear]", {"name": "both"}),
+    ):
+        with pytest.raises(UserError) as told:
+            names(text, **common)
+        assert [p.key for p in told.value.problems] == ["--name"]
 
 
 def test_a_suite_that_measures_nothing_says_why_of_each_task(corpus, tmp_path):

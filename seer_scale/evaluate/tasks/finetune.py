@@ -7,6 +7,7 @@ chosen: the figure is that of the last epoch, on images that were not looked at 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, About, Head, Tenso
 from seer_scale.models.classifier import Classifier
 from seer_scale.observe.chart import Chart
 
+MIN_UPDATES = 100
+"""Below so many a figure tells more of how few they were than of the weights they began with."""
+
 
 @register_task("finetune", FinetuneSettings)
 class Finetune(Task[FinetuneSettings]):
@@ -53,27 +57,39 @@ class Finetune(Task[FinetuneSettings]):
             "finetune/train_images": len(split),
             "finetune/classes": len(data.classes),
         }
+        stem = options.stem(self.name, subject.weights)
         result = Result(
             scores=scores,
             headline="finetune/map" if data.train.multi_label else "finetune/top1",
             protocol=f"{data.protocol} {self._how(split, subject.weights)}",
             table=_per_class(data, table.features, table.targets),
             plots=_plots(finetuning.done, data.train.multi_label),
+            warnings=self._warnings(len(split)),
+            files=(stem,),
             more={"epochs": finetuning.done.epochs},
         )
         evaluation.world.barrier()
         if evaluation.world.is_main:
-            suffix = "-random" if subject.weights == "random" else ""
-            keep_network(
-                evaluation.folder / f"{options.name or self.name}{suffix}", finetuning.measured, evaluation, result
-            )
+            keep_network(evaluation.folder / stem, finetuning.measured, evaluation, result)
         return result
+
+    def _warnings(self, num: int) -> tuple[str, ...]:
+        """Of `num` images to train on."""
+        options = self.options
+        updates, epochs = options.updates(options.epochs, num), math.ceil(MIN_UPDATES * options.global_batch / num)
+        if updates >= MIN_UPDATES:
+            return ()
+        return (
+            f"{counted(updates, 'update')} hardly train a network: give a smaller --global-batch, or more --epochs "
+            f"({epochs:,} make {MIN_UPDATES} updates of {options.global_batch} images).",
+        )
 
     def _how(self, split: Split, weights: str) -> str:
         options = self.options
         begin = "from untrained weights" if weights == "random" else "from the pretrained weights"
+        several = f" of {len(split):,} images" if options.part > len(split) else ""
         statistics = (
-            f"statistics of {options.part} images"
+            f"statistics of {options.part:,} crops{several}"
             if options.statistics == "synchronised"
             else "statistics as they were"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from seer_scale.config import Knn
 from seer_scale.config.fields import opt
 from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.knn import VOTE
 from seer_scale.evaluate.nearest import nearest_neighbours, vote
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.task import Result, Task, TaskSettings
@@ -40,7 +41,7 @@ class KnnSettings(TaskSettings):
 class NearestNeighbours(Task[KnnSettings]):
     def measure(self, evaluation: Evaluation[KnnSettings]) -> Result:
         options = self.options
-        data = evaluation.data_set()
+        data = evaluation.data_set(roles=VOTE)
         bank, asked = evaluation.features(data.train), evaluation.features(data.test)
         recipe = evaluation.subject.config.knn if evaluation.subject.config else Knn()
         temperatures = options.temperature or (recipe.temperature,)

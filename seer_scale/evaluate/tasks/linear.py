@@ -34,12 +34,13 @@ from seer_scale.evaluate.heads import (
 )
 from seer_scale.evaluate.layers import Inputs, Layers, fit_inputs, layer_problems, layers_of
 from seer_scale.evaluate.logistic import Linear as Fitted
-from seer_scale.evaluate.logistic import fitted, logistic
+from seer_scale.evaluate.logistic import fitted, logistic, told_of_unconverged
 from seer_scale.evaluate.metrics import average_precisions, per_class_accuracy
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
 from seer_scale.evaluate.table import Rows, Table, as_float64, by_blocks
 from seer_scale.evaluate.task import Result, Task, TaskSettings
+from seer_scale.formatting import counted
 from seer_scale.observe.chart import Chart
 from seer_scale.rng import numpy_generator
 
@@ -116,6 +117,8 @@ class LinearProbe(Task[LinearSettings]):
         scores = {f"linear/{k.removeprefix('test_')}": v for k, v in main.items() if k.startswith("test_")}
         del scores["linear/loss"]
         scores |= {"linear/images": len(test.rows), "linear/classes": len(data.classes)}
+        if options.solver == "lbfgs":
+            scores["linear/unconverged_fits"] = sum(row["unconverged_fits"] for row in table)
         of_class = average_precisions if data.train.multi_label else per_class_accuracy
         more = {"per_class": dict(zip(data.classes, of_class(chosen, test.targets).tolist()))}
         headline = "map" if data.train.multi_label else "top1"
@@ -125,16 +128,17 @@ class LinearProbe(Task[LinearSettings]):
             protocol=f"{data.protocol} {self._how(table)}",
             table=table,
             plots=(_plot(table, main["layer"], headline, options.solver),),
+            warnings=told_of_unconverged(int(scores.get("linear/unconverged_fits", 0))),
             more=more,
         )
 
     def _how(self, table: Sequence[Mapping[str, Any]]) -> str:
         options = self.options
-        kind = "logistic regressions by scikit-learn" if options.solver == "lbfgs" else "heads by SGD"
+        kind = "logistic regression" if options.solver == "lbfgs" else "SGD head"
         if len(table) == 1:
-            return f"One of {kind}, on all training images."
+            return f"One {kind}, on all training images."
         again = ", then trained again on all of them" if options.refit else ""
-        return f"Chosen of {len(table)} {kind} on {options.held_out:.0%} of the training images{again}."
+        return f"Chosen of {counted(len(table), kind)} on {options.held_out:.0%} of the training images{again}."
 
     # -------------------------------------------------------------------------------------------- SGD
 
@@ -213,15 +217,17 @@ class LinearProbe(Task[LinearSettings]):
         for row, model in zip(rows, models):
             of_held = self._scores(model, inputs, Rows(table.features, held), row)
             found = figures(of_held, table.targets[held])
-            row |= {f"held_out_{k}": v for k, v in found.items()}
+            row |= {f"held_out_{k}": v for k, v in found.items()} | {"unconverged_fits": model.unconverged}
         numbers = _best_of_layers(rows, data.train.multi_label) if models else [0]
         again = options.refit or not models
         chosen = fits([rows[i] for i in numbers], np.arange(len(table.rows)), "whole") if again else models
         scores = [
             self._scores(chosen[n if again else i], inputs, test.features, rows[i]) for n, i in enumerate(numbers)
         ]
-        for i, of_test in zip(numbers, scores):
+        for n, (i, of_test) in enumerate(zip(numbers, scores)):
             rows[i] |= {f"test_{k}": v for k, v in figures(of_test, test.targets).items()}
+            if again:
+                rows[i]["unconverged_fits"] = rows[i].get("unconverged_fits", 0) + chosen[n].unconverged
         main = _best_of(rows, numbers, data.train.multi_label) if models else 0
         rows[numbers[main]]["chosen"] = True
         return rows, scores[main]

@@ -25,7 +25,7 @@ from seer_scale.evaluate.draws import Draw, DrawSettings, check_draw, draws_of
 from seer_scale.evaluate.finetuning import Finetuning, TrainingSettings, check_processes, new_classifier
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, best, check_batch, figures, measure_heads, train
 from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
-from seer_scale.evaluate.logistic import logistic, sklearn_module
+from seer_scale.evaluate.logistic import logistic, sklearn_module, told_of_unconverged
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, hold_out
 from seer_scale.evaluate.table import Rows, Table, as_float64, by_blocks
@@ -160,27 +160,29 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
         inputs = fit_inputs(layers, features, options.normalize)
         prepare = partial(inputs.of, name=layers.names[0])
         x = as_float64(prepare, features)
-        c = self._c(options, x.numpy(), targets, classes)
+        c, unconverged = self._c(options, x.numpy(), targets, classes)
         model = logistic(x, targets, classes, c)
-        return {"c": c, **figures(by_blocks(lambda part: model.scores(prepare(part)), test.features), test.targets)}
+        found = figures(by_blocks(lambda part: model.scores(prepare(part)), test.features), test.targets)
+        return {"c": c, "unconverged_fits": unconverged + model.unconverged, **found}
 
     @staticmethod
-    def _c(options: LowshotSettings, x: np.ndarray, targets: np.ndarray, classes: int) -> float:
-        """The strength with the lowest loss in cross-validation, of float64 [n, D]; the middle one where a class has a
-        single image."""
+    def _c(options: LowshotSettings, x: np.ndarray, targets: np.ndarray, classes: int) -> tuple[float, int]:
+        """The strength with the lowest loss in cross-validation, of float64 [n, D], the middle one where a class has a
+        single image; and how many of its fits did not converge."""
         folds = min(FOLDS, int(np.bincount(targets).min()))
         if len(options.c) == 1 or folds < 2:
-            return options.c[len(options.c) // 2]
+            return options.c[len(options.c) // 2], 0
         split = sklearn_module("model_selection").StratifiedKFold(folds, shuffle=True, random_state=options.seed)
-        found = []
+        found, unconverged = [], 0
         for c in options.c:
             loss = 0.0
             for fit, held in split.split(x, targets):
                 model = logistic(torch.from_numpy(x[fit]), targets[fit], classes, c)
                 scores = model.scores(torch.from_numpy(x[held]).float())
                 loss += len(held) * figures(scores, targets[held])["loss"]
+                unconverged += model.unconverged
             found.append(loss)
-        return options.c[int(np.argmin(found))]
+        return options.c[int(np.argmin(found))], unconverged
 
     def _by_sgd(
         self, evaluation: Evaluation[Any], options: LowshotSettings, layers: Layers, bank: Table, rows: np.ndarray,
@@ -225,10 +227,13 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
                     scores[f"{prefix}_{name}_std"] = values.std(ddof=1)
             points.append((own[0]["images"] / classes, scores[f"{prefix}_top1"]))
         scores |= {"lowshot/images": tested, "lowshot/classes": classes}
+        unconverged = sum(row.get("unconverged_fits", 0) for row in table)
+        if isinstance(options, LowshotSettings) and options.solver == "lbfgs":
+            scores["lowshot/unconverged_fits"] = unconverged
         plot = Chart(title="Few labels", x="images a class", y="top-1, %", series={"top-1": points}, log_x=True)
         drawn = "as listed" if options.split_file else f"mean and deviation of {counted(options.draws, 'draw')}"
         if isinstance(options, LowshotSettings):
-            kind = "logistic regressions" if options.solver == "lbfgs" else "linear heads by SGD"
+            kind = "logistic regressions" if options.solver == "lbfgs" else "SGD heads"
             how = f"{kind} on frozen features"
         else:
             epochs = " or ".join(f"{n}" for n in dict.fromkeys(row["epochs"] for row in table))
@@ -239,4 +244,5 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
             protocol=f"{data.protocol} Of the training images {', '.join(shots)}, {drawn}; {how}.",
             table=[{k: v for k, v in row.items() if k != "tested"} for row in table],
             plots=(plot,),
+            warnings=told_of_unconverged(unconverged),
         )

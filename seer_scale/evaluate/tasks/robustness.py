@@ -20,6 +20,8 @@ from seer_scale.data.transforms.on_device import to_float
 from seer_scale.errors import DataError, Problem, UserError, nearest
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.corruptions import CORRUPTIONS, LEFT_OUT, MIN_CORRUPTED_SIDE, SEVERITIES, corrupt
+from seer_scale.evaluate.knn import TRAIN, VOTE
+from seer_scale.evaluate.logistic import fitted, logistic, told_of_unconverged
 from seer_scale.evaluate.metrics import share_right
 from seer_scale.evaluate.nearest import nearest_neighbours, vote
 from seer_scale.evaluate.registry import register_task
@@ -61,10 +63,12 @@ class Robustness(Task[RobustnessSettings]):
         if evaluation.size < MIN_CORRUPTED_SIDE:
             rule = f"corruptions need {MIN_CORRUPTED_SIDE} pixels at least"
             raise UserError(Problem("--size", evaluation.size, rule, (MIN_CORRUPTED_SIDE,)))
-        data = evaluation.data_set()
+        data = evaluation.data_set(roles=VOTE if options.classifier == "knn" else TRAIN)
         if data.train.multi_label:
             raise DataError(Problem("--data", data.name, "has several labels an image, and this task needs one"))
-        accuracy = self._classifier(evaluation, evaluation.features(data.train), len(data.classes), data.train.mark)
+        accuracy, unconverged = self._classifier(
+            evaluation, evaluation.features(data.train), len(data.classes), data.train.mark
+        )
         clean = accuracy(evaluation.features(data.test))
         names = options.corruptions or tuple(CORRUPTIONS)
         table: list[dict[str, Any]] = [{"corruption": "none", "severity": 0, **clean}]
@@ -81,7 +85,7 @@ class Robustness(Task[RobustnessSettings]):
         evaluation.world.barrier()
         for path in paths:
             table += json.loads(path.read_text())
-        return self._result(clean, table, names, data.protocol)
+        return replace(self._result(clean, table, names, data.protocol), warnings=told_of_unconverged(unconverged))
 
     def _corrupted(
         self, evaluation: Evaluation[RobustnessSettings], split: Split, name: str, what: str
@@ -99,9 +103,9 @@ class Robustness(Task[RobustnessSettings]):
 
     def _classifier(
         self, evaluation: Evaluation[RobustnessSettings], bank: Table, classes: int, mark: str
-    ) -> Callable[[Table], dict[str, float]]:
-        """What gives top1 with its standard error, in percent. mark: of the bank's images. Collective, and so is what
-        it gives."""
+    ) -> tuple[Callable[[Table], dict[str, float]], int]:
+        """What gives top1 with its standard error, in percent; and how many fits did not converge. mark: of the bank's
+        images. Collective, and so is what gives."""
         options = self.options
         if options.classifier == "knn":
             k = min(options.k, len(bank.rows))
@@ -111,8 +115,7 @@ class Robustness(Task[RobustnessSettings]):
                 row = vote(found, bank.targets, asked.targets, classes, k, options.temperature)
                 return {name: row[name] for name in ("top1", "top1_stderr")}
 
-            return by_vote
-        from seer_scale.evaluate.logistic import fitted, logistic
+            return by_vote, 0
 
         mean, std = bank.features.mean(0), bank.features.std(0).clamp(min=1e-6)
 
@@ -128,7 +131,7 @@ class Robustness(Task[RobustnessSettings]):
             scores = by_blocks(lambda part: head.scores(standardised(part)), asked.features)
             return share_right("top1", scores.argmax(1) == torch.from_numpy(asked.targets))
 
-        return by_head
+        return by_head, head.unconverged
 
     def _result(
         self, clean: dict[str, float], table: list[dict[str, Any]], names: tuple[str, ...], protocol: str
