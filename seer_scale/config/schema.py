@@ -313,7 +313,9 @@ class Knn:
     batch: int = opt(64, "images a forward pass", ge=1)
     limit: int = opt(100_000, "most images of the bank; 0 = all", ge=0)
     limit_queries: int = opt(10_000, "most queries; 0 = all", ge=0)
-    every_samples: int = opt(0, "samples between evaluations during training; 0 = only before and after", ge=0)
+    every_samples: int = opt(
+        0, "samples between evaluations (kNN, health of features) during training; 0 = only before and after", ge=0
+    )
     enabled: bool = opt(True, "measure kNN; needs labels")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -45,6 +47,10 @@ SHARD = 1024
 """Images whose features are written together: what a kill can lose, on each rank."""
 
 SHARED_FEATURES = "features"
+UNFINISHED_WORK = "unfinished"
+STALE_S = 7 * 24 * 3600
+"""After so many seconds without a change what a killed command has left is removed: no command runs that long between
+two files."""
 
 
 @dataclass(kw_only=True)
@@ -99,10 +105,11 @@ class Evaluation(Generic[SettingsT]):
         owner = SHARED_FEATURES if parts[:1] == (SHARED_FEATURES,) else self.task
         mark = zlib.crc32(repr([self.subject.fingerprint, owner, *parts]).encode(errors="backslashreplace"))
         name = self.world.broadcast_object(f"{owner}-{mark:08x}")  # a rank that could not read an image agrees
-        place = self.folder / "unfinished" / name
+        place = self.folder / UNFINISHED_WORK / name
         self._used.add(place)
         if self.world.is_main:
             place.mkdir(parents=True, exist_ok=True)
+            os.utime(place)  # it is in use, however old it is
         self.world.barrier()
         return place
 
@@ -119,17 +126,14 @@ class Evaluation(Generic[SettingsT]):
                 make(i)
                 self.progress.advance(step)
 
-    def clean(self, keep_features: bool = False) -> None:
-        """Remove what is not needed any more. keep_features: the next task may need them, too."""
+    def clean(self, keep: set[Path] | None = None) -> None:
+        """Remove what is not needed any more, also of commands that ended long ago. keep: features are added to it
+        instead, as the next task may need them, too."""
         self.world.barrier()
+        if keep is not None:
+            keep |= {place for place in self._used if place.name.startswith(SHARED_FEATURES)}
         if self.world.is_main:
-            for place in self._used:
-                if keep_features and place.name.startswith(SHARED_FEATURES):
-                    continue
-                shutil.rmtree(place, ignore_errors=True)
-            unfinished = self.folder / "unfinished"
-            if unfinished.is_dir() and not any(unfinished.iterdir()):
-                unfinished.rmdir()
+            remove_work(self.folder, self._used - (keep or set()), spare=keep or set())
 
     # ------------------------------------------------------------------------------------------------ features
 
@@ -185,6 +189,23 @@ class Evaluation(Generic[SettingsT]):
     def accelerator(self) -> Accelerator:
         """accelerate's, over the ranks and the device of `world`. Raises UserError where it is not installed."""
         return accelerator_of(self.world)
+
+
+def remove_work(folder: Path, places: Collection[Path], spare: Collection[Path] = ()) -> None:
+    """Remove `places` of RUN/eval/unfinished, and what nothing there has changed for STALE_S, of weights and tasks that
+    may not exist any more; but what is to `spare`."""
+    for place in places:
+        shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):  # another command may end, too
+        for place in (folder / UNFINISHED_WORK).iterdir():
+            if place not in spare and time.time() - last_change(place) > STALE_S:
+                shutil.rmtree(place, ignore_errors=True)
+        (folder / UNFINISHED_WORK).rmdir()
+
+
+def last_change(place: Path) -> float:
+    """Of a folder and all that lies in it, in unix seconds. Raises OSError where something of it has just gone."""
+    return max(path.lstat().st_mtime for path in (place, *place.rglob("*")))
 
 
 def accelerator_of(world: World, precision: str = "no", accumulate: int = 1) -> Accelerator:

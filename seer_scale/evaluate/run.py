@@ -96,9 +96,9 @@ def run_task(
 
 
 def measure(
-    name: str, subject: Subject, settings: TaskSettings, world: World, folder: Path, *, keep_features: bool = False
+    name: str, subject: Subject, settings: TaskSettings, world: World, folder: Path, *, keep: set[Path] | None = None
 ) -> dict[str, Any]:
-    """As `run_task`, of one subject, in a world that stands. keep_features: for another task of the same weights."""
+    """As `run_task`, of one subject, in a world that stands. keep: as of `Evaluation.clean`."""
     begin = time.perf_counter()
     task = task_class(name)(settings)
     with Progress(active=world.is_main, to_stderr=True) as progress:
@@ -109,7 +109,7 @@ def measure(
     record = as_record(name, settings, evaluation, result, time.perf_counter() - begin)
     if world.is_main:
         publish(record, result, folder)
-    evaluation.clean(keep_features)
+    evaluation.clean(keep)
     return record
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,7 +14,7 @@ import yaml
 
 from seer_scale import distributed
 from seer_scale.errors import ConfigError, Problem, UserError
-from seer_scale.evaluate.context import SHARED_FEATURES
+from seer_scale.evaluate.context import remove_work
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.published import difference, published
 from seer_scale.evaluate.registry import task_class
@@ -92,6 +90,7 @@ def run_suite(
     folder = results_folder(path, out)
     world = distributed.init(folder / "logs", device=device)
     rows: list[dict[str, Any]] = []
+    features: set[Path] = set()
     failed: list[UserError] = []
     problems: list[dict[str, str]] = []
     for weights in initial:
@@ -101,7 +100,7 @@ def run_suite(
                 if opened is None or weights == "random" and seed != settings.seed:
                     opened, seed = open_subject(path, which, weights, world.device, settings.seed), settings.seed
                 given, opened = opened, None if task_class(name).trains_backbone else opened
-                record = measure(name, given, settings, world, folder, keep_features=True)
+                record = measure(name, given, settings, world, folder, keep=features)
             except UserError as error:
                 failed.append(error.prefixed(f"eval {name}"))
                 problems.append({"task": settings.name or name, "weights": weights, "problem": str(error)})
@@ -114,10 +113,7 @@ def run_suite(
     if world.is_main:
         write_whole(folder / SUMMARY, to_json(summary, indent=1) + "\n")
         if not problems:
-            for place in (folder / "unfinished").glob(f"{SHARED_FEATURES}-*"):
-                shutil.rmtree(place, ignore_errors=True)
-            with suppress(OSError):
-                (folder / "unfinished").rmdir()
+            remove_work(folder, features)
     report(path, folder, world)
     distributed.shutdown(world)
     if failed and not rows:

@@ -132,8 +132,7 @@ def _check_model(config: Config) -> None:
     with torch.device("meta"):
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
     sizes = {f"views.crops.{i}.size": crop.size for i, crop in enumerate(config.views.crops)}
-    if config.knn.enabled or config.health.images:
-        sizes["knn.size"] = config.knn.size
+    sizes["knn.size"] = config.knn.size  # of evaluations, of pictures, and what a checkpoint says of the images
     if problems := check_sizes(backbone, sizes):
         raise ConfigError(problems)
     method = build_method(config, World())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,33 @@ def test_a_kill_while_shards_are_joined_loses_no_feature(corpus, monkeypatch, wh
     alone = evaluation_of(corpus)
     assert torch.equal(alone.features(alone.data_set().train).features, found.features)
     alone.clean()
+
+
+def test_what_killed_commands_left_is_removed_once_nothing_has_touched_it_for_long(corpus):
+    """But what is in use: by this command, or by one that wrote to it lately, however deep, or has just taken it up."""
+    first, left = evaluation_of(corpus), time.time() - context.STALE_S - 60
+    stale, written, taken, spared = (first.folder / "unfinished" / f"{name}-0" for name in ("a", "b", "c", "features"))
+    for place in (stale, written, taken, spared):
+        (place / "deep").mkdir(parents=True)
+        (place / "deep" / "state.safetensors").touch()
+        for path in (place / "deep" / "state.safetensors", place / "deep", place):
+            os.utime(path, (left, left))
+    os.utime(written / "deep" / "state.safetensors")
+    os.utime(taken)  # as `work` does
+    own = first.work("x")
+    kept = {spared}
+    first.clean(kept)
+    assert not own.exists() and not stale.exists() and kept == {spared}
+    assert written.exists() and taken.exists() and spared.exists()
+    os.utime(taken, (left, left))
+    context.remove_work(first.folder, [written])
+    assert not (first.folder / "unfinished").exists()
+    old = first.work("y")
+    os.utime(old, (left, left))
+    assert evaluation_of(corpus).work("y") == old
+    context.remove_work(first.folder, [])
+    assert old.exists(), "a command goes on with it"
+    context.remove_work(first.folder, [old])
 
 
 def test_other_weights_go_on_with_nothing(corpus):

@@ -107,10 +107,12 @@ def test_it_learns_and_what_is_kept_predicts_as_measured(squares, tmp_path):
     assert all(0 <= row["held_out_top1"] <= 100 for row in epochs)
     assert result.scores["finetune/images"] == 21 and sum(row["images"] for row in result.table) == 21
     assert not (tmp_path / "unfinished").exists()
-    assert "BatchNorm by statistics of 8 crops; measured" in result.protocol and result.files == ("finetune",)
+    assert "BatchNorm by statistics of 8 crops; measured" in result.protocol and result.files == (
+        "finetune/model.safetensors",
+    )
     assert result.protocol.startswith("Trained on 42 images of ") and "vote" not in result.protocol
     (warning,) = result.warnings  # 39 images in 6 epochs are 30 updates of 8
-    assert warning.startswith("30 updates hardly train") and "(21 make 100 updates of 8 images)" in warning
+    assert warning.startswith("30 updates can hardly train") and "(21 make 100 updates of 8 images)" in warning
 
     about = Artefact(tmp_path / "finetune").about
     assert about.origin["method"] == "toy" and about.origin["results"][0]["scores"] == dict(result.scores)

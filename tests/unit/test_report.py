@@ -381,7 +381,8 @@ def test_what_eval_has_measured_has_rows_and_charts(run_dir):
     for name, kept in {
         "other": record | {"plots": []},
         "other-random": record | {"data": "others", "scores": {"knn/top1": 77.5}},
-        "knn": record, "knn-random": record | {"scores": {"knn/top1": 20.0}}, "suite": {"suite": ["knn"]},
+        "knn": record | {"warnings": ["Only two fits."]}, "again": record, "suite": {"suite": ["knn"]},
+        "knn-random": record | {"scores": {"knn/top1": 20.0}},
         "alone-random": record | {"task": "alone", "plots": [{"title": 1}]},
         "drawn": record | {"scores": {"knn/top1": 55.0, "knn/top1_std": 4.5}, "plots": [bars | {"x": ""}]},
         "damaged": record | {"task": "damaged", "plots": [{"title": "no series"}, 3], "headline": "none"},
@@ -390,14 +391,15 @@ def test_what_eval_has_measured_has_rows_and_charts(run_dir):
     (run_dir / "eval" / "torn.json").write_text("{")
     page = Page(html := write_report(run_dir).read_text())
     assert page.open == [] and html.count("<h2>What it is worth</h2>") == 1
-    assert re.findall(r"<h3>(.*?)</h3>", html)[-3:] == ["Bars", "By &lt;k&gt;", "Bars"]
+    drawn = ["By &lt;k&gt;", "Bars"]
+    assert re.findall(r"<h3>(.*?)</h3>", html)[-5:] == [*drawn, "Bars", *drawn], "again, drawn, knn"
     for words in (
         "41.50 ± 2.25",
         "55.00 ± 4.50 (deviation)",
         "eval knn: %.",
         "eval knn: % by corruption.",
         "20.00",
-        "On <these>.",
+        "On <these>. Only two fits.",
         "samples-000000000064",
         "untrained",
     ):

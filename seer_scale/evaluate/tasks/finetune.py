@@ -31,7 +31,7 @@ from seer_scale.evaluate.splits import DataSet, Split, hold_out
 from seer_scale.evaluate.task import Result, Task
 from seer_scale.files import published
 from seer_scale.formatting import counted
-from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, About, Head, TensorInfo, write_artefact
+from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, WEIGHTS, About, Head, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier
 from seer_scale.observe.chart import Chart
 
@@ -65,7 +65,7 @@ class Finetune(Task[FinetuneSettings]):
             table=_per_class(data, table.features, table.targets),
             plots=_plots(finetuning.done, data.train.multi_label),
             warnings=self._warnings(len(split)),
-            files=(stem,),
+            files=(f"{stem}/{WEIGHTS}",),
             more={"epochs": finetuning.done.epochs},
         )
         evaluation.world.barrier()
@@ -80,7 +80,7 @@ class Finetune(Task[FinetuneSettings]):
         if updates >= MIN_UPDATES:
             return ()
         return (
-            f"{counted(updates, 'update')} hardly train a network: give a smaller --global-batch, or more --epochs "
+            f"{counted(updates, 'update')} can hardly train a network: give a smaller --global-batch, or more --epochs "
             f"({epochs:,} make {MIN_UPDATES} updates of {options.global_batch} images).",
         )
 

@@ -29,6 +29,7 @@ from seer_scale.evaluate.splits import Split
 from seer_scale.evaluate.table import Table, as_float64, by_blocks
 from seer_scale.evaluate.task import Result, Task, TaskSettings
 from seer_scale.files import to_json, write_whole
+from seer_scale.formatting import counted
 from seer_scale.observe.chart import Chart
 
 
@@ -154,7 +155,7 @@ class Robustness(Task[RobustnessSettings]):
             Chart(title="By corruption", x="", y="top-1, %", series=bars, kind="bars"),
         )
         severities = ", ".join(map(str, sorted(self.options.severities)))
-        asked = f"{len(names)} corruptions of ImageNet-C at severities {severities}"
+        asked = f"{counted(len(names), 'corruption')} of ImageNet-C at severities {severities}"
         out = f" (without {' and '.join(LEFT_OUT)})" if names == tuple(CORRUPTIONS) else ""
         return Result(
             scores=scores, headline="robustness/top1", table=table, plots=plots,

@@ -62,7 +62,7 @@ def rows_of(results: Mapping[str, dict[str, Any]]) -> list[Row]:
                 score="" if is_untrained else figure_of(record),
                 untrained=figure_of(before) if before else "",
                 of="untrained" if is_untrained else shown(str(subject.get("checkpoint") or subject.get("path", ""))),
-                protocol=shown(str(record.get("protocol", ""))),
+                protocol=shown(" ".join(map(str, [record.get("protocol", ""), *(record.get("warnings") or [])]))),
             )
         )
     return rows
@@ -82,10 +82,10 @@ def plots_of(results: Mapping[str, dict[str, Any]]) -> list[Figure]:
     for stem, record in results.items():
         if stem.endswith(UNTRAINED):
             continue
-        for data in (record.get("plots") or [])[:MAX_PLOTS]:
+        for i, data in enumerate((record.get("plots") or [])[:MAX_PLOTS]):
             try:
                 chart = Chart(**{f.name: data[f.name] for f in fields(Chart) if f.name in data})
-                picture = chart_svg(chart)
+                picture = chart_svg(chart, shown(f"{stem}-{i}"))
             except (TypeError, ValueError, KeyError, AttributeError):  # another version's, or damaged
                 continue
             axes = f"{chart.y} by {chart.x}" if chart.x else chart.y

@@ -189,18 +189,18 @@ def _one(plot: Plot, size: str) -> str:
     return _of_page(text, size, strips)
 
 
-def chart_svg(chart: Chart) -> Markup:
-    """A chart in both sizes, in the page's colours."""
-    return Markup("".join(_one_chart(chart, size) for size in SIZES))
+def chart_svg(chart: Chart, key: str) -> Markup:
+    """A chart in both sizes, in the page's colours. key: tells it from one that is the same on this page."""
+    return Markup("".join(_one_chart(chart, size, key) for size in SIZES))
 
 
-def _one_chart(chart: Chart, size: str) -> str:
+def _one_chart(chart: Chart, size: str, key: str) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZES[size], layout="constrained")
         ax = figure.subplots()
         chart.draw(ax, (BLUE, ORANGE, GREEN, INK))
         ax.tick_params(length=0)
-        return _of_page(_saved(figure), size, "")
+        return _of_page(_saved(figure), size, "", key)
 
 
 def _saved(figure: Figure) -> str:
@@ -209,14 +209,15 @@ def _saved(figure: Figure) -> str:
     return out.getvalue()
 
 
-def _of_page(text: str, size: str, strips: str) -> str:
-    """matplotlib's SVG as part of a page: without what only a file needs, in variables of the style sheet."""
+def _of_page(text: str, size: str, strips: str, key: str = "") -> str:
+    """matplotlib's SVG as part of a page: without what only a file needs, in variables of the style sheet. key: tells
+    it from another of the same text."""
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"| xmlns(:\w+)?="[^"]*"', "", text, count=4)
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     # ids are the page's, not the picture's: those that nothing refers to go, the others are this picture's alone
-    used, own = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text)), f"p{zlib.crc32(text.encode()):x}-"
+    used, own = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text)), f"p{zlib.crc32((key + text).encode()):x}-"
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{own}", text)
     text = text.replace("<svg", f"<svg class={size} role=img", 1)
