@@ -159,10 +159,10 @@ def as_table(summary: Mapping[str, Any], folder: Path, width: int = 0) -> str:
     notes += dict.fromkeys(
         shown(row["difference"]) for row in differing if row["weights"] == "trained" or row["task"] not in of_trained
     )
-    notes += [
+    notes += dict.fromkeys(  # a task may have several rows
         f"Warning, {row['name']}, {row['weights']} weights: {text}"
         for row in summary["rows"]
         for text in row["warnings"]
-    ]
+    )
     notes += [f"Not measured: {p['task']}, {p['weights']} weights: {p['problem']}" for p in summary["problems"]]
     return "\n".join([*told, *(paragraph(note, width) for note in notes), f"Written: {shown(folder / SUMMARY)}"])

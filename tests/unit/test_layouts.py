@@ -281,5 +281,5 @@ def test_each_word_is_measured_by_the_command(word, tmp_path, monkeypatch, capsy
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((out / f"{task}.json").read_text())
     assert record["headline"] == headline and 0 <= record["score"] <= 100
-    assert record["protocol"].startswith(f"{word}: ") and record["data"] == word
+    assert f"{word}'s " in record["protocol"] and record["data"] == word
     assert [row["published"] for row in rows_of(record)] == [None], "there is none of this task, figure and set"

@@ -122,11 +122,12 @@ def test_each_figure_beside_which_a_published_one_stands_has_a_row():
     names = [f"lowshot/{shot}_finetuned_{name}" for shot in ("1%", "10%", "5") for name in ("top1", "top1_std", "top5")]
     record = {
         "task": "lowshot", "headline": names[6], "scores": {n: float(i) for i, n in enumerate(names)},
-        "data": "imagenet", "settings": {"data": "imagenet"}, "subject": subject, "size": 224, "seconds": 1.0,
+        "data": "imagenet", "settings": {"data": "imagenet", "name": ""}, "subject": subject, "size": 224,
+        "seconds": 1.0, "warnings": [],
     }  # fmt: skip
     rows = rows_of(record)
     assert [(r["figure"], r["published"]) for r in rows] == [(names[0], 60.5), (names[3], 77.9), (names[6], None)]
     assert [(r["score"], r["std"]) for r in rows] == [(0, 1), (3, 4), (6, 7)]
     (told,) = {r["difference"] for r in rows[:2]}
     assert told.startswith("Ours: regnety_256gf (5) after 7 samples, 224 px, on imagenet; SEER: regnety_256gf (1.27B)")
-    assert rows_of(record | {"settings": {"data": "inat18"}})[0]["figure"] == names[6]
+    assert rows_of(record | {"settings": {"data": "inat18", "name": ""}})[0]["figure"] == names[6]
