@@ -27,6 +27,12 @@ def paragraph(text: str, width: int = 0, indent: str = "") -> str:
     )
 
 
+def untrained_with(images: int) -> str:
+    """What is said of the figures of a network that nothing has trained; "" where BatchNorm has statistics of no
+    images."""
+    return f"Untrained, with BatchNorm statistics of {counted(images, 'image')}." if images else ""
+
+
 def plus_minus(stderr: object, std: object = None) -> str:
     """What follows a figure: " ± 0.42" of its standard error, else " ± 0.42 (deviation)"; "" where neither is a
     number."""

@@ -33,6 +33,7 @@ from seer_scale.evaluate.shards import (
     share_cores,
 )
 from seer_scale.evaluate.splits import DataSet, Split, check_targets, open_data_set
+from seer_scale.evaluate.statistics import MAX_IMAGES, statistics_of_images
 from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.table import Table, is_joined, join, open_matrix
 from seer_scale.evaluate.task import SettingsT
@@ -82,7 +83,8 @@ class Evaluation(Generic[SettingsT]):
 
     def data_set(self, make: Callable[[], DataSet] | None = None, *, roles: str = TRAIN) -> DataSet:
         """What --data and --test name, or what `make` gives, listed by rank 0. roles: what the protocol says that the
-        images are for (knn.TRAIN, knn.VOTE). Raises DataError."""
+        images are for (knn.TRAIN, knn.VOTE). Untrained weights get BatchNorm statistics of its train part. Raises
+        DataError."""
         options, config = self.options, self.subject.config
         make = make or (lambda: open_data_set(options.data, options.test, config, roles))
 
@@ -94,7 +96,26 @@ class Evaluation(Generic[SettingsT]):
             return replace(found, protocol=found.protocol + found.without_images)
 
         with self.progress.doing("listing images"):
-            return share(self.world, self.folder, checked, lambda found: found.sources, name=f"listed-{self.task}")
+            data = share(self.world, self.folder, checked, lambda found: found.sources, name=f"listed-{self.task}")
+        if self.subject.weights == "random":
+            self._take_statistics(data.train)
+        return data
+
+    def _take_statistics(self, train: Split) -> None:
+        subject, mark = self.subject, f"{train.mark} {self.size}"
+        if subject.statistics == mark:
+            return
+
+        def encode(images: Tensor) -> None:
+            subject.encode(images)
+            self.progress.advance(len(images) * self.world.size)
+
+        with self.progress.doing("taking BatchNorm statistics of images", min(len(train), MAX_IMAGES)):
+            subject.statistics_images = statistics_of_images(
+                subject.model, encode, train.source, np.arange(len(train)),
+                size=self.size, workers=self.workers, world=self.world,
+            )  # fmt: skip
+        subject.statistics = mark
 
     # ------------------------------------------------------------------------------------------------ what is done
 
@@ -102,8 +123,10 @@ class Evaluation(Generic[SettingsT]):
         """A folder for what need not be done again after a kill, by what it depends on: the weights, the task and
         `parts` (features, which begin with SHARED_FEATURES, are of all tasks). It is removed when the command has ended
         well."""
-        owner = SHARED_FEATURES if parts[:1] == (SHARED_FEATURES,) else self.task
-        mark = zlib.crc32(repr([self.subject.fingerprint, owner, *parts]).encode(errors="backslashreplace"))
+        subject, owner = self.subject, SHARED_FEATURES if parts[:1] == (SHARED_FEATURES,) else self.task
+        mark = zlib.crc32(
+            repr([subject.fingerprint, subject.statistics, owner, *parts]).encode(errors="backslashreplace")
+        )
         name = self.world.broadcast_object(f"{owner}-{mark:08x}")  # a rank that could not read an image agrees
         place = self.folder / UNFINISHED_WORK / name
         self._used.add(place)

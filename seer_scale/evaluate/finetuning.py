@@ -158,9 +158,6 @@ def check_processes(options: TrainingSettings, evaluation: Evaluation[Any]) -> N
         raise UserError(Problem("--global-batch", options.global_batch, rule, (near,)))
     if options.precision == "fp16" and device != "cuda":
         raise UserError(Problem("--precision", "fp16", f"it needs a GPU, and this runs on {device}", ("bf16", "fp32")))
-    if options.statistics == "frozen" and evaluation.subject.weights == "random":
-        rule = "untrained weights have no statistics yet"
-        raise UserError(Problem("--statistics", "frozen", rule, ("synchronised",)))
 
 
 def new_classifier(evaluation: Evaluation[Any], data: DataSet) -> Classifier:

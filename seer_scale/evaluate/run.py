@@ -22,6 +22,7 @@ from seer_scale.evaluate.registry import task_class
 from seer_scale.evaluate.subject import Subject, check_path, open_subject, run_dir_of
 from seer_scale.evaluate.task import Result, TaskSettings
 from seer_scale.files import to_json, write_whole
+from seer_scale.formatting import untrained_with
 from seer_scale.observe.progress import Progress
 
 RESULTS = "eval"
@@ -135,7 +136,7 @@ def as_record(
         "headline": result.headline,
         "score": result.scores[result.headline],
         "scores": dict(result.scores),
-        "protocol": result.protocol,
+        "protocol": f"{result.protocol} {untrained_with(subject.statistics_images)}".rstrip(),
         "warnings": [*filter(None, [subject.remark]), *result.warnings],
         "subject": {
             "path": str(subject.path),
@@ -143,6 +144,7 @@ def as_record(
             "checkpoint": subject.checkpoint,
             "samples_seen": subject.samples_seen,
             "weights": subject.weights,
+            "statistics_images": subject.statistics_images,
             "fingerprint": subject.fingerprint,
             "backbone": subject.backbone,
             "parameters": sum(p.numel() for p in subject.model.parameters()),

@@ -22,11 +22,12 @@ from seer_scale.models.init import initial_values
 from seer_scale.models.registry import reset_buffers
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Subject:
     """model: whole, in eval mode, on the rank's device. fingerprint: stands for its weights. run_dir: of its run, None
     of a file that was exported. config: the recipe it was trained by, as far as it is known. about: what an export
-    of it says. remark: what its figures are to be read with, a sentence."""
+    of it says. remark: what its figures are to be read with, a sentence. statistics: stands for the images that the
+    BatchNorm statistics of untrained weights are of, so many of them ("": they have none yet)."""
 
     path: Path
     model: Backbone
@@ -36,6 +37,8 @@ class Subject:
     backbone: str = ""
     checkpoint: str = ""
     samples_seen: int | None = None
+    statistics: str = ""
+    statistics_images: int = 0
     run_dir: Path | None = None
     config: Config | None = field(default=None, repr=False)
     about: About | None = field(default=None, repr=False)
@@ -117,7 +120,8 @@ def _seed_and_prefix(initial: Any, path: Path) -> tuple[int, str]:
 
 @torch.no_grad()
 def begin(model: Backbone, seed: int, prefix: str = "") -> None:
-    """Give a backbone the weights with which its run began. prefix: what its parameters' names begin with there."""
+    """Give a backbone the weights with which its run began, and no statistics. prefix: what its parameters' names begin
+    with there."""
     inits = model.initialisers()
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_values(inits[name], parameter.shape, seed, prefix + name).view_as(parameter))

@@ -4,7 +4,8 @@ features, and pictures."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from seer_scale.evaluate.feature_health import HealthImages, feature_health
 from seer_scale.evaluate.features import gather_features
 from seer_scale.evaluate.gallery_pictures import show_crops, show_neighbours, show_prototypes
 from seer_scale.evaluate.knn import LabelledImages, Neighbours, knn
-from seer_scale.formatting import counted
+from seer_scale.evaluate.statistics import MAX_IMAGES, statistics_of_images
+from seer_scale.formatting import counted, untrained_with
 from seer_scale.methods.base import Features
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.records import compare, read_metrics
@@ -34,9 +36,10 @@ from seer_scale.training.probe import Probe
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """labelled: the images of kNN, health: those whose features are looked at; None: there are none. between_batches:
-    called before each batch, by all ranks alike: what it raises ends an evaluation, which may outlast the grace of a
-    preemption. workers: loader processes of a rank. All ranks call all methods alike.
+    """labelled: the images of kNN, health: those whose features are looked at; None: there are none. begins_anew:
+    whether the run's weights were drawn, and are no other run's. between_batches: called before each batch, by all
+    ranks alike: what it raises ends an evaluation, which may outlast the grace of a preemption. workers: loader
+    processes of a rank. All ranks call all methods alike.
     """
 
     config: Config
@@ -46,6 +49,7 @@ class Evaluation:
     clock: Clock
     labelled: LabelledImages | None
     health: HealthImages | None
+    begins_anew: bool
     probe: Probe | None
     monitors: Monitors
     checkpoints: Checkpointing
@@ -69,9 +73,10 @@ class Evaluation:
         if self.labelled is None and self.health is None:
             return
         begin = time.perf_counter()
-        with self.progress.spending("evaluation"):
-            figures, found = self._measure(stage)
+        with self.progress.spending("evaluation"), self._statistics(stage) as images:
+            figures, found = self._measure(stage, images)
         row: dict[str, Any] = {"samples_seen": self.clock.samples_seen, "evaluation/stage": stage, **self.measurement}
+        row |= {"evaluation/statistics_images": images} if images else {}
         row |= figures | {"time/evaluation_s": time.perf_counter() - begin}
         self.log.log(row)
         self.monitors.check_evaluation(row)
@@ -85,7 +90,29 @@ class Evaluation:
             with disk_may_fill(), self.progress.spending("evaluation"):
                 show_neighbours(self.run_dir, stage, self.labelled, found)
 
-    def _measure(self, stage: str) -> tuple[dict[str, float], Neighbours | None]:
+    @contextmanager
+    def _statistics(self, stage: str) -> Iterator[int]:
+        """Within, weights that nothing was trained of have BatchNorm statistics of some images, of how many is given;
+        after it those that training begins with."""
+        if stage != "before" or not self.begins_anew:
+            yield 0
+            return
+        buffers = self.engine.buffers
+        if self.labelled:
+            source, indices = self.labelled.bank, self.labelled.bank_indices
+        else:
+            assert self.health is not None, "else there is nothing to measure"
+            source, indices = self.health.source, self.health.indices
+        buffers.keep()
+        with buffers.unmoved():
+            with self.progress.doing("taking BatchNorm statistics of images", min(len(indices), MAX_IMAGES)):
+                images = statistics_of_images(
+                    self.engine.method, self._encode, source, indices,
+                    size=self.config.knn.size, workers=self.workers, world=self.world,
+                )  # fmt: skip
+            yield images
+
+    def _measure(self, stage: str, statistics_images: int) -> tuple[dict[str, float], Neighbours | None]:
         """Figures, and the neighbours of kNN. The features of an image are made once: kNN's queries are looked at by
         both; of some a second view is encoded."""
         labelled, health, config = self.labelled, self.health, self.config.knn
@@ -96,7 +123,7 @@ class Evaluation:
             assert health is not None, "else there is nothing to measure"
             source, indices, num_bank = health.source, health.indices, 0
             of = f"features {stage} training, of {counted(len(indices), 'image')} (health.images 0 does without)"
-        self.log_event("evaluation", f"Measuring {of}.")
+        self.log_event("evaluation", f"Measuring {of}. {untrained_with(statistics_images)}".rstrip())
         self.engine.average_buffers()
         how: dict[str, Any] = dict(workers=self.workers, world=self.world)
         num_pairs = len(health.pairs) if health else 0

@@ -177,6 +177,7 @@ class TrainingRun:
             clock=self.made.clock,
             labelled=self.made.labelled,
             health=self.made.health,
+            begins_anew=not (self.made.origin.checkpoint or self.made.origin.weights),
             probe=self.made.probe,
             monitors=self.monitors,
             checkpoints=self.checkpoints,

@@ -9,15 +9,19 @@ from __future__ import annotations
 import functools
 import gc
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.checkpoint import store
+from seer_scale.data.sources import Source
 from seer_scale.distributed import World
+from seer_scale.evaluate import statistics
 from seer_scale.methods.losses.sinkhorn import sinkhorn
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.models.layers.norm import BatchNorm
@@ -25,6 +29,7 @@ from seer_scale.optim.parameter_groups import normalized_parameters
 from seer_scale.parallel import load
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import joined_units, sharded_units
+from tests.pictures import encode, photo
 from tests.ranks import run_ranks
 from tests.tiny import losses_of, micro_batches, tiny, world_of
 
@@ -169,7 +174,7 @@ def everything(rank: int, size: int, folder: str) -> dict:
         out["skip"] = {(name, m): skipped_on_all(world, ENGINES[name], m) for name, m in SKIPPED}
         out["precision"] = {(e, p): precision_run(world, e, p) for e, p in PRECISIONS}
         out["group_stats"] = averaged_statistics(world)
-        out["evaluated"] = {e: evaluated(world, ENGINES[e]) for e in EVALUATED}
+        out["evaluated"] = {e: evaluated(world, ENGINES[e], case) for e, case in EVALUATED.items()}
         out["traffic"] = {(e, v): traffic_of(world, ENGINES[e], VARIANTS[v]) for e, vs in TRAFFIC.items() for v in vs}
         out["accumulated"] = {(e, c): accumulated(world, e, c) for e, c in ACCUMULATED}
     if size == 4:
@@ -285,17 +290,43 @@ def averaged_statistics(world: World) -> tuple[float, float]:
     return (everyone[0] - everyone[1]).abs().max().item(), (saved - sum(everyone) / world.size).abs().max().item()
 
 
-EVALUATED = ("fsdp", "fsdp joined", "zero3")
+EVALUATED = {
+    "ddp": "runs recomputed", "fsdp": "runs recomputed", "fsdp joined": "runs recomputed", "zero1": "sgd",
+    "zero2": "sgd", "zero3": "runs recomputed", "fairscale": "sgd",
+}  # fmt: skip
 
 
-def evaluated(world: World, over: dict) -> list[float]:
+class Photos(Source):
+    """Some of them cannot be read."""
+
+    def __len__(self) -> int:
+        return 23
+
+    def read(self, i: int) -> bytes:
+        return encode(Image.fromarray(photo(30, 40, seed=i)), "PNG") if i % 7 else b""
+
+    def name(self, i: int) -> str:
+        return str(i)
+
+
+def untrained(world: World, engine: Engine) -> tuple[int, np.ndarray]:
+    """Of how many images the statistics of an evaluation before training are, and what is encoded with them."""
+    engine.buffers.keep()
+    how = dict(size=16, workers=0, world=world)
+    with engine.buffers.unmoved(), mock.patch.object(statistics, "BATCH", 4):
+        num = statistics.statistics_of_images(engine.method, engine.encode, Photos(), np.arange(23), **how)
+        return num, engine.encode(torch.ones(2, 3, 16, 16)).features.numpy()
+
+
+def evaluated(world: World, over: dict, case: str) -> dict:
     """Losses of updates with an evaluation, which runs no prototypes, before each."""
-    config, engine = tiny(world, **over, **CASES["runs recomputed"])
+    config, engine = tiny(world, **over, **CASES[case])
+    num, features = untrained(world, engine)
     losses = []
     for step in range(3):
         engine.encode(micro_batches(config, 9, world)[0]()[1])
         losses += losses_of(engine, config, world, range(step, step + 1), 0.02)
-    return losses
+    return {"losses": losses, "images": num, "features": features}
 
 
 ACCUMULATED = [(e, "") for e in ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2 offloaded", "fairscale")] + [
@@ -458,7 +489,21 @@ def test_codes_do_not_depend_on_the_ranks(ranks, size):
 
 @pytest.mark.parametrize("engine", EVALUATED)
 def test_an_evaluation_between_updates_leaves_no_trace(ranks, engine):
-    assert ranks[2][0]["evaluated"][engine] == ranks[2][0][engine, "runs recomputed"]["losses"]
+    assert ranks[2][0]["evaluated"][engine]["losses"] == ranks[2][0][engine, EVALUATED[engine]]["losses"]
+
+
+@functools.cache
+def untrained_alone() -> tuple[int, np.ndarray]:
+    torch.set_num_threads(1)
+    return untrained(World(), tiny(World())[1])
+
+
+@pytest.mark.parametrize("engine", EVALUATED)
+def test_statistics_of_images_do_not_depend_on_engine_and_ranks(ranks, engine):
+    num, features = untrained_alone()
+    for rank in ranks[2]:
+        assert rank["evaluated"][engine]["images"] == num
+        np.testing.assert_allclose(rank["evaluated"][engine]["features"], features, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ 8. accumulation

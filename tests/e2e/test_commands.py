@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 
+from seer_scale.checkpoint.store import TensorReader
 from seer_scale.cli import main
 from seer_scale.launch.prepare import Request, prepare
+from seer_scale.training.start import run_training
 from tests.e2e import runs
 from tests.e2e.runs import checkpoints, command, recipe
 
@@ -39,6 +41,37 @@ def test_eval_gives_the_score_of_the_run(straight, photos, tmp_path, capsys):
     assert found["protocol"] in " ".join(text.split()) and f"Written: {straight}/eval/knn.json, knn.svg" in text
     assert main(["eval", "knn", str(straight), "--data", "/no/where"]) == 2
     assert "/no/where does not exist" in capsys.readouterr().err
+
+
+def test_an_untrained_network_is_measured_with_statistics_of_images_and_trained_without(tmp_path, photos, capsys):
+    """As eval measures it, on any number of processes; the run is that without a measurement, to the bit."""
+    few = {"checkpoint": {"every_samples": 0}, "run": {"prototype_images": 0}, "train": {"total_samples": 24}}
+    given, place = recipe(tmp_path, photos, **{**few, "train": runs.RECIPE["train"] | few["train"]}), tmp_path / "run"
+    assert run_training(given, ["--run.dir", str(place)]) == 0
+    blind = ["--run.dir", str(tmp_path / "blind"), "--knn.enabled", "false", "--health.images", "0"]
+    assert run_training(given, blind) == 0
+    one, other = (TensorReader(p / "checkpoints" / checkpoints(p)[-1]) for p in (place, tmp_path / "blind"))
+    assert one.layout.tensors.keys() == other.layout.tensors.keys()
+    assert all(torch.equal(one.read(n), other.read(n)) for n in one.layout.tensors)
+
+    runs.run("train", given, "--run.dir", tmp_path / "pair", ranks=2, folder=tmp_path)
+    capsys.readouterr()
+    of_eval = scores(capsys, place, "--init", "random")
+    bank = 24 - 5
+    for folder in (place, tmp_path / "pair"):
+        before = runs.read_metrics(folder)[0][0]
+        assert before["evaluation/stage"] == "before" and before["evaluation/statistics_images"] == bank
+        assert before["knn/top1"] == pytest.approx(of_eval["score"])
+        assert sum("evaluation/statistics_images" in row for row in runs.read_metrics(folder)[0]) == 1
+    told = f"Untrained, with BatchNorm statistics of {bank} images."
+    assert told in of_eval["protocol"] and of_eval["subject"]["statistics_images"] == bank
+    assert told in (place / "report.html").read_text()
+    assert any(told in e.get("text", "") for e in runs.read_metrics(place)[1])
+    again = ["--checkpoint.init_from", str(place), "--run.dir", str(tmp_path / "again")]
+    assert run_training(given, again) == 0
+    assert "evaluation/statistics_images" not in runs.read_metrics(tmp_path / "again")[0][0]
+    capsys.readouterr()
+    assert "Untrained" not in scores(capsys, place)["protocol"]
 
 
 def test_eval_takes_the_device_it_is_given(straight, monkeypatch, capsys):

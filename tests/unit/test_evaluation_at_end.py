@@ -33,6 +33,7 @@ def evaluation(run_dir, told: list[str], *, world: World = World(), scores: dict
         clock=Clock(64, 640, 640, 10),
         labelled=labelled,
         health=None,
+        begins_anew=True,
         probe=None,
         monitors=Monitors([], {}, {}, None),
         checkpoints=SimpleNamespace(save_in_step=lambda: told.append("saved")),

@@ -339,10 +339,14 @@ def test_statistics_of_more_crops_than_images_are_told_as_that():
     assert options.updates(35, num) == 100 and options.updates(35, num - 1) == 99
 
 
-def test_untrained_weights_have_no_statistics_to_keep(squares, tmp_path):
-    with pytest.raises(UserError) as told:
-        measure(evaluation_of(squares, tmp_path, weights="random", statistics="frozen"))
-    assert told.value.problems[0].key == "--statistics"
+def test_untrained_weights_have_statistics_of_images_to_keep(squares, tmp_path):
+    evaluation = evaluation_of(squares, tmp_path, weights="random", statistics="frozen", epochs="1")
+    measure(evaluation)
+    kept = Artefact(tmp_path / "finetune-random")
+    taken = {n: t for n, t in evaluation.subject.model.state_dict().items() if "running" in n}
+    assert taken and all(torch.equal(kept.read(n), t) for n, t in taken.items())
+    assert all(t.abs().max() > 0 for n, t in taken.items() if "mean" in n)
+    assert evaluation.subject.statistics_images == 42
 
 
 def test_options_that_exclude_each_other():

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from seer_scale.models.layers.norm import BatchNorm, _affine, _combine, _input_gradient, _moments, _sums
+from seer_scale.models.layers.norm import (
+    BatchNorm,
+    _affine,
+    _combine,
+    _input_gradient,
+    _moments,
+    _sums,
+    estimate_statistics,
+)
 from seer_scale.models.layers.stateful import Tape
 from seer_scale.models.registry import build_backbone, initialise
 
@@ -49,6 +57,38 @@ def test_jointly_the_entries_of_a_list_are_one_batch():
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     for y, x in zip(ours.eval()(xs), xs):
         torch.testing.assert_close(y, plain.eval()(x))
+
+
+def test_estimated_statistics_are_the_mean_over_batches_and_nothing_else_moves():
+    """Of each layer after those before it; in eval mode, and what does not count does not."""
+    net = nn.Sequential(BatchNorm(4), nn.Conv2d(4, 3, 1), BatchNorm(3), nn.Dropout(0.5)).eval()
+    twin = copy.deepcopy(net)
+    batches = [torch.randn(8, 4, 3, 3) * (i + 1) + i for i in range(3)]
+
+    def forwards():
+        for i, x in enumerate(batches):
+            net(x)
+            yield (i % 2 == 0) * len(x)
+
+    found = []
+    for x in batches[::2]:
+        of_batch = copy.deepcopy(twin).train()
+        for layer in of_batch:
+            layer.momentum = 1.0
+        of_batch(x)
+        found.append(of_batch.state_dict())
+    assert estimate_statistics(net, forwards()) == 16
+    for name, ours in net.state_dict().items():
+        is_statistic = "running" in name
+        expected = (found[0][name] + found[1][name]) / 2 if is_statistic else twin.state_dict()[name]
+        torch.testing.assert_close(ours, expected, msg=name, **({} if is_statistic else {"rtol": 0, "atol": 0}))
+    kept = copy.deepcopy(net.state_dict())
+    assert estimate_statistics(net, iter([0, 0])) == 0 == estimate_statistics(nn.Linear(1, 1), iter([1]))
+    with pytest.raises(ZeroDivisionError):
+        estimate_statistics(net, (1 // 0 for _ in range(1)))
+    x = batches[0]
+    assert torch.equal(net(x)[:2], net(x[:2])), "it is in eval mode again"
+    assert all(torch.equal(t, kept[n]) for n, t in net.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

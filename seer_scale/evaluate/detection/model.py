@@ -8,7 +8,7 @@ batch or process, so neither does an update.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torchvision.ops.poolers import LevelMapper
 from seer_scale.errors import NOTHING, CheckpointError, Problem
 from seer_scale.evaluate.detection.settings import DetectSettings
 from seer_scale.models.backbone import Backbone, StageMap
-from seer_scale.models.layers.norm import BatchNorm
+from seer_scale.models.layers.norm import BatchNorm, estimate_statistics
 from seer_scale.models.layers.stateful import share_statistics
 
 
@@ -163,16 +163,14 @@ class Detector(nn.Module):
     @torch.no_grad()
     def estimate_statistics(self, images: Sequence[Tensor], at_once: int = 8) -> None:
         """Running statistics of BatchNorm from these images, uint8 [3, H, W] each: of weights that have none yet."""
-        norms = self.norms()
-        momenta = [layer.momentum for layer in norms]
-        for first in range(0, len(images), at_once):
-            for layer in norms:
-                layer.train()
-                layer.momentum = 1 / (first // at_once + 1)  # a mean over the parts
-            self.net.backbone([self._resized(x, self.size)[0].tensors for x in images[first : first + at_once]])
-        for layer, momentum in zip(norms, momenta):
-            layer.momentum = momentum
-            layer.eval()
+
+        def forwards() -> Iterator[int]:
+            for first in range(0, len(images), at_once):
+                part = images[first : first + at_once]
+                self.net.backbone([self._resized(x, self.size)[0].tensors for x in part])
+                yield len(part)
+
+        estimate_statistics(self.net.backbone, forwards())
 
     def _prepare(self, one: Example) -> tuple[ImageList, dict[str, Tensor]]:
         target = {"boxes": one.boxes, "labels": one.labels} | ({} if one.masks is None else {"masks": one.masks})

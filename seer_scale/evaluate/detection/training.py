@@ -180,10 +180,12 @@ def train(
     path = place / "detector.safetensors"
     optimizer = build_optimizer(detector, options)
     state = world.from_main(lambda: read_more(path)) or {"iteration": 0, "losses": []}
+    if evaluation.subject.weights == "random" and detector.frozen:
+        evaluation.subject.statistics_images = min(STATISTICS_IMAGES, len(images))
     if state["iteration"]:
         restore(detector, optimizer, read_tensors(path))
-    elif evaluation.subject.weights == "random" and detector.frozen:
-        first = [i for _, i in drawn(0, min(STATISTICS_IMAGES, len(images)), images, options.seed)]
+    elif num := evaluation.subject.statistics_images:
+        first = [i for _, i in drawn(0, num, images, options.seed)]
         read = (torch.from_numpy(read_image(examples.coco, i).transpose(2, 0, 1).copy()) for i in first)
         detector.estimate_statistics([x.to(world.device) for x in read])
     accelerator = accelerator_of(world, "bf16" if options.precision == "bf16" else "no")

@@ -10,6 +10,7 @@ allocates: few temporaries, and variances in two passes, which are faster than t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import overload
 
 import torch
@@ -29,12 +30,15 @@ class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d (parameters, buffers and defaults) over a list of tensors, one a resolution.
 
     `process_group`: None for local statistics, or the group of ranks whose batches count as one. `joint`: entries of
-    a list count as one batch, too, as where each is an image of another size. Statistics and affine maths are fp32
-    whatever the input; the gradients of weight and bias are this rank's sums.
+    a list count as one batch, too, as where each is an image of another size. `estimating`: in eval mode, too, a batch
+    is normalised by its own statistics, of this rank alone, which take the place of the running ones
+    (`estimate_statistics`). Statistics and affine maths are fp32 whatever the input; the gradients of weight and bias
+    are this rank's sums.
     """
 
     process_group: dist.ProcessGroup | None = None
     joint: bool = False
+    estimating: bool = False
     momentum: float
     running_mean: Tensor
     running_var: Tensor
@@ -60,10 +64,12 @@ class BatchNorm(nn.BatchNorm2d):
         """
         if isinstance(xs, Tensor):
             return self.forward([xs])[0]
-        if self.joint and self.training and len(xs) > 1:
+        if self.joint and (self.training or self.estimating) and len(xs) > 1:
             return _entries_of(BatchNorm.forward(self, [_one_entry(xs)])[0], xs)
         mean, var = self.running_mean, self.running_var
         weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)  # fp32, but where all was cast, as for ONNX
+        if self.estimating:
+            return [F.batch_norm(x, mean, var, weight, bias, True, 1.0, self.eps) for x in xs]
         if not self.training:
             return [F.batch_norm(x, mean, var, weight, bias, eps=self.eps) for x in xs]
         tape = Tape.current()
@@ -82,6 +88,38 @@ class BatchNorm(nn.BatchNorm2d):
             if tape is not None:
                 tape.write(stats)
         return list(_Normalise.apply(self.process_group, self.eps, stats, weight, bias, *xs))
+
+
+@torch.no_grad()
+def estimate_statistics(
+    module: nn.Module, forwards: Iterable[int], sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x
+) -> int:
+    """Running statistics of every BatchNorm in `module` become the mean of those of batches; returns of how many images
+    (0: there is no BatchNorm, or no image, and nothing is changed).
+
+    forwards: runs the next batch through `module`, in eval mode, whenever it is asked for one, and says how many images
+    count (0: none of it does). Each layer sees what those before it make of the same batch by its own statistics, so
+    one pass is enough. sum_over_ranks: of a vector in fp64; the one collective.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+    if not layers:
+        return 0
+    running = [t for layer in layers for t in (layer.running_mean, layer.running_var)]
+    sums = torch.zeros(1 + sum(t.numel() for t in running), dtype=torch.float64, device=running[0].device)
+    for layer in layers:
+        layer.estimating = True
+    try:
+        for num in forwards:
+            if num:
+                sums += num * torch.cat([sums.new_ones(1), *running])
+    finally:
+        for layer in layers:
+            layer.estimating = False
+    count, *means = sum_over_ranks(sums).split([1, *(t.numel() for t in running)])
+    if count:
+        for statistics, mean in zip(running, means):
+            statistics.copy_(mean / count)
+    return int(count)
 
 
 def _one_entry(xs: list[Tensor]) -> Tensor:

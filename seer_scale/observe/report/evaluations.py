@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale.files import shown
-from seer_scale.formatting import plus_minus
+from seer_scale.formatting import plus_minus, untrained_with
 from seer_scale.observe.chart import Chart
 from seer_scale.observe.report.figures import Figure
 from seer_scale.observe.report.plots import chart_svg, is_number
@@ -55,6 +55,10 @@ def rows_of(results: Mapping[str, dict[str, Any]]) -> list[Row]:
         if before and any(before.get(key) != record.get(key) for key in ("data", "size", "settings")):
             before = None  # of other images, or in another way
         subject = record.get("subject") or {}
+        images = ((before or {}).get("subject") or {}).get("statistics_images", 0)
+        said = [str(record.get("protocol", "")), *map(str, record.get("warnings") or [])]
+        if not is_untrained and isinstance(images, int):  # what was measured untrained says so itself
+            said.append(untrained_with(images))
         rows.append(
             Row(
                 task=shown(record["task"] if trained == record["task"] else f"{record['task']} ({trained})"),
@@ -62,7 +66,7 @@ def rows_of(results: Mapping[str, dict[str, Any]]) -> list[Row]:
                 score="" if is_untrained else figure_of(record),
                 untrained=figure_of(before) if before else "",
                 of="untrained" if is_untrained else shown(str(subject.get("checkpoint") or subject.get("path", ""))),
-                protocol=shown(" ".join(map(str, [record.get("protocol", ""), *(record.get("warnings") or [])]))),
+                protocol=shown(" ".join(filter(None, said))),
             )
         )
     return rows

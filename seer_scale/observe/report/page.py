@@ -19,7 +19,7 @@ from markupsafe import Markup
 from seer_scale import __version__
 from seer_scale.config import load_recipe
 from seer_scale.files import shown, write_whole
-from seer_scale.formatting import counted, duration, rate, short_number
+from seer_scale.formatting import counted, duration, rate, short_number, untrained_with
 from seer_scale.observe.records import START_EVENTS, compare, read_metrics
 from seer_scale.observe.report.evaluations import plots_of, read_results, rows_of
 from seer_scale.observe.report.figures import Figures, climb, latest, majority, memory_title, newest_start, plots_of_run
@@ -109,6 +109,7 @@ def _data(run_dir: Path) -> dict[str, Any]:
         "headline": headline(rows),
         "is_better": len(known) > 1 and compare(known[0], known[-1]) and known[-1]["knn/top1"] > known[0]["knn/top1"],
         "is_unlabelled": not newest_start(events).get("labelled", True),
+        "untrained_with": untrained_with(known[0].get("evaluation/statistics_images", 0)) if known else "",
         "has_error": any("knn/top1_stderr" in r for r in rows),
         "majority": majority(rows),
         "facts": _facts(rows, events, config, restarts),
