@@ -172,14 +172,14 @@ RULES = (
         value=lambda config, ranks: list(config.views.jitter),
     ),
     Rule(
-        ("schedule.decay_samples", "schedule.warmup_samples"),
-        lambda config, ranks: 0 < config.schedule.decay_samples < config.schedule.warmup_samples,
-        lambda config, ranks: f"the warm-up alone takes {config.schedule.warmup_samples} samples",
-        lambda config, ranks: config.schedule.warmup_samples,
+        ("schedule.decay_samples", "schedule.warmup_samples", "schedule.warmup_share", "train.total_samples"),
+        lambda config, ranks: 0 < config.schedule.decay_samples < config.warmup_samples,
+        lambda config, ranks: f"the warm-up alone takes {config.warmup_samples} samples",
+        lambda config, ranks: config.warmup_samples,
     ),
     Rule(
-        ("schedule.warmup_samples", "train.total_samples"),
-        lambda config, ranks: config.schedule.warmup_samples > config.train.total_samples,
+        ("schedule.warmup_samples", "schedule.warmup_share", "train.total_samples"),
+        lambda config, ranks: config.warmup_samples > config.train.total_samples,
         lambda config, ranks: f"the run has {config.train.total_samples} samples",
         lambda config, ranks: (
             f"nearest: {config.train.total_samples}, or less, as in "

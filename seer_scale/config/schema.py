@@ -184,6 +184,9 @@ class Schedule:
         "cosine", "after warm-up: cosine to the end; or constant, lowered when the loss stops falling"
     )
     warmup_samples: int = opt(0, "samples of linear warm-up", ge=0)
+    warmup_share: float = opt(
+        0.0, "the warm-up takes no more than this share of train.total_samples; 0 = no limit", ge=0, le=1
+    )
     warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
     final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
     decay_samples: int = opt(
@@ -363,6 +366,12 @@ class Config:
         """Peak learning rate after linear scaling by the global batch."""
         o = self.optim
         return o.lr * self.train.global_batch / o.lr_batch if o.lr_batch else o.lr
+
+    @property
+    def warmup_samples(self) -> int:
+        """Samples of warm-up: schedule.warmup_samples, or schedule.warmup_share of the run where that is less."""
+        asked, share = self.schedule.warmup_samples, self.schedule.warmup_share
+        return min(asked, round(share * self.train.total_samples)) if share else asked
 
     def end(self, samples_seen: int = 0) -> int:
         """Samples seen at the end of a run that has seen so many: whole batches are trained, until

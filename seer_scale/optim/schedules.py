@@ -28,17 +28,17 @@ class LearningRate:
     called."""
 
     def __init__(self, config: Config):
-        self.config, self.peak = config.schedule, config.peak_lr
+        self.config, self.peak, self.warmup = config.schedule, config.peak_lr, config.warmup_samples
         self.total, self._batch = config.schedule.decay_samples or config.train.total_samples, config.train.global_batch
         self.state: PlateauState = {"cuts": 0, "best": None, "sum": 0.0, "count": 0.0}
 
     def __call__(self, samples_seen: int) -> float:
         config = self.config
-        if samples_seen < config.warmup_samples:
-            return self.peak * (config.warmup_from + (1 - config.warmup_from) * samples_seen / config.warmup_samples)
+        if samples_seen < self.warmup:
+            return self.peak * (config.warmup_from + (1 - config.warmup_from) * samples_seen / self.warmup)
         if config.name == "plateau":
             return self.peak * config.plateau_factor ** self.state["cuts"]
-        done = min(1.0, (samples_seen - config.warmup_samples) / max(1, self.total - config.warmup_samples))
+        done = min(1.0, (samples_seen - self.warmup) / max(1, self.total - self.warmup))
         return self.peak * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def ends_window(self, samples_seen: int) -> bool:
@@ -69,7 +69,7 @@ class LearningRate:
         """Which window an update falls into that begins there: they are counted from the end of the warm-up."""
         config = self.config
         return (
-            (samples_seen - config.warmup_samples) // config.plateau_samples
-            if config.name == "plateau" and samples_seen >= config.warmup_samples
+            (samples_seen - self.warmup) // config.plateau_samples
+            if config.name == "plateau" and samples_seen >= self.warmup
             else -1
         )

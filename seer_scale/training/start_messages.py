@@ -141,6 +141,12 @@ def notes(config: Config, world: World, made: Components) -> Iterator[Note]:
             f"train.total_samples is {train.total_samples:,}, and updates take {train.global_batch:,} images each: the "
             f"run ends at {clock.end:,}.",
         )
+    if config.warmup_samples < config.schedule.warmup_samples and not clock.at_end:
+        yield Note(
+            "note",
+            f"The warm-up takes {config.warmup_samples:,} samples, {config.schedule.warmup_share:.3g} of the run "
+            f"(schedule.warmup_share), not the {config.schedule.warmup_samples:,} of schedule.warmup_samples.",
+        )
     yield from _notes_on_images(config, made.history.source, made.labelled)
     if made.probe:
         yield Note("note", _about_probe(made.probe, made.origin))

@@ -149,6 +149,14 @@ def test_cosine():
     assert all(lr(s) >= lr(s + 100) for s in range(1000, 10000, 100))
 
 
+@pytest.mark.parametrize("total, ends", [(100_000, 1000), (10_000, 1000), (9_000, 900), (80, 8)])
+def test_a_short_run_warms_up_for_a_share_of_it(total, ends):
+    over = {"train": {"total_samples": total}, "schedule": {"warmup_samples": 1000, "warmup_share": 0.1}}
+    lr = LearningRate(resolve(RECIPE, over))
+    assert lr.warmup == ends and lr(ends) == lr.peak == max(lr(s) for s in range(0, total, max(1, total // 1000)))
+    assert lr(ends - 1) < lr.peak and lr(total) == pytest.approx(0.001 * lr.peak)
+
+
 def test_a_longer_run_may_keep_its_cosine():
     short, long = schedule_of(), schedule_of(decay_samples=9000)
     assert long.total == 9000 and long(9000) == long(9500) == long.peak * 0.001 and short(9000) > long(9000)

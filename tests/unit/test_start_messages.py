@@ -65,6 +65,12 @@ def test_a_start_as_it_should_be_has_no_notes():
         ([], {"threads": 4}, "note", ("4 CPU threads", "train.threads")),
         ([], {"contended": "others took 3 of 4 cores"}, "contended", ("others took 3 of 4 cores",)),
         ([], {"labelled": SimpleNamespace(bank_indices=[1, 2])}, "note", ("knn.k is 20", "2 images")),
+        (
+            ["--schedule.warmup_samples", "900", "--schedule.warmup_share", "0.1", "--train.total_samples", "4096"],
+            {},
+            "note",
+            ("410", "900", "0.1 of the run", "schedule.warmup_share"),
+        ),
         (["--parallel.engine", "fsdp"], {}, "note", ("parallel.engine fsdp", "single")),
     ],
 )

@@ -252,7 +252,7 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
         A healthy loss passes ln K on its way down, but its codes are decided (an entropy of at most some 0.9 ln K).
         """
         ln_k, loss, train = self.baseline.loss, row["loss"], config.train
-        begins = max(config.schedule.warmup_samples, self.config.freeze_samples, train.freeze_backbone_samples)
+        begins = max(config.warmup_samples, self.config.freeze_samples, train.freeze_backbone_samples)
         past = begins + train.collapse_after * train.total_samples
         undecided = row.get("swav/assignment_entropy", 0.0) >= UNDECIDED
         if row["samples_seen"] < past or not undecided or not abs(loss / ln_k - 1) <= NEAR_BASELINE:
