@@ -291,9 +291,10 @@ def averaged_statistics(world: World) -> tuple[float, float]:
 
 
 EVALUATED = {
-    "ddp": "runs recomputed", "fsdp": "runs recomputed", "fsdp joined": "runs recomputed", "zero1": "sgd",
-    "zero2": "sgd", "zero3": "runs recomputed", "fairscale": "sgd",
+    "ddp": "runs recomputed", "fsdp": "runs recomputed", "fsdp joined": "runs recomputed", "zero1": "lars",
+    "zero2": "lars", "zero3": "runs recomputed", "fairscale": "lars",
 }  # fmt: skip
+"""The case of each."""
 
 
 class Photos(Source):
@@ -489,7 +490,8 @@ def test_codes_do_not_depend_on_the_ranks(ranks, size):
 
 @pytest.mark.parametrize("engine", EVALUATED)
 def test_an_evaluation_between_updates_leaves_no_trace(ranks, engine):
-    assert ranks[2][0]["evaluated"][engine]["losses"] == ranks[2][0][engine, EVALUATED[engine]]["losses"]
+    losses = ranks[2][0]["evaluated"][engine]["losses"]
+    assert losses == ranks[2][0][engine, EVALUATED[engine]]["losses"][: len(losses)]
 
 
 @functools.cache
