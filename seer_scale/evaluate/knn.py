@@ -10,7 +10,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -263,10 +263,12 @@ def knn(
     workers: int,
     world: World,
     queries: FeatureTable | None = None,
+    see_bank: Callable[[Tensor], None] | None = None,
 ) -> tuple[dict[str, float], Neighbours]:
     """Top-1 and top-5 in percent with their standard errors, the share of the commonest class (what is right without a
     network, too), how many queries and classes there were; and the neighbours. Collective; the same result on each
-    rank. queries: the features of the query images, where they are known."""
+    rank. queries: the features of the query images, where they are known. see_bank: called with the features [b, D] of
+    each batch of this rank's images of the bank, which may be empty."""
     how: dict[str, Any] = dict(size=config.size, batch=config.batch, workers=workers, world=world)
     queries = queries or gather_features(encode, images.queries, images.query_indices, **how)
     ids = queries.numbers
@@ -279,6 +281,8 @@ def knn(
     nearest = f.new_full((len(f), 0), 0.0)
     found = labels = ids.new_empty((len(f), 0))
     for g, _, yb, ib in extract_features(encode, images.bank, images.bank_indices, **how):
+        if see_bank:
+            see_bank(g)
         similarity = f @ torch.nn.functional.normalize(g, dim=1).T
         nearest, found, labels = _best(
             config.k,

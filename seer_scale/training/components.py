@@ -142,7 +142,7 @@ def _restore(
     then = meta["config"]
     is_kept = engine.method.load_state(meta["method"]["state"], then, meta["samples_seen"])
     prefixes = ("model/", "optim/", "scaler/", *(("memory/",) if is_kept else ()))
-    if probe and meta.get("probe") == probe.classes_crc32:  # of other classes it begins anew
+    if probe and meta.get("probe") == probe.crc32:  # else it begins anew
         prefixes += ("probe/",)
     reading = partial(store.load, path, prefixes=prefixes, remedy=resume.remedy(then, config))
     loaded = _load(path, engine, state_of(engine, probe), progress, reading)

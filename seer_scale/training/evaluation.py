@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from seer_scale.config import Config
 from seer_scale.data.batch import Batch
@@ -31,7 +32,7 @@ from seer_scale.training.checkpointing import BestCheckpoint, Checkpointing
 from seer_scale.training.clock import Clock
 from seer_scale.training.event_log import LogEvent, disk_may_fill
 from seer_scale.training.monitors import Monitors
-from seer_scale.training.probe import Probe
+from seer_scale.training.probe import Probe, moments
 
 
 @dataclass(kw_only=True)
@@ -137,8 +138,10 @@ class Evaluation:
             if health:
                 figures |= feature_health(table, health)
             if labelled:
-                scores, found = knn(self._encode, labelled, config, queries=table, **how)
-                figures |= scores | (self.probe.measure(table) if self.probe else {})
+                bank: list[Tensor] = []
+                see_bank = (lambda features: bank.append(moments(features))) if self.probe else None
+                scores, found = knn(self._encode, labelled, config, queries=table, see_bank=see_bank, **how)
+                figures |= scores | (self.probe.measure(table, bank) if self.probe else {})
         return figures, found
 
     def finish(self, source: Source) -> None:

@@ -19,6 +19,11 @@ from seer_scale.evaluate.knn import LabelledImages, score, why_unlabelled
 from seer_scale.files import shown
 from seer_scale.optim.optimizers import build_optimizer
 
+NEW_SHARE = 0.01
+"""Of an update, in the moving averages of moments."""
+FLOOR = 1e-5
+"""Added to variances, as a share of the mean square of all columns: BatchNorm's, whatever the features' scale."""
+
 
 class Probe:
     """Softmax regression by AdamW, alike on all ranks; features come without a graph, so nothing flows back.
@@ -32,6 +37,8 @@ class Probe:
         self._numbers = {name: i for i, name in enumerate(self.classes)}
         self.weight = torch.zeros(len(self.classes), width, device=world.device)
         self.bias = torch.zeros(len(self.classes), device=world.device)
+        self._moments = torch.zeros(2 * width + 1, device=world.device)
+        """`moments` of an update, averaged over the last ones."""
         pieces = {"weight": self.weight, "bias": self.bias}
         self._optimizer = build_optimizer(pieces, ("bias",), Optim(name="adamw", weight_decay=0.0))
         self._no_norms = torch.zeros(2, len(pieces), device=world.device)  # AdamW asks for none
@@ -39,13 +46,13 @@ class Probe:
         """Since the last metric line: the sum of losses, how many were right, how many there were."""
 
     @property
-    def classes_crc32(self) -> str:
-        """Stands for what its rows are."""
-        return f"{zlib.crc32(repr(self.classes).encode(errors='backslashreplace')):08x}"
+    def crc32(self) -> str:
+        """Stands for what its state is: of which classes, and of which tensors."""
+        return f"{zlib.crc32(repr([self.classes, *self.state()]).encode(errors='backslashreplace')):08x}"
 
     def state(self) -> dict[str, Tensor]:
         """By reference, for a checkpoint; alike on all ranks."""
-        own = {"weight": self.weight, "bias": self.bias} | self._optimizer.state
+        own = {"weight": self.weight, "bias": self.bias, "moments": self._moments} | self._optimizer.state
         return {f"probe/{name}": tensor for name, tensor in own.items()}
 
     def labels(self, source: Source, indices: Tensor) -> Tensor:
@@ -67,22 +74,27 @@ class Probe:
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """One step on this rank's share of the batch, features [N, width] and labels [N] (-1: left out); skipped where
-        any feature that counts is not finite. One all-reduce, no host synchronisation."""
+        any feature that counts is not finite. The first step gives moments alone. One all-reduce, no host
+        synchronisation."""
         counts = (labels >= 0).to(torch.float32)
-        x = _scaled(features)
+        features = features.float().masked_fill(counts[:, None] == 0, 0.0)
+        x = standardised(features, self._moments)  # of the steps before: this one's are not reduced yet
         logits = x @ self.weight.T + self.bias
         target = F.one_hot(labels.clamp(min=0), len(self.classes))
         wrong = (logits.softmax(1) - target) * counts[:, None]  # the gradient at the logits
         loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none") * counts
         right = (logits.argmax(1) == labels) * counts
-        tallied = torch.stack([loss.sum(), right.sum(), counts.sum()])
-        flat = self._world.sum_(torch.cat([(wrong.T @ x).flatten(), wrong.sum(0), tallied]))
-        *grads, tallied = flat.split([self.weight.numel(), self.bias.numel(), 3])
-        num = tallied[2]
+        sums = moments(features, counts).float()
+        parts = [(wrong.T @ x).flatten(), wrong.sum(0), sums, torch.stack([loss.sum(), right.sum()])]
+        flat = self._world.sum_(torch.cat(parts))
+        *grads, sums, tallied = flat.split([len(part) for part in parts])
+        num = sums[-1]
         skips = ~flat.isfinite().all() | (num == 0)
         weight, bias = (g / num.clamp(min=1) for g in grads)
-        self._optimizer.update([weight.view_as(self.weight), bias], self._lr, self._no_norms, skips.float())
-        self._tally += torch.where(skips, 0.0, tallied.double())
+        is_idle = skips | (self._moments[-1] == 0)
+        self._optimizer.update([weight.view_as(self.weight), bias], self._lr, self._no_norms, is_idle.float())
+        self._moments.copy_(torch.where(skips, self._moments, self._moments.lerp(sums, NEW_SHARE)))
+        self._tally += torch.where(skips, 0.0, torch.cat([tallied, num[None]]).double())
 
     def take_metrics(self) -> dict[str, float]:
         """Loss and top-1 in percent over the training images since the last call, before each was learned from. Reads
@@ -92,17 +104,29 @@ class Probe:
         return {"probe/loss": loss / num, "probe/train_top1": 100 * right / num} if num else {}
 
     @torch.no_grad()
-    def measure(self, queries: FeatureTable) -> dict[str, float]:
-        """Top-1 on kNN's queries, in percent, with its standard error. No collective: every rank has the table."""
-        logits = _scaled(queries.features) @ self.weight.T + self.bias
+    def measure(self, queries: FeatureTable, bank: Sequence[Tensor]) -> dict[str, float]:
+        """Top-1 on kNN's queries, in percent, with its standard error. bank: `moments` of the features of the bank, of
+        each batch of this rank. One all-reduce; every rank has the queries."""
+        of = self._world.sum_(torch.stack(list(bank)).sum(0))
+        logits = standardised(queries.features, of) @ self.weight.T + self.bias
         to_own = torch.tensor([self._numbers[name] for name in self._labelled.queries.classes], device=logits.device)
         return score("probe/top1", logits.argmax(1) == to_own[queries.labels])
 
 
-def _scaled(features: Tensor) -> Tensor:
-    """To a root mean square of 1: norms change much while a network learns."""
-    x = features.float()
-    return F.normalize(x, dim=1) * x.shape[1] ** 0.5
+def moments(x: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Of rows [N, D]: the sum of each column, that of its squares, and how many they are, float64 [2D + 1]; those of
+    batches add up. counts [N]: 0 of rows that do not count, which are 0 themselves; None: all do."""
+    wide, num = x.double(), x.new_ones(len(x)) if counts is None else counts
+    return torch.cat([wide.sum(0), wide.square().sum(0), num.double().sum()[None]])
+
+
+def standardised(x: Tensor, of: Tensor) -> Tensor:
+    """Columns of x [N, D] to mean 0 and variance 1 over the rows whose moments are `of`, as by a BatchNorm without
+    weights. A network in training (crops, statistics of a batch) gives features of other means and scales than the same
+    one measured: a classifier of both must see neither."""
+    mean, square = (of[:-1] / of[-1].clamp(min=1e-30)).chunk(2)
+    variance = (square - mean.square()).clamp(min=0) + FLOOR * square.mean()
+    return (x.float() - mean.float()) * variance.clamp(min=1e-30).rsqrt().float()
 
 
 def build_probe(

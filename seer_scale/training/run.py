@@ -143,7 +143,7 @@ class TrainingRun:
             return {
                 "data": batches.history.state(),
                 "schedule": made.schedule.state,
-                "probe": made.probe and made.probe.classes_crc32,
+                "probe": made.probe and made.probe.crc32,
                 "told": sorted(monitors.told & TOLD_ONCE_A_RUN),
             }
 

@@ -123,8 +123,8 @@ def _about_knn(config: Config, world: World, made: Components) -> str:
 
 
 def _about_probe(probe: Probe, origin: Origin) -> str:
-    anew = " It begins anew: the checkpoint has none of these classes."
-    is_new = origin.checkpoint is not None and origin.meta.get("probe") != probe.classes_crc32
+    anew = " It begins anew: the checkpoint has none like it."
+    is_new = origin.checkpoint is not None and origin.meta.get("probe") != probe.crc32
     return (
         f"A linear probe of {counted(len(probe.classes), 'class')} learns beside the network (probe.enabled), from all "
         f"images but kNN's queries.{anew * is_new}"

@@ -16,7 +16,7 @@ from seer_scale.data.sources import Source
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.evaluate.features import FeatureTable
-from seer_scale.training.probe import Probe, build_probe
+from seer_scale.training.probe import Probe, build_probe, moments
 from tests.ranks import run_ranks
 from tests.tiny import micro_batches, tiny, world_of
 
@@ -24,6 +24,10 @@ ENGINES = {
     "ddp": {}, "fsdp": {}, "zero1": {}, "zero3": {}, "fairscale": {}, "accumulated": {"train.micro_batch": 2},
 }  # fmt: skip
 UPDATES = 4
+
+
+def table_of(features: torch.Tensor, labels: torch.Tensor) -> FeatureTable:
+    return FeatureTable(features, features, labels, torch.arange(len(labels)), torch.empty(0))
 
 
 class Images(Source):
@@ -67,6 +71,9 @@ def trained(case: str, world: World, *, with_probe: bool = True) -> dict[str, np
                 probe.update(out.features, probe.labels(source, indices))
             assert len(calls) == (world.size > 1)
     found = {n: t.numpy().copy() for n, t in probe.state().items()} | probe.take_metrics()
+    draw = torch.Generator().manual_seed(1)
+    bank, asked = (3 + torch.randn(41, engine.method.feature_width, generator=draw) for _ in range(2))
+    found |= probe.measure(table_of(asked, torch.arange(41) % 3), [moments(bank[world.rank :: world.size])])
     found |= {n: engine.whole(n).numpy().copy() for n in engine.shapes}
     engine.close()
     return found
@@ -116,16 +123,18 @@ def test_an_update_is_torch_s_adamw_of_the_cross_entropy_of_labelled_images():
     probe, reference = made(), torch.nn.Linear(5, 3)
     torch.nn.init.zeros_(reference.weight), torch.nn.init.zeros_(reference.bias)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=0.05, weight_decay=0.0)
-    losses = []
-    for _ in range(5):
-        x, y = torch.randn(8, 5, generator=draw), torch.randint(-1, 3, (8,), generator=draw)
-        probe.update(x, y)
-        scaled = torch.nn.functional.normalize(x, dim=1) * 5**0.5
-        loss = torch.nn.functional.cross_entropy(reference(scaled), y, ignore_index=-1, reduction="sum")
-        losses += [loss.item()]
-        optimizer.zero_grad()
-        (loss / (y >= 0).sum()).backward()
-        optimizer.step()
+    sums = torch.zeros(11, dtype=torch.float64)
+    for step in range(6):
+        x, y = 2 + 3 * torch.randn(8, 5, generator=draw), torch.randint(-1, 3, (8,), generator=draw)
+        probe.update(torch.where(y[:, None] < 0, torch.inf, x), y)
+        if step:  # the first gives moments alone
+            mean, square = (sums[:10] / sums[10]).chunk(2)
+            standard = ((x - mean) / (square - mean**2 + 1e-5 * square.mean()).sqrt()).float()
+            loss = torch.nn.functional.cross_entropy(reference(standard), y, ignore_index=-1, reduction="sum")
+            optimizer.zero_grad()
+            (loss / (y >= 0).sum()).backward()
+            optimizer.step()
+        sums = 0.99 * sums + 0.01 * moments(x[y >= 0])
         probe.update(x, torch.full((8,), -1))  # nothing to learn
         probe.update(x * torch.inf, y)
     torch.testing.assert_close(probe.weight, reference.weight.detach(), atol=1e-5, rtol=1e-4)
@@ -139,8 +148,24 @@ def test_it_learns_and_is_measured_by_the_names_of_classes():
     for _ in range(50):
         probe.update(centres.repeat(4, 1), torch.arange(3).repeat(4))
     own = torch.tensor([2, 0, 2, 1])  # c a c b, as c a c a
-    table = FeatureTable(centres[own], centres[own], torch.tensor([0, 1, 0, 1]), torch.arange(4), torch.empty(0))
-    assert probe.measure(table)["probe/top1"] == pytest.approx(75.0)
+    table = table_of(centres[own], torch.tensor([0, 1, 0, 1]))
+    assert probe.measure(table, [moments(centres)])["probe/top1"] == pytest.approx(75.0)
+
+
+def test_other_means_and_scales_in_training_than_measured_change_no_figure():
+    """As of a network that is trained on crops by the statistics of a batch, and measured whole by running ones."""
+    draw = torch.Generator().manual_seed(0)
+    classes = torch.arange(300) % 3
+    images = torch.randn(300, 5, generator=draw) + 1.5 * torch.randn(3, 5, generator=draw)[classes]
+    scale, shift = torch.rand(2, 5, generator=draw) * torch.tensor([[2.0], [8.0]]) + 0.5
+    tops = []
+    for given in (images, scale * images + shift):
+        probe = made(queries=Images("test"))
+        for part in torch.randperm(300, generator=torch.Generator().manual_seed(1)).split(10):
+            probe.update(given[part], classes[part])
+        for measured in (images, scale * images + shift):
+            tops += [probe.measure(table_of(measured, classes), [moments(measured)])["probe/top1"]]
+    assert tops == [tops[0]] * 4 and tops[0] > 80
 
 
 def test_queries_teach_nothing_and_other_data_are_known_by_the_names_of_their_classes():

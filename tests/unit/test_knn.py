@@ -76,8 +76,9 @@ def failure_on_rank(rank, size, folder):
 
 
 def score_on_rank(rank, size, folder):
-    scores, found = knn(encode, images_of(folder), KNN, workers=0, world=world_of(rank, size))
-    return scores["knn/top1"], found.similarity.numpy(), found.queries.numpy()
+    seen = []
+    scores, found = knn(encode, images_of(folder), KNN, workers=0, world=world_of(rank, size), see_bank=seen.append)
+    return scores["knn/top1"], found.similarity.numpy(), found.queries.numpy(), torch.cat(seen).numpy()
 
 
 def test_equal_to_brute_force(tmp_path):
@@ -98,8 +99,13 @@ def test_equal_to_brute_force(tmp_path):
 
 def test_the_same_on_two_ranks(tmp_path):
     images = images_of(write_corpus(tmp_path))
-    scores, found = knn(encode, images, KNN, workers=0, world=World())
-    for top1, similarity, queries in run_ranks(2, score_on_rank, tmp_path):
+    seen = []
+    scores, found = knn(encode, images, KNN, workers=0, world=World(), see_bank=seen.append)
+    on_ranks = run_ranks(2, score_on_rank, tmp_path)
+    shares = np.concatenate([share for *_, share in on_ranks])
+    assert len(shares) == len(images.bank_indices) - 1  # one cannot be read
+    np.testing.assert_allclose(np.sort(shares, axis=0), np.sort(torch.cat(seen).numpy(), axis=0), atol=1e-6)
+    for top1, similarity, queries, _ in on_ranks:
         assert abs(top1 - scores["knn/top1"]) < 1e-4
         np.testing.assert_array_equal(queries, found.queries.numpy())
         np.testing.assert_allclose(similarity, found.similarity.numpy(), atol=1e-6)
