@@ -4,26 +4,25 @@ for whatever it trains."""
 from __future__ import annotations
 
 import os
-import shutil
-import time
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seer_scale.data.loading.listing import share
+from seer_scale.data.sources import Source
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.evaluate.knn import TRAIN
+from seer_scale.evaluate.places import remove, remove_stale, take_up
 from seer_scale.evaluate.shards import (
     EncodePixels,
     FeatureStream,
@@ -47,11 +46,9 @@ if TYPE_CHECKING:
 SHARD = 1024
 """Images whose features are written together: what a kill can lose, on each rank."""
 
+T = TypeVar("T")
 SHARED_FEATURES = "features"
 UNFINISHED_WORK = "unfinished"
-STALE_S = 7 * 24 * 3600
-"""After so many seconds without a change what a killed command has left is removed: no command runs that long between
-two files."""
 
 
 @dataclass(kw_only=True)
@@ -96,10 +93,15 @@ class Evaluation(Generic[SettingsT]):
             return replace(found, protocol=found.protocol + found.without_images)
 
         with self.progress.doing("listing images"):
-            data = share(self.world, self.folder, checked, lambda found: found.sources, name=f"listed-{self.task}")
+            data = self.listed(checked, lambda found: found.sources)
         if self.subject.weights == "random":
             self._take_statistics(data.train)
         return data
+
+    def listed(self, make: Callable[[], T], sources: Callable[[T], Iterable[Source]] = lambda _: []) -> T:
+        """As `share`. Collective."""
+        folder = self.work("listed") if self.world.size > 1 else self.folder  # one process writes nothing there
+        return share(self.world, folder, make, sources)
 
     def _take_statistics(self, train: Split) -> None:
         subject, mark = self.subject, f"{train.mark} {self.size}"
@@ -122,18 +124,21 @@ class Evaluation(Generic[SettingsT]):
     def work(self, *parts: Any) -> Path:
         """A folder for what need not be done again after a kill, by what it depends on: the weights, the task and
         `parts` (features, which begin with SHARED_FEATURES, are of all tasks). It is removed when the command has ended
-        well."""
-        subject, owner = self.subject, SHARED_FEATURES if parts[:1] == (SHARED_FEATURES,) else self.task
+        well. A command that runs at the same time has another. Raises UserError."""
+        owner = SHARED_FEATURES if parts[:1] == (SHARED_FEATURES,) else self.task
         mark = zlib.crc32(
-            repr([subject.fingerprint, subject.statistics, owner, *parts]).encode(errors="backslashreplace")
+            repr([self.subject.fingerprint, self.subject.statistics, owner, *parts]).encode(errors="backslashreplace")
         )
-        name = self.world.broadcast_object(f"{owner}-{mark:08x}")  # a rank that could not read an image agrees
-        place = self.folder / UNFINISHED_WORK / name
+
+        def taken() -> Path:
+            try:
+                return take_up(self.folder / UNFINISHED_WORK / f"{owner}-{mark:08x}")
+            except OSError as error:
+                rule = f"it cannot be written ({error.strerror or error})"
+                raise UserError(Problem("--out", self.folder, rule, "give another")) from error
+
+        place = self.world.from_main(taken)  # a rank that could not read an image agrees
         self._used.add(place)
-        if self.world.is_main:
-            place.mkdir(parents=True, exist_ok=True)
-            os.utime(place)  # it is in use, however old it is
-        self.world.barrier()
         return place
 
     def complete(
@@ -156,7 +161,8 @@ class Evaluation(Generic[SettingsT]):
         if keep is not None:
             keep |= {place for place in self._used if place.name.startswith(SHARED_FEATURES)}
         if self.world.is_main:
-            remove_work(self.folder, self._used - (keep or set()), spare=keep or set())
+            remove(self._used - (keep or set()))
+            remove_stale(self.folder / UNFINISHED_WORK, spare=keep or set())
 
     # ------------------------------------------------------------------------------------------------ features
 
@@ -203,8 +209,7 @@ class Evaluation(Generic[SettingsT]):
         """Remove the files of features that are not asked for again; who has mapped them keeps them. Collective."""
         self.world.barrier()
         if self.world.is_main:
-            for table in tables:
-                shutil.rmtree(table.folder, ignore_errors=True)
+            remove([table.folder for table in tables])
 
     # ------------------------------------------------------------------------------------------------ training a head
 
@@ -212,23 +217,6 @@ class Evaluation(Generic[SettingsT]):
     def accelerator(self) -> Accelerator:
         """accelerate's, over the ranks and the device of `world`. Raises UserError where it is not installed."""
         return accelerator_of(self.world)
-
-
-def remove_work(folder: Path, places: Collection[Path], spare: Collection[Path] = ()) -> None:
-    """Remove `places` of RUN/eval/unfinished, and what nothing there has changed for STALE_S, of weights and tasks that
-    may not exist any more; but what is to `spare`."""
-    for place in places:
-        shutil.rmtree(place, ignore_errors=True)
-    with suppress(OSError):  # another command may end, too
-        for place in (folder / UNFINISHED_WORK).iterdir():
-            if place not in spare and time.time() - last_change(place) > STALE_S:
-                shutil.rmtree(place, ignore_errors=True)
-        (folder / UNFINISHED_WORK).rmdir()
-
-
-def last_change(place: Path) -> float:
-    """Of a folder and all that lies in it, in unix seconds. Raises OSError where something of it has just gone."""
-    return max(path.lstat().st_mtime for path in (place, *place.rglob("*")))
 
 
 def accelerator_of(world: World, precision: str = "no", accumulate: int = 1) -> Accelerator:

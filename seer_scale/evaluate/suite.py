@@ -14,8 +14,9 @@ import yaml
 
 from seer_scale import distributed
 from seer_scale.errors import ConfigError, Problem, UserError
-from seer_scale.evaluate.context import remove_work
+from seer_scale.evaluate.context import UNFINISHED_WORK
 from seer_scale.evaluate.layouts import word_of
+from seer_scale.evaluate.places import remove, remove_stale
 from seer_scale.evaluate.published import difference, published
 from seer_scale.evaluate.registry import task_class
 from seer_scale.evaluate.run import check_path, measure, read_settings, report, results_folder
@@ -113,7 +114,8 @@ def run_suite(
     if world.is_main:
         write_whole(folder / SUMMARY, to_json(summary, indent=1) + "\n")
         if not problems:
-            remove_work(folder, features)
+            remove(features)
+            remove_stale(folder / UNFINISHED_WORK)
     report(path, folder, world)
     distributed.shutdown(world)
     if failed and not rows:

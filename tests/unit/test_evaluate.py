@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -21,7 +22,7 @@ from seer_scale.config import Knn, resolve
 from seer_scale.data.transforms.views import resize_centre
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, ConfigError, UserError
-from seer_scale.evaluate import context, nearest, table
+from seer_scale.evaluate import context, nearest, places, table
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.knn import knn, labelled_images
 from seer_scale.evaluate.nearest import by_faiss, by_products, nearest_neighbours, vote
@@ -117,7 +118,9 @@ def test_what_was_computed_before_a_kill_is_not_computed_again(corpus, monkeypat
     assert torch.equal(found.features, expected.features) and np.array_equal(found.targets, expected.targets)
     assert again.subject.model.seen == 33 - 16, "two shards of eight were whole"
     folder = again.work("features", data.train.mark, SIZE, "")
-    assert sorted(path.name for path in folder.iterdir()) == ["matrix.npy", "rows.npy"], "shards that were joined go"
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["matrix.npy", "rows.npy"], (
+        "shards that were joined go"
+    )
     torn = table.matrix_path(folder)
     torn.write_bytes(torn.read_bytes()[:-5])
     assert torch.equal(evaluation_of(corpus).features(data.train).features, expected.features)
@@ -150,7 +153,7 @@ def test_a_kill_while_shards_are_joined_loses_no_feature(corpus, monkeypatch, wh
 
 def test_what_killed_commands_left_is_removed_once_nothing_has_touched_it_for_long(corpus):
     """But what is in use: by this command, or by one that wrote to it lately, however deep, or has just taken it up."""
-    first, left = evaluation_of(corpus), time.time() - context.STALE_S - 60
+    first, left = evaluation_of(corpus), time.time() - places.STALE_S - 60
     stale, written, taken, spared = (first.folder / "unfinished" / f"{name}-0" for name in ("a", "b", "c", "features"))
     for place in (stale, written, taken, spared):
         (place / "deep").mkdir(parents=True)
@@ -165,21 +168,56 @@ def test_what_killed_commands_left_is_removed_once_nothing_has_touched_it_for_lo
     assert not own.exists() and not stale.exists() and kept == {spared}
     assert written.exists() and taken.exists() and spared.exists()
     os.utime(taken, (left, left))
-    context.remove_work(first.folder, [written])
+    places.remove([written])
+    places.remove_stale(first.folder / "unfinished")
     assert not (first.folder / "unfinished").exists()
     old = first.work("y")
     os.utime(old, (left, left))
     assert evaluation_of(corpus).work("y") == old
-    context.remove_work(first.folder, [])
+    places.remove_stale(first.folder / "unfinished")
     assert old.exists(), "a command goes on with it"
-    context.remove_work(first.folder, [old])
+    places.remove([old])
+    assert not old.exists()
+
+
+def one_of_two_commands(rank: int, size: int, corpus: Path) -> tuple:
+    """The second has written a shard of its features before the first begins, the rest once that has ended."""
+    context.SHARD = 8
+    evaluation = evaluation_of(corpus)
+    model, forward = evaluation.subject.model, evaluation.subject.model.forward
+
+    def halted(images):
+        if model.seen == 12:
+            dist.barrier(), dist.barrier()
+        return forward(images)
+
+    if rank == 0:
+        dist.barrier()
+    else:
+        model.forward = halted
+    result = task_class("knn")(evaluation.options).measure(evaluation)
+    evaluation.clean()
+    if rank == 0:
+        dist.barrier()
+    return dict(result.scores), model.seen
+
+
+def test_two_commands_at_once_end_with_the_figures_of_one(corpus):
+    alone = evaluation_of(corpus)
+    expected = dict(task_class("knn")(alone.options).measure(alone).scores)
+    alone.clean()
+    found = run_ranks(2, one_of_two_commands, corpus)
+    assert found == [(expected, 33 + 15)] * 2 and not (corpus / "eval" / "unfinished").exists()
 
 
 def test_other_weights_go_on_with_nothing(corpus):
     first, second = evaluation_of(corpus), evaluation_of(corpus)
     object.__setattr__(second.subject, "fingerprint", "1")
     assert first.work("x") != second.work("x") != second.work("y")
-    first.clean(), second.clean()
+    third = evaluation_of(corpus)
+    third.subject.statistics = "of other images"
+    assert third.work("x") != first.work("x"), "untrained weights with statistics of other images"
+    first.clean(), second.clean(), third.clean()
 
 
 def test_features_that_are_not_finite_are_refused(corpus):

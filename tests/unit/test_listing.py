@@ -29,12 +29,16 @@ from tests.unit.test_sources import cache, contents, numbered_tars, touch  # noq
 
 
 class Rank(World):
-    """One of two ranks that run one after the other: what rank 0 broadcasts, rank 1 finds."""
+    """One of two ranks that run one after the other: what rank 0 broadcasts, rank 1 finds, in order,
+    the last as often as it asks."""
 
-    said: dict = {}
+    said: list = []
 
     def broadcast_object(self, value):
-        return self.said.setdefault("parcel", value) if self.is_main else self.said["parcel"]
+        if not self.is_main:
+            return self.said.pop(0) if len(self.said) > 1 else self.said[0]
+        self.said.append(value)
+        return value
 
     def gather_objects(self, value):
         return [value]
@@ -42,7 +46,7 @@ class Rank(World):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    monkeypatch.setattr(Rank, "said", {})
+    monkeypatch.setattr(Rank, "said", [])
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # rank 1 comes after rank 0 is done
     return [Rank(rank=rank, size=2) for rank in range(2)]
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-from seer_scale.data.loading.listing import share
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.detection.coco import CocoSet, find_pair, read_coco
@@ -51,7 +50,7 @@ class Detect(Task[DetectSettings]):
         levels = levels_of(subject.model, str(subject.path))
         with evaluation.progress.doing("reading annotations"):
             made: Callable[[], tuple[CocoSet, CocoSet]] = lambda: open_sets(options)  # noqa: E731
-            trained, tested = share(world, evaluation.folder, made, lambda _: [], name=f"listed-{evaluation.task}")
+            trained, tested = evaluation.listed(made)
         masks = options.masks and trained.has_masks and tested.has_masks
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
