@@ -310,11 +310,12 @@ def load(
     prefixes: str | tuple[str, ...] = "",
     remedy: str = DEFAULT_REMEDY,
     names: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
 ) -> int:
     """Fill the tensors of `state`, those whose name begins with one of `prefixes`, in place from the checkpoint `path`.
 
     Returns the bytes this rank has read. remedy: what to do if they do not fit. names: of tensors here to those in the
-    checkpoint, of which no others are then looked at.
+    checkpoint, of which no others are then looked at. layout: the checkpoint's, where it has been read.
 
     Names, shapes and dtypes must be those of the checkpoint, which is settled before any tensor is read. Rank 0 reads
     the layout; each rank opens the files that hold what it needs, once. Contents are not verified here: `latest` has,
@@ -322,7 +323,7 @@ def load(
     tensors are not to be used.
     """
     wanted = {k: v for k, v in state.items() if k.startswith(prefixes)}
-    layout = _named(read_layout(path, world), names)
+    layout = _named(layout or read_layout(path, world), names)
     with agreement(world):
         compare(path, wanted, layout.tensors, remedy, prefixes=prefixes)
     try:

@@ -35,11 +35,14 @@ from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
 from seer_scale.evaluate.splits import DataSet, Split
 from seer_scale.evaluate.state import read_more, read_tensors, save_state
 from seer_scale.evaluate.task import NOT_IN_FIGURES, TaskSettings
+from seer_scale.formatting import counted
 from seer_scale.models.classifier import Classifier, parameter_depths
 from seer_scale.models.layers.stateful import share_statistics
 
 LR_BATCH = 256
 """Images of the global batch for which --lr is given; it scales with it."""
+MIN_UPDATES = 100
+"""Below so many a figure tells more of how few they were than of the weights they began with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,17 @@ def new_classifier(evaluation: Evaluation[Any], data: DataSet) -> Classifier:
     """A copy of the subject's network, with a head over the classes of the data."""
     network, seed = copy.deepcopy(evaluation.subject.model), evaluation.options.seed
     return Classifier(network, data.classes, multi_label=data.train.multi_label, seed=seed)
+
+
+def told_of_few_updates(options: TrainingSettings, num: int, of: str = "") -> tuple[str, ...]:
+    """A warning where `num` images make too few, or nothing. of: which images, as it begins: "Draws of 5: "."""
+    updates, epochs = options.updates(options.epochs, num), math.ceil(MIN_UPDATES * options.global_batch / num)
+    if updates >= MIN_UPDATES:
+        return ()
+    return (
+        f"{of}{counted(updates, 'update')} can hardly train a network: give a smaller --global-batch, or more --epochs "
+        f"({epochs:,} make {MIN_UPDATES} updates of {options.global_batch} images).",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ loss, optimiser

@@ -35,6 +35,8 @@ DESCRIPTORS = Path("/proc/self/fd")
 """Where Linux has the open files of a process by number."""
 HEAD_KEY = "head"
 """Of `About.origin`: the `Head` of a classifier, whose tensors are head/weight [classes, D] and head/bias [classes]."""
+FINETUNED_KEY = "finetuned"
+"""Of `About.origin`: on what labels all weights were trained after the pretraining, one `Finetuned` after the other."""
 INITIAL_KEY = "initial"
 """Of `About.origin`: by what the weights before any training were drawn: the run's `seed`, and the `prefix` of their
 names in it."""
@@ -81,6 +83,18 @@ class Head:
     classes: Sequence[str]
     multi_label: bool = False
     protocol: str = ""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """data: the last part of its path, or a data set's name. classes: how many. protocol: how it was trained and
+    measured, a sentence or two. scores: by name, the first stands for it. options: of the command, without paths."""
+
+    data: str
+    classes: int
+    protocol: str
+    scores: Mapping[str, float]
+    options: Mapping[str, Any]
 
 
 class TensorInfo(NamedTuple):

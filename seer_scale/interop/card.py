@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from seer_scale.files import plain, shown, to_json
 from seer_scale.formatting import counted
-from seer_scale.interop.artefact import About
+from seer_scale.interop.artefact import OWN_FORMAT, About
 from seer_scale.interop.formats import LIBRARIES, Target
+from seer_scale.interop.weights import Weights
 from seer_scale.observe.records import read_metrics
 
+README = "README.md"
 UNLICENSED = "unknown"
+MAX_CLASSES = 20
+"""That are named."""
 
 
 def results_of(run: Path | None, samples_seen: int | None) -> list[dict[str, Any]]:
@@ -37,13 +41,23 @@ def results_of(run: Path | None, samples_seen: int | None) -> list[dict[str, Any
     return plain(found)
 
 
-def card(name: str, about: About, target: Target, num_features: int, num_parameters: int) -> str:
-    """README.md of an export called `name`, as the Hub shows it. `about` has what is known: origin's recipe, method,
-    samples_seen and results may be missing."""
+def card(name: str, weights: Weights, about: About, target: Target) -> str:
+    """README.md of an artefact called `name`, as the Hub shows it. `about` is of the artefact, and has what is known:
+    origin's recipe, method, samples_seen and results may be missing. weights: of it, or of what it was made of."""
     origin, how = about.origin, about.preprocessing
-    license = origin.get("license", "")
+    license, method = origin.get("license", ""), origin.get("method", "")
     recipe: Mapping[str, Any] = origin.get("recipe") or {}
     data = (recipe.get("data") or {}).get("path", "")
+    head, finetuned = weights.head if about.format == OWN_FORMAT else None, weights.finetuned
+    num_parameters = sum(p.numel() for p in weights.backbone.parameters())
+    if head:
+        num_parameters += sum(info.shape.numel() for info in weights.others.values())
+    before = "pretraining: " if finetuned else ""
+    kind = "a backbone without a classifier"
+    if head:
+        kind = f"a classifier of {counted(len(head.classes), 'class')}: a backbone and a linear head on its features"
+    if finetuned:
+        kind += f", {f'pretrained by {_cell(method)}, then fine-tuned' if method else 'trained'} with labels"
     size = (
         f"{how['size']} x {how['size']} pixels: the short side is resized to {how['resize_short_side']} "
         f"({how['interpolation']}), the centre cropped"
@@ -53,26 +67,29 @@ def card(name: str, about: About, target: Target, num_features: int, num_paramet
         "network": f"{about.model['name']} ({_settings(about.model, ('name',))})" if len(about.model) > 1
         else about.model["name"],
         "there called": f"{target.network} ({about.format})",
-        "features": f"{num_features}",
+        "classes": _classes(head.classes) if head else "",
+        "an image may have several": "yes" if head and head.multi_label else "",
+        "features": f"{weights.backbone.num_features}",
         "parameters": f"{num_parameters:,}",
         "weights": origin.get("dtype", ""),
-        "method": origin.get("method", ""),
-        "samples seen": f"{origin['samples_seen']:,}" if origin.get("samples_seen") is not None else "",
-        "data": data,
+        f"{before}method": method,
+        f"{before}samples seen": f"{origin['samples_seen']:,}" if origin.get("samples_seen") is not None else "",
+        f"{before}data": data,
+        "labels of": ", then ".join(f"{step.data} ({counted(step.classes, 'class')})" for step in finetuned),
         "images": f"{size}; mean {mean}, standard deviation {std} of values in 0 to 1",
         "licence": license or "not stated",
     }  # fmt: skip
+    tags = ["fine-tuned" if method else "supervised"] if finetuned else ["self-supervised"] * bool(method)
     lines = [
         "---",
         f"license: {to_json(license or UNLICENSED)}",
         f"library_name: {to_json(LIBRARIES[about.format])}",
-        "pipeline_tag: image-feature-extraction",
-        f"tags: [self-supervised, {to_json(origin.get('method') or 'unknown')}]",
+        f"pipeline_tag: {'image-classification' if head else 'image-feature-extraction'}",
+        f"tags: {to_json(tags + [method] * bool(method))}",
         "---",
         f"# {_cell(name)}",
         "",
-        "An image backbone without a classifier, exported by seer_scale. PATH stands for this folder, FILE for its "
-        "file of weights.",
+        f"Of images: {kind}. Written by seer_scale. PATH stands for this folder, FILE for its file of weights.",
         "",
         "```python",
         target.loading,
@@ -83,6 +100,12 @@ def card(name: str, about: About, target: Target, num_features: int, num_paramet
         *(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value),
         "",
     ]
+    for step in finetuned:
+        stands, *others = (f"{k}: {_number(v)}" for k, v in step.scores.items() if isinstance(v, int | float))
+        lines += [f"## Training with the labels of {_cell(step.data)}", ""]
+        lines += [f"**{_cell(stands)} %**. {_cell(step.protocol)}", ""]
+        lines += [f"{_cell(', '.join(others))}.", "", "Options of `seer-scale eval finetune`:", "", "```yaml"]
+        lines += [f"{k}: {to_json(v)}" for k, v in step.options.items()] + ["```", ""]
     if results := origin.get("results"):
         lines += ["## Results", "", "| task | samples seen | scores |", "|---|---|---|"]
         for result in results:
@@ -90,9 +113,15 @@ def card(name: str, about: About, target: Target, num_features: int, num_paramet
             lines.append(f"| {_cell(result['task'])} | {result['samples_seen']:,} | {_cell(scores)} |")
         lines.append("")
     if recipe:
-        lines += ["## Recipe", "", f"{counted(len(recipe), 'section')}, keys that were resolved:", "", "```yaml"]
+        lines += [f"## Recipe{' of the pretraining' * bool(finetuned)}", ""]
+        lines += [f"{counted(len(recipe), 'section')}, keys that were resolved:", "", "```yaml"]
         lines += [f"{k}: {to_json(v)}" for k, v in recipe.items()] + ["```", ""]
     return "\n".join(lines)
+
+
+def _classes(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_CLASSES:,} more" if len(names) > MAX_CLASSES else ""
+    return f"{len(names):,}: {', '.join(names[:MAX_CLASSES])}{more}"
 
 
 def _settings(section: Mapping[str, Any], without: tuple[str, ...] = ()) -> str:

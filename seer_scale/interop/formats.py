@@ -27,9 +27,9 @@ LIBRARIES = {OWN_FORMAT: "seer_scale", "timm": "timm", "torchvision": "torchvisi
 @dataclass(frozen=True)
 class Target:
     """names: of ours to theirs. network: what it is called there. loading: the lines of Python that give `features`
-    [N, num_features] of the image file photo.jpg; PATH stands for the folder, FILE for a file of weights. files: JSON
-    beside the weights. in_shards: whether the library reads several files. needs_folder: whether it reads no lone
-    file."""
+    [N, num_features] of the image file photo.jpg, also what a classifier sees in it; PATH stands for the folder, FILE
+    for a file of weights. files: JSON beside the weights. in_shards: whether the library reads several files.
+    needs_folder: whether it reads no lone file."""
 
     names: Callable[[str], str]
     network: str
@@ -65,6 +65,17 @@ def _own(weights: Weights) -> Target:
     loading = """import seer_scale
 model = seer_scale.load("PATH")
 features = model(model.transform("photo.jpg")[None])"""
+    if weights.head:
+        probabilities, seen = (
+            ("sigmoid()", "[name for name, p in zip(model.classes, probabilities) if p > 0.5]")
+            if weights.head.multi_label
+            else ("softmax(0)", "model.classes[probabilities.argmax()]")
+        )
+        loading = f"""import seer_scale
+model = seer_scale.load_classifier("PATH")
+probabilities = model(model.transform("photo.jpg")[None])[0].{probabilities}
+seen = {seen}
+features = model.backbone(model.transform("photo.jpg")[None])"""
     return Target(str, weights.about.model["name"], loading, in_shards=True)
 
 

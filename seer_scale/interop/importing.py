@@ -16,7 +16,15 @@ from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.files import published
 from seer_scale.formatting import counted
 from seer_scale.interop.architecture import find_model
-from seer_scale.interop.artefact import HEAD_KEY, INITIAL_KEY, OWN_FORMAT, About, TensorInfo, write_artefact
+from seer_scale.interop.artefact import (
+    FINETUNED_KEY,
+    HEAD_KEY,
+    INITIAL_KEY,
+    OWN_FORMAT,
+    About,
+    TensorInfo,
+    write_artefact,
+)
 from seer_scale.interop.formats import LIBRARIES
 from seer_scale.interop.preprocessing import Prepared, find_preprocessing
 from seer_scale.interop.published import Lazy, Published, open_published
@@ -108,7 +116,7 @@ def import_weights(
         return tensor.view(infos[name].shape)
 
     origin = {"file": path.name, "format": found.format}
-    for key in (INITIAL_KEY, *[HEAD_KEY] * (found.format == OWN_FORMAT)):
+    for key in (INITIAL_KEY, FINETUNED_KEY, *[HEAD_KEY] * (found.format == OWN_FORMAT)):
         if found.about and key in found.about.origin:
             origin[key] = found.about.origin[key]
     about = About(OWN_FORMAT, keys, prepared.how, origin)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from seer_scale.data.transforms.image import Transform
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.formatting import counted
-from seer_scale.interop.artefact import HEAD_KEY, Head
 from seer_scale.interop.weights import Weights, open_weights
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.classifier import Classifier
@@ -29,12 +27,11 @@ def load_classifier(path: Path) -> Classifier:
     weights = open_weights(path)
     try:
         backbone, _ = materialise(weights)
-        given, width = weights.about.origin.get(HEAD_KEY), backbone.num_features
-        if given is None:
+        head, width = weights.head, backbone.num_features
+        if head is None:
             raise UserError(
                 Problem(str(path), NOTHING, "has no head over classes", "seer-scale eval finetune trains one")
             )
-        head = _read_head(given, path)
         shapes = {"head/weight": (len(head.classes), width), "head/bias": (len(head.classes),)}
         if wrong := [
             name for name, shape in shapes.items() if getattr(weights.others.get(name), "shape", None) != shape
@@ -47,16 +44,6 @@ def load_classifier(path: Path) -> Classifier:
         return made
     finally:
         weights.close()
-
-
-def _read_head(given: Any, path: Path) -> Head:
-    try:
-        head = Head(**given)
-        if not all(isinstance(name, str) for name in head.classes) or not isinstance(head.multi_label, bool):
-            raise TypeError("its classes are no names")
-        return head
-    except TypeError as error:
-        raise UserError(Problem(str(path), NOTHING, f"has damaged metadata ({error!r})")) from None
 
 
 def materialise(weights: Weights) -> tuple[Backbone, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,19 @@ from seer_scale.checkpoint import store
 from seer_scale.config import read_config
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError, missing_path
-from seer_scale.interop.artefact import INITIAL_KEY, ONNX_FILE, OWN_FORMAT, About, Artefact, TensorInfo, is_artefact
+from seer_scale.interop.artefact import (
+    FINETUNED_KEY,
+    HEAD_KEY,
+    INITIAL_KEY,
+    ONNX_FILE,
+    OWN_FORMAT,
+    About,
+    Artefact,
+    Finetuned,
+    Head,
+    TensorInfo,
+    is_artefact,
+)
 from seer_scale.interop.names import NAME_MAPS
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.registry import build_backbone
@@ -38,6 +51,26 @@ class Weights:
             raise UserError(Problem("model.name", name, rule, f"give --plugin {needs_plugin}")) from None
         self.tensors: dict[str, TensorInfo] = {}
         self.others: dict[str, TensorInfo] = {}
+
+    @cached_property
+    def head(self) -> Head | None:
+        """Of a classifier. Raises UserError where metadata are damaged."""
+        given = self.about.origin.get(HEAD_KEY)
+        try:
+            head = None if given is None else Head(**given)
+            if head and not (all(isinstance(name, str) for name in head.classes) and type(head.multi_label) is bool):
+                raise TypeError("its classes are no names")
+            return head
+        except TypeError as error:
+            raise UserError(Problem(str(self.place), NOTHING, f"has damaged metadata ({error!r})")) from None
+
+    @cached_property
+    def finetuned(self) -> list[Finetuned]:
+        """On what labels all of it was trained, in order. Raises UserError where metadata are damaged."""
+        try:
+            return [Finetuned(**step) for step in self.about.origin.get(FINETUNED_KEY, [])]
+        except TypeError as error:
+            raise UserError(Problem(str(self.place), NOTHING, f"has damaged metadata ({error!r})")) from None
 
     def read(self, name: str) -> Tensor:
         """One of `tensors` or `others`, whole, on the CPU. Raises UserError."""
@@ -99,7 +132,7 @@ class CheckpointWeights(Weights):
 
     def fill(self, state: Mapping[str, Tensor]) -> int:
         held = {self._prefix + name: state[name] for name in self.tensors}
-        return store.load(self.place, held, World(), prefixes=self._prefix)
+        return store.load(self.place, held, World(), prefixes=self._prefix, layout=self._reader.layout)
 
     def close(self) -> None:
         self._reader.close()
@@ -109,8 +142,12 @@ def _public(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without what is of this machine alone."""
     of_machine = ("run", "data", "knn", "parallel", "checkpoint")
     kept = {section: values for section, values in recipe.items() if section not in of_machine}
-    path = str((recipe.get("data") or {}).get("path", ""))
-    return kept | {"data": {"path": path if path.startswith("hf:") else Path(path).name}}
+    return kept | {"data": {"path": public_name(str((recipe.get("data") or {}).get("path", "")))}}
+
+
+def public_name(path: str) -> str:
+    """Of images: what tells nothing of this machine."""
+    return path if path.startswith("hf:") else Path(path).name
 
 
 class ArtefactWeights(Weights):

@@ -16,7 +16,7 @@ from seer_scale.files import published, to_json
 from seer_scale.formatting import file_size
 from seer_scale.interop import onnx_graph
 from seer_scale.interop.artefact import HEAD_KEY, ONNX_FILE, OWN_FORMAT, WEIGHTS, About, TensorInfo, write_artefact
-from seer_scale.interop.card import card, results_of
+from seer_scale.interop.card import README, card, results_of
 from seer_scale.interop.formats import Target, target_of
 from seer_scale.interop.load import materialise
 from seer_scale.interop.weights import Weights, open_weights
@@ -24,7 +24,6 @@ from seer_scale.interop.weights import Weights, open_weights
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = "5GB"
 SHARDS = "model*.safetensors*"
-README = "README.md"
 EXPORTED_NAMES = (README, "config.json", "preprocessor_config.json", ONNX_FILE, f"{ONNX_FILE}.data")
 """What may lie in a folder that --force replaces, beside SHARDS."""
 LONE_FILES = {".onnx": ("onnx",), ".safetensors": (OWN_FORMAT, "timm", "torchvision", "transformers")}
@@ -65,9 +64,7 @@ def export_backbone(
                 aside.mkdir()
                 for name, content in target.files.items():
                     (aside / name).write_text(to_json(content, indent=1))
-                num_parameters = sum(p.numel() for p in weights.backbone.parameters())
-                text = card(out.name, about, target, weights.backbone.num_features, num_parameters)
-                (aside / README).write_text(text)
+                (aside / README).write_text(card(out.name, weights, about, target))
             if format == "onnx":
                 backbone, _ = materialise(weights)
                 for name, tensor in backbone.state_dict().items():

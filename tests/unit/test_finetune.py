@@ -22,7 +22,13 @@ from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, UserError
 from seer_scale.evaluate.context import Evaluation
-from seer_scale.evaluate.finetuning import FinetuneSettings, Finetuning, losses, parameter_groups
+from seer_scale.evaluate.finetuning import (
+    FinetuneSettings,
+    Finetuning,
+    losses,
+    parameter_groups,
+    told_of_few_updates,
+)
 from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
 from seer_scale.evaluate.registry import task_class
 from seer_scale.evaluate.run import read_settings
@@ -107,15 +113,14 @@ def test_it_learns_and_what_is_kept_predicts_as_measured(squares, tmp_path):
     assert all(0 <= row["held_out_top1"] <= 100 for row in epochs)
     assert result.scores["finetune/images"] == 21 and sum(row["images"] for row in result.table) == 21
     assert not (tmp_path / "unfinished").exists()
-    assert "BatchNorm by statistics of 8 crops; measured" in result.protocol and result.files == (
-        "finetune/model.safetensors",
-    )
+    assert "BatchNorm by statistics of 8 crops; measured" in result.protocol
+    assert result.files == ("finetune/model.safetensors", "finetune/README.md")
     assert result.protocol.startswith("Trained on 42 images of ") and "vote" not in result.protocol
     (warning,) = result.warnings  # 39 images in 6 epochs are 30 updates of 8
     assert warning.startswith("30 updates can hardly train") and "(21 make 100 updates of 8 images)" in warning
 
     about = Artefact(tmp_path / "finetune").about
-    assert about.origin["method"] == "toy" and about.origin["results"][0]["scores"] == dict(result.scores)
+    assert about.origin["method"] == "toy" and about.origin["finetuned"][0]["scores"] == dict(result.scores)
     data = evaluation.data_set()
     images, *_ = next(eval_batches(data.test.source, np.arange(len(data.test)), SIZE, batch=99, workers=0))
     seer_scale.export(tmp_path / "finetune", tmp_path / "exported", "safetensors")
@@ -125,6 +130,35 @@ def test_it_learns_and_what_is_kept_predicts_as_measured(squares, tmp_path):
         with torch.no_grad():
             right = (kept(to_float(images)).argmax(1) == torch.from_numpy(data.test.targets[:21])).double().mean()
         assert 100 * right == pytest.approx(result.scores["finetune/top1"])
+
+
+def test_the_card_of_what_is_kept_says_what_it_is_and_its_lines_classify(squares, tmp_path, monkeypatch):
+    """Also that of an export of it, to a library without the head, and of what began untrained."""
+    given = {"epochs": "1", "held_out": "0"}
+    result = measure(evaluation_of(squares, tmp_path / "a run", **given))
+    measure(evaluation_of(squares, tmp_path / "a run", weights="random", **given))
+    kept = tmp_path / "a run" / "finetune"
+    exported = seer_scale.export(kept, tmp_path / "exported", "safetensors", dtype="fp32")
+    (tmp_path / "photo.jpg").write_bytes((squares / "test" / "red" / "0.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    top1 = f"**finetune/top1: {result.scores['finetune/top1']:.4g} %**. "
+    for place in (kept, exported):
+        text, found = (place / "README.md").read_text(), {}
+        assert str(tmp_path) not in text and str(squares.parent) not in text
+        assert "| classes | 3: blue, green, red |" in text and 'tags: ["fine-tuned", "toy"]' in text
+        assert "a classifier of 3 classes" in text and "pipeline_tag: image-classification" in text
+        assert f"{top1}Trained with 42 images of {squares.name}, tested on 21 others. The whole network" in text
+        assert "\nglobal_batch: 8\n" in text
+        with torch.no_grad():
+            exec(text.partition("```python\n")[2].partition("```")[0].replace("PATH", str(place)), found)
+        assert found["seen"] in COLOURS and found["probabilities"].sum() == pytest.approx(1)
+        assert found["features"].shape == (1, found["model"].backbone.num_features)
+    text = (seer_scale.export(kept, tmp_path / "for timm", "timm") / "README.md").read_text()
+    assert "a backbone without a classifier, pretrained by toy, then fine-tuned with labels" in text
+    assert top1 in text and "| classes |" not in text and "self-supervised" not in text
+    text = (tmp_path / "a run" / "finetune-random" / "README.md").read_text()
+    assert "features, trained with labels" in text and "toy" not in text and "pretraining" not in text
+    assert "from untrained weights" in text
 
 
 def test_a_head_that_is_not_there_is_told(tmp_path):
@@ -234,6 +268,7 @@ def test_half_precision_and_several_labels_an_image(squares, tmp_path):
     evaluation.data_set = lambda: both
     result = measure(evaluation)
     assert result.headline == "finetune/map" and result.scores["finetune/map"] > 40
+    assert "[0].sigmoid()" in (tmp_path / "finetune" / "README.md").read_text()
     assert result.more["epochs"][-1]["train_loss"] < result.more["epochs"][0]["train_loss"]
     assert Artefact(tmp_path / "finetune").about.origin["head"]["multi_label"] is True
 
@@ -252,6 +287,11 @@ def test_few_labels_teach_the_whole_network_and_a_draw_is_not_trained_again(squa
     assert whole.scores["lowshot/50%_finetuned_top1_std"] == pytest.approx(np.std(of_half, ddof=1))
     assert [(row["images"], row["epochs"]) for row in whole.table] == [(9, 10)] * 2 + [(21, 10)] * 2
     assert whole.scores["lowshot/images"] == 21, "one cannot be read"
+    assert [text.partition(" can hardly")[0] for text in whole.warnings] == [
+        "Draws of 3: 12 updates",
+        "Draws of 50%: 27 updates",
+    ]
+    assert "(89 make 100 updates of 8 images)" in whole.warnings[0]
 
     trained, train, scores_of = [], Finetuning.train, Finetuning.scores_of
 
@@ -335,7 +375,7 @@ def test_statistics_of_more_crops_than_images_are_told_as_that():
     options = FinetuneSettings()
     task, split = task_class("finetune")(options), Split(None, np.zeros(60, np.int64), ["a"])
     assert "BatchNorm by statistics of 256 crops of 60 images; " in task._how(split, "trained")
-    num = next(n for n in range(1, 10_000) if not task._warnings(n))
+    num = next(n for n in range(1, 10_000) if not told_of_few_updates(options, n))
     assert options.updates(35, num) == 100 and options.updates(35, num - 1) == 99
 
 

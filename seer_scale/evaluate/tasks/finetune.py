@@ -7,7 +7,6 @@ chosen: the figure is that of the last epoch, on images that were not looked at 
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,32 @@ from seer_scale.evaluate.finetuning import (
     check_processes,
     figures,
     new_classifier,
+    told_of_few_updates,
 )
+from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.metrics import average_precisions, per_class_accuracy
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
 from seer_scale.evaluate.task import Result, Task
-from seer_scale.files import published
+from seer_scale.files import published, shown
 from seer_scale.formatting import counted
-from seer_scale.interop.artefact import HEAD_KEY, OWN_FORMAT, WEIGHTS, About, Head, TensorInfo, write_artefact
+from seer_scale.interop.artefact import (
+    FINETUNED_KEY,
+    HEAD_KEY,
+    INITIAL_KEY,
+    OWN_FORMAT,
+    WEIGHTS,
+    About,
+    Finetuned,
+    Head,
+    TensorInfo,
+    write_artefact,
+)
+from seer_scale.interop.card import README, card
+from seer_scale.interop.formats import target_of
+from seer_scale.interop.weights import open_weights, public_name
 from seer_scale.models.classifier import Classifier
 from seer_scale.observe.chart import Chart
-
-MIN_UPDATES = 100
-"""Below so many a figure tells more of how few they were than of the weights they began with."""
 
 
 @register_task("finetune", FinetuneSettings)
@@ -57,32 +69,25 @@ class Finetune(Task[FinetuneSettings]):
             "finetune/train_images": len(split),
             "finetune/classes": len(data.classes),
         }
-        stem = options.stem(self.name, subject.weights)
+        stem, how = options.stem(self.name, subject.weights), self._how(split, subject.weights)
         result = Result(
             scores=scores,
             headline="finetune/map" if data.train.multi_label else "finetune/top1",
-            protocol=f"{data.protocol} {self._how(split, subject.weights)}",
+            protocol=f"{data.protocol} {how}",
             table=_per_class(data, table.features, table.targets),
             plots=_plots(finetuning.done, data.train.multi_label),
-            warnings=self._warnings(len(split)),
-            files=(f"{stem}/{WEIGHTS}",),
+            warnings=told_of_few_updates(options, len(split)),
+            files=(f"{stem}/{WEIGHTS}", f"{stem}/{README}"),
             more={"epochs": finetuning.done.epochs},
         )
         evaluation.world.barrier()
         if evaluation.world.is_main:
-            keep_network(evaluation.folder / stem, finetuning.measured, evaluation, result)
+            name = word_of(data.name) or public_name(data.name)
+            images = f"{len(data.train):,} images of {shown(name)}, tested on {len(table.rows):,} others"
+            scores = {result.headline: result.scores[result.headline], **result.scores}
+            made = Finetuned(name, len(data.classes), f"Trained with {images}. {how}", scores, options.of_weights)
+            keep_network(evaluation.folder / stem, finetuning.measured, evaluation, made)
         return result
-
-    def _warnings(self, num: int) -> tuple[str, ...]:
-        """Of `num` images to train on."""
-        options = self.options
-        updates, epochs = options.updates(options.epochs, num), math.ceil(MIN_UPDATES * options.global_batch / num)
-        if updates >= MIN_UPDATES:
-            return ()
-        return (
-            f"{counted(updates, 'update')} can hardly train a network: give a smaller --global-batch, or more --epochs "
-            f"({epochs:,} make {MIN_UPDATES} updates of {options.global_batch} images).",
-        )
 
     def _how(self, split: Split, weights: str) -> str:
         options = self.options
@@ -130,14 +135,19 @@ def _plots(done: Done, multi_label: bool) -> tuple[Chart, ...]:
     return tuple(plots)
 
 
-def keep_network(out: Path, network: Classifier, evaluation: Evaluation[Any], result: Result) -> None:
-    """The trained network at the folder `out`, as an artefact whose tensors of the head are "head/weight" and
-    "head/bias", and whose origin tells of its classes. Replaces what an earlier command left."""
+def keep_network(out: Path, network: Classifier, evaluation: Evaluation[Any], made: Finetuned) -> None:
+    """The trained network at the folder `out`, as an artefact with a model card, whose tensors of the head are
+    "head/weight" and "head/bias", and whose origin tells of its classes. Replaces what an earlier command left."""
     subject = evaluation.subject
     assert subject.about is not None, "it was opened from a path"
-    head = Head(network.classes, network.multi_label, result.protocol)
-    results = [{"task": "finetune", "samples_seen": subject.samples_seen or 0, "scores": dict(result.scores)}]
-    origin = {**subject.about.origin, HEAD_KEY: dataclasses.asdict(head), "results": results}
+    origin = dict(subject.about.origin)
+    if subject.weights == "random":  # nothing of the pretraining is in it
+        origin = {key: origin[key] for key in (INITIAL_KEY, "seer_scale") if key in origin}
+    head = Head(network.classes, network.multi_label, made.protocol)
+    origin |= {
+        HEAD_KEY: dataclasses.asdict(head), "dtype": "fp32", "results": [],
+        FINETUNED_KEY: [*origin.get(FINETUNED_KEY, []), dataclasses.asdict(made)],
+    }  # fmt: skip
     about = About(OWN_FORMAT, subject.about.model, eval_preprocessing(evaluation.size), origin)
     tensors = dict(network.backbone.state_dict())
     tensors |= {f"head/{name}": t for name, t in network.head.state_dict().items()}
@@ -145,3 +155,7 @@ def keep_network(out: Path, network: Classifier, evaluation: Evaluation[Any], re
     with published(out, replace=True) as aside:
         aside.mkdir()
         write_artefact(aside, about, infos, lambda name: tensors[name].detach().cpu())
+        weights = open_weights(aside)
+        name = (subject.run_dir or subject.path).resolve().name
+        text = card(f"{name}: {out.name}", weights, weights.about, target_of(OWN_FORMAT, weights))
+        (aside / README).write_text(text)

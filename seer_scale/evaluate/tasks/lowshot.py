@@ -22,7 +22,13 @@ from seer_scale.config.fields import opt
 from seer_scale.errors import DataError, Problem
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.draws import Draw, DrawSettings, check_draw, draws_of
-from seer_scale.evaluate.finetuning import Finetuning, TrainingSettings, check_processes, new_classifier
+from seer_scale.evaluate.finetuning import (
+    Finetuning,
+    TrainingSettings,
+    check_processes,
+    new_classifier,
+    told_of_few_updates,
+)
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, best, check_batch, figures, measure_heads, train
 from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
 from seer_scale.evaluate.logistic import logistic, sklearn_module, told_of_unconverged
@@ -232,11 +238,15 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
             scores["lowshot/unconverged_fits"] = unconverged
         plot = Chart(title="Few labels", x="images a class", y="top-1, %", series={"top-1": points}, log_x=True)
         drawn = "as listed" if options.split_file else f"mean and deviation of {counted(options.draws, 'draw')}"
+        warnings = told_of_unconverged(unconverged)
         if isinstance(options, LowshotSettings):
             kind = "logistic regressions" if options.solver == "lbfgs" else "SGD heads"
             how = f"{kind} on frozen features"
         else:
             epochs = " or ".join(f"{n}" for n in dict.fromkeys(row["epochs"] for row in table))
+            for shot in shots:
+                num = min(row["images"] for row in table if row["shots"] == shot)
+                warnings += told_of_few_updates(options.of_images(num), num, f"Draws of {shot}: ")
             how = f"the whole network was trained on each draw for {epochs} epochs; measured are the last weights"
         return Result(
             scores={key: float(value) for key, value in scores.items()},
@@ -244,5 +254,5 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
             protocol=f"{data.protocol} Of the training images {', '.join(shots)}, {drawn}; {how}.",
             table=[{k: v for k, v in row.items() if k != "tested"} for row in table],
             plots=(plot,),
-            warnings=told_of_unconverged(unconverged),
+            warnings=warnings,
         )
