@@ -15,6 +15,11 @@ def counted(num: int, noun: str) -> str:
     return f"{num:,} {noun if num == 1 else plural}"
 
 
+def dtype_name(dtype: object) -> str:
+    """torch.float16 -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 MAX_COLUMNS = 120
 
 

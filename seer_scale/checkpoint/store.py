@@ -35,7 +35,7 @@ from seer_scale.checkpoint.layout import Layout, Part, local_of, run_of
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, CheckpointError, Problem, UserError, missing_path
 from seer_scale.files import sync_folder
-from seer_scale.formatting import memory_size
+from seer_scale.formatting import dtype_name, memory_size
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -296,7 +296,7 @@ def _read_tensors_json(path: Path) -> bytes:
 def contents(path: Path) -> dict[str, tuple[str, torch.Size, int]]:
     """Name -> (dtype, shape, bytes in the files) of each tensor. Local, reads no tensor. Raises CheckpointError."""
     tensors = read_layout(path).tensors
-    return {k: (_word(t.dtype), t.shape, t.shape.numel() * t.dtype.itemsize) for k, t in tensors.items()}
+    return {k: (dtype_name(t.dtype), t.shape, t.shape.numel() * t.dtype.itemsize) for k, t in tensors.items()}
 
 
 DEFAULT_REMEDY = "choose the recipe that wrote it, or another checkpoint"
@@ -464,7 +464,7 @@ def compare(
     under `prefixes`. casts: whether one type of floating point is as good as another."""
 
     def described(tensor: Described) -> str:
-        word = "float" if casts and tensor.dtype.is_floating_point else _word(tensor.dtype)
+        word = "float" if casts and tensor.dtype.is_floating_point else dtype_name(tensor.dtype)
         return f"{word} {list(tensor.shape)}"
 
     here = {k: described(v) for k, v in wanted.items()}
@@ -476,10 +476,6 @@ def compare(
             kind = "is of another architecture" if key.startswith("model/") else "does not fit this recipe"
             differs = f"{there.get(key, 'absent')} in the checkpoint and {here.get(key, 'absent')} in this run"
             raise CheckpointError(Problem(str(path), NOTHING, f"{kind}: {key} is {differs}", remedy))
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ------------------------------------------------------------------------------------------------ keeping few

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from seer_scale.cli.parser import Parser, add_command
+from seer_scale.cli.parser import BOOLEANS, Parser, add_command
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED
 from seer_scale.files import shown, to_json
 from seer_scale.formatting import paragraph, plus_minus
@@ -100,11 +100,20 @@ def _add_options(parser: Parser, settings: type, variants: Mapping[str, type] = 
                 if option_of(field) != name and (other, meaning) != (default, what):
                     usual.append(f"with {name}{f': {meaning}, default' * (meaning != what)} {_as_text(other)}")
             said = f"{what} ({'; '.join(usual)})" if usual else what
-            of_flag: dict[str, Any] = {"nargs": "?", "const": "true"} if kind == "bool" else {}
+            of_flag: dict[str, Any] = {"nargs": "?", "const": "true", "type": _boolean} if kind == "bool" else {}
             options.add_argument(
                 option_of(field), dest=f"task.{field}", default=argparse.SUPPRESS, metavar=kind.replace("%", "%%"),
                 help=said.replace("%", "%%"), **of_flag,
             )  # fmt: skip
+
+
+def _boolean(word: str) -> str:
+    """Of the word after a switch, which may be meant as another argument."""
+    if word not in BOOLEANS:
+        raise argparse.ArgumentTypeError(
+            f"{shown(word)} is neither true nor false; write =true where it is not the value"
+        )
+    return word
 
 
 def _as_text(default: object) -> str:

@@ -23,11 +23,11 @@ from seer_scale.data.transforms.on_device import to_float
 from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
-from seer_scale.evaluate.shards import SHARD_KINDS, Shards, dtype_name, encode_images, share_cores
+from seer_scale.evaluate.shards import SHARD_KINDS, Shards, encode_images, share_cores
 from seer_scale.evaluate.splits import images_mark
 from seer_scale.evaluate.subject import Subject, check_path, open_subject
 from seer_scale.files import published, to_json, write_whole
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, dtype_name
 from seer_scale.observe.progress import Progress
 
 EMBEDDED = "manifest.json"

@@ -27,6 +27,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, CheckpointError, Problem, UserError
 from seer_scale.extras import how_to_install
 from seer_scale.files import safetensors_header, to_json, write_whole, written_whole
+from seer_scale.formatting import dtype_name
 from seer_scale.observe.progress import Progress
 
 EncodePixels = Callable[[Tensor, np.ndarray], Tensor]
@@ -141,10 +142,6 @@ class Shards:
             rule = f"is too narrow: a feature is {whole.features.abs().max():.3g}"
             raise UserError(Problem("--dtype", dtype, rule, "give --dtype float32"))
         self.format.write(self.path(i), whole._replace(features=stored), source)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def not_finite() -> Problem:

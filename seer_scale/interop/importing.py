@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.files import published
-from seer_scale.formatting import counted
+from seer_scale.formatting import counted, dtype_name
 from seer_scale.interop.architecture import find_model
 from seer_scale.interop.artefact import (
     FINETUNED_KEY,
@@ -165,6 +165,8 @@ def _taken(
                 anew.append(name)
         elif theirs[name].shape != tensor.shape and (tensor.numel() != 1 or theirs[name].shape.numel() != 1):
             wrong.append(f"{name} is {list(theirs[name].shape)} there and {list(tensor.shape)} in it")
+        elif tensor.is_floating_point() and not theirs[name].dtype.is_floating_point:
+            wrong.append(f"{name} is {dtype_name(theirs[name].dtype)} there (quantised weights want their scales)")
         else:
             taken[name] = theirs[name]
     if wrong:

@@ -37,6 +37,9 @@ _DTYPES = {
 }  # fmt: skip
 
 
+OTHER_TYPE = "it has a tensor of another type than float64, float32, float16, bfloat16, integers and bool"
+
+
 class Inert(dict):
     """Whatever a pickle names beside tensors and containers. Items that it is given it keeps; it does nothing."""
 
@@ -213,7 +216,9 @@ def _legacy_id(words: Any) -> tuple[torch.dtype, str, int]:
 
 
 def _storage_id(kind: Any, dtype: Any, key: Any, numel: Any) -> tuple[torch.dtype, str, int]:
-    if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not _is_count(numel):
+    if kind == "storage" and not isinstance(dtype, torch.dtype):
+        raise _Refused(OTHER_TYPE)
+    if kind != "storage" or not isinstance(key, str) or not _is_count(numel):
         raise _Refused("it refers to something that is no tensor data")
     return dtype, key, numel
 
@@ -264,9 +269,15 @@ def _dict(*args: Any) -> Any:
     return {key: value for key, value in (args[0] if args else ()) if isinstance(key, str | int)}
 
 
+def _of_other_type(*_: Any) -> Any:
+    """torch._utils._rebuild_tensor_v3, by which torch writes tensors of the types that no storage is named after."""
+    raise _Refused(OTHER_TYPE)
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _Maker(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Maker(_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Maker(_of_other_type),
     ("torch._utils", "_rebuild_parameter"): _Maker(_first),
     ("torch._utils", "_rebuild_parameter_with_state"): _Maker(_first),
     ("torch", "Size"): _Maker(lambda shape=(): tuple(shape)),

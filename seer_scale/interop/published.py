@@ -224,8 +224,11 @@ def _of_safetensors(path: Path) -> Iterator[tuple[str, Lazy]]:
     try:
         for name in opened.keys():  # noqa: SIM118  # it is no mapping
             piece = opened.get_slice(name)
-            if dtype := SAFETENSORS_DTYPES.get(piece.get_dtype()):
-                yield name, _OfSafetensors(path, opened, name, torch.Size(piece.get_shape()), dtype)
+            word = piece.get_dtype()
+            if word not in SAFETENSORS_DTYPES:
+                rule, fix = f"is {word}, which no weights here are made of", "convert it to F32, F16 or BF16"
+                raise UserError(Problem(f"{path}: {name}", NOTHING, rule, fix))
+            yield name, _OfSafetensors(path, opened, name, torch.Size(piece.get_shape()), SAFETENSORS_DTYPES[word])
     except (SafetensorError, OSError) as error:
         raise UserError(Problem(str(path), NOTHING, f"is no whole safetensors file ({error})")) from None
 

@@ -18,7 +18,7 @@ from seer_scale.data.sources import Source
 from seer_scale.data.sources.left_out import warning
 from seer_scale.distributed import World
 from seer_scale.evaluate.knn import LabelledImages, why_unlabelled
-from seer_scale.formatting import counted, memory_size
+from seer_scale.formatting import counted, dtype_name, memory_size
 from seer_scale.models.execution import Execution
 from seer_scale.observe.records import read_metrics
 from seer_scale.training.clock import Clock
@@ -62,7 +62,7 @@ def start_event(
         "threads": made.execution.threads,
         "cores": made.cores,
         "workers": made.workers,
-        "memory_format": str(made.execution.memory_format).removeprefix("torch."),
+        "memory_format": dtype_name(made.execution.memory_format),
         "accumulation": config.num_micro_batches(world.size),
         "parameters": sum(shape.numel() for shape in engine.shapes.values()),
         "staging_bytes": staging_bytes,

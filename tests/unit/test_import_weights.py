@@ -305,6 +305,13 @@ def test_what_cannot_come_in_is_told_and_leaves_nothing(ours, tmp_path):
     assert refused(lambda s: s.update({"stem.0.weight": s["stem.0.weight"] * torch.nan})).key == place
     assert refused(lambda s: s.update({"stem.0.weight": torch.zeros(16, 3, 3, 3)})).key == place
     assert refused(dict.clear).key == place
+    for dtype, said in (
+        (torch.int8, "stem.0.weight is int8"),
+        (torch.complex64, "type"),
+        (torch.float8_e4m3fn, "type"),
+    ):
+        problem = refused(lambda s, dtype=dtype: s.update({"stem.0.weight": s["stem.0.weight"].to(dtype)}))
+        assert problem.key == place and said.replace("stem.0", "stem.conv") in problem.rule
     problem = refused(lambda s: None, model="regnety_8gf")
     assert (problem.key, problem.value, problem.nearest) == ("--model", "regnety_8gf", "give --model regnety")
     problem = refused(lambda s: None, format="vissl")
@@ -323,6 +330,16 @@ def test_what_cannot_come_in_is_told_and_leaves_nothing(ours, tmp_path):
     for missing in ("gone", "."):
         with pytest.raises(UserError):
             seer_scale.import_weights(tmp_path / missing, tmp_path / "out")
+
+
+def test_a_type_that_is_not_read_is_named_with_its_tensor(ours, tmp_path):
+    names, path = NAME_MAPS["timm"], tmp_path / "x.safetensors"
+    state = {names.theirs(n): t.clone() for n, t in ours.items()}
+    state["stem.conv.weight"] = state["stem.conv.weight"].to(torch.float8_e4m3fn)
+    save_file(state, path)
+    with pytest.raises(UserError) as caught:
+        seer_scale.import_weights(path, tmp_path / "out")
+    assert caught.value.problems[0].key == f"{path}: stem.conv.weight" and not (tmp_path / "out").exists()
 
 
 def test_lists_of_files_lead_nowhere_else(ours, tmp_path):
