@@ -41,7 +41,7 @@ from seer_scale.models.layers.stateful import share_statistics
 
 LR_BATCH = 256
 """Images of the global batch for which --lr is given; it scales with it."""
-MIN_UPDATES = 100
+FEW_UPDATES = 100
 """Below so many a figure tells more of how few they were than of the weights they began with."""
 
 
@@ -171,12 +171,12 @@ def new_classifier(evaluation: Evaluation[Any], data: DataSet) -> Classifier:
 
 def told_of_few_updates(options: TrainingSettings, num: int, of: str = "") -> tuple[str, ...]:
     """A warning where `num` images make too few, or nothing. of: which images, as it begins: "Draws of 5: "."""
-    updates, epochs = options.updates(options.epochs, num), math.ceil(MIN_UPDATES * options.global_batch / num)
-    if updates >= MIN_UPDATES:
+    updates, epochs = options.updates(options.epochs, num), math.ceil(FEW_UPDATES * options.global_batch / num)
+    if updates >= FEW_UPDATES:
         return ()
     return (
         f"{of}{counted(updates, 'update')} can hardly train a network: give a smaller --global-batch, or more --epochs "
-        f"({epochs:,} make {MIN_UPDATES} updates of {options.global_batch} images).",
+        f"({epochs:,} make {FEW_UPDATES} updates of {options.global_batch} images).",
     )
 
 

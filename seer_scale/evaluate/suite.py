@@ -27,7 +27,7 @@ from seer_scale.formatting import paragraph, plus_minus
 
 DEFAULT = ("knn", "linear", "lowshot")
 """What a minute or two on a laptop measures."""
-SUMMARY = "suite.json"
+SUITE_FILE = "suite.json"
 Item = tuple[str, TaskSettings]
 
 
@@ -112,7 +112,7 @@ def run_suite(
     summary = {"suite": [name for name, _ in items], "subject": subject, "rows": rows, "problems": problems,
                "wall_time": time.time()}  # fmt: skip
     if world.is_main:
-        write_whole(folder / SUMMARY, to_json(summary, indent=1) + "\n")
+        write_whole(folder / SUITE_FILE, to_json(summary, indent=1) + "\n")
         if not problems:
             remove(features)
             remove_stale(folder / UNFINISHED_WORK)
@@ -167,4 +167,4 @@ def as_table(summary: Mapping[str, Any], folder: Path, width: int = 0) -> str:
         for text in row["warnings"]
     )
     notes += [f"Not measured: {p['task']}, {p['weights']} weights: {p['problem']}" for p in summary["problems"]]
-    return "\n".join([*told, *(paragraph(note, width) for note in notes), f"Written: {shown(folder / SUMMARY)}"])
+    return "\n".join([*told, *(paragraph(note, width) for note in notes), f"Written: {shown(folder / SUITE_FILE)}"])

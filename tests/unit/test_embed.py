@@ -161,7 +161,7 @@ def test_embed_makes_as_many_images_a_second_as_the_bare_forward(monkeypatch, tm
         return ((p, labels, torch.arange(16 * i, 16 * (i + 1))) for i, p in enumerate(pixels))
 
     model = build_backbone("regnety_200mf").to_empty(device="cpu").eval()
-    begin(model, "", 0)
+    begin(model, 0)
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     subject = Subject(path=tmp_path, model=model, fingerprint="0", weights="random", size=96)
