@@ -32,6 +32,7 @@ from seer_scale.evaluate.features import (
     gather_features,
     gather_rows,
 )
+from seer_scale.evaluate.metrics import share_right, weighted_votes
 from seer_scale.files import shown
 from seer_scale.formatting import counted
 
@@ -296,18 +297,12 @@ def knn(
     if not labels.shape[1]:
         raise DataError(_none_readable("knn.bank", len(images.bank_indices)))
     _check_finite(nearest)  # topk takes what is no number for the largest
-    votes = f.new_zeros(len(f), len(images.classes)).scatter_add_(1, labels, (nearest / config.temperature).exp())
+    votes = weighted_votes(nearest, labels, len(images.classes), config.temperature)
     ranked = votes.topk(min(5, votes.shape[1]), dim=1).indices == y[:, None]
-    scores = score("knn/top1", ranked[:, 0]) | score("knn/top5", ranked.any(1))
+    scores = share_right("knn/top1", ranked[:, 0]) | share_right("knn/top5", ranked.any(1))
     majority = 100 * y.bincount().max().item() / len(y)
     scores |= {"knn/majority": majority, "knn/queries": len(y), "knn/classes": len(images.classes)}
     return scores, Neighbours(ids, found, nearest)
-
-
-def score(name: str, is_right: Tensor) -> dict[str, float]:
-    """The share of right answers and its standard error, in percent."""
-    share = is_right.float().mean().item()
-    return {name: 100 * share, f"{name}_stderr": 100 * math.sqrt(share * (1 - share) / len(is_right))}
 
 
 def _check_finite(x: Tensor) -> None:

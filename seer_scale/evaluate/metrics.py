@@ -23,6 +23,14 @@ def share_right(name: str, is_right: Tensor) -> dict[str, float]:
     return {name: 100 * share, f"{name}_stderr": 100 * math.sqrt(share * (1 - share) / len(is_right))}
 
 
+def weighted_votes(similarity: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """float64 [Q, classes]: of each query its neighbours' votes by exp(similarity / temperature), as shares of the
+    nearest's, which do not overflow. similarity: [Q, k], nearest first; labels: their classes, int64 [Q, k]."""
+    beyond = similarity.double() - similarity[:, :1].double()
+    votes = beyond.new_zeros(len(beyond), classes)
+    return votes.scatter_add_(1, labels, (beyond / temperature).exp())
+
+
 def topk_accuracy(scores: Tensor, targets: np.ndarray, ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:
     """ "topK" in percent with "topK_stderr", of scores [n, classes]; a k beyond the classes stands for all of them."""
     ranked = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices.cpu() == torch.from_numpy(targets)[:, None]

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.evaluate.features import gather_rows
-from seer_scale.evaluate.metrics import share_right
+from seer_scale.evaluate.metrics import share_right, weighted_votes
 from seer_scale.evaluate.table import blocks, rows_a_block
 from seer_scale.extras import how_to_install
 
@@ -101,9 +101,6 @@ def vote(
     """Top-1 and top-5 in percent with standard errors, of queries [Q] whose `found` neighbours' labels (int64 [n], of
     the bank) vote with exp(similarity / temperature)."""
     similarity, rows = (x[:, :k] for x in found)
-    of_bank = torch.from_numpy(labels)[rows]
-    votes = torch.zeros(len(rows), classes, dtype=torch.float64)
-    beyond = similarity.double() - similarity[:, :1].double()  # of the nearest: the order is the same, none overflows
-    votes.scatter_add_(1, of_bank, (beyond / temperature).exp())
+    votes = weighted_votes(similarity, torch.from_numpy(labels)[rows], classes, temperature)
     ranked = votes.topk(min(5, classes), dim=1).indices == torch.from_numpy(truth)[:, None]
     return share_right("top1", ranked[:, 0]) | share_right("top5", ranked.any(1))

@@ -15,7 +15,8 @@ from seer_scale.data.sources import Source
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, DataError, Problem
 from seer_scale.evaluate.features import FeatureTable
-from seer_scale.evaluate.knn import LabelledImages, score, why_unlabelled
+from seer_scale.evaluate.knn import LabelledImages, why_unlabelled
+from seer_scale.evaluate.metrics import share_right
 from seer_scale.files import shown
 from seer_scale.optim.optimizers import build_optimizer
 
@@ -110,7 +111,7 @@ class Probe:
         of = self._world.sum_(torch.stack(list(bank)).sum(0))
         logits = standardised(queries.features, of) @ self.weight.T + self.bias
         to_own = torch.tensor([self._numbers[name] for name in self._labelled.queries.classes], device=logits.device)
-        return score("probe/top1", logits.argmax(1) == to_own[queries.labels])
+        return share_right("probe/top1", logits.argmax(1) == to_own[queries.labels])
 
 
 def moments(x: Tensor, counts: Tensor | None = None) -> Tensor:

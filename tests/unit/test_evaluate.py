@@ -25,6 +25,7 @@ from seer_scale.errors import CheckpointError, ConfigError, UserError
 from seer_scale.evaluate import context, nearest, places, table
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.knn import knn, labelled_images
+from seer_scale.evaluate.metrics import weighted_votes
 from seer_scale.evaluate.nearest import by_faiss, by_products, nearest_neighbours, vote
 from seer_scale.evaluate.published import TABLE, difference, published
 from seer_scale.evaluate.registry import first_line, task_class, task_names
@@ -477,9 +478,28 @@ def test_results_of_an_export_lie_beside_it(tmp_path):
     assert results_folder(tmp_path / "x.safetensors", None) == tmp_path / "x-eval"
 
 
-def test_votes_at_any_temperature_are_finite():
-    found = torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[0, 1, 2]])
-    assert vote(found, np.array([0, 1, 1]), np.array([0]), 2, 3, 1e-4)["top1"] == 100
+@pytest.mark.parametrize("temperature", [0.001, 0.003, 0.01, 0.03, 0.07, 0.3, 1.0])
+def test_votes_at_any_temperature_are_those_in_float64(corpus, temperature):
+    """Of a run as of the task: in float32 exp(1 / 0.01) is infinite, and what is infinite ties."""
+    evaluation = evaluation_of(corpus, k="7", temperature=str(temperature))
+    result = task_class("knn")(evaluation.options).measure(evaluation)
+    data = evaluation.data_set()
+    bank, asked = (evaluation.features(split) for split in (data.train, data.test))
+    unit = (table.features.double() / table.features.double().norm(dim=1, keepdim=True) for table in (bank, asked))
+    b, q = (x.numpy() for x in unit)
+    similarity = q @ b.T
+    nearest_7 = np.argsort(-similarity, axis=1)[:, :7]
+    votes = np.zeros((len(q), 3), np.longdouble)  # of 15 bits of exponent
+    for row, columns in enumerate(nearest_7):
+        np.add.at(votes[row], bank.targets[columns], np.exp(np.longdouble(similarity[row, columns]) / temperature))
+    evaluation.clean()
+    expected = 100 * (votes.argmax(1) == asked.targets).mean()
+    recipe = {"train": {"total_samples": 8}, "swav": {"prototypes": [8]}, "data": {"path": str(corpus)}}
+    images, of_run = labelled_images(resolve(recipe, {}, world_size=1)), Knn(size=SIZE, k=7, temperature=temperature)
+    scores, _ = knn(encode, images, of_run, workers=0, world=World())
+    assert scores["knn/top1"] == pytest.approx(expected) and result.scores["knn/top1"] == pytest.approx(expected)
+    far = weighted_votes(torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[0, 1, 1]]), 2, temperature / 10)
+    assert far.isfinite().all() and far.argmax() == 0
 
 
 def fail_on_one(rank: int, size: int) -> list[str]:
