@@ -19,6 +19,7 @@ from torch import Tensor
 
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, DataError, UserError
+from seer_scale.evaluate import context
 from seer_scale.evaluate import heads as heads_module
 from seer_scale.evaluate import logistic as logistic_module
 from seer_scale.evaluate.context import Evaluation
@@ -214,12 +215,12 @@ def test_the_choice_never_looks_at_the_test_images(pictures, monkeypatch):
     table, of_test = chosen()
     assert sum(row["chosen"] for row in table) == 1 and len(table) == 8
 
-    def permuted(self: Evaluation) -> DataSet:
-        data = open_data_set(str(pictures), "", None)
+    def permuted(*given: object) -> DataSet:
+        data = open_data_set(*given)
         others = np.roll(data.test.targets, 5)
         return dataclasses.replace(data, test=dataclasses.replace(data.test, targets=others))
 
-    monkeypatch.setattr(Evaluation, "data_set", permuted)
+    monkeypatch.setattr(context, "open_data_set", permuted)
     other_table, of_others = chosen()
     assert other_table == table and of_others != of_test
 
