@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,18 +59,29 @@ def amount_of(shot: str) -> float | int | None:
 
 @dataclass(frozen=True)
 class Draw:
-    """indices: of the training split, ascending."""
+    """indices: of the training split, ascending. least: images each class is to have. path: of its list, if it is of
+    one."""
 
     shot: str
     number: int
     indices: np.ndarray
+    least: int = 1
+    path: str = ""
+
+    @property
+    def stem(self) -> str:
+        """Of files of what is made of these images: a list may name others by the time a command goes on."""
+        return f"{self.shot}-{self.number}-{zlib.crc32(self.indices.tobytes()):08x}"
 
 
 def draws_of(options: DrawSettings, train: Split) -> list[Draw]:
     """Raises DataError where one has no image of a class, or fewer than asked for."""
     if options.split_file:
         names = [re.sub(r"^(\d+)percent$", r"\1%", Path(p).stem) for p in options.split_file]  # SimCLR's
-        found = [Draw(name, n, listed(Path(p), train)) for n, (name, p) in enumerate(zip(names, options.split_file))]
+        found = [
+            Draw(name, n, listed(Path(path), train), path=path)
+            for n, (name, path) in enumerate(zip(names, options.split_file))
+        ]
     else:
         found = []
         for shot in options.shots or usual_shots(train):
@@ -77,7 +89,7 @@ def draws_of(options: DrawSettings, train: Split) -> list[Draw]:
             assert amount is not None, "the settings have been checked"
             for number in range(options.draws):
                 rows = stratified(train.targets, len(train.classes), amount, number, seed=options.seed)
-                found.append(Draw(shot, number, rows))
+                found.append(Draw(shot, number, rows, least=amount if isinstance(amount, int) else 1))
     for draw in found:
         check_draw(draw, train.targets[draw.indices], train)
     return found
@@ -86,11 +98,22 @@ def draws_of(options: DrawSettings, train: Split) -> list[Draw]:
 def check_draw(draw: Draw, targets: np.ndarray, train: Split) -> None:
     """Raises DataError where a class has no image, or fewer than asked for."""
     num = np.bincount(targets, minlength=len(train.classes))
-    least = 1 if draw.shot.endswith("%") or not draw.shot.isdecimal() else int(draw.shot)
-    if num.min() < least:
-        name = train.classes[int(num.argmin())]
-        rule = f"of the class {name} there {'is' if num.min() == 1 else 'are'} {counted(num.min(), 'image')} in a draw"
-        raise DataError(Problem("--shots", draw.shot, rule, "give more of each, or images of each class"))
+    if num.min() >= draw.least:
+        return
+    name = train.classes[int(num.argmin())]
+    rule = f"of the class {name} there {'is' if num.min() == 1 else 'are'} {counted(num.min(), 'image')} in a draw"
+    if draw.path:
+        raise DataError(Problem("--split-file", draw.path, rule, "list images of each class"))
+    raise DataError(Problem("--shots", draw.shot, rule, _possible(draw, train)))
+
+
+def _possible(draw: Draw, train: Split) -> tuple[str, ...] | str:
+    """The shots nearest to those of a draw that each class has images for."""
+    if not (fewest := int(np.bincount(train.targets, minlength=len(train.classes)).min())):
+        return "give images of each class"
+    if not draw.shot.endswith("%"):
+        return (str(fewest),)
+    return f"{next(p for p in range(1, 101) if round(p / 100 * fewest))}%", "1"
 
 
 def listed(path: Path, train: Split) -> np.ndarray:

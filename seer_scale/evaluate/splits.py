@@ -23,12 +23,13 @@ from seer_scale.rng import numpy_generator
 @dataclass(frozen=True)
 class Split:
     """Images with their targets: int64 [n], a class each, or int8 [n, classes] where an image may have several: 1 has
-    it, 0 has it not, -1 is not to be counted."""
+    it, 0 has it not, -1 is not to be counted. taken: stands for which images of a larger one these are."""
 
     source: Source
     targets: np.ndarray
     classes: list[str]
     name: str = ""
+    taken: int = 0
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -39,12 +40,16 @@ class Split:
 
     def take(self, indices: np.ndarray) -> Split:
         """The images `indices`, in that order."""
-        return dataclasses.replace(self, source=subset(self.source, indices), targets=self.targets[indices])
+        indices = np.asarray(indices, np.int64)
+        taken = zlib.crc32(indices.tobytes(), self.taken)
+        return dataclasses.replace(
+            self, source=subset(self.source, indices), targets=self.targets[indices], taken=taken
+        )
 
     @cached_property
     def mark(self) -> str:
         """Stands for which images and targets these are, but for their folder, which may be moved."""
-        crc = zlib.crc32(repr([images_mark(self.source), *self.classes]).encode(errors="backslashreplace"))
+        crc = zlib.crc32(repr([images_mark(self.source), self.taken, *self.classes]).encode(errors="backslashreplace"))
         return f"{zlib.crc32(np.ascontiguousarray(self.targets).tobytes(), crc):08x}"
 
 

@@ -452,6 +452,30 @@ def test_a_list_of_files_is_a_draw(pictures, tmp_path):
         measured(with_names, "lowshot", split_file=str(tmp_path / "two.txt"))
 
 
+@pytest.mark.parametrize("given", [{"c": "1"}, {"finetune": "true", "epochs": "1", "global_batch": "4"}])
+def test_after_a_kill_a_list_that_was_edited_is_drawn_anew(pictures, tmp_path, given, monkeypatch):
+    lists = {name: tmp_path / f"{name}.txt" for name in ("edited", "same")}
+    given = {"split_file": ",".join(map(str, lists.values())), "size": "32", **given}
+    lists["same"].write_text("".join(f"class{c}/{i}.jpg\n" for c in range(3) for i in (7, 8)))
+    tables = []
+    for i in (1, 4):
+        lists["edited"].write_text("".join(f"class{c}/{i}.jpg\n" for c in range(3)))
+        tables.append(measured(pictures, "lowshot", **given).table)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    lists["edited"].write_text("".join(f"class{c}/1.jpg\n" for c in range(3)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(task_class("lowshot"), "_result", killed)
+        measured(pictures, "lowshot", **given)
+    lists["edited"].write_text("".join(f"class{c}/4.jpg\n" for c in range(3)))
+    assert measured(pictures, "lowshot", **given).table == tables[1] != tables[0]
+    train, rows = open_data_set(str(pictures), "", None).train, np.repeat(np.arange(30), 5)
+    other = np.concatenate([rows[:1], rows[5:6], rows[2:]])  # of the same class, and none whose name and bytes are seen
+    assert train.take(rows).mark != train.take(other).mark
+
+
 def test_a_list_tells_images_of_one_name_apart_by_their_folders(pictures, tmp_path):
     train = open_data_set(str(pictures), "", None).train
     given = tmp_path / "list.txt"
@@ -464,6 +488,12 @@ def test_a_list_tells_images_of_one_name_apart_by_their_folders(pictures, tmp_pa
     (tmp_path / "1percent.txt").write_text(given.read_text())
     both = read_settings("lowshot", {"split_file": f"{tmp_path}/1percent.txt,{given}"})
     assert [(d.shot, len(d.indices)) for d in draws_of(both, train)] == [("1%", 3), ("list", 3)]
+    twenty = tmp_path / "20.txt"
+    twenty.write_text(given.read_text())
+    assert [d.shot for d in draws_of(read_settings("lowshot", {"split_file": str(twenty)}), train)] == ["20"]
+    twenty.write_text("class2/1.jpg\nclass0/1.jpg\n")
+    with refused("--split-file", str(twenty), "list images of each class"):
+        draws_of(read_settings("lowshot", {"split_file": str(twenty)}), train)
     alone = train.take(np.flatnonzero(train.targets == 0))
     given.write_text("other/1.jpg\n")
     assert listed(given, alone).tolist() == [1], "there is one of that name"
@@ -477,9 +507,9 @@ def test_a_list_tells_images_of_one_name_apart_by_their_folders(pictures, tmp_pa
 
 
 def test_bad_input_is_one_problem_before_work_begins(pictures):
-    with refused("--shots", "1%"):
+    with refused("--shots", "1%", ("6%", "1")):
         measured(pictures, "lowshot", shots="1%")
-    with refused("--shots", "11"):
+    with refused("--shots", "11", ("10",)):
         measured(pictures, "lowshot", shots="11")
     with refused("--held-out", error=DataError):
         evaluation = evaluation_of(pictures)

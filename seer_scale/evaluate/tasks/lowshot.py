@@ -115,7 +115,7 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
         )
         kept = {int(union[row]): i for i, row in enumerate(bank.rows)}  # of those that can be read
         place = evaluation.work("draws", data.train.mark, data.test.mark, options.mark)
-        paths = [place / f"{draw.shot}-{draw.number}.json" for draw in draws]
+        paths = [place / f"{draw.stem}.json" for draw in draws]
         by_sgd = options.solver == "sgd"
 
         def classify(i: int) -> None:
@@ -136,7 +136,7 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
         world, nothing = evaluation.world, data.train.take(np.empty(0, np.int64))
         marks = data.train.mark, data.test.mark
         place = evaluation.work("finetuned", *marks, evaluation.size, options.of_weights)
-        paths = [place / f"{draw.shot}-{draw.number}.json" for draw in draws]
+        paths = [place / f"{draw.stem}.json" for draw in draws]
 
         def finetune(i: int) -> None:
             split, aside = data.train.take(draws[i].indices), paths[i].with_suffix("")
