@@ -103,11 +103,10 @@ SHAPE = tuple(f.name for f in dataclasses.fields(Model) if f.name != "name")
 
 
 def as_asked(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A shipped recipe's mapping without what goes with its own images, network or method, where the command line names
-    others; and what to say of it."""
-    if name not in recipe_names():
-        return given, ""
-    notes = []
+    """A recipe's mapping without its bound on the warm-up where the command line gives a length, a shipped one's also
+    without what goes with its own images, network or method where the command line names others; and what to say of
+    it."""
+    notes: list[str] = []
 
     def other(key: str) -> Any:
         """What the command line gives for a key, where that differs from the recipe's."""
@@ -123,6 +122,11 @@ def as_asked(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[di
             notes.append(f"{' and '.join(f'{section}.{k}' for k in gone)} of the recipe {name} {why}.")
             given = given | {section: {k: v for k, v in own.items() if k not in gone}}
 
+    if other("schedule.warmup_samples") is not None:
+        why = "bounds its own warm-up, and is left out as schedule.warmup_samples is given"
+        leave_out("schedule", ("warmup_share",), why)
+    if name not in recipe_names():
+        return given, " ".join(notes)
     if other("data.path") is not None:
         why = "go with its own images, and are left out as data.path names others"
         leave_out("knn", ("bank", "queries"), why)

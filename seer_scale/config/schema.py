@@ -185,7 +185,11 @@ class Schedule:
     )
     warmup_samples: int = opt(0, "samples of linear warm-up", ge=0)
     warmup_share: float = opt(
-        0.0, "the warm-up takes no more than this share of train.total_samples; 0 = no limit", ge=0, le=1
+        0.0,
+        "the warm-up takes no more than this share of train.total_samples; 0 = no limit; a recipe's share does not "
+        "bound warmup_samples of the command line",
+        ge=0,
+        le=1,
     )
     warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
     final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)

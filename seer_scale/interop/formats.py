@@ -28,12 +28,13 @@ LIBRARIES = {OWN_FORMAT: "seer_scale", "timm": "timm", "torchvision": "torchvisi
 class Target:
     """names: of ours to theirs. network: what it is called there. loading: the lines of Python that give `features`
     [N, num_features] of the image file photo.jpg, also what a classifier sees in it; PATH stands for the folder, FILE
-    for a file of weights. files: JSON beside the weights. in_shards: whether the library reads several files.
-    needs_folder: whether it reads no lone file."""
+    for a file of weights. loading_alone: those of a lone file, where they are others. files: JSON beside the weights.
+    in_shards: whether the library reads several files. needs_folder: whether it reads no lone file."""
 
     names: Callable[[str], str]
     network: str
     loading: str
+    loading_alone: str = ""
     files: Mapping[str, Any] = field(default_factory=dict)
     in_shards: bool = False
     needs_folder: bool = False
@@ -126,7 +127,13 @@ def _timm(weights: Weights) -> Target | str:
 model = timm.create_model("local-dir:PATH", pretrained=True, num_classes=0).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
-    return Target(names, network, loading, {"config.json": config})
+    given = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    transform = {key: config["pretrained_cfg"][key] for key in ("interpolation", "crop_pct", "mean", "std")}
+    alone = f"""import timm, PIL.Image
+model = timm.create_model("{network}", checkpoint_path="FILE", num_classes=0{given}).eval()
+transform = timm.data.create_transform({size}, {", ".join(f"{key}={value!r}" for key, value in transform.items())})
+features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
+    return Target(names, network, loading, alone, {"config.json": config})
 
 
 def _without_net(name: str) -> str:
@@ -203,7 +210,9 @@ processor = transformers.AutoImageProcessor.from_pretrained("PATH")
 images = processor(PIL.Image.open("photo.jpg"), return_tensors="pt")
 features = model(**images).pooler_output.flatten(1)"""
     files = {"config.json": config, "preprocessor_config.json": processor}
-    return Target(NAME_MAPS["transformers"].theirs, "RegNetModel", loading, files, in_shards=True, needs_folder=True)
+    return Target(
+        NAME_MAPS["transformers"].theirs, "RegNetModel", loading, files=files, in_shards=True, needs_folder=True
+    )
 
 
 def _onnx(weights: Weights) -> Target:

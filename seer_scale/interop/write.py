@@ -79,7 +79,8 @@ def export_backbone(
     finally:
         weights.close()
     lone = ONNX_FILE if format == "onnx" else WEIGHTS
-    return target.loading.replace("PATH", str(out)).replace("FILE", str(out if is_file else out / lone))
+    loading = target.loading_alone if is_file and target.loading_alone else target.loading
+    return loading.replace("PATH", str(out)).replace("FILE", str(out if is_file else out / lone))
 
 
 def _about(weights: Weights, format: str, dtype: str, license: str) -> About:

@@ -242,6 +242,19 @@ def test_labelled_images_of_a_shipped_recipe_go_with_its_own(tmp_path):
     assert as_asked("photos_laptop", given, {"model": {"name": "regnety", "depth": 6}}) == (given, "")
 
 
+@pytest.mark.parametrize("name", ["demo", "my/demo.yaml"])
+@pytest.mark.parametrize("share", [None, 0.25])
+def test_a_warm_up_of_the_command_line_is_bounded_by_its_own_share_alone(name, share):
+    given = load_recipe("demo")
+    over = {"schedule": {"warmup_samples": 64} | ({"warmup_share": share} if share else {})}
+    over |= {"train": {"total_samples": 192}, "data": {"path": "."}}
+    found, note = as_asked(name, given, over)
+    assert resolve(found, over).warmup_samples == (48 if share else 64) and given == load_recipe("demo")
+    assert ("schedule.warmup_share of the recipe" in note) == (not share)
+    found, _ = as_asked(name, given, {"train": {"total_samples": 192}})
+    assert resolve(found, {"train": {"total_samples": 192}}).warmup_samples == 19
+
+
 def test_only_what_changes_training_is_a_change(tmp_path, monkeypatch):
     """Between a checkpoint's recipe, as its JSON holds it, and a new start's."""
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,6 @@ import weakref
 import numpy as np
 import onnxruntime
 import pytest
-import timm
 import torch
 import yaml
 from PIL import Image
@@ -147,15 +146,33 @@ def test_other_backbones_of_timm_go_back_to_it(name, tmp_path, photo, monkeypatc
     assert problem_of(place, tmp_path / "no", "torchvision").nearest == ("timm", "safetensors", "onnx")
 
 
-def test_a_lone_file_is_what_timm_takes_for_its_weights(tmp_path):
-    net = network("regnety_200mf")
-    _, place = checkpoint(tmp_path / "run", model={"name": "regnety_200mf"}, net=net)
-    out = seer_scale.export(place, tmp_path / "x.safetensors", "timm")
-    theirs = timm.create_model(
-        TIMM_MODELS["regnety_200mf"], pretrained=True, pretrained_cfg_overlay={"file": str(out)}, num_classes=0
-    )
+@pytest.mark.parametrize("name", ["regnety_200mf", "timm/vit_tiny_patch16_224", None])
+def test_the_lines_printed_of_a_lone_file_give_our_features(name, tiny, tmp_path, photo, monkeypatch):
+    """In every format of such files that has the network; the last is a free generator."""
+    place = tiny[1]
+    if name:
+        meta = {"model": {"name": name}, "net": network(name), "preprocessing": eval_preprocessing(64)}
+        _, place = checkpoint(tmp_path / "run", **meta)
+    monkeypatch.chdir(photo)
+    ours = seer_scale.load(place)
     with torch.no_grad():
-        close(theirs.eval()(images()), net(images()))
+        expected = ours(ours.transform("photo.jpg")[None])
+    done = []
+    for format in interop_write.LONE_FILES[".safetensors"]:
+        lone = tmp_path / f"{format}.safetensors"
+        try:
+            lines = interop_write.export_backbone(place, lone, format)
+        except seer_scale.UserError as error:
+            (problem,) = error.problems
+            assert problem.key == "--format" or format == "transformers" and "reads a folder" in problem.rule
+            assert not lone.exists()
+            continue
+        found: dict = {}
+        with torch.no_grad():
+            exec(lines, found)
+        close(found["features"], expected, 0.05)  # libraries resize in orders of their own
+        done.append(format)
+    assert {"timm", "safetensors"} <= set(done)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
