@@ -159,7 +159,7 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]
             value = rest.pop(0)
         try:
             is_text = kinds.get(key) == "str" or kinds.get(key) == "[str, ...]" and not value.startswith("[")
-            parsed = value if is_text else yaml.safe_load(value)
+            parsed = value if is_text or not value.strip() else yaml.safe_load(value)  # of nothing YAML makes none
         except yaml.YAMLError:
             problems.append(Problem(f"--{key}", value, "must be a YAML value", "such as 3, 0.1, true or [1, 2]"))
             continue

@@ -34,6 +34,7 @@ from seer_scale.evaluate.metrics import average_precisions, mean_of, per_class_a
 from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
 from seer_scale.evaluate.splits import DataSet, Split
 from seer_scale.evaluate.state import read_more, read_tensors, save_state
+from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.task import NOT_IN_FIGURES, TaskSettings
 from seer_scale.formatting import counted
 from seer_scale.models.classifier import Classifier, parameter_depths
@@ -48,6 +49,8 @@ FEW_UPDATES = 100
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(TaskSettings):
     """By default as SEER's networks were fine-tuned (arXiv 2103.01988, section 4.1)."""
+
+    trains_network = True
 
     epochs: int = opt(35, "passes over the training images", ge=1)
     global_batch: int = opt(256, "images an update, over all processes", ge=1)
@@ -161,6 +164,20 @@ def check_processes(options: TrainingSettings, evaluation: Evaluation[Any]) -> N
         raise UserError(Problem("--global-batch", options.global_batch, rule, (near,)))
     if options.precision == "fp16" and device != "cuda":
         raise UserError(Problem("--precision", "fp16", f"it needs a GPU, and this runs on {device}", ("bf16", "fp32")))
+
+
+def begins_with(subject: Subject) -> str:
+    """From which weights a network is trained, as a protocol says it."""
+    return "from untrained weights" if subject.weights == "random" else "from the pretrained weights"
+
+
+def told_of_statistics(options: TrainingSettings, subject: Subject, num: int = 0) -> str:
+    """Which BatchNorm has, as a protocol says it. num: images there are to train on, where a part may have more."""
+    if options.statistics == "synchronised":
+        several = f" of {num:,} images" if 0 < num < options.part else ""
+        return f"statistics of {options.part:,} crops{several}"
+    images = subject.statistics_images
+    return f"statistics of {counted(images, 'image')}, taken before" if images else "statistics as they were"
 
 
 def new_classifier(evaluation: Evaluation[Any], data: DataSet) -> Classifier:

@@ -60,10 +60,10 @@ def logistic(rows: Tensor, targets: np.ndarray, classes: int, c: float) -> Linea
     )
 
 
-def told_of_unconverged(num: int) -> tuple[str, ...]:
-    """A warning where so many fits are not the best there are."""
-    fits = counted(num, "fit")
-    told = f"{fits} of logistic regression did not converge in {MAX_ITERATIONS:,} iterations; smaller --c do."
+def told_of_unconverged(num: int, of: str = "logistic regression", iterations: int = 0) -> tuple[str, ...]:
+    """A warning where so many fits are not the best there are. iterations: their limit, MAX_ITERATIONS otherwise."""
+    limit = f"{iterations or MAX_ITERATIONS:,} iterations"
+    told = f"{counted(num, 'fit')} of {of} did not converge in {limit}; smaller --c do."
     return (told,) if num else ()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,15 @@ from seer_scale import distributed
 from seer_scale.checkpoint import store
 from seer_scale.config.fields import read_section
 from seer_scale.distributed import World
-from seer_scale.errors import ConfigError, Problem
+from seer_scale.errors import ConfigError, Problem, UserError
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.plotting import draw
-from seer_scale.evaluate.registry import task_class
+from seer_scale.evaluate.registry import task_class, task_names
 from seer_scale.evaluate.subject import Subject, check_path, open_subject, run_dir_of
 from seer_scale.evaluate.task import Result, TaskSettings
-from seer_scale.files import to_json, write_whole
+from seer_scale.files import shown, to_json, write_whole
 from seer_scale.formatting import untrained_with
+from seer_scale.interop.write import check_replaceable
 from seer_scale.observe.progress import Progress
 
 RESULTS = "eval"
@@ -32,14 +36,16 @@ HISTORY = "history.jsonl"
 
 
 def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
-    """The options of the task `name`, as YAML values by field; `None` stands for a bare flag. Raises ConfigError with
-    every problem, among them options that have no effect beside the others."""
+    """The options of the task `name`, by field: text is read as a YAML value, or as several, "1,2", where the field is
+    no text; what is no text is taken as it is. Raises ConfigError with every problem, among them options that have no
+    effect beside the others."""
     problems: list[Problem] = []
     task, values = task_class(name), {}
     kinds = {f.name: f.type for cls in (task.settings, *task.variants.values()) for f in dataclasses.fields(cls)}
     for field, text in given.items():
         try:
             is_text = kinds.get(field) == "str" or not isinstance(text, str)
+            is_text |= not str(text).strip()  # of nothing YAML makes none
             values[field] = text if is_text else yaml.safe_load(f"[{text}]" if "," in text and text[0] != "[" else text)
         except yaml.YAMLError:
             problems.append(Problem(field, text, "must be a YAML value", "such as 3, 0.1, true or [1, 2]"))
@@ -56,7 +62,7 @@ def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
         Problem(field, value, f"has no effect {idle[field]}", "leave it out")
         for field, value in values.items() if field in idle
     ]  # fmt: skip
-    problems += settings.name_problems() + settings.problems()
+    problems += settings.name_problems(task_names().keys() - {name}) + settings.problems()
     if problems:
         raise ConfigError([dataclasses.replace(p, key=option_of(p.key)) for p in problems], f"eval {name}")
     return settings
@@ -77,6 +83,33 @@ def results_folder(path: Path, out: Path | None) -> Path:
     return path.with_name(f"{path.name}-{RESULTS}")
 
 
+def check_results(folder: Path, items: Sequence[tuple[str, TaskSettings]], initial: Sequence[str]) -> None:
+    """That what the results of these tasks replace in `folder` are results of the same. Raises UserError."""
+    problems: list[Problem] = []
+    for (name, settings), weights in product(items, initial):
+        path = folder / f"{settings.stem(name, weights)}.json"
+        if os.path.lexists(path) and (there := _task_of(path)) != name:
+            rule = f"{path.name} in {shown(folder)} is {f'of the task {shown(there)}' if there else 'no result'}"
+            key, value = ("--name", settings.name) if settings.name else ("--out", shown(folder))
+            problems.append(Problem(key, value, rule, "choose another"))
+        if task_class(name).keeps_network:
+            try:
+                check_replaceable(path.with_suffix(""), True, "the network kept there replaces such a one only")
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(*problems)
+
+
+def _task_of(path: Path) -> str:
+    """Of a result; "" where it is none."""
+    try:
+        record = json.loads(path.read_bytes())
+        return str(record["task"]) if isinstance(record["scores"], dict) else ""
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
 def run_task(
     name: str, path: Path, settings: TaskSettings, *, which: str = "last", initial: Sequence[str] = ("trained",),
     out: Path | None = None, device: str = "auto",
@@ -86,6 +119,7 @@ def run_task(
     launch or srun has started. Raises UserError."""
     check_path(path)
     folder = results_folder(path, out)
+    check_results(folder, [(name, settings)], initial)
     world = distributed.init(folder / "logs", device=device)
     records = []
     for weights in initial:
@@ -129,14 +163,15 @@ def as_record(
     """A result as eval/NAME.json holds it."""
     subject = evaluation.subject
     stem, num = settings.stem(name, subject.weights), len(result.plots)
-    plots = [f"{stem}{f'-{i + 1}' * bool(i)}.svg" for i in range(num)]
+    statistics_images = 0 if settings.trains_network else subject.statistics_images
+    plots = [f"{stem}{f'~{i + 1}' * bool(i)}.svg" for i in range(num)]  # no name of a result has a tilde
     return {
         "task": name,
         "files": [f"{stem}.json", *plots, *result.files],
         "headline": result.headline,
         "score": result.scores[result.headline],
         "scores": dict(result.scores),
-        "protocol": f"{result.protocol} {untrained_with(subject.statistics_images)}".rstrip(),
+        "protocol": f"{result.protocol} {untrained_with(statistics_images)}".rstrip(),
         "warnings": [*filter(None, [subject.remark]), *result.warnings],
         "subject": {
             "path": str(subject.path),
@@ -144,7 +179,7 @@ def as_record(
             "checkpoint": subject.checkpoint,
             "samples_seen": subject.samples_seen,
             "weights": subject.weights,
-            "statistics_images": subject.statistics_images,
+            "statistics_images": statistics_images,
             "fingerprint": subject.fingerprint,
             "backbone": subject.backbone,
             "parameters": sum(p.numel() for p in subject.model.parameters()),

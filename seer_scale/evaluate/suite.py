@@ -18,8 +18,8 @@ from seer_scale.evaluate.context import UNFINISHED_WORK
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.places import remove, remove_stale
 from seer_scale.evaluate.published import difference, published
-from seer_scale.evaluate.registry import task_class
-from seer_scale.evaluate.run import check_path, measure, read_settings, report, results_folder
+from seer_scale.evaluate.registry import task_class, task_names
+from seer_scale.evaluate.run import check_path, check_results, measure, read_settings, report, results_folder
 from seer_scale.evaluate.subject import open_subject
 from seer_scale.evaluate.task import TaskSettings
 from seer_scale.files import shown, to_json, write_whole
@@ -72,7 +72,7 @@ def _same_names(items: Sequence[Item]) -> list[Problem]:
 
 def _named(items: Sequence[Item]) -> list[Item]:
     """With distinct names: of several of one task without names all but the first are TASK-2, TASK-3 ..."""
-    taken = {settings.name for _, settings in items} | {task for task, _ in items}
+    taken = {settings.name for _, settings in items} | task_names().keys()
     named: list[Item] = []
     for task, settings in items:
         if not settings.name and any(task == other and not known.name for other, known in named):
@@ -89,6 +89,7 @@ def run_suite(
     Collective. Raises UserError where nothing could be measured."""
     check_path(path)
     folder = results_folder(path, out)
+    check_results(folder, items, initial)
     world = distributed.init(folder / "logs", device=device)
     rows: list[dict[str, Any]] = []
     features: set[Path] = set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,8 +18,10 @@ from seer_scale.observe.chart import Chart
 
 NOT_IN_FIGURES = ("data", "test", "batch", "workers", "name")
 """Options of every task on which figures do not depend; of the images there is a mark of their own."""
-RESERVED = ("suite", "history")
-"""Names that other results have."""
+RESERVED = ("suite", "history", "unfinished", "logs")
+"""What else lies in the folder of results."""
+SUFFIXES = (".json", ".jsonl", ".svg")
+"""Of the files there: a folder that is called by a result's name has none."""
 UNTRAINED = "-random"
 """What the name of a result of untrained weights ends with."""
 
@@ -27,6 +29,9 @@ UNTRAINED = "-random"
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
     """The options every task has; a task's own are a subclass. An option is the field's name with hyphens."""
+
+    trains_network: ClassVar[bool] = False
+    """Whether the network is trained before it is measured: its protocol then says of what BatchNorm statistics are."""
 
     data: str = opt("", "labelled images: a folder (of train and test parts, or of classes), a list, tars, hf:NAME, "
                         "a manifest, or the name of a data set; empty = those of the run's recipe")  # fmt: skip
@@ -37,19 +42,19 @@ class TaskSettings:
     seed: int = opt(0, "of everything that is drawn", ge=0)
     name: str = opt("", "of the result, as in eval/NAME.json, where several are to be kept; empty = the task's")
 
-    def name_problems(self) -> list[Problem]:
-        """What is wrong with `name`."""
-        is_plain = re.fullmatch(r"[\w.+=-]+", self.name) and self.name[0] != "."
-        if not self.name or is_plain and self.name not in RESERVED and not self.name.endswith(UNTRAINED):
+    def name_problems(self, others: Collection[str]) -> list[Problem]:
+        """What is wrong with `name`. others: the names of other tasks."""
+        if not self.name:
             return []
-        return [
-            Problem(
-                "name",
-                self.name,
-                "must be a plain name of a file that no other result has",
-                "letters, digits, dots and hyphens, without -random at its end",
-            )
-        ]
+        if self.name in others:
+            rule = "results of another task are called so"
+            return [Problem("name", self.name, rule, "choose another")]
+        is_plain = re.fullmatch(r"[\w.+=-]+", self.name) and self.name[0] != "."
+        if is_plain and self.name not in RESERVED and not self.name.endswith((UNTRAINED, *SUFFIXES)):
+            return []
+        rule = "must be a plain name of a file that nothing else in the folder of results has"
+        fix = f"letters, digits, dots and hyphens, without {', '.join((UNTRAINED, *SUFFIXES))} at its end"
+        return [Problem("name", self.name, rule, fix)]
 
     def problems(self) -> list[Problem]:
         """What no single range says; keys are the fields' names."""
@@ -100,6 +105,8 @@ class Task(ABC, Generic[SettingsT]):
     """The options it has instead with a flag, by the flag, a field of all of them."""
     trains_backbone: ClassVar[bool] = False
     """Whether it leaves other weights in its subject, which no task after it is given."""
+    keeps_network: ClassVar[bool] = False
+    """Whether it keeps a network, in a folder called by the result's name."""
 
     def __init__(self, settings: SettingsT):
         self.options = settings

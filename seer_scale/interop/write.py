@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seer_scale.errors import NOTHING, Problem, UserError, nearest
-from seer_scale.files import published, to_json
+from seer_scale.files import published, shown, to_json
 from seer_scale.formatting import file_size
 from seer_scale.interop import onnx_graph
 from seer_scale.interop.artefact import HEAD_KEY, ONNX_FILE, OWN_FORMAT, WEIGHTS, About, TensorInfo, write_artefact
@@ -136,8 +136,9 @@ def _check_out(out: Path, format: str, target: Target, force: bool) -> None:
     check_replaceable(out, force)
 
 
-def check_replaceable(out: Path, force: bool) -> None:
-    """That there is nothing at `out`, or, with `force`, an export or import and nothing else. Raises UserError."""
+def check_replaceable(out: Path, force: bool, only: str = "--force replaces exports only") -> None:
+    """That there is nothing at `out`, or, with `force`, an artefact (an export, an import, a network that was trained)
+    and nothing else; the problem says `only`. Raises UserError."""
     if not out.exists() and not out.is_symlink():
         return
     if out.is_dir() and not any(out.iterdir()):
@@ -145,11 +146,12 @@ def check_replaceable(out: Path, force: bool) -> None:
     if not force:
         raise UserError(_exists(out))
     if out.is_dir():
-        others = [p.name for p in out.iterdir() if p.name not in EXPORTED_NAMES and not fnmatch(p.name, SHARDS)]
+        weights = [p.name for p in out.iterdir() if p.name == ONNX_FILE or fnmatch(p.name, SHARDS)]
+        others = [p.name for p in out.iterdir() if p.name not in (*weights, *(EXPORTED_NAMES if weights else ()))]
     else:
         others = [] if out.suffix in LONE_FILES else [out.name]
     if others or out.is_symlink():
-        rule = f"--force replaces exports only, and {others[0] if others else 'a link'} is none"
+        rule = f"{only}, and {shown(others[0]) if others else 'a link'} is none"
         raise UserError(Problem("--out", str(out), rule, "choose another"))
 
 

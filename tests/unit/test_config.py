@@ -59,6 +59,7 @@ def test_text_stays_text():
         ("--train.global_batch=2.5", "train.global_batch", 2.5, "", "a whole number"),
         ("--optim.lr=.inf", "optim.lr", float("inf"), "", "finite"),
         ("--optim.lr=fast", "optim.lr", "fast", "", "a number"),
+        ("--optim.lr=", "optim.lr", "", "", "a number"),
         ("--optim.name=adam", "optim.name", "adam", "did you mean adamw?", "lars, sgd, adamw"),
         ("--optim.learning_rate=1", "optim.learning_rate", NOTHING, "did you mean optim.lr_batch?", "is not a key"),
         ("--optim.momentun=1", "optim.momentun", NOTHING, "did you mean optim.momentum?", "is not a key"),

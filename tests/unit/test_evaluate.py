@@ -34,7 +34,9 @@ from seer_scale.evaluate.shards import Shards
 from seer_scale.evaluate.splits import open_data_set
 from seer_scale.evaluate.subject import Subject, open_subject
 from seer_scale.evaluate.suite import read_suite
+from seer_scale.evaluate.task import Result
 from seer_scale.models.registry import build_backbone
+from seer_scale.observe.chart import Chart
 from seer_scale.observe.progress import Progress
 from tests.ranks import run_ranks
 from tests.tiny import world_of
@@ -387,11 +389,35 @@ def record_of(scores: dict[str, float], path: str = "", protocol: str = "So.", *
 
 
 def test_the_name_of_a_result_is_that_of_a_file_and_changes_no_figure():
-    for wrong in ("a/b", ".a", "suite", "a b", "..", "knn-random"):
+    """And of nothing else that lies in the folder of results, such as those of other tasks."""
+    rest = ("suite", "history", "unfinished", "logs", "history.jsonl", "knn.json", "knn.svg", "knn~2")
+    for wrong in ("a/b", ".a", "a b", "..", "knn-random", *rest, *(task_names().keys() - {"knn"})):
         with pytest.raises(ConfigError) as told:
             read_settings("knn", {"name": wrong})
         assert [p.key for p in told.value.problems] == ["--name"]
     assert read_settings("knn", {"name": "knn-b"}).mark == read_settings("knn", {}).mark
+    assert read_settings("knn", {"name": "knn"}).name == "knn"
+
+
+def test_plots_and_results_never_have_one_name(corpus, tmp_path):
+    evaluation = evaluation_of(corpus, task="robustness")
+    chart = Chart(title="a", x="b", y="c", series={"d": [(0, 1.0)]})
+    result = Result(scores={"a": 1.0}, headline="a", protocol="", plots=(chart, chart))
+    files: list[str] = []
+    for name in ("", "robustness-2", "robustness.2"):
+        options = dataclasses.replace(evaluation.options, name=name)
+        files += as_record("robustness", options, evaluation, result, 1.0)["files"]
+    assert len(set(files)) == 3 * 3
+    with pytest.raises(ConfigError):
+        read_settings("robustness", {"name": Path(files[2]).stem})
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_option_of_nothing_is_refused_as_it_was_given(text):
+    for task, option in (("knn", "k"), ("lowshot", "shots"), ("linear", "lr"), ("linear", "augment"), ("svm", "c")):
+        with pytest.raises(ConfigError) as told:
+            read_settings(task, {option: text})
+        assert str(told.value.problems[0]).startswith(f"--{option} is {text!r}, but ")
 
 
 def test_what_is_evaluated_is_in_eval_mode_and_depends_on_no_neighbour(tmp_path):

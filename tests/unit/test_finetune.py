@@ -31,7 +31,7 @@ from seer_scale.evaluate.finetuning import (
 )
 from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
 from seer_scale.evaluate.registry import task_class
-from seer_scale.evaluate.run import read_settings
+from seer_scale.evaluate.run import as_record, read_settings
 from seer_scale.evaluate.splits import Split
 from seer_scale.evaluate.subject import Subject
 from seer_scale.interop.artefact import About, Artefact, TensorInfo, write_artefact
@@ -292,6 +292,14 @@ def test_few_labels_teach_the_whole_network_and_a_draw_is_not_trained_again(squa
         "Draws of 50%: 27 updates",
     ]
     assert "(89 make 100 updates of 8 images)" in whole.warnings[0]
+    told = (
+        "mean and deviation of 2 draws; the whole network was trained on each draw for 10 epochs from the pretrained "
+    )
+    assert f"{told}weights, BatchNorm by statistics of 8 crops; " in whole.protocol
+    few = dataclasses.replace(evaluation.options, draws=1)
+    rows = [row | {"epochs": 1, "tested": 21} for row in whole.table]
+    told = task_class("lowshot")(few)._result(rows, evaluation.data_set(), evaluation.subject).protocol
+    assert "one draw of each; the whole network was trained on each draw for 1 epoch from" in told
 
     trained, train, scores_of = [], Finetuning.train, Finetuning.scores_of
 
@@ -374,14 +382,20 @@ def test_what_cannot_be_trained_is_told_and_leaves_nothing(squares, tmp_path, gi
 def test_statistics_of_more_crops_than_images_are_told_as_that():
     options = FinetuneSettings()
     task, split = task_class("finetune")(options), Split(None, np.zeros(60, np.int64), ["a"])
-    assert "BatchNorm by statistics of 256 crops of 60 images; " in task._how(split, "trained")
+    subject = Subject(path=Path(), model=None, fingerprint="", weights="trained", size=SIZE)
+    assert "BatchNorm by statistics of 256 crops of 60 images; " in task._how(split, subject)
     num = next(n for n in range(1, 10_000) if not told_of_few_updates(options, n))
     assert options.updates(35, num) == 100 and options.updates(35, num - 1) == 99
 
 
 def test_untrained_weights_have_statistics_of_images_to_keep(squares, tmp_path):
     evaluation = evaluation_of(squares, tmp_path, weights="random", statistics="frozen", epochs="1")
-    measure(evaluation)
+    result = measure(evaluation)
+    told = as_record("finetune", evaluation.options, evaluation, result, 1.0)["protocol"]
+    assert "for 1 epoch from untrained weights, BatchNorm by statistics of 42 images, taken before; " in told
+    moved = dataclasses.replace(evaluation.options, statistics="synchronised")
+    told += task_class("finetune")(moved)._how(evaluation.data_set().train, evaluation.subject)
+    assert "Untrained" not in told and told.count("42 images, taken before") == 1, "of a network that was trained"
     kept = Artefact(tmp_path / "finetune-random")
     taken = {n: t for n, t in evaluation.subject.model.state_dict().items() if "running" in n}
     assert taken and all(torch.equal(kept.read(n), t) for n, t in taken.items())

@@ -417,6 +417,8 @@ def test_svms_that_do_not_converge_are_counted(pictures, monkeypatch, recwarn):
         assert row["converged"] is (not last) and row["unconverged_fits"] == folds + last
     total = sum(row["unconverged_fits"] for row in result.table)
     assert result.scores["svm/unconverged_fits"] == total and 0 < total < 3 * 7
+    (told,) = result.warnings
+    assert told.startswith(f"{total} fits of linear SVMs did not converge in 25 iterations")
     assert "at most 25 iterations" in result.protocol and "converged" not in result.protocol
 
 

@@ -4,6 +4,7 @@ ranks, before and after a kill."""
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,9 @@ def test_the_same_figures_on_two_ranks_and_after_a_kill(corpus, monkeypatch):
     more = evaluation_of(corpus, task="robustness", corruptions="contrast", severities="5,1", size="32", k="5")
     assert task_class("robustness")(more.options).measure(more).table == table and not more.subject.model.seen
     again.clean()
+    one = replace(more.options, severities=(5,), corruptions=("contrast",))
+    told = task_class("robustness")(one)._result(table[0], table[1:], ("contrast",), "").protocol
+    assert "1 corruption of ImageNet-C at severity 5;" in told and "at severities 1, 5;" in result.protocol
     assert again.subject.model.seen == 2 * (15 - 8) and table == result.table[:3]
 
 

@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 
-from seer_scale.errors import UserError
+from seer_scale.errors import NOTHING, UserError
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.published import published
+from seer_scale.evaluate.run import run_task
 from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.suite import as_table, read_suite, rows_of, run_suite
 from tests.unit.test_knn import write_corpus
@@ -89,7 +90,42 @@ def test_results_of_a_suite_have_names_of_their_own(tmp_path):
     ):
         with pytest.raises(UserError) as told:
             names(text, **common)
-        assert [p.key for p in told.value.problems] == ["--name"]
+        assert {p.key for p in told.value.problems} == {"--name"}
+
+
+def test_nothing_is_replaced_but_results_of_the_same_task(tmp_path):
+    """Before work begins: there are no images."""
+    _, place = checkpoint(tmp_path / "run")
+    out = tmp_path / "out"
+
+    def problems(tasks: str, initial: list[str], **given: str) -> list[tuple[str, object]]:
+        items = read_suite(tasks, {"data": str(tmp_path / "none"), "workers": "0", **given})
+        with pytest.raises(UserError) as told:
+            run_suite(place, items, which="last", initial=initial, out=out, device="cpu")
+        alone = []
+        for task, settings in items:
+            with pytest.raises(UserError) as one:
+                run_task(task, place, settings, initial=initial, out=out, device="cpu")
+            alone += one.value.problems
+        assert [(p.key, p.rule) for p in alone] == [(p.key, p.rule) for p in told.value.problems]
+        return [(p.key, p.value) for p in told.value.problems]
+
+    not_found = [(str(tmp_path / "none"), NOTHING)]
+    (out / "finetune").mkdir(parents=True)
+    (out / "finetune-random").mkdir()
+    assert problems("knn", ["trained"]) == problems("finetune", ["trained"]) == not_found, "an empty folder is no loss"
+    (out / "finetune-random" / "README.md").write_text("mine")
+    (out / "finetune" / "model.safetensors").write_bytes(b"")
+    assert problems("finetune", ["trained"]) == not_found, "an earlier network"
+    assert problems("finetune", ["trained", "random"]) == [("--out", str(out / "finetune-random"))]
+    (out / "finetune" / "notes.txt").write_text("mine")
+    assert problems("finetune", ["trained"]) == [("--out", str(out / "finetune"))]
+
+    (out / "a.json").write_text('{"task": "svm", "scores": {}}')
+    (out / "linear.json").write_text('{"task": "linear"}')
+    assert problems("knn", ["trained"], name="a") == [("--name", "a")]
+    assert problems("svm", ["trained"], name="a") == not_found
+    assert problems("linear,knn", ["trained"])[:1] == [("--out", str(out))]
 
 
 def test_a_suite_that_measures_nothing_says_why_of_each_task(corpus, tmp_path):

@@ -14,6 +14,8 @@ from seer_scale.evaluate.task import TaskSettings
 class DetectSettings(TaskSettings):
     """Mask R-CNN as published for COCO; a small set is trained for as many passes."""
 
+    trains_network = True
+
     data: str = opt("", "a folder laid out as COCO's (annotations/instances_train*.json, train*/, and the same of val),"
                         " or the folder of the images that --annotations names")  # fmt: skip
     annotations: str = opt("", "COCO's JSON of the images to train on; empty = the one in --data")

@@ -72,12 +72,13 @@ class Detect(Task[DetectSettings]):
         curve = [(row["iteration"], row["loss"]) for row in losses]
         num = int((trained.usable > 0).sum())
         total = iterations_of(options, num)
+        of = f" with statistics of {counted(n, 'image')}" if (n := subject.statistics_images) else ""
         return Result(
             scores=scores | {"detect/images": len(tested), "detect/objects": int(tested.usable.sum())},
             headline="detect/box_ap",
-            protocol=f"{'Mask' if masks else 'Faster'} R-CNN with a feature pyramid on the backbone, {options.norm} "
-            f"BatchNorm: {counted(total, 'update')} of {counted(options.batch, 'image')} out of {num:,} with objects, "
-            f"short side {options.size}. {told_of(trained)}",
+            protocol=f"{'Mask' if masks else 'Faster'} R-CNN with a feature pyramid on the backbone, "
+            f"{options.norm} BatchNorm{of}: {counted(total, 'update')} of {counted(options.batch, 'image')} out of "
+            f"{num:,} with objects, short side {options.size}. {told_of(trained)}",
             table=table,
             plots=(
                 Chart(title="Detection by class", x="", y="AP, %", series=bars, kind="bars"),

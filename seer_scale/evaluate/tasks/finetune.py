@@ -20,15 +20,18 @@ from seer_scale.evaluate.finetuning import (
     Done,
     FinetuneSettings,
     Finetuning,
+    begins_with,
     check_processes,
     figures,
     new_classifier,
     told_of_few_updates,
+    told_of_statistics,
 )
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.metrics import average_precisions, per_class_accuracy
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, Split, hold_out
+from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.task import Result, Task
 from seer_scale.files import published, shown
 from seer_scale.formatting import counted
@@ -53,6 +56,8 @@ from seer_scale.observe.chart import Chart
 
 @register_task("finetune", FinetuneSettings)
 class Finetune(Task[FinetuneSettings]):
+    keeps_network = True
+
     def measure(self, evaluation: Evaluation[FinetuneSettings]) -> Result:
         options, subject = self.options, evaluation.subject
         check_processes(options, evaluation)
@@ -69,7 +74,7 @@ class Finetune(Task[FinetuneSettings]):
             "finetune/train_images": len(split),
             "finetune/classes": len(data.classes),
         }
-        stem, how = options.stem(self.name, subject.weights), self._how(split, subject.weights)
+        stem, how = options.stem(self.name, subject.weights), self._how(split, subject)
         result = Result(
             scores=scores,
             headline="finetune/map" if data.train.multi_label else "finetune/top1",
@@ -89,19 +94,13 @@ class Finetune(Task[FinetuneSettings]):
             keep_network(evaluation.folder / stem, finetuning.measured, evaluation, made)
         return result
 
-    def _how(self, split: Split, weights: str) -> str:
+    def _how(self, split: Split, subject: Subject) -> str:
         options = self.options
-        begin = "from untrained weights" if weights == "random" else "from the pretrained weights"
-        several = f" of {len(split):,} images" if options.part > len(split) else ""
-        statistics = (
-            f"statistics of {options.part:,} crops{several}"
-            if options.statistics == "synchronised"
-            else "statistics as they were"
-        )
+        statistics = told_of_statistics(options, subject, len(split))
         which = f"the moving average of the weights ({options.ema:g} an update)" if options.ema else "the last weights"
         return (
-            f"The whole network was trained on {len(split):,} of these for {counted(options.epochs, 'epoch')} {begin}, "
-            f"BatchNorm by {statistics}; measured are {which}."
+            f"The whole network was trained on {len(split):,} of these for {counted(options.epochs, 'epoch')} "
+            f"{begins_with(subject)}, BatchNorm by {statistics}; measured are {which}."
         )
 
 

@@ -25,15 +25,18 @@ from seer_scale.evaluate.draws import Draw, DrawSettings, check_draw, draws_of
 from seer_scale.evaluate.finetuning import (
     Finetuning,
     TrainingSettings,
+    begins_with,
     check_processes,
     new_classifier,
     told_of_few_updates,
+    told_of_statistics,
 )
 from seer_scale.evaluate.heads import CachedFeatures, Head, Heads, best, check_batch, figures, measure_heads, train
 from seer_scale.evaluate.layers import Layers, fit_inputs, layers_of
 from seer_scale.evaluate.logistic import logistic, sklearn_module, told_of_unconverged
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.splits import DataSet, hold_out
+from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.table import Rows, Table, as_float64, by_blocks
 from seer_scale.evaluate.task import Result, Task
 from seer_scale.evaluate.tasks.linear import HeadSettings, plan_of
@@ -99,7 +102,7 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
         else:
             rows = self._classified(evaluation, options, data, draws)
         about = [{"shots": draw.shot, "draw": draw.number, "images": len(draw.indices)} for draw in draws]
-        return self._result([a | row for a, row in zip(about, rows)], data)
+        return self._result([a | row for a, row in zip(about, rows)], data, evaluation.subject)
 
     def _classified(
         self, evaluation: Evaluation[Any], options: LowshotSettings, data: DataSet, draws: Sequence[Draw]
@@ -217,7 +220,7 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
 
     # -------------------------------------------------------------------------------------------- figures
 
-    def _result(self, table: list[dict[str, Any]], data: DataSet) -> Result:
+    def _result(self, table: list[dict[str, Any]], data: DataSet, subject: Subject) -> Result:
         options, classes = self.options, len(data.classes)
         whole, tested = options.finetune, table[0]["tested"]
         scores: dict[str, float] = {}
@@ -237,17 +240,21 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
         if isinstance(options, LowshotSettings) and options.solver == "lbfgs":
             scores["lowshot/unconverged_fits"] = unconverged
         plot = Chart(title="Few labels", x="images a class", y="top-1, %", series={"top-1": points}, log_x=True)
-        drawn = "as listed" if options.split_file else f"mean and deviation of {counted(options.draws, 'draw')}"
+        several = f"mean and deviation of {options.draws} draws" if options.draws > 1 else "one draw of each"
+        drawn = "as listed" if options.split_file else several
         warnings = told_of_unconverged(unconverged)
         if isinstance(options, LowshotSettings):
             kind = "logistic regressions" if options.solver == "lbfgs" else "SGD heads"
             how = f"{kind} on frozen features"
         else:
-            epochs = " or ".join(f"{n}" for n in dict.fromkeys(row["epochs"] for row in table))
+            *others, last = dict.fromkeys(row["epochs"] for row in table)
+            epochs = " or ".join([*map(str, others), counted(last, "epoch")])
+            statistics = told_of_statistics(options, subject)
             for shot in shots:
                 num = min(row["images"] for row in table if row["shots"] == shot)
                 warnings += told_of_few_updates(options.of_images(num), num, f"Draws of {shot}: ")
-            how = f"the whole network was trained on each draw for {epochs} epochs; measured are the last weights"
+            how = f"the whole network was trained on each draw for {epochs} {begins_with(subject)}, "
+            how += f"BatchNorm by {statistics}; measured are the last weights"
         return Result(
             scores={key: float(value) for key, value in scores.items()},
             headline=f"{names[shots[0]]}_top1",

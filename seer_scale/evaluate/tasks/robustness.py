@@ -155,7 +155,8 @@ class Robustness(Task[RobustnessSettings]):
             Chart(title="By corruption", x="", y="top-1, %", series=bars, kind="bars"),
         )
         severities = ", ".join(map(str, sorted(self.options.severities)))
-        asked = f"{counted(len(names), 'corruption')} of ImageNet-C at severities {severities}"
+        levels = "severity" if len(self.options.severities) == 1 else "severities"
+        asked = f"{counted(len(names), 'corruption')} of ImageNet-C at {levels} {severities}"
         out = f" (without {' and '.join(LEFT_OUT)})" if names == tuple(CORRUPTIONS) else ""
         return Result(
             scores=scores, headline="robustness/top1", table=table, plots=plots,

@@ -23,7 +23,7 @@ from seer_scale.config.fields import opt
 from seer_scale.errors import DataError, Problem
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.layers import fit_inputs, layer_problems, layers_of
-from seer_scale.evaluate.logistic import sklearn_module
+from seer_scale.evaluate.logistic import sklearn_module, told_of_unconverged
 from seer_scale.evaluate.metrics import average_precision, mean_of
 from seer_scale.evaluate.registry import register_task
 from seer_scale.evaluate.table import as_float64, by_blocks
@@ -82,18 +82,20 @@ class Svm(Task[SvmSettings]):
         table = [{"class": name, **json.loads(path.read_text())} for name, path in zip(data.classes, paths)]
         curves = {"map": "interpolated", "map_11point": "11point", "map_area": "area"}
         scores = {f"svm/{name}": mean_of(_column(table, f"ap_{curve}")) for name, curve in curves.items()}
+        unconverged = sum(row["unconverged_fits"] for row in table)
         bars = [(row["class"], row["ap_interpolated"] or 0.0) for row in table]
         return Result(
             scores=scores
             | {
                 "svm/images": len(test.rows),
                 "svm/classes": len(data.classes),
-                "svm/unconverged_fits": sum(row["unconverged_fits"] for row in table),
+                "svm/unconverged_fits": unconverged,
             },
             headline="svm/map",
             protocol=f"{data.protocol} A LinearSVC for each class, of {len(options.c)} costs by {options.folds}-fold "
             f"cross-validation, a fit of at most {MAX_ITERATIONS_SVM:,} iterations; the area under the envelope of "
             "precision, as VISSL.",  # how many end there tells of the weights, and the protocol does not
+            warnings=told_of_unconverged(unconverged, "linear SVMs", MAX_ITERATIONS_SVM),
             table=table,
             plots=(Chart(title="Linear SVMs", x="class", y="average precision, %", series={"AP": bars}, kind="bars"),),
         )
