@@ -20,12 +20,14 @@ from seer_scale.config.fields import read_section
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, Problem, UserError
 from seer_scale.evaluate.context import Evaluation
+from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.plotting import draw
 from seer_scale.evaluate.registry import task_class, task_names
 from seer_scale.evaluate.subject import Subject, check_path, open_subject, run_dir_of
 from seer_scale.evaluate.task import Result, TaskSettings
 from seer_scale.files import shown, to_json, write_whole
 from seer_scale.formatting import untrained_with
+from seer_scale.interop.weights import public_name
 from seer_scale.interop.write import check_replaceable
 from seer_scale.observe.progress import Progress
 
@@ -163,6 +165,7 @@ def as_record(
     """A result as eval/NAME.json holds it."""
     subject = evaluation.subject
     stem, num = settings.stem(name, subject.weights), len(result.plots)
+    data = settings.data or (subject.config.data.path if subject.config else "")
     statistics_images = 0 if settings.trains_network else subject.statistics_images
     plots = [f"{stem}{f'~{i + 1}' * bool(i)}.svg" for i in range(num)]  # no name of a result has a tilde
     return {
@@ -184,9 +187,11 @@ def as_record(
             "backbone": subject.backbone,
             "parameters": sum(p.numel() for p in subject.model.parameters()),
         },
-        "data": settings.data or (subject.config.data.path if subject.config else ""),
+        "data": data,
+        "data_name": word_of(data) or public_name(data),
         "size": evaluation.size,
         "settings": dataclasses.asdict(settings),
+        "given": settings.given,
         "table": [dict(row) for row in result.table],
         "plots": [dataclasses.asdict(plot) for plot in result.plots],
         **result.more,

@@ -69,6 +69,15 @@ class TaskSettings:
         return f"{self.name or task}{UNTRAINED * (weights == 'random')}"
 
     @property
+    def given(self) -> dict[str, Any]:
+        """Those of the options that figures depend on that are not the defaults."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in NOT_IN_FIGURES and getattr(self, f.name) != f.default
+        }
+
+    @property
     def mark(self) -> str:
         """Stands for the options that figures depend on."""
         return repr([(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in NOT_IN_FIGURES])

@@ -11,31 +11,36 @@ from seer_scale.files import plain, shown, to_json
 from seer_scale.formatting import counted
 from seer_scale.interop.artefact import OWN_FORMAT, About
 from seer_scale.interop.formats import LIBRARIES, Target
-from seer_scale.interop.weights import Weights
+from seer_scale.interop.weights import Weights, public_name
 from seer_scale.observe.records import read_metrics
 
 README = "README.md"
 UNLICENSED = "unknown"
+IN_TRAINING, OF_THE_RECIPE = "in training", "of the recipe"
 MAX_CLASSES = 20
 """That are named."""
 
 
 def results_of(run: Path | None, samples_seen: int | None) -> list[dict[str, Any]]:
-    """What a run has measured at so many samples: its last kNN line up to there, and its eval/*.json of that state."""
+    """What a run has measured at so many samples: its last kNN line up to there, and its eval/*.json of that state,
+    each with its name, data and the options that are not defaults, without what tells of this machine."""
     if run is None or samples_seen is None:
         return []
     found: list[dict[str, Any]] = []
     rows = [row for row in read_metrics(run)[0] if "knn/top1" in row and row["samples_seen"] <= samples_seen]
     if rows:
         scores = {name: value for name, value in rows[-1].items() if name.startswith("knn/")}
-        found.append({"task": "knn", "samples_seen": rows[-1]["samples_seen"], "scores": scores})
+        found.append({"task": "knn", "name": IN_TRAINING, "samples_seen": rows[-1]["samples_seen"], "scores": scores})
     for path in sorted((run / "eval").glob("*.json")):
         try:
             result = json.loads(path.read_bytes())
             subject = result["subject"]
             of_these = subject["weights"] == "trained" and subject["samples_seen"] == samples_seen
             if isinstance(result["scores"], dict) and of_these:
-                found.append({"task": str(result["task"]), "samples_seen": samples_seen, "scores": result["scores"]})
+                about = {"task": str(result["task"]), "name": path.stem, "data": result.get("data_name", "")}
+                options = {name: _public(value) for name, value in (result.get("given") or {}).items()}
+                own = {"options": options, "samples_seen": samples_seen, "scores": result["scores"]}
+                found.append(about | own)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # another's file, or one that is being written
     return plain(found)
@@ -107,10 +112,14 @@ def card(name: str, weights: Weights, about: About, target: Target) -> str:
         lines += [f"{_cell(', '.join(others))}.", "", "Options of `seer-scale eval finetune`:", "", "```yaml"]
         lines += [f"{k}: {to_json(v)}" for k, v in step.options.items()] + ["```", ""]
     if results := origin.get("results"):
-        lines += ["## Results", "", "| task | samples seen | scores |", "|---|---|---|"]
+        lines += ["## Results", "", "| task | data | options | samples seen | scores |", "|---|---|---|---|---|"]
         for result in results:
+            task, name, options = result["task"], result.get("name", ""), result.get("options")
             scores = ", ".join(f"{k}: {_number(v)}" for k, v in result["scores"].items() if isinstance(v, int | float))
-            lines.append(f"| {_cell(result['task'])} | {result['samples_seen']:,} | {_cell(scores)} |")
+            cells = f"{task} ({name})" if name not in ("", task) else task, result.get("data") or OF_THE_RECIPE
+            given = OF_THE_RECIPE if name == IN_TRAINING else _settings(options) if isinstance(options, dict) else ""
+            row = *cells, given, f"{result['samples_seen']:,}", scores
+            lines.append(f"| {' | '.join(map(_cell, row))} |")
         lines.append("")
     if recipe:
         lines += [f"## Recipe{' of the pretraining' * bool(finetuned)}", ""]
@@ -122,6 +131,13 @@ def card(name: str, weights: Weights, about: About, target: Target) -> str:
 def _classes(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_CLASSES:,} more" if len(names) > MAX_CLASSES else ""
     return f"{len(names):,}: {', '.join(names[:MAX_CLASSES])}{more}"
+
+
+def _public(value: Any) -> Any:
+    """Of an option, which may be a path or several."""
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _settings(section: Mapping[str, Any], without: tuple[str, ...] = ()) -> str:

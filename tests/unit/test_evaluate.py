@@ -350,6 +350,7 @@ def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
     kept = json.loads(path.read_text())
     assert path.name == "knn.json" and kept["files"] == ["knn.json", "knn.svg"]
     assert kept["score"] == record["scores"]["knn/top1"] and kept["settings"]["k"] == [1, 3]
+    assert kept["given"] == {"k": [1, 3]} and kept["data_name"] == corpus.name
     assert (tmp_path / "knn.svg").read_text().count("<svg") == 1
     object.__setattr__(evaluation.subject, "weights", "random")
     record = as_record("knn", evaluation.options, evaluation, result, 1.0)

@@ -318,7 +318,14 @@ def test_the_command_exports_a_run_with_its_results(tmp_path, capsys):
     (run / "eval").mkdir()
     subject = {"weights": "trained", "samples_seen": 5}
     linear = {"task": "linear", "subject": subject, "scores": {"top1": 61.25}}
-    results = {"linear": linear, "a|b": {"task": 3}, "c": []}
+    own = {
+        "scores": {"knn/top1": 45.25},
+        "data_name": "clothes",
+        "given": {"k": [10], "lists": ["/home/someone/a.txt"]},
+    }
+    results = {"linear": linear, "a|b": {"task": 3}, "c": [], "knn": linear | {"task": "knn"} | own}
+    results["shirts"] = linear | own | {"given": 3}
+    results["coats"] = linear | own | {"given": None}
     for weights, seen in (("random", 0), ("random", 5), ("trained", 10)):
         results[f"{weights}-{seen}"] = linear | {
             "subject": {"weights": weights, "samples_seen": seen}, "scores": {"top1": 99.5},
@@ -332,12 +339,19 @@ def test_the_command_exports_a_run_with_its_results(tmp_path, capsys):
     text = (out / "README.md").read_text()
     front, _, body = text.removeprefix("---\n").partition("---\n")
     assert yaml.safe_load(front)["license"] == "cc-by-4.0"
-    for words_in in ("| knn | 5 | knn/top1: 35 |", "| linear | 5 | top1: 61.25 |", "| data | photos |"):
+    for words_in in (
+        "| knn (in training) | of the recipe | of the recipe | 5 | knn/top1: 35 |",
+        "| knn | clothes | k [10], lists ['a.txt'] | 5 | knn/top1: 45.25 |",
+        "| linear (coats) | clothes |  | 5 | knn/top1: 45.25 |",
+        "| linear | of the recipe |  | 5 | top1: 61.25 |",
+        "| data | photos |",
+    ):
         assert words_in in body
+    assert "shirts" not in body, "damaged"
     assert "99.5" not in body, "of other weights"
     assert "/home/someone" not in text + (out / "model.safetensors").read_bytes()[:9000].decode(errors="ignore")
     again = seer_scale.export(out, tmp_path / "again", "timm")  # what is known goes along
-    assert "| linear | 5 | top1: 61.25 |" in (again / "README.md").read_text()
+    assert "| knn | clothes | k [10], lists ['a.txt'] | 5 | knn/top1: 45.25 |" in (again / "README.md").read_text()
     onnx = ["export", str(out), "--out", str(tmp_path / "x.onnx"), "--format", "onnx", "--json"]
     assert main(onnx) == 0
     told = json.loads(capsys.readouterr().out)
