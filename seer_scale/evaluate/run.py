@@ -90,7 +90,7 @@ def check_results(folder: Path, items: Sequence[tuple[str, TaskSettings]], initi
     problems: list[Problem] = []
     for (name, settings), weights in product(items, initial):
         path = folder / f"{settings.stem(name, weights)}.json"
-        if os.path.lexists(path) and (there := _task_of(path)) != name:
+        if os.path.lexists(path) and (there := str(record_in(path, "task", "scores").get("task", ""))) != name:
             rule = f"{path.name} in {shown(folder)} is {f'of the task {shown(there)}' if there else 'no result'}"
             key, value = ("--name", settings.name) if settings.name else ("--out", shown(folder))
             problems.append(Problem(key, value, rule, "choose another"))
@@ -103,13 +103,13 @@ def check_results(folder: Path, items: Sequence[tuple[str, TaskSettings]], initi
         raise UserError(*problems)
 
 
-def _task_of(path: Path) -> str:
-    """Of a result; "" where it is none."""
+def record_in(path: Path, *keys: str) -> dict[str, Any]:
+    """A result, or a summary, by what it must have; {} where it is none."""
     try:
         record = json.loads(path.read_bytes())
-        return str(record["task"]) if isinstance(record["scores"], dict) else ""
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.keys() >= set(keys) else {}
 
 
 def run_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.places import remove, remove_stale
 from seer_scale.evaluate.published import difference, published
 from seer_scale.evaluate.registry import task_class, task_names
-from seer_scale.evaluate.run import check_path, check_results, measure, read_settings, report, results_folder
+from seer_scale.evaluate.run import check_path, check_results, measure, read_settings, record_in, report, results_folder
 from seer_scale.evaluate.subject import open_subject
 from seer_scale.evaluate.task import TaskSettings
 from seer_scale.files import shown, to_json, write_whole
@@ -89,6 +90,9 @@ def run_suite(
     Collective. Raises UserError where nothing could be measured."""
     check_path(path)
     folder = results_folder(path, out)
+    if os.path.lexists(folder / SUITE_FILE) and not record_in(folder / SUITE_FILE, "suite", "rows"):
+        rule = f"its {SUITE_FILE} is no table of a suite"
+        raise UserError(Problem("--out", shown(folder), rule, "choose another"))
     check_results(folder, items, initial)
     world = distributed.init(folder / "logs", device=device)
     rows: list[dict[str, Any]] = []

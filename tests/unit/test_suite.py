@@ -124,6 +124,8 @@ def test_nothing_is_replaced_but_results_of_the_same_task(tmp_path):
     assert problems("knn", ["trained"], name="a") == [("--name", "a")]
     assert problems("svm", ["trained"], name="a") == not_found
     assert problems("knn,linear", ["trained"]) == problems("linear", ["trained"]) == [("--out", str(out))]
+    (out / "suite.json").write_text("[1]")
+    assert problems("knn,lowshot", ["trained"]) == [("--out", str(out))]
 
 
 def test_a_suite_that_measures_nothing_says_why_of_each_task(corpus, tmp_path):
