@@ -45,6 +45,7 @@ def _add_suite(tasks: Any, fill: bool) -> None:
     parser = add_command(
         tasks, "suite", suite, what, description=f"Measures {what}.", epilog=EPILOG, takes_plugins=True
     )
+    parser.hints = dict.fromkeys((".yaml", ".yml"), "give a file of tasks as --tasks FILE")
     _add_subject(parser)
     parser.add_argument(
         "--tasks", default="knn,linear,lowshot",

@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(Problem(self.prog, NOTHING, f"needs {needs}", self._see_help()))
 
     def _see_help(self) -> str:
-        return f"{self.prog} --help explains each"
+        return f"see {self.prog} --help"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """argparse's own names all choices; ours names the nearest."""
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         word = words[0]
         name = word.partition("=")[0]
         if not word.startswith("-"):
-            fix = f"{self.prog} --help says what is"
+            fix = self.hints.get(Path(word).suffix) or f"{self.prog} --help says what is"
             if takes_overrides:
                 quote = ", and a pattern in quotes, as in --data.path 'DIR/*.tar'" if Path(word).exists() else ""
                 fix = f"write overrides as --section.key value{quote}"

@@ -73,6 +73,11 @@ class Evaluation(Generic[SettingsT]):
         """Side of the images in pixels."""
         return self.options.size or self.subject.size
 
+    @property
+    def at_size(self) -> str:
+        """A protocol's sentence on the size of the images."""
+        return f"Images at {self.size} pixels."
+
     def __post_init__(self) -> None:
         self.workers = share_cores(self.world, self.options.workers)
 
@@ -80,9 +85,10 @@ class Evaluation(Generic[SettingsT]):
 
     def data_set(self, make: Callable[[], DataSet] | None = None, *, roles: str = TRAIN) -> DataSet:
         """What --data and --test name, or what `make` gives, listed by rank 0. roles: what the protocol says that the
-        images are for (knn.TRAIN, knn.VOTE). Untrained weights get BatchNorm statistics of its train part. Raises
-        DataError."""
+        images are for (knn.TRAIN, knn.VOTE), beside their size. Untrained weights get BatchNorm statistics
+        of its train part. Raises DataError."""
         options, config = self.options, self.subject.config
+        sized = "" if make else f" {self.at_size}"  # whoever makes another says its size
         make = make or (lambda: open_data_set(options.data, options.test, config, roles))
 
         def checked() -> DataSet:
@@ -90,7 +96,7 @@ class Evaluation(Generic[SettingsT]):
             for split in (found.train, found.test):
                 check_targets(split)
                 _ = split.mark  # reads some images, which the other ranks then need not
-            return replace(found, protocol=found.protocol + found.without_images)
+            return replace(found, protocol=found.protocol + sized + found.without_images)
 
         with self.progress.doing("listing images"):
             data = self.listed(checked, lambda found: found.sources)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -24,7 +25,7 @@ from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.plotting import draw
 from seer_scale.evaluate.registry import task_class, task_names
 from seer_scale.evaluate.subject import Subject, check_path, open_subject, run_dir_of
-from seer_scale.evaluate.task import Result, TaskSettings
+from seer_scale.evaluate.task import NOT_IN_FIGURES, Result, TaskSettings
 from seer_scale.files import shown, to_json, write_whole
 from seer_scale.formatting import untrained_with
 from seer_scale.interop.weights import public_name
@@ -64,10 +65,21 @@ def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
         Problem(field, value, f"has no effect {idle[field]}", "leave it out")
         for field, value in values.items() if field in idle
     ]  # fmt: skip
+    problems += _given_twice(settings, values)
     problems += settings.name_problems(task_names().keys() - {name}) + settings.problems()
     if problems:
         raise ConfigError([dataclasses.replace(p, key=option_of(p.key)) for p in problems], f"eval {name}")
     return settings
+
+
+def _given_twice(settings: TaskSettings, given: Mapping[str, Any]) -> list[Problem]:
+    """Entries of options that are lists of any length: what is measured twice has one row too many."""
+    found = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in given and str(field.type).endswith("...]") and len(set(value)) < len(value):
+            found.append(Problem(field.name, value, "has an entry twice", list(dict.fromkeys(value))))
+    return found
 
 
 def option_of(field: str) -> str:
@@ -145,6 +157,8 @@ def measure(
         result = task.measure(evaluation)
     record = as_record(name, settings, evaluation, result, time.perf_counter() - begin)
     if world.is_main:
+        if told := told_of_replaced(record, folder):
+            print(told, file=sys.stderr)
         publish(record, result, folder)
     evaluation.clean(keep)
     return record
@@ -201,6 +215,25 @@ def as_record(
         "torch": torch.__version__,
         "wall_time": time.time(),
     }
+
+
+def told_of_replaced(record: Mapping[str, Any], folder: Path) -> str:
+    """A sentence where the result that lies there is of other images, size or options; "" otherwise."""
+    path = folder / record["files"][0]
+    try:
+        before, now = (_measured(json.loads(text)) for text in (path.read_bytes(), to_json(record)))
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    differing = [f"{option_of(key)} {shown(str(value))}" for key, value in before.items() if now.get(key) != value]
+    if not differing:
+        return ""
+    return f"{shown(path)} replaces a result of {', '.join(differing)}. --name NAME keeps both."
+
+
+def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record is of: its options and their defaults, but those on which no figure depends."""
+    given = {k: v for k, v in record["settings"].items() if k in ("data", "test") or k not in NOT_IN_FIGURES}
+    return given | {"data": record["data"], "size": record["size"]}
 
 
 def publish(record: Mapping[str, Any], result: Result, folder: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from seer_scale import distributed
-from seer_scale.errors import ConfigError, Problem, UserError
+from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
 from seer_scale.evaluate.context import UNFINISHED_WORK
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.places import remove, remove_stale
@@ -35,8 +35,9 @@ Item = tuple[str, TaskSettings]
 def read_suite(given: str, common: Mapping[str, Any]) -> list[Item]:
     """given: task names, as in "knn,linear", or a YAML file: a list of names and of mappings with `task` and its
     options. common: options of every task that has them, as text. Raises UserError, with every problem."""
+    is_file = given.endswith((".yaml", ".yml"))
     entries: list[Any] = [{"task": name.strip()} for name in given.split(",") if name.strip()]
-    if given.endswith((".yaml", ".yml")):
+    if is_file:
         try:
             entries = yaml.safe_load(Path(given).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -45,10 +46,12 @@ def read_suite(given: str, common: Mapping[str, Any]) -> list[Item]:
         raise UserError(Problem("--tasks", given, "must be a list of tasks", f"such as {','.join(DEFAULT)}"))
     problems: list[Problem] = []
     items = []
-    for entry in entries:
+    for number, entry in enumerate(entries, 1):
+        where = f"entry {number} of {given}" if is_file else ""
         options = {"task": entry} if isinstance(entry, str) else entry
         if not isinstance(options, dict) or not isinstance(options.get("task"), str):
-            problems.append(Problem("--tasks", str(entry), "must be a name, or a mapping with `task` and its options"))
+            rule = "must be a task's name, or a mapping with `task` and its options"
+            problems.append(Problem(where, NOTHING, rule, "such as {task: knn, k: [20]}"))
             continue
         name = options["task"]
         try:
@@ -56,7 +59,7 @@ def read_suite(given: str, common: Mapping[str, Any]) -> list[Item]:
             own = {k.replace("-", "_"): v for k, v in options.items() if k != "task"}
             items.append((name, read_settings(name, {k: v for k, v in common.items() if k in known} | own)))
         except UserError as error:
-            problems += error.problems
+            problems += [replace(p, key=f"{where}: {p.key}") if where else p for p in error.problems]
     problems = problems or _same_names(items)
     if problems:
         raise ConfigError(problems, "The suite")

@@ -52,7 +52,7 @@ COMMANDS = (
     [
         (["trian"], "trian is no command of seer-scale; did you mean train?"),
         (["--verbose"], "seer-scale needs one of train, recipes, launch"),
-        (["train"], "train needs RECIPE; seer-scale train --help explains each."),
+        (["train"], "train needs RECIPE; see seer-scale train --help."),
         (["train", "--data.path", "x"], "train needs RECIPE"),
         (["train", "demo", "stray"], "stray is not expected here; write overrides as --section.key value."),
         (["train", "demo", "folder"], "and a pattern in quotes, as in --data.path 'DIR/*.tar'."),
@@ -80,6 +80,7 @@ COMMANDS = (
         (["eval", "knn", "no/run"], "no/run does not exist; the nearest folder"),
         (["report"], "RUN is missing, and there is no run in runs/; nearest: runs/demo."),
         (["report", "no/run"], "RUN is no/run, but that is no run's folder: it does not exist"),
+        (["eval", "suite", "x", "s.yaml"], "s.yaml is not expected here; give a file of tasks as --tasks FILE."),
         (["data", "dem", "x"], "did you mean demo?"),
         (["data", "demo", "--force", "x"], "--force is no option of seer-scale data demo"),
         (["data", "demo", "a", "b"], "b is not expected here; seer-scale data demo --help says what is."),
@@ -92,7 +93,7 @@ COMMANDS = (
         (["bench", "stop"], "stop is no command of seer-scale bench; did you mean step?"),
         (
             ["bench", "checkpoint", "--gib", "x"],
-            "--gib cannot be taken: invalid float value: 'x'; seer-scale bench checkpoint --help",
+            "--gib cannot be taken: invalid float value: 'x'; see seer-scale bench checkpoint --help",
         ),
         (["plan", "--failures", "--gpu", "512"], "--gpu is no option of seer-scale plan; did you mean --gpus?"),
         (["plan"], "plan needs --failures"),

@@ -29,7 +29,7 @@ from seer_scale.evaluate.metrics import weighted_votes
 from seer_scale.evaluate.nearest import by_faiss, by_products, nearest_neighbours, vote
 from seer_scale.evaluate.published import TABLE, difference, published
 from seer_scale.evaluate.registry import first_line, task_class, task_names
-from seer_scale.evaluate.run import as_record, publish, read_settings, results_folder
+from seer_scale.evaluate.run import as_record, option_of, publish, read_settings, results_folder, told_of_replaced
 from seer_scale.evaluate.shards import Shards
 from seer_scale.evaluate.splits import open_data_set
 from seer_scale.evaluate.subject import Subject, open_subject
@@ -315,6 +315,7 @@ def test_a_protocol_says_what_images_are_for_and_which_classes_lack_some(corpus,
     evaluation.clean()
     votes = task in ("knn", "robustness") and "classifier" not in given
     assert ("vote on" in protocol) == votes and ("Trained on" in protocol) != votes
+    assert "Images at 32 pixels." in protocol
     assert "Classes without test images: class1." in protocol and "without training" not in protocol
 
 
@@ -339,6 +340,32 @@ def test_options_are_checked_together_and_told_as_they_are_written():
     with pytest.raises(ConfigError) as told:
         read_settings("knn", {"k": "0,1", "faiss_from": "-1", "batch": "x", "temperature": "0.1"})
     assert [p.key for p in told.value.problems] == ["--k", "--faiss-from", "--batch"]
+
+
+@pytest.mark.parametrize("task", sorted(task_names()))
+def test_an_entry_that_is_given_twice_is_refused_in_every_list(task):
+    lists = [f for f in dataclasses.fields(task_class(task).settings) if str(f.type).endswith("...]")]
+    for field in lists:
+        one = "1" if "str" not in str(field.type) else "1%"
+        one = {"layers": "last", "corruptions": "fog", "steps": "0.5", "train_sizes": "64"}.get(field.name, one)
+        with pytest.raises(ConfigError) as told:
+            read_settings(task, {field.name: f"{one},{one}"})
+        assert "has an entry twice" in str(told.value) and option_of(field.name) in str(told.value)
+
+
+def test_what_is_replaced_by_a_result_of_other_options_is_told(corpus, tmp_path):
+    def told(**given):
+        evaluation = evaluation_of(corpus, **given)
+        result = Result(scores={"knn/top1": 1.0}, headline="knn/top1", protocol="So.")
+        record = as_record("knn", evaluation.options, evaluation, result, 1.0)
+        text = told_of_replaced(record, tmp_path)
+        publish(record, result, tmp_path)
+        return text
+
+    assert told(k="3") == told(k="3", batch="8") == "", "nothing was there, or nothing else is measured"
+    text = told(k="5", size="10")
+    assert "knn.json" in text and f"--size {SIZE}" in text and "--k [3]" in text and "--name" in text
+    assert told(k="5", size="10", test="x") and told(k="5", size="10", name="other") == ""
 
 
 def test_a_result_is_written_whole_with_its_plot(corpus, tmp_path):
@@ -459,7 +486,8 @@ def test_a_suite_is_read_whole_with_every_problem(tmp_path):
     given.write_text("- knm\n- {task: knn, kk: 3}\n- [1]\n")
     with pytest.raises(ConfigError) as told:
         read_suite(str(given), {})
-    assert [p.key for p in told.value.problems] == ["TASK", "--kk", "--tasks"]
+    keys = [f"entry {n} of {given}{key}" for n, key in ((1, ": TASK"), (2, ": --kk"), (3, ""))]
+    assert [p.key for p in told.value.problems] == keys and "[1]" not in str(told.value)
     for wrong in ("", str(tmp_path / "none.yaml")):
         with pytest.raises(UserError) as none:
             read_suite(wrong, {})

@@ -78,7 +78,7 @@ class Detect(Task[DetectSettings]):
             headline="detect/box_ap",
             protocol=f"{'Mask' if masks else 'Faster'} R-CNN with a feature pyramid on the backbone, "
             f"{options.norm} BatchNorm{of}: {counted(total, 'update')} of {counted(options.batch, 'image')} out of "
-            f"{num:,} with objects, short side {options.size}. {told_of(trained)}",
+            f"{num:,} with objects, short side {options.size} pixels. {told_of(trained)}",
             table=table,
             plots=(
                 Chart(title="Detection by class", x="", y="AP, %", series=bars, kind="bars"),

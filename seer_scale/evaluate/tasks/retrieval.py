@@ -140,7 +140,7 @@ class Retrieval(Task[RetrievalSettings]):
         curve = [(row["k"], row["recall"]) for row in table]
         plot = Chart(title="Retrieval", x="k", y="recall at k, %", series={"recall": curve}, log_x=True)
         protocol = f"Retrieval by cosine of {where}, {shown(data.name)}; {named_classes(data.classes)}{none}."
-        protocol += data.without_images
+        protocol += f" {evaluation.at_size}{data.without_images}"
         return Result(scores=scores, headline="retrieval/map_at_r", protocol=protocol, table=table, plots=(plot,))
 
     def _revisited(self, ranked: np.ndarray, gnd: list[dict[str, list[int]]], protocol: str) -> Result:

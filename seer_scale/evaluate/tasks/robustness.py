@@ -48,12 +48,11 @@ class RobustnessSettings(TaskSettings):
 
     def problems(self) -> list[Problem]:
         unknown = [name for name in self.corruptions if name not in CORRUPTIONS]
-        twice = len(set(self.severities)) < len(self.severities) or len(set(self.corruptions)) < len(self.corruptions)
         found = [
             Problem("corruptions", name, "there is no such corruption", nearest(name, CORRUPTIONS)) for name in unknown
         ]
-        if twice or not self.severities:
-            found.append(Problem("severities", self.severities, "and corruptions are named once each, one at least"))
+        if not self.severities:
+            found.append(Problem("severities", self.severities, "must name one at least", SEVERITIES))
         return found
 
 
