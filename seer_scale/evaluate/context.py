@@ -62,6 +62,8 @@ class Evaluation(Generic[SettingsT]):
     world: World
     progress: Progress
     folder: Path
+    unreadable: dict[str, None] = field(default_factory=dict)
+    """What is told of images that could not be read, sentences in the order in which that was found."""
     _used: set[Path] = field(default_factory=set)
 
     @property
@@ -181,14 +183,15 @@ class Evaluation(Generic[SettingsT]):
         encode_pixels: EncodePixels | None = None,
         stream: FeatureStream | None = None,
         mark: str = "",
+        label: str = "",
     ) -> Table:
         """Features of every image of a split that can be read, the same on any number of ranks; goes on where a kill
         left off. Collective.
 
         encode: normalised images [n, 3, S, S] -> [n, D], the backbone's features otherwise. encode_pixels: instead, of
         uint8 images on the device and their rows in the split. stream: instead, features of rows in another way than by
-        the loader. mark: stands for these. Raises DataError where no image can be read, CheckpointError where features
-        are not finite.
+        the loader. mark: stands for these. label: what progress says. What cannot be read is told of in `unreadable`.
+        Raises DataError where no image can be read, CheckpointError where features are not finite.
         """
         of_images = encode or self.subject.encode
 
@@ -199,17 +202,30 @@ class Evaluation(Generic[SettingsT]):
             encode_images, encode_pixels or of_pixels, split.source, size=self.size, batch=self.options.batch,
             workers=self.workers, device=self.device, within=SHARD,
         )  # fmt: skip
-        folder, world, name = self.work(SHARED_FEATURES, split.mark, self.size, mark), self.world, what or split.name
+        label = label or f"computing features of {what or split.name}"
+        folder, world = self.work(SHARED_FEATURES, split.mark, self.size, mark), self.world
         shards = Shards(folder, len(split), SHARD, SafetensorsShards())
         if not world.from_main(lambda: is_joined(folder)):
-            label = f"computing features of {name}"
             shards.write(stream, split.source, world=world, progress=self.progress, label=label)
-            with self.progress.doing(f"joining features of {name}"), world.together():
+            with self.progress.doing(f"joining features of {split.name}"), world.together():
                 if world.is_main and not join(shards):
                     rule = f"none of {counted(len(split), 'image')} can be read"
                     raise DataError(Problem(split.name, NOTHING, rule, "check them: seer-scale data describe"))
         features, rows = open_matrix(folder)
+        if told := split.told_of_unreadable(rows):
+            self.unreadable[told] = None
         return Table(features, rows, split.targets[rows], folder)
+
+    def readable(self, split: Split) -> np.ndarray:
+        """Rows of the images of a split that can be read, int64 [n], ascending: for what trains on images themselves,
+        where the loader would put others in the place of those that cannot. As `features`."""
+
+        def nothing(pixels: Tensor, rows: np.ndarray) -> Tensor:
+            return torch.zeros(len(pixels), 1, device=self.device)
+
+        return self.features(
+            split, encode_pixels=nothing, mark="readable", label=f"reading images of {split.name}"
+        ).rows
 
     def discard(self, *tables: Table) -> None:
         """Remove the files of features that are not asked for again; who has mapped them keeps them. Collective."""

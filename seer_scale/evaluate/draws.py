@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,20 +92,29 @@ def draws_of(options: DrawSettings, train: Split) -> list[Draw]:
                 rows = stratified(train.targets, len(train.classes), amount, number, seed=options.seed)
                 found.append(Draw(shot, number, rows, least=amount if isinstance(amount, int) else 1))
     for draw in found:
-        check_draw(draw, train.targets[draw.indices], train)
+        _check(draw, train)
     return found
 
 
-def check_draw(draw: Draw, targets: np.ndarray, train: Split) -> None:
+def readable(draws: Sequence[Draw], rows: np.ndarray, train: Split) -> list[Draw]:
+    """Draws without the images that cannot be read. rows: those that can, of the training split. Raises DataError where
+    too few are left of a class."""
+    found = [replace(draw, indices=draw.indices[np.isin(draw.indices, rows)]) for draw in draws]
+    for draw in found:
+        _check(draw, train, "that can be read ", "check the images: seer-scale data describe")
+    return found
+
+
+def _check(draw: Draw, train: Split, which: str = "", fix: str = "") -> None:
     """Raises DataError where a class has no image, or fewer than asked for."""
-    num = np.bincount(targets, minlength=len(train.classes))
+    num = np.bincount(train.targets[draw.indices], minlength=len(train.classes))
     if num.min() >= draw.least:
         return
-    name = train.classes[int(num.argmin())]
-    rule = f"of the class {name} there {'is' if num.min() == 1 else 'are'} {counted(num.min(), 'image')} in a draw"
+    name, is_one = train.classes[int(num.argmin())], num.min() == 1
+    rule = f"of the class {name} there {'is' if is_one else 'are'} {counted(num.min(), 'image')} {which}in a draw"
     if draw.path:
-        raise DataError(Problem("--split-file", draw.path, rule, "list images of each class"))
-    raise DataError(Problem("--shots", draw.shot, rule, _possible(draw, train)))
+        raise DataError(Problem("--split-file", draw.path, rule, fix or "list images of each class"))
+    raise DataError(Problem("--shots", draw.shot, rule, fix or _possible(draw, train)))
 
 
 def _possible(draw: Draw, train: Split) -> tuple[str, ...] | str:

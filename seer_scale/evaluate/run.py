@@ -181,6 +181,7 @@ def as_record(
     stem, num = settings.stem(name, subject.weights), len(result.plots)
     data = settings.data or (subject.config.data.path if subject.config else "")
     statistics_images = 0 if settings.trains_network else subject.statistics_images
+    said = [result.protocol, *evaluation.unreadable, untrained_with(statistics_images)]
     plots = [f"{stem}{f'~{i + 1}' * bool(i)}.svg" for i in range(num)]  # no name of a result has a tilde
     return {
         "task": name,
@@ -188,7 +189,7 @@ def as_record(
         "headline": result.headline,
         "score": result.scores[result.headline],
         "scores": dict(result.scores),
-        "protocol": f"{result.protocol} {untrained_with(statistics_images)}".rstrip(),
+        "protocol": " ".join(filter(None, said)),
         "warnings": [*filter(None, [subject.remark]), *result.warnings],
         "subject": {
             "path": str(subject.path),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from seer_scale.config import Config, Data, Knn, Run, Train
 from seer_scale.data.sources import Source, subset
 from seer_scale.errors import NOTHING, DataError, Problem
 from seer_scale.evaluate.knn import TRAIN, Words, labelled_images, some_names, why_unlabelled
+from seer_scale.files import shown
 from seer_scale.formatting import counted
 from seer_scale.rng import numpy_generator
 
@@ -45,6 +47,19 @@ class Split:
         return dataclasses.replace(
             self, source=subset(self.source, indices), targets=self.targets[indices], taken=taken
         )
+
+    def told_of_unreadable(self, rows: np.ndarray) -> str:
+        """What is said where only the images `rows` can be read: how many cannot, and which classes have none without
+        them; nothing where all can."""
+        lost = np.setdiff1d(np.arange(len(self)), rows).tolist()
+        if not lost:
+            return ""
+        gone = without(self.classes, self.targets[rows])
+        gone = [name for name in gone if name not in without(self.classes, self.targets)]
+        first = f"{shown(self.source.name(lost[0]))}{' and others' * (len(lost) > 1)}"
+        told = f"Of {len(self):,} images {'drawn ' * bool(self.taken)}of {self.name} {len(lost):,} cannot be read and "
+        told += f"{'is' if len(lost) == 1 else 'are'} left out: {first}"
+        return f"{told}{f'; that leaves none of {some_names(gone)}' if gone else ''}."
 
     @cached_property
     def mark(self) -> str:
@@ -89,12 +104,17 @@ class DataSet:
     @property
     def without_images(self) -> str:
         """Which classes have no image to train on, or none to test on: a sentence each, or nothing."""
-        told, numbers = "", np.arange(len(self.classes))
+        told = ""
         for what, split in (("training", self.train), ("test", self.test)):
-            there = (split.targets == 1).any(0) if split.multi_label else np.isin(numbers, split.targets)
-            if missing := [name for name, is_there in zip(self.classes, there) if not is_there]:
+            if missing := without(self.classes, split.targets):
                 told += f" Classes without {what} images: {some_names(missing)}."
         return told
+
+
+def without(classes: Sequence[str], targets: np.ndarray) -> list[str]:
+    """Those of the classes that no image has, of the targets of a `Split`."""
+    there = (targets == 1).any(0) if targets.ndim == 2 else np.isin(np.arange(len(classes)), targets)
+    return [name for name, is_there in zip(classes, there) if not is_there]
 
 
 def open_data_set(data: str, test: str, config: Config | None, roles: str = TRAIN) -> DataSet:

@@ -38,6 +38,8 @@ from seer_scale.interop.artefact import About, Artefact, TensorInfo, write_artef
 from seer_scale.models.classifier import Classifier, parameter_depths
 from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.observe.progress import Progress
+from tests.conftest import write_photos
+from tests.problems import refused
 from tests.ranks import run_ranks
 from tests.tiny import RECIPE, world_of
 
@@ -80,7 +82,8 @@ def backbone():
 def evaluation_of(
     data: Path, folder: Path, world: World = World(), weights: str = "trained", task: str = "finetune", **given
 ) -> Evaluation:
-    settings = read_settings(task, {"workers": "0", "batch": "16", "data": str(data), **QUICK, **given})
+    quick = QUICK if task in ("finetune", "lowshot", "linear") else {}
+    settings = read_settings(task, {"workers": "0", "batch": "16", "data": str(data), **quick, **given})
     about = About("safetensors", MODEL, eval_preprocessing(SIZE), {"method": "toy"})
     subject = Subject(
         path=folder, model=backbone(), fingerprint="0", weights=weights, size=SIZE, samples_seen=7, about=about
@@ -324,6 +327,44 @@ def test_few_labels_teach_the_whole_network_and_a_draw_is_not_trained_again(squa
     again = measure(evaluation_of(squares, tmp_path / "killed", **FEW))
     assert trained == [9, 9, 9, 21, 21] and set(updates) == {21}, "what was trained needs to be measured alone"
     assert again.scores == whole.scores and list(again.table) == list(whole.table)
+
+
+ONE_DRAW = {"shots": "2", "draws": "1"}
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "is_refused"),
+    [
+        ("linear", {"weight_decay": "0"}, False),
+        ("linear", {"weight_decay": "0", "augment": "true"}, False),
+        ("robustness", {"classifier": "linear", "corruptions": "fog", "severities": "1"}, False),
+        ("finetune", {"held_out": "0"}, False),
+        ("lowshot", {"solver": "sgd", **ONE_DRAW}, True),
+        ("lowshot", {"finetune": "true", **ONE_DRAW}, True),
+        ("lowshot", {"finetune": "true", "shots": "50%", "draws": "1"}, True),
+    ],
+)
+def test_images_that_cannot_be_read_are_told_of_and_count_nothing(tmp_path, task, given, is_refused):
+    """Of 3 classes of 4 images one has none that can be read, and of another one of the test images cannot be."""
+    for part in ("train", "test"):
+        write_photos(tmp_path / part, each=4)
+    lost = [tmp_path / "train" / "class1" / f"{i}.jpg" for i in range(4)]
+    for path in (*lost, in_test := tmp_path / "test" / "class2" / "3.jpg"):
+        path.write_bytes(b"")
+    evaluation = evaluation_of(tmp_path, tmp_path / "eval", task=task, size="32", **given)
+    if is_refused:
+        with refused("--shots", given["shots"], "check the images: seer-scale data describe") as told:
+            measure(evaluation)
+        assert "of the class class1 there are 0 images that can be read" in str(told.value)
+        return
+    result = measure(evaluation)
+    protocol = as_record(task, evaluation.options, evaluation, result, 0.0)["protocol"]
+    of_train = f"4 cannot be read and are left out: {lost[0]} and others; that leaves none of class1."
+    assert f"Of 12 images of train {of_train} " in f"{protocol} "
+    assert f"Of 12 images of test 1 cannot be read and is left out: {in_test}." in protocol
+    if task == "finetune":
+        assert result.scores["finetune/train_images"] == 8 and "trained on 8 of these" in protocol
+        assert "Trained with 8 images" in (tmp_path / "eval" / "finetune" / "README.md").read_text()
 
 
 def test_few_labels_are_seen_as_often_as_they_need():

@@ -62,6 +62,7 @@ class Finetune(Task[FinetuneSettings]):
         options, subject = self.options, evaluation.subject
         check_processes(options, evaluation)
         data = evaluation.data_set()
+        data = dataclasses.replace(data, train=data.train.take(evaluation.readable(data.train)))
         split, held = _parts(data.train, options)
         place = evaluation.work("train", split.mark, held.mark, evaluation.size, options.of_weights)
         finetuning = Finetuning(new_classifier(evaluation, data), split, held, options, evaluation, place)

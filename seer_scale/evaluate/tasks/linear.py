@@ -185,6 +185,7 @@ class LinearProbe(Task[LinearSettings]):
             kept = CachedFeatures(evaluation, Rows(table.features, rows), table.targets[rows])
             whole = CachedFeatures(evaluation, table.features, table.targets)
             return whole, kept, (Rows(table.features, held), table.targets[held]), kept.rows
+        train = train.take(evaluation.readable(train))
         rows, held = _held_out(train.targets, train, options)
         of_held = evaluation.features(train.take(held), "images held out", encode=layers.encode, mark=layers.mark)
         drawn = np.sort(numpy_generator(options.seed, "sample").permutation(rows)[:SAMPLE])

@@ -21,7 +21,7 @@ import torch
 from seer_scale.config.fields import opt
 from seer_scale.errors import DataError, Problem
 from seer_scale.evaluate.context import Evaluation
-from seer_scale.evaluate.draws import Draw, DrawSettings, check_draw, draws_of
+from seer_scale.evaluate.draws import Draw, DrawSettings, draws_of, readable
 from seer_scale.evaluate.finetuning import (
     Finetuning,
     TrainingSettings,
@@ -101,7 +101,7 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
             rows = self._finetuned(evaluation, options, data, draws)
         else:
             rows = self._classified(evaluation, options, data, draws)
-        about = [{"shots": draw.shot, "draw": draw.number, "images": len(draw.indices)} for draw in draws]
+        about = [{"shots": draw.shot, "draw": draw.number} for draw in draws]
         return self._result([a | row for a, row in zip(about, rows)], data, evaluation.subject)
 
     def _classified(
@@ -113,21 +113,20 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
         if len(union) * SHARE_OF_ALL > len(data.train):
             union = np.arange(len(data.train))
         test = evaluation.features(data.test, "test images")
-        bank = evaluation.features(
-            data.train if len(union) == len(data.train) else data.train.take(union), "the images drawn"
-        )
-        kept = {int(union[row]): i for i, row in enumerate(bank.rows)}  # of those that can be read
+        part = data.train if len(union) == len(data.train) else data.train.take(union)
+        bank = evaluation.features(part, "the images drawn")
+        union = union[bank.rows]  # of those that can be read
+        draws = readable(draws, union, data.train)
         place = evaluation.work("draws", data.train.mark, data.test.mark, options.mark)
         paths = [place / f"{draw.stem}.json" for draw in draws]
         by_sgd = options.solver == "sgd"
 
         def classify(i: int) -> None:
-            rows = np.array([kept[j] for j in draws[i].indices.tolist() if j in kept])
-            check_draw(draws[i], bank.targets[rows], data.train)
+            rows = np.searchsorted(union, draws[i].indices)
             found = self._by_sgd if by_sgd else self._by_lbfgs
             row = found(evaluation, options, layers, bank, rows, test, len(data.classes), paths[i].name)
             if not by_sgd or evaluation.world.is_main:
-                write_whole(paths[i], to_json(row | {"tested": len(test.rows)}) + "\n")
+                write_whole(paths[i], to_json({"images": len(rows), **row, "tested": len(test.rows)}) + "\n")
 
         evaluation.complete(paths, classify, "classifying by few labels", "draws", by_all=by_sgd)
         return [json.loads(path.read_text()) for path in paths]
@@ -137,6 +136,9 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
     ) -> list[dict[str, Any]]:
         """Figures of the whole network, trained on each draw; networks are not kept."""
         world, nothing = evaluation.world, data.train.take(np.empty(0, np.int64))
+        union = np.unique(np.concatenate([draw.indices for draw in draws]))
+        draws = readable(draws, union[evaluation.readable(data.train.take(union))], data.train)
+        test = data.test.take(evaluation.readable(data.test))
         marks = data.train.mark, data.test.mark
         place = evaluation.work("finetuned", *marks, evaluation.size, options.of_weights)
         paths = [place / f"{draw.stem}.json" for draw in draws]
@@ -149,10 +151,11 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
             training = Finetuning(network, split, nothing, own, evaluation, aside)
             training.train()
             with evaluation.progress.doing("measuring the test images"):
-                scores, rows = training.scores_of(data.test)
-            row = {"epochs": own.epochs, "train_loss": training.done.epochs[-1]["train_loss"], "tested": len(rows)}
+                scores, rows = training.scores_of(test)
+            loss = training.done.epochs[-1]["train_loss"]
+            row = {"images": len(split), "epochs": own.epochs, "train_loss": loss, "tested": len(rows)}
             if world.is_main:
-                write_whole(paths[i], to_json(row | figures(scores, data.test.targets[rows])) + "\n")
+                write_whole(paths[i], to_json(row | figures(scores, test.targets[rows])) + "\n")
                 shutil.rmtree(aside)
 
         evaluation.complete(paths, finetune, "fine-tuning by few labels", "draws", by_all=True)
