@@ -223,9 +223,9 @@ def ends_at_once(number: int) -> bool:
     return number in (signal.SIGINT, signal.SIGTERM)
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like this one; None where none is."""
-    return next(iter(difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)), None)
+def closest(word: str, known: Iterable[str], alike: float = 0.5) -> str | None:
+    """The known word that is most like this one; None where none is. alike: the least likeness, 1 = the same."""
+    return next(iter(difflib.get_close_matches(word, sorted(known), n=1, cutoff=alike)), None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -253,11 +253,14 @@ def print_error(error: UserError) -> int:
     return EXIT_FAILED if isinstance(error, TrainingError) else EXIT_BAD_INPUT
 
 
+ALIKE = 0.65
+"""Names of a folder are of anything, and more alike by chance than words that are known."""
 ABSENT, LEADS_NOWHERE = "does not exist", "is a link that leads nowhere"
 
 
-def missing_path(path: str | os.PathLike) -> Problem:
-    """Of a path of which os.path.exists says no, why, and what is nearest."""
+def missing_path(path: str | os.PathLike, suffixes: tuple[str, ...] | None = None) -> Problem:
+    """Of a path of which os.path.exists says no, why, and what is nearest. suffixes: with which names of files end that
+    may have been meant, beside folders; None: any may."""
     cause, missing = _cause(path), Path(path)
     if os.path.islink(path):  # another name would be no nearer to what it leads to
         return Problem(os.fspath(path), NOTHING, cause)
@@ -267,7 +270,9 @@ def missing_path(path: str | os.PathLike) -> Problem:
         fix = f"{missing} {LEADS_NOWHERE if os.path.islink(missing) else 'is no folder'}"
         return Problem(os.fspath(path), NOTHING, cause, fix)
     try:
-        found = closest(missing.name, os.listdir(missing.parent))
+        with os.scandir(missing.parent) as there:
+            meant = [e.name for e in there if suffixes is None or e.name.endswith(suffixes) or e.is_dir()]
+        found = closest(missing.name, meant, ALIKE)
     except OSError:
         found = None
     if found and cause == ABSENT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,7 +14,7 @@ from seer_scale import __version__, console
 from seer_scale.cli import data, embed, evaluate, export, imports, launch, reports, train
 from seer_scale.cli.parser import Parser, split_overrides, split_switches
 from seer_scale.config import plugins_of
-from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserError, print_error
+from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NOTHING, Problem, UserError, print_error
 from seer_scale.plugins import load_plugins
 
 UNREADABLE = (errno.EACCES, errno.ENAMETOOLONG)
@@ -30,11 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.install()
     if argv is None:
         os.environ["PYTHONSAFEPATH"] = "1"  # of whatever Python is started from here
+    goes_on = words[:1] in (["eval"], ["embed"])
+    if goes_on and argv is None and os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1":
+        # as Ctrl-C; several processes end at once, as one that waits for another in a collective hears no Python
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return run(words)
     except UserError as error:
         return print_error(error)
     except KeyboardInterrupt:
+        if goes_on:
+            print("Stopped. The same command goes on with what was done.", file=sys.stderr, flush=True)
+            return EXIT_STOPPED
         lost = ": what was done since the newest checkpoint, if anything, is lost" if words[:1] == ["train"] else ""
         print(f"Stopped at once{lost}.", file=sys.stderr, flush=True)
         return EXIT_FAILED

@@ -234,7 +234,7 @@ def told_of_replaced(record: Mapping[str, Any], folder: Path) -> str:
 def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record is of: its options and their defaults, but those on which no figure depends."""
     given = {k: v for k, v in record["settings"].items() if k in ("data", "test") or k not in NOT_IN_FIGURES}
-    return given | {"data": record["data"], "size": record["size"]}
+    return given | {"data": given["data"] or record["data"], "size": record["size"]}
 
 
 def publish(record: Mapping[str, Any], result: Result, folder: Path) -> Path:

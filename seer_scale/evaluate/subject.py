@@ -14,7 +14,7 @@ from seer_scale.checkpoint import store
 from seer_scale.config import Config, read_config
 from seer_scale.errors import NOTHING, Problem, UserError, missing_path
 from seer_scale.files import shown
-from seer_scale.interop.artefact import INITIAL_KEY, About
+from seer_scale.interop.artefact import INITIAL_KEY, WEIGHT_FILES, About
 from seer_scale.interop.load import materialise
 from seer_scale.interop.weights import check_not_onnx, open_weights
 from seer_scale.models.backbone import Backbone
@@ -54,7 +54,7 @@ class Subject:
 def check_path(path: Path) -> None:
     """That there is something to evaluate. Raises UserError before any process group is made."""
     if not path.exists():
-        raise UserError(missing_path(path))
+        raise UserError(missing_path(path, WEIGHT_FILES))
     check_not_onnx(path)
     is_run = (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
     is_exported = path.is_file() or any(path.glob("*.safetensors*")) or any(path.glob("config.json"))

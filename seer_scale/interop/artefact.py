@@ -31,6 +31,8 @@ ARTEFACT_VERSION = 1
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ONNX_FILE = "model.onnx"
 OWN_FORMAT = "safetensors"
+WEIGHT_FILES = (".safetensors",)
+"""How the names of files end in which a backbone is looked for."""
 DESCRIPTORS = Path("/proc/self/fd")
 """Where Linux has the open files of a process by number."""
 HEAD_KEY = "head"
@@ -257,7 +259,7 @@ def our_names(about: About, where: Path) -> Callable[[str], str]:
 def _files(path: Path) -> Iterable[Path]:
     if not path.is_dir():
         if not path.exists():
-            raise UserError(missing_path(path))
+            raise UserError(missing_path(path, WEIGHT_FILES))
         return [path]
     if not (path / WEIGHTS_INDEX).is_file():
         return [path / WEIGHTS]

@@ -47,8 +47,9 @@ def results_of(run: Path | None, samples_seen: int | None) -> list[dict[str, Any
 
 
 def card(name: str, weights: Weights, about: About, target: Target) -> str:
-    """README.md of an artefact called `name`, as the Hub shows it. `about` is of the artefact, and has what is known:
-    origin's recipe, method, samples_seen and results may be missing. weights: of it, or of what it was made of."""
+    """README.md of an artefact, with the title `name`, as the Hub shows it. `about` is of the artefact, and has what is
+    known: origin's recipe, method, samples_seen and results may be missing. weights: of it, or of what it was made
+    of."""
     origin, how = about.origin, about.preprocessing
     license, method = origin.get("license", ""), origin.get("method", "")
     recipe: Mapping[str, Any] = origin.get("recipe") or {}

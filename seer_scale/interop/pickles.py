@@ -96,14 +96,19 @@ class _Refused(Exception):
     """What a file does that none does which torch.save wrote: a clause."""
 
 
+ZIP = b"PK\x03\x04"
+"""What a zip file begins with."""
+
+
 def read_pickle(path: Path) -> Any:
     """The object in a file of torch.save: dicts, lists, tuples, numbers, texts, `StoredTensor`s, and `Inert` for all
     else. Raises UserError for what is none, what is cut off, and what claims what it does not hold."""
+    fix, begin = "fetch it again, or another", b""
     try:
         with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
+            begin = file.read(4)
             file.seek(0)
-            return _read_zip(path, file) if is_zip else _read_legacy(path, file)
+            return _read_zip(path, file) if begin == ZIP else _read_legacy(path, file)
     except FileNotFoundError:
         raise UserError(missing_path(path)) from None
     except OSError as error:
@@ -112,7 +117,9 @@ def read_pickle(path: Path) -> Any:
         rule = f"is no file of weights that can be trusted: {error}"
     except Exception as error:  # a damaged program fails anywhere
         rule = f"is no whole file of torch.save ({type(error).__name__}: {error})"
-    raise UserError(Problem(str(path), NOTHING, rule, "fetch it again, or another"))
+        if begin != ZIP and begin[:1] != pickle.PROTO:
+            rule, fix = "is no file of weights", "give one of torch.save or safetensors"
+    raise UserError(Problem(str(path), NOTHING, rule, fix))
 
 
 # ------------------------------------------------------------------------------------------------ the two file formats
@@ -144,7 +151,7 @@ def _read_zip(path: Path, file: BinaryIO) -> Any:
         begin = (
             info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         )
-        if header[:4] != b"PK\x03\x04" or info.file_size != storage.nbytes or begin + storage.nbytes > size:
+        if header[:4] != ZIP or info.file_size != storage.nbytes or begin + storage.nbytes > size:
             raise _Refused(f"the tensor data {storage.key} claims {storage.nbytes:,} bytes that are not there")
         storage.array = _mapped(path, begin, storage.nbytes)
     return found

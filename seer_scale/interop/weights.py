@@ -20,6 +20,7 @@ from seer_scale.interop.artefact import (
     INITIAL_KEY,
     ONNX_FILE,
     OWN_FORMAT,
+    WEIGHT_FILES,
     About,
     Artefact,
     Finetuned,
@@ -173,7 +174,7 @@ def open_weights(path: Path, which: str = "last") -> Weights:
     """Those of a run, a checkpoint or an artefact. which: of a run, "last", "best" or samples seen. Plugins that
     bring its backbone are loaded before. Reads no tensor. Raises UserError."""
     if not path.exists():
-        raise UserError(missing_path(path))
+        raise UserError(missing_path(path, WEIGHT_FILES))
     check_not_onnx(path)
     if is_artefact(path) or (path / store.MANIFEST).is_file():
         if which != "last":
@@ -196,7 +197,7 @@ def find_checkpoint(path: Path, which: str) -> Path:
     if (path / store.MANIFEST).is_file():
         return path
     if not path.exists():
-        raise UserError(missing_path(path))
+        raise UserError(missing_path(path, WEIGHT_FILES))
     folder = path / "checkpoints"
     if which == "last":
         found = store.latest(folder, World(), verify=False)

@@ -64,7 +64,7 @@ def export_backbone(
                 aside.mkdir()
                 for name, content in target.files.items():
                     (aside / name).write_text(to_json(content, indent=1))
-                (aside / README).write_text(card(out.name, weights, about, target))
+                (aside / README).write_text(card(_title(weights), weights, about, target))
             if format == "onnx":
                 backbone, _ = materialise(weights)
                 for name, tensor in backbone.state_dict().items():
@@ -81,6 +81,12 @@ def export_backbone(
     lone = ONNX_FILE if format == "onnx" else WEIGHTS
     loading = target.loading_alone if is_file and target.loading_alone else target.loading
     return loading.replace("PATH", str(out)).replace("FILE", str(out if is_file else out / lone))
+
+
+def _title(weights: Weights) -> str:
+    """Of a model card: the network, and the run as far as it is known."""
+    run = weights.run.resolve().name if weights.run else ""
+    return f"{weights.about.model['name']}{f' of {run}' * bool(run)}"
 
 
 def _about(weights: Weights, format: str, dtype: str, license: str) -> About:

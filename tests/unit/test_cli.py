@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -285,6 +286,25 @@ def test_interrupted(capsys, monkeypatch):
     monkeypatch.setattr("seer_scale.cli.train.recipes", interrupted)
     assert main(["recipes"]) == 1
     assert capsys.readouterr().err.startswith("Stopped at once")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_evaluation_says_that_the_same_command_goes_on(number, capsys, monkeypatch):
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setattr(sys, "argv", ["seer-scale", "eval", "knn", "x"])
+    monkeypatch.setattr("seer_scale.evaluate.run.run_task", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main() == EXIT_STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "Stopped. The same command goes on with what was done.\n"
 
 
 ASKED = """

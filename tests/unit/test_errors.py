@@ -7,7 +7,17 @@ import pickle
 import pytest
 
 from seer_scale.data.sources.base import unreadable_line
-from seer_scale.errors import NOTHING, ConfigError, DataError, Problem, Unreadable, UserError, closest, nearest
+from seer_scale.errors import (
+    NOTHING,
+    ConfigError,
+    DataError,
+    Problem,
+    Unreadable,
+    UserError,
+    closest,
+    missing_path,
+    nearest,
+)
 
 
 def test_the_closest_word_is_data_and_the_clause_is_made_of_it():
@@ -43,6 +53,20 @@ def test_a_problem_stands_in_another_sentence_without_its_full_stop(problem, cla
     assert problem.clause == clause
     found = Problem.from_check("run.dir", UserError(problem, Problem.of("Odd.")))
     assert found[-1].clause == "run.dir: Odd"
+
+
+def test_a_missing_path_is_near_a_close_name_of_what_may_be_meant(tmp_path):
+    for name in ("env.sh", "demo.sh", "weights.safetensors"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "runs").mkdir()
+
+    def meant(name, *suffixes):
+        return missing_path(tmp_path / name, *suffixes).nearest.rpartition("/")[2]
+
+    assert meant("nosuch") == meant("nosuch", (".safetensors",)) == tmp_path.name
+    assert meant("demo.sj") == "demo.sh?" and meant("demo.sj", (".safetensors",)) == tmp_path.name
+    assert meant("run", (".safetensors",)) == "runs?"
+    assert meant("weight.safetensors", (".safetensors",)) == "weights.safetensors?"
 
 
 def test_several_errors_are_one_that_keeps_their_lines_and_problems():

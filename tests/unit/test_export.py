@@ -337,6 +337,7 @@ def test_the_command_exports_a_run_with_its_results(tmp_path, capsys):
     assert main(words) == 0
     assert f'seer_scale.load("{out}")' in capsys.readouterr().out
     text = (out / "README.md").read_text()
+    assert "\n# regnety of run\n" in text
     front, _, body = text.removeprefix("---\n").partition("---\n")
     assert yaml.safe_load(front)["license"] == "cc-by-4.0"
     for words_in in (

@@ -245,6 +245,10 @@ def test_what_is_cut_off_compressed_or_no_such_file_is_refused(tmp_path):
     archive(tmp_path / "small", program(), {"0": FOUR}, compression=zipfile.ZIP_DEFLATED)
     (tmp_path / "text").write_text("weights")
     (tmp_path / "empty").write_bytes(b"")
-    for name in ("small", "text", "empty", "gone", "."):
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF")
+    for name in ("text", "empty", "photo.jpg"):
+        with pytest.raises(UserError, match=f"{name} is no file of weights; give one of torch.save or safetensors"):
+            read_pickle(tmp_path / name)
+    for name in ("small", "gone", "."):
         with pytest.raises(UserError):
             read_pickle(tmp_path / name)

@@ -149,7 +149,7 @@ def _facts(rows: Rows, events: Rows, config: dict[str, Any], restarts: int) -> d
     if get("model.name"):
         facts["Backbone"] = get("model.name")
     if is_number(begun.get("parameters")):
-        facts["Parameters"] = short_number(begun["parameters"])
+        facts["Parameters"] = f"{short_number(begun['parameters'])} with head"
     if rows:
         total = begun.get("end", get("train.total_samples"))
         seen = rows[-1]["samples_seen"]
