@@ -208,5 +208,7 @@ def find_checkpoint(path: Path, which: str) -> Path:
         there = ", ".join(sorted(p.name for p in folder.glob("samples-*"))) if folder.is_dir() else ""
         fix = f"there are {there}" if there else "give a run's folder with checkpoints, a checkpoint's or an export"
         rule = f"has no checkpoint {which}" if there else "has no valid checkpoint"
+        if path.is_file():
+            rule, fix = "is no file of weights that is read here", "give a run's folder, a checkpoint's or an export"
         raise UserError(Problem(str(path), NOTHING, rule, fix))
     return found

@@ -128,7 +128,7 @@ def test_one_file_with_every_section_and_plot_and_no_request(run_dir):
     for words in (
         "my <run>",
         "regnety_400mf",
-        "3.95M",
+        "3.95M with head",
         "fsdp · 4 ranks",
         "100 images/s",
         "ln K = 4.159",
