@@ -82,6 +82,12 @@ def test_of_a_teacher_the_prefix_says_which(tmp_path):
     assert same(seer_scale.load(place), teacher)
 
 
+def test_a_file_of_something_else_is_told_as_no_file_of_weights(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(seer_scale.UserError, match="photo.jpg is no file of weights"):
+        open_weights(tmp_path / "photo.jpg")
+
+
 def test_a_network_that_is_not_what_the_recipe_says_is_refused(tmp_path):
     _, place = checkpoint(tmp_path / "a", model=MODEL | {"depth": 6})
     with pytest.raises(seer_scale.UserError, match="does not hold a regnety: s"):
