@@ -5,6 +5,7 @@ from seer_scale.config.checks import check_rules, divisor_near, unused_keys
 from seer_scale.config.fields import opt, read_section
 from seer_scale.config.method_settings import all_keys, keys_of_network, register_settings, settings_classes
 from seer_scale.config.recipe import (
+    NOT_YAML,
     RECIPES,
     as_asked,
     checked,
@@ -40,6 +41,7 @@ from seer_scale.config.schema import (
 )
 
 __all__ = [
+    "NOT_YAML",
     "RECIPES",
     "ZERO_ENGINES",
     "Checkpoint",

@@ -54,7 +54,11 @@ for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
-def yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What reading YAML raises: its constructors pass on what a date or a number of digits alone is no such thing."""
+
+
+def yaml_problem(error: Exception) -> str:
     """What PyYAML complains of, in a line, and where."""
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
         context = f"{error.context}, " * bool(error.context)
@@ -66,7 +70,7 @@ def read_yaml(path: Path, example: str) -> dict[str, Any]:
     """The mapping in a YAML file. example: of what it should hold. Raises UserError."""
     try:
         given = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise UserError(Problem(str(path), NOTHING, f"is not YAML: {yaml_problem(error)}")) from error
     if not isinstance(given, dict):
         raise UserError(Problem(str(path), NOTHING, f"holds {type(given).__name__}, but must hold {example}"))
@@ -160,7 +164,7 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]
         try:
             is_text = kinds.get(key) == "str" or kinds.get(key) == "[str, ...]" and not value.startswith("[")
             parsed = value if is_text or not value.strip() else yaml.safe_load(value)  # of nothing YAML makes none
-        except yaml.YAMLError:
+        except NOT_YAML:
             problems.append(Problem(f"--{key}", value, "must be a YAML value", "such as 3, 0.1, true or [1, 2]"))
             continue
         *sections, name = key.split(".")

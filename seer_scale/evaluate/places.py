@@ -53,9 +53,10 @@ def remove(places: Collection[Path]) -> None:
 
 def remove_stale(folder: Path, spare: Collection[Path] = ()) -> None:
     """Remove places in `folder` that nothing has changed for STALE_S and nobody has, but those to `spare`; and it,
-    where it is empty."""
+    where it is empty. What is none of ours stays."""
     with suppress(OSError):  # another command may end, too
-        remove([p for p in folder.iterdir() if p not in spare and time.time() - last_change(p) > STALE_S])
+        ours = [p for p in folder.iterdir() if (p / LOCK).is_file() or p.name.endswith(UNFINISHED)]
+        remove([p for p in ours if p not in spare and time.time() - last_change(p) > STALE_S])
         folder.rmdir()
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from seer_scale import distributed
 from seer_scale.checkpoint import store
+from seer_scale.config import NOT_YAML
 from seer_scale.config.fields import read_section
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, Problem, UserError
@@ -50,7 +51,7 @@ def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
             is_text = kinds.get(field) == "str" or not isinstance(text, str)
             is_text |= not str(text).strip()  # of nothing YAML makes none
             values[field] = text if is_text else yaml.safe_load(f"[{text}]" if "," in text and text[0] != "[" else text)
-        except yaml.YAMLError:
+        except NOT_YAML:
             problems.append(Problem(field, text, "must be a YAML value", "such as 3, 0.1, true or [1, 2]"))
     flag = next((flag for flag in task.variants if values.get(flag) is True), "")
     chosen = task.variants.get(flag, task.settings)
@@ -110,7 +111,8 @@ def check_results(folder: Path, items: Sequence[tuple[str, TaskSettings]], initi
             try:
                 check_replaceable(path.with_suffix(""), True, "the network kept there replaces such a one only")
             except UserError as error:
-                problems += error.problems
+                fix = "give --name another" if settings.name else "choose another, or give --name NAME"
+                problems += [dataclasses.replace(p, nearest=fix) for p in error.problems]
     if problems:
         raise UserError(*problems)
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from seer_scale import distributed
+from seer_scale.config import NOT_YAML
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError
 from seer_scale.evaluate.context import UNFINISHED_WORK
 from seer_scale.evaluate.layouts import word_of
@@ -40,7 +41,7 @@ def read_suite(given: str, common: Mapping[str, Any]) -> list[Item]:
     if is_file:
         try:
             entries = yaml.safe_load(Path(given).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, *NOT_YAML) as error:
             raise UserError(Problem("--tasks", given, f"cannot be read ({type(error).__name__})")) from error
     if not isinstance(entries, list) or not entries:
         raise UserError(Problem("--tasks", given, "must be a list of tasks", f"such as {','.join(DEFAULT)}"))

@@ -72,7 +72,7 @@ class Imported:
         for what, names in (("Not taken", self.left), ("Not there, so as before any training", self.anew)):
             if names:
                 lines.append(f"{what} ({len(names)}): {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
-        lines.append(f"Go on from it: seer-scale train RECIPE --checkpoint.init_from {self.path}")
+        lines.append(f"Go on from it: seer-scale train RECIPE {model} --checkpoint.init_from {self.path}")
         return "\n".join(lines)
 
 

@@ -83,6 +83,7 @@ def test_text_stays_text():
         ("--views.jitter=[0, 0, 0, 0.6]", "views.jitter", [0.0, 0.0, 0.0, 0.6], [0.0, 0.0, 0.0, 0.5], "at most 0.5"),
         ("--schedule.name=plateau", "schedule.plateau_samples", 0, 64, "a window needs at least one update"),
         ("--checkpoint.resume=x", "checkpoint.resume", "x", "give one", "checkpoint.init_from is given, too"),
+        ("--optim.lr=2020-99-99", "--optim.lr", "2020-99-99", "such as 3, 0.1, true or [1, 2]", "must be a YAML value"),
         ("--method.name=swaw", "method.name", "swaw", "did you mean swav?", "must be one of"),
     ],
 )  # fmt: skip

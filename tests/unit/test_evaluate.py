@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -155,13 +156,17 @@ def test_a_kill_while_shards_are_joined_loses_no_feature(corpus, monkeypatch, wh
 
 
 def test_what_killed_commands_left_is_removed_once_nothing_has_touched_it_for_long(corpus):
-    """But what is in use: by this command, or by one that wrote to it lately, however deep, or has just taken it up."""
+    """But what is in use: by this command, or by one that wrote to it lately, however deep, or has just taken it up;
+    and what no command of ours has made."""
     first, left = evaluation_of(corpus), time.time() - places.STALE_S - 60
     stale, written, taken, spared = (first.folder / "unfinished" / f"{name}-0" for name in ("a", "b", "c", "features"))
-    for place in (stale, written, taken, spared):
+    mine = first.folder / "unfinished" / "thesis"
+    for place in (stale, written, taken, spared, mine):
         (place / "deep").mkdir(parents=True)
-        (place / "deep" / "state.safetensors").touch()
-        for path in (place / "deep" / "state.safetensors", place / "deep", place):
+        lock = place / ("chapter.txt" if place == mine else places.LOCK)
+        for path in (place / "deep" / "state.safetensors", lock):
+            path.touch()
+        for path in (place / "deep" / "state.safetensors", lock, place / "deep", place):
             os.utime(path, (left, left))
     os.utime(written / "deep" / "state.safetensors")
     os.utime(taken)  # as `work` does
@@ -170,6 +175,8 @@ def test_what_killed_commands_left_is_removed_once_nothing_has_touched_it_for_lo
     first.clean(kept)
     assert not own.exists() and not stale.exists() and kept == {spared}
     assert written.exists() and taken.exists() and spared.exists()
+    assert sorted(p.name for p in mine.iterdir()) == ["chapter.txt", "deep"]
+    shutil.rmtree(mine)
     os.utime(taken, (left, left))
     places.remove([written])
     places.remove_stale(first.folder / "unfinished")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from seer_scale.config import yaml_problem
+from seer_scale.config import NOT_YAML, yaml_problem
 from seer_scale.data.sources.base import Source, must_exist
 from seer_scale.data.sources.remote import is_url
 from seer_scale.data.sources.tar_paths import OUTSIDE_BRACES
@@ -129,7 +129,7 @@ def read_manifest(path: str) -> list[Part]:
         given = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise Unreadable(error.strerror or str(error), path) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise DataError(Problem(path, NOTHING, f"is no manifest, as it is not YAML: {yaml_problem(error)}")) from error
     entries = given.get("parts") if isinstance(given, dict) else None
     if not isinstance(entries, list) or not entries:
