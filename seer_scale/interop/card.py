@@ -54,6 +54,7 @@ def card(name: str, weights: Weights, about: About, target: Target) -> str:
     license, method = origin.get("license", ""), origin.get("method", "")
     recipe: Mapping[str, Any] = origin.get("recipe") or {}
     data = (recipe.get("data") or {}).get("path", "")
+    began = (recipe.get("checkpoint") or {}).get("init_from", "")
     head, finetuned = weights.head if about.format == OWN_FORMAT else None, weights.finetuned
     num_parameters = sum(p.numel() for p in weights.backbone.parameters())
     if head:
@@ -79,13 +80,14 @@ def card(name: str, weights: Weights, about: About, target: Target) -> str:
         "parameters": f"{num_parameters:,}",
         "weights": origin.get("dtype", ""),
         f"{before}method": method,
+        f"{before}began with": f"the weights of {began}" if began else "",
         f"{before}samples seen": f"{origin['samples_seen']:,}" if origin.get("samples_seen") is not None else "",
         f"{before}data": data,
         "labels of": ", then ".join(f"{step.data} ({counted(step.classes, 'class')})" for step in finetuned),
         "images": f"{size}; mean {mean}, standard deviation {std} of values in 0 to 1",
         "licence": license or "not stated",
     }  # fmt: skip
-    tags = ["fine-tuned" if method else "supervised"] if finetuned else ["self-supervised"] * bool(method)
+    tags = ["fine-tuned" if method else "supervised"] if finetuned else ["self-supervised"] * bool(method and not began)
     lines = [
         "---",
         f"license: {to_json(license or UNLICENSED)}",

@@ -143,7 +143,10 @@ def _public(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without what is of this machine alone."""
     of_machine = ("run", "data", "knn", "parallel", "checkpoint")
     kept = {section: values for section, values in recipe.items() if section not in of_machine}
-    return kept | {"data": {"path": public_name(str((recipe.get("data") or {}).get("path", "")))}}
+    kept["data"] = {"path": public_name(str((recipe.get("data") or {}).get("path", "")))}
+    if began := (recipe.get("checkpoint") or {}).get("init_from"):
+        kept["checkpoint"] = {"init_from": Path(began).name}
+    return kept
 
 
 def public_name(path: str) -> str:

@@ -339,13 +339,16 @@ def test_the_command_exports_a_run_with_its_results(tmp_path, capsys):
     text = (out / "README.md").read_text()
     assert "\n# regnety of run\n" in text
     front, _, body = text.removeprefix("---\n").partition("---\n")
-    assert yaml.safe_load(front)["license"] == "cc-by-4.0"
+    front = yaml.safe_load(front)
+    assert front["license"] == "cc-by-4.0"
+    assert front["tags"] == ["toy"], "what it began with may have learned from labels"
     for words_in in (
         "| knn (in training) | of the recipe | of the recipe | 5 | knn/top1: 35 |",
         "| knn | clothes | k [10], lists ['a.txt'] | 5 | knn/top1: 45.25 |",
         "| linear (coats) | clothes |  | 5 | knn/top1: 45.25 |",
         "| linear | of the recipe |  | 5 | top1: 61.25 |",
         "| data | photos |",
+        "| began with | the weights of x |",
     ):
         assert words_in in body
     assert "shirts" not in body, "damaged"
