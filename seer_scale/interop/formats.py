@@ -159,7 +159,7 @@ def _torchvision(weights: Weights) -> Target | str:
     if network is None:
         if name in ("regnety_800mf", "regnety_8gf"):
             return "torchvision's network of this name is another, with other widths"
-        return f"torchvision has no {name}"
+        return "torchvision has no RegNetY of these widths" if name == "regnety" else f"torchvision has no {name}"
     loading = f"""import PIL.Image, safetensors.torch, torch, torchvision
 model = torchvision.models.{network}(num_classes=1).eval()
 model.fc = torch.nn.Identity()

@@ -148,7 +148,7 @@ def _check(config: Config, width: int, source: Source, labelled: LabelledImages 
     if source.is_stream:
         raise DataError(Problem("probe.enabled", True, "the images of a stream come without labels", False))
     if problem := why_unlabelled(config, source):
-        fix = "give a data.path of one folder a class, or false"
+        fix = "give a data.path of one folder a class, as DIR/train with knn.queries DIR/test, or false"
         raise DataError(Problem("probe.enabled", True, f"{problem.key} {problem.rule}", fix))
     assert labelled is not None, "where data.path has labels, kNN has"
     if unknown := sorted(set(labelled.queries.classes) - set(source.classes)):
