@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import time
@@ -61,10 +62,11 @@ class Saver:
         return self._staging.nbytes
 
     def begin(self, state: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-        """Copy `state` and write it, with rank 0's `meta`, beside what comes next; nothing may be in flight."""
+        """Copy `state` and `meta` and write them, rank 0's `meta`, beside what comes next; nothing may be in flight."""
         assert self._thread is None, "one save at a time: wait for the one before"
         copies, self._outcome = self._staging.fill(state), Future()
-        self._thread = threading.Thread(target=self._write, args=(copies, meta), name="checkpoint", daemon=True)
+        then = copy.deepcopy(meta)  # what a run's state is kept in moves with the next update
+        self._thread = threading.Thread(target=self._write, args=(copies, then), name="checkpoint", daemon=True)
         self._thread.start()
 
     def ended(self) -> Saved | None:

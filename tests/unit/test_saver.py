@@ -171,9 +171,11 @@ def test_what_is_written_is_the_moment_of_begin(tmp_path, monkeypatch):
     monkeypatch.setattr(saver.store, "save", lambda *a: (may_write.wait(), store_save(*a))[1])
     state = at(1.0)
     background = Saver(tmp_path, state, World(), keep_last=1, keep_every_samples=0)
-    background.begin(state, META)
+    meta = META | {"schedule": {"sum": 1.0}}
+    background.begin(state, meta)
     for t in state.values():
         t.fill_(2.0)
+    meta["schedule"] |= {"sum": 2.0}
     assert background.ended() is None
     may_write.set()
     saved = background.wait()
@@ -182,6 +184,7 @@ def test_what_is_written_is_the_moment_of_begin(tmp_path, monkeypatch):
     loaded = at(0.0)
     store.load(saved.path, loaded, World())
     assert all(torch.equal(loaded[k], t) for k, t in at(1.0).items())
+    assert store.read_meta(saved.path)["schedule"] == {"sum": 1.0}
     assert background.nbytes == sum(t.nbytes for t in state.values())
 
 
