@@ -112,8 +112,8 @@ def as_asked(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[di
     it."""
     notes: list[str] = []
 
-    def other(key: str) -> Any:
-        """What the command line gives for a key, where that differs from the recipe's."""
+    def asked_for(key: str) -> Any:
+        """What the command line gives for a key."""
         section, of = key.split(".")
         asked = over.get(section)
         return asked.get(of) if isinstance(asked, dict) else None
@@ -126,18 +126,18 @@ def as_asked(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[di
             notes.append(f"{' and '.join(f'{section}.{k}' for k in gone)} of the recipe {name} {why}.")
             given = given | {section: {k: v for k, v in own.items() if k not in gone}}
 
-    if other("schedule.warmup_samples") is not None:
+    if asked_for("schedule.warmup_samples") is not None:
         why = "bounds its own warm-up, and is left out as schedule.warmup_samples is given"
         leave_out("schedule", ("warmup_share",), why)
     if name not in recipe_names():
         return given, " ".join(notes)
-    if other("data.path") is not None:
+    if asked_for("data.path") is not None:
         why = "go with its own images, and are left out as data.path names others"
         leave_out("knn", ("bank", "queries"), why)
-    if other("model.name") not in (None, "regnety"):
+    if asked_for("model.name") not in (None, "regnety"):
         leave_out("model", SHAPE, "shape its own network, and are left out as model.name names another")
     own_method = (given.get("method") or {}).get("name", Method.name)
-    if other("method.name") not in (None, own_method) and given.get(own_method):
+    if asked_for("method.name") not in (None, own_method) and given.get(own_method):
         notes.append(f"The section {own_method} of the recipe {name} goes with its own method, and is left out.")
         given = {k: v for k, v in given.items() if k != own_method}
     return given, " ".join(notes)

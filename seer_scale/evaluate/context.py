@@ -87,8 +87,8 @@ class Evaluation(Generic[SettingsT]):
 
     def data_set(self, make: Callable[[], DataSet] | None = None, *, roles: str = TRAIN) -> DataSet:
         """What --data and --test name, or what `make` gives, listed by rank 0. roles: what the protocol says that the
-        images are for (knn.TRAIN, knn.VOTE), beside their size. Untrained weights get BatchNorm statistics
-        of its train part. Raises DataError."""
+        images are for (knn.TRAIN, knn.VOTE), beside their size. Untrained weights get BatchNorm statistics of its
+        train part. Raises DataError."""
         options, config = self.options, self.subject.config
         sized = "" if make else f" {self.at_size}"  # whoever makes another says its size
         make = make or (lambda: open_data_set(options.data, options.test, config, roles))

@@ -37,7 +37,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-OTHER_TYPE = "it has a tensor of another type than float64, float32, float16, bfloat16, integers and bool"
+OTHER_TYPE = "it has a tensor of another type than float64, float32, float16, bfloat16, int64 to int8, uint8 and bool"
 
 
 class Inert(dict):
