@@ -1,5 +1,6 @@
 """RegNetY: Radosavovic et al., "Designing Network Design Spaces" (arXiv 2003.13678), in the sizes of SEER
-(arXiv 2103.01988 up to 256GF, arXiv 2202.08360 for 10B). Parameter and buffer names are timm's, without its head.
+(arXiv 2103.01988 up to 256GF, arXiv 2202.08360 for 10B) and beyond. Parameter and buffer names are timm's, without its
+head.
 
 The network takes a list of image tensors, one a resolution, and passes the whole list through each unit once.
 """
@@ -7,7 +8,7 @@ The network takes a list of image tensors, one a resolution, and passes the whol
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast, overload
 
 from torch import Tensor, nn
@@ -51,6 +52,18 @@ REGNETY: dict[str, RegNetSpec] = {
     "regnety_256gf": RegNetSpec(27, 640, 230.83, 2.53, 373),
     "regnety_10b": RegNetSpec(27, 1744, 620.83, 2.52, 1010),
 }
+
+
+def widened(spec: RegNetSpec, times: float) -> RegNetSpec:
+    """`spec` with about so many times its parameters, by the rule that leads from SEER's 256GF to its 10B: depth and wm
+    are kept, and w0, wa and the group width grow by the square root of `times`, w0 and the group width to multiples of
+    8 (which tensor cores want; the 10B's 1010 is none)."""
+    by = math.sqrt(times)
+    w0, group_width = (8 * round(by * width / 8) for width in (spec.w0, spec.group_width))
+    return replace(spec, w0=w0, wa=round(by * spec.wa, 2), group_width=group_width)
+
+
+REGNETY |= {f"regnety_{n}b": widened(REGNETY["regnety_256gf"], n / 1.272) for n in (20, 40)}
 
 
 def stage_plan(spec: RegNetSpec) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ from seer_scale.errors import UserError
 from seer_scale.interop.names import TIMM_MODELS
 from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.models.registry import backbone_names, build_backbone, initialise
-from seer_scale.models.regnet import REGNETY, RegNetY, stage_plan
+from seer_scale.models.regnet import REGNETY, RegNetY, stage_plan, widened
 
 # widths, depths, trunk parameters, GMAC at 224: docs/facts, from arXiv 2003.13678 (to 32GF), 2103.01988 and 2202.08360
 PUBLISHED = {
@@ -22,6 +22,11 @@ PUBLISHED = {
     "regnety_128gf": ([528, 1056, 2904, 7392], [2, 7, 17, 1], 637_419_894, 127.5),
     "regnety_256gf": ([746, 1492, 4103, 10444], [2, 7, 17, 1], 1_272_156_138, 254.4),
     "regnety_10b": ([2020, 4040, 11110, 28280], [2, 7, 17, 1], 9_323_934_872, 1863),
+}
+# by the rule of `widened`: widths, trunk parameters, GMAC at 224
+BEYOND = {
+    "regnety_20b": ([2960, 5920, 16280, 41440], 20_018_886_086, 4000),
+    "regnety_40b": ([4176, 8352, 22968, 58464], 39_843_588_078, 7961),
 }
 SMALL = ["200mf", "400mf", "600mf", "800mf", "1_6gf", "3_2gf", "4gf"]
 TINY = {"depth": 5, "w0": 8, "wa": 12.0, "wm": 2.0, "group_width": 8}  # widths 8 16 32 64, depths 1 1 2 1
@@ -46,6 +51,25 @@ def test_published_table(name):
     assert model.num_features == widths[-1]
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.num_macs(224) / 1e9 == pytest.approx(gmac, abs=0.5 if gmac > 1000 else 0.05)
+
+
+def test_the_rule_leads_from_seers_256gf_to_its_10b():
+    times = PUBLISHED["regnety_10b"][2] / PUBLISHED["regnety_256gf"][2]
+    made, wanted = widened(REGNETY["regnety_256gf"], times), REGNETY["regnety_10b"]
+    assert (made.w0, made.wa, made.group_width) == pytest.approx((wanted.w0, wanted.wa, wanted.group_width), rel=0.007)
+    (widths, depths), published = stage_plan(made), PUBLISHED["regnety_10b"]
+    assert widths == pytest.approx(published[0], rel=0.0025) and depths == published[1]
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_larger_ones_have_the_parameters_they_are_named_for(name):
+    widths, parameters, gmac = BEYOND[name]
+    model = on_meta(name)
+    assert stage_plan(REGNETY[name]) == (widths, PUBLISHED["regnety_10b"][1])
+    assert REGNETY[name].w0 % 8 == REGNETY[name].group_width % 8 == 0
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert parameters == pytest.approx(1e9 * int(name.removeprefix("regnety_").removesuffix("b")), rel=0.03)
+    assert model.num_macs(224) / 1e9 == pytest.approx(gmac, abs=0.5)
 
 
 @pytest.mark.parametrize("name", REGNETY)
