@@ -42,6 +42,7 @@ COMMANDS = (
     "embed",
     "inspect",
     "report",
+    "compare",
     "plan",
     "bench",
     "data",
