@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         Run,
         Transform,
         ViewSheet,
-        compare,
         embed,
         export,
         import_weights,
@@ -31,7 +30,6 @@ _HOMES = {
         "Run",
         "Transform",
         "ViewSheet",
-        "compare",
         "embed",
         "export",
         "import_weights",
@@ -48,8 +46,8 @@ _HOMES = {
 
 __all__ = [
     "ConfigError", "DataError", "Embedded", "Problem", "Run", "TrainingError", "Transform", "UserError", "ViewSheet",
-    "compare", "embed", "export", "import_weights", "load", "load_classifier", "register_backbone", "register_method",
-    "train", "views",
+    "embed", "export", "import_weights", "load", "load_classifier", "register_backbone", "register_method", "train",
+    "views",
 ]  # fmt: skip
 
 

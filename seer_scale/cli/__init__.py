@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from seer_scale import __version__, console
-from seer_scale.cli import data, embed, evaluate, export, imports, launch, reports, train
+from seer_scale.cli import data, embed, evaluate, export, imports, launch, reports, sweep, train
 from seer_scale.cli.parser import Parser, split_overrides, split_switches
 from seer_scale.config import plugins_of
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NOTHING, Problem, UserError, print_error
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.install()
     if argv is None:
         os.environ["PYTHONSAFEPATH"] = "1"  # of whatever Python is started from here
-    goes_on = words[:1] in (["eval"], ["embed"])
+    goes_on = words[:1] in (["eval"], ["embed"], ["sweep"])
     if goes_on and argv is None and os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1":
         # as Ctrl-C; several processes end at once, as one that waits for another in a collective hears no Python
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -90,7 +90,7 @@ def build_parser(words: Sequence[str]) -> Parser:
     parser = Parser(prog="seer-scale", description=DESCRIPTION, epilog=MAIN_EPILOG)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    for room in (train, launch, evaluate, embed, export, imports, reports, data):
+    for room in (train, launch, sweep, evaluate, embed, export, imports, reports, data):
         room.add_commands(commands, words)
     return parser
 

@@ -258,6 +258,7 @@ def _needs(config: Config) -> dict[str, tuple[bool, str]]:
         "data.prefetch": has_workers,
         "data.timeout_s": has_workers,
         "data.block": (kind != "stream", "a data.kind other than stream"),
+        "data.max_images": (kind != "stream", "a data.kind other than stream"),
         "data.length": (kind == "stream", "data.kind stream"),
         "data.buffer": (kind == "stream", "data.kind stream"),
         "data.split": is_hub,

@@ -85,6 +85,14 @@ class Data:
         "loader processes a rank; 0 = load in the training process; none = one for each core a rank may use, at most 4",
         ge=0,
     )
+    max_images: int = opt(
+        0,
+        (
+            "train on so many images of data.path only, drawn by run.seed, the fewer among the more; kNN's bank stays "
+            "all of them; 0 = all"
+        ),
+        ge=0,
+    )
     prefetch: int = opt(4, "batches loaded ahead", ge=1)
     timeout_s: float = opt(
         120.0,

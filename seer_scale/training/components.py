@@ -15,7 +15,7 @@ from seer_scale.checkpoint import store
 from seer_scale.config import Config
 from seer_scale.cores import rank_cores
 from seer_scale.data.loading.listing import share
-from seer_scale.data.sources import Source
+from seer_scale.data.sources import Source, Subset
 from seer_scale.distributed import World
 from seer_scale.evaluate.feature_health import HealthImages, health_images
 from seer_scale.evaluate.knn import LabelledImages, labelled_images
@@ -119,7 +119,8 @@ def list_images(
     def listed() -> tuple[DataHistory, LabelledImages | None]:
         with stop.interrupting("images were listed"):
             history = open_data_history(config, run_dir, saved)
-            return history, labelled_images(config, history.source)
+            drawn = history.source
+            return history, labelled_images(config, drawn.whole if isinstance(drawn, Subset) else drawn)
 
     def sources(listed: tuple[DataHistory, LabelledImages | None]) -> list[Source]:
         history, labelled = listed

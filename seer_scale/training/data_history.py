@@ -9,11 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from seer_scale.config import Config
+from seer_scale.data.sampling.order import permute
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler, needed
-from seer_scale.data.sources import Source, open_data, open_source
+from seer_scale.data.sources import Source, Subset, open_data, open_source, subset
 from seer_scale.data.sources.manifest import MANIFEST_SUFFIXES, ConcatSource, Part, absolute, read_manifest
 from seer_scale.errors import NOTHING, DataError, Problem, UserError
 from seer_scale.formatting import counted
@@ -21,6 +23,8 @@ from seer_scale.formatting import counted
 MANIFESTS = "manifests"
 """The folder, in a run's, of those that a refresh gave it."""
 ANOTHER_RUN = "start another run.dir with checkpoint.init_from"
+DRAW = -1
+"""In the place of an epoch's number: the order in which data.max_images takes images, which no epoch has."""
 
 
 class DataHistory:
@@ -40,24 +44,53 @@ class DataHistory:
             "versions": [asdict(e) for e in self.versions],
             "refreshes": self.refreshes,
             "buffer": self.source.buffer,
+            **({"drawn_from": len(self.source.whole)} if isinstance(self.source, Subset) else {}),
         }
 
     def refreshed(self, source: Source, number: int, samples_seen: int) -> DataHistory:
-        """The data history from `samples_seen` on, over `source`. Raises DataError for a part that changed its size."""
+        """The data history from `samples_seen` on, over `source`. Raises DataError for a part that changed its size, or
+        where the run takes some of its images only."""
+        if self._config.data.max_images:
+            raise DataError(_never_refreshed(self._config.data.max_images))
         parts, block, interleave = _reading(source, self._config)
         _check_sizes(dict(self.versions[-1].parts), parts)
         version = self.sampler.next_version(samples_seen, parts, block, interleave)
         return DataHistory(source, needed((*self.versions, version)), number, self._config)
 
 
+def training_images(config: Config) -> Source:
+    """The images of data.path, or data.max_images of them: the first of an order that follows run.seed, so that the
+    more hold the fewer, in the order in which they lie. Raises UserError."""
+    source, most = open_data(config.data), config.data.max_images
+    if not most:
+        return source
+    if most > len(source):
+        rule = f"{config.data.path} has {counted(len(source), 'image')}"
+        raise UserError(Problem("data.max_images", most, rule, len(source)))
+    return subset(source, np.sort(permute(np.arange(most), len(source), config.run.seed, DRAW)))
+
+
+def _never_refreshed(most: int) -> Problem:
+    return Problem("data.max_images", most, "a run on some of its images takes no others by a refresh", ANOTHER_RUN)
+
+
 def open_data_history(config: Config, run_dir: Path, saved: dict[str, Any] | None) -> DataHistory:
     """The data history of a new run, or of one that goes on from a checkpoint's `saved` state. Raises UserError."""
     if saved is None:
-        source = open_data(config.data)
+        source = training_images(config)
         return DataHistory(source, [DataVersion(0, *_reading(source, config))], 0, config)
     versions = [DataVersion(**{**e, "parts": tuple(map(tuple, e["parts"]))}) for e in saved["versions"]]
     number, now = saved["refreshes"], versions[-1]
-    source = open_source(str(manifest_of(run_dir, number))) if number else open_data(config.data)
+    if number and config.data.max_images:
+        raise UserError(_never_refreshed(config.data.max_images))
+    source = open_source(str(manifest_of(run_dir, number))) if number else training_images(config)
+    drawn_from = len(source.whole) if isinstance(source, Subset) else None
+    if (before := saved.get("drawn_from")) != drawn_from or drawn_from and len(source) != now.n:
+        had = f"{now.n:,} drawn from {before:,}" if before else f"all {now.n:,}"
+        has = f"now it would take {len(source):,} of {drawn_from:,}" if drawn_from else "now it would take all"
+        rule = f"this run's checkpoint was trained on {had} images, and {has}"
+        fix = f"give {now.n if before else 0} and the same images, or {ANOTHER_RUN}"
+        raise UserError(Problem("data.max_images", config.data.max_images, rule, fix))
     what = f"manifest {number} of {run_dir}" if number else "data.path"
     if len(source) != now.n:
         raise UserError(
@@ -168,6 +201,8 @@ def ask_refresh(run_dir: Path, manifest: str, saved: dict[str, Any] | None) -> s
 
     saved: the data's state in the run's newest checkpoint, to compare with. Raises UserError.
     """
+    if saved and "drawn_from" in saved:
+        raise UserError(_never_refreshed(saved["versions"][-1]["parts"][0][1]))
     parts = read_manifest(manifest)
     joined = open_source(manifest)
     if not isinstance(joined, ConcatSource):

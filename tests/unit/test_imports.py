@@ -15,6 +15,7 @@ ROOMS = [
     "api",
     "cli",
     "bench",
+    "sweep",
     "launch",
     "training",
     "evaluate",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from seer_scale.config import Data
 from seer_scale.data.sources import hub, remote
-from seer_scale.data.sources.base import Source, Stream, is_image, is_tar, must_exist, subset, unlistable
+from seer_scale.data.sources.base import Source, Stream, Subset, is_image, is_tar, must_exist, subset, unlistable
 from seer_scale.data.sources.files import folder, is_file, is_folder, is_of_runs
 from seer_scale.data.sources.left_out import is_hidden
 from seer_scale.data.sources.lists import ListFile
@@ -21,7 +21,7 @@ from seer_scale.data.sources.tar_paths import is_several
 from seer_scale.data.sources.tars import open_tars
 from seer_scale.errors import NOTHING, DataError, Problem, nearest
 
-__all__ = ["SOURCE_KINDS", "Source", "Stream", "kind_of", "open_data", "open_source", "subset"]
+__all__ = ["SOURCE_KINDS", "Source", "Stream", "Subset", "kind_of", "open_data", "open_source", "subset"]
 
 OPENERS: dict[str, Callable[[str], Source]] = {"list": ListFile, "tar": open_tars}
 SOURCE_KINDS = ("auto", "folder", *OPENERS, "hub", "stream", "manifest")

@@ -110,17 +110,19 @@ class Stream(Protocol):
     ) -> Iterator[tuple[int, bytes | DataError]]: ...
 
 
-def subset(source: Source, indices: np.ndarray) -> Source:
+def subset(source: Source, indices: np.ndarray) -> Subset:
     """The images `indices` (int64 [m]) of a source, in that order."""
-    return _Subset(source, np.asarray(indices, np.int64))
+    return Subset(source, np.asarray(indices, np.int64))
 
 
-class _Subset(Source):
+class Subset(Source):
+    """Some images of another source, `whole`."""
+
     labels: np.ndarray | None = None
     classes: Sequence[str] = ()
 
     def __init__(self, source: Source, indices: np.ndarray):
-        self._source, self._indices = source, indices
+        self.whole, self._indices = source, indices
         self.labels = None if source.labels is None else source.labels[indices]
         self.classes = source.classes
 
@@ -128,10 +130,13 @@ class _Subset(Source):
         return len(self._indices)
 
     def read(self, i: int) -> bytes:
-        return self._source.read(int(self._indices[i]))
+        return self.whole.read(int(self._indices[i]))
 
     def name(self, i: int) -> str:
-        return self._source.name(int(self._indices[i]))
+        return self.whole.name(int(self._indices[i]))
+
+    def arrive(self) -> None:
+        self.whole.arrive()
 
 
 # ------------------------------------------------------------------------------------------- names and labels
