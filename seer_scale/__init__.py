@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         Run,
         Transform,
         ViewSheet,
+        compare,
         embed,
         export,
         import_weights,
@@ -30,6 +31,7 @@ _HOMES = {
         "Run",
         "Transform",
         "ViewSheet",
+        "compare",
         "embed",
         "export",
         "import_weights",
@@ -46,8 +48,8 @@ _HOMES = {
 
 __all__ = [
     "ConfigError", "DataError", "Embedded", "Problem", "Run", "TrainingError", "Transform", "UserError", "ViewSheet",
-    "embed", "export", "import_weights", "load", "load_classifier", "register_backbone", "register_method", "train",
-    "views",
+    "compare", "embed", "export", "import_weights", "load", "load_classifier", "register_backbone", "register_method",
+    "train", "views",
 ]  # fmt: skip
 
 

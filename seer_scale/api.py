@@ -1,4 +1,5 @@
-"""The Python face: `import seer_scale`, then `train`, `load`, `load_classifier`, `embed`, `export`, `views`.
+"""The Python face: `import seer_scale`, then `train`, `compare`, `load`, `load_classifier`, `embed`, `export`,
+`views`.
 
 What the command line does, these do, and a `~` that begins a path is the home folder, as in a shell. Errors are
 `seer_scale.UserError`, whose `problems` have key, value, rule and nearest fix. Under `torchrun` and `srun` every
@@ -33,6 +34,7 @@ from seer_scale.evaluate.shards import encode_images
 from seer_scale.interop.load import load_backbone
 from seer_scale.interop.load import load_classifier as load_classifier_at
 from seer_scale.interop.write import MAX_SHARD_SIZE, export_backbone
+from seer_scale.models.compute import training_flops
 from seer_scale.observe.records import read_metrics
 from seer_scale.plugins import load_plugins
 from seer_scale.rank_info import detect
@@ -48,6 +50,7 @@ __all__ = [
     "Run",
     "Transform",
     "ViewSheet",
+    "compare",
     "embed",
     "export",
     "import_weights",
@@ -139,6 +142,21 @@ def train(
         over = merge(over, {"run": {"hang_timeout_s": 0}})
     run_training(str(recipe) if isinstance(recipe, str | Path) else given, merge(over, {"run": {"dir": str(path)}}))
     return Run(path)
+
+
+def compare(
+    runs: Sequence[str | Path | Run], out: str | Path = "compare.html", *, plugins: str | Sequence[str] = ()
+) -> Path:
+    """Write one page with the curves of several runs, the keys of their recipes that differ, and where each stands;
+    returns `out`. runs: their folders. plugins: those that bring their methods and backbones, without which defaults
+    and compute of these are not known. Raises UserError, with every problem."""
+    from seer_scale.observe.report import write_comparison  # loads matplotlib
+
+    load_plugins(_several(plugins))
+    folders = [run.path if isinstance(run, Run) else Path(run).expanduser() for run in runs]
+    place = Path(out).expanduser()
+    write_comparison(folders, place, training_flops)
+    return place
 
 
 def _mapping(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,16 @@ def short_number(number: float, _: object = None) -> str:
     return f"{number:.3g}"
 
 
+FLOP_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"))
+"""Sizes of amounts of arithmetic, largest first."""
+
+
+def compute(flops: float) -> str:
+    """So many floating-point operations: "1.23 EFLOP"."""
+    size, unit = next((u for u in FLOP_UNITS if flops >= 0.9995 * u[0]), FLOP_UNITS[-1])
+    return f"{flops / size:.3g} {unit}"
+
+
 def rate(per_s: float) -> str:
     """So many a second, with as many digits as mean something: "1,234", "0.52"."""
     return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"

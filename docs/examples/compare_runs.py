@@ -1,4 +1,5 @@
-"""Compare two or more runs: their curves in one picture, their last figures in a table.
+"""Compare two or more runs in a picture of your own: one metric's curves, and the last figures in a line a run. The
+page of all their metrics is `seer-scale compare runs/first runs/second`, here `seer_scale.compare([...])`.
 
 python docs/examples/compare_runs.py runs/first runs/second --to curves.png
 python docs/examples/compare_runs.py runs/first runs/second --metric knn/top1

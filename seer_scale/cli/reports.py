@@ -1,4 +1,4 @@
-"""seer-scale inspect, report, plan, bench"""
+"""seer-scale inspect, report, compare, plan, bench"""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ INSPECT = (
     "time went."
 )
 
+COMPARE = (
+    "One page, which needs nothing else, with the curves of several runs over images seen, time and compute, the keys "
+    "of their recipes that differ, where each stands, and what eval has measured. Runs may have different lengths, and "
+    "may still be running."
+)
+
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
     parser = add_command(
@@ -52,6 +58,20 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
     parser.add_argument(
         "run_dir", metavar="RUN", nargs="?", type=Path, help="a run's folder (default: the newest in runs/)"
     )
+
+    parser = add_command(
+        commands,
+        "compare",
+        compare,
+        "show several runs in one page",
+        takes_plugins=True,
+        description=COMPARE,
+    )
+    parser.add_argument("run_dirs", metavar="RUN", nargs="+", type=Path, help="runs' folders, two or more")
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page (default: compare.html)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
 
     add_plan(commands, words)
     add_module_commands(
@@ -95,6 +115,18 @@ def report(args: argparse.Namespace) -> int:
         why = "it has neither config.yaml nor metrics.jsonl" if run_dir.is_dir() else "it does not exist"
         raise UserError(Problem("RUN", run_dir, f"that is no run's folder: {why}", ("runs/demo",)))
     print(shown(write_report(run_dir)))
+    return EXIT_DONE
+
+
+def compare(args: argparse.Namespace) -> int:
+    from seer_scale.models.compute import training_flops
+    from seer_scale.observe.report import compared_run, write_comparison
+
+    runs = write_comparison(args.run_dirs, args.out, training_flops)
+    if args.json:
+        print(to_json({"page": shown(args.out), **compared_run.to_dict(runs)}, indent=1))
+    else:
+        print(f"{compared_run.text(runs)}\n\n{shown(args.out)}")
     return EXIT_DONE
 
 

@@ -47,9 +47,14 @@ def read_metrics(run_dir: Path) -> tuple[list[Record], list[Record]]:
     Rows are sorted by samples_seen, one for each: lines of the same samples_seen are merged and the later value wins.
     Rows of a stretch that a restart abandoned are dropped. Events are all kept, in the order they happened.
     """
+    return history(read_records(run_dir))
+
+
+def history(records: Iterable[Record]) -> tuple[list[Record], list[Record]]:
+    """As `read_metrics`, of lines in the order they were written."""
     rows: dict[int, Record] = {}
     events = []
-    for record in read_records(run_dir):
+    for record in records:
         samples = record["samples_seen"]
         if "event" in record:
             events.append(record)

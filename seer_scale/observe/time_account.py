@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,9 +107,11 @@ class TimeAccount:
         }
 
 
-def read_time_account(run_dir: Path) -> TimeAccount:
-    """Of a run, also while it runs; an empty one where nothing was logged."""
-    account, lines, launches = TimeAccount(), _lines_of_attempts(run_dir), _launches(run_dir)
+def read_time_account(run_dir: Path, records: Iterable[Record] | None = None) -> TimeAccount:
+    """Of a run, also while it runs; an empty one where nothing was logged. records: of its log, where they are read
+    already."""
+    lines = _lines_of_attempts(read_records(run_dir) if records is None else records)
+    account, launches = TimeAccount(), _launches(run_dir)
     for number, own in enumerate(lines, 1):
         end = next((e for e in launches if _is_end_of(own[0], e)), None)
         is_over = number < len(lines) or end is not None or is_gone(own[0])
@@ -198,9 +201,9 @@ def _now(account: TimeAccount, at: dict[str, Any] | None) -> dict[str, Any] | No
 # --- what a run leaves
 
 
-def _lines_of_attempts(run_dir: Path) -> list[list[Record]]:
+def _lines_of_attempts(records: Iterable[Record]) -> list[list[Record]]:
     attempts: list[list[Record]] = []
-    for line in read_records(run_dir):
+    for line in records:
         if not isinstance(line.get("wall_time"), int | float):
             continue
         if line.get("event") in START_EVENTS:

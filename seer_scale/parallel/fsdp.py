@@ -27,7 +27,7 @@ from seer_scale.parallel.units import compute_type, joined_units
 
 def overlaps(world: World) -> bool:
     """Whether collectives run beside computing, on streams; on the CPU FSDP2 waits for each."""
-    return world.device.type == "cuda"
+    return world.device.type != "cpu"
 
 
 def _member(group: dist.ProcessGroup | int | None) -> dist.ProcessGroup:

@@ -43,6 +43,7 @@ COMMANDS = (
     "embed",
     "inspect",
     "report",
+    "compare",
     "plan",
     "bench",
     "data",

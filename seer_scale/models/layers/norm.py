@@ -161,7 +161,7 @@ def _combine(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Of ranks [ranks, R, C], [ranks, R, C], [ranks, R, 1] -> mean, invstd [R, C]; updates the running statistics."""
-    if mean.is_cuda:
+    if mean.device.type != "cpu":
         combine, running = torch.batch_norm_gather_stats_with_counts, (running_mean, running_var)
         of_one = zip(mean.unbind(1), invstd.unbind(1), count.unbind(1))
         combined = [combine(m, m, i, *running, momentum, eps, n.flatten()) for m, i, n in of_one]
@@ -238,7 +238,7 @@ def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """mean [C], 1 / sqrt(biased variance + eps) [C] in fp32."""
     if x.numel() == 0:
         return torch.zeros(x.shape[1], device=x.device), torch.ones(x.shape[1], device=x.device)
-    if x.is_cuda:
+    if x.device.type != "cpu":
         return torch.batch_norm_stats(x.contiguous(memory_format=_layout(x)), eps)
     dims = _all_but_channels(x)
     mean = x.mean(dims, dtype=torch.float32)
@@ -246,7 +246,7 @@ def _moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
-    if x.is_cuda and x.numel():
+    if x.device.type != "cpu" and x.numel():
         return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
     scale = invstd * weight
     return (x * _per_channel(scale, x)).add_(_per_channel(bias - mean * scale, x)).to(x.dtype)
@@ -254,7 +254,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tenso
 
 def _sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of dy and dy * (x - mean) over all but channels: [C], [C] in fp32."""
-    if x.is_cuda and x.numel():
+    if x.device.type != "cpu" and x.numel():
         return torch.batch_norm_backward_reduce(dy, x, mean, invstd, weight, True, False, False)[:2]
     dims = _all_but_channels(x)
     return dy.sum(dims, dtype=torch.float32), (x - _per_channel(mean, x)).mul_(dy).sum(dims)
@@ -270,7 +270,7 @@ def _input_gradient(
     sum_dy_xmu: Tensor,
     count: Tensor,
 ) -> Tensor:
-    if x.is_cuda and x.numel():
+    if x.device.type != "cpu" and x.numel():
         return torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count)
     by_dy = invstd * weight
     by_x = -by_dy * invstd**2 * sum_dy_xmu / count

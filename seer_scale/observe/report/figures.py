@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -112,20 +112,29 @@ def plots_of_run(draw: Figures) -> list[Figure]:
 def _loss(draw: Figures) -> Figure:
     loss = draw.curve("loss", "loss", BLUE, digits=".4f", smooth=True)
     baseline, of_nothing = latest(draw.events, "baseline") or ("", None)
-    finite = [y for y in loss.y if math.isfinite(y)]
-    limits: tuple[float | None, float | None] = (None, None)
-    if of_nothing and finite:  # a loss that hugs it must look like it, not fill the plot with its noise
-        gap = 0.05 * (max(finite) - min(finite))
-        limits = (min(min(finite) - gap, 0.93 * of_nothing), max(max(finite) + gap, 1.02 * of_nothing))
     return draw.figure(
         "Loss",
         "Lower is better. The dashed line is the loss of a network that has learned nothing: a curve that stays on "
         "it has learned nothing, one that leaves it has.",
         loss,
         wide=True,
-        limits=limits,
-        level=(of_nothing, f"{baseline} = {of_nothing:.3f}: nothing learned") if of_nothing else None,
+        limits=loss_limits([loss], of_nothing),
+        level=loss_level(baseline, of_nothing),
     )
+
+
+def loss_limits(curves: Sequence[Curve], of_nothing: float | None) -> tuple[float | None, float | None]:
+    """Of the axis: a loss that hugs that of a network which learned nothing must look like it, not fill the plot with
+    its noise."""
+    finite = [y for curve in curves for y in curve.y if math.isfinite(y)]
+    if not of_nothing or not finite:
+        return None, None
+    gap = 0.05 * (max(finite) - min(finite))
+    return min(min(finite) - gap, 0.93 * of_nothing), max(max(finite) + gap, 1.02 * of_nothing)
+
+
+def loss_level(baseline: str, of_nothing: float | None) -> tuple[float, str] | None:
+    return (of_nothing, f"{baseline} = {of_nothing:.3f}: nothing learned") if of_nothing else None
 
 
 def _knn(draw: Figures) -> Figure:

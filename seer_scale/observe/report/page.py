@@ -78,6 +78,13 @@ def _percent(row: dict[str, Any]) -> str:
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html, published by rename, and return its path."""
     run_dir = Path(run_dir)
+    path = run_dir / "report.html"
+    write_page(path, "report.html.j2", _data(run_dir))
+    return path
+
+
+def write_page(path: Path, template: str, data: dict[str, Any]) -> None:
+    """A template of this folder, filled in, published by rename. data: without the style sheet and the date."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."),
         autoescape=True,
@@ -85,10 +92,9 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(_data(run_dir))
-    path = run_dir / "report.html"
+    style = Markup(resources.files(__package__).joinpath("style.css").read_text())
+    page = environment.get_template(template).render(data, style=style, written=time.strftime("%Y-%m-%d %H:%M"))
     write_whole(path, page.encode(errors="backslashreplace"))  # logs of old hold names as they were
-    return path
 
 
 def _data(run_dir: Path) -> dict[str, Any]:
@@ -104,8 +110,6 @@ def _data(run_dir: Path) -> dict[str, Any]:
     return {
         "name": shown(run_dir.resolve().name),
         "folder": shown(run_dir.name),
-        "style": Markup(resources.files(__package__).joinpath("style.css").read_text()),
-        "written": time.strftime("%Y-%m-%d %H:%M"),
         "headline": headline(rows),
         "is_better": len(known) > 1 and compare(known[0], known[-1]) and known[-1]["knn/top1"] > known[0]["knn/top1"],
         "is_unlabelled": not newest_start(events).get("labelled", True),

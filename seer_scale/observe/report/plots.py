@@ -12,8 +12,9 @@ import math
 import re
 import statistics
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -39,9 +40,14 @@ COLOURS = {
     "ink": "#3b4049",
     "faint": "#d9dce2",
     "grid": "#eef0f4",
+    "red": "#bf4043",
+    "purple": "#7b57b8",
+    "teal": "#1f8f9e",
+    "pink": "#c2559a",
+    "olive": "#8a8127",
 }
 """Stand-ins, which no other colour of matplotlib's equals, for the style sheet's variables of the same names."""
-BLUE, ORANGE, GREEN, INK, FAINT, GRID = COLOURS.values()
+BLUE, ORANGE, GREEN, INK, FAINT, GRID, RED, PURPLE, TEAL, PINK, OLIVE = COLOURS.values()
 MAX_POINTS = 1200
 """Of a curve; more would only make the page heavier."""
 MAX_STRIPS = 80
@@ -90,6 +96,8 @@ class Curve:
     """Whether its first and last value are written beside it."""
     gaps: Sequence[int] = ()
     """Numbers of points that nothing joins with the point before."""
+    style: str = "-"
+    """Of the line, as matplotlib writes it."""
 
     @property
     def is_drawn(self) -> bool:
@@ -99,7 +107,8 @@ class Curve:
 @dataclass
 class Plot:
     """What stands in one plot. limits: of the vertical axis, where the data do not say. level: a dashed line and its
-    words. breaks: restarts, in images seen. until: where the horizontal axis ends. bars: filled down to 0, in steps."""
+    words. breaks: restarts, in images seen. until: where the horizontal axis ends. bars: filled down to 0, in steps.
+    legend: whether several curves are named."""
 
     curves: list[Curve]
     unit: str = ""
@@ -110,27 +119,27 @@ class Plot:
     until: float = 0.0
     draw: Callable[[Axes], None] | None = None
     bars: bool = False
-    legend: bool = field(init=False)
+    legend: bool = True
 
     def __post_init__(self) -> None:
         self.curves = [c for c in self.curves if c.is_drawn]
-        self.legend = len(self.curves) > 1
 
 
 def metric(
     rows: Rows, key: str, name: str, colour: str, *, scale: float = 1.0, digits: str = ".3g", unit: str = "",
-    smooth: bool = False, spread: str = "", ends: bool = False, apart: str = "",
+    smooth: bool = False, spread: str = "", ends: bool = False, apart: str = "", along: str = "samples_seen",
+    max_points: int = MAX_POINTS, style: str = "-",
 ) -> Curve:  # fmt: skip
-    """A metric of the log as a curve, thinned to MAX_POINTS; its last value stays. apart: a field of the rows; where
-    its value changes, the curve has a gap."""
-    some = [r for r in rows if key in r and (is_number(r[key]) or r[key] is None)]
-    stride = -(-len(some) // MAX_POINTS) or 1
+    """A metric of the log as a curve over the field `along` of its rows, thinned to `max_points`; its last value stays.
+    apart: a field of the rows; where its value changes, the curve has a gap."""
+    some = [r for r in rows if key in r and (is_number(r[key]) or r[key] is None) and is_number(r.get(along))]
+    stride = -(-len(some) // max_points) or 1
     some = some[::stride] + (some[-1:] if (len(some) - 1) % stride else [])
     y = [math.nan if r[key] is None else scale * r[key] for r in some]
     around = [scale * r[spread] if is_number(r.get(spread)) else 0.0 for r in some] if spread else None
     marks: list[str | None] = list(accumulate((r.get(apart) for r in some), lambda before, now: now or before))
     gaps = [i for i in range(1, len(marks)) if marks[i - 1] and marks[i - 1] != marks[i]]
-    return Curve(name, colour, [r["samples_seen"] for r in some], y, digits, unit, smooth, around, ends, gaps)
+    return Curve(name, colour, [r[along] for r in some], y, digits, unit, smooth, around, ends, gaps, style)
 
 
 def smoothed(x: Sequence[float], y: Sequence[float], breaks: Sequence[float], share: float = 0.02) -> list[float]:
@@ -182,7 +191,7 @@ def _one(plot: Plot, size: str) -> str:
         ax.xaxis.set_major_locator(MaxNLocator(6 if size == "wide" else 4))
         ax.yaxis.set_major_locator(MaxNLocator(5))
         ax.tick_params(length=0)
-        if plot.legend:
+        if plot.legend and len(plot.curves) > 1:
             ax.legend(frameon=False, fontsize=9.5, loc="best")
         text = _saved(figure)
         strips = _strips(ax, plot, 72 * SIZES[size][1])
@@ -233,7 +242,8 @@ def _draw(ax: Axes, curve: Curve, breaks: Sequence[float]) -> None:
     for begin, end in zip(edges, edges[1:]):
         x, values = curve.x[begin:end], y[begin:end]
         label = curve.name if begin == 0 else None
-        ax.plot(x, values, color=curve.colour, marker="o" if len(y) < 20 else None, markersize=4.5, label=label)
+        marker = "o" if len(y) < 20 else None
+        ax.plot(x, values, curve.style, color=curve.colour, marker=marker, markersize=4.5, label=label)
         if curve.spread and len(values) > 1:
             low, high = ([v + sign * s for v, s in zip(values, curve.spread[begin:end])] for sign in (-1, 1))
             ax.fill_between(x, low, high, color=curve.colour, alpha=0.18, linewidth=0)
@@ -265,27 +275,26 @@ def _strips(ax: Axes, plot: Plot, height: float) -> str:
     """Over the plot, a strip a value: pointing at one shows the value and marks its place."""
     if not plot.curves:
         return ""
-    places = sorted({x for c in plot.curves for x in c.x})
-    places = places[:: -(-len(places) // MAX_STRIPS)]
-    at = [ax.transData.transform((x, 0))[0] for x in places]
     left, right = ax.bbox.x0, ax.bbox.x1
-    edges = [left, *((a + b) / 2 for a, b in zip(at, at[1:])), right]
-    values = [dict(zip(c.x, c.y)) for c in plot.curves]
+    places: list[tuple[float, float]] = []  # values of x, and where they are drawn
+    every = sorted({x for c in plot.curves for x in c.x})
+    for x, here in zip(every, ax.transData.transform([(x, 0) for x in every])[:, 0]):
+        if not places or here - places[-1][1] >= (right - left) / MAX_STRIPS:
+            places.append((x, here))
+    edges = [left, *((a + b) / 2 for (_, a), (_, b) in zip(places, places[1:])), right]
+    nearest = [_nearest(c.x, [x for x, _ in places]) for c in plot.curves]
     out = []
-    for x, here, begin, end in zip(places, at, edges, edges[1:]):
-        known = [(c, v[x]) for c, v in zip(plot.curves, values) if x in v]
-        said = "\n".join(
-            f"{c.name}: {_value(c, y, v.get(x))}" for (c, y), v in zip(known, map(_spreads, (c for c, _ in known)))
-        )
-        dots = "".join(
-            (
-                f'<circle cx="{here:.1f}" cy="{height - ax.transData.transform((x, y))[1]:.1f}" r="4" '
-                f'style="fill:{c.colour}"/>'
-            )
-            for c, y in known if math.isfinite(y)
-        )  # fmt: skip
+    for number, ((x, _), begin, end) in enumerate(zip(places, edges, edges[1:])):
+        known = [(c, near[number]) for c, near in zip(plot.curves, nearest) if number in near]
+        said = "\n".join(f"{c.name}: {_value(c, i)}" for c, i in known)
+        dots = ""
+        for c, i in known:
+            if math.isfinite(c.y[i]):
+                at, up = ax.transData.transform((c.x[i], c.y[i]))
+                dots += f'<circle cx="{at:.1f}" cy="{height - up:.1f}" r="4" style="fill:{c.colour}"/>'
+        about = "about " * any(c.x[i] != x for c, i in known)
         out.append(
-            f'<g><title>{escape(said)}\n{x:,.0f} {escape(plot.along)}</title><rect x="{begin:.1f}" '
+            f'<g><title>{escape(said)}\n{about}{_number(x)} {escape(plot.along)}</title><rect x="{begin:.1f}" '
             f'y="{height - ax.bbox.y1:.1f}" width="{end - begin:.1f}" height="{ax.bbox.height:.1f}"/>{dots}</g>'
         )
     text = "".join(out)
@@ -294,11 +303,24 @@ def _strips(ax: Axes, plot: Plot, height: float) -> str:
     return f"<g class=values>{text}</g>"
 
 
-def _spreads(curve: Curve) -> dict[float, float]:
-    return dict(zip(curve.x, curve.spread)) if curve.spread else {}
+def _nearest(x: Sequence[float], places: Sequence[float]) -> dict[int, int]:
+    """Number of a place -> that of the nearest of the points at `x`, for which no other place is nearer."""
+    found: dict[int, int] = {}
+    for i, value in enumerate(x):
+        after = min(bisect_left(places, value), len(places) - 1)
+        place = min((max(0, after - 1), after), key=lambda p: abs(places[p] - value))
+        if place not in found or abs(value - places[place]) < abs(x[found[place]] - places[place]):
+            found[place] = i
+    return found
 
 
-def _value(curve: Curve, y: float, spread: float | None) -> str:
+def _number(x: float) -> str:
+    """A place on the horizontal axis: to the unit what is counted, to four digits what is measured."""
+    return f"{x:,}" if isinstance(x, int) else f"{x:.4g}"
+
+
+def _value(curve: Curve, i: int) -> str:
+    y, spread = curve.y[i], curve.spread[i] if curve.spread else 0
     if not math.isfinite(y):
         return "not finite"
     return f"{y:{curve.digits}}" + (f" ± {spread:{curve.digits}}" if spread else "") + f" {curve.unit}".rstrip()

@@ -1,0 +1,499 @@
+"""The real update of a recipe as one rank of many makes it, on tensors without values: every operation, every
+collective and every byte that is held, in order.
+
+What runs is the engine's own code (`Engine.gradients`, `Engine.update`) over the method's; engines whose libraries
+refuse such tensors are stood in for (`stand_ins`). A host synchronisation is noted with the line that makes it.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import seer_scale
+from seer_scale.config import Config
+from seer_scale.data.batch import Batch
+from seer_scale.data.transforms.on_device import micro_batches
+from seer_scale.data.transforms.photometric import draw, encode
+from seer_scale.methods.base import Method
+from seer_scale.methods.registry import build_method
+from seer_scale.models.execution import MEMORY_FORMATS
+from seer_scale.parallel.engine import Engine
+from seer_scale.plan.accelerator import GPU, FakeWorld, Stream, current_stream, fake_world, no_values, register
+from seer_scale.plan.operations import cpu_workspace, flops, moved_bytes, tensors
+from seer_scale.plan.stand_ins import engine_class
+
+Phase = Literal["build", "views", "targets", "forward", "recompute", "backward", "update"]
+Kind = Literal[
+    "parameters",
+    "optimiser state",
+    "gradients",
+    "moving averages",
+    "buffers",
+    "gathered units",
+    "half-precision weights",
+    "activations",
+    "views",
+    "loss",
+    "communication",
+    "update",
+]
+"""What is held for. half-precision weights: autocast's copies. loss: scores, codes, and their gradients."""
+
+
+@dataclass
+class Collective:
+    """nbytes: of the largest tensor each rank gives or gets: what a link carries follows from it and the kind."""
+
+    kind: str
+    nbytes: int
+    dtype: torch.dtype
+    ranks: tuple[int, ...]
+    group: str
+
+
+@dataclass
+class Op:
+    """One operation on the device. nbytes: read and written. workspace: bytes held while it runs, beside its result."""
+
+    name: str
+    phase: Phase
+    unit: str
+    stream: int
+    flops: int
+    nbytes: int
+    dtype: torch.dtype
+    workspace: int = 0
+    collective: Collective | None = None
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What follows in `stream` begins after the first `mark` operations of stream `on`."""
+
+    stream: int
+    on: int
+    mark: int
+
+
+@dataclass
+class Held:
+    """A run of memory. born, freed: how many operations there were before; freed -1: none of the update frees it."""
+
+    nbytes: int
+    kind: Kind
+    phase: Phase
+    unit: str
+    born: int
+    freed: int = -1
+
+
+@dataclass(frozen=True)
+class Sync:
+    """The host waits for the device, or copies what it cannot send ahead."""
+
+    what: str
+    where: str
+
+
+@dataclass
+class Trace:
+    """The second update after the start (the first makes what stays). `steps`: in the order the host gives them.
+    `changes`: runs of memory as they come (True) and go, those alive before first. shapes: of the parameters."""
+
+    config: Config
+    engine: str
+    world_size: int
+    rank: int
+    device: str
+    steps: list[Op | Wait]
+    changes: list[tuple[Held, bool]]
+    syncs: list[Sync]
+    units: list[str]
+    shapes: dict[str, torch.Size]
+
+    @property
+    def ops(self) -> list[Op]:
+        return [step for step in self.steps if isinstance(step, Op)]
+
+    @property
+    def collectives(self) -> list[Collective]:
+        return [op.collective for op in self.ops if op.collective]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows operations and storages; `phase` is set by the engine that is traced."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+        self.phase: Phase = "build"
+        self.steps: list[Op | Wait] = []
+        self.num_ops = 0
+        self.changes: list[tuple[Held, bool]] = []
+        self.syncs: list[Sync] = []
+        self.units: dict[nn.Module, str] = {}
+        self._inside: list[str] = []
+        self._spans: tuple[list[int], list[str]] = ([0], [""])  # sequence numbers of autograd's nodes, and their units
+        self._streams: dict[int, int] = {}
+        self._alive: dict[int, tuple[weakref.ref, Held]] = {}
+        self._parameters: set[int] = set()
+        self.ignored: set[int] = set()
+
+    # --- who runs
+
+    def begin_unit(self, module: nn.Module, args: object) -> None:
+        if (name := self.units.get(module)) is not None:
+            self._inside.append(name)
+            self._span(name)
+
+    def end_unit(self, module: nn.Module, args: object, out: object) -> None:
+        if module in self.units:
+            self._inside.pop()
+            self._span(self._inside[-1] if self._inside else "")
+
+    def _span(self, name: str) -> None:
+        self._spans[0].append(torch._C._autograd._get_sequence_nr())
+        self._spans[1].append(name)
+
+    def _where(self) -> tuple[Phase, str]:
+        """The phase and the unit that what runs now belongs to."""
+        if self._inside:
+            return "recompute" if self.phase == "backward" else self.phase, self._inside[-1]
+        node = torch._C._current_autograd_node() if self.phase == "backward" else None
+        if node is None:
+            return self.phase, ""
+        return self.phase, self._spans[1][bisect_right(self._spans[0], node._sequence_nr()) - 1]
+
+    # --- streams
+
+    def _number(self, stream: Stream) -> int:
+        return self._streams.setdefault(id(stream), len(self._streams))
+
+    def waits(self, stream: Stream, other: Stream, mark: int) -> None:
+        if mark and stream is not other:
+            self.steps.append(Wait(self._number(stream), self._number(other), mark))
+
+    def synchronises(self, what: str) -> None:
+        self.syncs.append(Sync(what, _user_line()))
+
+    # --- operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it takes itself apart first, and its local operations come here
+        kwargs = kwargs or {}
+        name = str(func._overloadpacket)
+        if name.startswith("prim."):
+            return func(*args, **kwargs)
+        if name == "aten._local_scalar_dense" and self._is_ours(args[0]):
+            self.synchronises("item")
+        out = func(*args, **kwargs)
+        if name in ("aten._to_copy", "aten.copy_"):
+            self._watch_copy(name, out, args, kwargs)
+        if not func.is_view and name not in NO_WORK:
+            self._note(name, out, args, kwargs)
+        for t in tensors(out):
+            if self._is_ours(t):
+                self.see(t.untyped_storage())
+        return out
+
+    def _is_ours(self, t: object) -> bool:
+        """DTensor plans with fakes of its own."""
+        return type(t) in (FakeTensor, nn.Parameter) and t.device.type == self.device  # type: ignore[attr-defined]
+
+    def _watch_copy(self, name: str, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        to, of = (out, args[0]) if name == "aten._to_copy" else (args[0], args[1])
+        kinds = of.device.type, to.device.type
+        waits_not = kwargs.get("non_blocking") or (name == "aten.copy_" and len(args) > 2 and args[2])
+        if kinds in ((self.device, "cpu"), ("cpu", self.device)) and self.device != "cpu" and not waits_not:
+            if not (kinds[0] == "cpu" and of.numel() <= 1):  # a number travels with the kernel that fills
+                self.synchronises("copy to the host" if kinds[1] == "cpu" else "copy from the host")
+
+    def _note(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [t for t in tensors([out, args, kwargs]) if self._is_ours(t)]
+        if not given:
+            return
+        phase, unit = self._where()
+        stream = current_stream()
+        stream.given += 1
+        collective = _collective(name, args) if name.startswith("c10d.") else None
+        first = next((t for t in tensors(args) if self._is_ours(t)), given[0])
+        op = Op(
+            name.removeprefix("aten."),
+            phase,
+            unit,
+            self._number(stream),
+            flops(name, out, args),
+            collective.nbytes if collective else moved_bytes(out, args, kwargs),
+            first.dtype,
+            cpu_workspace(name, out, args) if self.device == "cpu" else 0,
+            collective,
+        )
+        self.steps.append(op)
+        self.num_ops += 1
+        self._reclassify(name, out, args, kwargs, given)
+
+    def _reclassify(self, name: str, out: Any, args: Any, kwargs: Any, given: list[Tensor]) -> None:
+        """What memory is for shows in who uses it."""
+        kind: Kind | None = None
+        if name.startswith("c10d."):
+            kind, given = "communication", list(tensors(args))
+        elif name in ("fsdp.all_gather_copy_in", "fsdp.split_with_sizes_copy"):
+            kind = "gathered units"
+        elif name == "fsdp.chunk_cat":
+            kind, given = "gradients", list(tensors(args[0]))
+        elif name == "aten._to_copy" and self._key(args[0]) in self._parameters and out.is_floating_point():
+            for t in tensors(out):
+                self.see(t.untyped_storage(), "half-precision weights")
+            return
+        for t in given if kind else ():
+            found = self._alive.get(self._key(t))
+            if found and found[1].kind in PASSING:
+                found[1].kind = kind  # type: ignore[assignment]  # not None here
+
+    def _key(self, t: Tensor) -> int:
+        return t.untyped_storage()._cdata
+
+    # --- memory
+
+    def see(self, storage: torch.UntypedStorage, kind: Kind | None = None) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self.ignored:
+            return
+        if found := self._alive.get(key):
+            if found[1].nbytes == nbytes:
+                return
+            self._end(found[1])
+        phase, unit = self._where()
+        if kind is None:
+            kind = found[1].kind if found else _kind_by_phase(phase, unit)
+        held = Held(nbytes, kind, phase, unit, self.num_ops)
+        self.changes.append((held, True))
+        ref = found[0] if found else weakref.ref(storage, lambda _: self._forget(key))
+        self._alive[key] = ref, held
+
+    def _forget(self, key: int) -> None:
+        self._end(self._alive.pop(key)[1])
+
+    def _end(self, held: Held) -> None:
+        held.freed = self.num_ops
+        self.changes.append((held, False))
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """FSDP2 fills and frees what it gathers in place."""
+        if storage._cdata in self._alive:
+            self.see(storage)
+            self._alive[storage._cdata][1].kind = "gathered units"
+
+    def mark(self, found: Iterator[Tensor], kind: Kind) -> None:
+        for t in found:
+            local = t.to_local() if isinstance(t, DTensor) else t
+            if (held := self._alive.get(self._key(local))) is not None:
+                held[1].kind = kind
+            if kind == "parameters":
+                self._parameters.add(self._key(local))
+
+    def begin(self) -> None:
+        """From here on an update is recorded; what is alive was so before."""
+        gc.collect()
+        self.steps, self.syncs, self.num_ops = [], [], 0
+        for _, held in self._alive.values():
+            held.born, held.freed = 0, -1
+        self.changes = [(held, True) for _, held in self._alive.values()]
+
+
+NO_WORK = {"aten.detach", "aten.empty", "aten.empty_strided", "aten.empty_like", "aten.new_empty", "aten.lift_fresh",
+           "aten._unsafe_view", "aten.new_empty_strided", "aten.set_", "aten.resize_", "aten._reshape_alias",
+           "c10d.barrier", "aten.is_pinned"}  # fmt: skip
+PASSING: tuple[Kind, ...] = ("activations", "loss", "update")
+"""Kinds that a phase gives, which who uses the memory may correct."""
+COLLECTIVES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "allgather_": "all-gather",
+               "allgather_into_tensor_coalesced_": "all-gather", "_reduce_scatter_base_": "reduce-scatter",
+               "reduce_scatter_": "reduce-scatter", "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+               "broadcast_": "broadcast", "reduce_": "reduce", "alltoall_base_": "all-to-all",
+               "alltoall_": "all-to-all"}  # fmt: skip
+
+
+def _collective(name: str, args: tuple[Any, ...]) -> Collective | None:
+    kind = COLLECTIVES.get(name.removeprefix("c10d."))
+    if kind is None:
+        return None
+    boxed = next(a for a in args if type(a) is torch.ScriptObject and "ProcessGroup" in str(a._type()))
+    group = dist.ProcessGroup.unbox(boxed)
+    largest = max(tensors(args), key=lambda t: t.numel() * t.itemsize)
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Collective(kind, largest.numel() * largest.itemsize, largest.dtype, ranks, group.group_desc)
+
+
+def _kind_by_phase(phase: Phase, unit: str) -> Kind:
+    if phase in ("build", "update"):
+        return "update"
+    return "views" if phase == "views" else "activations" if unit else "loss"
+
+
+HOUSE = str(Path(seer_scale.__file__).parent)
+
+
+def _user_line() -> str:
+    """The innermost line outside of torch and of this package's plan."""
+    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "/plan/" not in f.filename]
+    last = frames[-1]
+    return f"{last.filename.removeprefix(HOUSE).lstrip('/')}:{last.lineno}"
+
+
+# ------------------------------------------------------------------------------------------------ the update
+
+
+def _traced(cls: type[Engine], recorder: _Recorder) -> type[Engine]:
+    """An engine that says which phase it is in, and shards as every engine does: without fakes, on the meta device."""
+
+    class Traced(cls):  # type: ignore[misc, valid-type]  # a class given as a value
+        def shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
+            with unset_fake_temporarily():  # 512 pieces of every parameter are made there
+                return super().shard_on_meta(method)
+
+        def _targets(self, *args: Any) -> list[Any]:
+            with _phase(recorder, "targets"):
+                return super()._targets(*args)
+
+        def _backward(self, loss: Tensor) -> None:
+            with _phase(recorder, "backward"):
+                super()._backward(loss)
+
+    return Traced
+
+
+@contextmanager
+def _phase(recorder: _Recorder, phase: Phase) -> Iterator[None]:
+    before, recorder.phase = recorder.phase, phase
+    try:
+        yield
+    finally:
+        recorder.phase = before
+
+
+def example_batch(config: Config, world: FakeWorld) -> Batch:
+    """Of one rank, its images black; colours, flips and blurs as they are drawn."""
+    num = config.train.global_batch // world.size
+    generator = torch.Generator().manual_seed(0)
+    on_device = config.data.on_device("cpu" if world.device.type == "cpu" else "cuda")
+
+    def params(rows: int) -> Tensor:
+        uniform = iter(lambda: torch.rand((), generator=generator).item(), None)
+        return torch.stack([torch.from_numpy(encode(draw(config.views, uniform))) for _ in range(rows)])
+
+    return Batch(
+        [torch.zeros(crop.num * num, 3, crop.size, crop.size, dtype=torch.uint8) for crop in config.views.crops],
+        [params(crop.num * num) for crop in config.views.crops] if on_device else [],
+        torch.zeros(num, dtype=torch.int64), 0, [],
+    )  # fmt: skip
+
+
+def trace(
+    config: Config, world_size: int, *, rank: int = 0, local_size: int = 8, device: str = GPU,
+    method: Callable[[Config, FakeWorld], Method[Any, Any]] = build_method,
+) -> Trace:  # fmt: skip
+    """One update of rank `rank` of `world_size`, as it is after the first.
+
+    config: checked for that many ranks, with an engine named. device: gpu, or cpu for the paths of a CPU. Raises
+    UserError for what the recipe makes no update of.
+    """
+    register()
+    recorder = _Recorder(device)
+    with ExitStack() as stack:
+        world = stack.enter_context(fake_world(world_size, rank=rank, local_size=local_size, device=device))
+        built = method(config, world)
+        cls = _traced(engine_class(config, world), recorder)
+        mode = stack.enter_context(no_values(recorder))
+        with unset_fake_temporarily() if device != "cpu" else nullcontext():  # the host's part has values
+            batch = example_batch(config, world)
+        stack.enter_context(recorder)
+        stack.enter_context(_followed(recorder))
+        recorder.ignored = {view.untyped_storage()._cdata for view in batch.views}  # the loader's
+        recorder.units = {unit: name for name, unit in built.shard_units().items()}
+        engine = cls(built, config, world, ("",))
+        seen = config.train.total_samples - config.train.global_batch
+        for _ in range(2):
+            recorder.begin()
+            _mark_state(recorder, engine)
+            _update(recorder, engine, config, world, batch, mode, seen)
+        steps, changes = recorder.steps, recorder.changes[:]  # what follows frees all
+        engine.close()
+        units = list(built.shard_units())
+        return Trace(config, cls.name, world_size, rank, device, steps, changes, recorder.syncs, units, engine.shapes)
+
+
+def _update(
+    recorder: _Recorder, engine: Engine, config: Config, world: FakeWorld, batch: Batch, mode: FakeTensorMode, seen: int
+) -> None:
+    form = MEMORY_FORMATS.get(config.train.memory_format, torch.contiguous_format)
+    num = config.num_micro_batches(world.size)
+    valued = unset_fake_temporarily if recorder.device != "cpu" else nullcontext
+    with _phase(recorder, "views"), valued():
+        makes = micro_batches(batch, config.views.crops, num, world.device, form)
+
+    def views(make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        with _phase(recorder, "views"), valued():
+            return make()
+
+    recorder.phase = "forward"
+    parts = [partial(views, make) for make in makes]
+    engine.gradients(parts, samples_seen=seen)
+    del makes, parts
+    recorder.mark((p.grad for p in engine.method.parameters() if p.grad is not None), "gradients")
+    recorder.phase = "update"
+    engine.update(1e-3, seen)
+
+
+def _mark_state(recorder: _Recorder, engine: Engine) -> None:
+    """What is alive before an update, by what it is for."""
+    recorder.mark(iter(engine.optimizer.state.values()), "optimiser state")
+    own = engine.buffers
+    recorder.mark(iter([*engine.method.buffers(), own.all, own._before, own._sum, *own._counts]), "buffers")
+    recorder.mark((p for n, p in engine.method.named_parameters() if n not in engine.averages), "parameters")
+    recorder.mark((p for n, p in engine.method.named_parameters() if n in engine.averages), "moving averages")
+    recorder.mark((s.local for n, s in engine.shards.items() if n not in engine.averages), "parameters")
+
+
+@contextmanager
+def _followed(recorder: _Recorder) -> Iterator[None]:
+    """Units and storages that are filled in place are followed."""
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        out = resize(storage, size)
+        recorder.resized(storage)
+        return out
+
+    hooks = [
+        register_module_forward_pre_hook(recorder.begin_unit),
+        register_module_forward_hook(recorder.end_unit, always_call=True),
+    ]
+    try:
+        with mock.patch.object(torch.UntypedStorage, "resize_", resized):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
