@@ -60,7 +60,7 @@ def short_number(number: float, _: object = None) -> str:
     return f"{number:.3g}"
 
 
-FLOP_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"))
+FLOP_UNITS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 """Sizes of amounts of arithmetic, largest first."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from seer_scale.data.sources.left_out import COMMENTS, LEFT_OUT_KINDS, NO_SUFFIX, described
 from seer_scale.formatting import (
+    compute,
     countdown,
     counted,
     duration,
@@ -27,6 +28,12 @@ def test_nouns_are_counted():
 def test_a_plus_minus_without_a_word_is_a_standard_error():
     assert [plus_minus(0.421), plus_minus(0.421, 3.0), plus_minus(None, 3.0), plus_minus(None, None)] == [
         " ± 0.42", " ± 0.42", " ± 3.00 (deviation)", "",
+    ]  # fmt: skip
+
+
+def test_arithmetic_has_the_unit_that_suits_it():
+    assert [compute(n) for n in (5e5, 2.5e10, 999.6e12, 4.2e22)] == [
+        "0.0005 GFLOP", "25 GFLOP", "1 PFLOP", "42 ZFLOP",
     ]  # fmt: skip
 
 

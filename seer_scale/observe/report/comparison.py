@@ -157,12 +157,16 @@ def _all_curves(runs: Sequence[ComparedRun]) -> list[Figure]:
     draw = Curves(runs, IMAGES)
     figures = [
         draw.figure(LOSS, wide=True, smooth=True),
-        draw.figure(SHARE_OF_LOSS, smooth=True) if len({run.baseline for run in runs if run.rows}) > 1 else None,
+        draw.figure(SHARE_OF_LOSS, smooth=True) if _baselines_differ(runs) else None,
         *(draw.figure(plot) for plot in (KNN, PROBE, *HEALTH)),
         *(draw.figure(plot, smooth=True) for plot in _of_methods(runs)),
         *(draw.figure(plot, smooth=plot.key != "lr") for plot in OF_TRAINING),
     ]
     return [figure for figure in figures if figure]
+
+
+def _baselines_differ(runs: Sequence[ComparedRun]) -> bool:
+    return len({run.baseline for run in runs if run.rows}) > 1
 
 
 def _of_methods(runs: Sequence[ComparedRun]) -> list[MetricPlot]:
@@ -179,7 +183,8 @@ def _of_methods(runs: Sequence[ComparedRun]) -> list[MetricPlot]:
 def _over(runs: Sequence[ComparedRun], axis: str) -> list[Figure]:
     """What was reached for what it took."""
     draw = Curves(runs, axis)
-    figures = [draw.figure(LOSS, smooth=True), draw.figure(KNN), draw.figure(PROBE)]
+    loss = SHARE_OF_LOSS if _baselines_differ(runs) else LOSS
+    figures = [draw.figure(loss, smooth=True), draw.figure(KNN), draw.figure(PROBE)]
     return [figure for figure in figures if figure] if draw.until else []
 
 
