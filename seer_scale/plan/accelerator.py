@@ -23,6 +23,7 @@ from torch.utils import backend_registration
 
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.plan.fakes import FastFakeTensorMode
 
 GPU = "gpu"
 """What torch calls the device here."""
@@ -283,7 +284,7 @@ def fake_world(size: int, *, rank: int = 0, local_size: int = 8, device: str = G
 @contextmanager
 def no_values(listener: Listener) -> Iterator[FakeTensorMode]:
     """Tensors made inside have no values; `listener` hears of streams."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
+    mode = FastFakeTensorMode()
     before = _state.listener, _state.mode, _state.stream
     lifts = torch._C._only_lift_cpu_tensors()
     _state.listener, _state.mode, _state.stream = listener, mode, Stream()

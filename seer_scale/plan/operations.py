@@ -7,7 +7,7 @@ What is not a product of matrices moves bytes: what it reads and what it writes,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -69,15 +69,21 @@ def flops(name: str, out: Any, args: tuple[Any, ...]) -> int:
     return count(out, *args) if count else 0
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """All within nested lists, tuples and mappings."""
+    found: list[Tensor] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from tensors(part)
+            _gather(part, found)
     elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
+        _gather(list(value.values()), found)
 
 
 def moved_bytes(out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -8,33 +8,42 @@ refuse such tensors are stood in for (`stand_ins`). A host synchronisation is no
 from __future__ import annotations
 
 import gc
-import traceback
+import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    unset_fake_temporarily,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import seer_scale
 from seer_scale.config import Config
 from seer_scale.data.batch import Batch
-from seer_scale.data.transforms.on_device import micro_batches
+from seer_scale.data.transforms.on_device import mean_and_scale, micro_batches
 from seer_scale.data.transforms.photometric import draw, encode
+from seer_scale.distributed import World
+from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import Method
 from seer_scale.methods.registry import build_method
 from seer_scale.models.execution import MEMORY_FORMATS
+from seer_scale.parallel import ENGINES, load
 from seer_scale.parallel.engine import Engine
 from seer_scale.plan.accelerator import GPU, FakeWorld, Stream, current_stream, fake_world, no_values, register
 from seer_scale.plan.operations import cpu_workspace, flops, moved_bytes, tensors
@@ -60,13 +69,15 @@ Kind = Literal[
 
 @dataclass
 class Collective:
-    """nbytes: of the largest tensor each rank gives or gets: what a link carries follows from it and the kind."""
+    """nbytes: of the largest tensor each rank gives or gets: what a link carries follows from it and the kind. group:
+    what it is for. where: the line that asks for it."""
 
     kind: str
     nbytes: int
     dtype: torch.dtype
     ranks: tuple[int, ...]
     group: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass
@@ -86,7 +97,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Wait:
-    """What follows in `stream` begins after the first `mark` operations of stream `on`."""
+    """What follows in `stream` begins after the first `mark` operations of the update in stream `on`."""
 
     stream: int
     on: int
@@ -143,23 +154,30 @@ class Trace:
 
 
 class _Recorder(TorchDispatchMode):
-    """Follows operations and storages; `phase` is set by the engine that is traced."""
+    """Follows operations and storages; `phase` is set by the engine that is traced. kind: of the tensors it follows."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, kind: type[Tensor] = FakeTensor):
         super().__init__()
         self.device = device
+        self._followed = (kind, nn.Parameter)
         self.phase: Phase = "build"
         self.steps: list[Op | Wait] = []
         self.num_ops = 0
+        self.is_recording = False
         self.changes: list[tuple[Held, bool]] = []
         self.syncs: list[Sync] = []
         self.units: dict[nn.Module, str] = {}
         self._inside: list[str] = []
         self._spans: tuple[list[int], list[str]] = ([0], [""])  # sequence numbers of autograd's nodes, and their units
-        self._streams: dict[int, int] = {}
+        self._streams: dict[Stream, int] = {}
+        self._given_before: dict[Stream, int] = {}
         self._alive: dict[int, tuple[weakref.ref, Held]] = {}
         self._parameters: set[int] = set()
         self.ignored: set[int] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in a trace, and asking costs
 
     # --- who runs
 
@@ -189,10 +207,11 @@ class _Recorder(TorchDispatchMode):
     # --- streams
 
     def _number(self, stream: Stream) -> int:
-        return self._streams.setdefault(id(stream), len(self._streams))
+        return self._streams.setdefault(stream, len(self._streams))
 
     def waits(self, stream: Stream, other: Stream, mark: int) -> None:
-        if mark and stream is not other:
+        mark -= self._given_before.get(other, 0)
+        if mark > 0 and stream is not other and self.is_recording:
             self.steps.append(Wait(self._number(stream), self._number(other), mark))
 
     def synchronises(self, what: str) -> None:
@@ -201,27 +220,49 @@ class _Recorder(TorchDispatchMode):
     # --- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked at every turn
+            return args[0].device
         if DTensor in types:
             return NotImplemented  # it takes itself apart first, and its local operations come here
         kwargs = kwargs or {}
-        name = str(func._overloadpacket)
+        name, is_work = _kind_of_call(func)
         if name.startswith("prim."):
             return func(*args, **kwargs)
         if name == "aten._local_scalar_dense" and self._is_ours(args[0]):
             self.synchronises("item")
-        out = func(*args, **kwargs)
+        out = self._run(func, name, args, kwargs)
         if name in ("aten._to_copy", "aten.copy_"):
             self._watch_copy(name, out, args, kwargs)
-        if not func.is_view and name not in NO_WORK:
+        if is_work:
             self._note(name, out, args, kwargs)
         for t in tensors(out):
             if self._is_ours(t):
                 self.see(t.untyped_storage())
         return out
 
+    def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Raises UserError for what no update may do."""
+        try:
+            return func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            is_of_device = any(t.device.type == self.device for t in tensors([args, kwargs]))
+            rule = "makes the host wait for values of the device, which an update must not"
+            if self.device == "cpu" or not is_of_device:
+                rule = "asks for values, which decide then what an update does, so that none can be planned"
+            call = _spoken(name)
+            raise UserError(
+                Problem(_user_line(), call, rule, "torch.where, or another operation on the device")
+            ) from None
+        except RuntimeError as err:
+            if "devices" not in str(err):  # FakeTensorDeviceMismatchError, where torch has it
+                raise
+            of = sorted({f"{tuple(t.shape)} on {t.device.type}" for t in tensors([args, kwargs])})
+            rule = f"takes tensors of two devices: {' and '.join(of)}"
+            raise UserError(Problem(_user_line(), _spoken(name), rule, "device=views[0].device")) from None
+
     def _is_ours(self, t: object) -> bool:
         """DTensor plans with fakes of its own."""
-        return type(t) in (FakeTensor, nn.Parameter) and t.device.type == self.device  # type: ignore[attr-defined]
+        return type(t) in self._followed and t.device.type == self.device  # type: ignore[attr-defined]
 
     def _watch_copy(self, name: str, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         to, of = (out, args[0]) if name == "aten._to_copy" else (args[0], args[1])
@@ -235,24 +276,25 @@ class _Recorder(TorchDispatchMode):
         given = [t for t in tensors([out, args, kwargs]) if self._is_ours(t)]
         if not given:
             return
-        phase, unit = self._where()
         stream = current_stream()
         stream.given += 1
-        collective = _collective(name, args) if name.startswith("c10d.") else None
-        first = next((t for t in tensors(args) if self._is_ours(t)), given[0])
-        op = Op(
-            name.removeprefix("aten."),
-            phase,
-            unit,
-            self._number(stream),
-            flops(name, out, args),
-            collective.nbytes if collective else moved_bytes(out, args, kwargs),
-            first.dtype,
-            cpu_workspace(name, out, args) if self.device == "cpu" else 0,
-            collective,
-        )
-        self.steps.append(op)
         self.num_ops += 1
+        if self.is_recording:
+            phase, unit = self._where()
+            collective = _collective(name, args) if name.startswith("c10d.") else None
+            first = next((t for t in tensors(args) if self._is_ours(t)), given[0])
+            op = Op(
+                name.removeprefix("aten."),
+                phase,
+                unit,
+                self._number(stream),
+                flops(name, out, args),
+                collective.nbytes if collective else moved_bytes(out, args, kwargs),
+                first.dtype,
+                cpu_workspace(name, out, args) if self.device == "cpu" else 0,
+                collective,
+            )
+            self.steps.append(op)
         self._reclassify(name, out, args, kwargs, given)
 
     def _reclassify(self, name: str, out: Any, args: Any, kwargs: Any, given: list[Tensor]) -> None:
@@ -316,7 +358,9 @@ class _Recorder(TorchDispatchMode):
                 self._parameters.add(self._key(local))
 
     def begin(self) -> None:
-        """From here on an update is recorded; what is alive was so before."""
+        """From here on the update is recorded; what is alive was so before."""
+        self.is_recording = True
+        self._given_before = {stream: stream.given for stream in self._streams}
         gc.collect()
         self.steps, self.syncs, self.num_ops = [], [], 0
         for _, held in self._alive.values():
@@ -329,6 +373,15 @@ NO_WORK = {"aten.detach", "aten.empty", "aten.empty_strided", "aten.empty_like",
            "c10d.barrier", "aten.is_pinned"}  # fmt: skip
 PASSING: tuple[Kind, ...] = ("activations", "loss", "update")
 """Kinds that a phase gives, which who uses the memory may correct."""
+
+
+@cache
+def _kind_of_call(func: Any) -> tuple[str, bool]:
+    """Its name, as aten.mm, and whether the device has work to do."""
+    name = str(func._overloadpacket)
+    return name, not func.is_view and name not in NO_WORK
+
+
 COLLECTIVES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "allgather_": "all-gather",
                "allgather_into_tensor_coalesced_": "all-gather", "_reduce_scatter_base_": "reduce-scatter",
                "reduce_scatter_": "reduce-scatter", "reduce_scatter_tensor_coalesced_": "reduce-scatter",
@@ -344,7 +397,8 @@ def _collective(name: str, args: tuple[Any, ...]) -> Collective | None:
     group = dist.ProcessGroup.unbox(boxed)
     largest = max(tensors(args), key=lambda t: t.numel() * t.itemsize)
     ranks = tuple(dist.get_process_group_ranks(group))
-    return Collective(kind, largest.numel() * largest.itemsize, largest.dtype, ranks, group.group_desc)
+    nbytes = largest.numel() * largest.itemsize
+    return Collective(kind, nbytes, largest.dtype, ranks, group.group_desc, _user_line())
 
 
 def _kind_by_phase(phase: Phase, unit: str) -> Kind:
@@ -353,14 +407,30 @@ def _kind_by_phase(phase: Phase, unit: str) -> Kind:
     return "views" if phase == "views" else "activations" if unit else "loss"
 
 
-HOUSE = str(Path(seer_scale.__file__).parent)
+HOUSE = str(Path(seer_scale.__file__).parent) + "/"
+NOT_SHOWN = ("/torch/", HOUSE + "plan/", HOUSE + "distributed.py", "/contextlib.py", "/functools.py")
 
 
 def _user_line() -> str:
-    """The innermost line outside of torch and of this package's plan."""
-    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "/plan/" not in f.filename]
-    last = frames[-1]
-    return f"{last.filename.removeprefix(HOUSE).lstrip('/')}:{last.lineno}"
+    """The innermost line outside of torch, of this package's plan, and of what hands collectives on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame and any(part in frame.f_code.co_filename for part in NOT_SHOWN):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.removeprefix(HOUSE)}:{frame.f_lineno}" if frame else ""
+
+
+SPOKEN = {
+    "_local_scalar_dense": "item()",
+    "equal": "torch.equal",
+    "nonzero": "nonzero()",
+    "masked_select": "a mask as an index",
+}
+
+
+def _spoken(name: str) -> str:
+    """An operation as a program writes it."""
+    short = name.removeprefix("aten.")
+    return SPOKEN.get(short, f"torch.{short}")
 
 
 # ------------------------------------------------------------------------------------------------ the update
@@ -371,7 +441,7 @@ def _traced(cls: type[Engine], recorder: _Recorder) -> type[Engine]:
 
     class Traced(cls):  # type: ignore[misc, valid-type]  # a class given as a value
         def shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
-            with unset_fake_temporarily():  # 512 pieces of every parameter are made there
+            with _disable_current_modes():  # 512 pieces of every parameter are made there
                 return super().shard_on_meta(method)
 
         def _targets(self, *args: Any) -> list[Any]:
@@ -394,7 +464,7 @@ def _phase(recorder: _Recorder, phase: Phase) -> Iterator[None]:
         recorder.phase = before
 
 
-def example_batch(config: Config, world: FakeWorld) -> Batch:
+def example_batch(config: Config, world: World) -> Batch:
     """Of one rank, its images black; colours, flips and blurs as they are drawn."""
     num = config.train.global_batch // world.size
     generator = torch.Generator().manual_seed(0)
@@ -422,32 +492,49 @@ def trace(
     """
     register()
     recorder = _Recorder(device)
+    mean_and_scale.cache_clear()  # of a trace before, or of real updates
     with ExitStack() as stack:
+        stack.callback(mean_and_scale.cache_clear)
         world = stack.enter_context(fake_world(world_size, rank=rank, local_size=local_size, device=device))
         built = method(config, world)
         cls = _traced(engine_class(config, world), recorder)
-        mode = stack.enter_context(no_values(recorder))
+        stack.enter_context(no_values(recorder))
         with unset_fake_temporarily() if device != "cpu" else nullcontext():  # the host's part has values
             batch = example_batch(config, world)
-        stack.enter_context(recorder)
-        stack.enter_context(_followed(recorder))
+        return _second_update(recorder, cls, built, config, world, batch)
+
+
+def trace_with_values(
+    config: Config, world: World, *, method: Callable[[Config, World], Method[Any, Any]] = build_method
+) -> Trace:
+    """The same of an update of real tensors on CPUs, in the process group that stands: what `trace` must agree with."""
+    recorder = _Recorder("cpu", Tensor)
+    built = method(config, world)
+    module, cls = ENGINES["single" if world.size == 1 else config.parallel.engine]
+    traced = _traced(getattr(load(module), cls), recorder)
+    return _second_update(recorder, traced, built, config, world, example_batch(config, world))
+
+
+def _second_update(
+    recorder: _Recorder, cls: type[Engine], method: Method[Any, Any], config: Config, world: World, batch: Batch
+) -> Trace:
+    with _frozen_heap(), recorder, _followed(recorder):
         recorder.ignored = {view.untyped_storage()._cdata for view in batch.views}  # the loader's
-        recorder.units = {unit: name for name, unit in built.shard_units().items()}
-        engine = cls(built, config, world, ("",))
+        recorder.units = {unit: name for name, unit in method.shard_units().items()}
+        engine = cls(method, config, world, ("",))
         seen = config.train.total_samples - config.train.global_batch
-        for _ in range(2):
-            recorder.begin()
-            _mark_state(recorder, engine)
-            _update(recorder, engine, config, world, batch, mode, seen)
+        _mark_state(recorder, engine)
+        _update(recorder, engine, config, world, batch, seen)
+        recorder.begin()
+        _mark_state(recorder, engine)
+        _update(recorder, engine, config, world, batch, seen)
         steps, changes = recorder.steps, recorder.changes[:]  # what follows frees all
         engine.close()
-        units = list(built.shard_units())
-        return Trace(config, cls.name, world_size, rank, device, steps, changes, recorder.syncs, units, engine.shapes)
+        place, units = (world.size, world.rank, recorder.device), list(method.shard_units())
+        return Trace(config, cls.name, *place, steps, changes, recorder.syncs, units, engine.shapes)
 
 
-def _update(
-    recorder: _Recorder, engine: Engine, config: Config, world: FakeWorld, batch: Batch, mode: FakeTensorMode, seen: int
-) -> None:
+def _update(recorder: _Recorder, engine: Engine, config: Config, world: World, batch: Batch, seen: int) -> None:
     form = MEMORY_FORMATS.get(config.train.memory_format, torch.contiguous_format)
     num = config.num_micro_batches(world.size)
     valued = unset_fake_temporarily if recorder.device != "cpu" else nullcontext
@@ -465,6 +552,17 @@ def _update(
     recorder.mark((p.grad for p in engine.method.parameters() if p.grad is not None), "gradients")
     recorder.phase = "update"
     engine.update(1e-3, seen)
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """What there was before is not looked through again to find what an update leaves behind."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _mark_state(recorder: _Recorder, engine: Engine) -> None:

@@ -161,14 +161,15 @@ def _mirror(x: Tensor, radius: int, down: bool) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _mean_std(device: torch.device) -> tuple[Tensor, Tensor]:
+def mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `to_float` takes off, and what it then multiplies with: [3, 1, 1] each."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (255 * mean).to(device), (1 / (255 * std)).to(device)  # once a device: no copy, so no wait, in the step
 
 
 def to_float(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [N, 3, H, W] on any device as `dtype`, normalised with ImageNet's mean and standard deviation."""
-    mean, scale = _mean_std(x.device)
+    mean, scale = mean_and_scale(x.device)
     return x.to(torch.float32).sub_(mean).mul_(scale).to(dtype)
 
 

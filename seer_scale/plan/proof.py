@@ -1,0 +1,70 @@
+"""What the traced updates of several ranks must fulfil for their run to work, and not to wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+
+from seer_scale.errors import NOTHING, ConfigError, Problem
+from seer_scale.formatting import dtype_name, memory_size
+from seer_scale.plan.trace import Collective, Trace
+
+REDUCTIONS = {"all-reduce", "reduce-scatter", "reduce"}
+
+
+class Exchange(NamedTuple):
+    """A collective as all its ranks must see it. group: what it is for; size: its ranks."""
+
+    kind: str
+    nbytes: int
+    dtype: torch.dtype
+    group: str
+    size: int
+
+    def __str__(self) -> str:
+        size = memory_size(self.nbytes) if self.nbytes >= 2**20 else f"{self.nbytes} B"
+        return f"{self.kind} of {size} of {dtype_name(self.dtype)} over {self.size} ranks"
+
+
+def exchange(collective: Collective) -> Exchange:
+    size = len(collective.ranks)
+    return Exchange(collective.kind, collective.nbytes, collective.dtype, collective.group, size)
+
+
+def sequence(trace: Trace) -> list[Exchange]:
+    """What the rank exchanges in an update, in order. Ranks of which one differs wait for each other for ever."""
+    return [exchange(c) for c in trace.collectives]
+
+
+def check(traces: Sequence[Trace]) -> None:
+    """traces: of ranks of one run. Raises ConfigError with all that would hang, or wait for the device, or lose digits:
+    host synchronisations, sums in half precision, and collectives that are not the first rank's."""
+    problems = list(dict.fromkeys(p for trace in traces for p in (*_waits(trace), *_half_sums(trace))))
+    if problems := problems + [p for trace in traces[1:] for p in _differences(traces[0], trace)]:
+        raise ConfigError(problems, "The update")
+
+
+def _waits(trace: Trace) -> Iterator[Problem]:
+    for sync in trace.syncs:
+        rule = f"makes the host wait for the device in every update ({sync.what})"
+        fix = "non_blocking=True, or make it on the device" if sync.what == "copy from the host" else "keep it there"
+        yield Problem(sync.where, NOTHING, rule, fix)
+
+
+def _half_sums(trace: Trace) -> Iterator[Problem]:
+    for c in trace.collectives:
+        if c.kind in REDUCTIONS and c.dtype in (torch.float16, torch.bfloat16):
+            rule = f"sums over ranks in {dtype_name(c.dtype)} ({c.kind}), which loses digits"
+            yield Problem(c.where, NOTHING, rule, "give it .float()")
+
+
+def _differences(first: Trace, trace: Trace) -> Iterator[Problem]:
+    for i, (a, b) in enumerate(zip_longest(first.collectives, trace.collectives)):
+        if (a and exchange(a)) != (b and exchange(b)):
+            one, other = (f"{exchange(c)} ({c.where})" if c else "none" for c in (a, b))
+            rule = f"differ between ranks: the {i + 1}th of rank {first.rank} is {one}, of rank {trace.rank} {other}"
+            yield Problem("collectives", NOTHING, rule, "the same on every rank, in one order")
+            return
