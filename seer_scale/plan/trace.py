@@ -2,7 +2,7 @@
 collective and every byte that is held, in order.
 
 What runs is the engine's own code (`Engine.gradients`, `Engine.update`) over the method's; engines whose libraries
-refuse such tensors are stood in for (`stand_ins`). A host synchronisation is noted with the line that makes it.
+refuse such tensors are stood in for (`stand_ins`: DDP). A host synchronisation is noted with the line that makes it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from seer_scale.parallel import ENGINES, load
 from seer_scale.parallel.engine import Engine
 from seer_scale.plan.accelerator import GPU, FakeWorld, Stream, current_stream, fake_world, no_values, register
 from seer_scale.plan.operations import cpu_workspace, flops, moved_bytes, tensors
-from seer_scale.plan.stand_ins import engine_class
+from seer_scale.plan.stand_ins import already_there, engine_class
 
 Phase = Literal["build", "views", "targets", "forward", "recompute", "backward", "update"]
 Kind = Literal[
@@ -444,6 +444,15 @@ def _traced(cls: type[Engine], recorder: _Recorder) -> type[Engine]:
             with _disable_current_modes():  # 512 pieces of every parameter are made there
                 return super().shard_on_meta(method)
 
+        def wrap_materialised(self, module: nn.Module) -> nn.Module:
+            with already_there():
+                return super().wrap_materialised(module)
+
+        def _gradients(self) -> list[Tensor]:
+            grads = super()._gradients()
+            recorder.mark(iter(grads), "gradients")
+            return grads
+
         def _targets(self, *args: Any) -> list[Any]:
             with _phase(recorder, "targets"):
                 return super()._targets(*args)
@@ -549,7 +558,6 @@ def _update(recorder: _Recorder, engine: Engine, config: Config, world: World, b
     parts = [partial(views, make) for make in makes]
     engine.gradients(parts, samples_seen=seen)
     del makes, parts
-    recorder.mark((p.grad for p in engine.method.parameters() if p.grad is not None), "gradients")
     recorder.phase = "update"
     engine.update(1e-3, seen)
 

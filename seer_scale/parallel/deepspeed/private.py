@@ -157,6 +157,8 @@ def accelerator_for(device: torch.device) -> CPU_Accelerator | CUDA_Accelerator:
     also where each task sees one GPU alone."""
     if device.type == "cpu":
         return CPU_Accelerator()
+    if device.type != "cuda":
+        return _OtherDevice(device)
 
     class OneGpu(CUDA_Accelerator):
         def device_name(self, device_index: int | str | None = None) -> str:
@@ -166,6 +168,48 @@ def accelerator_for(device: torch.device) -> CPU_Accelerator | CUDA_Accelerator:
             torch.cuda.set_device(device)
 
     return OneGpu()
+
+
+class _OtherDevice(CPU_Accelerator):
+    """A device that torch knows by its module, with streams of its own."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._device, self._module = device, torch.get_device_module(device)
+        self._communication_backend_name = "fake"
+
+    def is_synchronized_device(self) -> bool:
+        return False
+
+    def device_name(self, device_index: int | None = None) -> str:
+        return self._device.type if device_index is None else str(self._device)
+
+    def current_device_name(self) -> str:
+        return str(self._device)
+
+    def current_device(self) -> int:
+        return self._device.index
+
+    def on_accelerator(self, tensor: Tensor) -> bool:
+        return tensor.device.type == self._device.type
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        self._module.synchronize()
+
+    def Stream(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802 - DeepSpeed's name
+        return self._module.Stream(*args, **kwargs)
+
+    def Event(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802 - DeepSpeed's name
+        return self._module.Event(*args, **kwargs)
+
+    def stream(self, stream: Any) -> Any:
+        return self._module.stream(stream)
+
+    def current_stream(self, device_index: int | None = None) -> Any:
+        return self._module.current_stream()
+
+    def default_stream(self, device_index: int | None = None) -> Any:
+        return self._module.current_stream()
 
 
 def join(world: World) -> None:
@@ -273,7 +317,7 @@ class Stage3(Stage):
     """Weights are spread, too."""
 
     def _silence(self, offload: bool) -> None:
-        self._optimizer._get_norm_groups = lambda: [torch.zeros(())]
+        self._optimizer._get_norm_groups = lambda: [torch.tensor(0.0)]
         if offload:
             self._optimizer._constant_buffered_norm2 = lambda *_, **__: None
 
