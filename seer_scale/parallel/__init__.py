@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from seer_scale.config import Config
 from seer_scale.distributed import World
@@ -53,6 +55,14 @@ def load(module: str) -> ModuleType:
         package = str(missing.name)  # an import that fails names what it lacks
         rule, fix = f"needs {package}, which is not installed", f"{how_to_install(package)}, or use engine fsdp"
         raise UserError(Problem("parallel.engine", NOTHING, rule, fix)) from missing
+
+
+def leave_groups() -> None:
+    """Destroy all process groups, those that libraries remember among them."""
+    if private := sys.modules.get("seer_scale.parallel.deepspeed.private"):
+        private.leave()
+    elif dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def choose_engine(method: Method[Any, Any], config: Config, world: World) -> str:

@@ -23,6 +23,7 @@ from torch.utils import backend_registration
 
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.parallel import leave_groups
 from seer_scale.plan.fakes import FastFakeTensorMode
 
 GPU = "gpu"
@@ -277,8 +278,7 @@ def fake_world(size: int, *, rank: int = 0, local_size: int = 8, device: str = G
         control = dist.group.WORLD if size > 1 else None
         yield FakeWorld(rank, size, rank % local_size, local_size, where, control)
     finally:
-        if size > 1:
-            dist.destroy_process_group()
+        leave_groups()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from seer_scale.parallel import ENGINES, load
 from seer_scale.parallel.ddp import DDP
 from seer_scale.parallel.engine import Engine
 
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+DDP_FIRST_BUCKET, DDP_BUCKET = 2**20, 25 * 2**20
 """Bytes of gradients that torch's reducer averages together (c10d::kDefaultFirstBucketBytes, bucket_cap_mb)."""
 
 
@@ -40,7 +40,7 @@ class BucketedDDP(DDP):
     is about the reverse of the forward's.
     """
 
-    def wrap_materialised(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # no module of torch's
+    def wrap_materialised(self, module: nn.Module) -> nn.Module:
         trained = [p for p in module.parameters() if p.requires_grad]
         self._is_last, self._buckets = True, list(_filled(reversed(trained)))
         self._left = [0] * len(self._buckets)
@@ -90,13 +90,13 @@ class BucketedDDP(DDP):
 def _filled(params: Iterator[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Buckets of parameters, each closed as it reaches its size."""
     bucket: list[nn.Parameter] = []
-    size, limit = 0, FIRST_BUCKET
+    size, limit = 0, DDP_FIRST_BUCKET
     for p in params:
         bucket.append(p)
         size += p.numel() * p.itemsize
         if size >= limit:
             yield bucket
-            bucket, size, limit = [], 0, BUCKET
+            bucket, size, limit = [], 0, DDP_BUCKET
     if bucket:
         yield bucket
 

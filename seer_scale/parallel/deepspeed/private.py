@@ -51,6 +51,7 @@ DEEPSPEED_PARTS = (
     PrivatePart("deepspeed.accelerator.real_accelerator", "set_accelerator", "the device", ("accel_obj",)),
     PrivatePart("deepspeed.accelerator.cuda_accelerator", "CUDA_Accelerator.device_name", "one GPU", ("device_index",)),
     PrivatePart("deepspeed.accelerator.cuda_accelerator", "CUDA_Accelerator.set_device", "one GPU", ("device_index",)),
+    PrivatePart("deepspeed.comm.comm", "cdb", "leaving process groups and joining others"),
     PrivatePart(f"{ZERO_MODULE}.parameter_offload", "FWD_MODULE_STACK", "letting go of a method that was trained"),
     _part(_ENGINE, "set_gradient_accumulation_boundary", "micro-batches", ("is_boundary",)),
     _part(_ENGINE, "_backward_prologue", "backward", ()),
@@ -225,6 +226,15 @@ def join(world: World) -> None:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def leave() -> None:
+    """Destroy all process groups, those that DeepSpeed remembers among them; `join` may follow."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+    elif dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Stage(ABC):
