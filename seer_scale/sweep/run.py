@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from seer_scale.launch.submit import launch
 from seer_scale.sweep.points import Asked, Point, points_of
 from seer_scale.sweep.results import Result, check_unchanged, name_of, result_of
 from seer_scale.sweep.table import as_text, draw, to_dict
+from seer_scale.training.data_history import training_images
 
 RECIPES_DIR = "recipes"
 """In a sweep's folder: the recipe of each point."""
@@ -59,6 +60,8 @@ def sweep(asked: Asked, how: How) -> int:
     if how.dry_run:
         return _dry_run(results, asked, how)
     status = EXIT_DONE
+    if asked.images and not how.only_table and how.cluster == "local":
+        training_images(max(points, key=lambda point: point.images).config)  # refused now, and not after all the others
     if not how.only_table:
         with contextlib.redirect_stdout(sys.stderr) if how.as_json else contextlib.nullcontext():
             status = _submit(results, asked, how) if how.cluster == "slurm" else _run_here(results, asked, how)
@@ -91,9 +94,9 @@ def _dry_run(results: Sequence[Result], asked: Asked, how: How) -> int:
     left = [result.point for result in results if not result.is_trained]
     compute = sum(point.compute for point in left)
     print(f"{counted(len(left), 'run')} to train, {compute:.2e} FLOP in all; nothing was started.")
-    if left and how.cluster == "slurm":
+    if how.cluster == "slurm" and (new := _to_submit(results)):
         with tempfile.TemporaryDirectory() as folder:
-            return launch(_options(left, Path(folder), asked, how))
+            return launch(_options(new, Path(folder), asked, how))
     return EXIT_DONE
 
 
@@ -106,11 +109,13 @@ def _recipe(point: Point, folder: Path) -> Path:
 def _options(points: Sequence[Point], folder: Path, asked: Asked, how: How) -> Options:
     """One launch of all of them, an array where they are several."""
     paths = [str(_recipe(point, folder)) for point in points]
-    name = asked.out.name if len(paths) > 1 else f"{asked.out.name}-{points[0].name}"
     array = [f"recipe={','.join(paths)}"] if len(paths) > 1 else []
+    name = asked.out.resolve().name  # in an array, what the names of its runs begin with
+    if not array:
+        name = "" if how.cluster == "local" else f"{name}-{points[0].name}"
     return Options(
         recipe=paths[0], cluster=how.cluster, profile=how.profile, nodes=how.nodes, ranks=how.ranks, time=how.time,
-        name=name if how.cluster == "slurm" else "", array=array, dry_run=how.dry_run,
+        name=name, array=array, dry_run=how.dry_run,
     )  # fmt: skip
 
 
@@ -120,36 +125,37 @@ def _run_here(results: Sequence[Result], asked: Asked, how: How) -> int:
     for number, result in enumerate(results, 1):
         if not result.lacks(how.items):
             continue
-        point = result.point
-        with _failing(point.name) as failed:
-            if not result.is_trained:
-                print(f"[{number} of {len(results)}] {point.name}", file=sys.stderr, flush=True)
-                ended = launch(_options([point], asked.out / RECIPES_DIR, asked, how))
-                if ended == EXIT_STOPPED:
-                    return ended
-                if ended:
-                    failed.append(ended)
-            if not failed and result_of(point, how.items).is_trained:
-                run_suite(point.run_dir, how.items, which="last", initial=["trained"], out=None, device="auto")
-        status = EXIT_FAILED if failed else status
+        print(f"[{number} of {len(results)}] {result.point.name}", file=sys.stderr, flush=True)
+        try:
+            ended = _run_point(result, asked, how)
+        except UserError as error:
+            print(error.prefixed(result.point.name), file=sys.stderr, flush=True)
+            ended = EXIT_FAILED
+        if ended == EXIT_STOPPED:
+            return ended
+        status = EXIT_FAILED if ended else status
     return status
 
 
-@contextlib.contextmanager
-def _failing(name: str) -> Iterator[list[int]]:
-    """A list that holds what failed in the body: exit statuses."""
-    failed: list[int] = []
-    try:
-        yield failed
-    except UserError as error:
-        print(error.prefixed(name), file=sys.stderr, flush=True)
-        failed.append(EXIT_FAILED)
+def _run_point(result: Result, asked: Asked, how: How) -> int:
+    """Train and evaluate what is missing of it; the exit status. Raises UserError."""
+    if not result.is_trained:
+        if ended := launch(_options([result.point], asked.out / RECIPES_DIR, asked, how)):
+            return ended
+    summary = run_suite(result.point.run_dir, how.items, which="last", initial=["trained"], out=None, device="auto")
+    for problem in summary["problems"]:
+        print(f"{result.point.name}: {problem['problem']}", file=sys.stderr, flush=True)
+    return EXIT_FAILED if summary["problems"] else EXIT_DONE
+
+
+def _to_submit(results: Sequence[Result]) -> list[Point]:
+    """Those neither trained nor in the queue."""
+    return [result.point for result in results if not result.is_trained and not result.is_running]
 
 
 def _submit(results: Sequence[Result], asked: Asked, how: How) -> int:
-    """All that are neither trained nor in the queue, and how to evaluate those that are trained."""
-    left = [result.point for result in results if not result.is_trained and not result.is_running]
-    if left:
+    """What is missing, and how to evaluate what is trained."""
+    if left := _to_submit(results):
         launch(_options(left, asked.out / RECIPES_DIR, asked, how))
     for result in results:
         if result.is_trained and result.lacks(how.items):

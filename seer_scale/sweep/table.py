@@ -15,7 +15,7 @@ from seer_scale.evaluate.suite import Item
 from seer_scale.files import shown, write_whole
 from seer_scale.formatting import counted, paragraph, plus_minus, short_number
 from seer_scale.sweep.fit import Prediction, Scaling, scaling
-from seer_scale.sweep.results import Result, name_of
+from seer_scale.sweep.results import Result, Score, name_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +59,20 @@ AXES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One score against one axis, of the runs of one group."""
+    """One score against one axis, of the runs of one group. measured_stderr: of the mean at the largest size, over its
+    runs or, of one, over test images."""
 
     score: str
     axis: Axis
     group: str
     points: Sequence[tuple[float, float]]
     scaling: Scaling
+    measured_stderr: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "score": self.score, "axis": self.axis.name, "group": self.group, "points": list(self.points),
+            "measured_stderr": self.measured_stderr,
             **self.scaling.to_dict(),
         }  # fmt: skip
 
@@ -87,14 +90,25 @@ def curves_of(results: Sequence[Result], scores: Sequence[str]) -> list[Curve]:
         for group in dict.fromkeys(axis.group(r) for r in results):
             for score in scores:
                 runs = [r for r in results if axis.group(r) == group]
-                points = [(float(axis.x(r)), r.scores[score].value) for r in runs if score in r.scores]
+                done = [r for r in runs if score in r.scores]
+                points = [(float(axis.x(r)), r.scores[score].value) for r in done]
                 planned = [float(axis.x(r)) for r in runs if score not in r.scores]
                 if made := scaling([x for x, _ in points], [y for _, y in points], planned):
                     name = counted(group, "image") if isinstance(group, int) else group
+                    largest = [r.scores[score] for r in done if axis.x(r) == max(x for x, _ in points)]
                     several = len({axis.group(r) for r in results}) > 1
-                    curve = Curve(score=score, axis=axis, group=name if several else "", points=points, scaling=made)
+                    curve = Curve(
+                        score=score, axis=axis, group=name if several else "", points=points, scaling=made,
+                        measured_stderr=_stderr_of_mean(largest),
+                    )  # fmt: skip
                     found.append(curve)
     return found
+
+
+def _stderr_of_mean(scores: Sequence[Score]) -> float | None:
+    if len(scores) == 1:
+        return scores[0].stderr
+    return stdev(s.value for s in scores) / math.sqrt(len(scores))
 
 
 def to_dict(results: Sequence[Result], items: Sequence[Item], equal: str) -> dict[str, Any]:
@@ -146,8 +160,9 @@ def _said(curve: Curve) -> Iterator[str]:
     said = f"{curve.score}{of} = {a} + ({b}) log10({axis.name}), {counted(line.runs, 'run')} at {line.sizes} sizes."
     if held := curve.scaling.held:
         assert held.measured is not None, "the largest size was measured"
+        measured = f"{held.measured:.2f}{plus_minus(curve.measured_stderr)}"
         said += (
-            f" Without the largest, {_predicted(held, axis)} is predicted there, and {held.measured:.2f} was measured "
+            f" Without the largest, {_predicted(held, axis)} is predicted there, and {measured} was measured "
             f"({held.measured - held.predicted:+.2f})."
         )
     yield f"{said} The next: {_predicted(curve.scaling.next, axis)}."
@@ -190,6 +205,7 @@ def draw(results: Sequence[Result], scores: Sequence[str], path: Path) -> bool:
                             markersize=5, markerfacecolor="none", capsize=2, linewidth=0.8,
                         )  # fmt: skip
             panel.set_xscale("log")
+            panel.minorticks_off()  # each is a mark of its own in the file
             panel.set(xlabel=f"{axis.name}{f' ({axis.unit.strip()})' * bool(axis.unit)}", ylabel="accuracy, %")
             panel.grid(alpha=0.3)
             panel.legend(frameon=False, fontsize="small")

@@ -142,6 +142,7 @@ def test_recipes_of_other_lengths_are_refused_or_given_one(recipe, photos, tmp_p
         (["tiny.yaml", "--widths", "1,two"], "--widths is 1,two, but must be positive numbers, each once; such as"),
         (["tiny.yaml", "--widths", "1,1"], "each once"),
         (["tiny.yaml", "--images", "8.5"], "--images is 8.5, but must be positive whole numbers"),
+        (["tiny.yaml", "--images", "6,25"], "data.max_images is 25, but"),
         (["tiny.yaml", "--seeds", "0"], "--seeds is 0"),
         (["tiny.yaml", "--seeds", "1,2"], "must be how many"),
         (["tiny.yaml", "demo", "--widths", "1,2"], "they are of one recipe, and several are given; give one"),
@@ -210,7 +211,7 @@ def test_the_plot_has_a_panel_for_each_axis(recipe, tmp_path):
     complete = {(w, s): 10.0 * w + s for w in (1, 2, 4) for s in (0, 1)}
     made = results(recipe, complete)
     text = as_text(made, read_suite("knn", {}), 1000)
-    assert "Missing" not in text and "Without the largest, " in text and "40.50 was measured (" in text
+    assert "Missing" not in text and "Without the largest, " in text and "40.50 ± 0.50 was measured (" in text
     assert [c.axis.name for c in curves_of(made, ["knn"])] == ["parameters", "compute"]
     assert draw(made, ["knn"], tmp_path / "a.svg") and draw(made, ["knn"], tmp_path / "b.svg")
     drawn = (tmp_path / "a.svg").read_bytes()
