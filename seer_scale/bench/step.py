@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from seer_scale.bench import calibrate
 from seer_scale.bench.ranks import wait
 from seer_scale.config import Config, Crop, load_recipe, resolve
 from seer_scale.distributed import World
@@ -69,7 +70,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='parallel.activation_checkpoint of ours, as in "every 1" or "[[2], [7], [9, 17], []]"',
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's default")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="instead: measure what this device reaches, for seer-scale plan --device FILE",
+    )
+    parser.add_argument("--out", default="", metavar="FILE", help="with --calibrate: write it to this file (YAML)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+
+
+USED_BY_CALIBRATE = ("calibrate", "out", "json", "device", "threads", "rounds")
+
+
+def check_calibrate(args: argparse.Namespace) -> None:
+    """Raises UserError where an option has no effect."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [key for key, default in vars(parser.parse_args([])).items() if getattr(args, key) != default]
+    unused = [key for key in given if key not in USED_BY_CALIBRATE] if args.calibrate else {"out"} & set(given)
+    beside = "with --calibrate" if args.calibrate else "without --calibrate"
+    problems = [
+        Problem(f"--{key.replace('_', '-')}", NOTHING, f"has no effect {beside}", "leave it out") for key in unused
+    ]
+    if args.rounds < 1:
+        problems.append(Problem("--rounds", args.rounds, "must be at least 1", (1,)))
+    if problems:
+        raise UserError(*problems)
 
 
 def read_crops(text: str) -> list[dict[str, int]]:
@@ -221,6 +247,9 @@ class ReferenceLoop:
 
 def run(args: argparse.Namespace) -> str:
     """Measure; returns the lines to print. Raises UserError."""
+    check_calibrate(args)
+    if args.calibrate:
+        return calibrate.run(args)
     config = configure(args)
     name, batch, kinds = config.model.name, args.batch, config.views.crops
     if not args.alone and name not in TIMM_MODELS:

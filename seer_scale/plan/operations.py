@@ -69,6 +69,13 @@ def flops(name: str, out: Any, args: tuple[Any, ...]) -> int:
     return count(out, *args) if count else 0
 
 
+def group_width(name: str, args: tuple[Any, ...]) -> int:
+    """Input channels of a group of a grouped convolution, or of its gradient; 0 of all else."""
+    if name == "aten.convolution" and args[8] > 1:
+        return args[1].shape[1]
+    return args[2].shape[1] if name == "aten.convolution_backward" and args[9] > 1 else 0
+
+
 def tensors(value: Any) -> list[Tensor]:
     """All within nested lists, tuples and mappings."""
     found: list[Tensor] = []

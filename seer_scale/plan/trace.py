@@ -46,7 +46,7 @@ from seer_scale.models.execution import MEMORY_FORMATS
 from seer_scale.parallel import ENGINES, load
 from seer_scale.parallel.engine import Engine
 from seer_scale.plan.accelerator import GPU, FakeWorld, Stream, current_stream, fake_world, no_values, register
-from seer_scale.plan.operations import cpu_workspace, flops, moved_bytes, tensors
+from seer_scale.plan.operations import cpu_workspace, flops, group_width, moved_bytes, tensors
 from seer_scale.plan.stand_ins import already_there, engine_class
 
 Phase = Literal["build", "views", "targets", "forward", "recompute", "backward", "update"]
@@ -82,7 +82,8 @@ class Collective:
 
 @dataclass
 class Op:
-    """One operation on the device. nbytes: read and written. workspace: bytes held while it runs, beside its result."""
+    """One operation on the device. nbytes: read and written. workspace: bytes held while it runs, beside its result.
+    group_width: channels of a group of a grouped convolution."""
 
     name: str
     phase: Phase
@@ -93,6 +94,7 @@ class Op:
     dtype: torch.dtype
     workspace: int = 0
     collective: Collective | None = None
+    group_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,7 @@ class _Recorder(TorchDispatchMode):
                 first.dtype,
                 cpu_workspace(name, out, args) if self.device == "cpu" else 0,
                 collective,
+                group_width(name, args),
             )
             self.steps.append(op)
         self._reclassify(name, out, args, kwargs, given)
