@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recompute",
         default="",
-        help='parallel.activation_checkpoint of ours, as in "every 1" or "[[2], [7], [9, 17], []]"',
+        help='parallel.activation_checkpoint of ours, as in "every 1", "units s1.b1" or "[[2], [7], [9, 17], []]"',
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's default")
     parser.add_argument(

@@ -285,8 +285,9 @@ class Parallel:
     sync_bn_group: int = opt(0, "ranks that share BatchNorm statistics; 0 = all, 1 = none", ge=0)
     activation_checkpoint: str | tuple[tuple[int, ...], ...] = opt(
         "none",
-        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; or, for each of "
-        "the 4 stages, the last blocks of its recomputed segments, as in [[2], [7], [9, 17], []]",
+        "what is recomputed in the backward pass: none; every N = each N blocks of a stage together; units s1.b1 s2.b3 "
+        "... = these blocks, each alone; or, for each of the 4 stages, the last blocks of its recomputed segments, as "
+        "in [[2], [7], [9, 17], []]",
     )
 
 

@@ -17,26 +17,30 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seer_scale.errors import Problem, UserError
+from seer_scale.errors import Problem, UserError, closest
 from seer_scale.methods.base import UnitSequence
 from seer_scale.models.layers.stateful import Tape
 
 OPTION = "parallel.activation_checkpoint"
+UNITS = "units"
 
 
 def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[str]]) -> list[list[str]]:
     """Names of consecutive units that are recomputed together; a segment lies within one of `stages`.
 
-    setting: "none"; "every N", segments of N units, and what is left at the end of a stage; or for each stage the
-    numbers, from 1, of the units that end a segment (VISSL's REGNET.stage_checkpoints): units after the last number are
-    a segment too, and a stage without numbers is not recomputed. Raises UserError for anything else.
+    setting: "none"; "every N", segments of N units, and what is left at the end of a stage; "units NAME NAME ...", a
+    segment each, in any order; or for each stage the numbers, from 1, of the units that end a segment (VISSL's
+    REGNET.stage_checkpoints): units after the last number are a segment too, and a stage without numbers is not
+    recomputed. Raises UserError for anything else.
     """
     if setting == "none":
         return []
     if isinstance(setting, str):
         word, _, number = setting.partition(" ")
+        if word == UNITS:
+            return _alone(number.split(), stages)
         if word != "every" or not number.isdecimal() or int(number) < 1:
-            rule = "it must be none, every N or a list a stage"
+            rule = "it must be none, every N, units NAME NAME ... or a list a stage"
             raise UserError(Problem(OPTION, setting, rule, "nearest: every 1"))
         setting = tuple((*range(int(number), len(names), int(number)), len(names)) for names in stages)
     if len(setting) != len(stages):
@@ -50,6 +54,31 @@ def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[
             raise UserError(Problem(OPTION, list(ends), rule, near))
         out += [names[a:b] for a, b in pairwise((0, *ends, len(names))) if ends and a < b]
     return out
+
+
+def _alone(given: list[str], stages: list[list[str]]) -> list[list[str]]:
+    """These units in order of use, a segment each. Raises UserError."""
+    names = sum(stages, [])
+    if not given:
+        raise UserError(Problem(OPTION, UNITS, "it names no unit", f"nearest: {UNITS} {names[0]}, or none"))
+    problems = [
+        Problem(
+            OPTION,
+            f"{UNITS} {name}",
+            f"the stages have no such unit, only {names[0]} to {names[-1]}",
+            f"nearest: {UNITS} {closest(name, names, alike=0)}",
+        )
+        for name in dict.fromkeys(given)
+        if name not in names
+    ]
+    problems += [
+        Problem(OPTION, f"{UNITS} {name} {name}", "each unit is named once", f"nearest: {UNITS} {name}")
+        for name in names
+        if given.count(name) > 1
+    ]
+    if problems:
+        raise UserError(*problems)
+    return [[name] for name in names if name in given]
 
 
 During = Callable[[list[nn.Module]], AbstractContextManager[None]]

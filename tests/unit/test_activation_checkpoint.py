@@ -19,7 +19,8 @@ from seer_scale.parallel.activation_checkpoint import OPTION, apply_activation_c
 from seer_scale.parallel.units import matrix_numel, split_units
 
 STAGES = [["s1.b1"], ["s2.b1", "s2.b2"], ["s3.b1", "s3.b2", "s3.b3", "s3.b4"], ["s4.b1", "s4.b2"]]
-FORMS = ["every 1", "every 2", "every 3", "every 9", ((1,), (2,), (1, 3), ()), ((), (1,), (4,), (1, 2))]
+UNITS = "units s1.b1 s2.b2 s3.b1 s3.b2 s3.b4 s4.b2"
+FORMS = ["every 1", "every 2", "every 3", "every 9", UNITS, ((1,), (2,), (1, 3), ()), ((), (1,), (4,), (1, 2))]
 
 
 def largest(units: dict) -> tuple[str, int]:
@@ -77,10 +78,25 @@ def saved_tensors():
         ("every 100", [1, 2, 4, 2]),
         (((1,), (2,), (1, 3), ()), [1, 2, 1, 2, 1]),
         (((), (), (), ()), []),
+        (UNITS, [1] * 6),
     ],
 )
 def test_segments_by_example(form, expected):
     assert [len(names) for names in find_segments(form, STAGES)] == expected
+
+
+def test_units_are_recomputed_alone_in_order_of_use():
+    assert find_segments("units s3.b2 s2.b1 s3.b1", STAGES) == [["s2.b1"], ["s3.b1"], ["s3.b2"]]
+    assert find_segments("units " + " ".join(sum(STAGES, [])), STAGES) == find_segments("every 1", STAGES)
+
+
+def test_each_unit_that_is_not_there_is_named():
+    with pytest.raises(UserError) as error:
+        find_segments("units s2.b3 s3.b4 stem s3.b1 s3.b1", STAGES)
+    unknown, other, twice = error.value.problems
+    assert (unknown.value, other.value) == ("units s2.b3", "units stem") and "s1.b1 to s4.b2" in unknown.rule
+    assert {unknown.nearest, other.nearest} <= {f"nearest: units {name}" for name in sum(STAGES, [])}
+    assert (twice.value, twice.nearest) == ("units s3.b1 s3.b1", "nearest: units s3.b1")
 
 
 def test_seers_10b():
@@ -124,6 +140,7 @@ def test_segments_cut_stages(case, n):
         ("every 0", "every 0", "nearest: every 1"),
         ("every", "every", "nearest: every 1"),
         ("each 2", "each 2", "nearest: every 1"),
+        ("units", "units", "nearest: units s1.b1, or none"),
         (((1,), (2,)), [[1], [2]], ""),
         (((1,), (3,), (), ()), [3], [2]),
         (((), (), (3, 1, 1), ()), [3, 1, 1], [1, 3]),

@@ -116,6 +116,7 @@ def test_small_units_are_gathered_together(recipe, least):
         (["--parallel.engine", "zero2", "--parallel.replicate_degree", "2"], "has no mesh of replicas and shards"),
         (["--parallel.engine", "zero"], "parallel.engine is zero, but must be one of"),
         (["--parallel.activation_checkpoint", "every 0"], "nearest: every 1"),
+        (["--parallel.activation_checkpoint", "units s1.b9"], "nearest: units s"),
         (["--parallel.activation_checkpoint", "[[1], [1]]"], "must have one list for each of the 4 stages"),
         (["--parallel.activation_checkpoint", "[[9], [], [], []]"], "nearest: [1]"),
         (
