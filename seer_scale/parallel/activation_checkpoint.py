@@ -22,7 +22,7 @@ from seer_scale.methods.base import UnitSequence
 from seer_scale.models.layers.stateful import Tape
 
 OPTION = "parallel.activation_checkpoint"
-UNITS = "units"
+EACH_ALONE = "units"
 
 
 def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[str]]) -> list[list[str]]:
@@ -37,7 +37,7 @@ def find_segments(setting: str | tuple[tuple[int, ...], ...], stages: list[list[
         return []
     if isinstance(setting, str):
         word, _, number = setting.partition(" ")
-        if word == UNITS:
+        if word == EACH_ALONE:
             return _alone(number.split(), stages)
         if word != "every" or not number.isdecimal() or int(number) < 1:
             rule = "it must be none, every N, units NAME NAME ... or a list a stage"
@@ -60,19 +60,19 @@ def _alone(given: list[str], stages: list[list[str]]) -> list[list[str]]:
     """These units in order of use, a segment each. Raises UserError."""
     names = sum(stages, [])
     if not given:
-        raise UserError(Problem(OPTION, UNITS, "it names no unit", f"nearest: {UNITS} {names[0]}, or none"))
+        raise UserError(Problem(OPTION, EACH_ALONE, "it names no unit", f"nearest: {EACH_ALONE} {names[0]}, or none"))
     problems = [
         Problem(
             OPTION,
-            f"{UNITS} {name}",
+            f"{EACH_ALONE} {name}",
             f"the stages have no such unit, only {names[0]} to {names[-1]}",
-            f"nearest: {UNITS} {closest(name, names, alike=0)}",
+            f"nearest: {EACH_ALONE} {closest(name, names, alike=0)}",
         )
         for name in dict.fromkeys(given)
         if name not in names
     ]
     problems += [
-        Problem(OPTION, f"{UNITS} {name} {name}", "each unit is named once", f"nearest: {UNITS} {name}")
+        Problem(OPTION, f"{EACH_ALONE} {name} {name}", "each unit is named once", f"nearest: {EACH_ALONE} {name}")
         for name in names
         if given.count(name) > 1
     ]
