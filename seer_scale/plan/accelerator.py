@@ -29,6 +29,7 @@ from seer_scale.plan.fakes import FastFakeTensorMode
 GPU = "gpu"
 """What torch calls the device here."""
 AUTOCAST = "AutocastPrivateUse1"
+CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 HALF = (
     *("conv1d", "conv2d", "conv3d", "convolution", "linear", "matmul", "mm", "mv", "bmm", "addmm", "addbmm", "baddbmm"),
     *("einsum", "scaled_dot_product_attention"),
@@ -107,11 +108,12 @@ class Event:
 
 @dataclass
 class _State:
-    """Of this process: which stream work is given to, who listens, and how values are left out."""
+    """Of this process: which stream work is given to, who listens, how values are left out, and autocast's cache."""
 
     stream: Stream
     listener: Listener
     mode: FakeTensorMode | None = None
+    casts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     libraries: list[torch.library.Library] = field(default_factory=list)
 
 
@@ -213,8 +215,13 @@ def _autocasting(name: str, to: Callable[[], torch.dtype]) -> Callable[..., Any]
     def cast(x: Any) -> Any:
         if isinstance(x, list | tuple):
             return [cast(y) for y in x]
-        is_cast = isinstance(x, Tensor) and x.device.type == GPU and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(to()) if is_cast else x
+        if not isinstance(x, Tensor) or x.device.type != GPU or x.dtype not in CASTABLE or x.dtype == (dtype := to()):
+            return x
+        if not (torch.is_autocast_cache_enabled() and x.is_leaf and x.requires_grad and dtype != torch.float32):
+            return x.to(dtype)
+        if id(x) not in _state.casts:  # a weight once a forward, whatever the number of resolutions
+            _state.casts[id(x)] = x, x.to(dtype)
+        return _state.casts[id(x)][1]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(key):
@@ -292,6 +299,7 @@ def no_values(listener: Listener) -> Iterator[FakeTensorMode]:
     try:
         with (
             mock.patch.object(Tensor, "record_stream", lambda self, stream: None),
+            mock.patch.object(torch, "clear_autocast_cache", _state.casts.clear),  # as the last autocast ends
             torch.autograd.set_multithreading_enabled(False),
             mode,
         ):
