@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from seer_scale import __version__, console
-from seer_scale.cli import data, embed, evaluate, export, imports, launch, reports, sweep, train
+from seer_scale.cli import data, embed, evaluate, export, imports, launch, plan, reports, sweep, train
 from seer_scale.cli.parser import Parser, split_overrides, split_switches
 from seer_scale.config import plugins_of
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NOTHING, Problem, UserError, print_error
@@ -90,7 +90,7 @@ def build_parser(words: Sequence[str]) -> Parser:
     parser = Parser(prog="seer-scale", description=DESCRIPTION, epilog=MAIN_EPILOG)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
-    for room in (train, launch, sweep, evaluate, embed, export, imports, reports, data):
+    for room in (train, launch, plan, sweep, evaluate, embed, export, imports, reports, data):
         room.add_commands(commands, words)
     return parser
 

@@ -1,4 +1,4 @@
-"""seer-scale inspect, report, compare, plan, bench"""
+"""seer-scale inspect, report, compare, bench"""
 
 from __future__ import annotations
 
@@ -73,7 +73,6 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
 
-    add_plan(commands, words)
     add_module_commands(
         commands, "bench", "measure speed and memory against a reference in the same run", BENCHES, words
     )
@@ -135,23 +134,3 @@ def _newest_run() -> Path:
     if not logs:
         raise UserError(Problem("RUN", NOTHING, "is missing, and there is no run in runs/", ("runs/demo",)))
     return logs[-1].parent
-
-
-def add_plan(commands: Any, words: Sequence[str]) -> None:
-    """`plan --failures ...`: one kind of plan today, named by an option."""
-    what = "goodput at a rate of failures, and the best checkpoint interval"
-    if words[:1] == ["plan"]:
-        from seer_scale.plan import failures
-
-        parser = add_command(
-            commands, "plan", lambda args: _print(failures.run(args)), what, description=failures.__doc__
-        )
-        parser.add_argument("--failures", action="store_true", required=True, help=what)
-        failures.add_arguments(parser)
-    else:
-        add_command(commands, "plan", lambda args: EXIT_DONE, f"--failures: {what}")
-
-
-def _print(text: str) -> int:
-    print(text)
-    return EXIT_DONE

@@ -45,7 +45,7 @@ def prepare(request: Request, command: Sequence[str]) -> tuple[Job, dict[str, An
     given = merge(given, over)
     if request.name and not (given.get("run") or {}).get("dir"):
         given = merge(given, {"run": {"dir": str(Path("runs") / request.name)}})
-    ranks, has_nodes = _ranks_of_recipe(given), request.cluster != "local"
+    ranks, has_nodes = ranks_of_recipe(given), request.cluster != "local"
     ranks_per_node = request.ranks_per_node or request.profile.resolved_ranks_per_node or ranks
     if request.node_range is None and ranks % ranks_per_node and has_nodes:
         fix = f"give --nodes, such as {-(-ranks // ranks_per_node)}"
@@ -98,7 +98,7 @@ def own_plugins(recipe: dict[str, Any]) -> dict[str, Path]:
     return {name: module_of(place) for name in plugins_of(recipe) if (place := plugin_place(name))}
 
 
-def _ranks_of_recipe(given: dict[str, Any]) -> int:
+def ranks_of_recipe(given: dict[str, Any]) -> int:
     """parallel.ranks, where it is a number; what is wrong with it is reported by `resolve`."""
     section = given.get("parallel")
     ranks = section.get("ranks", 1) if isinstance(section, dict) else 1

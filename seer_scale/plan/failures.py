@@ -26,6 +26,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from seer_scale.errors import Problem, UserError
 from seer_scale.files import to_json
@@ -215,6 +216,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Weigh the run; returns the lines to print. Raises UserError."""
+    text, facts = weigh(args)
+    return to_json(facts, indent=1) if args.json else text
+
+
+def weigh(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The lines to print, and the figures. Raises UserError."""
     failures, given = _read(args)
     best = best_interval(failures)
     interval_s = given.get("interval", best)
@@ -227,7 +234,7 @@ def run(args: argparse.Namespace) -> str:
     }
     if "images_per_second" in given:
         facts["every_samples"] = round(interval_s * given["images_per_second"])
-    return to_json(facts, indent=1) if args.json else "\n".join(_table(failures, facts))
+    return "\n".join(_table(failures, facts)), facts
 
 
 def _read(args: argparse.Namespace) -> tuple[Failures, dict[str, float]]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from seer_scale.plan.allocator import reserved
+from seer_scale.plan.devices import Device
 from seer_scale.plan.trace import Kind, Trace
+
+KERNEL_WORKSPACE = 350 * 2**20
+"""Bytes that libraries of a GPU take for their kernels: what lacked on one H200 (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,41 @@ def find_peak(trace: Trace, block: int = 1) -> Peak:
         if now > peak.nbytes:
             peak = Peak(now, at, dict(kinds), 0)
     return Peak(peak.nbytes, peak.op, {kind: n for kind, n in peak.kinds.items() if n}, peak.workspace)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank, in bytes. peak: of tensors. kinds: at the peak, largest first, and what is taken beside tensors:
+    workspaces of kernels, what the allocator holds unused, communicators, and the device's own."""
+
+    peak: Peak
+    kinds: dict[str, int]
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.kinds.values())
+
+    @property
+    def room(self) -> int:
+        """Negative where it does not fit."""
+        return self.capacity - self.total
+
+    @property
+    def fits(self) -> bool:
+        return self.room >= 0
+
+
+def memory_of(trace: Trace, device: Device) -> Memory:
+    """What the update of a trace takes of a device."""
+    is_gpu = trace.device != "cpu"
+    block = device.block_bytes if is_gpu else 1
+    peak = find_peak(trace, block)
+    kinds: dict[str, int] = dict(sorted(peak.kinds.items(), key=lambda kind: -kind[1]))
+    kinds["workspaces of kernels"] = peak.workspace + KERNEL_WORKSPACE * is_gpu
+    if is_gpu:
+        changes = ((held, held.nbytes, held.stream, comes) for held, comes in trace.changes)
+        kinds["allocator slack"] = max(0, reserved(changes, block) - peak.nbytes)
+        kinds["communicators"] = device.communicator_bytes * len({(c.ranks, c.group) for c in trace.collectives})
+        kinds["CUDA context"] = device.context_bytes
+    return Memory(peak, {kind: nbytes for kind, nbytes in kinds.items() if nbytes}, device.memory_bytes)

@@ -108,12 +108,14 @@ class Wait:
 
 @dataclass
 class Held:
-    """A run of memory. born, freed: how many operations there were before; freed -1: none of the update frees it."""
+    """A run of memory. stream: that it was made for. born, freed: how many operations there were before; freed -1: none
+    of the update frees it."""
 
     nbytes: int
     kind: Kind
     phase: Phase
     unit: str
+    stream: int
     born: int
     freed: int = -1
 
@@ -279,6 +281,7 @@ class _Recorder(TorchDispatchMode):
         if not given:
             return
         stream = current_stream()
+        number = self._number(stream)
         stream.given += 1
         self.num_ops += 1
         if self.is_recording:
@@ -289,7 +292,7 @@ class _Recorder(TorchDispatchMode):
                 name.removeprefix("aten."),
                 phase,
                 unit,
-                self._number(stream),
+                number,
                 flops(name, out, args),
                 collective.nbytes if collective else moved_bytes(out, args, kwargs),
                 first.dtype,
@@ -334,7 +337,7 @@ class _Recorder(TorchDispatchMode):
         phase, unit = self._where()
         if kind is None:
             kind = found[1].kind if found else _kind_by_phase(phase, unit)
-        held = Held(nbytes, kind, phase, unit, self.num_ops)
+        held = Held(nbytes, kind, phase, unit, self._number(current_stream()), self.num_ops)
         self.changes.append((held, True))
         ref = found[0] if found else weakref.ref(storage, lambda _: self._forget(key))
         self._alive[key] = ref, held

@@ -98,8 +98,12 @@ COMMANDS = (
             ["bench", "checkpoint", "--gib", "x"],
             "--gib cannot be taken: invalid float value: 'x'; see seer-scale bench checkpoint --help",
         ),
-        (["plan", "--failures", "--gpu", "512"], "--gpu is no option of seer-scale plan; did you mean --gpus?"),
-        (["plan"], "plan needs --failures"),
+        (
+            ["plan", "--failures", "--gpu", "512"],
+            "--gpu is no option of seer-scale plan, and keys of a recipe have a dot, as in --train.total_samples; did you "
+            "mean --gpus?",
+        ),
+        (["plan"], "plan needs RECIPE, or --failures"),
         (["train", "no/tiny.yaml"], "no/tiny.yaml is no file; nor is any recipe beside it."),
         (["train", "/tmp"], "/tmp is no recipe; to train on images there give a recipe's name and their path, such as"),
         (["train", __file__], "test_cli.py is no recipe; to train on images there"),

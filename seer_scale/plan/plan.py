@@ -1,0 +1,195 @@
+"""What a recipe takes of so many GPUs: memory of each, time, whether it fits; before any is taken."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from seer_scale.config import Config
+from seer_scale.distributed import World
+from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.formatting import counted, memory_size, rough_duration, short_number
+from seer_scale.formatting import rate as rate_of
+from seer_scale.methods.base import Method
+from seer_scale.methods.registry import build_method
+from seer_scale.models.execution import COMPUTE_DTYPES
+from seer_scale.parallel.units import compute_type, matrix_numel, sharded_units
+from seer_scale.plan import failures
+from seer_scale.plan.accelerator import GPU
+from seer_scale.plan.devices import Device
+from seer_scale.plan.memory import Memory, memory_of
+from seer_scale.plan.time import StepTime, milliseconds, simulate
+from seer_scale.plan.trace import Sync, Trace, trace
+
+GATHERED = ("fsdp", "zero3")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """config: with the engine that is taken. gpus: ranks, one each."""
+
+    config: Config
+    gpus: int
+    device: Device
+    trace: Trace
+    memory: Memory
+    time: StepTime
+
+    @property
+    def syncs(self) -> list[Sync]:
+        return self.trace.syncs
+
+
+def make_plan(config: Config, gpus: int, device: Device) -> Plan:
+    """The plan of a recipe that was checked for so many ranks; of `parallel.engine auto` with the engine it would take.
+
+    Raises UserError for what no update can be made of, or whose largest unit alone no such device holds.
+    """
+    method = build_method(config, World())
+    check_largest_unit(method, config, gpus, device)
+    if config.parallel.engine == "auto" and gpus > 1:
+        return _plan_of_auto(config, gpus, device)
+    return _plan(config, gpus, device)
+
+
+def _plan(config: Config, gpus: int, device: Device) -> Plan:
+    where = "cpu" if device.name == "cpu" or not device.asynchronous else GPU
+    found = trace(config, gpus, local_size=min(gpus, device.gpus_per_node), device=where)
+    return Plan(config, gpus, device, found, memory_of(found, device), simulate(found, device))
+
+
+def _plan_of_auto(config: Config, gpus: int, device: Device) -> Plan:
+    """Of ddp where it fits, which moves least; else of fsdp."""
+    if config.parallel.replicate_degree == 1 and not config.parallel.shard_degree:
+        plan = _plan(with_parallel(config, engine="ddp"), gpus, device)
+        if plan.memory.fits:
+            return plan
+    return _plan(with_parallel(config, engine="fsdp"), gpus, device)
+
+
+def with_parallel(config: Config, **keys: Any) -> Config:
+    """The recipe with other keys of its section parallel."""
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **keys))
+
+
+def check_largest_unit(method: Method[Any, Any], config: Config, gpus: int, device: Device) -> None:
+    """Raises UserError where what is gathered at once, or held whole, is more than the device has."""
+    engine = "single" if gpus == 1 else config.parallel.engine
+    if engine in GATHERED or engine == "auto":
+        units = sharded_units(method, config)
+        sizes = {
+            n: matrix_numel(u) * COMPUTE_DTYPES[compute_type(n, method, config)].itemsize for n, u in units.items()
+        }
+        name = max(sizes, key=lambda n: sizes[n])
+        rule = f"{name} alone takes {memory_size(sizes[name])} when it is gathered"
+        fix = "a larger device, or a smaller parallel.max_unit_gib, which cuts units into their layers"
+        needed = sizes[name]
+    else:
+        needed = 4 * sum(p.numel() for p in method.parameters())
+        rule = f"its weights alone take {memory_size(needed)} with parallel.engine {engine}"
+        fix = "parallel.engine fsdp on several GPUs" if gpus == 1 else "parallel.engine fsdp"
+    if needed > device.memory_bytes:
+        raise UserError(
+            Problem(f"--device {device.name}", NOTHING, f"has {memory_size(device.memory_bytes)}, but {rule}", fix)
+        )
+
+
+# ------------------------------------------------------------------------------------------------ what is said
+
+
+def facts(plan: Plan, rate: float | None = None, failure: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All figures of a plan, as JSON has them."""
+    memory, time, samples = plan.memory, plan.time, plan.config.train.total_samples
+    return {
+        "engine": plan.trace.engine, "gpus": plan.gpus, "device": plan.device.name,
+        "parameters": plan.trace.num_parameters, "precision": plan.config.train.precision,
+        "images_a_gpu": plan.config.train.global_batch // plan.gpus,
+        "micro_batches": plan.config.num_micro_batches(plan.gpus),
+        "memory": {
+            "fits": memory.fits, "total": memory.total, "capacity": memory.capacity, "room": memory.room,
+            "kinds": memory.kinds, "peak_at": _peak_at(plan),
+        },
+        "time": {
+            "update_s": time.seconds, "low_s": time.low, "high_s": time.high, "busy_s": time.busy,
+            "exposed_s": time.exposed, "idle_s": time.idle, "images_per_s": time.images_per_s, "mfu": time.mfu,
+            "updates": -(-samples // plan.config.train.global_batch), "days": time.days(samples),
+            "gpu_hours": time.gpu_hours(samples), "loader_cores": time.loader_cores,
+            "price": None if rate is None else time.price(samples, rate),
+        },
+        "collectives": len(plan.trace.collectives),
+        "host_waits": [dataclasses.asdict(sync) for sync in plan.syncs],
+        "assumptions": time.assumptions,
+    } | ({"failures": failure} if failure else {})  # fmt: skip
+
+
+def lines(plan: Plan, rate: float | None = None) -> list[str]:
+    """The plan as text."""
+    config, micro = plan.config, plan.config.num_micro_batches(plan.gpus)
+    parts = f", in {micro} micro-batches" if micro > 1 else ""
+    return [
+        f"{config.model.name}, {short_number(plan.trace.num_parameters)} parameters with its heads; "
+        f"{plan.trace.engine} on {plan.gpus:,} x {plan.device.name}, {config.train.precision}, "
+        f"{config.train.global_batch // plan.gpus} images each{parts}; recomputed: {_recomputed(config)}",
+        "",
+        *_memory_lines(plan),
+        "",
+        *_time_lines(plan, rate),
+        *(f"waits             {sync.what} at {sync.where}" for sync in plan.syncs),
+    ]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    memory = plan.memory
+    at = _peak_at(plan)
+    fits = f"fits, {memory_size(memory.room)} to spare"
+    verdict = fits if memory.fits else f"does NOT fit, by {memory_size(-memory.room)}"
+    return [
+        f"memory of a GPU   {memory_size(memory.total)} of {memory_size(memory.capacity)}: {verdict}",
+        *(f"  {kind:<24}{memory_size(nbytes):>10}" for kind, nbytes in memory.kinds.items()),
+        f"  most is held in {at['phase']}{' of ' * bool(at['unit'])}{at['unit']}",
+    ]
+
+
+def _time_lines(plan: Plan, rate: float | None) -> list[str]:
+    time, samples = plan.time, plan.config.train.total_samples
+    rows = sorted(time.busy.items(), key=lambda row: -row[1])
+    rows += [("not hidden, of these", time.exposed)] * (plan.gpus > 1) + [("the device idles", time.idle)]
+    price = "" if rate is None else f", {time.price(samples, rate):,.0f} at {rate:g} a GPU-hour"
+    updates = counted(-(-samples // plan.config.train.global_batch), "update")
+    return [
+        f"time of an update {milliseconds(time.seconds)} ({milliseconds(time.low)} to {milliseconds(time.high)}), "
+        f"{rate_of(time.images_per_s)} images/s, {time.mfu:.1%} MFU",
+        *(f"  {kind:<24}{milliseconds(seconds):>10}" for kind, seconds in rows),
+        f"whole run         {samples:,} images in {rough_duration(86400 * time.days(samples))} ({updates}), "
+        f"{time.gpu_hours(samples):,.0f} GPU-hours{price}",
+        f"loader            {counted(time.loader_cores, 'CPU core')} a GPU",
+    ]
+
+
+def _peak_at(plan: Plan) -> dict[str, str]:
+    ops = plan.trace.ops
+    op = ops[min(plan.memory.peak.op, len(ops) - 1)]
+    return {"phase": op.phase, "unit": op.unit, "operation": op.name}
+
+
+def _recomputed(config: Config) -> str:
+    setting = config.parallel.activation_checkpoint
+    return setting if isinstance(setting, str) else str([list(ends) for ends in setting])
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def failures_of(plan: Plan, given: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """What failures cost this very run: text, and the figures. given: options of `plan --failures` beside its own.
+    Raises UserError."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    failures.add_arguments(parser)
+    args = parser.parse_args([*given, "--gpus", str(plan.gpus), "--images-per-second", repr(plan.time.images_per_s)])
+    text, figures = failures.weigh(args)
+    days = plan.time.days(plan.config.train.total_samples) / figures["shares"]["goodput"]
+    whole = f"whole run      {rough_duration(86400 * days)} with what failures and checkpoints cost"
+    return f"{text}\n{whole}", figures | {"days": days}
