@@ -100,8 +100,8 @@ COMMANDS = (
         ),
         (
             ["plan", "--failures", "--gpu", "512"],
-            "--gpu is no option of seer-scale plan, and keys of a recipe have a dot, as in --train.total_samples; did you "
-            "mean --gpus?",
+            "--gpu is no option of seer-scale plan, and keys of a recipe have a dot, as in --train.total_samples; "
+            "did you mean --gpus?",
         ),
         (["plan"], "plan needs RECIPE, or --failures"),
         (["train", "no/tiny.yaml"], "no/tiny.yaml is no file; nor is any recipe beside it."),
