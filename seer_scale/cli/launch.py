@@ -127,6 +127,7 @@ def _add_launch_arguments(parser: Parser) -> None:
         help="most starts of the ranks in a row without a new checkpoint; then the job is requeued or ends",
     )
     add("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+    add("--no-plan", action="store_true", help="submit also what, as planned, does not fit in the profile's gpu")
 
 
 def launch(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from seer_scale.errors import Problem, UserError
 from seer_scale.launch.profile import Profile, minutes
 
 CLUSTERS = ("local", "slurm")
-NEEDS_QUEUE = ("profile", "nodes", "time", "dry_run")
+NEEDS_QUEUE = ("profile", "nodes", "time", "dry_run", "no_plan")
 """Options that mean nothing on this machine."""
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ class Options:
     restarts: str = ""
     array: Sequence[str] = ()
     dry_run: bool = False
+    no_plan: bool = False
     overrides: Sequence[str] = ()
 
     def to_words(self, recipe: str, name: str, overrides: Sequence[str]) -> list[str]:
@@ -40,7 +41,8 @@ class Options:
         given = {
             option: getattr(self, option) for option in ("cluster", "profile", "nodes", "ranks", "time", "restarts")
         } | {"name": name}
-        return [recipe, *(word for key, value in given.items() if value for word in (f"--{key}", value)), *overrides]
+        words = [word for key, value in given.items() if value for word in (f"--{key}", value)]
+        return [recipe, *words, *["--no-plan"] * self.no_plan, *overrides]
 
 
 def parse(text: str, parser: Callable[[str], T], default: T, errors: list[UserError]) -> T:

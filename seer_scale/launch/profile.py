@@ -29,6 +29,11 @@ class Profile:
     time: str = opt(
         "24:00:00", "time limit of a job, as [DAYS-]HOURS:MINUTES:SECONDS or minutes; the run resumes in the next job"
     )
+    gpu: str = opt(
+        "",
+        "the GPU, as seer-scale plan --device has it, such as h100 or a file: what does not fit is not submitted; "
+        "empty = nothing is planned",
+    )
     gpus_per_node: int = opt(8, "GPUs a node; 0 = train on CPUs", ge=0)
     ranks_per_node: int = opt(0, "processes a node; 0 = one a GPU", ge=0)
     cpus_per_rank: int = opt(0, "CPUs for a rank and its loader processes; 0 = as the cluster gives them", ge=0)

@@ -99,6 +99,10 @@ def _prepare_all(options: Options) -> list[Prepared]:
     if errors:
         raise UserError.joined(errors)
     _check_folders([job for job, _, _ in prepared], is_slurm=options.cluster == "slurm")
+    if profile.gpu and not options.no_plan:
+        from seer_scale.launch.planned import plan_all
+
+        prepared = plan_all(prepared, profile.gpu)
     return prepared
 
 

@@ -1,0 +1,129 @@
+"""`seer-scale plan RECIPE`, and the launcher that asks it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from seer_scale.cli import main
+from seer_scale.config import read_yaml
+from seer_scale.plan.allocator import MIB, CachingAllocator, reserved
+from seer_scale.plan.devices import DEVICES
+from tests.tiny import RECIPE
+
+GPUS = 4
+HUGE = ["--swav.hidden", "[400000000]", "--parallel.engine", "ddp", "--gpus", "4", "--device", "v100-32gb"]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({k: v for k, v in RECIPE.items() if k != "data"}))
+    return "tiny.yaml"
+
+
+@pytest.fixture
+def small_gpu(tmp_path):
+    """A device on which nothing fits beside its own context."""
+    device = read_yaml(DEVICES, "devices")["h100"]
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(device | {"memory_bytes": device["context_bytes"] + 2**20}))
+    return str(path)
+
+
+def test_a_plan_says_what_memory_is_for_and_how_long_it_takes(recipe, capsys):
+    words = ["plan", recipe, "--gpus", str(GPUS), "--device", "h200", "--price", "2", "--failures", "--stall", "5"]
+    assert main([*words, "--parallel.engine", "fsdp", "--train.precision", "bf16", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    memory, time = told["memory"], told["time"]
+    assert memory["fits"] and memory["total"] == sum(memory["kinds"].values())
+    assert memory["room"] == memory["capacity"] - memory["total"]
+    assert {"parameters", "optimiser state", "activations", "views", "CUDA context"} <= set(memory["kinds"])
+    assert time["low_s"] <= time["update_s"] <= time["high_s"] and time["updates"] == 20
+    assert time["price"] == pytest.approx(2 * time["gpu_hours"]) and told["host_waits"] == []
+    assert told["failures"]["stall_s"] == 5 and told["failures"]["days"] > time["days"]
+    assert told["engine"] == "fsdp" and told["gpus"] == GPUS
+
+
+def test_what_does_not_fit_is_said_and_fails(recipe, small_gpu, capsys):
+    assert main(["plan", recipe, "--gpus", str(GPUS), "--device", small_gpu]) == 1
+    assert "does NOT fit, by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words,part",
+    [
+        (["--gpus", "3"], "--gpus is 3, but train.global_batch 8 does not divide among them; nearest: 2 or 4."),
+        (["--device", "h300"], "did you mean h200?"),
+        (["--stall", "3"], "--stall has no effect without --failures"),
+        (["--price", "-1"], "--price is -1, but must be a number of at least 0."),
+        (["--train.lr", "1"], "train.lr is not a key"),
+        (HUGE, "has 31.7 GiB, but its weights alone take"),
+    ],
+)
+def test_bad_input_is_one_error_before_anything_is_traced(recipe, words, part, capsys):
+    assert main(["plan", recipe, *words]) == 2
+    told = capsys.readouterr()
+    assert part in told.err and not told.out
+
+
+# ------------------------------------------------------------------------------------------------ the allocator
+
+
+def test_segments_are_taken_as_cuda_s_allocator_takes_them():
+    allocator = CachingAllocator(512)
+    first = allocator.allocate(1000, 0)
+    allocator.allocate(600_000, 0)
+    assert first.nbytes == 1024 and allocator.reserved == 2 * MIB  # both of one small segment
+    allocator.allocate(3 * MIB, 0)
+    allocator.allocate(3 * MIB, 0)
+    assert allocator.reserved == 22 * MIB  # both of one of 20 MiB
+    own = allocator.allocate(11 * MIB, 0)
+    assert allocator.reserved == 22 * MIB  # what is left of that one is large enough
+    allocator.allocate(11 * MIB, 0)
+    assert allocator.reserved == 34 * MIB  # in multiples of 2 MiB
+    allocator.free(own, False, 0)
+    allocator.allocate(11 * MIB, 1)
+    assert allocator.reserved == 46 * MIB  # another stream's are its own
+    allocator.allocate(11 * MIB, 0)
+    assert allocator.reserved == 46 * MIB
+
+
+def test_neighbours_that_are_free_are_one_block():
+    allocator = CachingAllocator(512)
+    blocks = [allocator.allocate(5 * MIB, 0) for _ in range(4)]
+    for i in (0, 2, 1):
+        allocator.free(blocks[i], False, 0)
+    assert allocator.reserved == 20 * MIB
+    allocator.allocate(15 * MIB, 0)
+    assert allocator.reserved == 20 * MIB
+
+
+def test_what_is_reserved_is_that_of_updates_in_a_row():
+    lasting, passing = object(), object()
+    changes = [(lasting, 4 * MIB, 0, True), (passing, 30 * MIB, 0, True), (passing, 30 * MIB, 0, False)]
+    assert reserved(changes, 512) == 50 * MIB
+
+
+# ------------------------------------------------------------------------------------------------ the launcher
+
+
+def launched(folder, gpu: str, *words: str) -> int:
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / "images" / "0.jpg").write_bytes(b"")
+    (folder / "profile.yaml").write_text(yaml.safe_dump({"gpu": gpu, "gpus_per_node": 4}))
+    start = ["launch", "tiny.yaml", "--cluster", "slurm", "--profile", "profile.yaml", "--nodes", "1", "--dry-run"]
+    return main([*start, "--data.path", "images", *words])
+
+
+def test_what_cannot_fit_is_not_submitted(recipe, small_gpu, tmp_path, capsys):
+    assert launched(tmp_path, small_gpu) == 2
+    assert "as planned; seer-scale plan --gpus 4" in capsys.readouterr().err
+    assert launched(tmp_path, small_gpu, "--no-plan") == 0
+
+
+def test_the_launcher_says_what_is_planned_and_auto_takes_its_engine(recipe, tmp_path, capsys):
+    assert launched(tmp_path, "h100", "--parallel.engine", "auto") == 0
+    assert "Planned for 4 ranks: ddp, " in capsys.readouterr().out
