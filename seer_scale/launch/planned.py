@@ -34,7 +34,7 @@ def plan_all(prepared: Sequence[Prepared], gpu: str) -> list[Prepared]:
             plans[key] = make_plan(resolve_given(recipe, {}, ranks, with_data=False), ranks, device)
         plan: Plan = plans[key]
         took = f"{memory_size(plan.memory.total)} of {memory_size(plan.memory.capacity)} of a {device.name}"
-        if not plan.memory.fits:
+        if plan.memory.cannot_fit:
             fix = f"seer-scale plan --gpus {ranks} --device {gpu} says what does; --no-plan submits it all the same"
             problems.append(Problem(job.name, NOTHING, f"needs {took}, as planned", fix))
             continue

@@ -9,6 +9,7 @@ from seer_scale.plan.allocator import reserved
 from seer_scale.plan.devices import Device
 from seer_scale.plan.trace import Kind, Trace
 
+SLACK = "allocator slack"
 KERNEL_WORKSPACE = 350 * 2**20
 """Bytes that libraries of a GPU take for their kernels: what lacked on one H200 (docs/performance.md)."""
 
@@ -75,7 +76,13 @@ class Memory:
 
     @property
     def fits(self) -> bool:
+        """With all that the allocator holds unused."""
         return self.room >= 0
+
+    @property
+    def cannot_fit(self) -> bool:
+        """Whatever of that the allocator gives back."""
+        return self.room + self.kinds.get(SLACK, 0) < 0
 
 
 def memory_of(trace: Trace, device: Device) -> Memory:
@@ -87,7 +94,7 @@ def memory_of(trace: Trace, device: Device) -> Memory:
     kinds["workspaces of kernels"] = peak.workspace + KERNEL_WORKSPACE * is_gpu
     if is_gpu:
         changes = ((held, held.nbytes, held.stream, comes) for held, comes in trace.changes)
-        kinds["allocator slack"] = max(0, reserved(changes, block) - peak.nbytes)
+        kinds[SLACK] = max(0, reserved(changes, block) - peak.nbytes)
         kinds["communicators"] = device.communicator_bytes * len({(c.ranks, c.group) for c in trace.collectives})
         kinds["CUDA context"] = device.context_bytes
     return Memory(peak, {kind: nbytes for kind, nbytes in kinds.items() if nbytes}, device.memory_bytes)

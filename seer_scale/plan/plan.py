@@ -109,7 +109,7 @@ def facts(plan: Plan, rate: float | None = None, failure: dict[str, Any] | None 
         "images_a_gpu": plan.config.train.global_batch // plan.gpus,
         "micro_batches": plan.config.num_micro_batches(plan.gpus),
         "memory": {
-            "fits": memory.fits, "total": memory.total, "capacity": memory.capacity, "room": memory.room,
+            "fits": memory.fits, "cannot_fit": memory.cannot_fit, "total": memory.total, "capacity": memory.capacity, "room": memory.room,
             "kinds": memory.kinds, "peak_at": _peak_at(plan),
         },
         "time": {
@@ -144,8 +144,14 @@ def lines(plan: Plan, rate: float | None = None) -> list[str]:
 def _memory_lines(plan: Plan) -> list[str]:
     memory = plan.memory
     at = _peak_at(plan)
-    fits = f"fits, {memory_size(memory.room)} to spare"
-    verdict = fits if memory.fits else f"does NOT fit, by {memory_size(-memory.room)}"
+    if memory.fits:
+        verdict = f"fits, {memory_size(memory.room)} to spare"
+    elif memory.cannot_fit:
+        verdict = f"does NOT fit, by {memory_size(-memory.room)}"
+    else:
+        verdict = (
+            "fits only as the allocator gives back its slack: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        )
     return [
         f"memory of a GPU   {memory_size(memory.total)} of {memory_size(memory.capacity)}: {verdict}",
         *(f"  {kind:<24}{memory_size(nbytes):>10}" for kind, nbytes in memory.kinds.items()),
