@@ -21,7 +21,15 @@ from seer_scale.plan import failures
 from seer_scale.plan.accelerator import GPU
 from seer_scale.plan.devices import Device
 from seer_scale.plan.memory import Memory, memory_of
-from seer_scale.plan.time import StepTime, milliseconds, simulate
+from seer_scale.plan.time import (
+    SEER_GPUS,
+    SEER_IMAGES,
+    SEER_READINGS,
+    SEER_UPDATE_S,
+    StepTime,
+    milliseconds,
+    simulate,
+)
 from seer_scale.plan.trace import Sync, Trace, trace
 
 GATHERED = ("fsdp", "zero3")
@@ -109,7 +117,8 @@ def facts(plan: Plan, rate: float | None = None, failure: dict[str, Any] | None 
         "images_a_gpu": plan.config.train.global_batch // plan.gpus,
         "micro_batches": plan.config.num_micro_batches(plan.gpus),
         "memory": {
-            "fits": memory.fits, "cannot_fit": memory.cannot_fit, "total": memory.total, "capacity": memory.capacity, "room": memory.room,
+            "fits": memory.fits, "cannot_fit": memory.cannot_fit, "total": memory.total,
+            "capacity": memory.capacity, "room": memory.room,
             "kinds": memory.kinds, "peak_at": _peak_at(plan),
         },
         "time": {
@@ -137,6 +146,7 @@ def lines(plan: Plan, rate: float | None = None) -> list[str]:
         *_memory_lines(plan),
         "",
         *_time_lines(plan, rate),
+        *_published_lines(plan),
         *(f"waits             {sync.what} at {sync.where}" for sync in plan.syncs),
     ]
 
@@ -172,6 +182,17 @@ def _time_lines(plan: Plan, rate: float | None) -> list[str]:
         f"whole run         {samples:,} images in {rough_duration(86400 * time.days(samples))} ({updates}), "
         f"{time.gpu_hours(samples):,.0f} GPU-hours{price}",
         f"loader            {counted(time.loader_cores, 'CPU core')} a GPU",
+    ]
+
+
+def _published_lines(plan: Plan) -> list[str]:
+    """SEER's own row, beside either of the two models it may have been."""
+    if plan.config.model.name not in SEER_READINGS.values():
+        return []
+    theirs, ours = SEER_IMAGES / SEER_UPDATE_S / SEER_GPUS, plan.time.images_per_s / plan.gpus
+    return [
+        f"published         SEER: {milliseconds(SEER_UPDATE_S)} for {SEER_IMAGES:,} images on {SEER_GPUS} V100, "
+        f"{rate_of(theirs)} images/s a GPU if its model was this one; planned here: {rate_of(ours)}"
     ]
 
 
