@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from seer_scale.config import Config
 from seer_scale.distributed import World
@@ -20,7 +20,7 @@ from seer_scale.parallel.units import compute_type, matrix_numel, sharded_units
 from seer_scale.plan import failures
 from seer_scale.plan.accelerator import GPU
 from seer_scale.plan.devices import Device
-from seer_scale.plan.memory import Memory, memory_of
+from seer_scale.plan.memory import Memory, Peak, memory_of
 from seer_scale.plan.time import (
     SEER_GPUS,
     SEER_IMAGES,
@@ -37,7 +37,7 @@ GATHERED = ("fsdp", "zero3")
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with the engine that is taken. gpus: ranks, one each."""
+    """config: with the engine that is taken. gpus: ranks, one each. trace: of up to TRACED micro-batches."""
 
     config: Config
     gpus: int
@@ -64,9 +64,43 @@ def make_plan(config: Config, gpus: int, device: Device) -> Plan:
 
 
 def _plan(config: Config, gpus: int, device: Device) -> Plan:
-    where = "cpu" if device.name == "cpu" or not device.asynchronous else GPU
-    found = trace(config, gpus, local_size=min(gpus, device.gpus_per_node), device=where)
-    return Plan(config, gpus, device, found, memory_of(found, device), simulate(found, device))
+    where = GPU if device.asynchronous else "cpu"
+    num = config.num_micro_batches(gpus)
+    shorter = [_with_micro_batches(config, gpus, n) for n in (TRACED - 1, TRACED)] if num > TRACED else [config]
+    traces = [trace(c, gpus, local_size=min(gpus, device.gpus_per_node), device=where) for c in shorter]
+    memories = [memory_of(t, device) for t in traces]
+    times = [simulate(t, device) for t in traces]
+    return Plan(config, gpus, device, traces[-1], _at(memories, num), _at(times, num))
+
+
+TRACED = 3
+"""The most micro-batches that are traced: what any more take is what the last of them takes, each."""
+PlannedT = TypeVar("PlannedT", Memory, StepTime)
+
+
+def _with_micro_batches(config: Config, gpus: int, num: int) -> Config:
+    """The recipe with another number of micro-batches of the same size."""
+    batch = config.train.global_batch // config.num_micro_batches(gpus) * num
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=batch))
+
+
+def _at(found: Sequence[PlannedT], num: int) -> PlannedT:
+    """Of `num` micro-batches, from what was found for TRACED - 1 and TRACED; or the one there is."""
+    if len(found) == 1:
+        return found[0]
+    fewer, more = (vars(f) for f in found)
+    return dataclasses.replace(found[-1], **{k: _linear(fewer[k], more[k], num) for k in more})
+
+
+def _linear(fewer: Any, more: Any, num: int) -> Any:
+    """What grows by as much with each micro-batch; the rest as it is."""
+    if isinstance(more, dict):
+        return {k: _linear(fewer.get(k, 0), v, num) for k, v in more.items()}
+    if isinstance(more, Peak):
+        return dataclasses.replace(more, nbytes=_linear(fewer.nbytes, more.nbytes, num))
+    if isinstance(more, int | float):
+        return more + (num - TRACED) * (more - fewer)
+    return more
 
 
 def _plan_of_auto(config: Config, gpus: int, device: Device) -> Plan:

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from seer_scale.cli import main
-from seer_scale.config import read_yaml
+from seer_scale.config import read_yaml, resolve
+from seer_scale.plan import plan as plan_module
 from seer_scale.plan.allocator import MIB, CachingAllocator, reserved
-from seer_scale.plan.devices import DEVICES
+from seer_scale.plan.devices import DEVICES, load_device
 from tests.tiny import RECIPE
 
 GPUS = 4
@@ -67,6 +68,18 @@ def test_bad_input_is_one_error_before_anything_is_traced(recipe, words, part, c
     assert main(["plan", recipe, *words]) == 2
     told = capsys.readouterr()
     assert part in told.err and not told.out
+
+
+def test_many_micro_batches_are_planned_from_a_few(monkeypatch):
+    config = resolve(RECIPE, {"train": {"micro_batch": 1, "global_batch": 12}}, world_size=2)
+    device = load_device("h100")
+    few = plan_module.make_plan(config, 2, device)
+    monkeypatch.setattr(plan_module, "TRACED", 6)
+    whole = plan_module.make_plan(config, 2, device)
+    assert few.trace.config.num_micro_batches(2) == 3 and whole.trace.config is not few.trace.config
+    assert few.memory.total == pytest.approx(whole.memory.total, rel=0.01)
+    assert few.time.seconds == pytest.approx(whole.time.seconds, rel=0.02)
+    assert (few.time.images, few.time.flops) == (whole.time.images, whole.time.flops)
 
 
 # ------------------------------------------------------------------------------------------------ the allocator
