@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1
 
-.PHONY: install demo test test-slurm test-gpu lint docs clean
+.PHONY: install demo test test-long test-slurm test-gpu lint docs clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/installed
@@ -21,8 +21,13 @@ demo: install
 
 test: install
 	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 \
-		--ignore=tests/slurm $(PYTEST_ARGS)
+		--ignore=tests/slurm -m 'not long' $(PYTEST_ARGS)
 	@echo "Without tests/slurm: make test-slurm runs them on a SLURM of virtual nodes."
+
+# What `make test` leaves out for its time.
+test-long: install
+	$(RUN) $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 --ignore=tests/slurm --ignore=tests/gpu \
+		-m long $(PYTEST_ARGS)
 
 # SLURM=optional: skipped, with the reason, where there can be no such cluster.
 SLURM ?= required
