@@ -7,6 +7,7 @@ refuse such tensors are stood in for (`stand_ins`: DDP). A host synchronisation 
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 import weakref
@@ -536,7 +537,8 @@ def _second_update(
     with _frozen_heap(), recorder, _followed(recorder):
         recorder.ignored = {view.untyped_storage()._cdata for view in batch.views}  # the loader's
         recorder.units = {unit: name for name, unit in method.shard_units().items()}
-        engine = cls(method, config, world, ("",))
+        plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
+        engine = cls(method, plain, world, ("",))  # a compiler would run these operations, too, some of them as one
         seen = config.train.total_samples - config.train.global_batch
         _mark_state(recorder, engine)
         _update(recorder, engine, config, world, batch, seen)

@@ -49,8 +49,10 @@ def test_a_plan_says_what_memory_is_for_and_how_long_it_takes(recipe, capsys):
 
 
 def test_what_does_not_fit_is_said_and_fails(recipe, small_gpu, capsys):
-    assert main(["plan", recipe, "--gpus", str(GPUS), "--device", small_gpu]) == 1
-    assert "does NOT fit, by" in capsys.readouterr().out
+    """A recipe that is compiled is planned operation by operation, and says so."""
+    assert main(["plan", recipe, "--gpus", str(GPUS), "--device", small_gpu, "--train.compile", "true"]) == 1
+    told = capsys.readouterr().out
+    assert "does NOT fit, by" in told and "counted operation by operation" in told
 
 
 @pytest.mark.parametrize(
