@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from torch import nn
 
 from seer_scale.config import Config
 from seer_scale.distributed import World
@@ -16,10 +19,10 @@ from seer_scale.formatting import rate as rate_of
 from seer_scale.methods.base import Method
 from seer_scale.methods.registry import build_method
 from seer_scale.models.execution import COMPUTE_DTYPES
-from seer_scale.parallel.units import compute_type, matrix_numel, sharded_units
+from seer_scale.parallel.units import compute_type, matrix_numel, sharded_units, split_units
 from seer_scale.plan import failures
 from seer_scale.plan.accelerator import GPU
-from seer_scale.plan.devices import Device
+from seer_scale.plan.devices import Device, known_devices
 from seer_scale.plan.memory import Memory, Peak, memory_of
 from seer_scale.plan.time import (
     SEER_GPUS,
@@ -121,14 +124,14 @@ def check_largest_unit(method: Method[Any, Any], config: Config, gpus: int, devi
     """Raises UserError where what is gathered at once, or held whole, is more than the device has."""
     engine = "single" if gpus == 1 else config.parallel.engine
     if engine in GATHERED or engine == "auto":
-        units = sharded_units(method, config)
-        sizes = {
-            n: matrix_numel(u) * COMPUTE_DTYPES[compute_type(n, method, config)].itemsize for n, u in units.items()
-        }
-        name = max(sizes, key=lambda n: sizes[n])
-        rule = f"{name} alone takes {memory_size(sizes[name])} when it is gathered"
-        fix = "a larger device, or a smaller parallel.max_unit_gib, which cuts units into their layers"
-        needed = sizes[name]
+        needed, name = _largest(sharded_units(method, config), method, config)
+        rule = f"{name} alone takes {memory_size(needed)} when it is gathered"
+        layer, _ = _largest(split_units(method.shard_units(), 0), method, config)
+        if layer <= device.memory_bytes:
+            fix = f"parallel.max_unit_gib {math.ceil(1000 * layer / 2**30) / 1000:g} cuts it into its layers"
+        else:
+            larger = [d.name for d in known_devices().values() if d.memory_bytes > layer]
+            fix = f"it fits on {' or '.join(larger)}" if larger else "no device that is known has as much"
     else:
         needed = 4 * sum(p.numel() for p in method.parameters())
         rule = f"its weights alone take {memory_size(needed)} with parallel.engine {engine}"
@@ -137,6 +140,12 @@ def check_largest_unit(method: Method[Any, Any], config: Config, gpus: int, devi
         raise UserError(
             Problem(f"--device {device.name}", NOTHING, f"has {memory_size(device.memory_bytes)}, but {rule}", fix)
         )
+
+
+def _largest(units: dict[str, nn.Module], method: Method[Any, Any], config: Config) -> tuple[int, str]:
+    """(bytes in the type it is gathered in, name) of the largest."""
+    types = {name: COMPUTE_DTYPES[compute_type(name, method, config)] for name in units}
+    return max((matrix_numel(unit) * types[name].itemsize, name) for name, unit in units.items())
 
 
 # ------------------------------------------------------------------------------------------------ what is said

@@ -110,7 +110,7 @@ class Wait:
 @dataclass
 class Held:
     """A run of memory. stream: that it was made for. born, freed: how many operations there were before; freed -1: none
-    of the update frees it."""
+    of the update frees it. is_output: of a unit, so that another takes it."""
 
     nbytes: int
     kind: Kind
@@ -119,6 +119,7 @@ class Held:
     stream: int
     born: int
     freed: int = -1
+    is_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,9 @@ class _Recorder(TorchDispatchMode):
         if module in self.units:
             self._inside.pop()
             self._span(self._inside[-1] if self._inside else "")
+            for t in tensors(out):
+                if found := self._alive.get(self._key(t)):
+                    found[1].is_output = True
 
     def _span(self, name: str) -> None:
         self._spans[0].append(torch._C._autograd._get_sequence_nr())

@@ -1,0 +1,408 @@
+"""What fits: the smallest change of a recipe that does, and the fastest way of all that do.
+
+Both try engine x recomputation x micro-batch. An engine takes one trace, of a rank's whole share without recomputation:
+what is held for activations and losses shrinks with the micro-batch, the rest stays, and `recompute` says what each
+unit saves and costs. So which settings are worth a plan of their own is known before they are traced. Nothing is
+offered that was not planned itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seer_scale.config import ZERO_ENGINES, Config, check_rules, merge, unused_keys
+from seer_scale.config.schema import Parallel
+from seer_scale.distributed import World
+from seer_scale.errors import NOTHING, Problem, UserError, missing_path
+from seer_scale.files import published, shown
+from seer_scale.formatting import counted, memory_size
+from seer_scale.methods.registry import build_method
+from seer_scale.plan.devices import Device
+from seer_scale.plan.plan import Plan, check_largest_unit, make_plan
+from seer_scale.plan.recompute import Recomputation
+from seer_scale.plan.time import milliseconds, op_seconds
+
+ENGINE, RECOMPUTED, MICRO_BATCH = "parallel.engine", "parallel.activation_checkpoint", "train.micro_batch"
+REPLICATE, OFFLOAD = "parallel.replicate_degree", "parallel.offload"
+SHRINKING = ("activations", "loss", "workspaces of kernels", "allocator slack")
+"""Kinds of memory that are as large as the micro-batch."""
+NEEDS = dict.fromkeys(ZERO_ENGINES, "deepspeed") | {"fairscale": "fairscale"}
+TRIES = 3
+"""Plans of one choice of units, each with less memory allowed than the one before, until one fits."""
+MORE_NODES = 4
+"""Numbers of GPUs above the one asked for that are tried."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """keys: of the recipe, with the values that differ from it. plan: with them."""
+
+    keys: dict[str, Any]
+    plan: Plan
+
+    @property
+    def gpus(self) -> int:
+        return self.plan.gpus
+
+    @property
+    def words(self) -> list[str]:
+        """As a command line has them."""
+        return [word for key, value in self.keys.items() for word in (f"--{key}", _as_word(value))]
+
+    @property
+    def fits(self) -> bool:
+        return self.plan.memory.fits
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON has it."""
+        memory, time = self.plan.memory, self.plan.time
+        return {
+            "gpus": self.gpus, "keys": self.keys, "fits": memory.fits, "total": memory.total,
+            "capacity": memory.capacity, "update_s": time.seconds, "images_per_s": time.images_per_s,
+        }  # fmt: skip
+
+
+def _as_word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
+    """The recipe with other values of these dotted keys."""
+    for key, value in keys.items():
+        section, name = key.split(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    return config
+
+
+# ------------------------------------------------------------------------------------------------ what is known
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A way to hold the model: the plan of a rank's largest micro-batch without recomputation, and what follows."""
+
+    keys: dict[str, Any]
+    plan: Plan
+
+    @cached_property
+    def recomputation(self) -> Recomputation:
+        return Recomputation(self.plan.trace, self.plan.device)
+
+    @cached_property
+    def staying(self) -> int:
+        """Bytes of what does not shrink with the micro-batch."""
+        return sum(n for kind, n in self.plan.memory.kinds.items() if kind not in SHRINKING)
+
+    @cached_property
+    def images(self) -> int:
+        return _images(self.plan.config, self.plan.gpus)
+
+    def choose(self, images: int, spare: float = 0) -> list[str] | None:
+        """The units to recompute so that this fits with so many bytes to spare; None: no number does."""
+        memory = self.plan.memory
+        allowed = (memory.capacity - spare - self.staying) * self.images / images + self.staying
+        return self.recomputation.choose(int(memory.peak.nbytes + allowed - memory.total))
+
+    def seconds(self, images: int, units: list[str]) -> float:
+        """Of an update, at least: micro-batches cost a forward of the whole batch for its targets."""
+        more = self._forward if images < self.images else 0.0
+        return self.plan.time.seconds + more + self.recomputation.seconds(units)
+
+    @cached_property
+    def _forward(self) -> float:
+        if not build_method(self.plan.config, World()).has_batch_targets:
+            return 0.0
+        ops = [op for op in self.plan.trace.ops if op.phase == "forward" and not op.collective]
+        return sum(op_seconds(op, self.plan.device) for op in ops)
+
+
+def _images(config: Config, gpus: int) -> int:
+    """Of a micro-batch of a rank."""
+    return config.train.global_batch // gpus // config.num_micro_batches(gpus)
+
+
+class _Search:
+    """The recipe as it was given, and what has been planned of it."""
+
+    def __init__(self, config: Config, device: Device):
+        self.given, self.device = config, device
+        self._plans: dict[tuple[Any, ...], Plan | UserError] = {}
+        self.refusals: list[UserError] = []
+
+    @cached_property
+    def num_parameters(self) -> int:
+        method = build_method(self.given, World())
+        return sum(p.numel() for p in method.parameters())
+
+    def check_largest_unit(self, gpus: int) -> None:
+        """Raises UserError where a unit alone is more than the device has, however the model is held."""
+        config = with_keys(self.given, self.engine("fsdp"))
+        check_largest_unit(build_method(config, World()), config, max(2, gpus), self.device)
+
+    def engine(self, name: str, **more: Any) -> dict[str, Any]:
+        """The keys that make this the recipe's engine: with those that it does not read as they are by default."""
+        keys = {ENGINE: name} | {f"parallel.{key}": value for key, value in more.items()}
+        resets = {"replicate_degree", "shard_degree"} if name != "fsdp" or "replicate_degree" in more else set()
+        resets |= {"offload"} if name not in ZERO_ENGINES else set()
+        unused = {
+            p.key.partition(".")[2] for p in unused_keys(with_keys(self.given, keys)) if p.key.startswith("parallel.")
+        }
+        for key in (resets | unused) - set(more):
+            keys[f"parallel.{key}"] = getattr(Parallel(), key)
+        return keys
+
+    def plan(self, keys: Mapping[str, Any], gpus: int) -> Plan | None:
+        """None where no update can be planned with these keys."""
+        config = with_keys(self.given, keys)
+        key = (gpus, *sorted((k, str(v)) for k, v in self._differing(keys).items()))
+        if key not in self._plans:
+            if check_rules(config, gpus):
+                return None
+            _tell(f"planning {self._told(keys, gpus)} ...")
+            try:
+                self._plans[key] = make_plan(config, gpus, self.device)
+            except UserError as error:
+                self._plans[key] = error
+                self.refusals.append(error)
+        found = self._plans[key]
+        return found if isinstance(found, Plan) else None
+
+    def change(self, keys: Mapping[str, Any], gpus: int) -> Change | None:
+        plan = self.plan(keys, gpus)
+        return Change(self._differing(keys), plan) if plan else None
+
+    def base(self, keys: Mapping[str, Any], gpus: int, images: int = 0) -> _Base | None:
+        """Of one micro-batch of a rank's whole share (images: of so many), which shows all that smaller ones take."""
+        keys = {**keys, RECOMPUTED: "none", MICRO_BATCH: images}
+        plan = self.plan(keys, gpus)
+        return _Base(keys, plan) if plan else None
+
+    def fitting(self, base: _Base, images: int) -> Change | None:
+        """Micro-batches of so many images, with as few units recomputed as fit."""
+        spare = 0.0
+        for _ in range(TRIES):
+            units = base.choose(images, spare)
+            if units is None:
+                return None
+            found = self.change(self.keys_of(base, images, units), base.plan.gpus)
+            if found is None or found.fits:
+                return found
+            spare -= found.plan.memory.room * 1.05
+        return None
+
+    def keys_of(self, base: _Base, images: int, units: list[str]) -> dict[str, Any]:
+        """micro_batch as it was given where that is the same number of images."""
+        keys = base.keys | {RECOMPUTED: base.recomputation.setting(units)}
+        gpus = base.plan.gpus
+        is_given = _images(self.given, gpus) == images
+        share = self.given.train.global_batch // gpus
+        return keys | {MICRO_BATCH: self.given.train.micro_batch if is_given else images if images < share else 0}
+
+    def _differing(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in keys.items() if self.given.get(key) != value}
+
+    def _told(self, keys: Mapping[str, Any], gpus: int) -> str:
+        config = with_keys(self.given, keys)
+        engine = _engine_name(config, gpus)
+        recomputed = config.parallel.activation_checkpoint
+        if isinstance(recomputed, str) and recomputed.startswith("units "):
+            recomputed = counted(len(recomputed.split()) - 1, "unit")
+        images = counted(_images(config, gpus), "image")
+        return f"{engine} on {gpus:,} x {self.device.name}, {images} at once, recomputed: {recomputed}"
+
+
+def _engine_name(config: Config, gpus: int) -> str:
+    parallel = config.parallel
+    replicas = f" in {parallel.replicate_degree} copies" * (parallel.replicate_degree > 1)
+    offloads = ", offloading" * parallel.offload
+    return ("single" if gpus == 1 and not parallel.offload else parallel.engine) + replicas + offloads
+
+
+def _tell(line: str) -> None:
+    print(f"seer-scale: {shown(line)}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ the smallest change
+
+
+def smallest_change(config: Config, gpus: int, device: Device) -> Change | None:
+    """What makes a recipe fit that does not, at the least cost to whoever trains it: units recomputed where that saves
+    most for its time; smaller micro-batches, too; another engine; state in the host's memory; more GPUs. None: none of
+    these does.
+
+    config: checked for so many GPUs. Raises UserError for what no update can be made of.
+    """
+    search = _Search(config, device)
+    search.check_largest_unit(gpus)
+    given = _named_engine(search, config, gpus)
+    for keys, number in _ways(search, given, gpus):
+        base = search.base(keys, number)
+        if base is None:
+            continue
+        # of the given micro-batch first, then of smaller ones; none with less memory than the one that follows allows
+        for images in _micro_batches(search.given, number):
+            found = search.fitting(base, images) if base.choose(images) is not None else None
+            if found:
+                return found
+    return None
+
+
+def _named_engine(search: _Search, config: Config, gpus: int) -> dict[str, Any]:
+    """What `parallel.engine auto` would come to where it does not fit."""
+    return {ENGINE: "fsdp"} if config.parallel.engine == "auto" and gpus > 1 else {}
+
+
+def _ways(search: _Search, given: dict[str, Any], gpus: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Ways to hold the model, with the number of GPUs, from the least change to the largest."""
+    parallel, device = search.given.parallel, search.device
+    yield given, gpus
+    sharded = search.engine("fsdp", replicate_degree=1)
+    is_sharded = parallel.engine in ("fsdp", "auto") and parallel.replicate_degree == 1
+    if gpus > 1 and not is_sharded:
+        yield sharded, gpus
+    if find_spec(NEEDS["zero2"]) and not parallel.offload:
+        for engine in ("zero2", "zero3") if gpus > 1 else ("zero2",):
+            yield search.engine(engine, offload=True), gpus
+    node, batch = device.gpus_per_node, search.given.train.global_batch
+    more = [n for n in range(gpus + 1, batch + 1) if batch % n == 0 and (n % node == 0 or n < node)]
+    for number in more[:MORE_NODES]:
+        yield sharded, number
+
+
+def _micro_batches(config: Config, gpus: int) -> list[int]:
+    """Images a rank takes at once: the recipe's number and its smaller divisors of a rank's share, largest first."""
+    share, most = config.train.global_batch // gpus, _images(config, gpus)
+    return [n for n in range(most, 0, -1) if share % n == 0]
+
+
+# ------------------------------------------------------------------------------------------------ the fastest that fits
+
+
+def fit(config: Config, gpus: int, device: Device) -> list[Change]:
+    """Engine x recomputation x micro-batch x copies: all that was planned, those that fit first and the fastest of them
+    at the beginning. What cannot be faster than what fits already is not planned. A line of progress a plan goes to
+    stderr.
+
+    config: checked for so many GPUs. Raises UserError where nothing can be planned.
+    """
+    search = _Search(config, device)
+    search.check_largest_unit(gpus)
+    whole = dataclasses.replace(config.train, micro_batch=0)
+    sizes = _micro_batches(dataclasses.replace(config, train=whole), gpus)
+    found: list[Change] = []
+    waiting: list[tuple[float, int, _Base]] = []
+    for keys in _engines(search, gpus):
+        base = None if _is_too_large(search, keys) else search.base(keys, gpus)
+        if base is None:
+            continue
+        found.append(Change(search._differing(base.keys), base.plan))
+        if base.plan.memory.fits:
+            continue  # neither recomputation nor smaller micro-batches make it faster
+        for images in sizes:
+            units = base.choose(images)
+            if units is not None:
+                waiting.append((base.seconds(images, units), images, base))
+            if units == []:
+                break
+    for seconds, images, base in sorted(waiting, key=lambda w: w[0]):
+        if seconds >= min((c.plan.time.seconds for c in found if c.fits), default=float("inf")):
+            break
+        if change := search.fitting(base, images):
+            found.append(change)
+    if not found:
+        raise (
+            UserError.joined(search.refusals)
+            if search.refusals
+            else UserError(Problem("--gpus", gpus, "no engine makes an update of this recipe on so many"))
+        )
+    return sorted(found, key=lambda change: (not change.fits, change.plan.time.seconds))
+
+
+def _is_too_large(search: _Search, keys: Mapping[str, Any]) -> bool:
+    """Whether what each rank holds whole is more than a device has: then nothing needs to be traced."""
+    slots = 2 if search.given.optim.name == "adamw" else 1
+    held = {"single": 8 + 4 * slots, "ddp": 8 + 4 * slots, "fairscale": 8, "zero1": 8, "zero2": 4}.get(keys[ENGINE], 0)
+    needed = held * search.num_parameters
+    if needed <= search.device.memory_bytes:
+        return False
+    _tell(f"{keys[ENGINE]} is left out: weights, gradients and state alone take {memory_size(needed)} of a GPU")
+    return True
+
+
+def _engines(search: _Search, gpus: int) -> Iterator[dict[str, Any]]:
+    """The keys of every engine there is for so many GPUs."""
+    if gpus == 1:
+        yield search.engine("single")
+        return
+    node = search.device.gpus_per_node
+    yield search.engine("fsdp", replicate_degree=1)
+    if gpus > node and gpus % node == 0:
+        yield search.engine("fsdp", replicate_degree=gpus // node)
+    yield search.engine("ddp")
+    for engine, package in NEEDS.items():
+        if find_spec(package):
+            yield search.engine(engine, **({"offload": False} if engine in ZERO_ENGINES else {}))
+
+
+# ------------------------------------------------------------------------------------------------ what is said, written
+
+
+def lines(found: list[Change]) -> list[str]:
+    """A table of what `fit` gives."""
+    rows = []
+    for change in found:
+        plan = change.plan
+        config, memory = plan.config, plan.memory
+        recomputed = config.parallel.activation_checkpoint
+        if isinstance(recomputed, str) and recomputed.startswith("units "):
+            recomputed = counted(len(recomputed.split()) - 1, "unit")
+        room = f"{memory_size(memory.room)} to spare" if memory.fits else f"{memory_size(-memory.room)} too much"
+        rows.append((
+            _engine_name(config, plan.gpus), f"{_images(config, plan.gpus)}", f"{recomputed}",
+            memory_size(memory.total), room, milliseconds(plan.time.seconds),
+        ))  # fmt: skip
+    titles = ("engine", "images at once", "recomputed", "memory", "", "update")
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [titles, *rows]]
+
+
+def write_recipe(path: str, given: dict[str, Any], change: Change) -> None:
+    """A recipe with the keys of a change, headed by what is planned of it. given: the recipe's mapping. Whole or not at
+    all. Raises UserError, also where there is something at `path` already."""
+    place = Path(path)
+    rule = "is there already"
+    if not place.parent.is_dir():
+        raise UserError(missing_path(place.parent))
+    plan = change.plan
+    keys = change.keys | {"parallel.ranks": plan.gpus}
+    nested: dict[str, Any] = {}
+    for key, value in keys.items():
+        section, name = key.split(".")
+        nested.setdefault(section, {})[name] = value
+    head = [
+        f"Planned for {plan.gpus} x {plan.device.name}: {plan.trace.engine}, {memory_size(plan.memory.total)} of "
+        f"{memory_size(plan.memory.capacity)} a GPU,",
+        f"{milliseconds(plan.time.seconds)} an update of {plan.config.train.global_batch} images.",
+        f"Changed: {', '.join(change.keys) or 'nothing'}.",
+    ]
+    text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(merge(given, nested), sort_keys=False, width=120)
+    try:
+        if place.exists() or place.is_symlink():
+            raise FileExistsError
+        with published(place) as aside:
+            aside.write_text(text)
+    except FileExistsError:
+        raise UserError(Problem(path, NOTHING, rule, "give another name, or remove it")) from None
+    except OSError as error:
+        raise UserError(Problem(path, NOTHING, f"cannot be written ({error.strerror or error})")) from None
