@@ -88,7 +88,7 @@ def visible(tokens: Tensor, samples_seen: int, keep: int = NUM_TOKENS // 2) -> T
     """Indices [B, keep] of the tokens a student sees: of image i of the global batch a function of (samples_seen, i),
     but for the ranks, which these small tests leave out."""
     order = numpy_generator(samples_seen, "mask").permutation(tokens.shape[1])[:keep]
-    return torch.from_numpy(order).to(tokens.device).expand(len(tokens), keep)
+    return torch.from_numpy(order).to(tokens.device, non_blocking=True).expand(len(tokens), keep)
 
 
 def pick(tokens: Tensor, index: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class FastFakeTensorMode(FakeTensorMode):
         if attributes is None:
             attributes = self._attributes[device] = dict(vars(FakeTensor(self, elem, device)))
         made = Tensor._make_subclass(FakeTensor, elem, False, dispatch_device=True, device_for_backend_keys=device)
-        torch._C._set_throw_on_mutable_data_ptr(made)
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
         vars(made).update(attributes)
         return made
 

@@ -15,6 +15,10 @@ from seer_scale.plan.trace import Collective, Trace
 REDUCTIONS = {"all-reduce", "reduce-scatter", "reduce"}
 
 
+OF_LIBRARIES = ("/deepspeed/", "/fairscale/", "parallel/fairscale.py")
+"""Engines that wait by themselves: docs/engines.md says so, and no recipe changes it."""
+
+
 class Exchange(NamedTuple):
     """A collective as all its ranks must see it. group: what it is for; size: its ranks."""
 
@@ -41,7 +45,8 @@ def sequence(trace: Trace) -> list[Exchange]:
 
 def check(traces: Sequence[Trace]) -> None:
     """traces: of ranks of one run. Raises ConfigError with all that would hang, or wait for the device, or lose digits:
-    host synchronisations, sums in half precision, and collectives that are not the first rank's."""
+    host synchronisations (but for those of DeepSpeed and fairscale), sums in half precision, and collectives that are
+    not the first rank's."""
     problems = list(dict.fromkeys(p for trace in traces for p in (*_waits(trace), *_half_sums(trace))))
     if problems := problems + [p for trace in traces[1:] for p in _differences(traces[0], trace)]:
         raise ConfigError(problems, "The update")
@@ -49,6 +54,8 @@ def check(traces: Sequence[Trace]) -> None:
 
 def _waits(trace: Trace) -> Iterator[Problem]:
     for sync in trace.syncs:
+        if any(part in sync.where for part in OF_LIBRARIES):
+            continue
         rule = f"makes the host wait for the device in every update ({sync.what})"
         fix = "non_blocking=True, or make it on the device" if sync.what == "copy from the host" else "keep it there"
         yield Problem(sync.where, NOTHING, rule, fix)

@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -512,9 +513,7 @@ def trace(
     """
     register()
     recorder = _Recorder(device)
-    mean_and_scale.cache_clear()  # of a trace before, or of real updates
     with ExitStack() as stack:
-        stack.callback(mean_and_scale.cache_clear)
         world = stack.enter_context(fake_world(world_size, rank=rank, local_size=local_size, device=device))
         built = method(config, world)
         cls = _traced(engine_class(config, world), recorder)
@@ -538,7 +537,7 @@ def trace_with_values(
 def _second_update(
     recorder: _Recorder, cls: type[Engine], method: Method[Any, Any], config: Config, world: World, batch: Batch
 ) -> Trace:
-    with _frozen_heap(), recorder, _followed(recorder):
+    with _frozen_heap(), _caches_apart(), recorder, _followed(recorder):
         recorder.ignored = {view.untyped_storage()._cdata for view in batch.views}  # the loader's
         recorder.units = {unit: name for name, unit in method.shard_units().items()}
         plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
@@ -572,6 +571,22 @@ def _update(recorder: _Recorder, engine: Engine, config: Config, world: World, b
     del makes, parts
     recorder.phase = "update"
     engine.update(1e-3, seen)
+
+
+@contextmanager
+def _caches_apart() -> Iterator[None]:
+    """Neither constants that a process keeps between updates, nor DTensor's plans, which hold process groups, are taken
+    from updates before or left to those after."""
+
+    def clear() -> None:
+        mean_and_scale.cache_clear()
+        _clear_sharding_prop_cache()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 @contextmanager

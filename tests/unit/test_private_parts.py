@@ -38,11 +38,14 @@ OF_TORCH = {
     "dist.distributed_c10d._set_pg_timeout": "timeout group",
 } | dict.fromkeys((
     "torch._C._autograd._get_sequence_nr", "torch._C._current_autograd_node", "torch._C._DisableTorchDispatch",
-    "torch._C._set_throw_on_mutable_data_ptr", "torch._C._get_privateuse1_backend_name", "torch._C.DispatchKeySet",
+    "torch._C._set_warn_deprecated_on_mutable_data_ptr", "torch._C._get_privateuse1_backend_name",
+    "torch._C.DispatchKeySet",
     "torch._C.DispatchKey", "torch._C._only_lift_cpu_tensors", "torch._C._set_only_lift_cpu_tensors",
     "torch._C._ExcludeDispatchKeyGuard", "torch._C._dispatch_has_kernel_for_dispatch_key",
     "torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.unset_fake_temporarily",
-    "torch.testing._internal.distributed.fake_pg.FakeStore", "torch.utils._python_dispatch._disable_current_modes",
+    "torch.testing._internal.distributed.fake_pg.FakeStore",
+    "torch.distributed.tensor.debug._clear_sharding_prop_cache",
+    "torch.utils._python_dispatch._disable_current_modes",
 ))  # fmt: skip
 """Of torch: what the package names, and words that its schema or signature must have."""
 

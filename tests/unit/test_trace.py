@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seer_scale.config import Config, resolve
+from seer_scale.config import Config, load_recipe, recipe_names, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.methods.base import LossOutput, Method
@@ -25,7 +25,11 @@ RANKS = (0, 1, 7, 8, 511)
 
 
 def tiny(**overrides: Any) -> Config:
-    given = {"train.global_batch": 2 * NUM, "train.total_samples": 8 * NUM, "parallel.sync_bn_group": 64}
+    given = {
+        "train.global_batch": 2 * NUM,
+        "train.total_samples": 8 * NUM,
+        "parallel.sync_bn_group": 64,
+    }
     return resolve(RECIPE, sections(given | overrides), world_size=NUM)
 
 
@@ -115,3 +119,78 @@ def test_a_collective_that_one_rank_lacks_or_has_out_of_order(fault):
     with pytest.raises(UserError, match=r"differ between ranks: the \d+th of rank 0 is all-reduce") as caught:
         faulty(fault, 0, NUM - 1)
     assert "test_trace.py" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ what passes
+
+METHODS = ("swav", "classifier", "teacher", "autoencoder")
+PRECISIONS = ("fp32", "fp16", "bf16")
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {},
+    "hsdp": {"parallel.engine": "fsdp", "parallel.replicate_degree": 64},
+    "zero1": {},
+    "zero2": {},
+    "fairscale": {},
+}
+"""But zero3, which takes minutes for 512 ranks."""
+PAIRS = [
+    (engine, PRECISIONS[(i + j) % 3], METHODS[(i + j) % 4])
+    for i, engine in enumerate(ENGINES)
+    for j in {"fsdp": (0, 1, 2), "hsdp": (0, 2), "ddp": (0, 1), "zero2": ()}.get(engine, (0,))
+]
+"""Engines of the package with several precisions and methods, those of libraries, whose paths depend on neither, with
+one (zero2 is zero1 here, but for what it keeps); the product is `long`."""
+
+
+def checked(engine: str, precision: str, kind: str, ranks: tuple[int, ...], **more: Any) -> list[Trace]:
+    over = {"parallel.engine": engine, "train.precision": precision} | ENGINES[engine] | more
+    config = tiny(**over) if kind == "swav" else toy_config(**over)
+    traces = [
+        trace(config, NUM, rank=rank) if kind == "swav" else trace(config, NUM, rank=rank, method=made(kind))
+        for rank in ranks
+    ]
+    proof.check(traces)
+    return traces
+
+
+@pytest.mark.parametrize("engine,precision,kind", PAIRS)
+def test_no_wait_and_one_sequence_on_all_ranks(engine, precision, kind):
+    (found, *_) = checked(engine, precision, kind, (0, NUM - 1))
+    assert found.collectives
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_engine_precision_and_method(engine, precision, kind):
+    checked(engine, precision, kind, RANKS)
+
+
+@pytest.mark.parametrize("ranks,over", [
+    (RANKS, {"parallel.reshard_after_forward": False, "swav.queue": 2 * NUM, "optim.name": "adamw"}),
+    ((0, 511), {"parallel.activation_checkpoint": "every 1", "train.global_batch": 4 * NUM, "train.micro_batch": 2}),
+])  # fmt: skip
+def test_ranks_of_fsdp_agree_whatever_the_recipe_says(ranks, over):
+    traces = checked("fsdp", "bf16", "swav", ranks, **over)
+    gathers = [c for c in traces[0].collectives if c.kind == "all-gather" and c.group == "default_pg"]
+    matrices = sum(s.numel() for s in traces[0].shapes.values() if len(s) > 1)
+    of_units = sum(c.nbytes for c in gathers if c.dtype == torch.bfloat16)
+    assert of_units >= 2 * matrices  # once at least, in the compute type, with what fills up the last rank's rows
+    sums = {c.dtype for c in traces[0].collectives if c.kind in proof.REDUCTIONS}
+    assert sums == {torch.float32}
+
+
+LARGE = [name for name in recipe_names() if name.startswith("seer_regnety")]
+
+
+SMALLEST = "seer_regnety_8gf"
+
+
+@pytest.mark.parametrize("name", [SMALLEST, *(pytest.param(n, marks=pytest.mark.long) for n in LARGE if n != SMALLEST)])
+def test_every_large_recipe_with_its_own_engine(name):
+    raw = load_recipe(name) | {"data": {"path": "unused"}}
+    num = next(n for n in (512, 496) if raw["train"]["global_batch"] % n == 0)
+    config = resolve(raw, [], world_size=num)
+    proof.check([trace(config, num, rank=rank) for rank in (0, num - 1)])
