@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.tensor.debug
 import torch.testing._internal.distributed.fake_pg
 
 import seer_scale
