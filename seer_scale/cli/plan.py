@@ -22,7 +22,7 @@ PLAN_HELP = """\
 Memory of a GPU by what it is for, time of an update by what it goes into, whether it fits and what would, days and
 GPU-hours: of the recipe's own update, made on tensors without values by one rank of --gpus. Nothing but a CPU is
 needed. --failures adds what failures cost that run; without RECIPE it weighs a job that is described by its options.
-Exit status: 0 it fits, 1 it cannot, 2 bad input. docs/plan.md says how true it is."""
+Exit status: 0 it fits, 1 it cannot, 2 bad input. docs/performance.md says how true it is."""
 OF_A_RECIPE = ("device", "price")
 """Options that only a recipe gives a meaning."""
 
