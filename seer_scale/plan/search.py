@@ -36,7 +36,7 @@ REPLICATE, OFFLOAD = "parallel.replicate_degree", "parallel.offload"
 SHRINKING = ("activations", "loss", "workspaces of kernels", "allocator slack")
 """Kinds of memory that are as large as the micro-batch."""
 NEEDS = dict.fromkeys(ZERO_ENGINES, "deepspeed") | {"fairscale": "fairscale"}
-TRIES = 3
+PLANS_OF_A_CHOICE = 3
 """Plans of one choice of units, each with less memory allowed than the one before, until one fits."""
 MORE_NODES = 4
 """Numbers of GPUs above the one asked for that are tried."""
@@ -191,7 +191,7 @@ class _Search:
     def fitting(self, base: _Base, images: int) -> Change | None:
         """Micro-batches of so many images, with as few units recomputed as fit."""
         spare = 0.0
-        for _ in range(TRIES):
+        for _ in range(PLANS_OF_A_CHOICE):
             units = base.choose(images, spare)
             if units is None:
                 return None
