@@ -9,14 +9,18 @@ run beside computing, reduce-scatters have a communicator of their own, lest the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from seer_scale.distributed import World
 from seer_scale.methods.base import Method
@@ -121,3 +125,18 @@ class FSDP(Engine):
                 vectors, [x.view_as(g) for x, g in zip(flat.split([g.numel() for g in vectors]), vectors)]
             )
         apply()
+
+
+@contextmanager
+def filled_up_once() -> Iterator[None]:
+    """For tensors without values: FSDP2 fills a shard up to the size of the largest, and knows by its address that it
+    has. They have none, and would be filled up again in the first forward, beside those that the engine holds."""
+    fill_up = FSDPParam.reset_sharded_param
+
+    def once(own: Any) -> None:
+        filled, shard = own._sharded_param_data, own.sharded_param._local_tensor
+        if type(filled) is not FakeTensor or filled.untyped_storage()._cdata != shard.untyped_storage()._cdata:
+            fill_up(own)
+
+    with mock.patch.object(FSDPParam, "reset_sharded_param", once):
+        yield

@@ -292,6 +292,12 @@ def fake_world(size: int, *, rank: int = 0, local_size: int = 8, device: str = G
 def no_values(listener: Listener) -> Iterator[FakeTensorMode]:
     """Tensors made inside have no values; `listener` hears of streams."""
     mode = FastFakeTensorMode()
+    clear_torchs = torch.clear_autocast_cache
+
+    def clear_casts() -> None:
+        clear_torchs()  # of CPUs
+        _state.casts.clear()
+
     before = _state.listener, _state.mode, _state.stream
     lifts = torch._C._only_lift_cpu_tensors()
     _state.listener, _state.mode, _state.stream = listener, mode, Stream()
@@ -299,7 +305,7 @@ def no_values(listener: Listener) -> Iterator[FakeTensorMode]:
     try:
         with (
             mock.patch.object(Tensor, "record_stream", lambda self, stream: None),
-            mock.patch.object(torch, "clear_autocast_cache", _state.casts.clear),  # as the last autocast ends
+            mock.patch.object(torch, "clear_autocast_cache", clear_casts),  # as the last autocast ends
             torch.autograd.set_multithreading_enabled(False),
             mode,
         ):

@@ -47,6 +47,7 @@ from seer_scale.methods.registry import build_method
 from seer_scale.models.execution import MEMORY_FORMATS
 from seer_scale.parallel import ENGINES, load
 from seer_scale.parallel.engine import Engine
+from seer_scale.parallel.fsdp import filled_up_once
 from seer_scale.plan.accelerator import GPU, FakeWorld, Stream, current_stream, fake_world, no_values, register
 from seer_scale.plan.operations import cpu_workspace, flops, group_width, moved_bytes, tensors
 from seer_scale.plan.stand_ins import already_there, engine_class
@@ -537,7 +538,7 @@ def trace_with_values(
 def _second_update(
     recorder: _Recorder, cls: type[Engine], method: Method[Any, Any], config: Config, world: World, batch: Batch
 ) -> Trace:
-    with _frozen_heap(), _caches_apart(), recorder, _followed(recorder):
+    with _frozen_heap(), _caches_apart(), filled_up_once(), recorder, _followed(recorder):
         recorder.ignored = {view.untyped_storage()._cdata for view in batch.views}  # the loader's
         recorder.units = {unit: name for name, unit in method.shard_units().items()}
         plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))

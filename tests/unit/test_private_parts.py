@@ -45,6 +45,7 @@ OF_TORCH = {
     "torch._C._ExcludeDispatchKeyGuard", "torch._C._dispatch_has_kernel_for_dispatch_key",
     "torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.unset_fake_temporarily",
     "torch.testing._internal.distributed.fake_pg.FakeStore",
+    "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam.reset_sharded_param",
     "torch.distributed.tensor.debug._clear_sharding_prop_cache",
     "torch.utils._python_dispatch._disable_current_modes",
 ))  # fmt: skip
