@@ -100,7 +100,8 @@ def moved_bytes(out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def cpu_workspace(name: str, out: Any, args: tuple[Any, ...]) -> int:
     """Bytes that a kernel of torch's for CPUs takes while it runs, its result among them, in fp32: oneDNN computes on
-    blocked copies, and BatchNorm's backward on a copy of the gradient. (Seen with torch 2.14; half precision differs.)
+    blocked copies, BatchNorm's backward on a copy of the gradient, and gloo's reduce-scatter on one of its input. (Seen
+    with torch 2.14; half precision differs.)
     """
     result = sum(map(_bytes, tensors(out)))
     if name == "aten.convolution" and len(args[0]) >= ONEDNN_BATCH:
@@ -108,6 +109,8 @@ def cpu_workspace(name: str, out: Any, args: tuple[Any, ...]) -> int:
     if name == "aten.convolution_backward" and len(args[1]) >= ONEDNN_BATCH:
         y, x, is_image = _bytes(args[0]), _bytes(args[1]), args[2].shape[1] <= 3
         return result + (y if is_image else max(2 * x * bool(args[10][0]), x + y))
+    if name == "c10d._reduce_scatter_base_":
+        return _bytes(args[1])
     return result + _bytes(args[1]) if name == "aten.native_batch_norm_backward" else 0
 
 
