@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seer_scale.cli.parser import Parser, add_command
 from seer_scale.config import Config, Train, divisor_near, merge, parse_overrides
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserError
-from seer_scale.files import to_json
+from seer_scale.files import shown, to_json
 from seer_scale.launch.options import parse, parse_whole_number
 
 if TYPE_CHECKING:
@@ -19,12 +21,26 @@ if TYPE_CHECKING:
 
 WHAT = "what a recipe takes of so many GPUs, in memory and time, and what failures cost; needs none"
 PLAN_HELP = """\
-Memory of a GPU by what it is for, time of an update by what it goes into, whether it fits and what would, days and
-GPU-hours: of the recipe's own update, made on tensors without values by one rank of --gpus. Nothing but a CPU is
-needed. --failures adds what failures cost that run; without RECIPE it weighs a job that is described by its options.
+Memory of a GPU by what it is for, time of an update by what it goes into, whether it fits and the smallest change that
+does, days and GPU-hours: of the recipe's own update, made on tensors without values by one rank of --gpus. Nothing but
+a CPU is needed. --fit looks for the fastest way that fits and writes a recipe of it. --failures adds what failures cost
+that run; without RECIPE it weighs a job that is described by its options.
 Exit status: 0 it fits, 1 it cannot, 2 bad input. docs/performance.md says how true it is."""
-OF_A_RECIPE = ("device", "price")
+OF_A_RECIPE = ("device", "price", "fit")
 """Options that only a recipe gives a meaning."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """given: the recipe's mapping with what the command line sets. rate: of a GPU-hour. out: the recipe that --fit
+    writes."""
+
+    config: Config
+    given: dict[str, Any]
+    gpus: int
+    device: Device
+    rate: float | None
+    out: Path | None
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
@@ -50,6 +66,8 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         "step --calibrate wrote (default: h100)",
     )
     add("--price", default="", metavar="RATE", help="of a GPU-hour, to print what the run costs")
+    add("--fit", action="store_true", help="the fastest engine x recomputation x micro-batch x copies that fits")
+    add("--out", default="", metavar="FILE", help="the recipe of --fit (default: RECIPE-GPUSxDEVICE.yaml, here)")
     add("--failures", action="store_true", help="what failures cost, and the best interval between checkpoints")
     failures.add_arguments(parser)
 
@@ -70,7 +88,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def _plan_recipe(args: argparse.Namespace) -> int:
-    from seer_scale.plan import failures
+    from seer_scale.plan import failures, search
     from seer_scale.plan.plan import facts, failures_of, lines, make_plan
 
     given = args.parser.given
@@ -78,22 +96,37 @@ def _plan_recipe(args: argparse.Namespace) -> int:
     if not args.failures and (unused := [name for name in own if name in given]):
         option = f"--{unused[0].replace('_', '-')}"
         raise UserError(Problem(option, NOTHING, "has no effect without --failures", "add --failures, or leave it out"))
-    config, gpus, device, rate = _asked(args)
-    found = make_plan(config, gpus, device)
-    text, failure = failures_of(found, _failure_words(args, own)) if args.failures else ("", None)
+    if args.out and not args.fit:
+        raise UserError(Problem("--out", args.out, "has no effect without --fit", "add --fit, or leave it out"))
+    asked = _asked(args)
+    found = search.fit(asked.config, asked.gpus, asked.device) if args.fit else []
+    made = found[0].plan if found else make_plan(asked.config, asked.gpus, asked.device)
+    fits = made.memory.fits
+    change = None if fits else search.smallest_change(asked.config, asked.gpus, asked.device)
+    text, failure = failures_of(made, _failure_words(args, own)) if args.failures else ("", None)
+    if fits and asked.out:
+        search.write_recipe(asked.out, asked.given, found[0])
     if args.json:
-        print(to_json(facts(found, rate, failure), indent=1))
+        told = facts(made, asked.rate, failure)
+        told |= {} if fits else {"smallest_change": change.facts() if change else None}
+        told |= {"fit": [c.facts() for c in found], "written": str(asked.out) if fits else None} if args.fit else {}
+        print(to_json(told, indent=1))
     else:
-        out = lines(found, rate)
+        out = [*search.lines(found), ""] if found else []
+        out += lines(made, asked.rate)
+        out += [] if fits else search.change_lines(change)
         out += ["", *text.splitlines()] if text else []
-        print("\n".join([*out, "", *found.time.assumptions]))
-    return EXIT_FAILED if found.memory.cannot_fit else EXIT_DONE
+        out += ["", *made.time.assumptions]
+        out += [f"written: {shown(str(asked.out))}"] if fits and asked.out else []
+        print("\n".join(out))
+    return EXIT_FAILED if made.memory.cannot_fit or args.fit and not fits else EXIT_DONE
 
 
-def _asked(args: argparse.Namespace) -> tuple[Config, int, Device, float | None]:
-    """(recipe, GPUs, device, price of a GPU-hour). Raises UserError with every problem."""
+def _asked(args: argparse.Namespace) -> _Asked:
+    """Raises UserError with every problem."""
     from seer_scale.launch.prepare import ranks_of_recipe
     from seer_scale.plan.devices import load_device
+    from seer_scale.plan.search import free_place
     from seer_scale.training.start import read_recipe, resolve_given
 
     errors: list[UserError] = []
@@ -103,11 +136,11 @@ def _asked(args: argparse.Namespace) -> tuple[Config, int, Device, float | None]
     gpus = parse(str(args.gpus), partial(parse_whole_number, "--gpus", least=1), 0, errors) if is_given else 0
     given, _ = read_recipe(args.recipe, args.overrides)
     over, _ = parse_overrides(args.overrides)
-    if not (merge(given, over).get("data") or {}).get("path"):
+    own = merge(given, over)
+    if not (own.get("data") or {}).get("path"):
         given = merge(given, {"data": {"path": "-"}})  # which images there are says nothing of what is planned
-    merged = merge(given, over)
-    ranks, config = gpus or ranks_of_recipe(merged), None
-    batch = (merged.get("train") or {}).get("global_batch", Train.global_batch)
+    ranks, config = gpus or ranks_of_recipe(own), None
+    batch = (own.get("train") or {}).get("global_batch", Train.global_batch)
     if gpus and isinstance(batch, int) and batch > 0 and batch % gpus:
         near = tuple(n for n in (divisor_near(gpus, batch, at_most=True), _next_divisor(gpus, batch)) if n)
         errors.append(
@@ -118,9 +151,12 @@ def _asked(args: argparse.Namespace) -> tuple[Config, int, Device, float | None]
         config = resolve_given(given, args.overrides, ranks, with_data=False)
     except UserError as error:
         errors.append(error)
+    out = None
+    if args.fit and device:
+        out = parse(args.out or f"{Path(args.recipe).stem}-{ranks}x{device.name}.yaml", free_place, None, errors)
     if errors or device is None or config is None:
         raise UserError.joined(errors)
-    return config, ranks, device, rate
+    return _Asked(config, own, ranks, device, rate, out)
 
 
 def _next_divisor(number: int, whole: int) -> int:

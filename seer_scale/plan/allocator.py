@@ -20,8 +20,9 @@ LARGE, LARGE_SEGMENT, ROUND = 10 * MIB, 20 * MIB, 2 * MIB
 
 @dataclass(eq=False)
 class _Block:
-    """A run of a segment; before, after: its neighbours in it."""
+    """A run of a segment, from address `at`; before, after: its neighbours in it."""
 
+    at: int
     nbytes: int
     is_free: bool = True
     before: _Block | None = None
@@ -43,14 +44,14 @@ class CachingAllocator:
         found = next((i for i, entry in enumerate(pool) if entry[0] >= size), None)
         if found is None:
             segment = SMALL_SEGMENT if is_small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
+            block = _Block(self.reserved, segment)
             self.reserved += segment
-            block = _Block(segment)
         else:
             block = pool.pop(found)[2]
         block.is_free = False
         rest = block.nbytes - size
         if rest >= self._round if is_small else rest > SMALL:
-            cut = _Block(rest, True, block, block.after)
+            cut = _Block(block.at + size, rest, True, block, block.after)
             if block.after:
                 block.after.before = cut
             block.nbytes, block.after = size, cut
@@ -61,10 +62,10 @@ class CachingAllocator:
         pool = self._free[is_small, stream]
         for other in (block.before, block.after):
             if other and other.is_free:
-                pool.remove((other.nbytes, id(other), other))
+                pool.remove((other.nbytes, other.at, other))
                 block.nbytes += other.nbytes
                 if other is block.before:
-                    block.before = other.before
+                    block.at, block.before = other.at, other.before
                     if other.before:
                         other.before.after = block
                 else:
@@ -75,7 +76,7 @@ class CachingAllocator:
 
     def _put(self, block: _Block, is_small: bool, stream: int) -> None:
         block.is_free = True
-        insort(self._free[is_small, stream], (block.nbytes, id(block), block))
+        insort(self._free[is_small, stream], (block.nbytes, block.at, block))
 
 
 def reserved(changes: Iterable[tuple[object, int, int, bool]], block_bytes: int, updates: int = 2) -> int:

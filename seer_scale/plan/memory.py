@@ -80,9 +80,13 @@ class Memory:
         return self.room >= 0
 
     @property
+    def lacking(self) -> int:
+        """What is too much whatever of that the allocator gives back."""
+        return max(0, -self.room - self.kinds.get(SLACK, 0))
+
+    @property
     def cannot_fit(self) -> bool:
-        """Whatever of that the allocator gives back."""
-        return self.room + self.kinds.get(SLACK, 0) < 0
+        return self.lacking > 0
 
 
 def memory_of(trace: Trace, device: Device) -> Memory:

@@ -200,7 +200,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     if memory.fits:
         verdict = f"fits, {memory_size(memory.room)} to spare"
     elif memory.cannot_fit:
-        verdict = f"does NOT fit, by {memory_size(-memory.room)}"
+        verdict = f"does NOT fit, by {memory_size(memory.lacking)} even without the allocator's slack"
     else:
         verdict = (
             "fits only as the allocator gives back its slack: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"

@@ -9,6 +9,7 @@ offered that was not planned itself.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -377,17 +378,39 @@ def lines(found: list[Change]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [titles, *rows]]
 
 
-def write_recipe(path: str, given: dict[str, Any], change: Change) -> None:
+def change_lines(change: Change | None) -> list[str]:
+    """What `smallest_change` gives, below a plan that does not fit."""
+    if change is None:
+        return ["what fits         no recomputation, micro-batch, engine, offload or number of GPUs that was tried"]
+    memory = change.plan.memory
+    return [
+        f"what fits         on {change.gpus:,} GPUs: {shlex.join(change.words)}",
+        f"  {memory_size(memory.total)} of {memory_size(memory.capacity)}, "
+        f"{milliseconds(change.plan.time.seconds)} an update",
+    ]
+
+
+def free_place(name: str) -> Path:
+    """Raises UserError where no recipe can be written anew."""
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise UserError(missing_path(path.parent))
+    if path.exists() or path.is_symlink():
+        raise UserError(_taken(path))
+    return path
+
+
+def _taken(path: Path) -> Problem:
+    return Problem(str(path), NOTHING, "is there already", "give another name, or remove it")
+
+
+def write_recipe(path: Path, given: dict[str, Any], change: Change) -> None:
     """A recipe with the keys of a change, headed by what is planned of it. given: the recipe's mapping. Whole or not at
     all. Raises UserError, also where there is something at `path` already."""
-    place = Path(path)
-    rule = "is there already"
-    if not place.parent.is_dir():
-        raise UserError(missing_path(place.parent))
+    free_place(str(path))
     plan = change.plan
-    keys = change.keys | {"parallel.ranks": plan.gpus}
     nested: dict[str, Any] = {}
-    for key, value in keys.items():
+    for key, value in (change.keys | {"parallel.ranks": plan.gpus}).items():
         section, name = key.split(".")
         nested.setdefault(section, {})[name] = value
     head = [
@@ -398,11 +421,9 @@ def write_recipe(path: str, given: dict[str, Any], change: Change) -> None:
     ]
     text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(merge(given, nested), sort_keys=False, width=120)
     try:
-        if place.exists() or place.is_symlink():
-            raise FileExistsError
-        with published(place) as aside:
+        with published(path) as aside:
             aside.write_text(text)
     except FileExistsError:
-        raise UserError(Problem(path, NOTHING, rule, "give another name, or remove it")) from None
+        raise UserError(_taken(path)) from None
     except OSError as error:
-        raise UserError(Problem(path, NOTHING, f"cannot be written ({error.strerror or error})")) from None
+        raise UserError(Problem(str(path), NOTHING, f"cannot be written ({error.strerror or error})")) from None

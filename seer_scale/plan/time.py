@@ -260,7 +260,7 @@ def _assumptions(found: StepTime, trace: Trace) -> list[str]:
     nodes = -(-trace.world_size // device.gpus_per_node)
     told = [
         f"Operations take what {device.name}'s peaks and the shares of them in its table say; low and high are its "
-        f"intervals: {duration_range(found)} an update.",
+        "intervals.",
         "All ranks are as fast as this one, the loader is never waited for, and no checkpoint is written.",
     ]
     if trace.world_size > 1:
@@ -278,11 +278,6 @@ def _assumptions(found: StepTime, trace: Trace) -> list[str]:
     if trace.syncs:
         told.append(f"{counted(len(trace.syncs), 'wait')} of the host for the device cost nothing here.")
     return told
-
-
-def duration_range(found: StepTime) -> str:
-    """From low to high."""
-    return f"{milliseconds(found.low)} to {milliseconds(found.high)}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -311,7 +306,8 @@ def seer_row(predicted: Mapping[str, StepTime]) -> list[str]:
     """What was published beside what is predicted for each reading, a line each. predicted: by recipe."""
     return [
         f"SEER's {1000 * SEER_UPDATE_S:,.0f} ms an update of {SEER_IMAGES:,} images on {SEER_GPUS} V100, read as "
-        f"{SEER_READINGS[recipe]}: predicted {milliseconds(step.seconds)} ({duration_range(step)}), "
+        f"{SEER_READINGS[recipe]}: predicted {milliseconds(step.seconds)} "
+        f"({milliseconds(step.low)} to {milliseconds(step.high)}), "
         f"{step.seconds / SEER_UPDATE_S:.2f} of what was measured; {step.flops / SEER_UPDATE_S / step.peak:.1%} MFU as "
         f"measured, {step.mfu:.1%} as predicted"
         for recipe, step in predicted.items()

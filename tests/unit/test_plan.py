@@ -10,6 +10,7 @@ import yaml
 from seer_scale.cli import main
 from seer_scale.config import read_yaml, resolve
 from seer_scale.plan import plan as plan_module
+from seer_scale.plan import search
 from seer_scale.plan.allocator import MIB, CachingAllocator, reserved
 from seer_scale.plan.devices import DEVICES, load_device
 from tests.tiny import RECIPE
@@ -48,11 +49,43 @@ def test_a_plan_says_what_memory_is_for_and_how_long_it_takes(recipe, capsys):
     assert told["engine"] == "fsdp" and told["gpus"] == GPUS
 
 
-def test_what_does_not_fit_is_said_and_fails(recipe, small_gpu, capsys):
+def test_what_does_not_fit_is_said_and_fails(recipe, small_gpu, monkeypatch, capsys):
     """A recipe that is compiled is planned operation by operation, and says so."""
+    monkeypatch.setattr(search, "smallest_change", lambda *asked: None)
     assert main(["plan", recipe, "--gpus", str(GPUS), "--device", small_gpu, "--train.compile", "true"]) == 1
     told = capsys.readouterr().out
-    assert "does NOT fit, by" in told and "counted operation by operation" in told
+    assert "does NOT fit, by" in told and "counted operation by operation" in told and "what fits         no" in told
+
+
+def test_the_change_that_fits_is_named_and_the_fastest_is_written(recipe, tmp_path, capsys):
+    """Each is planned again as a user would, and takes what was said."""
+    path = tmp_path / "between.yaml"
+
+    def plan(memory_bytes: int, *words: str, recipe: str = recipe) -> tuple[int, dict]:
+        path.write_text(yaml.safe_dump(read_yaml(DEVICES, "devices")["h100"] | {"memory_bytes": memory_bytes}))
+        code = main(["plan", recipe, "--gpus", "1", "--device", str(path), "--json", *words])
+        return code, json.loads(capsys.readouterr().out)
+
+    wide = ["--model.w0", "64", "--model.wa", "96", "--train.global_batch", "1024", "--train.total_samples", "10240"]
+    every = ["--parallel.activation_checkpoint", "every 1"]
+    (_, most), (_, least) = plan(2**36, *wide), plan(2**36, *wide, *every)
+    assert "smallest_change" not in most and least["memory"]["total"] < most["memory"]["total"]
+    between = (most["memory"]["total"] + least["memory"]["total"]) // 2
+    code, told = plan(between, *wide)
+    keys = told["smallest_change"]["keys"]
+    assert code == int(told["memory"]["cannot_fit"]) and list(keys) == ["parallel.activation_checkpoint"]
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    code, changed = plan(between, *wide, *words)
+    assert code == 0 and changed["memory"]["fits"] and changed["memory"]["total"] == told["smallest_change"]["total"]
+    code, fitted = plan(between, *wide, "--fit")
+    assert code == 0 and fitted["written"] == "tiny-1xbetween.yaml" and fitted["memory"]["fits"]
+    code, again = plan(between, recipe=fitted["written"])
+    assert code == 0 and again["memory"] == fitted["memory"] and again["time"] == fitted["time"]
+    assert "path" not in (yaml.safe_load((tmp_path / fitted["written"]).read_text()).get("data") or {})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(search, "fit", lambda *asked: pytest.fail("was planned"))
+        assert main(["plan", recipe, "--gpus", "1", "--device", str(path), "--fit"]) == 2
+    assert "tiny-1xbetween.yaml is there already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -60,6 +93,8 @@ def test_what_does_not_fit_is_said_and_fails(recipe, small_gpu, capsys):
     [
         (["--gpus", "3"], "--gpus is 3, but train.global_batch 8 does not divide among them; nearest: 2 or 4."),
         (["--device", "h300"], "did you mean h200?"),
+        (["--out", "x.yaml"], "--out is x.yaml, but has no effect without --fit"),
+        (["--fit", "--out", "nowhere/x.yaml"], "nowhere does not exist"),
         (["--stall", "3"], "--stall has no effect without --failures"),
         (["--price", "-1"], "--price is -1, but must be a number of at least 0."),
         (["--train.lr", "1"], "train.lr is not a key"),
@@ -114,6 +149,15 @@ def test_neighbours_that_are_free_are_one_block():
     assert allocator.reserved == 20 * MIB
     allocator.allocate(15 * MIB, 0)
     assert allocator.reserved == 20 * MIB
+
+
+def test_of_equal_blocks_the_first_is_taken():
+    """Else what is reserved would be another each time."""
+    allocator = CachingAllocator(512)
+    blocks = [allocator.allocate(12 * MIB, 0) for _ in range(4)]
+    for i in (2, 0, 3):
+        allocator.free(blocks[i], False, 0)
+    assert [allocator.allocate(12 * MIB, 0).at for _ in range(3)] == [blocks[i].at for i in (0, 2, 3)]
 
 
 def test_what_is_reserved_is_that_of_updates_in_a_row():

@@ -221,20 +221,20 @@ def test_nothing_that_fits_is_faster_than_what_fit_gives_first(gib, planned, cap
 def test_the_written_recipe_plans_to_the_same_figures(planned, tmp_path):
     config, device = config_of(), device_of(20)
     change = search.fit(config, GPUS, device)[0]
-    path = str(tmp_path / "fitted.yaml")
+    path = tmp_path / "fitted.yaml"
     given = {**RECIPE, "train": {**RECIPE["train"], "global_batch": 256, "precision": "bf16"}}
     search.write_recipe(path, given, change)
-    again = resolve(load_recipe(path), world_size=GPUS)
+    again = resolve(load_recipe(str(path)), world_size=GPUS)
     plan = made_up(again, GPUS, device)
     assert again.parallel.ranks == GPUS
     assert (plan.memory, plan.time.seconds) == (change.plan.memory, change.plan.time.seconds)
-    assert f"{GPUS} x h100" in (tmp_path / "fitted.yaml").read_text()
-    before = (tmp_path / "fitted.yaml").read_bytes()
+    assert f"{GPUS} x h100" in path.read_text()
+    before = path.read_bytes()
     with pytest.raises(UserError, match="is there already"):
         search.write_recipe(path, given, change)
     with pytest.raises(UserError, match="does not exist"):
-        search.write_recipe(str(tmp_path / "nowhere" / "x.yaml"), given, change)
-    assert (tmp_path / "fitted.yaml").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+        search.write_recipe(tmp_path / "nowhere" / "x.yaml", given, change)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_unit_larger_than_the_device_is_refused_before_any_trace(monkeypatch):
