@@ -89,7 +89,7 @@ def plan(args: argparse.Namespace) -> int:
 
 def _plan_recipe(args: argparse.Namespace) -> int:
     from seer_scale.plan import failures, search
-    from seer_scale.plan.plan import facts, failures_of, lines, make_plan
+    from seer_scale.plan.plan import facts, failures_of, lines, make_plan, proved
 
     given = args.parser.given
     own = [name for name in [*failures.FAILURE_OPTIONS, "interval"] if name != "gpus"]
@@ -100,9 +100,11 @@ def _plan_recipe(args: argparse.Namespace) -> int:
         raise UserError(Problem("--out", args.out, "has no effect without --fit", "add --fit, or leave it out"))
     asked = _asked(args)
     found = search.fit(asked.config, asked.gpus, asked.device) if args.fit else []
-    made = found[0].plan if found else make_plan(asked.config, asked.gpus, asked.device)
+    made = proved(found[0].plan if found else make_plan(asked.config, asked.gpus, asked.device))
     fits = made.memory.fits
     change = None if fits else search.smallest_change(asked.config, asked.gpus, asked.device)
+    if change:
+        proved(change.plan)  # nothing is offered that would hang
     text, failure = failures_of(made, _failure_words(args, own)) if args.failures else ("", None)
     if fits and asked.out:
         search.write_recipe(asked.out, asked.given, found[0])

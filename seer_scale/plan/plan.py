@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from seer_scale.methods.base import Method
 from seer_scale.methods.registry import build_method
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.parallel.units import compute_type, matrix_numel, sharded_units, split_units
-from seer_scale.plan import failures
+from seer_scale.plan import failures, proof
 from seer_scale.plan.accelerator import GPU
 from seer_scale.plan.devices import Device, known_devices
 from seer_scale.plan.memory import Memory, Peak, memory_of
@@ -40,7 +41,8 @@ GATHERED = ("fsdp", "zero3")
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with the engine that is taken. gpus: ranks, one each. trace: of up to TRACED micro-batches."""
+    """config: with the engine that is taken. gpus: ranks, one each. trace: of rank 0, of up to TRACED micro-batches.
+    proved: ranks whose collectives were found to be the same."""
 
     config: Config
     gpus: int
@@ -48,6 +50,7 @@ class Plan:
     trace: Trace
     memory: Memory
     time: StepTime
+    proved: tuple[int, ...] = ()
 
     @property
     def syncs(self) -> list[Sync]:
@@ -57,7 +60,8 @@ class Plan:
 def make_plan(config: Config, gpus: int, device: Device) -> Plan:
     """The plan of a recipe that was checked for so many ranks; of `parallel.engine auto` with the engine it would take.
 
-    Raises UserError for what no update can be made of, or whose largest unit alone no such device holds.
+    Raises UserError for what no update can be made of, or whose largest unit alone no such device holds, and for what
+    makes the host wait or sums in half precision. That all ranks agree, `proved` shows.
     """
     method = build_method(config, World())
     check_largest_unit(method, config, gpus, device)
@@ -66,11 +70,24 @@ def make_plan(config: Config, gpus: int, device: Device) -> Plan:
     return _plan(config, gpus, device)
 
 
-def _plan(config: Config, gpus: int, device: Device) -> Plan:
+def proved(plan: Plan) -> Plan:
+    """The plan, once its update is traced as the last rank makes it, too: it exchanges what the first does, in the same
+    order. Raises UserError with what would hang, or wait for the device."""
+    others = [_trace(plan.trace.config, plan.gpus, plan.device, rank=plan.gpus - 1)] if plan.gpus > 1 else []
+    proof.check([plan.trace, *others])
+    return dataclasses.replace(plan, proved=(0, *(t.rank for t in others)))
+
+
+def _trace(config: Config, gpus: int, device: Device, rank: int = 0) -> Trace:
     where = GPU if device.asynchronous else "cpu"
+    return trace(config, gpus, rank=rank, local_size=min(gpus, device.gpus_per_node), device=where)
+
+
+def _plan(config: Config, gpus: int, device: Device) -> Plan:
     num = config.num_micro_batches(gpus)
     shorter = [_with_micro_batches(config, gpus, n) for n in (TRACED - 1, TRACED)] if num > TRACED else [config]
-    traces = [trace(c, gpus, local_size=min(gpus, device.gpus_per_node), device=where) for c in shorter]
+    traces = [_trace(c, gpus, device) for c in shorter]
+    proof.check(traces[-1:])
     memories = [memory_of(t, device) for t in traces]
     times = [simulate(t, device) for t in traces]
     return Plan(config, gpus, device, traces[-1], _at(memories, num), _at(times, num))
@@ -171,7 +188,7 @@ def facts(plan: Plan, rate: float | None = None, failure: dict[str, Any] | None 
             "gpu_hours": time.gpu_hours(samples), "loader_cores": time.loader_cores,
             "price": None if rate is None else time.price(samples, rate),
         },
-        "collectives": len(plan.trace.collectives),
+        "collectives": len(plan.trace.collectives), "proved_ranks": list(plan.proved),
         "host_waits": [dataclasses.asdict(sync) for sync in plan.syncs],
         "assumptions": time.assumptions,
     } | ({"failures": failure} if failure else {})  # fmt: skip
@@ -190,7 +207,7 @@ def lines(plan: Plan, rate: float | None = None) -> list[str]:
         "",
         *_time_lines(plan, rate),
         *_published_lines(plan),
-        *(f"waits             {sync.what} at {sync.where}" for sync in plan.syncs),
+        *_proof_lines(plan),
     ]
 
 
@@ -236,6 +253,22 @@ def _published_lines(plan: Plan) -> list[str]:
     return [
         f"published         SEER: {milliseconds(SEER_UPDATE_S)} for {SEER_IMAGES:,} images on {SEER_GPUS} V100, "
         f"{rate_of(theirs)} images/s a GPU if its model was this one; planned here: {rate_of(ours)}"
+    ]
+
+
+def _proof_lines(plan: Plan) -> list[str]:
+    """What was shown of the ranks, and the waits that no recipe changes."""
+    waits = Counter((sync.what, sync.where.rpartition("site-packages/")[2]) for sync in plan.syncs)
+    if len(plan.proved) > 1:
+        first, last = plan.proved
+        num = counted(len(plan.trace.collectives), "collective")
+        said = [f"ranks {first} and {last:,} exchange the same {num} in one order"]
+    else:
+        said = ["of one rank alone"]
+    said += ["no wait of the host"] if not waits else ["the engine's library makes the host wait:"]
+    return [
+        f"proof             {'; '.join(said)}",
+        *(f"  {what} at {where}{f', {n} times' * (n > 1)}" for (what, where), n in waits.items()),
     ]
 
 

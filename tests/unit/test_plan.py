@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch.distributed as dist
 import yaml
+from torch import Tensor
 
 from seer_scale.cli import main
 from seer_scale.config import read_yaml, resolve
+from seer_scale.methods.swav.method import SwAV
 from seer_scale.plan import plan as plan_module
 from seer_scale.plan import search
 from seer_scale.plan.allocator import MIB, CachingAllocator, reserved
@@ -47,6 +51,7 @@ def test_a_plan_says_what_memory_is_for_and_how_long_it_takes(recipe, capsys):
     assert time["price"] == pytest.approx(2 * time["gpu_hours"]) and told["host_waits"] == []
     assert told["failures"]["stall_s"] == 5 and told["failures"]["days"] > time["days"]
     assert told["engine"] == "fsdp" and told["gpus"] == GPUS
+    assert told["proved_ranks"] == [0, GPUS - 1] and told["collectives"]
 
 
 def test_what_does_not_fit_is_said_and_fails(recipe, small_gpu, monkeypatch, capsys):
@@ -86,6 +91,44 @@ def test_the_change_that_fits_is_named_and_the_fastest_is_written(recipe, tmp_pa
         patched.setattr(search, "fit", lambda *asked: pytest.fail("was planned"))
         assert main(["plan", recipe, "--gpus", "1", "--device", str(path), "--fit"]) == 2
     assert "tiny-1xbetween.yaml is there already" in capsys.readouterr().err
+
+
+def waits(loss: Tensor) -> None:
+    loss.detach().cpu()
+
+
+def sums_in_half(loss: Tensor) -> None:
+    dist.all_reduce(loss.detach().half())
+
+
+def last_is_alone(loss: Tensor) -> None:
+    if dist.get_rank() == GPUS - 1:
+        dist.all_reduce(loss.detach().clone())
+
+
+@pytest.mark.parametrize("fault,says", [
+    (waits, "makes the host wait for the device"),
+    (sums_in_half, "sums over ranks in float16"),
+    (last_is_alone, rf"differ between ranks: the \d+th of rank 0 is .+, of rank {GPUS - 1} all-reduce of 4 B"),
+])  # fmt: skip
+def test_an_update_that_would_hang_or_wait_is_one_error(recipe, fault, says, monkeypatch, capsys):
+    loss = SwAV.loss
+
+    def faulty(self, *args, **kwargs):
+        out = loss(self, *args, **kwargs)
+        fault(out.loss)
+        return out
+
+    monkeypatch.setattr(SwAV, "loss", faulty)
+    assert main(["plan", recipe, "--gpus", str(GPUS), "--parallel.engine", "ddp"]) == 2
+    told = capsys.readouterr()
+    assert re.search(says, told.err) and __file__ in told.err and not told.out
+
+
+def test_what_was_shown_of_the_ranks_is_said(recipe, capsys):
+    assert main(["plan", recipe, "--gpus", str(GPUS), "--parallel.engine", "ddp"]) == 0
+    said = r"^proof +ranks 0 and 3 exchange the same \d+ collectives in one order; no wait of the host$"
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
