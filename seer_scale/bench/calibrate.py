@@ -33,7 +33,7 @@ from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.parallel import build_engine
 from seer_scale.plan.devices import Device, Interval, Link, Precision
 from seer_scale.plan.operations import flops, moved_bytes
-from seer_scale.plan.trace import NO_WORK
+from seer_scale.plan.trace import call_of
 
 aten = torch.ops.aten
 
@@ -223,8 +223,8 @@ class _Count(TorchDispatchMode):
     num = passes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        name = str(func._overloadpacket)
-        self.num += not func.is_view and name not in NO_WORK and not name.startswith("prim.")
+        name, is_work = call_of(func)
+        self.num += is_work and not name.startswith("prim.")
         self.passes += {"aten.convolution": 1, "aten.convolution_backward": 2}.get(name, 0)
         return func(*args, **kwargs or {})
 

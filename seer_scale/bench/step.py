@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,10 +124,8 @@ def configure(args: argparse.Namespace) -> Config:
     over: dict = {"parallel": {"engine": "single"}}
     if args.recipe:
         given = load_recipe(args.recipe)
-        over = {
-            "data": {"path": "-"},
-            "parallel": {"engine": "single", "ranks": 1, "replicate_degree": 1, "shard_degree": 0, "sync_bn_group": 0},
-        }
+        over = of_ranks(1)
+        over["parallel"]["engine"] = "single"
         over |= {"model": {"name": args.model}} if args.model else {}
         over |= {"views": {"crops": read_crops(args.crops)}} if args.crops else {}
         over |= {"swav": {"prototypes": [args.prototypes]}} if args.prototypes else {}
@@ -136,9 +135,19 @@ def configure(args: argparse.Namespace) -> Config:
     if not args.alone:
         over["optim"] = {"name": "sgd", "lr": 0.03, "lr_batch": 0}
         given = given | {"optim": {}}
-    config = resolve(given, over, world_size=1)
-    # what a recipe must keep to make sense, such as images for its prototypes, a timing need not
-    return replace(config, train=replace(config.train, global_batch=args.batch, micro_batch=0))
+    return with_batch(resolve(given, over, world_size=1), args.batch)
+
+
+def of_ranks(num: int) -> dict[str, Any]:
+    """Keys with which any recipe is one of so many ranks, for a timing."""
+    alike = {"ranks": num, "replicate_degree": 1, "shard_degree": 0, "sync_bn_group": 0}
+    return {"data": {"path": "-"}, "parallel": alike}
+
+
+def with_batch(config: Config, batch: int, micro_batch: int = 0) -> Config:
+    """Of so many images an update: what a recipe must keep to make sense, such as images for its prototypes, a timing
+    need not."""
+    return replace(config, train=replace(config.train, global_batch=batch, micro_batch=micro_batch))
 
 
 def fake_views(

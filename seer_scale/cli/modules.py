@@ -1,4 +1,5 @@
-"""Commands that are modules: each has `add_arguments(parser)`, `run(args) -> text`, and a docstring, its help."""
+"""Commands that are modules: each has `add_arguments(parser)`, `run(args) -> text`, and a docstring, its help; with
+TAKES_OVERRIDES, it takes keys of a recipe, too."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ def add_module_commands(
             add_command(kinds, name, _run_nothing, does)
             continue
         module = importlib.import_module(f"seer_scale.{path}")
-        parser = add_command(kinds, name, partial(_run, module), does, description=module.__doc__)
+        takes_overrides = getattr(module, "TAKES_OVERRIDES", False)
+        parser = add_command(
+            kinds, name, partial(_run, module), does, description=module.__doc__, takes_overrides=takes_overrides
+        )
         module.add_arguments(parser)
     return kinds
 

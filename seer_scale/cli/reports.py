@@ -14,6 +14,7 @@ from seer_scale.files import shown, to_json
 
 BENCHES = {
     "step": ("bench.step", "an update against a plain loop"),
+    "plan": ("bench.plan", "what is planned of an update against what it takes"),
     "data": ("bench.data", "images/s that a core makes of your files"),
     "engines": ("bench.engines", "every engine against ddp, in speed and memory"),
     "checkpoint": ("bench.checkpoint", "how long training waits for a checkpoint"),

@@ -10,6 +10,8 @@ from seer_scale.plan.devices import Device
 from seer_scale.plan.trace import Kind, Trace
 
 SLACK = "allocator slack"
+BESIDE_ALLOCATOR = ("communicators", "CUDA context")
+"""What a process holds beside its allocator."""
 KERNEL_WORKSPACE = 350 * 2**20
 """Bytes that libraries of a GPU take for their kernels: what lacked on one H200 (docs/performance.md)."""
 
@@ -70,6 +72,21 @@ class Memory:
         return sum(self.kinds.values())
 
     @property
+    def beside(self) -> int:
+        """What the allocator knows nothing of."""
+        return sum(self.kinds.get(kind, 0) for kind in BESIDE_ALLOCATOR)
+
+    @property
+    def reserved(self) -> int:
+        """What the allocator takes from the device (torch.cuda.max_memory_reserved)."""
+        return self.total - self.beside
+
+    @property
+    def allocated(self) -> int:
+        """The most that it has given out at once (torch.cuda.max_memory_allocated)."""
+        return self.reserved - self.kinds.get(SLACK, 0)
+
+    @property
     def room(self) -> int:
         """Negative where it does not fit."""
         return self.capacity - self.total
@@ -99,6 +116,7 @@ def memory_of(trace: Trace, device: Device) -> Memory:
     if is_gpu:
         changes = ((held, held.nbytes, held.stream, comes) for held, comes in trace.changes)
         kinds[SLACK] = max(0, reserved(changes, block) - peak.nbytes)
-        kinds["communicators"] = device.communicator_bytes * len({(c.ranks, c.group) for c in trace.collectives})
-        kinds["CUDA context"] = device.context_bytes
+        communicators, context = BESIDE_ALLOCATOR
+        kinds[communicators] = device.communicator_bytes * len({(c.ranks, c.group) for c in trace.collectives})
+        kinds[context] = device.context_bytes
     return Memory(peak, {kind: nbytes for kind, nbytes in kinds.items() if nbytes}, device.memory_bytes)

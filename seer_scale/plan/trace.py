@@ -236,7 +236,7 @@ class _Recorder(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it takes itself apart first, and its local operations come here
         kwargs = kwargs or {}
-        name, is_work = _kind_of_call(func)
+        name, is_work = call_of(func)
         if name.startswith("prim."):
             return func(*args, **kwargs)
         if name == "aten._local_scalar_dense" and self._is_ours(args[0]):
@@ -389,7 +389,7 @@ PASSING: tuple[Kind, ...] = ("activations", "loss", "update")
 
 
 @cache
-def _kind_of_call(func: Any) -> tuple[str, bool]:
+def call_of(func: Any) -> tuple[str, bool]:
     """Its name, as aten.mm, and whether the device has work to do."""
     name = str(func._overloadpacket)
     return name, not func.is_view and name not in NO_WORK

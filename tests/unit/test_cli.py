@@ -112,7 +112,7 @@ COMMANDS = (
             ["eval", "lowshot", "--finetune", "RUN"],
             "--finetune cannot be taken: RUN is neither true nor false; write =",
         ),
-        (["bench"], "bench needs one of step, data, engines"),
+        (["bench"], "bench needs one of step, plan, data"),
         (["data"], "data needs one of inspect, pack, refresh, demo"),
         (["data", "refresh", "folder"], "data refresh needs --manifest"),
         (["launch", "demo"], "--cluster is missing"),
@@ -161,7 +161,7 @@ def test_a_bench_is_given_what_it_can_send_to_its_ranks(name, monkeypatch):
     bench = importlib.import_module(f"seer_scale.bench.{name}")
     monkeypatch.setattr(bench, "run", lambda args: sent.append(pickle.loads(pickle.dumps(args))))
     assert main(["bench", name, *["unused"] * {"data": 1, "learn": 1, "embed": 2}.get(name, 0)]) == 0
-    assert isinstance(vars(sent[0])[{"learn": "seeds", "load": "ranks"}.get(name, "rounds")], int)
+    assert isinstance(vars(sent[0])[{"learn": "seeds", "load": "ranks", "plan": "updates"}.get(name, "rounds")], int)
 
 
 def parser_of(*path: str) -> argparse.ArgumentParser:
