@@ -21,8 +21,9 @@ and --images: 1, 1.5, 2.25, 3.5, 5.5): w0, wa and group_width times it, at the s
 multiply-accumulates grow with its square."""
 SWEEP_EPILOG = """\
 --section.key value sets a key of every recipe. Compute is 3 x 2 x MACs of the backbone over all crops x samples.
---cluster local trains and evaluates point after point; Ctrl-C saves and stops. --cluster slurm submits an array of the
-points that are missing; what is trained is evaluated by the commands that it prints.
+--cluster local trains and evaluates point after point; Ctrl-C saves and stops. --cluster slurm submits the trainings
+that are missing as an array, and as another the evaluations, each after its training (`evaluation` in the profile says
+on what); --table shows what is there, and the same command submits what has failed.
 Exit status: 0 all is there (or submitted), 1 points are missing, 2 bad input, 75 stopped with its state saved."""
 
 
@@ -87,9 +88,7 @@ def sweep(args: argparse.Namespace) -> int:
         overrides=args.overrides, is_local=args.cluster == "local",
     )  # fmt: skip
     how = How(
-        cluster=args.cluster, items=items,
-        evaluation=["--tasks", args.tasks, *(word for key, value in labelled.items() for word in (f"--{key}", value))],
-        profile=args.profile, nodes=args.nodes, ranks=args.ranks, time=args.time,
+        cluster=args.cluster, items=items, profile=args.profile, nodes=args.nodes, ranks=args.ranks, time=args.time,
         dry_run=args.dry_run, only_table=args.table, as_json=args.json,
     )  # fmt: skip
     return run_sweep(asked, how)

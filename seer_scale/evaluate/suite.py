@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from seer_scale.evaluate.registry import task_class, task_names
 from seer_scale.evaluate.run import check_path, check_results, measure, read_settings, record_in, report, results_folder
 from seer_scale.evaluate.subject import open_subject
 from seer_scale.evaluate.task import TaskSettings
-from seer_scale.files import shown, to_json, write_whole
+from seer_scale.files import plain, shown, to_json, write_whole
 from seer_scale.formatting import paragraph, plus_minus
 
 DEFAULT = ("knn", "linear", "lowshot")
@@ -45,10 +45,15 @@ def read_suite(given: str, common: Mapping[str, Any]) -> list[Item]:
             raise UserError(Problem("--tasks", given, f"cannot be read ({type(error).__name__})")) from error
     if not isinstance(entries, list) or not entries:
         raise UserError(Problem("--tasks", given, "must be a list of tasks", f"such as {','.join(DEFAULT)}"))
+    return items_of(entries, common, given if is_file else "")
+
+
+def items_of(entries: Sequence[Any], common: Mapping[str, Any], file: str = "") -> list[Item]:
+    """As `read_suite`, of what is in `file`."""
     problems: list[Problem] = []
     items = []
     for number, entry in enumerate(entries, 1):
-        where = f"entry {number} of {given}" if is_file else ""
+        where = f"entry {number} of {file}" if file else ""
         options = {"task": entry} if isinstance(entry, str) else entry
         if not isinstance(options, dict) or not isinstance(options.get("task"), str):
             rule = "must be a task's name, or a mapping with `task` and its options"
@@ -65,6 +70,17 @@ def read_suite(given: str, common: Mapping[str, Any]) -> list[Item]:
     if problems:
         raise ConfigError(problems, "The suite")
     return _named(items)
+
+
+def to_entries(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """What a file of a suite holds, from which `items_of` makes the same items."""
+    found = []
+    for task, settings in items:
+        chosen = {flag for flag, variant in task_class(task).variants.items() if type(settings) is variant}
+        own = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        kept = {f.name for f in fields(settings) if own[f.name] != f.default} | chosen
+        found.append({"task": task, **{key: plain(own[key]) for key in own if key in kept}})
+    return found
 
 
 def _same_names(items: Sequence[Item]) -> list[Problem]:

@@ -18,7 +18,7 @@ from seer_scale.observe.chart import Chart
 
 NOT_IN_FIGURES = ("data", "test", "batch", "workers", "name")
 """Options of every task on which figures do not depend; of the images there is a mark of their own."""
-RESERVED = ("suite", "history", "unfinished", "logs")
+RESERVED = ("suite", "history", "unfinished", "logs", "launch")
 """What else lies in the folder of results."""
 SUFFIXES = (".json", ".jsonl", ".svg")
 """Of the files there: a folder that is called by a result's name has none."""

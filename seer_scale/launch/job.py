@@ -2,7 +2,8 @@
 
 RUN/launch/ holds `job.json` (this record), `recipe.yaml` (the recipe with its overrides, as the ranks read it), one
 `code-HASH/` for each state of the package that was ever launched, `attempts.jsonl` (each start of the ranks and how it
-ended) and `outcome.json` (what the ranks say of their end).
+ended) and `outcome.json` (what the ranks say of their end). RUN/eval/launch/ holds the same of a launched evaluation;
+its `recipe.yaml` says what is measured.
 """
 
 from __future__ import annotations
@@ -57,10 +58,22 @@ class Job:
     launcher: str = ""
     launched_in: str = ""
     """The folder it was launched in, where it lies in another one now."""
+    is_evaluation: bool = False
+    """Whether its ranks measure a run, and run_dir is the folder of results in that run's; else they train."""
 
     @property
     def launch_dir(self) -> Path:
         return Path(self.run_dir) / LAUNCH_DIR
+
+    @property
+    def measured_run(self) -> Path:
+        """Of an evaluation."""
+        return Path(self.run_dir).parent
+
+    @property
+    def code_place(self) -> Path:
+        """Where the copy of the code lies that its ranks run; a run's evaluation shares that of its training."""
+        return self.measured_run / LAUNCH_DIR if self.is_evaluation else self.launch_dir
 
     @property
     def recipe(self) -> Path:
@@ -169,6 +182,7 @@ def _check_types(job: Job) -> None:
     kinds: dict[str, Any] = {
         "str": str,
         "int": int,
+        "bool": bool,
         "float": (int, float),
         "dict[str, Any]": dict,
         "list[str]": list,

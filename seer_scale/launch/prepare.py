@@ -14,6 +14,7 @@ import yaml
 
 from seer_scale.config import Config, Train, merge, parse_overrides, plugins_of, resolve
 from seer_scale.errors import ConfigError, Problem, UserError
+from seer_scale.evaluate.run import RESULTS
 from seer_scale.files import write_whole
 from seer_scale.launch.job import PLUGINS_DIR, Job, cannot_hold_run, snapshot
 from seer_scale.launch.profile import Profile
@@ -76,13 +77,35 @@ def prepare(request: Request, command: Sequence[str]) -> tuple[Job, dict[str, An
     return job, merge(given, {"run": {"dir": str(run_dir)}}), notes
 
 
+def prepare_evaluation(
+    name: str, run_dir: Path, tasks: Sequence[dict[str, Any]], plugins: Sequence[str], profile: Profile
+) -> tuple[Job, dict[str, Any], list[str]]:
+    """As `prepare`, of a job that measures the run in `run_dir`, on one node. tasks: as of `suite.to_entries`."""
+    job = Job(
+        name=name,
+        run_dir=os.path.abspath(run_dir / RESULTS),
+        cluster="slurm",
+        command=[],
+        folder=os.getcwd(),
+        code="",
+        ranks_per_node=profile.resolved_ranks_per_node,
+        node_counts=[1],
+        restarts=profile.restarts,
+        requeues=profile.requeues,
+        profile=dataclasses.asdict(profile),
+        submitted=time.time(),
+        is_evaluation=True,
+    )
+    return job, {"tasks": list(tasks), "run": {"plugins": list(plugins)}}, []
+
+
 def write_job(job: Job, recipe: dict[str, Any]) -> Job:
     """Write what travels with the job, its code and its recipe; the job that knows where. Raises UserError."""
     try:
         job.launch_dir.mkdir(parents=True, exist_ok=True)
         job.logs.mkdir(exist_ok=True)
         plugins = own_plugins(recipe)
-        code = snapshot(job.launch_dir, list(plugins.values()))
+        code = snapshot(job.code_place, list(plugins.values()))
         if plugins:  # ranks take the copies; installed ones are what they are
             copies = {name: str(Path(code) / PLUGINS_DIR / module.name) for name, module in plugins.items()}
             recipe = merge(recipe, {"run": {"plugins": [copies.get(name, name) for name in plugins_of(recipe)]}})

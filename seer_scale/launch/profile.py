@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ EXAMPLE_PROFILE = Path(__file__).parents[1] / "profiles" / "example.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A key each; `environment` and `sbatch` are mappings, `before` a list of lines."""
+    """A key each; `environment`, `sbatch` and `evaluation` are mappings, `before` a list of lines."""
 
     partition: str = opt("", "partition; empty = the cluster's default")
     account: str = opt("", "account that is charged")
@@ -49,6 +51,10 @@ class Profile:
         default_factory=dict,
         metadata={"help": "any further option of sbatch, without its dashes; true for one without a value"},
     )
+    evaluation: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "keys of this list that are otherwise for the evaluations of a sweep, each on one node"},
+    )
 
     @property
     def resolved_ranks_per_node(self) -> int:
@@ -57,6 +63,9 @@ class Profile:
     @property
     def minutes(self) -> int:
         return minutes(self.time)
+
+    def for_evaluation(self) -> Profile:
+        return dataclasses.replace(self, **self.evaluation, evaluation={})
 
 
 RESERVED_OPTIONS = {
@@ -97,8 +106,8 @@ RESERVED_OPTIONS = {
     "version",
 }
 """Options of sbatch that have a key of their own here, or that the launcher decides."""
-FREE_KEYS = ("environment", "sbatch", "before")
-"""Keys whose values have names of the user's own."""
+FREE_KEYS = ("environment", "sbatch", "before", "evaluation")
+"""Keys whose values are no single word."""
 MAX_GRACE_S = 65535
 """The most that sbatch --signal takes."""
 
@@ -124,8 +133,12 @@ def read_profile(given: dict[str, Any]) -> tuple[Profile, list[Problem]]:
     plain = {key: value for key, value in given.items() if key in known and key not in FREE_KEYS}
     section = read_section(Profile, plain, "", problems)
     values = {name: getattr(section, name) for name in known}
+    readers: dict[str, Callable[[Any], tuple[Any, list[Problem]]]] = {
+        "before": _read_lines,
+        "evaluation": partial(_read_evaluation, given),
+    }
     for key in (key for key in given if key in FREE_KEYS):
-        values[key], wrong = _read_lines(given[key]) if key == "before" else _read_mapping(key, given[key])
+        values[key], wrong = readers.get(key, partial(_read_mapping, key))(given[key])
         problems += wrong
     problems += [
         Problem(f"environment.{name}", NOTHING, "is no name of a variable", "use letters, digits and _")
@@ -156,6 +169,19 @@ def _read_lines(value: Any) -> tuple[list[str], list[Problem]]:
     lines = [line for line in value if isinstance(line, str)]
     odd = [line for line in value if not isinstance(line, str)]
     return lines, [Problem("before", line, "must hold lines of shell", "quote the line") for line in odd]
+
+
+def _read_evaluation(given: dict[str, Any], own: Any) -> tuple[dict[str, Any], list[Problem]]:
+    """`evaluation`: its keys are read among the profile's, whose own problems are told once."""
+    if not isinstance(own, dict):
+        return {}, [Problem("evaluation", own, "must be a mapping of keys of the profile to values")]
+    others = {key: value for key, value in given.items() if key != "evaluation"}
+    profile, problems = read_profile(others | {key: value for key, value in own.items() if key != "evaluation"})
+    known = read_profile(others)[1]
+    wrong = [dataclasses.replace(p, key=f"evaluation.{p.key}") for p in problems if p not in known]
+    if "evaluation" in own:
+        wrong.append(Problem("evaluation.evaluation", NOTHING, "is not a key", "remove it"))
+    return {key: getattr(profile, key) for key in own if key in Profile.__dataclass_fields__}, wrong
 
 
 def _read_mapping(key: str, given: Any) -> tuple[dict[str, Any], list[Problem]]:

@@ -18,11 +18,15 @@ import threading  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import yaml  # noqa: E402
+
 from seer_scale import console  # noqa: E402
+from seer_scale.config import plugins_of  # noqa: E402
 from seer_scale.errors import (  # noqa: E402
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_STOPPED,
+    QUEUE_SIGNALS,
     Problem,
     RankLostError,
     UserError,
@@ -30,12 +34,13 @@ from seer_scale.errors import (  # noqa: E402
 )
 from seer_scale.files import write_whole  # noqa: E402
 from seer_scale.launch.job import ATTEMPT, Job  # noqa: E402
+from seer_scale.plugins import load_plugins  # noqa: E402
 from seer_scale.rank_info import detect  # noqa: E402
 
 
 def main(run_dir: str) -> int:
-    """Train; returns 0 also for a stop that was asked for, as srun would end the other ranks on any other status,
-    unless a full disk keeps the outcome from being written."""
+    """Train, or evaluate; returns 0 also for a stop that was asked for, as srun would end the other ranks on any other
+    status, unless a full disk keeps the outcome from being written."""
     try:
         job, attempt, rank = Job.of(run_dir), os.environ[ATTEMPT], detect().rank
     except UserError as error:
@@ -46,18 +51,51 @@ def main(run_dir: str) -> int:
         threading.Thread(target=_stop_without_controller, args=(os.getppid(),), daemon=True).start()
     try:
         _check_code_copy(job.code)
-        from seer_scale.training.start import run_training
-
-        status, is_outcome = run_training(str(job.recipe), [], attempt), rank == 0
+        status, is_outcome = _evaluate(job, rank) if job.is_evaluation else _train(job, attempt), rank == 0
     except RankLostError as error:  # the one that was lost knows why, or nobody does
         return print_error(error)
     except UserError as error:
         status, is_outcome = print_error(error), (rank == 0 or error.single_rank) and not error.retryable
     except KeyboardInterrupt:  # a second Ctrl-C, which the launcher reports
         return EXIT_FAILED
+    return _end(job, status, is_outcome)
+
+
+def _train(job: Job, attempt: str) -> int:
+    from seer_scale.training.start import run_training
+
+    return run_training(str(job.recipe), [], attempt)
+
+
+def _evaluate(job: Job, rank: int) -> int:
+    """Measure what the job's recipe says; what is done is not done again by the next start. Raises UserError."""
+    for number in STOP_SIGNALS:  # the shell that started this process passes over some of them
+        signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=_end_at_signal, args=(job, rank), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(STOP_SIGNALS) - set(QUEUE_SIGNALS))
+    from seer_scale.evaluate.suite import as_table, items_of, run_suite
+
+    asked = yaml.safe_load(job.recipe.read_text())
+    load_plugins(plugins_of(asked))
+    summary = run_suite(
+        job.measured_run, items_of(asked["tasks"], {}), which="last", initial=["trained"], out=None, device="auto"
+    )
+    if rank == 0:
+        print(as_table(summary, Path(job.run_dir)), flush=True)
+    return EXIT_FAILED if summary["problems"] else EXIT_DONE
+
+
+def _end_at_signal(job: Job, rank: int) -> None:
+    """A thread: one that waits in a collective would hear of no signal. All ranks get it."""
+    signal.sigwait(QUEUE_SIGNALS)
+    os._exit(_end(job, EXIT_STOPPED, rank == 0))
+
+
+def _end(job: Job, status: int, is_outcome: bool) -> int:
+    """Write down how it ended, where this rank is to; its exit status."""
     if is_outcome:
         try:
-            write_whole(job.launch_dir / "outcome.json", to_json({"attempt": attempt, "status": status}))
+            write_whole(job.launch_dir / "outcome.json", to_json({"attempt": os.environ[ATTEMPT], "status": status}))
         except OSError:
             return status
     return EXIT_DONE if status == EXIT_STOPPED else status

@@ -161,6 +161,8 @@ def state(job: Job) -> str:
 
 
 def progress(job: Job) -> str:
+    if job.is_evaluation:
+        return f"evaluation of {job.measured_run.name}"
     seen, rate = _newest_line(job)
     total = _total_samples(Path(job.run_dir) / "config.yaml")
     return f"{seen:,}{f' of {total:,}' if total else ''} samples, {max(0, job.newest_checkpoint()):,} samples saved" + (
@@ -368,6 +370,9 @@ def _signal(job: Job, number: int) -> None:
 
 def relaunch_words(job: Job, *, nodes: str, time: str) -> list[str]:
     """The words after `seer-scale launch` that start this run again, where it lies now. Raises UserError."""
+    if job.is_evaluation:
+        rule = "is the evaluation of a run, which a sweep has submitted"
+        raise UserError(Problem(job.name, NOTHING, rule, "give the sweep's command again"))
     if state(job) == "done":
         fix = "give its command again with more train.total_samples"
         raise UserError(Problem(job.name, NOTHING, "is done: it has seen all its samples", fix))

@@ -66,7 +66,7 @@ class _Executor(submitit.SlurmExecutor):
         return 2
 
 
-def _executor(job: Job) -> _Executor:
+def _executor(job: Job, dependency: str = "") -> _Executor:
     profile, counts = Profile(**job.profile), job.node_counts
     more: dict[str, Any] = {
         "requeue": True,
@@ -76,6 +76,9 @@ def _executor(job: Job) -> _Executor:
     # not tasks a node, which would fix the number of nodes at the first start
     more["mincpus"] = max(1, profile.cpus_per_rank) * job.ranks_per_node
     more |= {k.lstrip("-").replace("_", "-"): v for k, v in profile.sbatch.items()}
+    if dependency:  # one that can never be met ends the job, which would wait for ever
+        more["dependency"] = ",".join(filter(None, (dependency, more.get("dependency"))))
+        more["kill-on-invalid-dep"] = "yes"
     variables = profile.environment | {"PYTHONSAFEPATH": "1"}
     setup = [*profile.before, *(f"export {k}={shlex.quote(v)}" for k, v in variables.items())]
     setup += [
@@ -98,9 +101,29 @@ def _executor(job: Job) -> _Executor:
     return executor
 
 
-def script(job: Job, array_size: int = 1) -> str:
-    """The batch script of a job, or of an array of such jobs."""
-    executor = _executor(job)
+def dependencies(job_ids: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """How jobs wait, each for the good end of one of these: (dependency, their positions) of each array of them.
+
+    job_ids: of a job, N, or of a task of an array, N_TASK; empty where there is nothing to wait for. A job that is
+    requeued is the same job. Only an array that begins like the one it waits for can wait task by task (aftercorr).
+    """
+    found: list[tuple[str, list[int]]] = []
+    arrays: dict[str, list[int]] = {}
+    for i, job_id in enumerate(job_ids):
+        arrays.setdefault(job_id.partition("_")[0], []).append(i)
+    for number, positions in arrays.items():
+        if not number:
+            found.append(("", positions))
+        elif len(positions) > 1 and [job_ids[i] for i in positions] == [f"{number}_{n}" for n in range(len(positions))]:
+            found.append((f"aftercorr:{number}", positions))
+        else:
+            found += [(f"afterok:{job_ids[i]}", [i]) for i in positions]
+    return found
+
+
+def script(job: Job, array_size: int = 1, dependency: str = "") -> str:
+    """The batch script of a job, or of an array of such jobs, after what `dependency` names."""
+    executor = _executor(job, dependency)
     if array_size > 1:
         executor.parameters["map_count"] = array_size  # as submitit itself does
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
@@ -117,9 +140,9 @@ def check_installed() -> None:
         raise UserError(Problem(missing[0], NOTHING, "is not on the path", fix))
 
 
-def submit(jobs: Sequence[Job]) -> list[Job]:
+def submit(jobs: Sequence[Job], dependency: str = "") -> list[Job]:
     """Submit jobs whose code and recipe are in place, several as one array; the jobs with their numbers."""
-    executor = _executor(jobs[0])
+    executor = _executor(jobs[0], dependency)
     try:
         if len(jobs) == 1:
             submitted = [executor.submit(control_slurm, jobs[0].run_dir)]

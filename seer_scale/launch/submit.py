@@ -9,8 +9,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,50 @@ Prepared = tuple[Job, dict[str, Any], list[str]]
 """What `prepare` makes of one run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Of the run in run_dir, by one job on one node. tasks: as of `suite.to_entries`. plugins: of the run's recipe.
+    after: the number of the job that trains it; empty where none does any more."""
+
+    name: str
+    run_dir: Path
+    tasks: Sequence[dict[str, Any]]
+    plugins: Sequence[str] = ()
+    after: str = ""
+
+
 def launch(options: Options) -> int:
     """Start what was asked for: a job, the jobs of a grid, or ranks on this machine, which are followed to their end;
     returns the exit status. Raises UserError."""
+    prepared = _check(options)
+    if options.cluster == "local":
+        return _run_here(prepared)
+    _enqueue([(group, "") for group in group_by_nodes(prepared)], dry_run=options.dry_run)
+    return EXIT_DONE
+
+
+def submit(options: Options) -> list[Job]:
+    """As `launch`, on SLURM; the jobs with their numbers, or with what stands for these in a dry run."""
+    return _enqueue([(group, "") for group in group_by_nodes(_check(options))], dry_run=options.dry_run)
+
+
+def submit_evaluations(asked: Sequence[Evaluation], *, profile: str, dry_run: bool = False) -> list[Job]:
+    """On SLURM, each after the good end of its training: where that fails, it is cancelled. Raises UserError."""
+    from seer_scale.launch import slurm
+    from seer_scale.launch.prepare import prepare_evaluation
+
+    errors: list[UserError] = []
+    own = _read_profile("slurm", profile, errors).for_evaluation()
+    if errors:
+        raise UserError.joined(errors)
+    prepared = [prepare_evaluation(e.name, e.run_dir, e.tasks, e.plugins, own) for e in asked]
+    _check_folders([job for job, _, _ in prepared], is_slurm=True)
+    waits = slurm.dependencies([e.after for e in asked])
+    return _enqueue([([prepared[i] for i in group], dependency) for dependency, group in waits], dry_run=dry_run)
+
+
+def _check(options: Options) -> list[Prepared]:
+    """What was asked for, prepared; says what the user should know. Raises UserError."""
     if not Path(options.recipe).is_file() and options.recipe not in recipe_names():
         rule = "no file and no shipped recipe has that name"
         raise UserError(Problem("RECIPE", options.recipe, rule, nearest(options.recipe, recipe_names())))
@@ -50,8 +92,7 @@ def launch(options: Options) -> int:
     if options.cluster not in CLUSTERS:
         near = (found,) if (found := closest(options.cluster, CLUSTERS)) else ""
         raise UserError(Problem("--cluster", options.cluster, f"must be {' or '.join(CLUSTERS)}", near))
-    is_local = options.cluster == "local"
-    for key in NEEDS_QUEUE if is_local else ():
+    for key in NEEDS_QUEUE if options.cluster == "local" else ():
         if getattr(options, key):
             option = f"--{key.replace('_', '-')}"
             raise UserError(Problem(option, NOTHING, "has no effect with --cluster local", "leave it out"))
@@ -59,9 +100,18 @@ def launch(options: Options) -> int:
     prepared = _prepare_all(options)
     for note in dict.fromkeys(note for _, _, notes in prepared for note in notes):
         print(note)
-    if is_local:
-        return _run_here(prepared)
-    return _print_scripts(prepared) if options.dry_run else _submit(prepared)
+    return prepared
+
+
+def _read_profile(cluster: str, path: str, errors: list[UserError]) -> Profile:
+    """The profile; what is wrong with it is added to `errors`."""
+    if cluster == "slurm" and not path:
+        fix = (
+            "give the profile of your cluster, as in --profile slurm/NAME.yaml "
+            "(seer-scale launch --print-profile prints one to fill in)"
+        )
+        errors.append(UserError(Problem("--profile", NOTHING, "is missing", fix)))
+    return parse(path, load_profile, Profile(gpus_per_node=0), errors)
 
 
 def _prepare_all(options: Options) -> list[Prepared]:
@@ -69,13 +119,7 @@ def _prepare_all(options: Options) -> list[Prepared]:
     from seer_scale.launch.prepare import Request, prepare  # loads torch, which the other commands do without
 
     errors: list[UserError] = []
-    if options.cluster == "slurm" and not options.profile:
-        fix = (
-            "give the profile of your cluster, as in --profile slurm/NAME.yaml "
-            "(seer-scale launch --print-profile prints one to fill in)"
-        )
-        errors.append(UserError(Problem("--profile", NOTHING, "is missing", fix)))
-    profile = parse(options.profile, load_profile, Profile(gpus_per_node=0), errors)
+    profile = _read_profile(options.cluster, options.profile, errors)
     nodes = parse(options.nodes, parse_node_range, None, errors)
     ranks = parse(options.ranks, partial(parse_whole_number, "--ranks", least=1), 0, errors)
     knows_nodes = not errors
@@ -136,43 +180,56 @@ def _run_here(prepared: list[Prepared]) -> int:
         return run_here(write_job(job, recipe))
 
 
-def _print_scripts(prepared: list[Prepared]) -> int:
+def _enqueue(groups: Sequence[tuple[list[Prepared], str]], *, dry_run: bool) -> list[Job]:
+    """Submit each group as a job, or as an array of several, after what its dependency names; the jobs with their
+    numbers. In a dry run the scripts are printed, and JOB1, JOB2 ... stand for the numbers."""
+    return _print_scripts(groups) if dry_run else _submit(groups)
+
+
+def _print_scripts(groups: Sequence[tuple[list[Prepared], str]]) -> list[Job]:
     from seer_scale.launch import slurm
     from seer_scale.launch.prepare import own_plugins
 
-    for group in group_by_nodes(prepared):
+    jobs = []
+    for number, (group, dependency) in enumerate(groups, 1):
         first, plugins = group[0][0], list(own_plugins(group[0][1]).values())
-        print(
-            slurm.script(dataclasses.replace(first, code=snapshot(first.launch_dir, plugins, write=False)), len(group))
-        )
+        code = snapshot(first.code_place, plugins, write=False)
+        print(slurm.script(dataclasses.replace(first, code=code), len(group), dependency))
         if len(group) > 1:
             print("\n".join(f"# {n}: {display_name(job)}" for n, (job, _, _) in enumerate(group)))
-    return EXIT_DONE
+        for n, (job, _, _) in enumerate(group):
+            jobs.append(dataclasses.replace(job, job_id=f"JOB{number}{f'_{n}' * (len(group) > 1)}"))
+    return jobs
 
 
-def _submit(prepared: list[Prepared]) -> int:
+def _submit(groups: Sequence[tuple[list[Prepared], str]]) -> list[Job]:
     from seer_scale.launch import slurm
     from seer_scale.launch.prepare import write_job
 
     slurm.check_installed()
-    before = {job.run_dir for job, _, _ in prepared if os.path.exists(job.run_dir)}
+    asked = [job for group, _ in groups for job, _, _ in group]
+    before = {job.run_dir for job in asked if os.path.exists(job.run_dir)}
     locked: list[Job] = []
+    jobs: list[Job] = []
     with ExitStack() as locks:
         try:
-            for job, _, _ in prepared:
+            for job in asked:
                 locks.enter_context(start_lock(job))
                 locked.append(job)
-            for group in group_by_nodes(prepared):
-                for job in slurm.submit([write_job(job, recipe) for job, recipe, _ in group]):
+            for group, dependency in groups:
+                submitted = slurm.submit([write_job(job, recipe) for job, recipe, _ in group], dependency)
+                jobs += submitted
+                for job in submitted:
                     nodes = "-".join(map(str, dict.fromkeys((job.node_counts[0], job.node_counts[-1]))))
                     where = f"{nodes} node{'s' * (nodes != '1')} of {counted(job.ranks_per_node, 'rank')}"
                     look = f"{command_here()} status {shlex.quote(display_name(job))}"
-                    print(shown(f"Submitted {job.name} as job {job.job_id} on {where}: {look}"))
+                    after = f" after {dependency.partition(':')[2]}" if dependency else ""
+                    print(shown(f"Submitted {job.name} as job {job.job_id} on {where}{after}: {look}"))
         finally:
             for job in locked:
                 if job.run_dir not in before and not job.record.exists():
                     shutil.rmtree(job.run_dir, ignore_errors=True)
-    return EXIT_DONE
+    return jobs
 
 
 def group_by_nodes(prepared: list[Prepared]) -> list[list[Prepared]]:

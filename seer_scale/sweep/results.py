@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from seer_scale.checkpoint import store
@@ -19,6 +20,7 @@ from seer_scale.sweep.points import Point, changed
 
 BY_HARDWARE = ("batch", "workers")
 """Options of a task that move no figure."""
+ON_ITS_WAY = "queued or running"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,14 @@ class Score:
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """samples_seen: by the newest checkpoint. images: it was trained on, 0 = not known. scores: by the name of what was
-    measured, once it is trained."""
+    measured, once it is trained. training, evaluation: their jobs, while these are queued or running."""
 
     point: Point
     samples_seen: int
     images: int
     scores: Mapping[str, Score] = field(default_factory=dict)
-    is_running: bool = False
+    training: Job | None = None
+    evaluation: Job | None = None
 
     @property
     def is_trained(self) -> bool:
@@ -52,9 +55,10 @@ class Result:
         """What it has not, as a clause; empty where it has all."""
         if not self.is_trained:
             seen = f"{self.samples_seen:,} of {self.point.samples:,} samples" if self.samples_seen else "not trained"
-            return f"{seen}, running" if self.is_running else seen
+            return f"{seen}, {ON_ITS_WAY}" if self.training else seen
         left = [name for name in map(name_of, items) if name not in self.scores]
-        return f"trained, not evaluated by {', '.join(left)}" if left else ""
+        lack = f"trained, not evaluated by {', '.join(left)}" if left else ""
+        return f"{lack}, {ON_ITS_WAY}" if lack and self.evaluation else lack
 
 
 def name_of(item: Item) -> str:
@@ -84,12 +88,19 @@ def result_of(point: Point, items: Sequence[Item]) -> Result:
     scores: dict[str, Score] = {}
     if seen >= point.samples:
         scores = {name_of(item): score for item in items if (score := _score(point, item, seen))}
+    return Result(
+        point=point, samples_seen=seen, images=images, scores=scores, training=_job_in(point.run_dir),
+        evaluation=_job_in(point.run_dir / RESULTS),
+    )  # fmt: skip
+
+
+def _job_in(folder: Path) -> Job | None:
+    """That is queued or running there."""
     try:
-        job = Job.read(point.run_dir)
-        running = bool(job and is_running(job))
+        job = Job.read(folder)
+        return job if job and is_running(job) else None
     except UserError:  # SLURM does not say
-        running = False
-    return Result(point=point, samples_seen=seen, images=images, scores=scores, is_running=running)
+        return None
 
 
 def _score(point: Point, item: Item, seen: int) -> Score | None:

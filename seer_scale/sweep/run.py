@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,12 +13,11 @@ from pathlib import Path
 import yaml
 
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Problem, UserError
-from seer_scale.evaluate.suite import Item, run_suite
+from seer_scale.evaluate.suite import Item, run_suite, to_entries
 from seer_scale.files import shown, to_json, write_whole
 from seer_scale.formatting import counted
 from seer_scale.launch.options import Options
-from seer_scale.launch.runs import command_here
-from seer_scale.launch.submit import launch
+from seer_scale.launch.submit import Evaluation, launch, submit, submit_evaluations
 from seer_scale.sweep.points import Asked, Point, points_of
 from seer_scale.sweep.results import Result, check_unchanged, name_of, result_of
 from seer_scale.sweep.table import as_text, draw, to_dict
@@ -31,12 +30,11 @@ TABLE_FILE, PLOT_FILE = "sweep.json", "sweep.svg"
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """cluster ... time: as of `launch.options.Options`. items: what is measured of each point. evaluation: the words
-    after `eval suite RUN` that measure that. only_table: nothing is started."""
+    """cluster ... time: as of `launch.options.Options`. items: what is measured of each point. only_table: nothing is
+    started."""
 
     cluster: str
     items: Sequence[Item]
-    evaluation: Sequence[str] = ()
     profile: str = ""
     nodes: str = ""
     ranks: str = ""
@@ -64,7 +62,10 @@ def sweep(asked: Asked, how: How) -> int:
         training_images(max(points, key=lambda point: point.images).config)  # refused now, and not after all the others
     if not how.only_table:
         with contextlib.redirect_stdout(sys.stderr) if how.as_json else contextlib.nullcontext():
-            status = _submit(results, asked, how) if how.cluster == "slurm" else _run_here(results, asked, how)
+            if how.cluster == "slurm":
+                _submit(results, asked.out / RECIPES_DIR, asked, how)
+            else:
+                status = _run_here(results, asked, how)
         results = [result_of(point, how.items) for point in points]
     _write(results, asked, how)
     is_complete = not any(result.lacks(how.items) for result in results)
@@ -94,9 +95,9 @@ def _dry_run(results: Sequence[Result], asked: Asked, how: How) -> int:
     left = [result.point for result in results if not result.is_trained]
     compute = sum(point.compute for point in left)
     print(f"{counted(len(left), 'run')} to train, {compute:.2e} FLOP in all; nothing was started.")
-    if how.cluster == "slurm" and (new := _to_submit(results)):
+    if how.cluster == "slurm":
         with tempfile.TemporaryDirectory() as folder:
-            return launch(_options(new, Path(folder), asked, how))
+            _submit(results, Path(folder), asked, how)
     return EXIT_DONE
 
 
@@ -148,17 +149,21 @@ def _run_point(result: Result, asked: Asked, how: How) -> int:
     return EXIT_FAILED if summary["problems"] else EXIT_DONE
 
 
-def _to_submit(results: Sequence[Result]) -> list[Point]:
-    """Those neither trained nor in the queue."""
-    return [result.point for result in results if not result.is_trained and not result.is_running]
-
-
-def _submit(results: Sequence[Result], asked: Asked, how: How) -> int:
-    """What is missing, and how to evaluate what is trained."""
-    if left := _to_submit(results):
-        launch(_options(left, asked.out / RECIPES_DIR, asked, how))
-    for result in results:
-        if result.is_trained and result.lacks(how.items):
-            words = shlex.join(["eval", "suite", str(result.point.run_dir), *how.evaluation])
-            print(f"{result.point.name} is trained; evaluate it by: srun {command_here()} {words}")
-    return EXIT_DONE
+def _submit(results: Sequence[Result], recipes: Path, asked: Asked, how: How) -> None:
+    """The trainings that are missing, and of each point the evaluation that is, after its training. recipes: where the
+    recipe of each training is written. What a launcher on this machine trains is left to it. Raises UserError."""
+    results = [result for result in results if not result.training or result.training.cluster == "slurm"]
+    jobs = {result.point.run_dir: result.training.job_id for result in results if result.training}
+    if left := [result.point for result in results if not result.is_trained and not result.training]:
+        submitted = {job.run_dir: job.job_id for job in submit(_options(left, recipes, asked, how))}
+        jobs |= {point.run_dir: submitted[os.path.abspath(point.run_dir)] for point in left}
+    tasks, sweep_name = to_entries(how.items), asked.out.resolve().name
+    evaluations = [
+        Evaluation(
+            name=f"{sweep_name}-{result.point.name}-eval", run_dir=result.point.run_dir, tasks=tasks,
+            plugins=result.point.config.run.plugins, after=jobs.get(result.point.run_dir, ""),
+        )
+        for result in results if result.lacks(how.items) and not result.evaluation
+    ]  # fmt: skip
+    if evaluations:
+        submit_evaluations(evaluations, profile=how.profile, dry_run=how.dry_run)

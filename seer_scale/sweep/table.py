@@ -118,7 +118,9 @@ def to_dict(results: Sequence[Result], items: Sequence[Item], equal: str) -> dic
             "name": r.point.name, "size": r.point.size, "seed": r.point.seed, "run": str(r.point.run_dir),
             "parameters": r.point.parameters, "macs": r.point.macs, "compute": r.point.compute,
             "samples": r.point.samples, "samples_seen": r.samples_seen, "images": r.images or None,
-            "epochs": r.epochs, "running": r.is_running, "scores": {name: asdict(s) for name, s in r.scores.items()},
+            "epochs": r.epochs, "training": r.training and r.training.job_id,
+            "evaluation": r.evaluation and r.evaluation.job_id,
+            "scores": {name: asdict(s) for name, s in r.scores.items()},
         }
         for r in results
     ]  # fmt: skip

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from seer_scale.launch.job import Job
 from tests.e2e.runs import ROOT, assert_same_path, events, reaches, recipe, run, steps
 from tests.slurm.virtual_cluster import Cluster
 
-LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
 PROFILE = {
     "partition": "main", "time": 20, "gpus_per_node": 0, "ranks_per_node": 2, "grace_s": 60,
     "environment": {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"},
@@ -35,10 +35,11 @@ class Runs:
     def profile(self, **changes: object) -> None:
         (self.folder / "lab.yaml").write_text(yaml.safe_dump(PROFILE | changes))
 
-    def launch(self, *words: object, status: int = 0, path: str = "") -> str:
+    def launch(self, *words: object, status: int = 0, path: str = "", tool: str = "launch.py") -> str:
         env = self.cluster.env | ({"PATH": path} if path else {})
+        command = [sys.executable, ROOT / "tools" / tool, *words]
         done = subprocess.run(
-            [*LAUNCH, *map(str, words)], cwd=self.folder, env=env, capture_output=True, text=True, timeout=120
+            list(map(str, command)), cwd=self.folder, env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == status and "Traceback" not in done.stderr, (
             f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
@@ -162,6 +163,12 @@ def _is_rank(process: Path, place: Path) -> bool:
     return "seer_scale.launch.rank" in words and str(place) in words and words[0] == sys.executable
 
 
+def _holds_back_usr2(pid: int) -> bool:
+    """Until it can be noted; before, it is passed over."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigBlk:")[2].split()[0], 16) >> (signal.SIGUSR2 - 1) & 1)
+
+
 @pytest.mark.long
 def test_a_rank_hangs_and_who_looks_after_the_ranks_is_killed(lab, straight):
     """SIGSTOP of a rank, for which the other waits; kill -9 of srun, whose ranks go on without it; then of the process
@@ -283,6 +290,72 @@ def test_an_array_is_a_run_each(lab):
         lab.until_ended(name, f"{job}_{n}")
         config = yaml.safe_load((lab.place(name) / "config.yaml").read_text())
         assert config["optim"]["lr"] == float(name[-4:]) and "done" in lab.launch("status", name)
+
+
+@pytest.mark.long
+def test_a_sweep_trains_and_then_evaluates(lab, photos):
+    """Three sizes: one is requeued as it trains, and a rank of its evaluation is killed; one is cancelled, and with it
+    its evaluation, until the same command puts both into the queue, of which the evaluation is requeued. Then all is
+    there, each trained and measured once."""
+    go = lab.folder / "go"
+    lab.profile(
+        ranks_per_node=1, before=[f"while [ ! -e {go} ]; do sleep 0.2; done"],
+        evaluation={"time": 10, "ranks_per_node": 2, "before": []},
+    )  # fmt: skip
+    (lab.folder / "tasks.yaml").write_text("- {task: knn, k: [3], size: 32}\n- {task: retrieval, size: 32}")
+    words = [
+        lab.recipe, "--out", "runs/cap", "--widths", "1,1.5,2", "--knn.enabled", "false", "--train.total_samples", 480,
+        "--tasks", "tasks.yaml", "--data", photos, "--cluster", "slurm", "--profile", "lab.yaml", "--nodes", 1,
+    ]  # fmt: skip
+    names = [f"cap/tiny-x{w}-s0" for w in ("1", "1.5", "2")]
+    evals = [f"{name}/eval" for name in names]
+    results = [lab.place(name) / "knn.json" for name in evals]
+
+    def sweep(*more: object, status: int = 0) -> str:
+        return lab.launch(*words, *more, status=status, tool="capacity_sweep.py")
+
+    def job(name: str) -> str:
+        return Job.of(lab.place(name)).job_id
+
+    def ranks(name: str) -> list[int]:
+        return [int(p.name) for p in Path("/proc").glob("[0-9]*") if _is_rank(p, lab.place(name))]
+
+    sweep()
+    first, last = job(names[0]), job(names[2])
+    assert [job(name).partition("_")[2] for name in (*names, *evals)] == ["0", "1", "2"] * 2
+    lab.cluster.run("scancel", last)
+    go.touch()
+    lab.until("it was on its way", names[0], reaches(lab.place(names[0]), 24))
+    lab.cluster.run("scontrol", "requeue", first)
+    lab.until_ended(evals[2], job(evals[2]), "CANCELLED")
+    assert lab.cluster.job(job(evals[2]))["Reason"] == "DependencyNeverSatisfied"
+    assert "never started: SLURM says CANCELLED" in lab.launch("status", evals[2])
+    lab.until("its evaluation was on its way", evals[0], lambda: len(ranks(evals[0])) == 2)
+    assert lab.cluster.job(first)["JobState"] == "COMPLETED" and lab.cluster.job(first)["Restarts"] == "1"
+    assert len(events(lab.place(names[0]), "resume")) == 1
+    os.kill(max(ranks(evals[0])), 9)
+    for name in evals[:2]:
+        lab.until_ended(name, job(name))
+    assert [begin["ranks"] for begin in lab.begins(evals[0])] == [2, 2] and len(lab.begins(evals[1])) == 1
+    written, before = [path.read_bytes() for path in results[:2]], [job(name) for name in (*names[:2], *evals[:2])]
+
+    go.unlink()
+    assert sweep().count("Submitted ") == 2
+    assert sweep().count("Submitted ") == 0, "both are in the queue"
+    assert job(names[2]) != last
+    go.touch()
+    lab.until("it could note signals", evals[2], lambda: sum(map(_holds_back_usr2, ranks(evals[2]))) == 2)
+    lab.cluster.run("scancel", "--signal=USR2", job(evals[2]))
+    lab.until_ended(evals[2], job(evals[2]))
+    assert lab.cluster.job(job(evals[2]))["Restarts"] == "1" and len(lab.starts(evals[2])) == 2
+    said = sweep("--table")
+    told = json.loads((lab.place("cap") / "sweep.json").read_text())
+    assert "Missing" not in said and told["missing"] == {} and (lab.place("cap") / "sweep.svg").is_file()
+    assert [(point["samples_seen"], len(point["scores"])) for point in told["points"]] == [(480, 2)] * 3
+    assert {curve["axis"] for curve in told["curves"]} == {"parameters", "compute"}
+    assert sweep().count("Submitted ") == 0
+    assert [path.read_bytes() for path in results[:2]] == written
+    assert [job(name) for name in (*names[:2], *evals[:2])] == before
 
 
 def test_starts_in_vain_come_to_an_end(lab):

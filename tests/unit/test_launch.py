@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from seer_scale import cli
 from seer_scale.errors import NOTHING, ConfigError, UserError
@@ -81,6 +83,26 @@ def test_all_that_is_wrong_with_a_profile_is_told(tmp_path):
     assert [(p.key, p.value, p.nearest) for p in read_profile({"time": "2"})[1]] == [("grace_s", 180, (40,))]
     assert [(p.key, p.nearest) for p in read_profile({"gpus_per_node": 0})[1]] == [("ranks_per_node", (1,))]
     assert not read_profile({})[1]
+
+
+def test_an_evaluation_has_keys_of_its_own():
+    base = {"time": "2:00:00", "gpus_per_node": 8, "sbatch": {"exclusive": True}, "before": ["module load x"]}
+    profile, problems = read_profile(base | {"evaluation": {"gpus_per_node": 1, "sbatch": {}, "time": 30}})
+    assert not problems and Profile(**dataclasses.asdict(profile)) == profile, "as a job's record keeps it"
+    own = profile.for_evaluation()
+    assert (own.gpus_per_node, own.resolved_ranks_per_node, own.minutes, own.sbatch) == (1, 1, 30, {})
+    assert own.before == ["module load x"] and profile.minutes == 120
+    assert read_profile(base)[0].for_evaluation() == read_profile(base)[0]
+    wrong = {"gpus": 1, "time": "2", "evaluation": {}, "sbatch": {"nodes": 2}, "mem": 5}
+    problems = read_profile(base | {"qoss": "x", "evaluation": wrong})[1]
+    assert [(p.key, p.nearest) for p in problems] == [
+        ("qoss", "did you mean qos?"),
+        ("evaluation.gpus", "did you mean gpu?"),
+        ("evaluation.sbatch.nodes", "remove it"),
+        ("evaluation.grace_s", (40,)),
+        ("evaluation.evaluation", "remove it"),
+    ]
+    assert [p.key for p in read_profile({"evaluation": 3})[1]] == ["evaluation"]
 
 
 def test_what_yaml_takes_for_more_than_text_is_no_variable(tmp_path):
@@ -187,6 +209,34 @@ def test_the_script_says_what_was_asked_for(recipe):
     assert "#SBATCH --array=0-2%3" in slurm.script(job, 3) and "#SBATCH --nodes=2-3\n" in slurm.script(
         prepare(ask(recipe, node_range=(2, 3), profile=Profile(gpus_per_node=4)), [])[0]
     )
+
+
+A_JOB_ID = st.one_of(
+    st.sampled_from(["", "1", "2", "3"]), st.builds("{}_{}".format, st.integers(4, 6), st.integers(0, 3))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(A_JOB_ID, unique_by=lambda job_id: job_id or object()))
+def test_each_job_waits_for_its_own(job_ids):
+    """Whichever are submitted together: task N of an array, by aftercorr, for task N of the other."""
+    waits = slurm.dependencies(job_ids)
+    assert sorted(i for _, positions in waits for i in positions) == list(range(len(job_ids)))
+    for dependency, positions in waits:
+        kind, _, number = dependency.partition(":")
+        for task, i in enumerate(positions):
+            assert job_ids[i] == {"": "", "afterok": number, "aftercorr": f"{number}_{task}"}[kind]
+        assert kind != "afterok" or len(positions) == 1
+    assert sum(not dependency for dependency, _ in waits) <= 1
+
+
+def test_a_dependency_joins_that_of_the_profile(recipe):
+    def lines(**sbatch: str) -> str:
+        job, _, _ = prepare(ask(recipe, node_range=(1, 1), profile=Profile(gpus_per_node=2, sbatch=sbatch)), [])
+        return slurm.script(job, 2, "aftercorr:7")
+
+    assert "#SBATCH --dependency=aftercorr:7\n" in lines() and "#SBATCH --kill-on-invalid-dep=yes\n" in lines()
+    assert "#SBATCH --dependency=aftercorr:7,singleton\n" in lines(dependency="singleton")
 
 
 def test_code_and_recipe_travel(recipe, tmp_path):
@@ -429,6 +479,7 @@ def test_a_refused_start_removes_nothing_of_another(recipe, tmp_path, monkeypatc
         with pytest.raises(UserError, match="is being started by another command"):
             cli.run(["launch", *words])
     assert place.is_dir()
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="SLURM does not take the job"):  # as there is none; its own it does remove
         cli.run(["launch", *words])
     assert not place.is_dir()

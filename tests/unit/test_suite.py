@@ -6,13 +6,14 @@ import json
 from collections import Counter
 
 import pytest
+import yaml
 
 from seer_scale.errors import NOTHING, UserError
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.published import published
 from seer_scale.evaluate.run import run_task
 from seer_scale.evaluate.subject import Subject
-from seer_scale.evaluate.suite import as_table, read_suite, rows_of, run_suite
+from seer_scale.evaluate.suite import as_table, items_of, read_suite, rows_of, run_suite, to_entries
 from tests.unit.test_knn import write_corpus
 from tests.unit.test_load import checkpoint
 
@@ -27,6 +28,23 @@ SUITE = """
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [
+        SUITE,
+        "- {task: lowshot, finetune: true, shots: [1, 3], name: few}\n- {task: lowshot, shots: [10%]}",
+        "- {task: knn, k: [5, 10], temperature: 0.2, data: a b, test: 'c:d', batch: 3}\n- {task: linear, lr: 0.1}",
+        "- {task: finetune, lr: 1.0e-5}\n- {task: robustness}\n- {task: retrieval, name: r.x}",
+    ],
+)
+def test_entries_are_what_the_items_were_made_of(suite, tmp_path):
+    """As a launched evaluation takes them along: in YAML, with what was given to all."""
+    (tmp_path / "suite.yaml").write_text(suite)
+    items = read_suite(str(tmp_path / "suite.yaml"), {"size": "16", "test": "there"})
+    again = yaml.safe_load(yaml.safe_dump(to_entries(items)))
+    assert items_of(again, {}) == items and all(len(entry) < 9 for entry in again)
 
 
 def test_a_suite_measures_what_it_can_of_both_weights(corpus, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -14,13 +16,16 @@ import yaml
 from seer_scale import cli
 from seer_scale.config import load_recipe
 from seer_scale.errors import EXIT_STOPPED, ConfigError, UserError
-from seer_scale.evaluate.suite import read_suite
+from seer_scale.evaluate.suite import items_of, read_suite
+from seer_scale.launch import slurm
+from seer_scale.launch.job import Job, process_mark
 from seer_scale.sweep import run as module
 from seer_scale.sweep.fit import fit_line, scaling
 from seer_scale.sweep.points import LADDER, Asked, points_of
 from seer_scale.sweep.results import Result, Score
 from seer_scale.sweep.table import as_text, curves_of, draw, rows_of, to_dict
 from seer_scale.training.start import run_training
+from tests.unit.test_launch import job_of
 
 # ------------------------------------------------------------------------------------------------ the line
 
@@ -202,9 +207,15 @@ def test_the_table_has_means_over_seeds_and_names_what_is_missing(recipe):
     assert (parameters["axis"], compute["axis"]) == ("parameters", "compute") and parameters["line"]["runs"] == 3
     assert parameters["next"]["x"] == made[-1].point.parameters, "the next size is the one that is missing"
     assert len(rows_of(made)) == 3
-    part = dataclasses.replace(made[-1], samples_seen=16, is_running=True)
-    assert part.lacks(items) == "16 of 32 samples, running"
-    assert dataclasses.replace(part, samples_seen=32).lacks(items) == "trained, not evaluated by knn"
+    job = job_of(Path("out"), job_id="7")
+    part = dataclasses.replace(made[-1], samples_seen=16, training=job)
+    assert part.lacks(items) == "16 of 32 samples, queued or running"
+    trained = dataclasses.replace(part, samples_seen=32)
+    assert trained.lacks(items) == "trained, not evaluated by knn"
+    assert (
+        dataclasses.replace(trained, evaluation=job).lacks(items) == "trained, not evaluated by knn, queued or running"
+    )
+    assert dataclasses.replace(made[0], evaluation=job).lacks(items) == ""
 
 
 def test_the_plot_has_a_panel_for_each_axis(recipe, tmp_path):
@@ -307,27 +318,130 @@ def test_a_stop_ends_the_sweep_and_a_failure_does_not(recipe, photos, monkeypatc
     assert cli.run(words) == EXIT_STOPPED and started == ["tiny-x1-s0", "tiny-x2-s0"]
 
 
-def test_on_slurm_what_is_missing_is_one_array(swept, recipe, tmp_path, capsys, monkeypatch):
-    (tmp_path / "p.yaml").write_text("gpus_per_node: 2")
-    _, words = swept
-    new = ["sweep", recipe, "--widths", "1,2,4", "--out", "new", "--cluster", "slurm", "--profile", "p.yaml"]
-    assert cli.run([*new, "--nodes", "1", "--dry-run"]) == 0
-    script = capsys.readouterr().out
-    assert "3 runs to train" in script and "#SBATCH --array=0-2%3" in script and "# 1: new/tiny-x2-s0" in script
+# ------------------------------------------------------------------------------------------------ on SLURM
+
+
+class Queue:
+    """A SLURM that takes jobs and runs none: arrays as they were submitted, and the states of their tasks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.arrays: list[tuple[str, list[Job]]] = []
+        self.states: dict[str, str] = {}
+        monkeypatch.setattr(slurm, "check_installed", lambda: None)
+        monkeypatch.setattr(slurm, "state", lambda job_id: self.states.get(job_id, ""))
+        monkeypatch.setattr(slurm, "submit", self.submit)
+
+    def submit(self, jobs: list[Job], dependency: str = "") -> list[Job]:
+        number = len(self.arrays) + 1
+        ids = [f"{number}_{n}" if len(jobs) > 1 else str(number) for n in range(len(jobs))]
+        numbered = [dataclasses.replace(job, job_id=job_id) for job, job_id in zip(jobs, ids)]
+        for job in numbered:
+            job.write()
+            self.states[job.job_id] = "PENDING"
+        self.arrays.append((dependency, numbered))
+        return numbered
+
+    @property
+    def newest(self) -> list[tuple[str, list[str]]]:
+        """Since it was last asked: dependency and folders of each array."""
+        found = [(dependency, [job.run_dir for job in jobs]) for dependency, jobs in self.arrays[self.told :]]
+        self.told = len(self.arrays)
+        return found
+
+    told = 0
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    return Queue(monkeypatch)
+
+
+@pytest.fixture
+def slurm_words(recipe, photos, tmp_path):
+    """Of a sweep over three sizes."""
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(PROFILE))
+    of_slurm = ["--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1"]
+    return ["sweep", recipe, "--widths", "1,2,4", "--out", "new", "--tasks", "knn", "--data", str(photos), *of_slurm]
+
+
+PROFILE = {
+    "gpus_per_node": 2,
+    "time": "2:00:00",
+    "evaluation": {"gpus_per_node": 1, "time": "30", "partition": "small"},
+}
+SIZES = [f"tiny-x{w}-s0" for w in (1, 2, 4)]
+
+
+def folders(*numbers: int, evaluation: bool = False) -> list[str]:
+    return [str(Path("new", SIZES[n], "eval" if evaluation else "").absolute()) for n in numbers]
+
+
+def test_a_dry_run_prints_the_scripts_of_training_and_evaluation(slurm_words, recipe, capsys, tmp_path):
+    assert cli.run([*slurm_words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "3 runs to train" in said and said.count("#SBATCH --array=0-2%3") == 2
+    training, evaluation = said.split("#!/bin/bash")[1:]
+    assert "dependency" not in training and "--gpus-per-node=2" in training and "--time=120\n" in training
+    for line in (
+        "dependency=aftercorr:JOB1",
+        "kill-on-invalid-dep=yes",
+        "gpus-per-node=1",
+        "time=30",
+        "partition=small",
+    ):
+        assert f"#SBATCH --{line}\n" in evaluation, evaluation
+    assert "# 1: new/tiny-x2-s0\n" in training and "# 1: new/tiny-x2-s0/eval\n" in evaluation
+    code = [line for line in said.splitlines() if "PYTHONPATH=" in line]
+    assert len(code) == 2 and len(set(code)) == 1, "one copy of the code for both"
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="--profile is missing"):
-        cli.run([*new[:-2], "--dry-run"])
-    submitted = []
-    monkeypatch.setattr(module, "launch", lambda options: submitted.append(options) or 0)
-    place = words.index("1,1.5")
-    more = [*words[:place], "1,1.5,2", *words[place + 1 :]]
-    slurm = ["--cluster", "slurm", "--profile", "p.yaml", "--nodes", "2", "--time", "5:00"]
-    assert cli.run(["sweep", *more, *slurm]) == 0
-    [options] = submitted
-    assert Path(options.recipe).name == "tiny-x2-s0.yaml" and not options.array and options.name == "out-tiny-x2-s0"
-    assert (options.cluster, options.nodes, options.time) == ("slurm", "2", "5:00")
-    assert load_recipe(options.recipe)["run"]["dir"] == str(Path(words[2]) / "tiny-x2-s0")
-    capsys.readouterr()
-    Path(words[6]).with_name("third.yaml").write_text("- {task: knn, k: [2]}")
-    assert cli.run(["sweep", *[w.replace("tasks.yaml", "third.yaml") for w in words], *slurm]) == 0
-    assert len(submitted) == 1 and "evaluate it by: srun" in capsys.readouterr().out
+        cli.run(["sweep", recipe, "--out", "new", "--cluster", "slurm", "--dry-run"])
+
+
+def test_an_evaluation_waits_for_its_training_and_nothing_is_in_the_queue_twice(slurm_words, queue, capsys):
+    """Whatever state each is in, the same command puts into the queue what is missing of it."""
+    assert cli.run(slurm_words) == 0
+    assert queue.newest == [("", folders(0, 1, 2)), ("aftercorr:1", folders(0, 1, 2, evaluation=True))]
+    assert "Missing (not trained, queued or running): tiny-x1-s0, tiny-x2-s0, tiny-x4-s0" in capsys.readouterr().out
+    told = json.loads(Path("new/sweep.json").read_text())["points"]
+    assert [(p["training"], p["evaluation"]) for p in told] == [("1_0", "2_0"), ("1_1", "2_1"), ("1_2", "2_2")]
+    assert cli.run(slurm_words) == 0 and queue.newest == []
+    # the second has failed, with it its evaluation; of the third the evaluation was cancelled
+    queue.states |= {"1_1": "FAILED", "2_1": "CANCELLED", "2_2": "CANCELLED"}
+    assert cli.run(slurm_words) == 0
+    assert queue.newest == [
+        ("", folders(1)), ("afterok:3", folders(1, evaluation=True)), ("afterok:1_2", folders(2, evaluation=True))
+    ]  # fmt: skip
+    assert cli.run([*slurm_words, "--table"]) == 1 and queue.newest == []
+
+
+def test_what_is_trained_is_evaluated_only(swept, queue, monkeypatch, tmp_path):
+    """By an array that waits for nothing; and the recipe of that says what is measured."""
+    folder, words = swept
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(PROFILE))
+    items = tmp_path / "third.yaml"
+    items.write_text("- {task: knn, k: [2]}\n- {task: lowshot, finetune: true, shots: [1], name: few}")
+    more = [str(items) if word.endswith("tasks.yaml") else word for word in words]
+    places = [str(Path(words[2], f"tiny-x{w}-s0", "eval").absolute()) for w in ("1", "1.5")]
+    try:
+        assert cli.run(["sweep", *more, "--cluster", "slurm", "--profile", "p.yaml", "--nodes", "1"]) == 0
+        [(dependency, [first, second])] = queue.arrays
+        assert (dependency, [first.run_dir, second.run_dir]) == ("", places)
+        assert (first.ranks_per_node, first.node_counts, first.is_evaluation) == (1, [1], True)
+        asked = yaml.safe_load(second.recipe.read_text())
+        assert items_of(asked["tasks"], {}) == read_suite(str(items), {"data": words[-1]})
+        assert cli.run(["sweep", *more, "--cluster", "slurm", "--profile", "p.yaml"]) == 0 and len(queue.arrays) == 1
+        with pytest.raises(UserError, match="is the evaluation of a run, .*give the sweep's command again"):
+            cli.run(["resubmit", places[0]])
+    finally:
+        for place in places:
+            shutil.rmtree(Path(place) / "launch", ignore_errors=True)
+
+
+def test_a_launcher_of_this_machine_is_left_to_train(slurm_words, queue):
+    assert cli.run(slurm_words) == 0
+    job = Job.of(folders(0)[0])
+    dataclasses.replace(job, cluster="local", job_id="99", launcher=process_mark(os.getpid())).write()
+    queue.states["2_0"] = "CANCELLED"
+    assert cli.run(slurm_words) == 0 and len(queue.arrays) == 2
