@@ -7,8 +7,9 @@ updates, and broadcasts the result. Parameters are dealt out largest first, so t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -88,3 +89,18 @@ class Fairscale(Engine):
 
     def refresh(self) -> None:
         self.oss._broadcast_params()
+
+
+@contextmanager
+def waiting_for_any_device() -> Iterator[None]:
+    """For plans: before it broadcasts fairscale waits for CUDA; inside, for a device of another kind, too."""
+    broadcast = OSS._broadcast_params
+
+    def waiting(oss: OSS) -> None:
+        for device in oss._per_device_params:
+            if device.type not in ("cpu", "cuda"):
+                torch.get_device_module(device).synchronize(device)
+        broadcast(oss)
+
+    with mock.patch.object(OSS, "_broadcast_params", waiting):
+        yield

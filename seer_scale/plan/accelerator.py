@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 
@@ -305,6 +305,7 @@ def no_values(listener: Listener) -> Iterator[FakeTensorMode]:
     try:
         with (
             mock.patch.object(Tensor, "record_stream", lambda self, stream: None),
+            mock.patch.object(FakeTensor, "data_ptr", _place_in_storage, create=True),
             mock.patch.object(torch, "clear_autocast_cache", clear_casts),  # as the last autocast ends
             torch.autograd.set_multithreading_enabled(False),
             mode,
@@ -313,6 +314,11 @@ def no_values(listener: Listener) -> Iterator[FakeTensorMode]:
     finally:
         torch._C._set_only_lift_cpu_tensors(lifts)
         _state.listener, _state.mode, _state.stream = before
+
+
+def _place_in_storage(tensor: Tensor) -> int:
+    """For its address, of which libraries ask how it is aligned."""
+    return int(tensor.storage_offset()) * tensor.itemsize
 
 
 def current_stream() -> Stream:

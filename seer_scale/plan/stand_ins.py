@@ -1,6 +1,7 @@
 """What of the engines' libraries a trace cannot run as it is: torch's DDP, whose reducer is C++ that reads addresses.
 
-FSDP2, DeepSpeed and fairscale run as they are.
+FSDP2, DeepSpeed and fairscale run as they are, but for loops of ZeRO's stage 3 over all ranks' pieces, and fairscale's
+wait for CUDA.
 """
 
 from __future__ import annotations
@@ -99,6 +100,20 @@ def _filled(params: Iterator[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
             bucket, size, limit = [], 0, DDP_BUCKET
     if bucket:
         yield bucket
+
+
+def on_many_gpus(engine: type[Engine]) -> AbstractContextManager[None]:
+    """Around an engine's updates: its library waits where it would for CUDA, and what it does for each rank's piece of
+    a parameter is done for all of them at once."""
+    if engine.name == "zero3":
+        from seer_scale.parallel.deepspeed import private
+
+        return private.pieces_at_once()
+    if engine.name == "fairscale":
+        from seer_scale.parallel import fairscale
+
+        return fairscale.waiting_for_any_device()
+    return nullcontext()
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.fsdp import filled_up_once
 from seer_scale.plan.accelerator import GPU, FakeWorld, Stream, current_stream, fake_world, no_values, register
 from seer_scale.plan.operations import cpu_workspace, flops, group_width, moved_bytes, tensors
-from seer_scale.plan.stand_ins import already_there, engine_class
+from seer_scale.plan.stand_ins import already_there, engine_class, on_many_gpus
 
 Phase = Literal["build", "views", "targets", "forward", "recompute", "backward", "update"]
 Kind = Literal[
@@ -351,6 +351,7 @@ class _Recorder(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self._end(self._alive.pop(key)[1])
+        self._parameters.discard(key)  # another may have its address
 
     def _end(self, held: Held) -> None:
         held.freed = self.num_ops
@@ -367,8 +368,8 @@ class _Recorder(TorchDispatchMode):
             local = t.to_local() if isinstance(t, DTensor) else t
             if (held := self._alive.get(self._key(local))) is not None:
                 held[1].kind = kind
-            if kind == "parameters":
-                self._parameters.add(self._key(local))
+                if kind == "parameters":
+                    self._parameters.add(self._key(local))
 
     def begin(self) -> None:
         """From here on the update is recorded; what is alive was so before."""
@@ -421,7 +422,8 @@ def _kind_by_phase(phase: Phase, unit: str) -> Kind:
 
 
 HOUSE = str(Path(seer_scale.__file__).parent) + "/"
-NOT_SHOWN = ("/torch/", HOUSE + "plan/", HOUSE + "distributed.py", "/contextlib.py", "/functools.py")
+NOT_SHOWN = ("/torch/", "/contextlib.py", "/functools.py", HOUSE + "plan/", HOUSE + "distributed.py",
+             HOUSE + "parallel/deepspeed/private.py")  # fmt: skip
 
 
 def _user_line() -> str:
@@ -515,37 +517,41 @@ def trace(
     register()
     recorder = _Recorder(device)
     with ExitStack() as stack:
+        stack.enter_context(_frozen_heap())
         world = stack.enter_context(fake_world(world_size, rank=rank, local_size=local_size, device=device))
         built = method(config, world)
         cls = _traced(engine_class(config, world), recorder)
+        stack.enter_context(on_many_gpus(cls))
         stack.enter_context(no_values(recorder))
         with unset_fake_temporarily() if device != "cpu" else nullcontext():  # the host's part has values
             batch = example_batch(config, world)
-        return _second_update(recorder, cls, built, config, world, batch)
+        return _later_update(recorder, cls, built, config, world, batch)
 
 
-def trace_with_values(
-    config: Config, world: World, *, method: Callable[[Config, World], Method[Any, Any]] = build_method
-) -> Trace:
-    """The same of an update of real tensors on CPUs, in the process group that stands: what `trace` must agree with."""
+def trace_with_values(config: Config, world: World, *, before: int = 1) -> Trace:
+    """The same of an update of real tensors on CPUs, in the process group that stands: what `trace` must agree with.
+    before: updates that are made first (DDP's second still agrees with all ranks on its buckets)."""
     recorder = _Recorder("cpu", Tensor)
-    built = method(config, world)
+    built = build_method(config, world)
     module, cls = ENGINES["single" if world.size == 1 else config.parallel.engine]
     traced = _traced(getattr(load(module), cls), recorder)
-    return _second_update(recorder, traced, built, config, world, example_batch(config, world))
+    with _frozen_heap():
+        return _later_update(recorder, traced, built, config, world, example_batch(config, world), before)
 
 
-def _second_update(
-    recorder: _Recorder, cls: type[Engine], method: Method[Any, Any], config: Config, world: World, batch: Batch
-) -> Trace:
-    with _frozen_heap(), _caches_apart(), filled_up_once(), recorder, _followed(recorder):
+def _later_update(
+    recorder: _Recorder, cls: type[Engine], method: Method[Any, Any], config: Config, world: World, batch: Batch,
+    before: int = 1,
+) -> Trace:  # fmt: skip
+    with _caches_apart(), filled_up_once(), recorder, _followed(recorder):
         recorder.ignored = {view.untyped_storage()._cdata for view in batch.views}  # the loader's
         recorder.units = {unit: name for name, unit in method.shard_units().items()}
         plain = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False))
         engine = cls(method, plain, world, ("",))  # a compiler would run these operations, too, some of them as one
         seen = config.train.total_samples - config.train.global_batch
-        _mark_state(recorder, engine)
-        _update(recorder, engine, config, world, batch, seen)
+        for _ in range(before):
+            _mark_state(recorder, engine)
+            _update(recorder, engine, config, world, batch, seen)
         recorder.begin()
         _mark_state(recorder, engine)
         _update(recorder, engine, config, world, batch, seen)
@@ -592,12 +598,12 @@ def _caches_apart() -> Iterator[None]:
 
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """What there was before is not looked through again to find what an update leaves behind."""
-    gc.collect()
+    """What there was before is not looked through to find what an update leaves behind."""
     gc.freeze()
     try:
         yield
     finally:
+        gc.collect()  # the engine's cycles, lest the next trace freeze them, too
         gc.unfreeze()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from seer_scale.config import Config, resolve
+from seer_scale.plan.accelerator import GPU
+from seer_scale.plan.proof import Exchange, sequence
 from seer_scale.plan.trace import Trace, trace, trace_with_values
 from tests.ranks import run_ranks
 from tests.tiny import RECIPE, sections, world_of
@@ -28,8 +30,18 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 and variance in that precision, its kernel in fp32; and of two ranks the statistics are synchronised."""
 
 
+LIBRARIES = {
+    "ddp": {"parallel.engine": "ddp", "train.micro_batch": 2},
+    "fairscale": {"parallel.engine": "fairscale", "train.precision": "bf16"},
+    "zero1": {"parallel.engine": "zero1"},
+    "zero2": {"parallel.engine": "zero2", "train.micro_batch": 2},
+    "zero3": {"parallel.engine": "zero3", "train.precision": "bf16"},
+}
+"""Whose code for tensors is in part C++ (DDP's reducer) or another on GPUs: collectives alone are compared."""
+
+
 def config_of(case: str, size: int) -> Config:
-    return resolve(RECIPE, sections(CASES[size][case]), world_size=size)
+    return resolve(RECIPE, sections(dict((CASES.get(size, {}) | LIBRARIES)[case])), world_size=size)
 
 
 OF_THREADS, SOON = ("communication", "gathered units"), -2
@@ -74,3 +86,25 @@ def test_a_trace_is_what_an_update_with_values_records(size):
             found = described(trace(config_of(case, size), size, rank=rank, local_size=size, device="cpu"))
             assert found[0] == ops, case
             assert found[1] == held, case
+
+
+def exchanged(rank: int, size: int, cases: list[str]) -> dict[str, list[Exchange]]:
+    return {case: sequence(trace_with_values(config_of(case, size), world_of(rank, size), before=2)) for case in cases}
+
+
+def traced_as_real(*cases: str) -> None:
+    """With the paths of a GPU, which are those that a plan shows."""
+    size = 2
+    for rank, of_rank in enumerate(run_ranks(size, exchanged, list(cases))):
+        for case, real_ones in of_rank.items():
+            found = trace(config_of(case, size), size, rank=rank, local_size=size, device=GPU)
+            assert real_ones and sequence(found) == real_ones, case
+
+
+def test_the_collectives_of_libraries_are_those_of_real_ranks():
+    traced_as_real("ddp", "fairscale")
+
+
+@pytest.mark.long
+def test_the_collectives_of_deepspeed_are_those_of_real_ranks():
+    traced_as_real("zero1", "zero2", "zero3")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -15,7 +18,9 @@ from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.methods.base import LossOutput, Method
 from seer_scale.plan import proof
+from seer_scale.plan import trace as trace_module
 from seer_scale.plan.trace import Trace, trace
+from seer_scale.training.probe import Probe
 from tests.tiny import RECIPE, sections
 from tests.toy import SIZE, Toy, make
 
@@ -65,7 +70,7 @@ def faulty(fault: Callable[[Tensor, World], Tensor], *ranks: int, precision: str
         with torch.device("meta"):
             return Faulty(world, fault)
 
-    config = toy_config(**{"parallel.engine": "fsdp", "train.precision": precision})
+    config = toy_config(**{"parallel.engine": "ddp", "train.precision": precision})
     traces = [trace(config, NUM, rank=rank, method=method) for rank in ranks or (0,)]
     proof.check(traces)
     return traces
@@ -132,15 +137,14 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {},
     "zero2": {},
     "fairscale": {},
+    "zero3": {},
 }
-"""But zero3, which takes minutes for 512 ranks."""
-PAIRS = [
-    (engine, PRECISIONS[(i + j) % 3], METHODS[(i + j) % 4])
+CASES = [
+    (engine, precision, METHODS[(i + j) % 4], (0, NUM - 1) if j == i % 3 else (NUM - 1,))
     for i, engine in enumerate(ENGINES)
-    for j in {"fsdp": (0, 1, 2), "hsdp": (0, 2), "ddp": (0, 1), "zero2": ()}.get(engine, (0,))
+    for j, precision in enumerate(PRECISIONS)
 ]
-"""Engines of the package with several precisions and methods, those of libraries, whose paths depend on neither, with
-one (zero2 is zero1 here, but for what it keeps); the product is `long`."""
+"""Each engine in each precision, with one of the methods, and in one of them as two ranks; the product is `long`."""
 
 
 def checked(engine: str, precision: str, kind: str, ranks: tuple[int, ...], **more: Any) -> list[Trace]:
@@ -154,10 +158,17 @@ def checked(engine: str, precision: str, kind: str, ranks: tuple[int, ...], **mo
     return traces
 
 
-@pytest.mark.parametrize("engine,precision,kind", PAIRS)
-def test_no_wait_and_one_sequence_on_all_ranks(engine, precision, kind):
-    (found, *_) = checked(engine, precision, kind, (0, NUM - 1))
+WAITING = ("zero1", "zero2", "zero3", "fairscale")
+"""Whose libraries wait by themselves."""
+
+
+@pytest.mark.parametrize("engine,precision,kind,ranks", CASES)
+def test_no_wait_and_one_sequence_on_all_ranks(engine, precision, kind, ranks):
+    (found, *_) = checked(engine, precision, kind, ranks)
     assert found.collectives
+    assert bool(found.syncs) == (engine in WAITING)
+    kinds = {held.kind for held, _ in found.changes}
+    assert "parameters" in kinds and (precision != "fp32" or "half-precision weights" not in kinds)
 
 
 @pytest.mark.long
@@ -166,6 +177,50 @@ def test_no_wait_and_one_sequence_on_all_ranks(engine, precision, kind):
 @pytest.mark.parametrize("kind", METHODS)
 def test_every_engine_precision_and_method(engine, precision, kind):
     checked(engine, precision, kind, RANKS)
+
+
+class Probing:
+    """A loss beside which a probe learns."""
+
+    world: World | None = None
+
+    def __call__(self, loss: Tensor, world: World) -> Tensor:
+        if self.world is not world:
+            self.world, self.probe = world, Probe(0.1, ["a", "b"], 4, None, world)  # type: ignore[arg-type]
+        features, labels = loss.detach().expand(3, 4), torch.zeros(3, dtype=torch.int64, device=loss.device)
+        self.probe.update(features, labels)
+        return loss
+
+
+def test_a_probe_is_one_all_reduce_more_and_no_wait():
+    (without,), (found, _) = faulty(lambda loss, world: loss), faulty(Probing(), 0, NUM - 1)
+    assert len(found.collectives) == len(without.collectives) + 1
+
+
+def test_a_backbone_of_timm():
+    """zero2 asks where in memory its pieces are, which tensors without values need not warn of."""
+    pytest.importorskip("timm")
+    given = {"model": {"name": "timm/resnet18"}, "train": {"global_batch": 2 * NUM, "total_samples": 8 * NUM}}
+    config = resolve(RECIPE | given, {"parallel": {"engine": "zero2"}}, world_size=NUM)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Accessing the data pointer")
+        proof.check([trace(config, NUM, rank=NUM - 1)])
+
+
+def test_zero3_s_pieces_at_once_are_what_deepspeed_does_a_piece_at_a_time(monkeypatch):
+    num = 6  # which no shape is a multiple of
+    given = {"parallel.engine": "zero3", "train.precision": "bf16", "parallel.sync_bn_group": 3}
+    config = resolve(RECIPE, sections(given | {"train.global_batch": num}), world_size=num)
+    shorter = trace(config, num, rank=num - 1)
+    monkeypatch.setattr(trace_module, "on_many_gpus", lambda engine: nullcontext())
+    whole = trace(config, num, rank=num - 1)
+    assert shorter.steps == whole.steps
+    assert in_order(shorter) == in_order(whole)
+
+
+def in_order(found: Trace) -> list[tuple]:
+    """What is held, from when to when."""
+    return sorted(astuple(held) for held, comes in found.changes if comes)
 
 
 @pytest.mark.parametrize("ranks,over", [
@@ -182,15 +237,28 @@ def test_ranks_of_fsdp_agree_whatever_the_recipe_says(ranks, over):
     assert sums == {torch.float32}
 
 
-LARGE = [name for name in recipe_names() if name.startswith("seer_regnety")]
+LARGEST = ("seer_regnety_20b", "seer_regnety_40b")
+"""The 10B's engine, precision and kind of block, for longer."""
+AS_TWO = ("demo", "cifar_laptop", "photos_laptop", "seer_regnety_8gf")
+"""Recipes of which `make test` traces the first rank, too."""
 
 
-SMALLEST = "seer_regnety_8gf"
-
-
-@pytest.mark.parametrize("name", [SMALLEST, *(pytest.param(n, marks=pytest.mark.long) for n in LARGE if n != SMALLEST)])
-def test_every_large_recipe_with_its_own_engine(name):
+def trace_recipe(name: str, *ranks: int) -> list[Trace]:
+    """`auto` as ddp, which it takes where everything fits; and for one rank as of two, as one has none to agree with.
+    ranks: -1 is the last."""
     raw = load_recipe(name) | {"data": {"path": "unused"}}
-    num = next(n for n in (512, 496) if raw["train"]["global_batch"] % n == 0)
-    config = resolve(raw, [], world_size=num)
-    proof.check([trace(config, num, rank=rank) for rank in (0, num - 1)])
+    parallel = raw["parallel"]
+    num = next(n for n in (512, 496, max(2, parallel["ranks"])) if raw["train"]["global_batch"] % n == 0)
+    config = resolve(raw, {"parallel": {"engine": parallel.get("engine", "ddp")}}, world_size=num)
+    return [trace(config, num, rank=rank % num) for rank in ranks]
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in LARGEST])
+def test_every_recipe_with_its_own_engine(name):
+    proof.check(trace_recipe(name, *((0, -1) if name in AS_TWO else (-1,))))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in AS_TWO])
+def test_every_large_recipe_as_two_ranks(name):
+    proof.check(trace_recipe(name, 0, -1))

@@ -14,7 +14,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,8 @@ import deepspeed
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.runtime import torch_autocast
-from deepspeed.runtime.zero import parameter_offload, stage3
+from deepspeed.runtime.comm import coalesced_collectives
+from deepspeed.runtime.zero import parameter_offload, partition_parameters, stage3
 
 from seer_scale.distributed import World
 from seer_scale.parallel.delegating_optimizer import DelegatingOptimizer
@@ -38,6 +41,8 @@ _STAGE3 = f"{ZERO_MODULE}.stage3", "DeepSpeedZeroOptimizer_Stage3"
 _ENGINE = f"{RUNTIME}.engine", "DeepSpeedEngine"
 _INIT = f"{ZERO_MODULE}.partition_parameters", "Init._convert_to_deepspeed_param"
 _ORDER = f"{ZERO_MODULE}.partitioned_param_coordinator", "PartitionedParameterCoordinator"
+_GATHER = f"{ZERO_MODULE}.partition_parameters", "AllGatherCoalescedHandle"
+_SCATTER = f"{RUNTIME}.comm.coalesced_collectives"
 _FRAGMENT = "deepspeed.utils.tensor_fragment"
 
 
@@ -86,6 +91,7 @@ DEEPSPEED_PARTS = (
         ("ds_zero_partition_rank", "where a rank's run begins", None),
         ("ds_persist", "vectors that stay whole", None),
         ("ds_active_sub_modules", "keeping what was gathered", None),
+        ("ds_status", "plans of many ranks", None),
         ("partition", "sharding a parameter", ()),
         ("all_gather_coalesced", "gathering vectors at once", ("params",)),
     )),
@@ -113,6 +119,14 @@ DEEPSPEED_PARTS = (
     *(_part(_ORDER, name, "needing no order of gathers", ()) for name in (
         "is_invalid_trace", "_invalidate_trace", "reset_step",
     )),
+    # stage 3, planned
+    PrivatePart(_GATHER[0], "ZeroParamStatus.AVAILABLE", "plans of many ranks"),
+    _part(_GATHER, "wait", "plans of many ranks", ("handle_dependency",)),
+    *(_part(_GATHER, name, "plans of many ranks") for name in (
+        "allgather_handle", "params", "partitions", "complete", "data_buffer",
+    )),
+    PrivatePart(_SCATTER, "reduce_scatter_coalesced", "plans of many ranks", ("tensors", "group")),
+    PrivatePart(_SCATTER, "_torch_reduce_scatter_fn", "the same", ("input_tensor", "output_tensor", "group")),
 )  # fmt: skip
 """Every inner part of DeepSpeed's that is touched below."""
 
@@ -439,3 +453,49 @@ def _reduction_by_parameter() -> Iterator[None]:
         yield
     finally:
         optimizer.create_reduce_and_remove_grad_hooks = own
+
+
+# ------------------------------------------------------------------------------------------------ plans
+
+
+@contextmanager
+def pieces_at_once() -> Iterator[None]:
+    """For tensors without values: stage 3 takes every parameter apart and puts it together a rank's piece at a time, in
+    Python. Inside, all pieces are taken at once: the same operations, collectives and memory, without half a million
+    views for 512 ranks."""
+    gathered, handle = partition_parameters.ZeroParamStatus.AVAILABLE, partition_parameters.AllGatherCoalescedHandle
+    with (
+        mock.patch.object(handle, "wait", lambda *args, **kwargs: _put_together(gathered, *args, **kwargs)),
+        mock.patch.object(stage3, "reduce_scatter_coalesced", _reduce_scatter),
+    ):
+        yield
+
+
+def _put_together(gathered: Any, handle: Any, handle_dependency: bool = True) -> None:
+    if handle.complete:
+        return
+    handle.allgather_handle.wait()
+    for p in handle.params:
+        pieces = handle.partitions[0].as_strided((p.ds_numel,), (1,), 0)  # as many elements, without their padding
+        p.data = torch.cat([pieces]).view(p.ds_shape).to(p.ds_tensor.dtype)
+        p.ds_status = gathered
+    handle.complete = True
+    if not handle_dependency:
+        handle.data_buffer.append(handle.partitions)
+
+
+@torch.no_grad()
+def _reduce_scatter(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    num, rank = dist.get_world_size(group), dist.get_rank(group)
+    sizes = [-(-t.numel() // num) for t in tensors]
+    lengths = [[min(max(t.numel() - at * n, 0), n) for t, n in zip(tensors, sizes)] for at in range(num)]
+    if len(tensors) == 1 and sizes[0] * num == tensors[0].numel():
+        flat = tensors[0].view(-1)
+    else:
+        padding = [tensors[0].new_empty(n - own) for row in lengths for n, own in zip(sizes, row) if own < n]
+        flat = torch.cat([t.view(-1) for t in tensors] + padding)
+    flat.div_(num)
+    piece = flat.narrow(0, rank * sum(sizes), sum(sizes))
+    coalesced_collectives._torch_reduce_scatter_fn(flat, piece, group=group)
+    starts = [0, *accumulate(sizes)]
+    return [piece.narrow(0, start, own) for start, own in zip(starts, lengths[rank])]
