@@ -25,15 +25,15 @@ Memory of a GPU by what it is for, time of an update by what it goes into, wheth
 does, days and GPU-hours: of the recipe's own update, made on tensors without values by one rank of --gpus. Nothing but
 a CPU is needed. --fit looks for the fastest way that fits and writes a recipe of it. --failures adds what failures cost
 that run; without RECIPE it weighs a job that is described by its options.
-Exit status: 0 it fits, 1 it cannot, 2 bad input. docs/performance.md says how true it is."""
-OF_A_RECIPE = ("device", "price", "fit")
+Exit status: 0 it fits, 1 it cannot, 2 bad input. docs/plan.md says how true it is."""
+OF_A_RECIPE = ("device", "price", "fit", "plot")
 """Options that only a recipe gives a meaning."""
 
 
 @dataclass(frozen=True)
 class _Asked:
     """given: the recipe's mapping with what the command line sets. rate: of a GPU-hour. out: the recipe that --fit
-    writes."""
+    writes. plot: the picture."""
 
     config: Config
     given: dict[str, Any]
@@ -41,6 +41,7 @@ class _Asked:
     device: Device
     rate: float | None
     out: Path | None
+    plot: Path | None
 
 
 def add_commands(commands: Any, words: Sequence[str]) -> None:
@@ -68,6 +69,12 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
     add("--price", default="", metavar="RATE", help="of a GPU-hour, to print what the run costs")
     add("--fit", action="store_true", help="the fastest engine x recomputation x micro-batch x copies that fits")
     add("--out", default="", metavar="FILE", help="the recipe of --fit (default: RECIPE-GPUSxDEVICE.yaml, here)")
+    add(
+        "--plot",
+        default="",
+        metavar="FILE",
+        help="memory over an update, and its time, as a picture: .png, .svg or .pdf",
+    )
     add("--failures", action="store_true", help="what failures cost, and the best interval between checkpoints")
     failures.add_arguments(parser)
 
@@ -88,7 +95,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def _plan_recipe(args: argparse.Namespace) -> int:
-    from seer_scale.plan import failures, search
+    from seer_scale.plan import failures, plots, search
     from seer_scale.plan.plan import facts, failures_of, lines, make_plan, proved
 
     given = args.parser.given
@@ -108,6 +115,8 @@ def _plan_recipe(args: argparse.Namespace) -> int:
     text, failure = failures_of(made, _failure_words(args, own)) if args.failures else ("", None)
     if fits and asked.out:
         search.write_recipe(asked.out, asked.given, found[0])
+    if asked.plot:
+        plots.draw(made, asked.plot, Path(args.recipe).stem)
     if args.json:
         told = facts(made, asked.rate, failure)
         told |= {} if fits else {"smallest_change": change.facts() if change else None}
@@ -128,7 +137,8 @@ def _asked(args: argparse.Namespace) -> _Asked:
     """Raises UserError with every problem."""
     from seer_scale.launch.prepare import ranks_of_recipe
     from seer_scale.plan.devices import load_device
-    from seer_scale.plan.search import free_place
+    from seer_scale.plan.outputs import free_place
+    from seer_scale.plan.plots import PICTURES
     from seer_scale.training.start import read_recipe, resolve_given
 
     errors: list[UserError] = []
@@ -156,9 +166,10 @@ def _asked(args: argparse.Namespace) -> _Asked:
     out = None
     if args.fit and device:
         out = parse(args.out or f"{Path(args.recipe).stem}-{ranks}x{device.name}.yaml", free_place, None, errors)
+    plot = parse(args.plot, partial(free_place, endings=PICTURES), None, errors) if args.plot else None
     if errors or device is None or config is None:
         raise UserError.joined(errors)
-    return _Asked(config, own, ranks, device, rate, out)
+    return _Asked(config, own, ranks, device, rate, out, plot)
 
 
 def _next_divisor(number: int, whole: int) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from seer_scale.plan.allocator import reserved
 from seer_scale.plan.devices import Device
 from seer_scale.plan.trace import Kind, Trace
 
-SLACK = "allocator slack"
+SLACK, WORKSPACES = "allocator slack", "workspaces of kernels"
 BESIDE_ALLOCATOR = ("communicators", "CUDA context")
 """What a process holds beside its allocator."""
 KERNEL_WORKSPACE = 350 * 2**20
@@ -27,6 +28,11 @@ class Peak:
     workspace: int
 
 
+def block_of(trace: Trace, device: Device) -> int:
+    """What the allocator rounds the tensors of a trace to, in bytes."""
+    return device.block_bytes if trace.device != "cpu" else 1
+
+
 def rounded(nbytes: int, to: int) -> int:
     return -(-nbytes // to) * to
 
@@ -41,20 +47,27 @@ def timeline(trace: Trace, block: int = 1) -> list[tuple[int, int, Kind]]:
     ]
 
 
-def find_peak(trace: Trace, block: int = 1) -> Peak:
-    """block: what an allocator rounds to."""
+def states(trace: Trace, block: int = 1) -> Iterator[tuple[int, int, Counter[Kind], int]]:
+    """(operations before, bytes, of them by kind, of them a workspace) after whatever comes or goes, and while an
+    operation takes a workspace; the same counter every time."""
     workspaces = [(i, op.workspace) for i, op in enumerate(trace.ops) if op.workspace]
     kinds: Counter[Kind] = Counter()
-    now, peak = 0, Peak(-1, 0, {}, 0)
+    now = 0
     for at, nbytes, kind in timeline(trace, block):
         while workspaces and workspaces[0][0] < at:
             op, own = workspaces.pop(0)
-            if now + own > peak.nbytes:
-                peak = Peak(now + own, op, dict(kinds), own)
+            yield op, now + own, kinds, own
         kinds[kind] += nbytes
         now += nbytes
-        if now > peak.nbytes:
-            peak = Peak(now, at, dict(kinds), 0)
+        yield at, now, kinds, 0
+
+
+def find_peak(trace: Trace, block: int = 1) -> Peak:
+    """block: what an allocator rounds to."""
+    peak = Peak(-1, 0, {}, 0)
+    for at, nbytes, kinds, workspace in states(trace, block):
+        if nbytes > peak.nbytes:
+            peak = Peak(nbytes, at, dict(kinds), workspace)
     return Peak(peak.nbytes, peak.op, {kind: n for kind, n in peak.kinds.items() if n}, peak.workspace)
 
 
@@ -108,11 +121,10 @@ class Memory:
 
 def memory_of(trace: Trace, device: Device) -> Memory:
     """What the update of a trace takes of a device."""
-    is_gpu = trace.device != "cpu"
-    block = device.block_bytes if is_gpu else 1
+    is_gpu, block = trace.device != "cpu", block_of(trace, device)
     peak = find_peak(trace, block)
     kinds: dict[str, int] = dict(sorted(peak.kinds.items(), key=lambda kind: -kind[1]))
-    kinds["workspaces of kernels"] = peak.workspace + KERNEL_WORKSPACE * is_gpu
+    kinds[WORKSPACES] = peak.workspace + KERNEL_WORKSPACE * is_gpu
     if is_gpu:
         changes = ((held, held.nbytes, held.stream, comes) for held, comes in trace.changes)
         kinds[SLACK] = max(0, reserved(changes, block) - peak.nbytes)

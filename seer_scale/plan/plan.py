@@ -196,12 +196,8 @@ def facts(plan: Plan, rate: float | None = None, failure: dict[str, Any] | None 
 
 def lines(plan: Plan, rate: float | None = None) -> list[str]:
     """The plan as text."""
-    config, micro = plan.config, plan.config.num_micro_batches(plan.gpus)
-    parts = f", in {micro} micro-batches" if micro > 1 else ""
     return [
-        f"{config.model.name}, {short_number(plan.trace.num_parameters)} parameters with its heads; "
-        f"{plan.trace.engine} on {plan.gpus:,} x {plan.device.name}, {config.train.precision}, "
-        f"{config.train.global_batch // plan.gpus} images each{parts}; recomputed: {_recomputed(config)}",
+        headline(plan),
         "",
         *_memory_lines(plan),
         "",
@@ -211,38 +207,72 @@ def lines(plan: Plan, rate: float | None = None) -> list[str]:
     ]
 
 
-def _memory_lines(plan: Plan) -> list[str]:
-    memory = plan.memory
-    at = _peak_at(plan)
+def headline(plan: Plan) -> str:
+    """What is planned, on which devices."""
+    config, micro = plan.config, plan.config.num_micro_batches(plan.gpus)
+    parts = f", in {micro} micro-batches" if micro > 1 else ""
+    return (
+        f"{config.model.name}, {short_number(plan.trace.num_parameters)} parameters with its heads; "
+        f"{plan.trace.engine} on {plan.gpus:,} x {plan.device.name}, {config.train.precision}, "
+        f"{config.train.global_batch // plan.gpus} images each{parts}; recomputed: {_recomputed(config)}"
+    )
+
+
+def verdict(memory: Memory) -> str:
+    """Whether it fits, after how much of how much."""
+    taken = f"{memory_size(memory.total)} of {memory_size(memory.capacity)}"
     if memory.fits:
-        verdict = f"fits, {memory_size(memory.room)} to spare"
-    elif memory.cannot_fit:
-        verdict = f"does NOT fit, by {memory_size(memory.lacking)} even without the allocator's slack"
-    else:
-        verdict = (
-            "fits only as the allocator gives back its slack: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-        )
+        return f"{taken}: fits, {memory_size(memory.room)} to spare"
+    if memory.cannot_fit:
+        return f"{taken}: does NOT fit, by {memory_size(memory.lacking)} even without the allocator's slack"
+    fix = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+    return f"{taken}: fits only as the allocator gives back its slack: {fix}"
+
+
+def where_most_is_held(plan: Plan) -> str:
+    """Phase and unit."""
+    at = _peak_at(plan)
+    return f"{at['phase']}{' of ' * bool(at['unit'])}{at['unit']}"
+
+
+def _memory_lines(plan: Plan) -> list[str]:
     return [
-        f"memory of a GPU   {memory_size(memory.total)} of {memory_size(memory.capacity)}: {verdict}",
-        *(f"  {kind:<24}{memory_size(nbytes):>10}" for kind, nbytes in memory.kinds.items()),
-        f"  most is held in {at['phase']}{' of ' * bool(at['unit'])}{at['unit']}",
+        f"memory of a GPU   {verdict(plan.memory)}",
+        *(f"  {kind:<24}{memory_size(nbytes):>10}" for kind, nbytes in plan.memory.kinds.items()),
+        f"  most is held in {where_most_is_held(plan)}",
     ]
+
+
+def time_rows(plan: Plan) -> list[tuple[str, float]]:
+    """Seconds of an update by kind, longest first; then those that only collectives take, and those that nothing
+    does."""
+    time = plan.time
+    rows = sorted(time.busy.items(), key=lambda row: -row[1])
+    return rows + [(NOT_HIDDEN, time.exposed)] * (plan.gpus > 1) + [(IDLE, time.idle)]
+
+
+NOT_HIDDEN, IDLE = "not hidden, of these", "the device idles"
 
 
 def _time_lines(plan: Plan, rate: float | None) -> list[str]:
     time, samples = plan.time, plan.config.train.total_samples
-    rows = sorted(time.busy.items(), key=lambda row: -row[1])
-    rows += [("not hidden, of these", time.exposed)] * (plan.gpus > 1) + [("the device idles", time.idle)]
     price = "" if rate is None else f", {time.price(samples, rate):,.0f} at {rate:g} a GPU-hour"
     updates = counted(-(-samples // plan.config.train.global_batch), "update")
     return [
-        f"time of an update {milliseconds(time.seconds)} ({milliseconds(time.low)} to {milliseconds(time.high)}), "
-        f"{rate_of(time.images_per_s)} images/s, {time.mfu:.1%} MFU",
-        *(f"  {kind:<24}{milliseconds(seconds):>10}" for kind, seconds in rows),
+        f"time of an update {speed(time)}",
+        *(f"  {kind:<24}{milliseconds(seconds):>10}" for kind, seconds in time_rows(plan)),
         f"whole run         {samples:,} images in {rough_duration(86400 * time.days(samples))} ({updates}), "
         f"{time.gpu_hours(samples):,.0f} GPU-hours{price}",
         f"loader            {counted(time.loader_cores, 'CPU core')} a GPU",
     ]
+
+
+def speed(time: StepTime) -> str:
+    """Of an update, with its interval."""
+    return (
+        f"{milliseconds(time.seconds)} ({milliseconds(time.low)} to {milliseconds(time.high)}), "
+        f"{rate_of(time.images_per_s)} images/s, {time.mfu:.1%} MFU"
+    )
 
 
 def _published_lines(plan: Plan) -> list[str]:

@@ -19,7 +19,7 @@ from seer_scale.distributed import World
 from seer_scale.methods.registry import build_method
 from seer_scale.parallel.activation_checkpoint import EACH_ALONE
 from seer_scale.plan.devices import Device
-from seer_scale.plan.memory import find_peak, rounded
+from seer_scale.plan.memory import block_of, find_peak, rounded
 from seer_scale.plan.time import op_seconds
 from seer_scale.plan.trace import Held, Trace
 
@@ -40,7 +40,7 @@ class Recomputation:
     """What is to be gained of a trace without recomputation, on a device. savings: most bytes a second first."""
 
     def __init__(self, trace: Trace, device: Device):
-        self._block = device.block_bytes if trace.device != "cpu" else 1
+        self._block = block_of(trace, device)
         names = _names(trace)
         forward: defaultdict[str, list[int]] = defaultdict(list)
         backward: defaultdict[str, list[int]] = defaultdict(list)

@@ -23,11 +23,12 @@ import yaml
 from seer_scale.config import ZERO_ENGINES, Config, check_rules, merge, unused_keys
 from seer_scale.config.schema import Parallel
 from seer_scale.distributed import World
-from seer_scale.errors import NOTHING, Problem, UserError, missing_path
-from seer_scale.files import published, shown
+from seer_scale.errors import Problem, UserError
+from seer_scale.files import shown
 from seer_scale.formatting import counted, memory_size
 from seer_scale.methods.registry import build_method
 from seer_scale.plan.devices import Device
+from seer_scale.plan.outputs import new_file
 from seer_scale.plan.plan import Plan, check_largest_unit, make_plan
 from seer_scale.plan.recompute import Recomputation
 from seer_scale.plan.time import milliseconds, op_seconds
@@ -390,24 +391,9 @@ def change_lines(change: Change | None) -> list[str]:
     ]
 
 
-def free_place(name: str) -> Path:
-    """Raises UserError where no recipe can be written anew."""
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise UserError(missing_path(path.parent))
-    if path.exists() or path.is_symlink():
-        raise UserError(_taken(path))
-    return path
-
-
-def _taken(path: Path) -> Problem:
-    return Problem(str(path), NOTHING, "is there already", "give another name, or remove it")
-
-
 def write_recipe(path: Path, given: dict[str, Any], change: Change) -> None:
     """A recipe with the keys of a change, headed by what is planned of it. given: the recipe's mapping. Whole or not at
     all. Raises UserError, also where there is something at `path` already."""
-    free_place(str(path))
     plan = change.plan
     nested: dict[str, Any] = {}
     for key, value in (change.keys | {"parallel.ranks": plan.gpus}).items():
@@ -420,10 +406,5 @@ def write_recipe(path: Path, given: dict[str, Any], change: Change) -> None:
         f"Changed: {', '.join(change.keys) or 'nothing'}.",
     ]
     text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(merge(given, nested), sort_keys=False, width=120)
-    try:
-        with published(path) as aside:
-            aside.write_text(text)
-    except FileExistsError:
-        raise UserError(_taken(path)) from None
-    except OSError as error:
-        raise UserError(Problem(str(path), NOTHING, f"cannot be written ({error.strerror or error})")) from None
+    with new_file(path) as aside:
+        aside.write_text(text)

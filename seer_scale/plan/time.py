@@ -196,13 +196,14 @@ def check_links(trace: Trace, device: Device) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """As StepTime has them."""
+    """As StepTime has them. begins: of each operation, from the end of the update before."""
 
     seconds: float
     busy: dict[str, float]
     exposed: float
     idle: float
     units: dict[str, float]
+    begins: list[float]
 
 
 def schedule(steps: Sequence[Op | Wait], device: Device, shares: int = LIKELY) -> Schedule:
@@ -213,6 +214,7 @@ def schedule(steps: Sequence[Op | Wait], device: Device, shares: int = LIKELY) -
     before = 0.0
     busy: defaultdict[str, float] = defaultdict(float)
     units: defaultdict[str, float] = defaultdict(float)
+    begins: list[float] = []
     computing: list[tuple[float, float]] = []
     communicating: list[tuple[float, float]] = []
     for update in range(2):
@@ -238,11 +240,12 @@ def schedule(steps: Sequence[Op | Wait], device: Device, shares: int = LIKELY) -
             if not device.asynchronous:
                 host = end
             if update:
+                begins.append(begin - before)
                 busy[kind_of(step)] += seconds
                 units[step.unit] += seconds
     seconds = max(free.values(), default=0.0) - before
     computed, active = _covered(computing), _covered(computing + communicating)
-    return Schedule(seconds, dict(busy), active - computed, max(0.0, seconds - active), dict(units))
+    return Schedule(seconds, dict(busy), active - computed, max(0.0, seconds - active), dict(units), begins)
 
 
 def _covered(intervals: Iterable[tuple[float, float]]) -> float:
