@@ -16,7 +16,7 @@ REDUCTIONS = {"all-reduce", "reduce-scatter", "reduce"}
 
 
 OF_LIBRARIES = ("/deepspeed/", "/fairscale/", "parallel/fairscale.py")
-"""Engines that wait by themselves: docs/engines.md says so, and no recipe changes it."""
+"""Engines that wait by themselves: docs/plan.md says so, and no recipe changes it."""
 
 
 class Exchange(NamedTuple):
