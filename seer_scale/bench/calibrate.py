@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,19 +84,31 @@ class Sample(NamedTuple):
 
 
 class Clock:
-    """Of work on a device. On one CPU thread it counts CPU time: other processes do not."""
+    """Of work on a device. On one CPU thread it counts CPU time: other processes do not. On a GPU it counts the time of
+    the device alone, which is kept busy while the host gives the work."""
 
     def __init__(self, device: torch.device, rounds: int):
         self.device, self.rounds = device, rounds
         alone = device.type == "cpu" and torch.get_num_threads() == 1
         self.now = time.process_time if alone else time.perf_counter
+        self.cold_bytes = COLD_BYTES
+        if device.type == "cuda":
+            self._busy = torch.ones(BUSY_ROWS, BUSY_ROWS, device=device)
+            self.cold_bytes = max(COLD_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
 
     def seconds(self, work: Callable[[], Any]) -> float:
         wait(self.device)
-        begin = self.now()
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._busy @ self._busy
+            begin.record()
+            work()
+            end.record()
+            wait(self.device)
+            return begin.elapsed_time(end) / 1000
+        start = self.now()
         work()
-        wait(self.device)
-        return self.now() - begin
+        return self.now() - start
 
     def median(self, work: Callable[[], Any], calls: int = 1) -> float:
         """Seconds of one call."""
@@ -112,7 +125,7 @@ class Clock:
         name, out = str(op._overloadpacket), op(*args)
         nbytes = moved_bytes(out, args, {})
         once = self.seconds(lambda: op(*args))
-        copies = max(1, min(MAX_COPIES, math.ceil(COLD_BYTES / nbytes), int(PASS_S / once)))
+        copies = max(1, min(MAX_COPIES, math.ceil(self.cold_bytes / nbytes), int(PASS_S / once)))
         given = [args, *(tree_map_only(Tensor, Tensor.clone, args) for _ in range(copies - 1))]
         whole = self.median(lambda: [op(*own) for own in given]) / copies
         own_s = max(0.2 * whole, whole - least_s - nbytes / bandwidth)
@@ -120,8 +133,23 @@ class Clock:
 
 
 COLD_BYTES, MAX_COPIES, PASS_S = 2**25, 32, 0.015
-"""Between two uses of a tensor so many other bytes are used, which pushes it out of caches, where that does not take
-longer than this."""
+"""Between two uses of a tensor at least so many other bytes are used, which pushes it out of caches, where that does
+not take longer than this."""
+BUSY_ROWS = 5120
+"""Of a product in fp32 that takes a GPU longer than the host takes to give a pass: 5 ms at 50 TFLOP/s."""
+
+
+def time_updates(update: Callable[[], Any], device: torch.device, num: int) -> list[float]:
+    """Seconds of each of `num` in a row. On a GPU the host goes on, as in training."""
+    if device.type == "cpu":
+        return [Clock(device, 1).seconds(update) for _ in range(num)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(num + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        update()
+        mark.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(marks)]
 
 
 def interval(samples: Sequence[Sample], peak: float) -> Interval:
@@ -248,7 +276,8 @@ def measure_host(clock: Clock, memory: Memory) -> Interval:
     own = 0.0
     if clock.device.type == "cpu":  # a GPU's host goes on
         own = count.num * memory.launch_s + count.passes * (memory.convolution_s - memory.launch_s)
-    each = sorted((clock.median(update) - own) / count.num for _ in range(3))
+    rounds = (statistics.median(time_updates(update, clock.device, clock.rounds)) for _ in range(3))
+    each = sorted((seconds - own) / count.num for seconds in rounds)
     low, likely, high = (max(1e-6, s) for s in each)
     return min(low, 0.8 * likely), likely, max(high, 1.3 * likely)
 

@@ -15,7 +15,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seer_scale.bench.calibrate import Clock
+from seer_scale.bench.calibrate import Clock, time_updates
 from seer_scale.bench.ranks import run_ranks, where
 from seer_scale.bench.step import of_ranks, with_batch
 from seer_scale.config import Config, merge
@@ -137,19 +136,6 @@ def make_update(engine: Engine, config: Config, world: World) -> Callable[[], Te
     return update
 
 
-def time_updates(update: Callable[[], Any], device: torch.device, num: int) -> list[float]:
-    """Seconds of each of `num`. On a GPU the host goes on, as in training."""
-    if device.type == "cpu":
-        return [Clock(device, 1).seconds(update) for _ in range(num)]
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(num + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        update()
-        mark.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(marks)]
-
-
 class _Timer(TorchDispatchMode):
     """When each operation began and ended, and its kind, as a plan has it; collectives left out."""
 
@@ -190,8 +176,8 @@ class _Timer(TorchDispatchMode):
 
 
 def time_kinds(update: Callable[[], Any], device: torch.device, num: int) -> dict[str, float]:
-    """Seconds of an update by kind of operation: medians of `num` updates. On a GPU those of short operations hold what
-    the host takes to give them, where it is not ahead."""
+    """Seconds of an update by kind of operation: medians of `num` updates. They hold what the host takes to give each
+    operation, where it does not run ahead."""
     found = []
     for _ in range(num):
         with _Timer(device) as timer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,13 +17,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from seer_scale.bench import calibrate
+from seer_scale.bench import plan as bench_plan
+from seer_scale.bench.step import of_ranks, with_batch
 from seer_scale.checkpoint import store
 from seer_scale.checkpoint.saver import Saver
-from seer_scale.config import resolve
+from seer_scale.config import load_recipe, merge, resolve
 from seer_scale.distributed import World
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.parallel import ENGINES, load
 from seer_scale.parallel.engine import Engine
+from seer_scale.plan.devices import load_device
+from seer_scale.plan.plan import make_plan
 from seer_scale.training.probe import Probe
 from tests.distributed.test_probe import Images, labelled
 from tests.tiny import RECIPE, micro_batches, tiny
@@ -204,6 +210,42 @@ def test_compiled_units_keep_parity():
     expected = losses(engine, config, gpu(), 3)
     config, engine = tiny(gpu(), **over, **{"train.compile": True})
     np.testing.assert_allclose(losses(engine, config, gpu(), 3), expected, rtol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+PLANNED = {
+    "half precision": ("seer_regnety_16gf", "bf16", "none", 0),
+    "single precision": ("seer_regnety_16gf", "fp32", "none", 0),
+    "recomputed": ("seer_regnety_64gf", "fp16", "every 1", 0),
+    "micro-batches": ("seer_regnety_32gf", "bf16", "none", 8),
+}
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_the_planned_peak_is_what_the_allocator_counts(case):
+    recipe, precision, recomputed, micro_batch = PLANNED[case]
+    over = {"train": {"precision": precision}, "parallel": {"activation_checkpoint": recomputed}}
+    config = with_batch(resolve(load_recipe(recipe), merge(of_ranks(1), over), world_size=1), 16, micro_batch)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    real = bench_plan.measure(gpu(), bench_plan.Asked(config, 2, 1, False)).allocated - before
+    planned = make_plan(config, 1, load_device("h200")).memory.allocated
+    assert abs(planned / real - 1) < 0.05, (planned, real)
+
+
+def test_a_calibration_times_the_device_and_not_the_host():
+    clock, x = calibrate.Clock(gpu().device, 3), torch.zeros(8, device="cuda")
+    assert clock.median(lambda: (time.sleep(0.001), x.add_(1))) < 0.0005
+
+
+def test_a_calibrated_gpu_is_a_device(monkeypatch, tmp_path):
+    few = calibrate.Shapes(2**24, 8, 1024, [(64, 16), (128, 8)], [(8, 64, 16), (64, 128, 8)])
+    monkeypatch.setitem(calibrate.SHAPES, "cuda", few)
+    found = calibrate.measure(gpu().device, rounds=2)
+    (tmp_path / "gpu.yaml").write_text(calibrate.to_yaml(found, "a GPU"))
+    device = load_device(str(tmp_path / "gpu.yaml"))
+    assert device.asynchronous and 1e-7 < device.launch_s < 2e-5 and device.host_s[1] > device.launch_s
 
 
 # ------------------------------------------------------------------------------------------------ engines

@@ -252,6 +252,32 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def test_a_gpu_is_kept_busy_while_the_host_gives_it_what_is_timed(monkeypatch):
+    """Then the time between two events is the device's, however long the host takes."""
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, **settings: bool):
+            assert settings == {"enable_timing": True}
+
+        def record(self) -> None:
+            told.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 5.0
+
+    class Busy:
+        def __matmul__(self, other: object) -> None:
+            told.append("busy")
+
+    clock = calibrate.Clock(torch.device("cpu"), 1)
+    clock.device, clock._busy = torch.device("cuda"), Busy()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(calibrate, "wait", lambda device: told.append("wait"))
+    assert clock.seconds(lambda: told.append("work")) == 0.005
+    assert told == ["wait", "busy", "event", "work", "event", "wait"]
+
+
 def test_a_calibrated_file_is_read_back(tmp_path, monkeypatch, one_thread):
     monkeypatch.setitem(calibrate.SHAPES, "cpu", FEW)
     parser = argparse.ArgumentParser()
