@@ -92,15 +92,7 @@ class Fairscale(Engine):
 
 
 @contextmanager
-def waiting_for_any_device() -> Iterator[None]:
-    """For plans: before it broadcasts fairscale waits for CUDA; inside, for a device of another kind, too."""
-    broadcast = OSS._broadcast_params
-
-    def waiting(oss: OSS) -> None:
-        for device in oss._per_device_params:
-            if device.type not in ("cpu", "cuda"):
-                torch.get_device_module(device).synchronize(device)
-        broadcast(oss)
-
-    with mock.patch.object(OSS, "_broadcast_params", waiting):
+def broadcasting(around: Callable[[Callable[[OSS], None]], Callable[[OSS], None]]) -> Iterator[None]:
+    """Inside, parameters are broadcast by what `around` makes of fairscale's own method."""
+    with mock.patch.object(OSS, "_broadcast_params", around(OSS._broadcast_params)):
         yield

@@ -13,9 +13,7 @@ from seer_scale.formatting import dtype_name, memory_size
 from seer_scale.plan.trace import Collective, Trace
 
 REDUCTIONS = {"all-reduce", "reduce-scatter", "reduce"}
-
-
-OF_LIBRARIES = ("/deepspeed/", "/fairscale/", "parallel/fairscale.py")
+OF_LIBRARIES = ("/deepspeed/", "/fairscale/")
 """Engines that wait by themselves: docs/plan.md says so, and no recipe changes it."""
 
 

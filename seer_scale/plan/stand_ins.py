@@ -6,7 +6,7 @@ wait for CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -112,8 +112,20 @@ def on_many_gpus(engine: type[Engine]) -> AbstractContextManager[None]:
     if engine.name == "fairscale":
         from seer_scale.parallel import fairscale
 
-        return fairscale.waiting_for_any_device()
+        return fairscale.broadcasting(_waiting_first)
     return nullcontext()
+
+
+def _waiting_first(broadcast: Callable[[Any], None]) -> Callable[[Any], None]:
+    """fairscale waits for CUDA before it broadcasts, and for no other device."""
+
+    def waiting(oss: Any) -> None:
+        device = oss.param_groups[0]["params"][0].device
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+        broadcast(oss)
+
+    return waiting
 
 
 @contextmanager
