@@ -39,7 +39,7 @@ from seer_scale.methods.swav.settings import SwAVSettings
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.execution import choose_execution
 from seer_scale.models.registry import build_backbone, reset_buffers
-from seer_scale.optim.schedules import LearningRate
+from seer_scale.optim.schedules import LearningRate, weight_decay
 from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import Engine
 
@@ -192,8 +192,8 @@ def train_reference(config: Config, source: Source) -> tuple[Backbone, float]:
     torch.manual_seed(seed)
     model, optim, lr = Reference(start(config)[0], config), config.optim, LearningRate(config)
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    decayed = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": optim.weight_decay}
-    others = {"params": vectors, "weight_decay": 0.0 if optim.exclude_vectors else optim.weight_decay}
+    decayed = {"params": [p for p in model.parameters() if p.dim() > 1], "decays": True}
+    others = {"params": vectors, "decays": not optim.exclude_vectors}
     optimizer = torch.optim.SGD([decayed, others], lr=config.peak_lr, momentum=optim.momentum)
     loader = torch.utils.data.DataLoader(
         Pictures(source, lightly_views(config.views)), batch, shuffle=True, drop_last=True,
@@ -204,6 +204,7 @@ def train_reference(config: Config, source: Source) -> tuple[Backbone, float]:
         for views in loader:
             for group in optimizer.param_groups:
                 group["lr"] = lr(seen)
+                group["weight_decay"] = weight_decay(config, seen) if group["decays"] else 0.0
             optimizer.zero_grad()
             model(views).backward()
             optimizer.step()

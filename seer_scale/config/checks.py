@@ -234,11 +234,15 @@ def _needs(config: Config) -> dict[str, tuple[bool, str]]:
     is_cosine = (config.schedule.name == "cosine", "schedule.name cosine")
     has_workers = (config.data.workers != 0, "data.workers of at least 1")
     needs = {
+        "optim.lr_scaling": (config.optim.lr_batch > 0, "an optim.lr_batch"),
         "optim.trust_coefficient": (config.optim.name == "lars", "optim.name lars"),
         "optim.momentum": (config.optim.name != "adamw", "optim.name lars or sgd"),
         "optim.betas": (config.optim.name == "adamw", "optim.name adamw"),
         "schedule.final": is_cosine,
-        "schedule.decay_samples": is_cosine,
+        "schedule.decay_samples": (
+            config.schedule.name == "cosine" or config.optim.weight_decay_end is not None,
+            "schedule.name cosine or an optim.weight_decay_end",
+        ),
         "schedule.plateau_factor": is_plateau,
         "schedule.plateau_samples": is_plateau,
         "schedule.plateau_threshold": is_plateau,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,10 +177,18 @@ class Optim:
     name: Literal["lars", "sgd", "adamw"] = opt("lars", "optimiser; lars is LARC with clip off, as in VISSL")
     lr: float = opt(0.3, "peak learning rate for a global batch of optim.lr_batch", gt=0)
     lr_batch: int = opt(
-        256, "batch optim.lr was chosen for; the rate scales linearly with train.global_batch; 0 = no scaling", ge=0
+        256, "batch optim.lr was chosen for; the rate scales with train.global_batch from there; 0 = no scaling", ge=0
+    )
+    lr_scaling: Literal["linear", "sqrt"] = opt(
+        "linear", "how the rate scales with the batch: linear, or by the square root, as is usual with AdamW"
     )
     momentum: float = opt(0.9, "SGD and LARS momentum", ge=0, lt=1)
     weight_decay: float = opt(1e-5, "weight decay", ge=0)
+    weight_decay_end: float | None = opt(
+        None,
+        "weight decay goes to this by a cosine from sample 0 to schedule.decay_samples, and stays; none = constant",
+        ge=0,
+    )
     trust_coefficient: float = opt(0.001, "LARS trust coefficient", gt=0)
     exclude_vectors: bool = opt(False, "no LARS scaling and no weight decay for biases and normalisation parameters")
     betas: tuple[float, float] = opt((0.9, 0.999), "AdamW: decay rates of the moments", ge=0, lt=1)
@@ -202,7 +211,10 @@ class Schedule:
     warmup_from: float = opt(0.015625, "learning rate at sample 0, as a share of the peak", ge=0, le=1)
     final: float = opt(0.001, "cosine: learning rate at the end, as a share of the peak", ge=0, le=1)
     decay_samples: int = opt(
-        0, "cosine: samples at which it reaches schedule.final, and stays there; 0 = train.total_samples", ge=0
+        0,
+        "samples at which a cosine (of the learning rate, of the weight decay) reaches its end, and stays there; "
+        "0 = train.total_samples",
+        ge=0,
     )
     plateau_factor: float = opt(0.5, "plateau: multiply the rate by this", gt=0, lt=1)
     plateau_samples: int = opt(
@@ -376,15 +388,21 @@ class Config:
 
     @property
     def peak_lr(self) -> float:
-        """Peak learning rate after linear scaling by the global batch."""
+        """Peak learning rate, scaled by the global batch."""
         o = self.optim
-        return o.lr * self.train.global_batch / o.lr_batch if o.lr_batch else o.lr
+        ratio = self.train.global_batch / o.lr_batch if o.lr_batch else 1.0
+        return o.lr * (math.sqrt(ratio) if o.lr_scaling == "sqrt" else ratio)
 
     @property
     def warmup_samples(self) -> int:
         """Samples of warm-up: schedule.warmup_samples, or schedule.warmup_share of the run where that is less."""
         asked, share = self.schedule.warmup_samples, self.schedule.warmup_share
         return min(asked, round(share * self.train.total_samples)) if share else asked
+
+    @property
+    def decay_samples(self) -> int:
+        """Samples at which cosines reach their end: schedule.decay_samples, or the length of the run."""
+        return self.schedule.decay_samples or self.train.total_samples
 
     def end(self, samples_seen: int = 0) -> int:
         """Samples seen at the end of a run that has seen so many: whole batches are trained, until

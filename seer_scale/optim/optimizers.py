@@ -61,6 +61,7 @@ class _Step(NamedTuple):
     names: list[str]
     grads: list[Tensor]
     lr: float
+    weight_decay: float
     norms: Tensor
     chosen: list[int]
     found_inf: Tensor
@@ -68,7 +69,8 @@ class _Step(NamedTuple):
 
 class Optimizer:
     """`pieces`: name -> what this rank updates of a parameter (fp32; may be empty). `vectors`: names of parameters with
-    fewer than two dimensions. `groups`: of those with multipliers. `state`: "name/slot" -> tensor like the piece."""
+    fewer than two dimensions. `groups`: of those with multipliers. `state`: "name/slot" -> tensor like the piece.
+    `rates`, `decays`: multipliers of the rate and the decay of an update, by name."""
 
     slots: tuple[str, ...]
 
@@ -83,10 +85,7 @@ class Optimizer:
         self.excluded = frozenset(vectors if config.exclude_vectors else ())
         each = {name: groups.get(name, ParameterGroup()) for name in self.pieces}
         self.rates = {name: group.lr for name, group in each.items()}
-        self.decays = {
-            name: 0.0 if name in self.excluded else config.weight_decay * group.weight_decay
-            for name, group in each.items()
-        }
+        self.decays = {name: 0.0 if name in self.excluded else group.weight_decay for name, group in each.items()}
         self.state = {f"{n}/{slot}": torch.zeros_like(p) for n, p in self.pieces.items() for slot in self.slots}
         self._begin()
 
@@ -95,18 +94,26 @@ class Optimizer:
 
     @torch.no_grad()
     def update(
-        self, grads: Sequence[Tensor], lr: float, norms: Tensor, found_inf: Tensor, frozen: Collection[str] = ()
+        self,
+        grads: Sequence[Tensor],
+        lr: float,
+        norms: Tensor,
+        found_inf: Tensor,
+        frozen: Collection[str] = (),
+        weight_decay: float | None = None,
     ) -> None:
         """One update from the pieces' gradients (unscaled; overwritten), in the order of `pieces`.
 
         norms: [2, P] Euclidean norms of the whole parameters and of their gradients, in that order.
-        found_inf: 0-dim fp32, 1 to change nothing. frozen: names left alone, state included.
+        found_inf: 0-dim fp32, 1 to change nothing. frozen: names left alone, state included. weight_decay: of this
+        update; None: optim.weight_decay.
         """
         chosen = [i for i, n in enumerate(self.pieces) if n not in frozen]
         names = list(self.pieces)
         if chosen:
             picked = [names[i] for i in chosen], [grads[i] for i in chosen]
-            self._update(_Step(*picked, lr, norms, chosen, found_inf))
+            decay = self.config.weight_decay if weight_decay is None else weight_decay
+            self._update(_Step(*picked, lr, decay, norms, chosen, found_inf))
 
     def _update(self, step: _Step) -> None:
         raise NotImplementedError
@@ -131,16 +138,16 @@ class SGD(Optimizer):
         self._unscaled = torch.tensor(unscaled, device=device)
 
     def _update(self, step: _Step) -> None:
-        names, grads, lr, norms, chosen, found_inf = step
+        names, grads, lr, weight_decay, norms, chosen, found_inf = step
         config, params = self.config, [self.pieces[n] for n in names]
-        param_norms, grad_norms = norms
+        decay, (param_norms, grad_norms) = self._decay * weight_decay, norms
         zero = (param_norms == 0) | (grad_norms == 0) if config.name == "lars" else torch.zeros_like(self._unscaled)
         ratio = torch.where(
             self._unscaled | zero,
             1.0,
-            config.trust_coefficient * param_norms / (grad_norms + self._decay * param_norms + LARS_EPS),
+            config.trust_coefficient * param_norms / (grad_norms + decay * param_norms + LARS_EPS),
         )
-        shrink = torch.where(zero, 0.0, self._decay * ratio)
+        shrink = torch.where(zero, 0.0, decay * ratio)
         ratios, shrinks = ratio.unbind(), shrink.unbind()
         for i, q, grad in zip(chosen, params, grads):
             grad.mul_(ratios[i]).addcmul_(q, shrinks[i])
@@ -182,7 +189,7 @@ class AdamW(Optimizer):
                 lr=lr * rate,
                 beta1=config.betas[0],
                 beta2=config.betas[1],
-                weight_decay=decay,
+                weight_decay=step.weight_decay * decay,
                 eps=1e-8,
                 amsgrad=False,
                 maximize=False,

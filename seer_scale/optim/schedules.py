@@ -1,9 +1,10 @@
-"""Learning rates as functions of `samples_seen`.
+"""Learning rate, weight decay and whatever else changes in a run, as functions of `samples_seen`.
 
-Cosine is a pure function. Plateau (SEER's other schedule: constant, halved whenever the loss stops falling) also
-depends on the losses seen, which are the same on all ranks. It weighs every update alike, in windows on a fixed grid of
-samples, and what it remembers, the window under way too, is a few numbers in the checkpoint: so neither metric lines
-nor stops move a cut."""
+`linear` and `cosine` are for any of them, such as a method's temperature or the momentum of a moving average. Plateau
+(SEER's other schedule of the learning rate: constant, halved whenever the loss stops falling) also depends on the
+losses seen, which are the same on all ranks. It weighs every update alike, in windows on a fixed grid of samples, and
+what it remembers, the window under way too, is a few numbers in the checkpoint: so neither metric lines nor stops move
+a cut."""
 
 from __future__ import annotations
 
@@ -11,6 +12,26 @@ import math
 from typing import TypedDict
 
 from seer_scale.config import Config
+
+
+def linear(samples_seen: int, begin: float, end: float, samples: int) -> float:
+    """From `begin` at sample 0 to `end` at `samples`, and `end` from there on."""
+    return begin + (end - begin) * _fraction(samples_seen, samples)
+
+
+def cosine(samples_seen: int, begin: float, end: float, samples: int) -> float:
+    """From `begin` at sample 0 to `end` at `samples`, by half a period of a cosine, and `end` from there on."""
+    return end + (begin - end) * 0.5 * (1 + math.cos(math.pi * _fraction(samples_seen, samples)))
+
+
+def _fraction(samples_seen: int, samples: int) -> float:
+    return min(1.0, samples_seen / samples) if samples > 0 else 1.0
+
+
+def weight_decay(config: Config, samples_seen: int) -> float:
+    """Of the next update: optim.weight_decay, or a cosine from there to optim.weight_decay_end, without a warm-up."""
+    begin, end = config.optim.weight_decay, config.optim.weight_decay_end
+    return begin if end is None else cosine(samples_seen, begin, end, config.decay_samples)
 
 
 class PlateauState(TypedDict):
@@ -29,17 +50,16 @@ class LearningRate:
 
     def __init__(self, config: Config):
         self.config, self.peak, self.warmup = config.schedule, config.peak_lr, config.warmup_samples
-        self.total, self._batch = config.schedule.decay_samples or config.train.total_samples, config.train.global_batch
+        self.total, self._batch = config.decay_samples, config.train.global_batch
         self.state: PlateauState = {"cuts": 0, "best": None, "sum": 0.0, "count": 0.0}
 
     def __call__(self, samples_seen: int) -> float:
         config = self.config
         if samples_seen < self.warmup:
-            return self.peak * (config.warmup_from + (1 - config.warmup_from) * samples_seen / self.warmup)
+            return self.peak * linear(samples_seen, config.warmup_from, 1.0, self.warmup)
         if config.name == "plateau":
             return self.peak * config.plateau_factor ** self.state["cuts"]
-        done = min(1.0, (samples_seen - self.warmup) / max(1, self.total - self.warmup))
-        return self.peak * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done)))
+        return self.peak * cosine(samples_seen - self.warmup, 1.0, config.final, self.total - self.warmup)
 
     def ends_window(self, samples_seen: int) -> bool:
         """Whether the update that begins at `samples_seen` is the last of a window, so that `observe` is due after

@@ -25,6 +25,7 @@ from seer_scale.models.init import initial_values
 from seer_scale.models.registry import reset_buffers
 from seer_scale.optim.optimizers import build_optimizer
 from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, frozen_until, normalized_parameters
+from seer_scale.optim.schedules import weight_decay
 from seer_scale.parallel.loss_scaler import LossScaler
 from seer_scale.parallel.parallelize import parallelize
 from seer_scale.parallel.shard import Shard
@@ -214,17 +215,18 @@ class Engine:
         """
         stats: dict[str, Tensor] = {}
         frozen = frozen_parameters(self.groups, samples_seen)
-        self._step_within(lambda: stats.update(self._apply(lr, frozen)))
+        decay = weight_decay(self.config, samples_seen)
+        self._step_within(lambda: stats.update(self._apply(lr, decay, frozen)))
         if self.averages:
             self._average(stats["skipped"], self.method.average_momentum(samples_seen))
         self._drop_gradients()
         return stats
 
-    def _apply(self, lr: float, frozen: frozenset[str]) -> dict[str, Tensor]:
+    def _apply(self, lr: float, decay: float, frozen: frozenset[str]) -> dict[str, Tensor]:
         grads = self._gradients()
         norms, found_inf = self._norms(grads, self.scaler.unscale_(grads))
         where = grads[0].device
-        self.optimizer.update(grads, lr, self._clip(grads, norms).to(where), found_inf.to(where), frozen)
+        self.optimizer.update(grads, lr, self._clip(grads, norms).to(where), found_inf.to(where), frozen, decay)
         self.scaler.update(found_inf)
         # a forward that was not finite must not stay in the running statistics; a method's own buffers are its affair
         self.buffers.restore_where(found_inf > 0)

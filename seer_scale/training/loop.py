@@ -17,7 +17,7 @@ from seer_scale.data.transforms.on_device import micro_batches
 from seer_scale.distributed import World
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.run_log import RunLog
-from seer_scale.optim.schedules import LearningRate
+from seer_scale.optim.schedules import LearningRate, weight_decay
 from seer_scale.parallel.engine import Engine
 from seer_scale.timeouts import Timeouts
 from seer_scale.training.batches import Batches
@@ -72,11 +72,11 @@ class TrainingLoop:
             while batch := self.batches.next():
                 if not self.clock.samples_seen:
                     self.evaluation.show_crops(batch)
-                is_log_due, lr = self._is_log_due(), self.schedule(self.clock.samples_seen)
-                stats, metrics = self._update(batch, lr, with_metrics=is_log_due)
+                is_log_due, rates = self._is_log_due(), self._rates()
+                stats, metrics = self._update(batch, rates["lr"], with_metrics=is_log_due)
                 self.checkpoints.report_ended()
                 if is_log_due:
-                    self._log_metrics(lr, stats, metrics)
+                    self._log_metrics(rates, stats, metrics)
                 with self.window.paused(), self.progress.spending("other"):
                     is_refreshed = is_log_due and not self.clock.at_end and self._refresh(self.window.newest_manifest)
                     if is_refreshed or self.checkpoints.is_due:
@@ -85,7 +85,7 @@ class TrainingLoop:
                         self.evaluation.measure("during")
                 if not self.clock.at_end and (signal_name := self.stop.stop_signal(self.world)):
                     if self.window.updates:  # so that the log accounts for every image
-                        self._log_metrics(lr, stats, {})
+                        self._log_metrics(rates, stats, {})
                     raise StopRequested(signal_name)
 
     def _update(
@@ -123,11 +123,20 @@ class TrainingLoop:
             or clock.is_last_update
         )
 
-    def _log_metrics(self, lr: float, stats: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor]) -> None:
+    def _rates(self) -> dict[str, float]:
+        """What of the next update follows a schedule, as a metric line has it."""
+        seen = self.clock.samples_seen
+        rates = {"lr": self.schedule(seen)}
+        is_constant = self.config.optim.weight_decay_end is None
+        return rates if is_constant else rates | {"weight_decay": weight_decay(self.config, seen)}
+
+    def _log_metrics(
+        self, rates: dict[str, float], stats: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor]
+    ) -> None:
         """One metric line, and what follows from it. Raises TrainingError where a monitor says that it is the last."""
         window = self.window
         line = metric_line(
-            window, self.engine, self.clock, lr=lr, epoch=self.batches.epoch, stats=stats, metrics=metrics
+            window, self.engine, self.clock, rates=rates, epoch=self.batches.epoch, stats=stats, metrics=metrics
         )
         self.skips.read()
         self.log.log(line.row | (self.probe.take_metrics() if self.probe else {}))

@@ -97,13 +97,13 @@ def metric_line(
     engine: Engine,
     clock: Clock,
     *,
-    lr: float,
+    rates: dict[str, float],
     epoch: float,
     stats: dict[str, torch.Tensor],
     metrics: dict[str, torch.Tensor],
 ) -> MetricLine:
     """Of the updates in the window; it reads the device. stats: of the last update. metrics: what its loss gave, or
-    none. One all-reduce, in `window.reduce`."""
+    none. rates: of the last update. One all-reduce, in `window.reduce`."""
     means, (images, unreadable) = window.reduce(metrics)
     scaler = engine.scaler
     own = [stats["grad_norm"], stats["param_norm"], scaler.scale, scaler.skipped, scaler.longest_streak]
@@ -115,7 +115,7 @@ def metric_line(
         "samples_seen": clock.samples_seen,
         "epoch": epoch,
         "loss": loss,
-        "lr": lr,
+        **rates,
         "loss_scale": scale,
         "grad_norm": grad_norm,
         "param_norm": param_norm,

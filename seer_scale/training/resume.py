@@ -14,7 +14,7 @@ from seer_scale.config import Config, keys_of_network, read_config
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, Problem, UserError
 from seer_scale.methods.registry import build_method
-from seer_scale.optim.schedules import LearningRate
+from seer_scale.optim.schedules import LearningRate, weight_decay
 from seer_scale.training.initial_weights import MODEL, find_initial_weights, print_warning, state_of
 
 START_KEYS = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoint.init_part", "run.plugins")
@@ -22,6 +22,7 @@ START_KEYS = ("run.dir", "checkpoint.resume", "checkpoint.init_from", "checkpoin
 PATH_KEYS = ("data.path", "knn.bank", "knn.queries", "parallel.ds_config")
 LEARNING_RATE_PREFIXES = ("schedule.", "optim.lr", "train.total_samples", "train.global_batch")
 """What keys begin with that the learning rate follows."""
+WEIGHT_DECAY_PREFIXES = ("schedule.decay_samples", "optim.weight_decay", "train.total_samples")
 
 
 class Change(NamedTuple):
@@ -114,23 +115,28 @@ def check_resumable(path: Path, config: Config, world: World = World()) -> dict[
 
 
 def rate_change(meta: dict[str, Any], config: Config) -> str:
-    """A sentence where `config` goes on from a checkpoint's `meta` with another learning rate than its own recipe
-    would."""
+    """What is said where `config` goes on from a checkpoint's `meta` with another learning rate or weight decay than
+    its own recipe would."""
     then, seen = read_config(meta["config"], []), meta["samples_seen"]
     before, after = LearningRate(then), LearningRate(config)
     for schedule in (before, after):
         schedule.state |= meta["schedule"]
-    if math.isclose(before(seen), after(seen), rel_tol=1e-6):
-        return ""
-    causes = [c.key for c in changes(meta["config"], config) if c.key.startswith(LEARNING_RATE_PREFIXES)]
+    changed = [c.key for c in changes(meta["config"], config)]
+    told = []
+    for what, old, new, prefixes in (
+        ("learning rate", before(seen), after(seen), LEARNING_RATE_PREFIXES),
+        ("weight decay", weight_decay(then, seen), weight_decay(config, seen), WEIGHT_DECAY_PREFIXES),
+    ):
+        causes = [key for key in changed if key.startswith(prefixes)]
+        if not math.isclose(old, new, rel_tol=1e-6):
+            told.append(f"The {what} goes from {old:.3g} to {new:.3g}, because of {', '.join(causes)}")
     is_cosine = config.schedule.name == then.schedule.name == "cosine"
-    hint = ""
-    if is_cosine and "train.total_samples" in causes and not config.schedule.decay_samples:
-        hint = (
+    if told and is_cosine and "train.total_samples" in changed and not config.schedule.decay_samples:
+        told[0] += (
             f" (schedule.decay_samples {before.total} keeps the cosine as it was, and the rate at its end from "
             "there on)"
         )
-    return f"The learning rate goes from {before(seen):.3g} to {after(seen):.3g}, because of {', '.join(causes)}{hint}."
+    return " ".join(f"{sentence}." for sentence in told)
 
 
 def validate_resume(config: Config, run_dir: Path) -> str:

@@ -46,6 +46,8 @@ HALF = [
     ("autoencoder", "zero1", "fp16"),
     ("autoencoder", "zero3", "fp16"),
 ]
+OPTIM = {"optim.name": "adamw", "optim.clip_norm": 0.05, "optim.weight_decay_end": 10.0}
+"""Gradients are clipped in every update, and a few updates at the beginning of a run decay visibly."""
 OF_TIMM = {f"model.{key}": None for key in ("depth", "w0", "wa", "wm", "group_width")}
 OF_TIMM |= {"views.crops": [{"num": 2, "size": 64}, {"num": 2, "size": 32}]}
 OF_TIMM |= {"optim.name": "sgd"}  # AdamW makes a whole step of a gradient that is all rounding
@@ -57,12 +59,7 @@ UPDATES = 3
 def trained(kind: str, case: str, world: World, precision: str = "fp32", updates: int = UPDATES) -> dict:
     name = {"hsdp": "fsdp"}.get(case, case.split()[0])
     module, cls = ENGINES[name]
-    over = {
-        "parallel.engine": name,
-        "optim.name": "adamw",
-        "train.precision": precision,
-        "optim.clip_norm": 0.05,
-    } | CASES.get(case, {})
+    over = OPTIM | {"parallel.engine": name, "train.precision": precision} | CASES.get(case, {})
     if kind.startswith("timm/"):
         config, engine = tiny(world, **over | OF_TIMM | {"model.name": kind})
     else:
@@ -86,12 +83,7 @@ def resumed(kind: str, world: World, folder: Path) -> list[float]:
     losses, path = [], None
     for step, name in enumerate(CHAIN):
         module, cls = ENGINES[name]
-        over = {
-            "parallel.engine": name,
-            "optim.name": "adamw",
-            "optim.clip_norm": 0.05,
-            "run.seed": step,
-        }  # a seed leaves no trace
+        over = OPTIM | {"parallel.engine": name, "run.seed": step}  # a seed leaves no trace
         config, engine = toy(lambda: make(kind, world), getattr(load(module), cls), world, **over)
         if path:
             store.load(path, engine.state(), world)
@@ -105,7 +97,7 @@ def resumed(kind: str, world: World, folder: Path) -> list[float]:
 
 def ended(kind: str, path: Path) -> list[float]:
     """Losses of the last two updates of a run that goes on from the checkpoint `path`, on one rank."""
-    over = {"parallel.engine": "single", "optim.name": "adamw", "optim.clip_norm": 0.05}
+    over = OPTIM | {"parallel.engine": "single"}
     config, engine = toy(lambda: make(kind, World()), load("engine").Engine, World(), **over)
     store.load(path, engine.state(), World())
     engine.refresh()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from seer_scale.config import Checkpoint, Config, Crop, Data, Knn, Train, Views
 from seer_scale.data.batch import Batch
 from seer_scale.distributed import World
-from seer_scale.optim.schedules import LearningRate
+from seer_scale.optim.schedules import LearningRate, weight_decay
 from seer_scale.training import loop as module
 from seer_scale.training import metric_window
 from seer_scale.training.clock import Clock
@@ -163,6 +164,17 @@ def test_each_update_takes_the_rate_that_its_line_tells(tmp_path, monkeypatch):
     assert {row["samples_seen"]: row["lr"] for row in lines} == {
         row["samples_seen"]: loop.engine.rates[row["samples_seen"] - 4] for row in lines
     }
+    assert not any("weight_decay" in row for row in lines)  # a constant is in the recipe
+
+
+def test_a_line_tells_the_weight_decay_where_a_schedule_moves_it(tmp_path, monkeypatch):
+    loop, _ = made(tmp_path, monkeypatch)
+    loop.config = replace(CONFIG, optim=replace(CONFIG.optim, weight_decay_end=0.2))
+    lines = []
+    loop.log = SimpleNamespace(log=lines.append)
+    loop.run()
+    told = {row["samples_seen"]: row["weight_decay"] for row in lines}
+    assert told == {seen: weight_decay(loop.config, seen - 4) for seen in told} and told[4] < told[32]
 
 
 def test_saves_and_evaluations_count_for_no_update_and_a_save_behind_is_asked_about(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def line(window: MetricWindow, streak: float = 0.0) -> MetricLine:
     stats = {"grad_norm": torch.tensor(3.0), "param_norm": torch.tensor(5.0)}
     metrics = {"any/metric": torch.tensor(0.25)}
     clock = Clock(4, 80, 8, 2)
-    return metric_line(window, engine(streak), clock, lr=0.1, epoch=0.5, stats=stats, metrics=metrics)
+    return metric_line(window, engine(streak), clock, rates={"lr": 0.1}, epoch=0.5, stats=stats, metrics=metrics)
 
 
 def window_of(run_dir, *losses: float) -> MetricWindow:

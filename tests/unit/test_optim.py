@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seer_scale.config import Optim, resolve
+from seer_scale.errors import UserError
 from seer_scale.optim.optimizers import build_optimizer
-from seer_scale.optim.schedules import LearningRate
+from seer_scale.optim.schedules import LearningRate, cosine, linear, weight_decay
 from seer_scale.training.resume import rate_change
 from tests.tiny import RECIPE
 
@@ -160,6 +161,89 @@ def test_a_short_run_warms_up_for_a_share_of_it(total, ends):
 def test_a_longer_run_may_keep_its_cosine():
     short, long = schedule_of(), schedule_of(decay_samples=9000)
     assert long.total == 9000 and long(9000) == long(9500) == long.peak * 0.001 and short(9000) > long(9000)
+
+
+def test_the_rate_follows_the_batch_or_its_square_root():
+    """Twice the batch: twice the rate, or 1.414 times; DINOv2's figures are of the second."""
+    for scaling, ratio in (("linear", 2.0), ("sqrt", math.sqrt(2))):
+        over = {"optim": {"lr": 4e-3, "lr_batch": 4, "lr_scaling": scaling}}
+        assert math.isclose(LearningRate(resolve(RECIPE, over)).peak, 4e-3 * ratio)
+    with pytest.raises(UserError, match="optim.lr_scaling is sqrt, but has no effect without an optim.lr_batch"):
+        resolve(RECIPE, {"optim": {"lr_scaling": "sqrt"}})
+
+
+DINO_SHORT = {"lr": 4e-3, "batch": 2048, "warmup": 12_500, "updates": 125_000, "decay": (0.04, 0.4)}
+DINO_LONG = {"lr": 2e-4, "batch": 3072, "warmup": 100_000, "updates": 625_000, "decay": (0.04, 0.2)}
+
+
+def dino(given, **over):
+    """A recipe with the published schedules of DINOv2 (ssl_default_config.yaml), in samples."""
+    batch, peak = given["batch"], given["lr"] * math.sqrt(given["batch"] / 1024)
+    schedule = {"warmup_samples": given["warmup"] * batch, "warmup_from": 0.0, "final": 1e-6 / peak}
+    begin, end = given["decay"]
+    optim = {"name": "adamw", "lr": given["lr"], "lr_batch": 1024, "lr_scaling": "sqrt"}
+    nested = {
+        "schedule": schedule | over,
+        "train": {"total_samples": given["updates"] * batch, "global_batch": batch},
+        "optim": optim | {"weight_decay": begin, "weight_decay_end": end},
+        "swav": {"prototypes": [12]},
+    }
+    return resolve(RECIPE, nested)
+
+
+def test_dinov2_schedules_by_its_own_figures():
+    """Printed by its code for these updates. Its warm-ups include their end (numpy.linspace), so one of n updates is
+    one of n - 1 batches here."""
+    batch, short = DINO_SHORT["batch"], LearningRate(dino(DINO_SHORT))
+    inclusive = LearningRate(dino(DINO_SHORT, warmup_samples=12_499 * batch))
+    for rate, update, expected in (
+        (inclusive, 1250, 5.657307e-4), (inclusive, 12_499, 5.656854e-3), (short, 12_500, 5.656854e-3),
+        (short, 68_750, 2.828927e-3), (short, 125_000, 1e-6),
+    ):  # fmt: skip
+        assert rate(update * batch) == pytest.approx(expected, rel=1e-6)
+    batch, config = DINO_LONG["batch"], dino(DINO_LONG)
+    assert LearningRate(config)(362_500 * batch) == pytest.approx(1.737051e-4, rel=1e-6)
+    assert weight_decay(config, 362_500 * batch) == pytest.approx(0.139895, abs=5e-7)
+    assert cosine(362_500 * batch, 0.994, 1.0, 625_000 * batch) == pytest.approx(0.997746, abs=5e-7)
+    temperatures = {0: 0.04, 1250: 0.04100003, 18_750: 0.05500040, 37_499: 0.07, 37_500: 0.07}
+    for update, expected in temperatures.items():
+        assert linear(update * batch, 0.04, 0.07, 37_499 * batch) == pytest.approx(expected, abs=5e-9)
+
+
+@given(begin=st.floats(0, 1), end=st.floats(0, 1), samples=st.integers(0, 10**9), seen=st.integers(0, 2 * 10**9))
+def test_a_schedule_goes_from_its_beginning_to_its_end_and_stays(begin, end, samples, seen):
+    for of in (linear, cosine):
+        assert of(0, begin, end, samples) == pytest.approx(begin if samples else end, abs=1e-15)
+        assert of(samples + seen, begin, end, samples) == pytest.approx(end, abs=1e-15)
+        assert min(begin, end) - 1e-15 <= of(seen, begin, end, samples) <= max(begin, end) + 1e-15
+
+
+def test_weight_decay_is_constant_unless_it_has_an_end():
+    def at(seen, **over):
+        return weight_decay(resolve(RECIPE, over), seen)
+
+    assert at(0) == at(160) == 1e-5
+    optim = {"weight_decay": 0.04, "weight_decay_end": 0.2}
+    assert [at(s, optim=optim) for s in (0, 80, 160, 999)] == pytest.approx([0.04, 0.12, 0.2, 0.2])
+    assert at(80, optim=optim, schedule={"decay_samples": 80}) == pytest.approx(0.2)
+    plateau = {"name": "plateau", "plateau_samples": 40, "decay_samples": 80}
+    assert at(80, optim=optim, schedule=plateau) == pytest.approx(0.2)
+    with pytest.raises(UserError, match="schedule.name cosine or an optim.weight_decay_end"):
+        at(80, schedule=plateau)
+
+
+def test_going_on_with_another_weight_decay_is_said():
+    def config(samples, **optim):
+        return resolve(RECIPE, {"train": {"total_samples": samples}, "optim": optim})
+
+    then = config(160, weight_decay=0.04, weight_decay_end=0.2)
+    meta = {"config": then.to_dict(), "samples_seen": 80, "schedule": LearningRate(then).state}
+    assert rate_change(meta, then) == ""
+    constant = rate_change(meta, config(160, weight_decay=0.04))
+    assert constant == "The weight decay goes from 0.12 to 0.04, because of optim.weight_decay_end."
+    longer = rate_change(meta, config(320, weight_decay=0.04, weight_decay_end=0.2))
+    assert "to 0.56, because of train.total_samples (schedule.decay_samples 160 keeps" in longer
+    assert longer.endswith(" The weight decay goes from 0.12 to 0.0634, because of train.total_samples.")
 
 
 def test_going_on_with_another_rate_is_said_with_what_changed_it():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ LR, UPDATES, CLIP = 1e-3, 4, 0.02
 def test_an_update_is_torchs(optimizer):
     world = World()
     over = {"optim.name": optimizer, "optim.weight_decay": 0.1, "optim.clip_norm": CLIP}
+    over |= {"optim.weight_decay_end": 40.0}  # in four of twenty updates a share that shows
     config, engine = toy(lambda: Taught(world), Engine, world, **over)
     model, start = Taught(world), Taught(world)  # without what an engine put into its own
     for plain in (model, start):
@@ -43,6 +46,7 @@ def test_an_update_is_torchs(optimizer):
         if seen == 8:  # the embedding is frozen
             for p in embed.values():
                 p.grad = None
+        groups[1]["weight_decay"] = 40 + (0.1 - 40) * 0.5 * (1 + math.cos(math.pi * seen / config.train.total_samples))
         theirs.step()
         theirs.zero_grad()
         with torch.no_grad():
