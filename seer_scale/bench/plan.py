@@ -33,6 +33,7 @@ from seer_scale.files import to_json
 from seer_scale.formatting import counted, memory_size
 from seer_scale.methods.registry import build_method
 from seer_scale.models.execution import MEMORY_FORMATS
+from seer_scale.models.init import initial_values
 from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import Engine
 from seer_scale.plan.devices import Device, known_devices, load_device
@@ -110,12 +111,15 @@ def measure(world: World, asked: Asked) -> Measured:
 
 @torch.no_grad()
 def draw_weights(engine: Engine) -> None:
-    """As wide as an initialisation draws them, without its time."""
-    for shard in engine.shards.values():
+    """Vectors as an initialisation has them, matrices about as wide, without its time."""
+    initialisers, seed = engine.method.initialisers(), engine.config.run.seed
+    for name, shard in engine.shards.items():
         if len(shard.shape) > 1:
             shard.local.normal_(std=math.prod(shard.shape[1:]) ** -0.5)
         else:
-            shard.local.fill_(0.5)
+            source = engine.averages.get(name, name)
+            values = initial_values(initialisers[source], shard.shape, seed, source, shard.start, shard.stop)
+            shard.local.copy_(values.view_as(shard.local))
     engine.refresh()
 
 

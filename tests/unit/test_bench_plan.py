@@ -13,10 +13,11 @@ import torch
 import yaml
 
 from seer_scale.bench import plan as bench
+from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.plan.devices import load_device
 from seer_scale.plan.plan import make_plan
-from tests.tiny import RECIPE
+from tests.tiny import RECIPE, tiny
 
 LEARNS = ["--optim.name", "sgd", "--optim.lr", "0.1", "--optim.lr_batch", "0"]
 
@@ -52,6 +53,21 @@ def test_the_same_update_is_planned_and_measured(asked):
     assert 0 < sum(real["kinds"].values()) and "allocated" not in found
     losses = real["losses"]  # of a real update, which learns its one batch
     assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_weights_are_about_those_of_an_initialisation():
+    """So that about as many activations are zero: what a GPU multiplies moves its clock."""
+    _, real = tiny(World())
+    _, drawn = tiny(World())
+    for shard in drawn.shards.values():
+        shard.local.fill_(torch.nan)
+    bench.draw_weights(drawn)
+    for name, shard in real.shards.items():
+        own = drawn.shards[name].local
+        if len(shard.shape) == 1:
+            assert torch.equal(own, shard.local), name
+        else:
+            assert 0.2 < own.std() / shard.local.std() < 5, name
 
 
 def test_operations_are_timed_by_the_kind_a_plan_has_them_under():
