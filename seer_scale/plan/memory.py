@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,19 +65,51 @@ def states(trace: Trace, block: int = 1) -> Iterator[tuple[int, int, Counter[Kin
 
 def find_peak(trace: Trace, block: int = 1) -> Peak:
     """block: what an allocator rounds to."""
-    peak = Peak(-1, 0, {}, 0)
+    return max(_peaks(trace, block), key=lambda peak: peak.nbytes)
+
+
+def _peaks(trace: Trace, block: int) -> list[Peak]:
+    """Before the first backward of an update, and from the beginning of each until the next begins or the update
+    ends."""
+    is_backward = [op.phase in ("backward", "recompute") for op in trace.ops]
+    begins = [i for i, now in enumerate(is_backward) if now and (not i or not is_backward[i - 1])]
+    peaks = [Peak(-1, 0, {}, 0)] * (len(begins) + 1)
     for at, nbytes, kinds, workspace in states(trace, block):
-        if nbytes > peak.nbytes:
-            peak = Peak(nbytes, at, dict(kinds), workspace)
-    return Peak(peak.nbytes, peak.op, {kind: n for kind, n in peak.kinds.items() if n}, peak.workspace)
+        window = bisect_left(begins, at)
+        if nbytes > peaks[window].nbytes:
+            peaks[window] = Peak(nbytes, at, {kind: n for kind, n in kinds.items() if n}, workspace)
+    return peaks
+
+
+def _peak_of_more(fewer: Trace, trace: Trace, num: int, block: int) -> tuple[Peak, Peak]:
+    """(of an update of `num` micro-batches, the one of `trace` that it is like), from traces of n - 1 and of n.
+
+    What is held for a micro-batch all along grows with their number: at the first backward by what is made for all
+    before, at the last by what stays until then. Those between hold no more than these.
+    """
+    less, more = _peaks(fewer, block), _peaks(trace, block)
+    count = len(more) - 1
+    found = []
+    for window in {0, 1, count - 1, count}:
+        a, b = less[window if window <= 1 else window - 1], more[window]
+        grown = {kind: _grown(a.kinds.get(kind, 0), n, num - count) for kind, n in b.kinds.items()}
+        nbytes = sum(grown.values()) + b.workspace
+        found.append((Peak(nbytes, b.op, grown, b.workspace), b))
+    return max(found, key=lambda pair: pair[0].nbytes)
+
+
+def _grown(fewer: int, more: int, by: int) -> int:
+    return max(0, more + by * (more - fewer))
 
 
 @dataclass(frozen=True)
 class Memory:
     """Of one rank, in bytes. peak: of tensors. kinds: at the peak, largest first, and what is taken beside tensors:
-    workspaces of kernels, what the allocator holds unused, communicators, and the device's own."""
+    workspaces of kernels, what the allocator holds unused, communicators, and the device's own. traced: the peak of
+    the trace, where more micro-batches are planned than it has."""
 
     peak: Peak
+    traced: Peak
     kinds: dict[str, int]
     capacity: int
 
@@ -119,16 +152,19 @@ class Memory:
         return self.lacking > 0
 
 
-def memory_of(trace: Trace, device: Device) -> Memory:
-    """What the update of a trace takes of a device."""
+def memory_of(trace: Trace, device: Device, fewer: Trace | None = None, num: int = 0) -> Memory:
+    """What the update of a trace takes of a device. fewer: a trace with one micro-batch less: then of an update with
+    `num` of them, whose every byte beyond what was traced the allocator takes anew."""
     is_gpu, block = trace.device != "cpu", block_of(trace, device)
-    peak = find_peak(trace, block)
+    whole = find_peak(trace, block)
+    peak, traced = _peak_of_more(fewer, trace, num, block) if fewer else (whole, whole)
     kinds: dict[str, int] = dict(sorted(peak.kinds.items(), key=lambda kind: -kind[1]))
     kinds[WORKSPACES] = peak.workspace + KERNEL_WORKSPACE * is_gpu
     if is_gpu:
         changes = ((held, held.nbytes, held.stream, comes) for held, comes in trace.changes)
-        kinds[SLACK] = max(0, reserved(changes, block) - peak.nbytes)
+        kinds[SLACK] = max(0, reserved(changes, block) - whole.nbytes)
         communicators, context = BESIDE_ALLOCATOR
         kinds[communicators] = device.communicator_bytes * len({(c.ranks, c.group) for c in trace.collectives})
         kinds[context] = device.context_bytes
-    return Memory(peak, {kind: nbytes for kind, nbytes in kinds.items() if nbytes}, device.memory_bytes)
+    found = {kind: nbytes for kind, nbytes in kinds.items() if nbytes}
+    return Memory(peak, traced, found, device.memory_bytes)

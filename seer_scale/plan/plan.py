@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from seer_scale.parallel.units import compute_type, matrix_numel, sharded_units,
 from seer_scale.plan import failures, proof
 from seer_scale.plan.accelerator import GPU
 from seer_scale.plan.devices import Device, known_devices
-from seer_scale.plan.memory import Memory, Peak, memory_of
+from seer_scale.plan.memory import Memory, memory_of
 from seer_scale.plan.time import (
     SEER_GPUS,
     SEER_IMAGES,
@@ -85,17 +85,16 @@ def _trace(config: Config, gpus: int, device: Device, rank: int = 0) -> Trace:
 
 def _plan(config: Config, gpus: int, device: Device) -> Plan:
     num = config.num_micro_batches(gpus)
-    shorter = [_with_micro_batches(config, gpus, n) for n in (TRACED - 1, TRACED)] if num > TRACED else [config]
-    traces = [_trace(c, gpus, device) for c in shorter]
+    of = [config] if num <= TRACED else [_with_micro_batches(config, gpus, n) for n in (TRACED - 1, TRACED)]
+    traces = [_trace(c, gpus, device) for c in of]
     proof.check(traces[-1:])
-    memories = [memory_of(t, device) for t in traces]
-    times = [simulate(t, device) for t in traces]
-    return Plan(config, gpus, device, traces[-1], _at(memories, num), _at(times, num))
+    memory = memory_of(traces[-1], device, *((traces[0], num) if num > TRACED else ()))
+    return Plan(config, gpus, device, traces[-1], memory, _time_of([simulate(t, device) for t in traces], num))
 
 
-TRACED = 3
-"""The most micro-batches that are traced: what any more take is what the last of them takes, each."""
-PlannedT = TypeVar("PlannedT", Memory, StepTime)
+TRACED = 4
+"""The most micro-batches that are traced: what any more take is what the last of them takes, each. From the third to
+the fourth, as the second may be the first at which most is held elsewhere."""
 
 
 def _with_micro_batches(config: Config, gpus: int, num: int) -> Config:
@@ -104,7 +103,7 @@ def _with_micro_batches(config: Config, gpus: int, num: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=batch))
 
 
-def _at(found: Sequence[PlannedT], num: int) -> PlannedT:
+def _time_of(found: Sequence[StepTime], num: int) -> StepTime:
     """Of `num` micro-batches, from what was found for TRACED - 1 and TRACED; or the one there is."""
     if len(found) == 1:
         return found[0]
@@ -116,8 +115,6 @@ def _linear(fewer: Any, more: Any, num: int) -> Any:
     """What grows by as much with each micro-batch; the rest as it is."""
     if isinstance(more, dict):
         return {k: _linear(fewer.get(k, 0), v, num) for k, v in more.items()}
-    if isinstance(more, Peak):
-        return dataclasses.replace(more, nbytes=_linear(fewer.nbytes, more.nbytes, num))
     if isinstance(more, int | float):
         return more + (num - TRACED) * (more - fewer)
     return more

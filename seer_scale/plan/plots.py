@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seer_scale.formatting import memory_size, paragraph
-from seer_scale.plan.memory import SLACK, WORKSPACES, block_of, find_peak, states
+from seer_scale.plan.memory import SLACK, WORKSPACES, block_of, states
 from seer_scale.plan.outputs import new_file
 from seer_scale.plan.plan import (
     IDLE,
@@ -76,7 +76,7 @@ def memory_over_time(plan: Plan) -> MemoryOverTime:
     """
     trace, memory = plan.trace, plan.memory
     block, times = block_of(trace, plan.device), op_times(plan)
-    traced = find_peak(trace, block)
+    traced = memory.traced
     beside = Counter(memory.kinds)
     beside.subtract(traced.kinds)
     beside[WORKSPACES] -= traced.workspace
@@ -90,15 +90,15 @@ def memory_over_time(plan: Plan) -> MemoryOverTime:
         last[point] = held
         if nbytes > most[point][0]:
             most[point] = nbytes, held
-            if at_peak < 0 or nbytes > most[at_peak][0]:
-                at_peak = point
+        if (at, nbytes) == (traced.op, traced.nbytes):
+            most[point], at_peak = (nbytes, held), point
     rows, before = [], most[0][1]
     for (_, held), after in zip(most, last):
         rows.append(held or before)
         before = after or before
     drawn = dict(zip(names, np.array(rows, dtype=np.int64).T))
     if plan.device.asynchronous:
-        drawn[SLACK] = memory.total - sum(drawn.values())
+        drawn[SLACK] = np.maximum(0, memory.total - sum(drawn.values()))
     return MemoryOverTime((np.arange(POINTS) + 0.5) * width, {k: v for k, v in drawn.items() if v.any()}, at_peak)
 
 

@@ -93,7 +93,7 @@ def test_the_picture_has_all_kinds_and_all_times(case):
     assert widths.pop(plots.IDLE) == plan.time.idle
     assert widths.pop(plots.NOT_HIDDEN, 0) == plan.time.exposed
     assert widths == plan.time.busy
-    assert ("3 of 6 micro-batches" in above.get_title("left")) == (case == "six micro-batches")
+    assert ("4 of 6 micro-batches" in above.get_title("left")) == (case == "six micro-batches")
 
 
 # ------------------------------------------------------------------------------------------------ files
