@@ -72,7 +72,12 @@ def compute(flops: float) -> str:
 
 def rate(per_s: float) -> str:
     """So many a second, with as many digits as mean something: "1,234", "0.52"."""
-    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
+    return amount(per_s)
+
+
+def amount(number: float) -> str:
+    """Of what may be a part of one, with as many digits as mean something: "1,234", "0.52"."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def memory_size(nbytes: float) -> str:

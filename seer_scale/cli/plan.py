@@ -26,7 +26,7 @@ does, days and GPU-hours: of the recipe's own update, made on tensors without va
 a CPU is needed. --fit looks for the fastest way that fits and writes a recipe of it. --failures adds what failures cost
 that run; without RECIPE it weighs a job that is described by its options.
 Exit status: 0 it fits, 1 it cannot, 2 bad input. docs/plan.md says how true it is."""
-OF_A_RECIPE = ("device", "price", "fit", "plot")
+OF_A_RECIPE = ("device", "price", "fit", "plot", "published")
 """Options that only a recipe gives a meaning."""
 
 
@@ -75,6 +75,11 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         metavar="FILE",
         help="memory over an update, and its time, as a picture: .png, .svg or .pdf",
     )
+    add(
+        "--published",
+        action="store_true",
+        help="of SEER's 128GF or 256GF, its published update on 512 V100 beside, planned for either",
+    )
     add("--failures", action="store_true", help="what failures cost, and the best interval between checkpoints")
     failures.add_arguments(parser)
 
@@ -96,20 +101,27 @@ def plan(args: argparse.Namespace) -> int:
 
 def _plan_recipe(args: argparse.Namespace) -> int:
     from seer_scale.plan import failures, plots, search
-    from seer_scale.plan.plan import facts, failures_of, lines, make_plan, proved
+    from seer_scale.plan.memory import GIVES_BACK
+    from seer_scale.plan.plan import facts, failures_of, lines, make_plan, plan_published, proved
 
     given = args.parser.given
     own = [name for name in [*failures.FAILURE_OPTIONS, "interval"] if name != "gpus"]
     if not args.failures and (unused := [name for name in own if name in given]):
         option = f"--{unused[0].replace('_', '-')}"
         raise UserError(Problem(option, NOTHING, "has no effect without --failures", "add --failures, or leave it out"))
+    if "images_per_second" in given:
+        rule = "has no effect beside RECIPE, whose own are planned"
+        raise UserError(Problem("--images-per-second", args.images_per_second, rule, "leave it out"))
     if args.out and not args.fit:
         raise UserError(Problem("--out", args.out, "has no effect without --fit", "add --fit, or leave it out"))
     asked = _asked(args)
+    published = plan_published(asked.config) if args.published else None
     found = search.fit(asked.config, asked.gpus, asked.device) if args.fit else []
     made = proved(found[0].plan if found else make_plan(asked.config, asked.gpus, asked.device))
-    fits = made.memory.fits
-    change = None if fits else search.smallest_change(asked.config, asked.gpus, asked.device)
+    memory, fits = made.memory, made.memory.fits
+    change, tried = None, list[int]()
+    if memory.cannot_fit:
+        change, tried = search.smallest_change(asked.config, asked.gpus, asked.device)
     if change:
         proved(change.plan)  # nothing is offered that would hang
     text, failure = failures_of(made, _failure_words(args, own)) if args.failures else ("", None)
@@ -118,14 +130,18 @@ def _plan_recipe(args: argparse.Namespace) -> int:
     if asked.plot:
         plots.draw(made, asked.plot, Path(args.recipe).stem)
     if args.json:
-        told = facts(made, asked.rate, failure)
-        told |= {} if fits else {"smallest_change": change.facts() if change else None}
+        told = facts(made, asked.rate, failure, published)
+        if memory.cannot_fit:
+            told |= {"smallest_change": change.facts() if change else None, "tried_gpus": tried}
+        elif not fits:
+            told |= {"smallest_change": {"environment": GIVES_BACK}}
         told |= {"fit": [c.facts() for c in found], "written": str(asked.out) if fits else None} if args.fit else {}
         print(to_json(told, indent=1))
     else:
         out = [*search.lines(found), ""] if found else []
-        out += lines(made, asked.rate)
-        out += [] if fits else search.change_lines(change)
+        out += lines(made, asked.rate, published)
+        if not fits:
+            out += search.change_lines(change, tried) if memory.cannot_fit else search.environment_lines()
         out += ["", *text.splitlines()] if text else []
         out += ["", *made.time.assumptions]
         out += [f"written: {shown(str(asked.out))}"] if fits and asked.out else []

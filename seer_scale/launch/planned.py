@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,18 @@ def plan_all(prepared: Sequence[Prepared], gpu: str) -> list[Prepared]:
         out.append((job, recipe, [*notes, told]))
     if problems:
         raise UserError(*problems)
-    return out
+    return out if all(plan.memory.fits for plan in plans.values()) else [_giving_back(*one) for one in out]
+
+
+def _giving_back(job: Job, recipe: dict[str, Any], notes: list[str]) -> Prepared:
+    """With the environment in which the allocator gives back its slack, but for what the profile sets itself. All of an
+    array have the environment of the first."""
+    from seer_scale.plan.memory import GIVES_BACK
+
+    environment = GIVES_BACK | job.profile["environment"]
+    told = ", ".join(f"{name}={environment[name]}" for name in GIVES_BACK)
+    told = f"It may fit only as the allocator gives back its slack: {told} in its environment."
+    return dataclasses.replace(job, profile=job.profile | {"environment": environment}), recipe, [*notes, told]
 
 
 def _is_auto(recipe: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from seer_scale.errors import NOTHING, ConfigError, Problem, UserError, closest
 
 DEVICES = Path(__file__).with_name("devices.yaml")
 HOW_TO_MEASURE = "seer-scale bench step --calibrate --out FILE"
+IS_MISSING = "is missing"
 Interval = tuple[float, float, float]
 """Low, likely, high."""
 
@@ -80,9 +81,28 @@ class Device:
     link: Link = opt(Link(), "between GPUs of a node")
     network: Link = opt(Link(), "between nodes, as each GPU's share of its node's")
 
+    @property
+    def given(self) -> str:
+        """What `load_device` was asked for."""
+        return self.name
+
+    @property
+    def torch_type(self) -> str:
+        """As parallel.device has it."""
+        return "cuda" if self.asynchronous else "cpu"
+
     def precision(self, dtype: torch.dtype) -> Precision:
         """Products of other types are counted as of fp32."""
         return {torch.float16: self.fp16, torch.bfloat16: self.bf16}.get(dtype, self.fp32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOfFile(Device):
+    path: str = ""
+
+    @property
+    def given(self) -> str:
+        return self.path
 
 
 OPTIONAL = ("name", "context_bytes", "communicator_bytes", "asynchronous")
@@ -99,7 +119,7 @@ def _missing(section: Any, prefix: str, told: set[str]) -> Iterator[Problem]:
         if dataclasses.is_dataclass(value):
             yield from _missing(value, f"{key}.", told)
         elif not value or isinstance(value, tuple) and not value[0]:
-            yield Problem(key, NOTHING, f"is missing: {field.metadata['help']}")
+            yield Problem(key, NOTHING, f"{IS_MISSING}: {field.metadata['help']}")
 
 
 def _not_rising(section: Any, prefix: str) -> Iterator[Problem]:
@@ -156,5 +176,6 @@ def load_device(name_or_file: str) -> Device:
         raise UserError(Problem(name_or_file, NOTHING, rule, fix))
     device, problems = read_device(read_yaml(path, "keys of a device, such as 'bandwidth: 3.35e12'"))
     if problems:
-        raise ConfigError(problems, what=f"The device {name_or_file}")
-    return device if device.name else dataclasses.replace(device, name=path.stem)
+        fix = f" ({HOW_TO_MEASURE} writes a whole one)" if any(p.rule.startswith(IS_MISSING) for p in problems) else ""
+        raise ConfigError(problems, what=f"The device {name_or_file}{fix}")
+    return DeviceOfFile(**vars(device) | {"name": device.name or path.stem}, path=name_or_file)

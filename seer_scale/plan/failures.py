@@ -98,23 +98,24 @@ def daly(failures: Failures) -> float:
     return failures.mtbf_s if half >= 1 else young(failures) * (1 + math.sqrt(half) / 3 + half / 9) - failures.stall_s
 
 
-def best_interval(failures: Failures) -> float:
-    """Seconds of useful work between checkpoints at which `goodput` is highest; a golden section, it has one
-    maximum."""
+def best_interval(failures: Failures, longest_s: float = math.inf) -> float:
+    """Seconds of useful work between checkpoints, up to the longest that makes sense, at which `goodput` is highest; a
+    golden section, it has one maximum."""
 
     def at(log_s: float) -> float:
         return max(failures.save_s, math.exp(log_s))
 
     ratio = (math.sqrt(5) - 1) / 2
     low = math.log(failures.save_s)
-    high = math.log(max(failures.save_s, failures.mtbf_s))  # more than the MTBF is never best
+    high = math.log(max(failures.save_s, min(failures.mtbf_s, longest_s)))  # more than the MTBF is never best
     while high - low > 1e-8:
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if _log_goodput(failures, at(left)) < _log_goodput(failures, at(right)):
             low = left
         else:
             high = right
-    return max(failures.save_s, at(low), key=lambda s: _log_goodput(failures, s))
+    ends = (failures.save_s, at(low), at(high))
+    return max(ends, key=lambda s: _log_goodput(failures, s))
 
 
 def _log_goodput(failures: Failures, interval_s: float) -> float:
@@ -135,14 +136,17 @@ def _check_interval(failures: Failures, interval_s: float, key: str = "interval_
 # ------------------------------------------------------------------------------------------------ the target
 
 
-def reaching(failures: Failures, interval_s: float, target: float = TARGET) -> dict:
-    """What reaches a goodput, each value with the others as they are; None where nothing does.
+def reaching(
+    failures: Failures, interval_s: float, target: float = TARGET, longest_s: float = math.inf
+) -> dict[str, Any]:
+    """What reaches a goodput, each value with the others as they are and no interval above the longest; None where
+    nothing does.
 
     `reached`: whether this interval does. `intervals_s`: the shortest and the longest that do. `down_s`: the longest
     detection and restart together, at this interval; `best_down_s`: at the best. `mtbf_s`: the shortest MTBF, at its
     own best interval, if one of up to LARGEST does.
     """
-    best = best_interval(failures)
+    best = best_interval(failures, longest_s)
 
     def reached(interval: float) -> bool:
         return _log_goodput(failures, interval) >= math.log(target)
@@ -153,7 +157,7 @@ def reaching(failures: Failures, interval_s: float, target: float = TARGET) -> d
 
     def reached_with(mtbf_s: float) -> bool:
         other = replace(failures, mtbf_s=mtbf_s)
-        return _log_goodput(other, best_interval(other)) >= math.log(target)
+        return _log_goodput(other, best_interval(other, longest_s)) >= math.log(target)
 
     rare = min(LARGEST, max(failures.mtbf_s, failures.save_s + failures.down_s))
     while rare < LARGEST and not reached_with(rare):
@@ -163,7 +167,10 @@ def reaching(failures: Failures, interval_s: float, target: float = TARGET) -> d
         often /= 2
     return {
         "reached": reached(interval_s) and reached(best),
-        "intervals_s": (_edge(reached, best, failures.save_s), _edge(reached, best, max(best, failures.mtbf_s)))
+        "intervals_s": (
+            _edge(reached, best, failures.save_s),
+            _edge(reached, best, max(best, min(failures.mtbf_s, longest_s))),
+        )
         if reached(best)
         else None,
         "down_s": longest_down(interval_s),
@@ -195,7 +202,8 @@ FAILURE_OPTIONS: dict[str, tuple[float | None, str]] = {
     "restart": (300.0, "seconds from there to the next useful step: requeue, start, load"),
     "images_per_second": (
         None,
-        "images that the job trains on in a second, to print the interval as checkpoint.every_samples, too",
+        "images that the job trains on in a second, to print the interval as checkpoint.every_samples, too; with a "
+        "recipe, those that are planned",
     ),
 }
 ABOVE_ZERO, WHOLE = ("mtbf_hours", "gpus", "gpu_hours", "save", "images_per_second"), ("gpus",)
@@ -220,20 +228,24 @@ def run(args: argparse.Namespace) -> str:
     return to_json(facts, indent=1) if args.json else text
 
 
-def weigh(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The lines to print, and the figures. Raises UserError."""
+def weigh(args: argparse.Namespace, run_s: float = math.inf) -> tuple[str, dict[str, Any]]:
+    """The lines to print, and the figures. run_s: useful seconds of the whole run, which no interval exceeds. Raises
+    UserError."""
     failures, given = _read(args)
-    best = best_interval(failures)
+    best = best_interval(failures, run_s)
     interval_s = given.get("interval", best)
-    shares, reach = breakdown(failures, interval_s), reaching(failures, interval_s)
+    if "interval" in given and interval_s > max(run_s, failures.save_s):
+        raise UserError(Problem("--interval", interval_s, f"the whole run takes {_shown(run_s)}", math.floor(run_s)))
+    shares, reach = breakdown(failures, interval_s), reaching(failures, interval_s, longest_s=run_s)
     facts = asdict(failures) | {"interval_s": interval_s, "shares": shares}
+    facts |= {"run_s": run_s} if run_s < math.inf else {}
     facts |= {
         "best_interval_s": {"ours": best, "young": young(failures), "daly": daly(failures)},
         "best_goodput": goodput(failures, best),
         "target": {"goodput": TARGET} | reach,
     }
     if "images_per_second" in given:
-        facts["every_samples"] = round(interval_s * given["images_per_second"])
+        facts["every_samples"] = round(min(interval_s, run_s) * given["images_per_second"])
     return "\n".join(_table(failures, facts)), facts
 
 
@@ -292,6 +304,8 @@ def _table(failures: Failures, facts: dict) -> list[str]:
             f"{_percent(shares['down'])} in detection and restart"
         ),
     ]
+    if "run_s" in facts and best["ours"] >= facts["run_s"] * (1 - 1e-6):
+        lines.insert(3, f"               the whole run takes {_shown(facts['run_s'])}: its last checkpoint is enough")
     if "every_samples" in facts:
         lines.append(f"in a recipe    --checkpoint.every_samples {facts['every_samples']}")
     return [*lines, f"aim            {_verdict(failures, facts)}"]

@@ -14,6 +14,8 @@ from seer_scale.plan.trace import Kind, Trace
 SLACK, WORKSPACES = "allocator slack", "workspaces of kernels"
 BESIDE_ALLOCATOR = ("communicators", "CUDA context")
 """What a process holds beside its allocator."""
+GIVES_BACK = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Environment in which torch's allocator gives back what it holds unused."""
 KERNEL_WORKSPACE = 350 * 2**20
 """Bytes that libraries of a GPU take for their kernels: what lacked on one H200 (docs/performance.md)."""
 

@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from seer_scale.config import Config
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.formatting import counted, memory_size, rough_duration, short_number
+from seer_scale.formatting import amount, counted, memory_size, rough_duration, short_number
 from seer_scale.formatting import rate as rate_of
-from seer_scale.methods.base import Method
 from seer_scale.methods.registry import build_method
-from seer_scale.models.execution import COMPUTE_DTYPES
-from seer_scale.parallel.units import compute_type, matrix_numel, sharded_units, split_units
 from seer_scale.plan import failures, proof
 from seer_scale.plan.accelerator import GPU
+from seer_scale.plan.bounds import check_largest_unit, with_parallel
 from seer_scale.plan.devices import Device, known_devices
 from seer_scale.plan.memory import Memory, memory_of
 from seer_scale.plan.time import (
+    SEER_DEVICE,
     SEER_GPUS,
     SEER_IMAGES,
     SEER_READINGS,
     SEER_UPDATE_S,
     StepTime,
     milliseconds,
+    seer_config,
+    seer_row,
     simulate,
 )
 from seer_scale.plan.trace import Sync, Trace, trace
-
-GATHERED = ("fsdp", "zero3")
 
 
 @dataclass(frozen=True)
@@ -129,44 +125,16 @@ def _plan_of_auto(config: Config, gpus: int, device: Device) -> Plan:
     return _plan(with_parallel(config, engine="fsdp"), gpus, device)
 
 
-def with_parallel(config: Config, **keys: Any) -> Config:
-    """The recipe with other keys of its section parallel."""
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **keys))
-
-
-def check_largest_unit(method: Method[Any, Any], config: Config, gpus: int, device: Device) -> None:
-    """Raises UserError where what is gathered at once, or held whole, is more than the device has."""
-    engine = "single" if gpus == 1 else config.parallel.engine
-    if engine in GATHERED or engine == "auto":
-        needed, name = _largest(sharded_units(method, config), method, config)
-        rule = f"{name} alone takes {memory_size(needed)} when it is gathered"
-        layer, _ = _largest(split_units(method.shard_units(), 0), method, config)
-        if layer <= device.memory_bytes:
-            fix = f"parallel.max_unit_gib {math.ceil(1000 * layer / 2**30) / 1000:g} cuts it into its layers"
-        else:
-            larger = [d.name for d in known_devices().values() if d.memory_bytes > layer]
-            fix = f"it fits on {' or '.join(larger)}" if larger else "no device that is known has as much"
-    else:
-        needed = 4 * sum(p.numel() for p in method.parameters())
-        rule = f"its weights alone take {memory_size(needed)} with parallel.engine {engine}"
-        fix = "parallel.engine fsdp on several GPUs" if gpus == 1 else "parallel.engine fsdp"
-    if needed > device.memory_bytes:
-        raise UserError(
-            Problem(f"--device {device.name}", NOTHING, f"has {memory_size(device.memory_bytes)}, but {rule}", fix)
-        )
-
-
-def _largest(units: dict[str, nn.Module], method: Method[Any, Any], config: Config) -> tuple[int, str]:
-    """(bytes in the type it is gathered in, name) of the largest."""
-    types = {name: COMPUTE_DTYPES[compute_type(name, method, config)] for name in units}
-    return max((matrix_numel(unit) * types[name].itemsize, name) for name, unit in units.items())
-
-
 # ------------------------------------------------------------------------------------------------ what is said
 
 
-def facts(plan: Plan, rate: float | None = None, failure: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All figures of a plan, as JSON has them."""
+def facts(
+    plan: Plan,
+    rate: float | None = None,
+    failure: dict[str, Any] | None = None,
+    published: Mapping[str, StepTime] | None = None,
+) -> dict[str, Any]:
+    """All figures of a plan, as JSON has them. published: what `plan_published` gives."""
     memory, time, samples = plan.memory, plan.time, plan.config.train.total_samples
     return {
         "engine": plan.trace.engine, "gpus": plan.gpus, "device": plan.device.name,
@@ -188,18 +156,18 @@ def facts(plan: Plan, rate: float | None = None, failure: dict[str, Any] | None 
         "collectives": len(plan.trace.collectives), "proved_ranks": list(plan.proved),
         "host_waits": [dataclasses.asdict(sync) for sync in plan.syncs],
         "assumptions": time.assumptions,
-    } | ({"failures": failure} if failure else {})  # fmt: skip
+    } | ({"failures": failure} if failure else {}) | (_published_facts(published) if published else {})  # fmt: skip
 
 
-def lines(plan: Plan, rate: float | None = None) -> list[str]:
-    """The plan as text."""
+def lines(plan: Plan, rate: float | None = None, published: Mapping[str, StepTime] | None = None) -> list[str]:
+    """The plan as text. published: what `plan_published` gives."""
     return [
         headline(plan),
         "",
         *_memory_lines(plan),
         "",
         *_time_lines(plan, rate),
-        *_published_lines(plan),
+        *_published_lines(plan, published),
         *_proof_lines(plan),
     ]
 
@@ -222,8 +190,7 @@ def verdict(memory: Memory) -> str:
         return f"{taken}: fits, {memory_size(memory.room)} to spare"
     if memory.cannot_fit:
         return f"{taken}: does NOT fit, by {memory_size(memory.lacking)} even without the allocator's slack"
-    fix = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-    return f"{taken}: fits only as the allocator gives back its slack: {fix}"
+    return f"{taken}: fits only as the allocator gives back its slack"
 
 
 def where_most_is_held(plan: Plan) -> str:
@@ -253,13 +220,13 @@ NOT_HIDDEN, IDLE = "not hidden, of these", "the device idles"
 
 def _time_lines(plan: Plan, rate: float | None) -> list[str]:
     time, samples = plan.time, plan.config.train.total_samples
-    price = "" if rate is None else f", {time.price(samples, rate):,.0f} at {rate:g} a GPU-hour"
+    price = "" if rate is None else f", {amount(time.price(samples, rate))} at {rate:g} a GPU-hour"
     updates = counted(-(-samples // plan.config.train.global_batch), "update")
     return [
         f"time of an update {speed(time)}",
         *(f"  {kind:<24}{milliseconds(seconds):>10}" for kind, seconds in time_rows(plan)),
         f"whole run         {samples:,} images in {rough_duration(86400 * time.days(samples))} ({updates}), "
-        f"{time.gpu_hours(samples):,.0f} GPU-hours{price}",
+        f"{amount(time.gpu_hours(samples))} GPU-hours{price}",
         f"loader            {counted(time.loader_cores, 'CPU core')} a GPU",
     ]
 
@@ -272,14 +239,35 @@ def speed(time: StepTime) -> str:
     )
 
 
-def _published_lines(plan: Plan) -> list[str]:
-    """SEER's own row, beside either of the two models it may have been."""
+def plan_published(config: Config) -> dict[str, StepTime]:
+    """SEER's published update under both readings of its model, by recipe. Raises UserError for any other model."""
+    if config.model.name not in SEER_READINGS.values():
+        rule = f"is of one update of SEER's, whose model was not {config.model.name}"
+        raise UserError(Problem("--published", NOTHING, rule, f"plan {' or '.join(SEER_READINGS)}"))
+    return {name: _plan(seer_config(name), SEER_GPUS, known_devices()[SEER_DEVICE]).time for name in SEER_READINGS}
+
+
+def _published_facts(published: Mapping[str, StepTime]) -> dict[str, Any]:
+    planned = {
+        name: {"update_s": time.seconds, "low_s": time.low, "high_s": time.high, "mfu": time.mfu}
+        for name, time in published.items()
+    }
+    setting = {"update_s": SEER_UPDATE_S, "images": SEER_IMAGES, "gpus": SEER_GPUS, "device": SEER_DEVICE}
+    return {"published": setting | {"planned": planned}}
+
+
+def _published_lines(plan: Plan, published: Mapping[str, StepTime] | None) -> list[str]:
+    """SEER's own row: under both readings of its model where these were planned."""
+    if published:
+        first, *more = seer_row(published)
+        return [f"published         {first}", *(f"{'':18}{line}" for line in more)]
     if plan.config.model.name not in SEER_READINGS.values():
         return []
     theirs, ours = SEER_IMAGES / SEER_UPDATE_S / SEER_GPUS, plan.time.images_per_s / plan.gpus
     return [
         f"published         SEER: {milliseconds(SEER_UPDATE_S)} for {SEER_IMAGES:,} images on {SEER_GPUS} V100, "
-        f"{rate_of(theirs)} images/s a GPU if its model was this one; planned here: {rate_of(ours)}"
+        f"{rate_of(theirs)} images/s a GPU if its model was this one; planned here: {rate_of(ours)}; "
+        "--published plans that update under both readings of its model"
     ]
 
 
@@ -318,8 +306,10 @@ def failures_of(plan: Plan, given: Sequence[str] = ()) -> tuple[str, dict[str, A
     Raises UserError."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     failures.add_arguments(parser)
-    args = parser.parse_args([*given, "--gpus", str(plan.gpus), "--images-per-second", repr(plan.time.images_per_s)])
-    text, figures = failures.weigh(args)
-    days = plan.time.days(plan.config.train.total_samples) / figures["shares"]["goodput"]
+    gpus = [] if "--mtbf-hours" in given else ["--gpus", str(plan.gpus)]
+    args = parser.parse_args([*given, *gpus, "--images-per-second", repr(plan.time.images_per_s)])
+    useful = plan.time.days(plan.config.train.total_samples)
+    text, figures = failures.weigh(args, 86400 * useful)
+    days = useful / figures["shares"]["goodput"]
     whole = f"whole run      {rough_duration(86400 * days)} with what failures and checkpoints cost"
     return f"{text}\n{whole}", figures | {"days": days}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -26,10 +26,13 @@ from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.files import shown
 from seer_scale.formatting import counted, memory_size
+from seer_scale.methods.base import Method
 from seer_scale.methods.registry import build_method
+from seer_scale.plan.bounds import check_largest_unit, least_held, memory_left
 from seer_scale.plan.devices import Device
+from seer_scale.plan.memory import GIVES_BACK
 from seer_scale.plan.outputs import new_file
-from seer_scale.plan.plan import Plan, check_largest_unit, make_plan
+from seer_scale.plan.plan import Plan, make_plan
 from seer_scale.plan.recompute import Recomputation
 from seer_scale.plan.time import milliseconds, op_seconds
 
@@ -40,8 +43,6 @@ SHRINKING = ("activations", "loss", "workspaces of kernels", "allocator slack")
 NEEDS = dict.fromkeys(ZERO_ENGINES, "deepspeed") | {"fairscale": "fairscale"}
 PLANS_OF_A_CHOICE = 3
 """Plans of one choice of units, each with less memory allowed than the one before, until one fits."""
-MORE_NODES = 4
-"""Numbers of GPUs above the one asked for that are tried."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,25 @@ class _Search:
         self.refusals: list[UserError] = []
 
     @cached_property
-    def num_parameters(self) -> int:
-        method = build_method(self.given, World())
-        return sum(p.numel() for p in method.parameters())
+    def method(self) -> Method[Any, Any]:
+        """To count its parameters."""
+        return build_method(self.given, World())
 
     def check_largest_unit(self, gpus: int) -> None:
         """Raises UserError where a unit alone is more than the device has, however the model is held."""
         config = with_keys(self.given, self.engine("fsdp"))
-        check_largest_unit(build_method(config, World()), config, max(2, gpus), self.device)
+        check_largest_unit(self.method, config, max(2, gpus), self.device)
+
+    def is_too_large(self, keys: Mapping[str, Any], gpus: int) -> bool:
+        """Whether weights, gradients and state alone are more than a device has: then nothing needs to be traced."""
+        config = with_keys(self.given, keys)
+        engine = "single" if gpus == 1 and not config.parallel.offload else config.parallel.engine
+        needed = least_held(self.method, config, engine, gpus)
+        if needed <= memory_left(self.device, gpus):
+            return False
+        name, many = _engine_name(config, gpus), f"{gpus:,} x {self.device.name}"
+        _tell(f"{name} on {many} is left out: weights, gradients and state alone take {memory_size(needed)} of each")
+        return True
 
     def engine(self, name: str, **more: Any) -> dict[str, Any]:
         """The keys that make this the recipe's engine: with those that it does not read as they are by default."""
@@ -191,15 +203,18 @@ class _Search:
         return _Base(keys, plan) if plan else None
 
     def fitting(self, base: _Base, images: int) -> Change | None:
-        """Micro-batches of so many images, with as few units recomputed as fit."""
-        spare = 0.0
-        for _ in range(PLANS_OF_A_CHOICE):
-            units = base.choose(images, spare)
-            if units is None:
-                return None
+        """Micro-batches of so many images, with as few units recomputed as fit, and all before none."""
+        every, spare = base.recomputation.units, 0.0
+        if base.choose(images) is None:
+            return None
+        for number in range(1, PLANS_OF_A_CHOICE + 1):
+            units = base.choose(images, spare) if number < PLANS_OF_A_CHOICE else every
+            units = every if units is None else units
             found = self.change(self.keys_of(base, images, units), base.plan.gpus)
             if found is None or found.fits:
                 return found
+            if len(units) == len(every):
+                break
             spare -= found.plan.memory.room * 1.05
         return None
 
@@ -238,26 +253,27 @@ def _tell(line: str) -> None:
 # ------------------------------------------------------------------------------------------------ the smallest change
 
 
-def smallest_change(config: Config, gpus: int, device: Device) -> Change | None:
+def smallest_change(config: Config, gpus: int, device: Device) -> tuple[Change | None, list[int]]:
     """What makes a recipe fit that does not, at the least cost to whoever trains it: units recomputed where that saves
     most for its time; smaller micro-batches, too; another engine; state in the host's memory; more GPUs. None: none of
-    these does.
+    these does. And the numbers of GPUs that were tried.
 
     config: checked for so many GPUs. Raises UserError for what no update can be made of.
     """
     search = _Search(config, device)
     search.check_largest_unit(gpus)
     given = _named_engine(search, config, gpus)
+    tried: list[int] = []
     for keys, number in _ways(search, given, gpus):
-        base = search.base(keys, number)
-        if base is None:
+        if search.is_too_large(keys, number):
             continue
+        tried += [number] * (number not in tried)
+        base = search.base(keys, number)
         # of the given micro-batch first, then of smaller ones; none with less memory than the one that follows allows
-        for images in _micro_batches(search.given, number):
-            found = search.fitting(base, images) if base.choose(images) is not None else None
-            if found:
-                return found
-    return None
+        for images in _micro_batches(search.given, number) if base else ():
+            if base and (found := search.fitting(base, images)):
+                return found, tried
+    return None, tried
 
 
 def _named_engine(search: _Search, config: Config, gpus: int) -> dict[str, Any]:
@@ -278,8 +294,11 @@ def _ways(search: _Search, given: dict[str, Any], gpus: int) -> Iterator[tuple[d
             yield search.engine(engine, offload=True), gpus
     node, batch = device.gpus_per_node, search.given.train.global_batch
     more = [n for n in range(gpus + 1, batch + 1) if batch % n == 0 and (n % node == 0 or n < node)]
-    for number in more[:MORE_NODES]:
-        yield sharded, number
+    least = 0
+    for number in [n for n in more if (n // node or n).bit_count() == 1] or more:  # powers of two of nodes
+        if number >= least:
+            yield sharded, number
+            least = 2 * number
 
 
 def _micro_batches(config: Config, gpus: int) -> list[int]:
@@ -305,7 +324,8 @@ def fit(config: Config, gpus: int, device: Device) -> list[Change]:
     found: list[Change] = []
     waiting: list[tuple[float, int, _Base]] = []
     for keys in _engines(search, gpus):
-        base = None if _is_too_large(search, keys) else search.base(keys, gpus)
+        # the first is planned all the same: what it lacks is told
+        base = None if found and search.is_too_large(keys, gpus) else search.base(keys, gpus)
         if base is None:
             continue
         found.append(Change(search._differing(base.keys), base.plan))
@@ -329,17 +349,6 @@ def fit(config: Config, gpus: int, device: Device) -> list[Change]:
             else UserError(Problem("--gpus", gpus, "no engine makes an update of this recipe on so many"))
         )
     return sorted(found, key=lambda change: (not change.fits, change.plan.time.seconds))
-
-
-def _is_too_large(search: _Search, keys: Mapping[str, Any]) -> bool:
-    """Whether what each rank holds whole is more than a device has: then nothing needs to be traced."""
-    slots = 2 if search.given.optim.name == "adamw" else 1
-    held = {"single": 8 + 4 * slots, "ddp": 8 + 4 * slots, "fairscale": 8, "zero1": 8, "zero2": 4}.get(keys[ENGINE], 0)
-    needed = held * search.num_parameters
-    if needed <= search.device.memory_bytes:
-        return False
-    _tell(f"{keys[ENGINE]} is left out: weights, gradients and state alone take {memory_size(needed)} of a GPU")
-    return True
 
 
 def _engines(search: _Search, gpus: int) -> Iterator[dict[str, Any]]:
@@ -379,10 +388,13 @@ def lines(found: list[Change]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in [titles, *rows]]
 
 
-def change_lines(change: Change | None) -> list[str]:
+def change_lines(change: Change | None, tried: Sequence[int]) -> list[str]:
     """What `smallest_change` gives, below a plan that does not fit."""
     if change is None:
-        return ["what fits         no recomputation, micro-batch, engine, offload or number of GPUs that was tried"]
+        if not tried:
+            return ["what fits         no number of GPUs: weights, gradients and state alone are more than each has"]
+        numbers = ", ".join(f"{n:,}" for n in tried)
+        return [f"what fits         nothing tried: recomputation, micro-batches, engines, offload on {numbers} GPUs"]
     memory = change.plan.memory
     return [
         f"what fits         on {change.gpus:,} GPUs: {shlex.join(change.words)}",
@@ -391,19 +403,27 @@ def change_lines(change: Change | None) -> list[str]:
     ]
 
 
+def environment_lines() -> list[str]:
+    """Below a plan that fits only as the allocator gives back its slack."""
+    return [f"what fits         the recipe as it is, with {name}={value} set" for name, value in GIVES_BACK.items()]
+
+
 def write_recipe(path: Path, given: dict[str, Any], change: Change) -> None:
     """A recipe with the keys of a change, headed by what is planned of it. given: the recipe's mapping. Whole or not at
     all. Raises UserError, also where there is something at `path` already."""
     plan = change.plan
     nested: dict[str, Any] = {}
-    for key, value in (change.keys | {"parallel.ranks": plan.gpus}).items():
+    keys = change.keys
+    if plan.config.parallel.device not in ("auto", plan.device.torch_type):
+        keys = keys | {"parallel.device": "auto"}
+    for key, value in (keys | {"parallel.ranks": plan.gpus}).items():
         section, name = key.split(".")
         nested.setdefault(section, {})[name] = value
     head = [
         f"Planned for {plan.gpus} x {plan.device.name}: {plan.trace.engine}, {memory_size(plan.memory.total)} of "
         f"{memory_size(plan.memory.capacity)} a GPU,",
         f"{milliseconds(plan.time.seconds)} an update of {plan.config.train.global_batch} images.",
-        f"Changed: {', '.join(change.keys) or 'nothing'}.",
+        f"Changed: {', '.join(keys) or 'nothing'}.",
     ]
     text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(merge(given, nested), sort_keys=False, width=120)
     with new_file(path) as aside:

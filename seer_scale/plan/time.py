@@ -172,7 +172,7 @@ def simulate(trace: Trace, device: Device) -> StepTime:
         images=config.train.global_batch,
         flops=training_flops(config) * config.train.global_batch / trace.world_size,
         peak=device.precision(COMPUTE_DTYPES[config.train.precision]).peak,
-        loader_rate=LOADER_RATE[config.data.on_device("cuda" if device.asynchronous else "cpu")],
+        loader_rate=LOADER_RATE[config.data.on_device(device.torch_type)],
     )
     found.assumptions.extend(_assumptions(found, trace))
     return found
@@ -272,7 +272,13 @@ def _assumptions(found: StepTime, trace: Trace) -> list[str]:
             "links carrying nothing else; computing is not slowed by what is sent beside it."
         )
     if config.train.compile:
-        told.append("Compiled units are counted operation by operation, so an update may be faster.")
+        told.append(
+            "Compiled units are counted operation by operation: an update may be faster, and hold less memory or more."
+        )
+    if config.parallel.device not in ("auto", device.torch_type):
+        told.append(
+            f"The recipe's parallel.device is {config.parallel.device}: {device.name} takes --parallel.device auto."
+        )
     if found.is_launch_bound:
         told.append(
             "The host gives operations more slowly than the device does them, which idles "
@@ -289,7 +295,7 @@ def milliseconds(seconds: float) -> str:
 
 # ------------------------------------------------------------------------------------------------ a published run
 
-SEER_UPDATE_S, SEER_IMAGES, SEER_GPUS = 6.125, 8704, 512
+SEER_UPDATE_S, SEER_IMAGES, SEER_GPUS, SEER_DEVICE = 6.125, 8704, 512, "v100-32gb"
 """SEER's update on V100s of 32 GB, fp16, SyncBN over 64 (arXiv 2103.01988). Which of its RegNetYs it was is not said
 clearly: SEER_READINGS has both."""
 SEER_READINGS = {"seer_regnety_128gf": "regnety_128gf", "seer_regnety_256gf": "regnety_256gf"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -17,6 +18,7 @@ from seer_scale.plan import plan as plan_module
 from seer_scale.plan import search
 from seer_scale.plan.allocator import MIB, CachingAllocator, reserved
 from seer_scale.plan.devices import DEVICES, load_device
+from seer_scale.plan.memory import GIVES_BACK, KERNEL_WORKSPACE, Memory
 from tests.tiny import RECIPE
 
 GPUS = 4
@@ -32,10 +34,11 @@ def recipe(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_gpu(tmp_path):
-    """A device on which nothing fits beside its own context."""
+    """A device on which no update fits beside what it takes itself; another name than the file's."""
     device = read_yaml(DEVICES, "devices")["h100"]
+    taken = device["context_bytes"] + device["communicator_bytes"] + KERNEL_WORKSPACE
     path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(device | {"memory_bytes": device["context_bytes"] + 2**20}))
+    path.write_text(yaml.safe_dump(device | {"memory_bytes": taken + 2**19, "name": "tiny"}))
     return str(path)
 
 
@@ -56,10 +59,11 @@ def test_a_plan_says_what_memory_is_for_and_how_long_it_takes(recipe, capsys):
 
 def test_what_does_not_fit_is_said_and_fails(recipe, small_gpu, monkeypatch, capsys):
     """A recipe that is compiled is planned operation by operation, and says so."""
-    monkeypatch.setattr(search, "smallest_change", lambda *asked: None)
+    monkeypatch.setattr(search, "smallest_change", lambda *asked: (None, [4, 8]))
     assert main(["plan", recipe, "--gpus", str(GPUS), "--device", small_gpu, "--train.compile", "true"]) == 1
     told = capsys.readouterr().out
-    assert "does NOT fit, by" in told and "counted operation by operation" in told and "what fits         no" in told
+    assert "does NOT fit, by" in told and "counted operation by operation" in told and "offload on 4, 8 GPUs" in told
+    assert "hold less memory or more" in told
 
 
 def test_the_change_that_fits_is_named_and_the_fastest_is_written(recipe, tmp_path, capsys):
@@ -75,7 +79,11 @@ def test_the_change_that_fits_is_named_and_the_fastest_is_written(recipe, tmp_pa
     every = ["--parallel.activation_checkpoint", "every 1"]
     (_, most), (_, least) = plan(2**36, *wide), plan(2**36, *wide, *every)
     assert "smallest_change" not in most and least["memory"]["total"] < most["memory"]["total"]
-    between = (most["memory"]["total"] + least["memory"]["total"]) // 2
+    slack = most["memory"]["kinds"]["allocator slack"]
+    code, told = plan(most["memory"]["total"] - slack // 2, *wide)
+    assert code == 0 and told["smallest_change"] == {"environment": GIVES_BACK}  # nothing is searched
+    between = least["memory"]["total"] + 2**20
+    assert between < most["memory"]["total"] - slack
     code, told = plan(between, *wide)
     keys = told["smallest_change"]["keys"]
     assert code == int(told["memory"]["cannot_fit"]) and list(keys) == ["parallel.activation_checkpoint"]
@@ -139,9 +147,11 @@ def test_what_was_shown_of_the_ranks_is_said(recipe, capsys):
         (["--out", "x.yaml"], "--out is x.yaml, but has no effect without --fit"),
         (["--fit", "--out", "nowhere/x.yaml"], "nowhere does not exist"),
         (["--stall", "3"], "--stall has no effect without --failures"),
+        (["--failures", "--images-per-second", "5"], "--images-per-second is 5, but has no effect beside RECIPE"),
+        (["--published"], "plan seer_regnety_128gf or seer_regnety_256gf"),
         (["--price", "-1"], "--price is -1, but must be a number of at least 0."),
         (["--train.lr", "1"], "train.lr is not a key"),
-        (HUGE, "has 31.7 GiB, but its weights alone take"),
+        (HUGE, "30.8 GiB of it for tensors, but its weights alone take"),
     ],
 )
 def test_bad_input_is_one_error_before_anything_is_traced(recipe, words, part, capsys):
@@ -226,6 +236,59 @@ def test_what_cannot_fit_is_not_submitted(recipe, small_gpu, tmp_path, capsys):
     assert launched(tmp_path, small_gpu) == 2
     assert "as planned; seer-scale plan --gpus 4" in capsys.readouterr().err
     assert launched(tmp_path, small_gpu, "--no-plan") == 0
+
+
+def test_a_job_that_fits_without_slack_alone_gives_it_back(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Memory, "room", property(lambda memory: -memory.kinds["allocator slack"]))
+    assert launched(tmp_path, "h100") == 0
+    assert "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in capsys.readouterr().out
+
+
+def test_the_value_that_was_given_for_a_device_is_named(recipe, small_gpu, capsys):
+    large = ["--swav.hidden", "[10000]"]
+    assert main(["plan", recipe, "--gpus", "4", "--device", small_gpu, "--parallel.engine", "fsdp", *large]) == 2
+    said = capsys.readouterr().err
+    assert f"--device {small_gpu} has" in said and "holds it" in said and "max_unit_gib" not in said
+
+
+def test_both_readings_of_the_published_run_are_planned_where_asked(recipe, monkeypatch, capsys):
+    planned = []
+    tiny = plan_module.make_plan(resolve(RECIPE, world_size=1), 1, load_device("h100"))
+
+    def planning(config, gpus, device):
+        planned.append((config.model.name, gpus, device.name))
+        return dataclasses.replace(tiny, config=config, gpus=gpus)
+
+    monkeypatch.setattr(plan_module, "_plan", planning)
+    monkeypatch.setattr(plan_module, "proved", lambda plan: plan)
+    words = ["plan", "seer_regnety_256gf", "--gpus", "512", "--parallel.engine", "fsdp"]
+    assert main([*words, "--published"]) == 0
+    assert planned[:2] == [(name, 512, "v100-32gb") for name in ("regnety_128gf", "regnety_256gf")]
+    said = capsys.readouterr().out
+    assert said.count("SEER's 6,125 ms") == 2 and all(f"read as {name}" in said for name, *_ in planned[:2])
+    assert main(words) == 0
+    assert "--published plans that update under both readings" in capsys.readouterr().out and len(planned) == 4
+
+
+def test_a_recipe_for_a_cpu_is_written_for_the_gpu_it_is_planned_for(recipe, tmp_path, capsys):
+    words = ["plan", recipe, "--gpus", "1", "--device", "h100", "--parallel.device", "cpu"]
+    assert main([*words, "--fit", "--out", "fitted.yaml"]) == 0
+    assert yaml.safe_load((tmp_path / "fitted.yaml").read_text())["parallel"]["device"] == "auto"
+    assert "parallel.device is cpu: h100 takes --parallel.device auto" in capsys.readouterr().out
+
+
+def test_failures_of_a_run_are_bounded_by_it(recipe, capsys):
+    """Which is shorter here than a save; as long a one as an hour then, and an interval that it has not."""
+    assert main(["plan", recipe, "--failures", "--mtbf-hours", "100"]) == 0
+    said = capsys.readouterr().out
+    assert "its last checkpoint is enough" in said and "--checkpoint.every_samples 160" in said
+    assert not re.search(r" 0 GPU-hours", said)
+    long = ["--train.total_samples", "80000000", "--failures", "--json"]
+    assert main(["plan", recipe, *long]) == 0
+    told = json.loads(capsys.readouterr().out)["failures"]
+    assert told["best_interval_s"]["ours"] < told["run_s"]
+    assert main(["plan", recipe, *long, "--interval", f"{told['run_s'] + 1:.0f}"]) == 2
+    assert "the whole run takes" in capsys.readouterr().err
 
 
 def test_the_launcher_says_what_is_planned_and_auto_takes_its_engine(recipe, tmp_path, capsys):

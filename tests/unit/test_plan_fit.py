@@ -20,9 +20,10 @@ from seer_scale.errors import UserError
 from seer_scale.methods.registry import build_method
 from seer_scale.parallel.activation_checkpoint import find_segments
 from seer_scale.plan import search
+from seer_scale.plan.bounds import least_gpus, least_held, memory_left, with_parallel
 from seer_scale.plan.devices import Device, load_device
 from seer_scale.plan.memory import memory_of
-from seer_scale.plan.plan import Plan, make_plan, with_parallel
+from seer_scale.plan.plan import Plan, make_plan
 from seer_scale.plan.recompute import Recomputation
 from seer_scale.plan.time import simulate
 from seer_scale.plan.trace import Collective, Held, Op, Trace, trace
@@ -183,8 +184,9 @@ CHANGES = {  # GiB of the device: keys that make it fit
 def test_the_smallest_change_that_fits(gib, planned):
     config, device = config_of(), device_of(gib)
     assert not made_up(config, GPUS, device).memory.fits
-    found = search.smallest_change(config, GPUS, device)
-    assert found is not None and found.fits and CHANGES[gib] <= set(found.keys) and found.gpus == GPUS
+    found, tried = search.smallest_change(config, GPUS, device)
+    assert tried == [GPUS] and found is not None and found.fits and found.gpus == GPUS
+    assert CHANGES[gib] <= set(found.keys)
     later = set().union(*(keys for size, keys in CHANGES.items() if size < gib)) - CHANGES[gib]
     assert not later & set(found.keys)
     asked = resolve(config.to_dict(), found.words, world_size=GPUS)
@@ -192,10 +194,35 @@ def test_the_smallest_change_that_fits(gib, planned):
     assert made_up(asked, GPUS, device).memory == found.plan.memory
 
 
-def test_more_gpus_are_the_last_change_and_whole_nodes(planned):
-    found = search.smallest_change(config_of(**{"parallel.engine": "fsdp"}), GPUS, device_of(2.0))
-    assert found is not None and found.fits and found.gpus > GPUS and found.gpus % NODE == 0
-    assert search.smallest_change(config_of(), GPUS, device_of(1.5)) is None
+def test_more_gpus_are_the_last_change_and_double_in_whole_nodes(planned, monkeypatch):
+    config = config_of(**{"parallel.engine": "fsdp"})
+    found, tried = search.smallest_change(config, GPUS, device_of(2.0))
+    assert found is not None and found.fits and found.gpus == tried[-1] > GPUS
+    found, tried = search.smallest_change(config, GPUS, device_of(1.3))
+    assert found is None and tried == [8, 16, 32, 64, 128, 256]
+    assert "offload on 8, 16, 32, 64, 128, 256 GPUs" in search.change_lines(found, tried)[0]
+    planned.clear()
+    monkeypatch.setattr(search, "least_held", lambda method, config, engine, gpus: 4 * GIB * 32 // gpus)
+    found, tried = search.smallest_change(config, GPUS, device_of(6.0))
+    assert tried == [32] and found is not None  # on fewer nothing is traced
+    assert planned and all(c.train.global_batch == config.train.global_batch for c in planned)
+
+
+@pytest.mark.parametrize("engine,gpus", [("single", 1), ("ddp", GPUS), ("fsdp", GPUS)])
+def test_what_a_rank_holds_at_least_is_what_a_trace_of_it_holds(engine, gpus):
+    wide = {"model.w0": 64, "model.wa": 96.0, "parallel.engine": engine if gpus > 1 else "ddp", "train.global_batch": 8}
+    config = config_of(**wide)
+    method = build_method(config, World())
+    memory = make_plan(config, gpus, load_device("h100")).memory
+    state = memory.kinds["parameters"] + memory.kinds["optimiser state"]
+    assert least_held(method, config, engine, gpus) == pytest.approx(1.5 * state, rel=0.05)  # gradients: a third of all
+
+
+def test_the_least_number_of_gpus_holds_the_state_and_no_smaller_one_does():
+    config, device = config_of(**{"swav.hidden": [1_000_000], "parallel.engine": "fsdp"}), device_of(1.3)
+    method = build_method(config, World())
+    fits = [n for n in (2, 4, 8, 16, 32, 64) if least_held(method, config, "fsdp", n) <= memory_left(device, n)]
+    assert least_gpus(method, config, device, above=1) == fits[0] > 2
 
 
 @pytest.mark.parametrize("gib", [60, 12, 6])

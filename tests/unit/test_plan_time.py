@@ -205,6 +205,13 @@ def test_known_devices():
         assert device.name == name and device.fp32.peak <= max(device.fp32.peak, device.fp16.peak)
 
 
+def test_a_file_that_lacks_keys_says_what_writes_them(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match="bench step --calibrate --out FILE writes a whole one") as error:
+        load_device(str(tmp_path / "empty.yaml"))
+    assert "memory_bytes" in {problem.key for problem in error.value.problems}
+
+
 def test_an_unknown_device():
     with pytest.raises(UserError) as error:
         load_device("h100-sxm")
