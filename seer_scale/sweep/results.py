@@ -20,7 +20,7 @@ from seer_scale.sweep.points import Point, changed
 
 BY_HARDWARE = ("batch", "workers")
 """Options of a task that move no figure."""
-ON_ITS_WAY = "queued or running"
+ON_ITS_WAY = "but queued or running"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def result_of(point: Point, items: Sequence[Item]) -> Result:
     found = store.latest(point.run_dir / "checkpoints", World(), verify=False, warn=lambda _: None)
     meta = store.read_meta(found) if found else None
     seen = meta["samples_seen"] if meta else 0
-    images = sum(num for _, num in meta["data"]["versions"][-1]["parts"]) if meta else point.images
+    images = sum(num for _, num in meta["data"]["versions"][-1]["parts"]) if meta else point.config.data.max_images
     scores: dict[str, Score] = {}
     if seen >= point.samples:
         scores = {name_of(item): score for item in items if (score := _score(point, item, seen))}

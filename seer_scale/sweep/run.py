@@ -46,7 +46,10 @@ class How:
 
 def sweep(asked: Asked, how: How) -> int:
     """Train and evaluate what is missing, write the table and print it; returns the exit status: 1 where points are
-    missing at the end, unless they were submitted or nothing was to be started. Raises UserError."""
+    missing at the end, unless they were submitted or nothing was to be started.
+
+    Raises UserError; and KeyboardInterrupt, once the table of what was done by then is printed.
+    """
     if set(",[](){}'\"") & set(str(asked.out)):
         rule = "names in it are listed to the launcher, which splits at commas outside of brackets and quotes"
         raise UserError(Problem("--out", asked.out, rule, "choose a name without these"))
@@ -57,7 +60,7 @@ def sweep(asked: Asked, how: How) -> int:
     results = [result_of(point, how.items) for point in points]
     if how.dry_run:
         return _dry_run(results, asked, how)
-    status = EXIT_DONE
+    status, stopped = EXIT_DONE, None
     if asked.images and not how.only_table and how.cluster == "local":
         training_images(max(points, key=lambda point: point.images).config)  # refused now, and not after all the others
     if not how.only_table:
@@ -65,9 +68,14 @@ def sweep(asked: Asked, how: How) -> int:
             if how.cluster == "slurm":
                 _submit(results, asked.out / RECIPES_DIR, asked, how)
             else:
-                status = _run_here(results, asked, how)
+                try:
+                    status = _run_here(results, asked, how)
+                except KeyboardInterrupt as stop:  # of an evaluation; a training saves its state and ends
+                    stopped = stop
         results = [result_of(point, how.items) for point in points]
     _write(results, asked, how)
+    if stopped:
+        raise stopped
     is_complete = not any(result.lacks(how.items) for result in results)
     if status or is_complete or how.cluster == "slurm" and not how.only_table:
         return status

@@ -135,11 +135,10 @@ def as_text(results: Sequence[Result], items: Sequence[Item], width: int = 0) ->
     lines = [("size", "parameters", "MACs an image", "samples", "images", "epochs", "FLOP", "seeds", *scores)]
     for row in rows_of(results):
         first, point = row.first, row.first.point
-        known = first.images or point.images
         lines.append(
             (
                 shown(point.size), short_number(point.parameters), _amount(point.macs), f"{point.samples:,}",
-                f"{known:,}" if known else "all", f"{first.epochs:.3g}" if first.epochs else "",
+                f"{first.images:,}" if first.images else "all", f"{first.epochs:.3g}" if first.epochs else "",
                 f"{point.compute:.2e}", str(len(row.results)), *map(row.figure, scores),
             )
         )  # fmt: skip

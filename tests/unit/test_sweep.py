@@ -22,7 +22,7 @@ from seer_scale.launch.job import Job, process_mark
 from seer_scale.sweep import run as module
 from seer_scale.sweep.fit import fit_line, scaling
 from seer_scale.sweep.points import LADDER, Asked, points_of
-from seer_scale.sweep.results import Result, Score
+from seer_scale.sweep.results import Result, Score, result_of
 from seer_scale.sweep.table import as_text, curves_of, draw, rows_of, to_dict
 from seer_scale.training.start import run_training
 from tests.unit.test_launch import job_of
@@ -209,12 +209,11 @@ def test_the_table_has_means_over_seeds_and_names_what_is_missing(recipe):
     assert len(rows_of(made)) == 3
     job = job_of(Path("out"), job_id="7")
     part = dataclasses.replace(made[-1], samples_seen=16, training=job)
-    assert part.lacks(items) == "16 of 32 samples, queued or running"
+    assert part.lacks(items) == "16 of 32 samples, but queued or running"
     trained = dataclasses.replace(part, samples_seen=32)
     assert trained.lacks(items) == "trained, not evaluated by knn"
-    assert (
-        dataclasses.replace(trained, evaluation=job).lacks(items) == "trained, not evaluated by knn, queued or running"
-    )
+    waiting = dataclasses.replace(trained, evaluation=job)
+    assert waiting.lacks(items) == "trained, not evaluated by knn, but queued or running"
     assert dataclasses.replace(made[0], evaluation=job).lacks(items) == ""
 
 
@@ -318,6 +317,30 @@ def test_a_stop_ends_the_sweep_and_a_failure_does_not(recipe, photos, monkeypatc
     assert cli.run(words) == EXIT_STOPPED and started == ["tiny-x1-s0", "tiny-x2-s0"]
 
 
+def test_a_stop_in_an_evaluation_leaves_the_table_of_what_is_done(swept, monkeypatch, capsys):
+    folder, words = swept
+
+    def suite(path: Path, items: list, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    Path(words[6]).with_name("five.yaml").write_text("- {task: knn, k: [5]}")
+    monkeypatch.setattr(module, "launch", forbidden)
+    monkeypatch.setattr(module, "run_suite", suite)
+    capsys.readouterr()
+    assert cli.main(["sweep", *(word.replace("tasks.yaml", "five.yaml") for word in words)]) == EXIT_STOPPED
+    told = capsys.readouterr()
+    assert "Missing (trained, not evaluated by knn): tiny-x1-s0, tiny-x1.5-s0" in told.out
+    assert "The same command goes on" in told.err
+
+
+def test_images_of_a_point_that_is_not_begun_are_those_it_will_have(recipe):
+    items = read_suite("knn", {})
+    for more in ({"overrides": ["--data.max_images", "16"]}, {"images": [16]}):
+        [point] = points_of(asked(recipe, **more))
+        assert (found := result_of(point, items)).images == 16 and found.epochs == 2
+        assert as_text([found], items, 120).splitlines()[1].split()[4:6] == ["16", "2"]
+
+
 # ------------------------------------------------------------------------------------------------ on SLURM
 
 
@@ -402,7 +425,7 @@ def test_an_evaluation_waits_for_its_training_and_nothing_is_in_the_queue_twice(
     """Whatever state each is in, the same command puts into the queue what is missing of it."""
     assert cli.run(slurm_words) == 0
     assert queue.newest == [("", folders(0, 1, 2)), ("aftercorr:1", folders(0, 1, 2, evaluation=True))]
-    assert "Missing (not trained, queued or running): tiny-x1-s0, tiny-x2-s0, tiny-x4-s0" in capsys.readouterr().out
+    assert "Missing (not trained, but queued or running): tiny-x1-s0, tiny-x2-s0, tiny-x4-s0" in capsys.readouterr().out
     told = json.loads(Path("new/sweep.json").read_text())["points"]
     assert [(p["training"], p["evaluation"]) for p in told] == [("1_0", "2_0"), ("1_1", "2_1"), ("1_2", "2_2")]
     assert cli.run(slurm_words) == 0 and queue.newest == []
