@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from seer_scale.config import all_keys
 from seer_scale.errors import NOTHING, Problem, UserError, closest, nearest
 
+OTHERS_WORDS = {"--images": "did you mean --train.total_samples?"}
+"""What a key of a recipe is called elsewhere, as `Parser.hints`."""
 Command = Callable[[argparse.Namespace], int]
 """What a command does; returns the exit status. Raises UserError."""
 

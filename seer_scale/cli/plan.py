@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seer_scale.cli.parser import Parser, add_command
+from seer_scale.cli.parser import OTHERS_WORDS, Parser, add_command
 from seer_scale.config import Config, Train, divisor_near, merge, parse_overrides
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserError
 from seer_scale.files import shown, to_json
@@ -18,6 +18,7 @@ from seer_scale.launch.options import parse, parse_whole_number
 
 if TYPE_CHECKING:
     from seer_scale.plan.devices import Device
+    from seer_scale.plan.plan import Plan
 
 WHAT = "what a recipe takes of so many GPUs, in memory and time, and what failures cost; needs none"
 PLAN_HELP = """\
@@ -53,6 +54,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         description=PLAN_HELP,
         takes_overrides=True,
     )
+    parser.hints = OTHERS_WORDS
     if words[:1] != ["plan"]:
         return
     from seer_scale.plan import failures
@@ -102,7 +104,7 @@ def plan(args: argparse.Namespace) -> int:
 def _plan_recipe(args: argparse.Namespace) -> int:
     from seer_scale.plan import failures, plots, search
     from seer_scale.plan.memory import GIVES_BACK
-    from seer_scale.plan.plan import facts, failures_of, lines, make_plan, plan_published, proved
+    from seer_scale.plan.plan import facts, failures_of, lines, make_plan, plan_published
 
     given = args.parser.given
     own = [name for name in [*failures.FAILURE_OPTIONS, "interval"] if name != "gpus"]
@@ -117,13 +119,15 @@ def _plan_recipe(args: argparse.Namespace) -> int:
     asked = _asked(args)
     published = plan_published(asked.config) if args.published else None
     found = search.fit(asked.config, asked.gpus, asked.device) if args.fit else []
-    made = proved(found[0].plan if found else make_plan(asked.config, asked.gpus, asked.device))
+    if not found:
+        search.tell(f"planning {search.told(asked.config, asked.gpus, asked.device)} ...")
+    made = _proved(found[0].plan if found else make_plan(asked.config, asked.gpus, asked.device))
     memory, fits = made.memory, made.memory.fits
     change, tried = None, list[int]()
     if memory.cannot_fit:
         change, tried = search.smallest_change(asked.config, asked.gpus, asked.device)
     if change:
-        proved(change.plan)  # nothing is offered that would hang
+        _proved(change.plan)  # nothing is offered that would hang
     text, failure = failures_of(made, _failure_words(args, own)) if args.failures else ("", None)
     if fits and asked.out:
         search.write_recipe(asked.out, asked.given, found[0])
@@ -144,9 +148,20 @@ def _plan_recipe(args: argparse.Namespace) -> int:
             out += search.change_lines(change, tried) if memory.cannot_fit else search.environment_lines()
         out += ["", *text.splitlines()] if text else []
         out += ["", *made.time.assumptions]
-        out += [f"written: {shown(str(asked.out))}"] if fits and asked.out else []
+        written = [asked.out if fits else None, asked.plot]
+        out += [f"written: {shown(str(path))}" for path in written if path]
         print("\n".join(out))
     return EXIT_FAILED if made.memory.cannot_fit or args.fit and not fits else EXIT_DONE
+
+
+def _proved(plan: Plan) -> Plan:
+    """Raises UserError with what would hang, or wait for the device."""
+    from seer_scale.plan.plan import proved
+    from seer_scale.plan.search import tell
+
+    if plan.gpus > 1:
+        tell(f"tracing the same update as the last rank, {plan.gpus - 1:,} ...")
+    return proved(plan)
 
 
 def _asked(args: argparse.Namespace) -> _Asked:

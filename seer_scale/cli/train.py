@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from seer_scale import __version__
-from seer_scale.cli.parser import add_command
+from seer_scale.cli.parser import OTHERS_WORDS, add_command
 from seer_scale.config import RECIPES, all_keys, load_recipe, plugins_of, recipe_names
 from seer_scale.errors import EXIT_DONE, ConfigError, nothing_begun, print_error
 from seer_scale.files import shown, to_json
@@ -28,6 +28,7 @@ def add_commands(commands: Any, words: Sequence[str]) -> None:
         takes_overrides=True,
         is_run=True,
     )
+    parser.hints = OTHERS_WORDS
     parser.add_argument("recipe", metavar="RECIPE", help=f"a YAML file or one of {', '.join(recipe_names())}")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved recipe as YAML, and train nothing"

@@ -193,9 +193,13 @@ def _edge(holds: Callable[[float], bool], inside: float, outside: float) -> floa
 
 
 FAILURE_OPTIONS: dict[str, tuple[float | None, str]] = {
-    "mtbf_hours": (None, "hours between two failures of the job, on average"),
-    "gpus": (None, f"or: GPUs of the job (default: {GPUS})"),
-    "gpu_hours": (None, f"and GPU-hours between two failures (default: {GPU_HOURS:,}, as in Llama 3's training)"),
+    "mtbf_hours": (None, "mean hours between two failures of the whole job, not of a node (instead of --gpu-hours)"),
+    "gpus": (None, f"GPUs of the whole job (default: the recipe's ranks; without a recipe {GPUS})"),
+    "gpu_hours": (
+        None,
+        "mean GPU-hours between two failures: hours a job ran x all its GPUs / its failures "
+        f"(default: {GPU_HOURS:,}, as in Llama 3's training)",
+    ),
     "stall": (2.0, "seconds a step stalls for a checkpoint"),
     "save": (60.0, "seconds from a checkpoint's begin until it is safe"),
     "detect": (600.0, "seconds until the job sees a failure"),

@@ -179,7 +179,7 @@ def headline(plan: Plan) -> str:
     return (
         f"{config.model.name}, {short_number(plan.trace.num_parameters)} parameters with its heads; "
         f"{plan.trace.engine} on {plan.gpus:,} x {plan.device.name}, {config.train.precision}, "
-        f"{config.train.global_batch // plan.gpus} images each{parts}; recomputed: {_recomputed(config)}"
+        f"{config.train.global_batch // plan.gpus} images each{parts}; recomputed: {recomputed(config)}"
     )
 
 
@@ -199,9 +199,14 @@ def where_most_is_held(plan: Plan) -> str:
     return f"{at['phase']}{' of ' * bool(at['unit'])}{at['unit']}"
 
 
+def device_word(plan: Plan) -> str:
+    """What one rank computes on, as it is called."""
+    return "GPU" if plan.device.asynchronous else "rank"
+
+
 def _memory_lines(plan: Plan) -> list[str]:
     return [
-        f"memory of a GPU   {verdict(plan.memory)}",
+        f"{f'memory of a {device_word(plan)}':<18}{verdict(plan.memory)}",
         *(f"  {kind:<24}{memory_size(nbytes):>10}" for kind, nbytes in plan.memory.kinds.items()),
         f"  most is held in {where_most_is_held(plan)}",
     ]
@@ -219,15 +224,15 @@ NOT_HIDDEN, IDLE = "not hidden, of these", "the device idles"
 
 
 def _time_lines(plan: Plan, rate: float | None) -> list[str]:
-    time, samples = plan.time, plan.config.train.total_samples
-    price = "" if rate is None else f", {amount(time.price(samples, rate))} at {rate:g} a GPU-hour"
+    time, samples, device = plan.time, plan.config.train.total_samples, device_word(plan)
+    price = "" if rate is None else f", {amount(time.price(samples, rate))} at {rate:g} a {device}-hour"
     updates = counted(-(-samples // plan.config.train.global_batch), "update")
     return [
         f"time of an update {speed(time)}",
         *(f"  {kind:<24}{milliseconds(seconds):>10}" for kind, seconds in time_rows(plan)),
         f"whole run         {samples:,} images in {rough_duration(86400 * time.days(samples))} ({updates}), "
-        f"{amount(time.gpu_hours(samples))} GPU-hours{price}",
-        f"loader            {counted(time.loader_cores, 'CPU core')} a GPU",
+        f"{amount(time.gpu_hours(samples))} {device}-hours{price}",
+        f"loader            {counted(time.loader_cores, 'CPU core')} a {device}",
     ]
 
 
@@ -293,7 +298,8 @@ def _peak_at(plan: Plan) -> dict[str, str]:
     return {"phase": op.phase, "unit": op.unit, "operation": op.name}
 
 
-def _recomputed(config: Config) -> str:
+def recomputed(config: Config) -> str:
+    """As a recipe has it."""
     setting = config.parallel.activation_checkpoint
     return setting if isinstance(setting, str) else str([list(ends) for ends in setting])
 

@@ -19,6 +19,7 @@ from seer_scale.plan.plan import (
     IDLE,
     NOT_HIDDEN,
     Plan,
+    device_word,
     headline,
     speed,
     time_rows,
@@ -56,6 +57,8 @@ STACKED = {
 COMPUTING, COLLECTIVE = "#3367b1", "#1f8f9e"
 POINTS = 800
 """Of the horizontal axis; of what happens between two of them, that is drawn in which most is held."""
+SEEN = 1 / 500
+"""Of the picture's height: what is less, and nothing at the peak, is not in the legend."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,14 @@ def figure_of(plan: Plan, recipe: str) -> Figure:
 def _draw_memory(ax: Axes, plan: Plan) -> None:
     held, memory, gib = memory_over_time(plan), plan.memory, 2**30
     scale, unit = (1000, "ms") if held.seconds[-1] < 10 else (1, "s")
+    top, right = max(memory.capacity, memory.total) / gib, scale * held.seconds[-1]
     x, below = scale * held.seconds, np.zeros(len(held.seconds))
     for kind, nbytes in held.kinds.items():
-        label = f"{memory_size(nbytes[held.peak]):>9}  {kind}"
+        is_seen = nbytes[held.peak] or nbytes.max() > SEEN * top * gib
+        label = f"{memory_size(nbytes[held.peak]):>9}  {kind}" if is_seen else None
         ax.fill_between(x, below / gib, (below + nbytes) / gib, color=STACKED[kind], linewidth=0, label=label)
         below = below + nbytes
     tensors = (below - held.kinds.get(SLACK, 0))[held.peak] / gib
-    top, right = max(memory.capacity, memory.total) / gib, scale * held.seconds[-1]
     ax.set(xlim=(0, right), ylim=(0, 1.12 * top), ylabel="GiB", xlabel=f"{unit} of an update, as simulated")
     ax.axhline(memory.capacity / gib, color="#bf4043", linestyle="--", linewidth=1.2)
     ax.annotate(
@@ -184,7 +188,7 @@ def _draw_memory(ax: Axes, plan: Plan) -> None:
     _mark_phases(ax, plan, scale)
     num, traced = plan.config.num_micro_batches(plan.gpus), plan.trace.config.num_micro_batches(plan.gpus)
     more = f"; drawn: {traced} of {num:,} micro-batches, with what all of them hold" if num > traced else ""
-    ax.set_title(f"Memory of a GPU, {verdict(memory)}{more}", loc="left", pad=34, fontsize=11)
+    ax.set_title(f"Memory of a {device_word(plan)}, {verdict(memory)}{more}", loc="left", pad=34, fontsize=11)
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(
         handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=9.5,

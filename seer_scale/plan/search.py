@@ -32,7 +32,7 @@ from seer_scale.plan.bounds import check_largest_unit, least_held, memory_left
 from seer_scale.plan.devices import Device
 from seer_scale.plan.memory import GIVES_BACK
 from seer_scale.plan.outputs import new_file
-from seer_scale.plan.plan import Plan, make_plan
+from seer_scale.plan.plan import Plan, make_plan, recomputed
 from seer_scale.plan.recompute import Recomputation
 from seer_scale.plan.time import milliseconds, op_seconds
 
@@ -161,7 +161,7 @@ class _Search:
         if needed <= memory_left(self.device, gpus):
             return False
         name, many = _engine_name(config, gpus), f"{gpus:,} x {self.device.name}"
-        _tell(f"{name} on {many} is left out: weights, gradients and state alone take {memory_size(needed)} of each")
+        tell(f"{name} on {many} is left out: weights, gradients and state alone take {memory_size(needed)} of each")
         return True
 
     def engine(self, name: str, **more: Any) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class _Search:
         if key not in self._plans:
             if check_rules(config, gpus):
                 return None
-            _tell(f"planning {self._told(keys, gpus)} ...")
+            tell(f"planning {told(with_keys(self.given, keys), gpus, self.device)} ...")
             try:
                 self._plans[key] = make_plan(config, gpus, self.device)
             except UserError as error:
@@ -229,14 +229,17 @@ class _Search:
     def _differing(self, keys: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in keys.items() if self.given.get(key) != value}
 
-    def _told(self, keys: Mapping[str, Any], gpus: int) -> str:
-        config = with_keys(self.given, keys)
-        engine = _engine_name(config, gpus)
-        recomputed = config.parallel.activation_checkpoint
-        if isinstance(recomputed, str) and recomputed.startswith("units "):
-            recomputed = counted(len(recomputed.split()) - 1, "unit")
-        images = counted(_images(config, gpus), "image")
-        return f"{engine} on {gpus:,} x {self.device.name}, {images} at once, recomputed: {recomputed}"
+
+def told(config: Config, gpus: int, device: Device) -> str:
+    """What is planned, while one waits for it."""
+    images = counted(_images(config, gpus), "image")
+    ranks = f"{_engine_name(config, gpus)} on {gpus:,} x {device.name}"
+    return f"{ranks}, {images} at once, recomputed: {_short_recomputed(config)}"
+
+
+def _short_recomputed(config: Config) -> str:
+    told = recomputed(config)
+    return counted(len(told.split()) - 1, "unit") if told.startswith("units ") else told
 
 
 def _engine_name(config: Config, gpus: int) -> str:
@@ -246,7 +249,8 @@ def _engine_name(config: Config, gpus: int) -> str:
     return ("single" if gpus == 1 and not parallel.offload else parallel.engine) + replicas + offloads
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """A line of progress, to stderr."""
     print(f"seer-scale: {shown(line)}", file=sys.stderr, flush=True)
 
 
@@ -375,12 +379,9 @@ def lines(found: list[Change]) -> list[str]:
     for change in found:
         plan = change.plan
         config, memory = plan.config, plan.memory
-        recomputed = config.parallel.activation_checkpoint
-        if isinstance(recomputed, str) and recomputed.startswith("units "):
-            recomputed = counted(len(recomputed.split()) - 1, "unit")
         room = f"{memory_size(memory.room)} to spare" if memory.fits else f"{memory_size(-memory.room)} too much"
         rows.append((
-            _engine_name(config, plan.gpus), f"{_images(config, plan.gpus)}", f"{recomputed}",
+            _engine_name(config, plan.gpus), f"{_images(config, plan.gpus)}", _short_recomputed(config),
             memory_size(memory.total), room, milliseconds(plan.time.seconds),
         ))  # fmt: skip
     titles = ("engine", "images at once", "recomputed", "memory", "", "update")

@@ -101,6 +101,26 @@ def test_the_change_that_fits_is_named_and_the_fastest_is_written(recipe, tmp_pa
     assert "tiny-1xbetween.yaml is there already" in capsys.readouterr().err
 
 
+def test_failures_of_a_plan_are_told_of_the_job_or_of_its_gpus(recipe, capsys):
+    words = ["plan", recipe, "--gpus", str(GPUS), "--failures", "--json"]
+    assert main([*words, "--mtbf-hours", "5"]) == 0
+    by_job = json.loads(capsys.readouterr().out)["failures"]
+    assert main([*words, "--gpu-hours", str(5 * GPUS)]) == 0
+    assert json.loads(capsys.readouterr().out)["failures"] == by_job and by_job["mtbf_s"] == 5 * 3600
+
+
+def test_what_is_planned_is_told_while_one_waits(recipe, capsys):
+    """And the picture that was written; a rank of a CPU is no GPU."""
+    words = ["plan", recipe, "--gpus", "2", "--parallel.engine", "ddp", "--device", "cpu", "--plot", "a.svg"]
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "seer-scale: planning ddp on 2 x cpu, 4 images at once, recomputed: none ...",
+        "seer-scale: tracing the same update as the last rank, 1 ...",
+    ]
+    assert told.out.endswith("\nwritten: a.svg\n") and "\nmemory of a rank " in told.out and " rank-hours" in told.out
+
+
 def waits(loss: Tensor) -> None:
     loss.detach().cpu()
 

@@ -10,6 +10,7 @@ from typing import Any
 from seer_scale.config import Config
 from seer_scale.errors import NOTHING, ConfigError, Problem, nearest
 from seer_scale.extras import requirements
+from seer_scale.parallel.deepspeed import as_found_here
 from seer_scale.parallel.private_parts import moved_parts
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -156,7 +157,8 @@ def _agrees(key: str, value: Any, config: Config) -> bool:
 
 def _refused(path: Path, zero: dict[str, Any]) -> list[Problem]:
     """What DeepSpeed says of values of zero_optimization."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    with as_found_here():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
     try:
@@ -182,7 +184,8 @@ def _moved() -> list[Problem]:
 
 def _fields() -> tuple[str, ...]:
     """Keys of zero_optimization, without those that change where weights lie, which the engine would not see."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    with as_found_here():
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
     return tuple(
