@@ -12,13 +12,15 @@ import yaml
 from torch import Tensor
 
 from seer_scale.cli import main
-from seer_scale.config import read_yaml, resolve
+from seer_scale.config import RECIPES, load_recipe, read_yaml, recipe_names, resolve
+from seer_scale.formatting import memory_size, rough_duration
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.plan import plan as plan_module
 from seer_scale.plan import search
 from seer_scale.plan.allocator import MIB, CachingAllocator, reserved
 from seer_scale.plan.devices import DEVICES, load_device
 from seer_scale.plan.memory import GIVES_BACK, KERNEL_WORKSPACE, Memory
+from seer_scale.plan.time import milliseconds
 from tests.tiny import RECIPE
 
 GPUS = 4
@@ -314,3 +316,21 @@ def test_failures_of_a_run_are_bounded_by_it(recipe, capsys):
 def test_the_launcher_says_what_is_planned_and_auto_takes_its_engine(recipe, tmp_path, capsys):
     assert launched(tmp_path, "h100", "--parallel.engine", "auto") == 0
     assert "Planned for 4 ranks: ddp, " in capsys.readouterr().out
+
+
+SEER = [name for name in recipe_names() if name.startswith("seer_")]
+
+
+@pytest.mark.parametrize("name", [
+    name if name.endswith("_8gf") else pytest.param(name, marks=pytest.mark.long) for name in SEER
+])  # fmt: skip
+def test_the_head_of_a_recipe_says_what_is_planned(name):
+    head = " ".join(re.findall(r"^# (.*)", (RECIPES / f"{name}.yaml").read_text(), re.MULTILINE))
+    ranks = load_recipe(name)["parallel"]["ranks"]
+    config = resolve(load_recipe(name), ["--data.path", "-"], world_size=ranks)
+    plan = plan_module.make_plan(config, ranks, load_device("h100"))
+    time, samples = plan.time, config.train.total_samples
+    assert f"(seer-scale plan {name} --gpus {ranks} --device h100): {memory_size(plan.memory.total)} " in head
+    assert ("fits only as the allocator gives back its slack" in head) == (not plan.memory.fits)
+    took = f"{milliseconds(time.seconds)} an update, 1 billion images in {rough_duration(86400 * time.days(samples))}, "
+    assert f"a GPU, {took}{time.gpu_hours(samples):,.0f} GPU-hours." in head
