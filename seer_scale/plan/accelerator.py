@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from unittest import mock
 
 import torch
@@ -52,6 +52,9 @@ class Listener(Protocol):
     def synchronises(self, what: str) -> None:
         """The host waits for the device."""
 
+    def asks(self, call: str) -> NoReturn:
+        """The host asks by `call` for values, which there are not."""
+
 
 class _Nobody:
     def waits(self, stream: Stream, other: Stream, mark: int) -> None:
@@ -59,6 +62,9 @@ class _Nobody:
 
     def synchronises(self, what: str) -> None:
         pass
+
+    def asks(self, call: str) -> NoReturn:
+        raise RuntimeError(f"{call} asks for values, which no tensor of a plan has.")
 
 
 class Stream:
@@ -101,6 +107,9 @@ class Event:
 
     def synchronize(self) -> None:
         _state.listener.synchronises("Event.synchronize")
+
+    def elapsed_time(self, end: Event) -> float:
+        _state.listener.asks("Event.elapsed_time()")
 
     def query(self) -> bool:
         return True
@@ -306,6 +315,10 @@ def no_values(listener: Listener) -> Iterator[FakeTensorMode]:
         with (
             mock.patch.object(Tensor, "record_stream", lambda self, stream: None),
             mock.patch.object(FakeTensor, "data_ptr", _place_in_storage, create=True),
+            mock.patch.object(FakeTensor, "numpy", _no_array, create=True),
+            mock.patch.object(FakeTensor, "__repr__", _no_text, create=True),
+            mock.patch.object(FakeTensor, "__format__", _no_format, create=True),
+            _device_by_all_its_names(),
             mock.patch.object(torch, "clear_autocast_cache", clear_casts),  # as the last autocast ends
             torch.autograd.set_multithreading_enabled(False),
             mode,
@@ -319,6 +332,34 @@ def no_values(listener: Listener) -> Iterator[FakeTensorMode]:
 def _place_in_storage(tensor: Tensor) -> int:
     """For its address, of which libraries ask how it is aligned."""
     return int(tensor.storage_offset()) * tensor.itemsize
+
+
+def _no_array(tensor: Tensor, *, force: bool = False) -> NoReturn:
+    _state.listener.asks("numpy()")
+
+
+def _no_text(tensor: Tensor, **_: object) -> str:
+    if tensor.device.type == GPU:
+        _state.listener.synchronises("a tensor as text")
+    return f"tensor(..., size={tuple(tensor.shape)}, dtype={tensor.dtype})"
+
+
+def _no_format(tensor: Tensor, spec: str) -> str:
+    return object.__format__(tensor, spec) if tensor.dim() else format(tensor.item(), spec)
+
+
+@contextmanager
+def _device_by_all_its_names() -> Iterator[None]:
+    """Programs that name CUDA, or take the accelerator that torch finds, mean the one that a plan has."""
+    module = _DeviceModule()
+    both: dict[str, Any] = {"synchronize": module.synchronize, "current_stream": module.current_stream}
+    classes: dict[str, Any] = {"Stream": Stream, "Event": Event}
+    with (
+        mock.patch.multiple(torch.accelerator, **both),
+        mock.patch.multiple(torch.cuda, stream=module.stream, **both, **classes),
+        mock.patch.multiple(torch, **classes),
+    ):
+        yield
 
 
 def current_stream() -> Stream:

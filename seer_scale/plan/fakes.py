@@ -34,6 +34,7 @@ Results = tuple[type, tuple[_Result | None, ...]]
 
 AS_STRIDED = torch.ops.aten.as_strided.default
 """The only one that counts from the beginning of the memory, and says all itself."""
+TO_COPY = torch.ops.aten._to_copy.default
 NOT_TENSORS = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 OF_MORE_THAN_SHAPES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 
@@ -59,6 +60,9 @@ class FastFakeTensorMode(FakeTensorMode):
             x, shape, stride, *at = args
             begin = (at[0] - x.storage_offset()) if at and at[0] is not None else 0
             return self._make(_Result(-1, 0, shape, stride, begin, x.dtype, x.fake_device), [x])
+        if func is TO_COPY and type(args[0]) is FakeTensor and args[0].constant is not None:
+            x = args[0]  # its value stays on the host: torch would make a real tensor of the device of it
+            args = (self._make(_Result(-1, 0, x.shape, x.stride(), 0, x.dtype, x.fake_device), [x]), *args[1:])
         parts: list[Any] = [func]
         given: list[FakeTensor] = []
         if not _follows_from_shapes(func) or not self._describe_arguments((args, kwargs), parts, given) or not given:

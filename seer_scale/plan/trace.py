@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 from unittest import mock
 
 import torch
@@ -73,7 +73,8 @@ Kind = Literal[
 @dataclass
 class Collective:
     """nbytes: of the largest tensor each rank gives or gets: what a link carries follows from it and the kind. group:
-    what it is for. where: the line that asks for it."""
+    what it is for. root: who sends or gets all, as counted in the group; -1 where all ranks are alike. op: how values
+    are reduced, as sum. where: the line that asks for it."""
 
     kind: str
     nbytes: int
@@ -81,6 +82,8 @@ class Collective:
     ranks: tuple[int, ...]
     group: str
     where: str = field(default="", compare=False)
+    root: int = -1
+    op: str = ""
 
 
 @dataclass
@@ -126,7 +129,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Sync:
-    """The host waits for the device, or copies what it cannot send ahead."""
+    """The host waits for the device or for other ranks, or copies what it cannot send ahead."""
 
     what: str
     where: str
@@ -228,6 +231,15 @@ class _Recorder(TorchDispatchMode):
     def synchronises(self, what: str) -> None:
         self.syncs.append(Sync(what, _user_line()))
 
+    def asks(self, call: str, of_device: bool = False) -> NoReturn:
+        rule, fix = "asks for values, which decide then what an update does, so that none can be planned", ON_DEVICE
+        if of_device:
+            rule = "makes the host wait for values of the device, which an update must not"
+        if pickling := _pickling():
+            call, rule = pickling, "pickles on the host, which waits there for every rank, which an update must not"
+            fix = "tensors of the device, as in dist.all_gather"
+        raise UserError(Problem(_user_line(), call, rule, fix)) from None
+
     # --- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -241,11 +253,16 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if name == "aten._local_scalar_dense" and self._is_ours(args[0]):
             self.synchronises("item")
+        if name.startswith("_c10d_functional."):
+            rule, fix = "is a functional collective, which no plan follows", "dist.all_reduce and the like"
+            raise UserError(Problem(_user_line(), _spoken(name), rule, fix))
         out = self._run(func, name, args, kwargs)
+        if self.device != "cpu":
+            self._watch_host(func, name, args, kwargs)
         if name in ("aten._to_copy", "aten.copy_"):
             self._watch_copy(name, out, args, kwargs)
         if is_work:
-            self._note(name, out, args, kwargs)
+            self._note(func, name, out, args, kwargs)
         for t in tensors(out):
             if self._is_ours(t):
                 self.see(t.untyped_storage())
@@ -257,13 +274,7 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             is_of_device = any(t.device.type == self.device for t in tensors([args, kwargs]))
-            rule = "makes the host wait for values of the device, which an update must not"
-            if self.device == "cpu" or not is_of_device:
-                rule = "asks for values, which decide then what an update does, so that none can be planned"
-            call = _spoken(name)
-            raise UserError(
-                Problem(_user_line(), call, rule, "torch.where, or another operation on the device")
-            ) from None
+            self.asks(_spoken(name), self.device != "cpu" and is_of_device)
         except RuntimeError as err:
             if "devices" not in str(err):  # FakeTensorDeviceMismatchError, where torch has it
                 raise
@@ -280,11 +291,22 @@ class _Recorder(TorchDispatchMode):
         kinds = of.device.type, to.device.type
         waits_not = kwargs.get("non_blocking") or (name == "aten.copy_" and len(args) > 2 and args[2])
         if kinds in ((self.device, "cpu"), ("cpu", self.device)) and self.device != "cpu" and not waits_not:
-            if not (kinds[0] == "cpu" and of.numel() <= 1):  # a number travels with the kernel that fills
-                self.synchronises("copy to the host" if kinds[1] == "cpu" else "copy from the host")
+            self.synchronises("copy to the host" if kinds[1] == "cpu" else "copy from the host")
 
-    def _note(self, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [t for t in tensors([out, args, kwargs]) if self._is_ours(t)]
+    def _watch_host(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Operations that wait by themselves on a GPU."""
+        if name in BARRIERS:
+            self.synchronises("barrier")
+        elif name.startswith("c10d."):
+            if any(t.device.type == "cpu" for t in tensors(args)):
+                self.synchronises("a collective of what is on the host")
+        elif name in READ_BY_HOST or name.startswith("aten.") and _argument(func, args, kwargs, "check_errors"):
+            if name != "aten.multinomial" or not args[2:3] == (True,) or args[1] == 1:
+                self.synchronises(f"{_spoken(name)}, whose outcome is read on the host")
+
+    def _note(self, func: Any, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        of_ranks = name.startswith("c10d.")
+        given = [t for t in tensors([out, args, kwargs]) if self._is_ours(t)] or [*tensors(args if of_ranks else ())]
         if not given:
             return
         stream = current_stream()
@@ -293,7 +315,7 @@ class _Recorder(TorchDispatchMode):
         self.num_ops += 1
         if self.is_recording:
             phase, unit = self._where()
-            collective = _collective(name, args) if name.startswith("c10d.") else None
+            collective = _collective(func, name, args) if of_ranks else None
             first = next((t for t in tensors(args) if self._is_ours(t)), given[0])
             op = Op(
                 name.removeprefix("aten."),
@@ -384,7 +406,13 @@ class _Recorder(TorchDispatchMode):
 
 NO_WORK = {"aten.detach", "aten.empty", "aten.empty_strided", "aten.empty_like", "aten.new_empty", "aten.lift_fresh",
            "aten._unsafe_view", "aten.new_empty_strided", "aten.set_", "aten.resize_", "aten._reshape_alias",
-           "c10d.barrier", "aten.is_pinned"}  # fmt: skip
+           "aten.is_pinned"}  # fmt: skip
+BARRIERS = {"c10d.barrier", "c10d.monitored_barrier_"}
+READ_BY_HOST = {"aten._linalg_check_errors", "aten.linalg_eig", "aten._linalg_eigvals", "aten._linalg_eigh",
+                "aten._linalg_svd", "aten.linalg_pinv", "aten.multinomial"}  # fmt: skip
+"""On CUDA: torch.linalg documents it of its functions; multinomial checks its probabilities, but for several draws with
+replacement (aten/src/ATen/native/Distributions.cpp)."""
+ON_DEVICE = "torch.where, or another operation on the device"
 PASSING: tuple[Kind, ...] = ("activations", "loss", "update")
 """Kinds that a phase gives, which who uses the memory may correct."""
 
@@ -400,19 +428,35 @@ COLLECTIVES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "al
                "allgather_into_tensor_coalesced_": "all-gather", "_reduce_scatter_base_": "reduce-scatter",
                "reduce_scatter_": "reduce-scatter", "reduce_scatter_tensor_coalesced_": "reduce-scatter",
                "broadcast_": "broadcast", "reduce_": "reduce", "alltoall_base_": "all-to-all",
-               "alltoall_": "all-to-all"}  # fmt: skip
+               "alltoall_": "all-to-all", "allreduce_coalesced_": "all-reduce", "allgather_coalesced_": "all-gather",
+               "recv_any_source_": "recv", "monitored_barrier_": "barrier"}  # fmt: skip
+"""Others by their own names."""
 
 
-def _collective(name: str, args: tuple[Any, ...]) -> Collective | None:
-    kind = COLLECTIVES.get(name.removeprefix("c10d."))
-    if kind is None:
-        return None
-    boxed = next(a for a in args if type(a) is torch.ScriptObject and "ProcessGroup" in str(a._type()))
-    group = dist.ProcessGroup.unbox(boxed)
+def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """What an operation is given for its argument `name`; None where it has none."""
+    at = _arguments(func).get(name, -1)
+    return kwargs.get(name, args[at] if 0 <= at < len(args) else None)
+
+
+@cache
+def _arguments(func: Any) -> dict[str, int]:
+    return {argument.name: i for i, argument in enumerate(func._schema.arguments)}
+
+
+def _collective(func: Any, name: str, args: tuple[Any, ...]) -> Collective:
+    short = name.removeprefix("c10d.")
+    kind = COLLECTIVES.get(short, short.strip("_"))
+    group = dist.ProcessGroup.unbox(_argument(func, args, {}, "process_group"))
+    root = _argument(func, args, {}, "root_rank")
+    op = getattr(_argument(func, args, {}, "reduce_op"), "op", None)  # torch 2.14 tells
     largest = max(tensors(args), key=lambda t: t.numel() * t.itemsize)
     ranks = tuple(dist.get_process_group_ranks(group))
     nbytes = largest.numel() * largest.itemsize
-    return Collective(kind, nbytes, largest.dtype, ranks, group.group_desc, _user_line())
+    return Collective(
+        kind, nbytes, largest.dtype, ranks, group.group_desc, _user_line(),
+        -1 if root is None else root, dist.ReduceOp.RedOpType(op()).name.lower() if op else "",
+    )  # fmt: skip
 
 
 def _kind_by_phase(phase: Phase, unit: str) -> Kind:
@@ -434,18 +478,31 @@ def _user_line() -> str:
     return f"{frame.f_code.co_filename.removeprefix(HOUSE)}:{frame.f_lineno}" if frame else ""
 
 
+def _pickling() -> str:
+    """The function of torch.distributed for objects, if one is at work."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame and any(part in frame.f_code.co_filename for part in NOT_SHOWN):
+        if (name := frame.f_code.co_name) in OF_OBJECTS:
+            return f"dist.{name}"
+        frame = frame.f_back
+    return ""
+
+
+OF_OBJECTS = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list",
+              "send_object_list", "recv_object_list"}  # fmt: skip
 SPOKEN = {
     "_local_scalar_dense": "item()",
     "equal": "torch.equal",
     "nonzero": "nonzero()",
     "masked_select": "a mask as an index",
+    "_linalg_check_errors": "torch.linalg",
 }
 
 
 def _spoken(name: str) -> str:
     """An operation as a program writes it."""
-    short = name.removeprefix("aten.")
-    return SPOKEN.get(short, f"torch.{short}")
+    short = name.rpartition(".")[2]
+    return SPOKEN.get(short, f"torch.{short.removeprefix('_').replace('linalg_', 'linalg.')}")
 
 
 # ------------------------------------------------------------------------------------------------ the update

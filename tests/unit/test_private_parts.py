@@ -34,6 +34,7 @@ OF_TORCH = {
     "Tensor._make_wrapper_subclass": None,
     "torch.UntypedStorage._cdata": None,
     "torch.utils._python_dispatch.TorchDispatchMode": None,
+    "torch.ops.aten._to_copy.default": None,
     "torch.utils._pytree.tree_map_only": None, "torch._ops.OpOverload": None,
     "dist.distributed_c10d._world.pg_map": None,
     "dist.distributed_c10d._set_pg_timeout": "timeout group",

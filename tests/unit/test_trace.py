@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple
+from functools import wraps
+from inspect import unwrap
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from seer_scale.config import Config, load_recipe, recipe_names, resolve
@@ -91,17 +94,57 @@ def turned(loss: Tensor, world: World) -> Tensor:
     return loss
 
 
+def otherwise(loss: Tensor, world: World) -> Tensor:
+    dist.all_reduce(loss.detach().clone(), dist.ReduceOp.SUM if world.rank else dist.ReduceOp.MAX)
+    return loss
+
+
+def from_itself(loss: Tensor, world: World) -> Tensor:
+    dist.broadcast(loss.detach().clone(), src=world.rank)
+    return loss
+
+
+def beside(does: Callable[[Tensor], Any]) -> Callable[[Tensor, World], Tensor]:
+    """A fault that leaves the loss as it is."""
+
+    @wraps(does)
+    def fault(loss: Tensor, world: World) -> Tensor:
+        does(loss.detach().expand(2, 2).contiguous())
+        return loss
+
+    return fault
+
+
 FAULTS: dict[str, tuple[Callable[[Tensor, World], Tensor], str]] = {
     "item": (lambda loss, world: loss * loss.item(), r"item\(\), but makes the host wait"),
-    "tolist": (lambda loss, world: loss * loss.expand(2).tolist()[0], r"item\(\), but makes the host wait"),
-    "float": (lambda loss, world: loss * float(loss.detach()), r"item\(\), but makes the host wait"),
     "bool": (lambda loss, world: loss if loss > 0 else -loss, r"item\(\), but makes the host wait"),
     "mask": (lambda loss, world: loss.view(1)[loss.view(1) > 0].sum(), "nonzero|index"),
-    "cpu": (lambda loss, world: loss + 0 * loss.detach().cpu().to(loss.device), "makes the host wait"),
+    "cpu": (lambda loss, world: loss + 0 * loss.detach().cpu(), "makes the host wait"),
     "from the host": (lambda loss, world: loss * torch.tensor([1.0, 2.0], device=loss.device).sum(), "from the host"),
     "left on the host": (lambda loss, world: loss * torch.ones(2), "two devices"),
     "half": (halved, "sums over ranks in bfloat16"),
-}
+} | {
+    name: (beside(does), says)
+    for name, (does, says) in {
+        "a number": (lambda x: torch.tensor(2.0, device=x.device), r"\(copy from the host\); .*torch.full"),
+        "format": (lambda x: f"{x[0, 0]:.2f}", r"item\(\), but makes the host wait"),
+        "print": (lambda x: f"{x}", "a tensor as text"),
+        "numpy": (lambda x: x.cpu().numpy(), r"numpy\(\), but asks for values"),
+        "cuda": (lambda x: torch.cuda.synchronize(), r"wait for the device .*\(synchronize\)"),
+        "accelerator": (lambda x: torch.accelerator.synchronize(), r"wait for the device .*\(synchronize\)"),
+        "stream": (lambda x: torch.accelerator.current_stream().synchronize(), r"\(Stream.synchronize\)"),
+        "event": (lambda x: torch.Event(device=x.device).synchronize(), r"\(Event.synchronize\)"),
+        "eigh": (lambda x: torch.linalg.eigh(x), r"torch.linalg.eigh, whose outcome is read"),
+        "inv": (lambda x: torch.linalg.inv(x), r"torch.linalg, whose outcome is read"),
+        "inv_ex": (lambda x: torch.linalg.inv_ex(x, check_errors=True), r"torch.linalg.inv_ex, whose outcome is read"),
+        "multinomial": (lambda x: torch.multinomial(x, 1), r"torch.multinomial, whose outcome is read"),
+        "host sum": (lambda x: dist.all_reduce(torch.ones(3)), "wait for other ranks .* on the host.*on the device"),
+        "barrier": (lambda x: dist.barrier(), r"wait for other ranks .*\(barrier\)"),
+        "objects": (lambda x: dist.all_gather_object([None] * NUM, 1), "dist.all_gather_object, but pickles"),
+        "send": (lambda x: dist.send(x, 1), r"a single rank \(send\)"),
+        "functional": (lambda x: functional.all_reduce(x, "sum", dist.group.WORLD), "a functional collective"),
+    }.items()
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -109,19 +152,27 @@ def test_a_fault_is_one_sentence_that_names_its_line(name):
     fault, says = FAULTS[name]
     with pytest.raises(UserError, match=says) as caught:
         faulty(fault)
-    line = fault.__code__.co_firstlineno
+    line = unwrap(fault).__code__.co_firstlineno
     (problem,) = caught.value.problems
     assert problem.key in (f"{__file__}:{line}", f"{__file__}:{line + 1}")
     assert "\n" not in str(problem)
 
 
 def test_without_a_fault_it_passes():
-    faulty(lambda loss, world: loss * 2, 0, NUM - 1)
+    """Nor does what only looks like one."""
+
+    def like(x: Tensor) -> None:
+        torch.full((), 2.0, device=x.device)
+        torch.linalg.inv_ex(x)
+        torch.multinomial(x, 3, True)
+        dist.all_reduce(x.half(), dist.ReduceOp.MAX)
+
+    faulty(beside(like), 0, NUM - 1)
 
 
-@pytest.mark.parametrize("fault", [alone, turned])
-def test_a_collective_that_one_rank_lacks_or_has_out_of_order(fault):
-    with pytest.raises(UserError, match=r"differ between ranks: the \d+th of rank 0 is all-reduce") as caught:
+@pytest.mark.parametrize("fault", [alone, turned, otherwise, from_itself])
+def test_a_collective_that_differs_between_ranks(fault):
+    with pytest.raises(UserError, match=r"differ between ranks: the \d+th of rank 0 is (all-reduce|broad)") as caught:
         faulty(fault, 0, NUM - 1)
     assert "test_trace.py" in str(caught.value)
 
