@@ -138,7 +138,13 @@ class Toy(Simple):
         return self.backbone([self.embed(patches(x)) + self.position for x in views])
 
     def loss(
-        self, views: list[Tensor], *, samples_seen: int, targets: None = None, with_metrics: bool = False
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int,
+        part: tuple[int, int] = (0, 1),
+        targets: None = None,
+        with_metrics: bool = False,
     ) -> LossOutput:
         wrong = [
             (self.head(x.mean(1)).float() - v.mean((2, 3))).square().mean() for x, v in zip(self._tokens(views), views)
@@ -167,7 +173,13 @@ class Classifier(Simple):
         return own | {"fc.weight": Normal(0.01), "fc.bias": Constant(0)}
 
     def loss(
-        self, views: list[Tensor], *, samples_seen: int, targets: None = None, with_metrics: bool = False
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int,
+        part: tuple[int, int] = (0, 1),
+        targets: None = None,
+        with_metrics: bool = False,
     ) -> LossOutput:
         logits = [self.fc(features).float() for features in self.backbone(views)]
         wrong = [F.cross_entropy(y, x.mean((2, 3)).argmax(1)) for y, x in zip(logits, views, strict=True)]
@@ -236,7 +248,13 @@ class Taught(Simple, Method[list[Tensor], list[Tensor]]):
         return [[t - c for t, c in zip(part, centres, strict=True)] for part in inputs]
 
     def loss(
-        self, views: list[Tensor], *, samples_seen: int, targets: list[Tensor] | None = None, with_metrics: bool = False
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int,
+        part: tuple[int, int] = (0, 1),
+        targets: list[Tensor] | None = None,
+        with_metrics: bool = False,
     ) -> LossOutput:
         if targets is None:
             inputs = self.prepare_targets(views, samples_seen=samples_seen, part=(0, 1))
@@ -270,7 +288,13 @@ class Autoencoder(Simple):
         return {"embed": self.embed} | ours | {"out": self.out}
 
     def loss(
-        self, views: list[Tensor], *, samples_seen: int, targets: None = None, with_metrics: bool = False
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int,
+        part: tuple[int, int] = (0, 1),
+        targets: None = None,
+        with_metrics: bool = False,
     ) -> LossOutput:
         wrong = []
         for x in views:

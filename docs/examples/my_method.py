@@ -50,7 +50,13 @@ class Colours(Method[None, None]):
         return inits | {"head.weight": Normal(0.1), "head.bias": Constant(0)}
 
     def loss(
-        self, views: list[Tensor], *, samples_seen: int, targets: None = None, with_metrics: bool = False
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int,
+        part: tuple[int, int] = (0, 1),
+        targets: None = None,
+        with_metrics: bool = False,
     ) -> LossOutput:
         """Mean squared error of each crop's mean colour."""
         predicted = self.head(torch.cat(self.backbone(views))).float()

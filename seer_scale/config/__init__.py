@@ -20,6 +20,8 @@ from seer_scale.config.recipe import (
     yaml_problem,
 )
 from seer_scale.config.schema import (
+    FREE_MODELS,
+    KEYS_OF_TRAINING,
     ZERO_ENGINES,
     Checkpoint,
     Config,
@@ -41,6 +43,8 @@ from seer_scale.config.schema import (
 )
 
 __all__ = [
+    "FREE_MODELS",
+    "KEYS_OF_TRAINING",
     "NOT_YAML",
     "RECIPES",
     "ZERO_ENGINES",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seer_scale.config.method_settings import all_keys
-from seer_scale.config.schema import ZERO_ENGINES, Config
+from seer_scale.config.schema import FREE_MODELS, ZERO_ENGINES, Config, keys_of_model
 from seer_scale.cores import loads_in_processes
 from seer_scale.errors import NOTHING, Problem
 
@@ -63,8 +63,14 @@ def _stall_s(config: Config) -> float:
     return 10 * config.data.timeout_s
 
 
-def _explicit(config: Config) -> list[str]:
-    return [f"model.{key}" for key in config.model.explicit_keys()]
+def _misplaced(config: Config) -> list[str]:
+    return [f"model.{key}" for key in config.model.misplaced_keys()]
+
+
+def _takers(config: Config) -> list[str]:
+    """Free networks that take all keys given, that of the name's own kind first."""
+    takers = [name for name in FREE_MODELS if {*config.model.explicit_keys()} <= {*keys_of_model(name)}]
+    return sorted(takers, key=lambda name: not config.model.name.startswith(name))
 
 
 def _of_mesh(name: str, default: int) -> Rule:
@@ -196,10 +202,15 @@ RULES = (
     ),
     Rule(
         ("model.name", "model"),
-        lambda config, ranks: config.model.name != "regnety" and _explicit(config),
-        lambda config, ranks: f"its shape is fixed, and {', '.join(_explicit(config))} given",
+        lambda config, ranks: bool(_misplaced(config)),
         lambda config, ranks: (
-            f"use model.name regnety, or give {' '.join(f'--{key} null' for key in _explicit(config))}"
+            f"it takes no {', '.join(_misplaced(config))}"
+            if config.model.name in FREE_MODELS
+            else f"its shape is fixed, and {', '.join(_misplaced(config))} given"
+        ),
+        lambda config, ranks: (
+            "".join(f"use model.name {free}, or " for free in _takers(config)[:1])
+            + f"give {' '.join(f'--{key} null' for key in _misplaced(config))}"
         ),
     ),
     Rule(

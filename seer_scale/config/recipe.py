@@ -21,7 +21,7 @@ import yaml
 from seer_scale.config.checks import check_rules, is_about, unused_keys
 from seer_scale.config.fields import as_mapping, read_section, unknown_key
 from seer_scale.config.method_settings import all_keys, settings_classes
-from seer_scale.config.schema import METHOD_SETTINGS, Config, Method, Model, section_classes
+from seer_scale.config.schema import METHOD_SETTINGS, Config, Method, Model, keys_of_model, section_classes
 from seer_scale.errors import NOTHING, ConfigError, Problem, UserError, closest, nearest
 from seer_scale.plugins import load_plugins
 
@@ -102,10 +102,6 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     return read_yaml(path, "sections of keys, such as 'train:'")
 
 
-SHAPE = tuple(f.name for f in dataclasses.fields(Model) if f.name != "name")
-"""Keys of a network whose shape is given freely."""
-
-
 def as_asked(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """A recipe's mapping without its bound on the warm-up where the command line gives a length, a shipped one's also
     without what goes with its own images, network or method where the command line names others; and what to say of
@@ -134,8 +130,10 @@ def as_asked(name: str, given: dict[str, Any], over: dict[str, Any]) -> tuple[di
     if asked_for("data.path") is not None:
         why = "go with its own images, and are left out as data.path names others"
         leave_out("knn", ("bank", "queries"), why)
-    if asked_for("model.name") not in (None, "regnety"):
-        leave_out("model", SHAPE, "shape its own network, and are left out as model.name names another")
+    own_network = (given.get("model") or {}).get("name", Model.name)
+    if (asked := asked_for("model.name")) not in (None, own_network):
+        others = [f.name for f in dataclasses.fields(Model) if f.name not in ("name", *keys_of_model(str(asked)))]
+        leave_out("model", others, "shape its own network, and are left out as model.name names another")
     own_method = (given.get("method") or {}).get("name", Method.name)
     if asked_for("method.name") not in (None, own_method) and given.get(own_method):
         notes.append(f"The section {own_method} of the recipe {name} goes with its own method, and is left out.")

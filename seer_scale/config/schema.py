@@ -138,17 +138,54 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    name: str = opt("regnety_8gf", "backbone: a registered name, timm/NAME, or regnety with the six keys below")
-    depth: int | None = opt(None, "regnety: number of blocks", ge=1)
+    name: str = opt("regnety_8gf", "backbone: a registered name, timm/NAME, or regnety or vit with the keys below")
+    depth: int | None = opt(None, "regnety, vit: number of blocks", ge=1)
     w0: int | None = opt(None, "regnety: initial width", ge=8)
     wa: float | None = opt(None, "regnety: slope of the width", ge=0)
     wm: float | None = opt(None, "regnety: width quantisation factor", gt=1)
     group_width: int | None = opt(None, "regnety: channels a group", ge=1)
     se_ratio: float | None = opt(None, "regnety: squeeze-and-excitation ratio to the block's input width", gt=0)
+    width: int | None = opt(None, "vit: width of a token", ge=1)
+    heads: int | None = opt(None, "vit: heads of attention", ge=1)
+    patch: int | None = opt(None, "vit: side of a patch in pixels", ge=1)
+    ffn: Literal["mlp", "swiglu"] | None = opt(None, "vit, vit_SIZE: feed-forward network; null: the size's, or mlp")
+    registers: int | None = opt(None, "vit, vit_SIZE: register tokens; null: 0", ge=0)
+    positions: Literal["table", "rope"] | None = opt(
+        None, "vit, vit_SIZE: a learned table, or axial rotary ones; null: table"
+    )
+    image_size: int | None = opt(None, "vit, vit_SIZE: in pixels, what the table is made for; null: 224", ge=1)
+    position_resize: Literal["auto", "offset", "antialias", "exact"] | None = opt(
+        None, "vit, vit_SIZE: how the table is resized; null or auto: antialias with registers, else offset, as DINOv2"
+    )
+    layer_scale: float | None = opt(None, "vit, vit_SIZE: initial value of LayerScale; null: 1e-5", gt=0)
+    drop_path: float | None = opt(None, "vit, vit_SIZE: rate of dropped branches; null: 0", ge=0, lt=1)
+    drop_path_rule: Literal["constant", "linear"] | None = opt(
+        None, "vit, vit_SIZE: that rate in every block, or rising to it; null: constant"
+    )
 
     def explicit_keys(self) -> dict[str, Any]:
-        """The keys of a free `regnety`, those given."""
+        """The keys beside the name, those given."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "name" and v is not None}
+
+    def misplaced_keys(self) -> list[str]:
+        """Of `explicit_keys`, those that a network of this name does not take."""
+        return [key for key in self.explicit_keys() if key not in keys_of_model(self.name)]
+
+
+FREE_MODELS = ("regnety", "vit")
+"""Networks whose shape a recipe gives."""
+VIT_FREE = ("width", "depth", "heads", "patch")
+KEYS_OF_TRAINING = ("layer_scale", "drop_path", "drop_path_rule")
+"""Of a model, that leave its tensors as they are."""
+
+
+def keys_of_model(name: str) -> tuple[str, ...]:
+    """The keys of a recipe's section `model` that a network of this name takes."""
+    of_regnety = ("depth", "w0", "wa", "wm", "group_width", "se_ratio")
+    if name == "regnety":
+        return of_regnety
+    keys = tuple(f.name for f in dataclasses.fields(Model) if f.name not in ("name", *of_regnety, *VIT_FREE))
+    return (*VIT_FREE, *keys) if name == "vit" else keys if name.startswith("vit_") else ()
 
 
 @dataclass(frozen=True, kw_only=True)

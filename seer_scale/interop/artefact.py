@@ -23,7 +23,10 @@ from seer_scale.checkpoint.layout import SAFETENSORS_DTYPES, local_of, run_of
 from seer_scale.errors import NOTHING, Problem, UserError, missing_path
 from seer_scale.files import plain, shown
 from seer_scale.interop.names import NAME_MAPS
+from seer_scale.interop.vit_layouts import VIT_LIBRARIES, Piece, imported
+from seer_scale.models.registry import spec_of
 from seer_scale.models.timm_adaptor import TIMM_PREFIX
+from seer_scale.models.vit import ViTSpec
 
 ABOUT = "seer_scale"
 """The key of a file's metadata under which `About` lies."""
@@ -193,8 +196,11 @@ class Artefact:
             rule = "has no metadata of ours, so what network it is of is not known"
             raise UserError(Problem(str(path), NOTHING, rule, "seer-scale import takes published weights"))
         self.about = about
-        ours = our_names(self.about, path)
+        self._spec = spec_of(about.model)
+        is_made = isinstance(self._spec, ViTSpec) and about.format in VIT_LIBRARIES
+        ours = str if is_made else our_names(self.about, path)
         self._held: dict[str, tuple[Path, str]] = {}
+        self._made: dict[str, Piece] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file, opened in self._files.items():
             for theirs in opened.keys():  # noqa: SIM118  # it is no mapping
@@ -208,9 +214,31 @@ class Artefact:
                     raise UserError(Problem(str(file), NOTHING, rule)) from None
                 self._held[name] = file, theirs
                 self.tensors[name] = TensorInfo(SAFETENSORS_DTYPES[piece.get_dtype()], torch.Size(piece.get_shape()))
+        if is_made:
+            self._made = self._pieces()
+
+    def _pieces(self) -> dict[str, Piece]:
+        """Ours of a vision transformer's in a library's layout; `tensors` become ours. Raises UserError."""
+        theirs, made = self.tensors, imported(self.about.format, self._spec)
+        self.tensors = {name: info for name, info in theirs.items() if "/" in name}
+        dtypes = [info.dtype for info in theirs.values()]
+        for name, piece in made.items():
+            if gone := [source for source in piece.sources if source not in theirs]:
+                raise UserError(Problem(str(self.path), NOTHING, f"lacks {gone[0]} of the format {self.about.format}"))
+            shape = piece.make(*(torch.empty(theirs[source].shape, device="meta") for source in piece.sources)).shape
+            self.tensors[name] = TensorInfo(dtypes[0], shape)
+        if "embed.mask_token" not in made:
+            made["embed.mask_token"] = Piece((), lambda: torch.zeros(1, self._spec.width, dtype=dtypes[0]))
+            self.tensors["embed.mask_token"] = TensorInfo(dtypes[0], torch.Size((1, self._spec.width)))
+        return made
 
     def read(self, name: str) -> Tensor:
         """Of our name, on the CPU. Raises UserError."""
+        if piece := self._made.get(name):
+            return piece.make(*map(self._read_theirs, piece.sources))
+        return self._read_theirs(name)
+
+    def _read_theirs(self, name: str) -> Tensor:
         file, theirs = self._held[name]
         try:
             return self._files[file].get_tensor(theirs)
@@ -222,14 +250,15 @@ class Artefact:
         """Copy our `name` into a tensor of its shape, or what a rank holds of one (`Shard`), of any precision; the
         bytes read: of the rows that are needed. Raises UserError."""
         local, (start, stop) = local_of(tensor), run_of(tensor)
-        info, (file, theirs) = self.tensors[name], self._held[name]
+        info = self.tensors[name]
         if start == stop:
             return 0
-        if not info.shape:
+        if not info.shape or name in self._made:
             read = self.read(name)
         else:
             inner = info.shape[1:].numel()
             first, last = start // inner, -(-stop // inner)
+            file, theirs = self._held[name]
             try:
                 read = self._files[file].get_slice(theirs)[first:last]
             except (SafetensorError, OSError) as error:

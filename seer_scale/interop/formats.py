@@ -16,12 +16,16 @@ from seer_scale.errors import Problem, UserError, nearest
 from seer_scale.extras import how_to_install
 from seer_scale.interop.artefact import OWN_FORMAT
 from seer_scale.interop.names import NAME_MAPS, TIMM_MODELS, TORCHVISION_MODELS
+from seer_scale.interop.vit_layouts import Piece, exported
 from seer_scale.interop.weights import Weights
-from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY, stage_plan
+from seer_scale.models.layers.transformer import NORM_EPS, swiglu_width
+from seer_scale.models.registry import spec_of
+from seer_scale.models.regnet import RegNetSpec, RegNetY, stage_plan
 from seer_scale.models.timm_adaptor import TIMM_PREFIX, Whole
+from seer_scale.models.vit import VIT_SIZES, ViT, ViTSpec
 
 LIBRARIES = {OWN_FORMAT: "seer_scale", "timm": "timm", "torchvision": "torchvision", "transformers": "transformers",
-             "onnx": "onnx"}  # fmt: skip
+             "dinov2": "dinov2", "onnx": "onnx"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,15 @@ class Target:
     """names: of ours to theirs. network: what it is called there. loading: the lines of Python that give `features`
     [N, num_features] of the image file photo.jpg, also what a classifier sees in it; PATH stands for the folder, FILE
     for a file of weights. loading_alone: those of a lone file, where they are others. files: JSON beside the weights.
-    in_shards: whether the library reads several files. needs_folder: whether it reads no lone file."""
+    made: its tensors, where they are others than ours by other names. in_shards: whether the library reads several
+    files. needs_folder: whether it reads no lone file."""
 
     names: Callable[[str], str]
     network: str
     loading: str
     loading_alone: str = ""
     files: Mapping[str, Any] = field(default_factory=dict)
+    made: dict[str, Piece] = field(default_factory=dict)
     in_shards: bool = False
     needs_folder: bool = False
 
@@ -53,10 +59,24 @@ def target_of(format: str, weights: Weights) -> Target:
 
 def _spec(weights: Weights) -> RegNetSpec | None:
     """Of a RegNetY."""
-    if not isinstance(weights.backbone, RegNetY):
-        return None
-    name, generator = weights.about.model["name"], {k: v for k, v in weights.about.model.items() if k != "name"}
-    return REGNETY[name] if name in REGNETY else RegNetSpec(**generator)
+    return spec_of(weights.about.model) if isinstance(weights.backbone, RegNetY) else None
+
+
+def _vit(weights: Weights) -> ViTSpec | None:
+    """Of a vision transformer of ours."""
+    return weights.backbone.spec if isinstance(weights.backbone, ViT) else None
+
+
+def _resizes_otherwise(library: str, spec: ViTSpec, how: Mapping[str, Any], resize: str) -> str:
+    """Why a library would give other features of images of the size that ours are evaluated at; empty: it does not."""
+    if spec.positions != "table":
+        return f"{library} has no such network with rotary positions"
+    if how["size"] == spec.image_size or spec.resize == resize:
+        return ""
+    return (
+        f"its table of positions is for {spec.image_size} pixels, and {library} resizes it to images of {how['size']} "
+        f"otherwise (model.position_resize {resize}) than this network ({spec.resize})"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -84,6 +104,7 @@ def _timm(weights: Weights) -> Target | str:
     name, how = weights.about.model["name"], weights.about.preprocessing
     arguments: dict[str, Any] = {}
     own: dict[str, Any] = {"pool_size": [7, 7], "first_conv": "stem.conv", "classifier": "head.fc"}
+    made: dict[str, Piece] = {}
     names: Callable[[str], str] = str
     if name.startswith(TIMM_PREFIX):
         import timm  # without it, there is no such backbone
@@ -98,6 +119,11 @@ def _timm(weights: Weights) -> Target | str:
             arguments["dynamic_img_size"] = True
     elif name in TIMM_MODELS:
         network = TIMM_MODELS[name]
+    elif vit := _vit(weights):
+        if reason := _resizes_otherwise("timm", vit, how, "antialias"):
+            return reason
+        network, arguments, made = *_vit_of_timm(vit), exported("timm", vit)
+        own = {"first_conv": "patch_embed.proj", "classifier": "head"}
     elif spec := _spec(weights):
         network = next(iter(TIMM_MODELS.values()))
         arguments = {"depth": spec.depth, "w0": spec.w0, "wa": spec.wa, "wm": spec.wm,
@@ -133,7 +159,26 @@ features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
 model = timm.create_model("{network}", checkpoint_path="FILE", num_classes=0{given}).eval()
 transform = timm.data.create_transform({size}, {", ".join(f"{key}={value!r}" for key, value in transform.items())})
 features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
-    return Target(names, network, loading, alone, {"config.json": config})
+    return Target(names, network, loading, alone, {"config.json": config}, made)
+
+
+def _vit_of_timm(spec: ViTSpec) -> tuple[str, dict[str, Any]]:
+    """timm's network, and what it is given beside its name. Its feed-forward networks are no numbers: a SwiGLU is that
+    of its giant one."""
+    size = "giant" if spec.ffn == "swiglu" else "small"
+    for known, (width, depth, heads, ffn) in VIT_SIZES.items():
+        if (width, depth, heads, ffn) == (spec.width, spec.depth, spec.heads, spec.ffn):
+            size = known
+    width, depth, heads, _ = VIT_SIZES[size]
+    registers = 4 if spec.registers else 0
+    usual = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": 14, "reg_tokens": registers}
+    given = {"embed_dim": spec.width, "depth": spec.depth, "num_heads": spec.heads, "patch_size": spec.patch,
+             "reg_tokens": spec.registers}  # fmt: skip
+    arguments: dict[str, Any] = {key: value for key, value in given.items() if usual[key] != value}
+    if spec.ffn == "swiglu" and "embed_dim" in arguments:
+        arguments["mlp_ratio"] = 2 * swiglu_width(spec.width) / spec.width
+    network = f"vit_{size}_patch14{'_reg4' * bool(registers)}_dinov2"
+    return network, arguments | {"img_size": spec.image_size, "dynamic_img_size": True}
 
 
 def _without_net(name: str) -> str:
@@ -173,8 +218,10 @@ features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
 
 def _transformers(weights: Weights) -> Target | str:
     spec, how = _spec(weights), weights.about.preprocessing
+    if vit := _vit(weights):
+        return _dinov2_of_transformers(vit, how)
     if spec is None:
-        return f"transformers is given RegNetY only, and this is {weights.about.model['name']}"
+        return f"transformers is given RegNetY and ViT only, and this is {weights.about.model['name']}"
     if spec.se_ratio != 0.25:
         return f"a RegNet of transformers has se_ratio 0.25, and this one has {spec.se_ratio:g}"
     widths, depths = stage_plan(spec)
@@ -190,6 +237,36 @@ def _transformers(weights: Weights) -> Target | str:
         "hidden_act": "relu",
         "downsample_in_first_stage": True,
     }
+    return _of_transformers("RegNetModel", config, how, NAME_MAPS["transformers"].theirs)
+
+
+def _dinov2_of_transformers(spec: ViTSpec, how: Mapping[str, Any]) -> Target | str:
+    if reason := _resizes_otherwise("transformers", spec, how, "antialias" if spec.registers else "exact"):
+        return reason
+    model = "Dinov2WithRegistersModel" if spec.registers else "Dinov2Model"
+    config = {
+        "architectures": [model],
+        "model_type": "dinov2_with_registers" if spec.registers else "dinov2",
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": NORM_EPS,
+        "image_size": spec.image_size,
+        "patch_size": spec.patch,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "layerscale_value": spec.layer_scale,
+        "use_swiglu_ffn": spec.ffn == "swiglu",
+    } | ({"num_register_tokens": spec.registers} if spec.registers else {})
+    return _of_transformers(model, config, how, str, exported("transformers", spec))
+
+
+def _of_transformers(
+    model: str, config: dict[str, Any], how: Mapping[str, Any], names: Callable[[str], str],
+    made: dict[str, Piece] | None = None,
+) -> Target:  # fmt: skip
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -204,15 +281,36 @@ def _transformers(weights: Weights) -> Target | str:
         "image_mean": how["mean"],
         "image_std": how["std"],
     }
-    loading = """import PIL.Image, transformers
-model = transformers.RegNetModel.from_pretrained("PATH")
+    loading = f"""import PIL.Image, transformers
+model = transformers.{model}.from_pretrained("PATH")
 processor = transformers.AutoImageProcessor.from_pretrained("PATH")
 images = processor(PIL.Image.open("photo.jpg"), return_tensors="pt")
 features = model(**images).pooler_output.flatten(1)"""
     files = {"config.json": config, "preprocessor_config.json": processor}
-    return Target(
-        NAME_MAPS["transformers"].theirs, "RegNetModel", loading, files=files, in_shards=True, needs_folder=True
-    )
+    return Target(names, model, loading, files=files, made=made or {}, in_shards=True, needs_folder=True)
+
+
+def _dinov2(weights: Weights) -> Target | str:
+    """The original's own, of which torch.hub builds the published sizes."""
+    spec, how = _vit(weights), weights.about.preprocessing
+    if spec is None:
+        return f"dinov2 is given ViT only, and this is {weights.about.model['name']}"
+    sizes = {(width, depth, heads): name for name, (width, depth, heads, _) in VIT_SIZES.items()}
+    size = sizes.get((spec.width, spec.depth, spec.heads))
+    if size is None or (size == "giant") != (spec.ffn == "swiglu"):
+        return f"dinov2 builds {', '.join(VIT_SIZES)} only, the last with swiglu, the others with mlp"
+    if reason := _resizes_otherwise("dinov2", spec, how, "antialias" if spec.registers else "offset"):
+        return reason
+    network = f"dinov2_vit{size[0]}14{'_reg' * bool(spec.registers)}"
+    loading = f"""import PIL.Image, safetensors.torch, torch, torchvision
+size = dict(img_size={spec.image_size}, patch_size={spec.patch}, num_register_tokens={spec.registers})
+model = torch.hub.load("facebookresearch/dinov2", "{network}", pretrained=False, **size).eval()
+model.load_state_dict(safetensors.torch.load_file("FILE"))
+transform = torchvision.transforms._presets.ImageClassification(
+    crop_size={how["size"]}, resize_size={how["resize_short_side"]}, mean={how["mean"]}, std={how["std"]}
+)
+features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
+    return Target(str, network, loading, made=exported("dinov2", spec))
 
 
 def _onnx(weights: Weights) -> Target:
@@ -230,6 +328,7 @@ FORMATS: dict[str, Callable[[Weights], Target | str]] = {
     "timm": _timm,
     "torchvision": _torchvision,
     "transformers": _transformers,
+    "dinov2": _dinov2,
     OWN_FORMAT: _own,
     "onnx": _onnx,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seer_scale.config import FREE_MODELS
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.files import published
 from seer_scale.formatting import counted, dtype_name
@@ -28,12 +29,16 @@ from seer_scale.interop.artefact import (
 from seer_scale.interop.formats import LIBRARIES
 from seer_scale.interop.preprocessing import Prepared, find_preprocessing
 from seer_scale.interop.published import Lazy, Published, open_published
+from seer_scale.interop.vit_layouts import imported
 from seer_scale.interop.write import MAX_SHARD_SIZE, check_replaceable, size_in_bytes
 from seer_scale.models.registry import build_backbone, registered_names
 from seer_scale.models.timm_adaptor import STATISTICS, TIMM_PREFIX, Whole
+from seer_scale.models.vit import ViT
 
 COUNT = STATISTICS[2]
 """Of the updates of a BatchNorm's statistics: what a file need not have."""
+MASK_TOKEN = "mask_token"
+"""Which timm leaves out."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,9 @@ def import_weights(
 ) -> Imported:
     """Make an artefact at `out`, a folder, of the weights in a file or folder. force: replace an earlier one.
 
-    format: vissl, timm, torchvision, transformers or safetensors (ours); auto goes by the names. model: the backbone
-    they must be of, as in `model.name`; of a plugin's, tensors have the names of its `state_dict`. size: of the images
-    in pixels; 0: as metadata or a library's files tell, else 224. Tensors become fp32, one at a time. Raises
+    format: vissl, timm, torchvision, transformers, dinov2 or safetensors (ours); auto goes by the names. model: the
+    backbone they must be of, as in `model.name`; of a plugin's, tensors have the names of its `state_dict`. size: of
+    the images in pixels; 0: as metadata or a library's files tell, else 224. Tensors become fp32, one at a time. Raises
     UserError, with nothing left behind.
     """
     check_replaceable(out, force)
@@ -101,6 +106,8 @@ def import_weights(
         backbone = build_backbone(keys["name"], **{k: v for k, v in keys.items() if k != "name"})
     prefix = "net." if isinstance(backbone, Whole) and found.format != OWN_FORMAT else ""
     theirs = {prefix + name: tensor for name, tensor in found.tensors.items()}
+    if isinstance(backbone, ViT) and found.format != OWN_FORMAT:
+        theirs = _of_vit(found, backbone)
     wanted = {name: t for name, t in backbone.state_dict().items()}
     taken, anew = _taken(path, theirs, wanted, {name for name, _ in backbone.named_parameters()}, keys["name"])
     others = {name: TensorInfo(torch.float32, tensor.shape) for name, tensor in found.others.items()}
@@ -128,15 +135,49 @@ def import_weights(
         rule = f"cannot be written ({error.strerror or error})"
         raise UserError(Problem(str(out), NOTHING, rule, "give another --out")) from error
     parts = Counter("backbone" if "/" not in name else name.partition("/")[0] for name in sources)
-    left = sorted(found.left + [name.removeprefix(prefix) for name in theirs.keys() - taken.keys()])
+    used = {prefix + source for lazy in taken.values() for source in (lazy.sources if isinstance(lazy, _Made) else ())}
+    unused = {prefix + name for name in found.tensors} - taken.keys() - used
+    left = sorted(found.left + [name.removeprefix(prefix) for name in unused])
     return Imported(out, found.format, keys, dict(parts), left, sorted(anew), prepared)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor of a vision transformer that is made of a library's own."""
+
+    sources: tuple[str, ...]
+    lazies: tuple[Lazy, ...]
+    make: Callable[..., Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        try:
+            return self.make(*(torch.empty(lazy.shape, device="meta") for lazy in self.lazies)).shape
+        except (RuntimeError, IndexError):  # no such shapes go together
+            return self.lazies[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lazies[0].dtype
+
+    def read(self) -> Tensor:
+        return self.make(*(lazy.read() for lazy in self.lazies))
+
+
+def _of_vit(found: Published, backbone: ViT) -> dict[str, Lazy]:
+    """Our tensors of those in the file."""
+    return {
+        name: _Made(piece.sources, tuple(found.tensors[source] for source in piece.sources), piece.make)
+        for name, piece in imported(found.format, backbone.spec).items()
+        if all(source in found.tensors for source in piece.sources)
+    }
 
 
 def _model(where: Path, found: Published, asked: str) -> dict[str, Any]:
     """The keys of the network: by metadata of ours, else by shapes. Raises UserError where it is another than asked."""
     if asked.startswith(TIMM_PREFIX):
         return {"name": asked}
-    if asked and asked != "regnety":
+    if asked and asked not in FREE_MODELS:
         with torch.device("meta"):
             build_backbone(asked)  # there is one of this name
     if asked in registered_names() and not found.about:  # shapes do not tell a plugin's
@@ -146,7 +187,7 @@ def _model(where: Path, found: Published, asked: str) -> dict[str, Any]:
     else:
         keys = find_model(str(where), {name: tensor.shape for name, tensor in found.tensors.items()})
     if asked not in ("", keys["name"]):
-        told = json.dumps(keys, allow_nan=False) if keys["name"] == "regnety" else keys["name"]
+        told = json.dumps(keys, allow_nan=False) if keys["name"] in FREE_MODELS else keys["name"]
         raise UserError(Problem("--model", asked, f"{where} holds another: {told}", f"give --model {keys['name']}"))
     return keys
 
@@ -159,7 +200,9 @@ def _taken(
     taken, anew, wrong = {}, [], []
     for name, tensor in wanted.items():
         if name not in theirs:
-            if name in parameters or name.rpartition(".")[2] in STATISTICS[:2]:
+            if name.endswith(MASK_TOKEN):
+                anew.append(name)  # begins at zero
+            elif name in parameters or name.rpartition(".")[2] in STATISTICS[:2]:
                 wrong.append(f"{name} is absent")
             elif name.endswith(COUNT):
                 anew.append(name)

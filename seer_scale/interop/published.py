@@ -97,9 +97,10 @@ def open_published(path: Path, format: str = "auto") -> Published:
 
 @dataclass(frozen=True)
 class Layout:
-    """mark: what a name begins with by which the layout is known. ours: a name to ours, or None."""
+    """marks: what some names, one for each, begin with, by which the layout is known. ours: a name to ours, or None; of
+    a vision transformer to the library's own, of which `vit_layouts` makes ours."""
 
-    mark: re.Pattern[str]
+    marks: tuple[re.Pattern[str], ...]
     ours: Callable[[str], str | None]
 
 
@@ -134,19 +135,40 @@ def _of_resnet(name: str) -> str | None:
     return name if _RESNET.fullmatch(name) else None
 
 
+_CHUNKED = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
+_DINOV2 = re.compile(r"^(?:dinov2\w*\.)?(?=embeddings\.|encoder\.layer\.|layernorm\.)")
+
+
+def _of_dinov2(name: str) -> str | None:
+    """Blocks lie in chunks where they were trained so, by numbers that count through them all."""
+    inner = _CHUNKED.sub("blocks.", name.removeprefix("backbone."))
+    return None if name.startswith(("dino_head.", "ibot_head.")) else inner
+
+
+def _of_transformers(name: str) -> str | None:
+    return _DINOV2.sub("", name) if _DINOV2.match(name) else _of_map(NAME_MAPS["transformers"], "regnet.", name)
+
+
+def _layout(ours: Callable[[str], str | None], *marks: str) -> Layout:
+    return Layout(tuple(map(re.compile, marks)), ours)
+
+
 SOURCE_LAYOUTS = {
-    "vissl": Layout(re.compile(r"_feature_blocks\."), _of_vissl),
-    "transformers": Layout(
-        re.compile(r"(?:regnet\.)?embedder\.embedder\."), partial(_of_map, NAME_MAPS["transformers"], "regnet.")
+    "vissl": _layout(_of_vissl, r"_feature_blocks\."),
+    "transformers": _layout(
+        _of_transformers, r"(?:regnet\.)?embedder\.embedder\.|(?:dinov2\w*\.)?embeddings\.patch_embeddings\."
     ),
-    "torchvision": Layout(re.compile(r"trunk_output\."), partial(_of_map, NAME_MAPS["torchvision"], "")),
-    "timm": Layout(re.compile(r"\w+(?:\.\w+)+"), str),
+    "torchvision": _layout(partial(_of_map, NAME_MAPS["torchvision"], ""), r"trunk_output\."),
+    "dinov2": _layout(_of_dinov2, r"(?:backbone\.)?mask_token$", r"(?:backbone\.)?blocks\.(?:\d+\.)?\d+\.ls1\.gamma$"),
+    "timm": _layout(str, r"\w+(?:\.\w+)+"),
 }
 
 
 def _layout_of(names: Iterable[str]) -> str:
     """Empty where it is none that is known."""
-    return next((name for name, layout in SOURCE_LAYOUTS.items() if any(map(layout.mark.match, names))), "")
+    known = list(names)
+    layouts = SOURCE_LAYOUTS.items()
+    return next((name for name, found in layouts if all(any(map(mark.match, known)) for mark in found.marks)), "")
 
 
 SAME_RESNETS = {"timm", "torchvision"}
@@ -274,7 +296,7 @@ def _of_object(path: Path, found: Any) -> Iterator[tuple[str, Lazy]]:
                 is_slice = kind == "slice_list"
                 yield prefix + name, read_pickle(_beside(path, tensor))["weight"] if is_slice else tensor
         return
-    held = next((found[k] for k in ("state_dict", "model") if isinstance(found.get(k), dict)), found)
+    held = next((found[k] for k in ("state_dict", "model", "teacher") if isinstance(found.get(k), dict)), found)
     for name, tensor in held.items():
         if isinstance(name, str) and isinstance(tensor, StoredTensor):
             yield name, tensor

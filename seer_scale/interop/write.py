@@ -19,6 +19,7 @@ from seer_scale.interop.artefact import HEAD_KEY, ONNX_FILE, OWN_FORMAT, WEIGHTS
 from seer_scale.interop.card import README, card, results_of
 from seer_scale.interop.formats import Target, target_of
 from seer_scale.interop.load import materialise
+from seer_scale.interop.vit_layouts import Piece
 from seer_scale.interop.weights import Weights, open_weights
 
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,7 +27,7 @@ MAX_SHARD_SIZE = "5GB"
 SHARDS = "model*.safetensors*"
 EXPORTED_NAMES = (README, "config.json", "preprocessor_config.json", ONNX_FILE, f"{ONNX_FILE}.data")
 """What may lie in a folder that --force replaces, beside SHARDS."""
-LONE_FILES = {".onnx": ("onnx",), ".safetensors": (OWN_FORMAT, "timm", "torchvision", "transformers")}
+LONE_FILES = {".onnx": ("onnx",), ".safetensors": (OWN_FORMAT, "timm", "torchvision", "transformers", "dinov2")}
 """How the name of a lone file ends, and of which formats it may be."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -98,24 +99,30 @@ def _about(weights: Weights, format: str, dtype: str, license: str) -> About:
 
 
 def _write_tensors(weights: Weights, target: Target, out: Path, about: About, dtype: str, max_shard_bytes: int) -> None:
-    names = {target.names(name): name for name in weights.backbone.state_dict()}
+    made = target.made or {target.names(name): Piece((name,), _itself) for name in weights.backbone.state_dict()}
     stored = weights.tensors
     if about.format == OWN_FORMAT:  # other libraries have no place for a head of ours
-        names |= {name: name for name in weights.others}
+        made |= {name: Piece((name,), _itself) for name in weights.others}
         stored = stored | weights.others
     tables: Mapping[str, Tensor] = {}  # that a constructor computes, and no checkpoint holds
-    if any(name not in stored for name in names.values()):
+    if any(name not in stored for piece in made.values() for name in piece.sources):
         tables = materialise(weights)[0].state_dict()
 
     def read(theirs: str) -> Tensor:
-        name = names[theirs]
-        return _cast(name, weights.read(name) if name in stored else tables[name], dtype, weights)
+        sources, make = made[theirs]
+        of_ours = (weights.read(name) if name in stored else tables[name] for name in sources)
+        return _cast(" and ".join(sources), make(*of_ours), dtype, weights)
 
     infos = {}
-    for theirs, name in names.items():
-        held, shape = stored.get(name) or TensorInfo(tables[name].dtype, tables[name].shape)
-        infos[theirs] = TensorInfo(EXPORT_DTYPES[dtype] if held.is_floating_point else held, shape)
+    for theirs, (sources, make) in made.items():
+        held = [stored.get(name) or TensorInfo(tables[name].dtype, tables[name].shape) for name in sources]
+        shape = make(*(torch.empty(info.shape, device="meta") for info in held)).shape
+        infos[theirs] = TensorInfo(EXPORT_DTYPES[dtype] if held[0].dtype.is_floating_point else held[0].dtype, shape)
     write_artefact(out, about, infos, read, max_shard_bytes=max_shard_bytes if target.in_shards else 0)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _cast(name: str, tensor: Tensor, dtype: str, weights: Weights) -> Tensor:

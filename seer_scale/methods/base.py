@@ -94,9 +94,16 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
 
     @abstractmethod
     def loss(
-        self, views: list[Tensor], *, samples_seen: int, targets: TargetsT | None = None, with_metrics: bool = False
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int,
+        part: tuple[int, int] = (0, 1),
+        targets: TargetsT | None = None,
+        with_metrics: bool = False,
     ) -> LossOutput:
-        """The loss over this rank's images. targets: of these images, where they were made before; else made here."""
+        """The loss over micro-batch i of this rank's n, part (i, n), from which the numbers of its images follow
+        (`methods.draws`). targets: of these images, where they were made before; else made here."""
 
     def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> InputsT:
         """What `targets` needs of micro-batch i of this rank's n, part (i, n); without gradients. An engine calls it,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
@@ -25,6 +26,8 @@ class Backbone(nn.Module, ABC):
     """Construction draws nothing and works on the meta device."""
 
     num_features: int
+    num_draws: int = 0
+    """Uniform numbers that decide, in training, what of one image is dropped at random."""
     transform: object = None
     """What an image needs before: set where a backbone is loaded from a run (`seer_scale.load`)."""
 
@@ -34,24 +37,32 @@ class Backbone(nn.Module, ABC):
         def __call__(self, xs: Tensor) -> Tensor: ...
 
         @overload
-        def __call__(self, xs: list[Tensor]) -> list[Tensor]: ...
+        def __call__(self, xs: list[Tensor], draws: Sequence[Tensor] | None = None) -> list[Tensor]: ...
 
-        def __call__(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
-            """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
+        def __call__(self, xs: list[Tensor] | Tensor, draws: Sequence[Tensor] | None = None) -> list[Tensor] | Tensor:
+            """As `forward`."""
 
     @overload
     def forward(self, xs: Tensor) -> Tensor: ...
 
     @overload
-    def forward(self, xs: list[Tensor]) -> list[Tensor]: ...
+    def forward(self, xs: list[Tensor], draws: Sequence[Tensor] | None = None) -> list[Tensor]: ...
 
-    def forward(self, xs: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
-        """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor."""
-        return self.pooled_features([xs])[0] if isinstance(xs, Tensor) else self.pooled_features(xs)
+    def forward(self, xs: list[Tensor] | Tensor, draws: Sequence[Tensor] | None = None) -> list[Tensor] | Tensor:
+        """Images [N_r, 3, H_r, W_r] -> pooled features [N_r, num_features]; a single tensor gives a tensor. draws: for
+        each resolution uniform numbers [N_r, num_draws], by which parts of it are dropped in training; without them
+        nothing is."""
+        if isinstance(xs, Tensor):
+            return self.pooled_features([xs])[0]
+        return self.pooled_features(xs) if draws is None else self.features_of_draws(xs, draws)
 
     @abstractmethod
     def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
         """Images [N_r, 3, H_r, W_r], one tensor a resolution -> features [N_r, num_features]."""
+
+    def features_of_draws(self, xs: list[Tensor], draws: Sequence[Tensor]) -> list[Tensor]:
+        """As `pooled_features`, with something dropped: of a backbone that has `num_draws`."""
+        raise NotImplementedError(f"{type(self).__name__} drops nothing")
 
     def forward_units(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
         """xs through the units `names`, one after the other (`parallel.activation_checkpoint` may stand before it)."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Normal, initial_values
 from seer_scale.models.layers.stateful import StatefulLayer
+from seer_scale.optim.parameter_groups import ParameterGroup
 
 HEAD_STD = 0.01
 
@@ -56,12 +57,31 @@ class Classifier(nn.Module):
 
 def parameter_depths(backbone: Backbone, *, of_stages: bool = False) -> tuple[dict[str, int], int]:
     """(for each parameter how many units, or stages, come before its own, the number of all), for layer decay: 0 is the
-    stem. A parameter outside every unit goes with the one before it."""
+    stem. A parameter outside every unit goes with the one before it, and what follows the last with a head."""
     stages = backbone.stage_units()
     groups = stages if of_stages else [[name] for stage in stages for name in stage]
     depth_of = {unit: depth for depth, group in enumerate(groups, 1) for unit in group}
-    depths, depth = {}, 0
+    depths, depth, top = {}, 0, len(groups) + 1
     for name, _ in backbone.named_parameters():
-        depth = next((d for unit, d in depth_of.items() if name.startswith(f"{unit}.")), depth)
+        unit_depth = next((d for unit, d in depth_of.items() if name.startswith(f"{unit}.")), None)
+        depth = unit_depth if unit_depth is not None else top if depth >= top - 1 else depth
         depths[name] = depth
-    return depths, len(groups) + 1
+    return depths, top
+
+
+def backbone_groups(
+    backbone: Backbone, *, layer_decay: float = 1.0, patch_lr: float = 1.0
+) -> dict[str, ParameterGroup]:
+    """How DINOv2 treats each parameter of a backbone. The rate of one with n of the top's units still to come is
+    multiplied by layer_decay^n: of a transformer of L blocks L + 1 for what comes before them, L - i for block i, 0 for
+    the final norm and heads; that of the first convolution also by patch_lr. Weight decay of vectors (biases,
+    norms, LayerScale) is 0; tokens and positions are matrices."""
+    depths, top = parameter_depths(backbone)
+    first = next(n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    return {
+        name: ParameterGroup(
+            lr=layer_decay ** (top - depths[name]) * (patch_lr if name.startswith(f"{first}.") else 1.0),
+            weight_decay=0.0 if p.ndim < 2 else 1.0,
+        )
+        for name, p in backbone.named_parameters()
+    }

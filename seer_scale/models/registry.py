@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -15,9 +15,32 @@ from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Init, initial_values
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
 from seer_scale.models.timm_adaptor import TIMM_PREFIX, build_timm
+from seer_scale.models.vit import VIT_SHAPE, VITS, ViT, ViTSpec
 from seer_scale.plugins import check_complete, check_name_free
 
-GENERATOR_FIELDS = {f.name: f for f in fields(RegNetSpec) if f.name != "stem_width"}
+
+@dataclass(frozen=True)
+class Family:
+    """Networks of one generator. sizes: those that have a name, and their spec. fixed: keys of a spec that a name
+    stands for; others may be given with it. hidden: keys that no recipe has."""
+
+    spec: Any
+    build: Callable[[Any], Backbone]
+    sizes: Mapping[str, Any]
+    fixed: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        return {f.name: f for f in fields(self.spec) if f.name not in self.hidden}
+
+
+FAMILIES = {
+    "regnety": Family(RegNetSpec, RegNetY, REGNETY, tuple(f.name for f in fields(RegNetSpec)), hidden=("stem_width",)),
+    "vit": Family(ViTSpec, ViT, VITS, VIT_SHAPE),
+}
+"""By the name under which all keys are free."""
+TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
 _REGISTERED: dict[str, Callable[[], Backbone]] = {}
 F = TypeVar("F", bound=Callable[[], Backbone])
 
@@ -27,7 +50,7 @@ def register_backbone(name: str) -> Callable[[F], F]:
     arguments, on the meta device. Raises ValueError where the name is taken."""
 
     def register(factory: F) -> F:
-        if name in REGNETY or name == "regnety" or name.startswith(TIMM_PREFIX):
+        if name in _known_sizes() or name in FAMILIES or name.startswith(TIMM_PREFIX):
             raise ValueError(f"there is a backbone {name} already")
         check_name_free(name, "backbone", factory, _REGISTERED.get(name))
         _REGISTERED[name] = factory
@@ -42,47 +65,63 @@ def registered_names() -> list[str]:
 
 
 def backbone_names() -> list[str]:
-    """Every name `build_backbone` knows beside timm's; `regnety` is the one whose generator is given freely."""
-    return [*REGNETY, *_REGISTERED, "regnety"]
+    """Every name `build_backbone` knows beside timm's; last those whose shape is given freely."""
+    return [*_known_sizes(), *_REGISTERED, *FAMILIES]
 
 
-def build_backbone(name: str, **generator: Any) -> Backbone:
+def _known_sizes() -> dict[str, str]:
+    """Names of networks of a given shape, and their family's."""
+    return {size: name for name, family in FAMILIES.items() for size in family.sizes}
+
+
+def build_backbone(name: str, **given: Any) -> Backbone:
     """The backbone `name`, on the current default device, its weights not yet drawn (see `initialise`); of timm/NAME on
     the meta device.
 
-    `regnety` takes depth, w0, wa, wm, group_width and, if wished, se_ratio. Raises UserError for a name or values that
-    make no network.
+    `regnety` takes the keys of a `RegNetSpec` but stem_width, `vit` those of a `ViTSpec`; a `vit_SIZE` those that its
+    name leaves open. Raises UserError for a name or values that make no network.
     """
     fixed: Callable[[], Backbone] | None = _REGISTERED.get(name)
     if name.startswith(TIMM_PREFIX):
         fixed = partial(build_timm, name)
-    elif name in REGNETY:
-        fixed = partial(RegNetY, REGNETY[name])
     if fixed:
-        if generator:
-            rule = f"is fixed and takes no {', '.join(generator)}"
-            raise UserError(Problem("model.name", name, f"it {rule}", "use regnety to choose freely"))
+        if given:
+            raise UserError(
+                Problem("model.name", name, f"it is fixed and takes no {', '.join(given)}", "leave them out")
+            )
         check_complete(fixed, "model.name", name, "models/backbone.py")
         return fixed()
-    if name != "regnety":
+    of = _known_sizes().get(name, name)
+    if of not in FAMILIES:
         near = f"did you mean {found}?" if (found := closest(name, backbone_names())) else ""
         known = f"known: {', '.join(backbone_names())}; timm/NAME for timm's, and --plugin brings others"
         raise UserError(Problem("model.name", name, f"there is no such backbone ({known})", near))
+    family = FAMILIES[of]
+    if name != of and (wrong := [key for key in given if key in family.fixed]):
+        rule = f"it is fixed and takes no {', '.join(wrong)}"
+        raise UserError(Problem("model.name", name, rule, f"use {of} to choose freely"))
     problems = []
-    for key, value in generator.items():
-        if key not in GENERATOR_FIELDS:
-            fix = nearest(key, GENERATOR_FIELDS)
-            problems.append(Problem(f"model.{key}", NOTHING, "is no key of regnety", fix))
-            continue
-        kind = int if GENERATOR_FIELDS[key].type == "int" else (int, float)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            problems.append(Problem(f"model.{key}", value, f"must be {GENERATOR_FIELDS[key].type}"))
-    for key, field in GENERATOR_FIELDS.items():
-        if field.default is MISSING and key not in generator:
-            problems.append(Problem(f"model.{key}", NOTHING, "is missing, which model.name regnety needs"))
+    for key, value in given.items():
+        if key not in family.keys:
+            problems.append(Problem(f"model.{key}", NOTHING, f"is no key of {of}", nearest(key, family.keys)))
+        elif not isinstance(value, TYPES[family.keys[key].type]) or isinstance(value, bool):
+            problems.append(Problem(f"model.{key}", value, f"must be {family.keys[key].type}"))
+    for key, field in family.keys.items():
+        if name == of and field.default is MISSING and key not in given:
+            problems.append(Problem(f"model.{key}", NOTHING, f"is missing, which model.name {of} needs"))
     if problems:
         raise UserError(*problems)
-    return RegNetY(RegNetSpec(**generator))
+    return family.build(spec_of({"name": name, **given}))
+
+
+def spec_of(model: Mapping[str, Any]) -> Any:
+    """The `RegNetSpec` or `ViTSpec` that a section `model` of a recipe stands for; None of another network's."""
+    given = {key: value for key, value in model.items() if key != "name"}
+    of = _known_sizes().get(model["name"], model["name"])
+    if of not in FAMILIES:
+        return None
+    sizes = FAMILIES[of].sizes
+    return replace(sizes[model["name"]], **given) if model["name"] in sizes else FAMILIES[of].spec(**given)
 
 
 class Initialised(Protocol):

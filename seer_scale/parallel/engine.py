@@ -174,7 +174,8 @@ class Engine:
         targets: list[Any] = self._targets(batches, samples_seen) if self.method.has_batch_targets else [None] * num
         for i, (batch, own) in enumerate(zip(batches, targets, strict=True)):
             with self._accumulating(i == num - 1), self.buffers.micro_batch(i, num):
-                out = self._run("loss", batch(), samples_seen=samples_seen, targets=own, with_metrics=with_metrics)
+                told = dict(samples_seen=samples_seen, part=(i, num), targets=own, with_metrics=with_metrics)
+                out = self._run("loss", batch(), **told)
                 self._backward(out.loss * self.scaler.scale / num)
             outs.append(out._replace(loss=out.loss.detach()))
         metrics = {k: torch.stack([out.metrics[k] for out in outs]).mean(0) for k in outs[0].metrics}

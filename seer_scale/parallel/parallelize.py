@@ -82,4 +82,4 @@ def compile_units(method: Method[Any, Any]) -> None:
 def _compiled_in_training(unit: nn.Module) -> Callable:
     """Evaluation comes seldom and in other shapes: it would compile longer than it runs."""
     plain, compiled = unit.forward, torch.compile(unit.forward, dynamic=False)
-    return lambda xs: (compiled if unit.training else plain)(xs)
+    return lambda *given: (compiled if unit.training else plain)(*given)

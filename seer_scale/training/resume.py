@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seer_scale.checkpoint import store
-from seer_scale.config import Config, keys_of_network, read_config
+from seer_scale.config import KEYS_OF_TRAINING, Config, keys_of_network, read_config
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, Problem, UserError
 from seer_scale.methods.registry import build_method
@@ -160,7 +160,9 @@ def validate_resume(config: Config, run_dir: Path) -> str:
 def remedy(then: dict[str, Any], config: Config) -> str:
     """What to do where the network of a checkpoint with the recipe `then` is another than this recipe's: a clause."""
     of_network = ("model.", *keys_of_network(config.method.name))
-    changed = [str(change) for change in changes(then, config) if change.key.startswith(of_network)]
+    of_training = {f"model.{key}" for key in KEYS_OF_TRAINING}
+    found = [change for change in changes(then, config) if change.key not in of_training]
+    changed = [str(change) for change in found if change.key.startswith(of_network)]
     if not changed:
         return store.DEFAULT_REMEDY
     return (

@@ -20,7 +20,6 @@ from seer_scale.config import (
     ZERO_ENGINES,
     Config,
     Data,
-    Model,
     all_keys,
     as_asked,
     checked,
@@ -127,8 +126,10 @@ def _problems(checks: dict[str, Callable[[], Any]]) -> list[Problem]:
 
 def _check_model(config: Config) -> None:
     """The model can be built, cut into units and recomputed as the recipe says. Raises UserError."""
-    if config.model.name != "regnety":  # that a fixed one takes no other keys is the recipe's own rule
-        config = dataclasses.replace(config, model=Model(name=config.model.name))
+    misplaced: dict[str, Any] = dict.fromkeys(
+        config.model.misplaced_keys()
+    )  # that it takes none of these is the recipe's own rule
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **misplaced))
     with torch.device("meta"):
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
     sizes = {f"views.crops.{i}.size": crop.size for i, crop in enumerate(config.views.crops)}

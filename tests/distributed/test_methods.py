@@ -1,6 +1,6 @@
 """Engines hold any method: a ViT-like one, one of matrices alone, a classifier, a student with a moving-average
-teacher, an autoencoder, SwAV on networks of timm make the updates of the unsharded run, are gathered whole, and go
-through the neutral state."""
+teacher, an autoencoder, SwAV on networks of timm and on our vision transformer make the updates of the unsharded run,
+are gathered whole, and go through the neutral state."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ RUNS += [("classifier", case) for case in CASES if "accumulated" not in case]  #
 RUNS += [("matrices", case) for case in ENGINE_OF_EACH_KIND]
 RUNS += [("timm/test_resnet", case) for case in (*ENGINE_OF_EACH_KIND, "fsdp recomputed", "zero3 recomputed")]
 RUNS += [(kind, case) for kind in ("timm/test_vit", "timm/test_nfnet") for case in ("fsdp recomputed", "zero3")]
+RUNS += [("our vit", case) for case in (*ENGINE_OF_EACH_KIND, "zero2", "hsdp", "fsdp recomputed", "fsdp accumulated")]
+RUNS += [("our rotary vit", case) for case in ("fsdp recomputed", "zero3 recomputed")]
 HALF = [
     ("vit", "fsdp", "bf16"),
+    ("our vit", "fsdp", "bf16"),
     ("vit", "zero3", "bf16"),
     ("teacher", "fsdp", "bf16"),
     ("teacher", "zero1", "bf16"),
@@ -48,9 +51,16 @@ HALF = [
 ]
 OPTIM = {"optim.name": "adamw", "optim.clip_norm": 0.05, "optim.weight_decay_end": 10.0}
 """Gradients are clipped in every update, and a few updates at the beginning of a run decay visibly."""
-OF_TIMM = {f"model.{key}": None for key in ("depth", "w0", "wa", "wm", "group_width")}
-OF_TIMM |= {"views.crops": [{"num": 2, "size": 64}, {"num": 2, "size": 32}]}
-OF_TIMM |= {"optim.name": "sgd"}  # AdamW makes a whole step of a gradient that is all rounding
+NO_REGNETY = {f"model.{key}": None for key in ("depth", "w0", "wa", "wm", "group_width")}
+NO_REGNETY |= {"optim.name": "sgd"}  # AdamW makes a whole step of a gradient that is all rounding
+OF_TIMM = NO_REGNETY | {"views.crops": [{"num": 2, "size": 64}, {"num": 2, "size": 32}]}
+OUR_VIT = NO_REGNETY | {
+    "model.name": "vit", "model.width": 24, "model.depth": 3, "model.heads": 2, "model.patch": 8,
+    "model.image_size": 16, "model.registers": 2, "model.drop_path": 0.3, "model.layer_scale": 0.5,
+    "swav.batch_norm": False,
+}  # fmt: skip
+"""Tokens of two resolutions, of which branches are dropped, the same ones on any rank and in any micro-batch."""
+NETWORKS = {"our vit": OUR_VIT, "our rotary vit": OUR_VIT | {"model.positions": "rope", "model.width": 32}}
 CHAIN = ("fsdp", "zero3", "fairscale", "zero1", "ddp")
 """Engines that go on from each other's checkpoints, an update each."""
 UPDATES = 3
@@ -62,9 +72,12 @@ def trained(kind: str, case: str, world: World, precision: str = "fp32", updates
     over = OPTIM | {"parallel.engine": name, "train.precision": precision} | CASES.get(case, {})
     if kind.startswith("timm/"):
         config, engine = tiny(world, **over | OF_TIMM | {"model.name": kind})
+    elif kind in NETWORKS:
+        config, engine = tiny(world, **over | NETWORKS[kind])
     else:
         config, engine = toy(lambda: make(kind, world), getattr(load(module), cls), world, **over)
-    losses = losses_of(engine, config, world, range(updates), 1e-2 if kind.startswith("timm/") else 1e-3)
+    rate = 1e-2 if kind.startswith("timm/") else 1e-1 if kind in NETWORKS else 1e-3
+    losses = losses_of(engine, config, world, range(updates), rate)
     engine.average_buffers()
     assert engine.is_finite()
     out = {"losses": losses, "weights": {n: engine.whole(n).numpy().copy() for n in engine.shapes}}
@@ -124,7 +137,8 @@ def ranks(folder):
 @pytest.mark.parametrize("kind,case", RUNS)
 def test_any_method_trains_as_unsharded(ranks, kind, case):
     measure = single(kind)
-    assert measure["losses"][-1] < measure["losses"][0] or kind.startswith("timm/")  # three of other images
+    is_swav = kind.startswith("timm/") or kind in NETWORKS
+    assert measure["losses"][-1] < measure["losses"][0] or is_swav  # three of other images
     for rank in ranks:
         ours = rank[kind, case, "fp32"]
         np.testing.assert_allclose(ours["losses"], measure["losses"], rtol=1e-5)

@@ -24,7 +24,7 @@ def test_loss_equals_the_textbook():
     loss = method.loss(views, samples_seen=0).loss
     with torch.no_grad():
         method.eval()  # the same running statistics for both
-        z = method.embed(views)[0]
+        z = method.embed(views, 0, (0, 1))[0]
         scores = method.prototypes[0](z)
         ours = method.loss(views, samples_seen=0).loss
     assert torch.isfinite(loss)
@@ -37,7 +37,7 @@ def test_prototype_sets_average():
     views = fake_views(config, 0, WORLD)
     with torch.no_grad():
         both = method.loss(views, samples_seen=0).loss
-        scores = [p(method.embed(views)[0]) for p in method.prototypes]
+        scores = [p(method.embed(views, 0, (0, 1))[0]) for p in method.prototypes]
     alone = [textbook_loss(s.flatten(0, 1), config) for s in scores]
     assert torch.allclose(both, sum(alone) / 2, atol=1e-5)
 
@@ -61,14 +61,14 @@ def test_queue_joins_the_assignment_when_full():
     for step in range(2):
         method.eval()
         with torch.no_grad():
-            embedded.append(method.embed(fake_views(config, step, WORLD))[0][:2])
+            embedded.append(method.embed(fake_views(config, step, WORLD), 0, (0, 1))[0][:2])
             method.training = True
             method.loss(fake_views(config, step, WORLD), samples_seen=8 * step)
     assert torch.allclose(method.queue, torch.cat([embedded[1], embedded[0]], dim=1))
     method.eval()
     views = fake_views(config, 2, WORLD)
     with torch.no_grad():
-        z, w = method.embed(views)[0], method.prototypes[0].weight
+        z, w = method.embed(views, 0, (0, 1))[0], method.prototypes[0].weight
         for seen, others in ((8, []), (16, [method.queue])):
             loss = method.loss(views, samples_seen=seen).loss
             codes = torch.stack(
@@ -145,7 +145,7 @@ def test_scores_codes_and_loss_are_fp32_whatever_the_precision(monkeypatch, prec
     monkeypatch.setattr(
         type(engine.method),
         "embed",
-        lambda self, views, embed=SwAV.embed: embeddings.append((both := embed(self, views))[0]) or both,
+        lambda self, *given, embed=SwAV.embed: embeddings.append((both := embed(self, *given))[0]) or both,
     )
     loss = engine._run("loss", fake_views(config, 0, WORLD), samples_seen=0).loss
     assert loss.dtype == embeddings[0].dtype == torch.float32

@@ -14,6 +14,7 @@ from seer_scale.config import Config
 from seer_scale.distributed import World, all_gather
 from seer_scale.errors import Problem
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
+from seer_scale.methods.draws import ViewDraws
 from seer_scale.methods.losses.sinkhorn import sinkhorn
 from seer_scale.methods.registry import register_method
 from seer_scale.methods.swav.settings import SwAVSettings
@@ -50,6 +51,7 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
         self.num_crops, self.num_assigned = config.num_crops, config.views.crops[0].num
         self.global_batch = config.train.global_batch
         self.backbone = build_backbone(config.model.name, **config.model.explicit_keys())
+        self.draws = ViewDraws(config, world, self.backbone.num_draws)
         s = self.config
         self.head = ProjectionHead(self.backbone.num_features, s.hidden, s.embedding_dim, batch_norm=s.batch_norm)
         self.prototypes = nn.ModuleList(nn.Linear(s.embedding_dim, k, bias=False) for k in s.prototypes)
@@ -94,19 +96,25 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
 
     # --- the step
 
-    def embed(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def embed(self, views: list[Tensor], samples_seen: int, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """views: for each resolution [num * B, 3, S, S], crop-major. Returns unit vectors, fp32 [V, B, dim], and the
         features of the first crop [B, D], without a graph."""
-        features = self.backbone(views)
+        features = self.backbone(views, self.draws(views, samples_seen, part))
         z = F.normalize(self.head(torch.cat(features)).float(), dim=1)
         z = z.view(self.num_crops, -1, z.shape[1])
         return z, features[0][: z.shape[1]].detach()
 
     def loss(
-        self, views: list[Tensor], *, samples_seen: int, targets: list[Tensor] | None = None, with_metrics: bool = False
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int,
+        part: tuple[int, int] = (0, 1),
+        targets: list[Tensor] | None = None,
+        with_metrics: bool = False,
     ) -> LossOutput:
         """Collectives: the backbone's; where it makes the codes itself, those of `targets`."""
-        z, features = self.embed(views)
+        z, features = self.embed(views, samples_seen, part)
         with torch.autocast(z.device.type, enabled=False):
             scores, queued = self._score(z, samples_seen if targets is None else None)
             codes = self.targets([self._inputs(z, scores, queued)], samples_seen)[0] if targets is None else targets
@@ -114,7 +122,7 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
         return LossOutput(loss, self._batch_metrics(scores, codes) if with_metrics else {}, features)
 
     def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> AssignmentInputs:
-        z, _ = self.embed(views)
+        z, _ = self.embed(views, samples_seen, part)
         with torch.autocast(z.device.type, enabled=False):
             return self._inputs(z, *self._score(z, samples_seen, part))
 

@@ -1,0 +1,268 @@
+"""Vision transformers (arXiv 2010.11929) as DINOv2 trains them (arXiv 2304.07193): pre-norm, LayerScale, registers
+(arXiv 2309.16588), a mask token, and a table of positions that is resized, or DINOv3's rotary ones (arXiv 2508.10104).
+
+The network takes a list of image tensors, one a resolution, and passes the whole list through each unit once; what
+travels between units is described in layers/transformer.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seer_scale.errors import Problem, UserError, nearest
+from seer_scale.models.backbone import Backbone
+from seer_scale.models.init import Constant, Init, Normal, Uniform
+from seer_scale.models.layers.transformer import (
+    FFNS,
+    LINEAR_STD,
+    NORM_EPS,
+    Block,
+    Packed,
+    drop_scales,
+    rope_table,
+    transformer_initialisers,
+)
+
+TOKEN_STD = 1e-6
+"""Of the CLS token and the registers."""
+OFFSET = 0.1
+"""DINOv2 without registers resizes positions by (side + OFFSET) / side of the table."""
+
+
+@dataclass(frozen=True)
+class ViTSpec:
+    """ffn: mlp or swiglu. positions: table or rope. image_size: in pixels, that the table of positions is made for.
+    position_resize: of the table to other sizes, bicubic in fp32: offset (DINOv2 without registers), antialias (with
+    registers, and timm), exact (transformers' Dinov2Model), or auto, which is offset without registers and antialias
+    with them. drop_path: the rate at which branches are dropped, by image; drop_path_rule: constant over the blocks, or
+    linear."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    ffn: str = "mlp"
+    registers: int = 0
+    positions: str = "table"
+    image_size: int = 224
+    position_resize: str = "auto"
+    layer_scale: float = 1e-5
+    drop_path: float = 0.0
+    drop_path_rule: str = "constant"
+
+    @property
+    def side(self) -> int:
+        """Of the table of positions, in patches."""
+        return self.image_size // self.patch
+
+    @property
+    def resize(self) -> str:
+        """position_resize, decided."""
+        by_registers = "antialias" if self.registers else "offset"
+        return by_registers if self.position_resize == "auto" else self.position_resize
+
+
+VIT_SIZES = {"small": (384, 12, 6, "mlp"), "base": (768, 12, 12, "mlp"), "large": (1024, 24, 16, "mlp"),
+             "giant": (1536, 40, 24, "swiglu")}  # fmt: skip
+"""Width, depth, heads and feed-forward network."""
+VITS = {
+    f"vit_{size}_patch{patch}": ViTSpec(width, depth, heads, patch, ffn)
+    for size, (width, depth, heads, ffn) in VIT_SIZES.items()
+    for patch in (14, 16)
+}
+VIT_SHAPE = ("width", "depth", "heads", "patch")
+"""What the sizes of VITS fix, and `vit` takes."""
+CHOICES = {
+    "ffn": tuple(FFNS),
+    "positions": ("table", "rope"),
+    "position_resize": ("auto", "offset", "antialias", "exact"),
+    "drop_path_rule": ("constant", "linear"),
+}
+
+
+def check_spec(spec: ViTSpec) -> None:
+    """Raises UserError where the values make no vision transformer."""
+    problems = []
+    for name in (*VIT_SHAPE, "image_size"):
+        if getattr(spec, name) < 1:
+            problems.append(Problem(f"model.{name}", getattr(spec, name), "of a vit it must be at least 1"))
+    problems += [
+        Problem(f"model.{name}", getattr(spec, name), f"of a vit it must be one of {', '.join(known)}",
+                nearest(getattr(spec, name), known))
+        for name, known in CHOICES.items() if getattr(spec, name) not in known
+    ]  # fmt: skip
+    if problems:
+        raise UserError(*problems)
+    step, why = spec.heads, "(model.heads)"
+    if spec.positions == "rope":
+        step, why = 4 * spec.heads, "(4 * model.heads, for rotary positions)"
+    for name, of, told in (("width", step, why), ("image_size", spec.patch, "(model.patch)")):
+        if (value := getattr(spec, name)) % of:
+            rule = f"of a vit it must be a multiple of {of} {told}"
+            problems.append(Problem(f"model.{name}", value, rule, _multiples_near(value, of)))
+    if spec.registers < 0:
+        problems.append(Problem("model.registers", spec.registers, "it must not be negative", (0,)))
+    if not 0 <= spec.drop_path < 1:
+        problems.append(Problem("model.drop_path", spec.drop_path, "it must be at least 0 and below 1", (0.0,)))
+    if problems:
+        raise UserError(*problems)
+
+
+def _multiples_near(number: int, of: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(n for n in (number // of * of, -(-number // of) * of) if n))
+
+
+class Tokens(NamedTuple):
+    """What a vision transformer makes of images, after the final LayerNorm: the CLS token [N, D], registers [N, R, D]
+    and patches [N, height * width, D], row by row."""
+
+    cls: Tensor
+    registers: Tensor
+    patches: Tensor
+
+
+class Embedding(nn.Module):
+    """Images to tokens: the CLS token, registers, then the patches."""
+
+    def __init__(self, spec: ViTSpec):
+        super().__init__()
+        self.spec = spec
+        width = spec.width
+        # matrices, as what follows from rows is sharded by rows, and what is a vector elsewhere is a scale or a bias
+        self.cls_token, self.mask_token = (nn.Parameter(torch.empty(1, width)) for _ in range(2))
+        if spec.registers:
+            self.register_tokens = nn.Parameter(torch.empty(spec.registers, width))
+        if spec.positions == "table":
+            self.pos_embed = nn.Parameter(torch.empty(1 + spec.side**2, width))
+        self.proj = PatchProjection(3, width, spec.patch, spec.patch)
+
+    def forward(self, xs: list[Tensor], masks: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """Images [N_r, 3, H_r, W_r], and of each resolution, if any, which of its patches are masked, bool [N_r, P_r]
+        -> tokens [N_r, 1 + registers + P_r, D], fp32."""
+        tables, out = [], []
+        # the mask token takes part without masks, too: some engines await a gradient of every parameter
+        cls = self.cls_token.float() + 0 * self.mask_token.float()
+        for i, x in enumerate(xs):
+            patches = self.proj(x).float()
+            height, width = patches.shape[2:]
+            patches = patches.flatten(2).transpose(1, 2)
+            mask = masks[i] if masks else None
+            if mask is not None:
+                patches = torch.where(mask[:, :, None], self.mask_token.float(), patches)
+            own = cls
+            if self.spec.positions == "table":
+                places = self.places(height, width)
+                own, patches = cls + places[:1], patches + places[1:]
+            else:
+                head_width = self.spec.width // self.spec.heads
+                tables.append(rope_table(height, width, head_width, x.device))
+            before = torch.cat([own, self.register_tokens.float()]) if self.spec.registers else own
+            out.append(torch.cat([before.expand(len(x), -1, -1), patches], 1))
+        return out + tables
+
+    def places(self, height: int, width: int) -> Tensor:
+        """The table for the CLS token and height x width patches, [1 + height * width, D], fp32."""
+        table, side = self.pos_embed.float(), self.spec.side
+        if (height, width) == (side, side):
+            return table
+        cls, patches = table.split([1, side**2])
+        # contiguous, as torch 2.14 resizes a channels-last map to a width of one wrongly where it antialiases
+        grid = patches.unflatten(0, (side, side)).permute(2, 0, 1)[None].contiguous()
+        if self.spec.resize == "offset":
+            factors = (height + OFFSET) / side, (width + OFFSET) / side
+            grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
+        else:
+            grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=self.spec.resize == "antialias")
+        return torch.cat([cls, grid[0].flatten(1).T])
+
+
+class PatchProjection(nn.Conv2d):
+    """Non-overlapping patches to vectors; its weights are whatever memory held until drawn."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing: initial values come from `ViT.initialisers`."""
+
+
+class FinalNorm(nn.LayerNorm):
+    """LayerNorm of the tokens of all resolutions: [N_r, T_r, D] each, as one matrix."""
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:  # type: ignore[override]  # a list, as units take
+        packed = Packed.of(xs, has_tables=False)
+        return packed.unpacked(super().forward(packed.tokens))
+
+
+class ViT(Backbone):
+    """A vision transformer without a head.
+
+    Construction draws nothing and works on the meta device; `seer_scale.models.registry.initialise` fills the weights.
+    """
+
+    def __init__(self, spec: ViTSpec):
+        super().__init__()
+        check_spec(spec)
+        self.spec = spec
+        self.num_features = spec.width
+        self.num_draws = 2 * spec.depth if spec.drop_path else 0
+        rope = spec.positions == "rope"
+        self.embed = Embedding(spec)
+        self.blocks = nn.ModuleList(Block(spec.width, spec.heads, spec.ffn, i, rope=rope) for i in range(spec.depth))
+        self.norm = FinalNorm(spec.width, NORM_EPS)
+
+    def tokens(
+        self, xs: list[Tensor], masks: Sequence[Tensor | None] = (), draws: Sequence[Tensor] | None = None
+    ) -> list[Tokens]:
+        """Images [N_r, 3, H_r, W_r], one tensor a resolution. masks: of each resolution None, or bool [N_r, P_r], the
+        patches that the mask token stands for. draws: in training, of each resolution uniform numbers [N_r, num_draws]
+        that decide which branches are dropped; without them none is."""
+        tokens = self.embed(xs, masks) if any(mask is not None for mask in masks) else self.embed(xs)
+        if self.training and draws is not None and self.num_draws:
+            linear = self.spec.drop_path_rule == "linear"
+            tokens = [*tokens, drop_scales(torch.cat(list(draws)), self.spec.drop_path, linear=linear)]
+        for names in self.stage_units():
+            tokens = self.forward_units(names, tokens)
+        normed = self.norm(tokens[: len(xs)])
+        return [
+            Tokens(x[:, 0], *x[:, 1:].split([self.spec.registers, x.shape[1] - 1 - self.spec.registers], 1))
+            for x in normed
+        ]
+
+    def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
+        """The CLS tokens."""
+        return [tokens.cls for tokens in self.tokens(xs)]
+
+    def features_of_draws(self, xs: list[Tensor], draws: Sequence[Tensor]) -> list[Tensor]:
+        return [tokens.cls for tokens in self.tokens(xs, draws=draws)]
+
+    def shard_units(self) -> dict[str, nn.Module]:
+        """ "embed", "blocks.0", ..., "norm"; each takes and gives a list."""
+        blocks = {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
+        return {"embed": self.embed, **blocks, "norm": self.norm}
+
+    def stage_units(self) -> list[list[str]]:
+        """One stage: all blocks."""
+        return [[f"blocks.{i}" for i in range(self.spec.depth)]]
+
+    def after_stages(self) -> list[str]:
+        return ["norm.weight", "norm.bias"]
+
+    def refuses(self, size: int) -> str:
+        if size % self.spec.patch == 0 and size:
+            return ""
+        near = " or ".join(map(str, _multiples_near(size, self.spec.patch)))
+        return f"it must be a multiple of its patches' {self.spec.patch} pixels, as {near}"
+
+    def initialisers(self) -> dict[str, Init]:
+        """As DINOv2's: trunc-normal matrices (std 0.02), tokens near 0, the patches' convolution as torch starts it."""
+        proj = Uniform(1 / math.sqrt(3 * self.spec.patch**2))
+        inits: dict[str, Init] = {"embed.cls_token": Normal(TOKEN_STD), "embed.mask_token": Constant(0)}
+        inits |= {"embed.register_tokens": Normal(TOKEN_STD)} if self.spec.registers else {}
+        inits |= {"embed.pos_embed": Normal(LINEAR_STD)} if self.spec.positions == "table" else {}
+        inits |= {"embed.proj.weight": proj, "embed.proj.bias": proj}
+        return inits | transformer_initialisers(self, self.spec.layer_scale)
