@@ -24,7 +24,6 @@ from seer_scale.models.layers.transformer import (
     LINEAR_STD,
     NORM_EPS,
     Block,
-    Packed,
     drop_scales,
     rope_table,
     transformer_initialisers,
@@ -164,7 +163,7 @@ class Embedding(nn.Module):
                 head_width = self.spec.width // self.spec.heads
                 tables.append(rope_table(height, width, head_width, x.device))
             before = torch.cat([own, self.register_tokens.float()]) if self.spec.registers else own
-            out.append(torch.cat([before.expand(len(x), -1, -1), patches], 1))
+            out.append(torch.cat([before.expand(x.shape[0], -1, -1), patches], 1))
         return out + tables
 
     def places(self, height: int, width: int) -> Tensor:
@@ -191,11 +190,10 @@ class PatchProjection(nn.Conv2d):
 
 
 class FinalNorm(nn.LayerNorm):
-    """LayerNorm of the tokens of all resolutions: [N_r, T_r, D] each, as one matrix."""
+    """LayerNorm of [N_r, T_r, D] each."""
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:  # type: ignore[override]  # a list, as units take
-        packed = Packed.of(xs, has_tables=False)
-        return packed.unpacked(super().forward(packed.tokens))
+        return [super(FinalNorm, self).forward(x) for x in xs]
 
 
 class ViT(Backbone):

@@ -4,21 +4,30 @@ the same weights, and the way back."""
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
+import seer_scale
+from seer_scale.errors import UserError
 from seer_scale.interop.vit_layouts import VIT_LIBRARIES, exported, find_vit, imported, is_vit
-from seer_scale.models.registry import build_backbone
+from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.models.vit import VITS, ViT, ViTSpec
+from tests.unit import test_export
+from tests.unit.test_export import close, run_lines
+from tests.unit.test_load import checkpoint
 from tests.unit.test_vit import SMALL, images, small, spread
 
 SIZE = SMALL["image_size"]
+photo = test_export.photo
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
@@ -123,3 +132,82 @@ def test_the_way_back_is_the_same_network(library):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model(x), other(x)))
         if library != "timm" or not registers:
             assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+MIDDLING = {"name": "vit", "width": 128, "depth": 2, "heads": 2, "patch": 8, "image_size": 32, "registers": 4}
+
+
+def trained(model: dict, folder) -> tuple[ViT, Path]:
+    net = build_backbone(**model)
+    initialise(net, seed=0)
+    return checkpoint(folder, model=model, net=spread(net).eval())
+
+
+@pytest.mark.parametrize("format", ["timm", "transformers", "safetensors", "onnx"])
+@pytest.mark.parametrize("more", [{}, {"ffn": "swiglu", "registers": 0}])
+def test_an_export_gives_our_features_and_is_read_again(format, more, tmp_path, photo, monkeypatch):
+    """By its metadata, and by names and shapes alone."""
+    model = MIDDLING | more
+    net, place = trained(model, tmp_path / "run")
+    out = seer_scale.export(place, tmp_path / "out", format)
+    found = run_lines(out, monkeypatch, photo)
+    x = images((2, 32, 32))[0]
+    with torch.no_grad():
+        wanted = net(x)
+        if format == "onnx":
+            torch.testing.assert_close(torch.from_numpy(found["features"]).shape, (1, 128))
+            return
+        theirs = found["model"].eval()(x)
+        close(theirs.pooler_output if format == "transformers" else theirs, wanted)
+        close(seer_scale.load(out)(x), wanted)
+        file = out / "model.safetensors"
+        save_file(load_file(file), file, {"format": "pt"})
+        if format == "safetensors":
+            return
+        made = seer_scale.import_weights(out, tmp_path / "in")
+        assert (made.format, made.left) == (format, [])
+        assert made.model == {key: value for key, value in model.items() if value != 0}
+        assert made.anew == (["embed.mask_token"] if format == "timm" else [])
+        close(seer_scale.load(tmp_path / "in")(x), wanted)
+
+
+def test_a_size_of_dinov2_leaves_and_comes_in_by_the_originals_names(tmp_path):
+    """Also as a run of the original leaves it: the teacher, in chunks of blocks, beside its heads."""
+    model = {"name": "vit_small_patch16", "image_size": 32}
+    net, place = trained(model, tmp_path / "run")
+    out = seer_scale.export(place, tmp_path / "out", "dinov2")
+    state = load_file(out / "model.safetensors")
+    assert state.keys() == given("dinov2", net).keys()
+    chunked = {
+        re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 4}.{m[1]}", name): t for name, t in state.items()
+    }
+    run = {f"backbone.{name}": t for name, t in chunked.items()} | {"dino_head.last_layer.weight_g": torch.ones(3, 1)}
+    torch.save({"teacher": run}, tmp_path / "teacher_checkpoint.pth")
+    for file, left in [
+        (out / "model.safetensors", []),
+        (tmp_path / "teacher_checkpoint.pth", ["dino_head.last_layer.weight_g"]),
+    ]:
+        made = seer_scale.import_weights(file, tmp_path / "in", force=True)
+        assert made.left == left
+        assert seer_scale.load(tmp_path / "in").state_dict().keys() == net.state_dict().keys()
+        for name, tensor in seer_scale.load(tmp_path / "in").state_dict().items():
+            assert torch.equal(tensor, net.state_dict()[name]), name
+    assert (made.format, made.model) == ("dinov2", model)
+
+
+def test_what_a_library_would_resize_otherwise_is_refused(tmp_path):
+    """Features at the size of an evaluation are promised to be ours."""
+    net, place = trained(MIDDLING | {"registers": 0, "image_size": 24}, tmp_path / "run")
+    for format, resize in [("timm", "antialias"), ("transformers", "exact")]:
+        with pytest.raises(
+            UserError, match=rf"is for 24 pixels.*images of 32 otherwise \(model\.position_resize {resize}\)"
+        ):
+            seer_scale.export(place, tmp_path / "out", format)
+    net, place = trained(MIDDLING | {"positions": "rope"}, tmp_path / "rope")
+    with pytest.raises(UserError, match="timm has no such network with rotary positions"):
+        seer_scale.export(place, tmp_path / "out", "timm")
+    with pytest.raises(UserError, match="dinov2 builds small, base, large, giant only"):
+        seer_scale.export(place, tmp_path / "out", "dinov2")

@@ -48,9 +48,10 @@ class Packed(NamedTuple):
         parts = tokens.split([n * t for n, t in self.shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
 
-    def listed(self, tokens: Tensor) -> list[Tensor]:
-        """What the next block takes."""
-        return [*self.unpacked(tokens), *self.tables, *([] if self.scales is None else [self.scales])]
+    def listed(self, tokens: Tensor, branch: Tensor) -> list[Tensor]:
+        """What the next block takes of the sum; tensors of their own, as FSDP2 hooks what a unit gives."""
+        sums = [x + y for x, y in zip(self.unpacked(tokens), self.unpacked(branch))]
+        return [*sums, *self.tables, *([] if self.scales is None else [self.scales])]
 
     def scaled(self, branch: Tensor, column: int) -> Tensor:
         """A branch [sum of N_r * T_r, D] times `scales[:, column]` of each image."""
@@ -146,8 +147,7 @@ class Block(nn.Module):
         packed = Packed.of(xs, has_tables=self.rope)
         x = packed.tokens
         x = x + packed.scaled(self.ls1(self.attn(self.norm1(x), packed)), 2 * self.number)
-        x = x + packed.scaled(self.ls2(self.mlp(self.norm2(x))), 2 * self.number + 1)
-        return packed.listed(x)
+        return packed.listed(x, packed.scaled(self.ls2(self.mlp(self.norm2(x))), 2 * self.number + 1))
 
     def parts(self) -> dict[str, nn.Module]:
         """What can be sharded apart, in order of use; LayerNorm and LayerScale have vectors alone."""
