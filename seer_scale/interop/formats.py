@@ -294,7 +294,7 @@ def _dinov2(weights: Weights) -> Target | str:
     """The original's own, of which torch.hub builds the published sizes."""
     spec, how = _vit(weights), weights.about.preprocessing
     if spec is None:
-        return f"dinov2 is given ViT only, and this is {weights.about.model['name']}"
+        return f"is a layout of vision transformers, and this is {weights.about.model['name']}"
     sizes = {(width, depth, heads): name for name, (width, depth, heads, _) in VIT_SIZES.items()}
     size = sizes.get((spec.width, spec.depth, spec.heads))
     if size is None or (size == "giant") != (spec.ffn == "swiglu"):

@@ -8,6 +8,7 @@ collectives return at once. What a process registers here stays for its life.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -239,6 +240,18 @@ def _autocasting(name: str, to: Callable[[], torch.dtype]) -> Callable[..., Any]
     return kernel
 
 
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """By the kernels that CUDA takes: flash attention in half precision and without a mask, else the efficient one."""
+    if attn_mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        return torch._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+    keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    efficient = torch._scaled_dot_product_efficient_attention
+    return efficient(q, k, v, attn_mask, keeps, dropout_p, is_causal, scale=scale)[0]
+
+
 def register() -> None:
     """Make the device known to torch, once a process. Raises UserError where another backend has taken the place."""
     if _state.libraries:
@@ -248,7 +261,8 @@ def register() -> None:
         fix = "give the command a process in which it is not loaded (TORCH_DEVICE_BACKEND_AUTOLOAD=0)"
         raise UserError(Problem(f"torch's backend {named}", NOTHING, "stands where a plan needs its own", fix))
     backend_registration._setup_privateuseone_for_python_backend(GPU, backend_module=_DeviceModule())
-    libraries = {key: torch.library.Library("aten", "IMPL", key) for key in (AUTOCAST, "Meta", "PrivateUse1")}
+    keys = (AUTOCAST, "Meta", "PrivateUse1", "AutogradPrivateUse1")
+    libraries = {key: torch.library.Library("aten", "IMPL", key) for key in keys}
     rest = torch.library.Library("_", "IMPL", AUTOCAST)
     rest.fallback(torch.library.fallthrough_kernel)
     for names, to in ((HALF, lambda: torch.get_autocast_dtype(GPU)), (SINGLE, lambda: torch.float32)):
@@ -257,6 +271,8 @@ def register() -> None:
     for name, kernel in KERNELS.items():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
             libraries["Meta"].impl(name, kernel)
+    for key in ("PrivateUse1", "AutogradPrivateUse1"):
+        libraries[key].impl("scaled_dot_product_attention", _attention)
     libraries["PrivateUse1"].impl("empty.memory_format", _valueless(torch.empty))
     libraries["PrivateUse1"].impl("empty_strided", _valueless(torch.empty_strided))
     _state.libraries = [*libraries.values(), rest]  # whose kernels go with them
@@ -286,6 +302,7 @@ def fake_world(size: int, *, rank: int = 0, local_size: int = 8, device: str = G
         raise RuntimeError("A plan needs a process without process groups.")
     local_size = min(local_size, size)
     where = torch.device(device, 0) if device != "cpu" else torch.device("cpu")
+    hook = sys.excepthook  # in front of which every process group puts its rank
     if size > 1:
         dist.init_process_group(
             f"cpu:fake,{GPU}:fake" if device == GPU else "fake", store=FakeStore(), rank=rank, world_size=size
@@ -295,6 +312,7 @@ def fake_world(size: int, *, rank: int = 0, local_size: int = 8, device: str = G
         yield FakeWorld(rank, size, rank % local_size, local_size, where, control)
     finally:
         leave_groups()
+        sys.excepthook = hook
 
 
 @contextmanager

@@ -258,7 +258,7 @@ def test_a_backbone_held_fixed_moves_afterwards_only(squares, tmp_path, monkeypa
 
 
 def test_half_precision_and_several_labels_an_image(squares, tmp_path):
-    evaluation = evaluation_of(squares, tmp_path, precision="bf16", mixup="0.2", **{"lr": "0.4"})
+    evaluation = evaluation_of(squares, tmp_path, precision="bf16", mixup="0.2", **{"lr": "0.4", "epochs": "6"})
     data = evaluation.data_set()
     draw = np.random.default_rng(1)
 
@@ -270,7 +270,7 @@ def test_half_precision_and_several_labels_an_image(squares, tmp_path):
     both = dataclasses.replace(data, train=several(data.train), test=several(data.test))
     evaluation.data_set = lambda: both
     result = measure(evaluation)
-    assert result.headline == "finetune/map" and result.scores["finetune/map"] > 40
+    assert result.headline == "finetune/map" and result.scores["finetune/map"] > 80
     assert "[0].sigmoid()" in (tmp_path / "finetune" / "README.md").read_text()
     assert result.more["epochs"][-1]["train_loss"] < result.more["epochs"][0]["train_loss"]
     assert Artefact(tmp_path / "finetune").about.origin["head"]["multi_label"] is True

@@ -29,6 +29,9 @@ OF_TORCH = {
     " maximize found_inf",
     "torch._amp_foreach_non_finite_check_and_unscale_": "found_inf inv_scale",
     "torch._amp_update_scale_": "growth_tracker found_inf scale_growth_factor scale_backoff_factor growth_interval",
+    "torch._scaled_dot_product_flash_attention": "query key value dropout_p is_causal return_debug_mask scale",
+    "torch._scaled_dot_product_efficient_attention": "query key value attn_bias compute_log_sumexp dropout_p is_causal"
+    " scale",
     "torch._dynamo.config.recompile_limit": None,
     "torch._dynamo.config.accumulated_recompile_limit": None,
     "Tensor._make_wrapper_subclass": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -158,6 +159,12 @@ def test_a_fault_is_one_sentence_that_names_its_line(name):
     assert "\n" not in str(problem)
 
 
+def test_a_trace_leaves_no_mark_on_later_errors():
+    before = sys.excepthook
+    tried = faulty(lambda loss, world: loss)
+    assert tried and sys.excepthook is before
+
+
 def test_without_a_fault_it_passes():
     """Nor does what only looks like one."""
 
@@ -257,6 +264,17 @@ def test_a_backbone_of_timm():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Accessing the data pointer")
         proof.check([trace(config, NUM, rank=NUM - 1)])
+
+
+@pytest.mark.parametrize("precision,kernel", [("bf16", "flash"), ("fp32", "efficient")])
+def test_attention_is_cuda_s_kernel_a_resolution(precision, kernel):
+    model = {"name": "vit", "width": 32, "depth": 3, "heads": 4, "patch": 8}
+    given = {"model": model, "train": {"global_batch": 2 * NUM, "total_samples": 8 * NUM, "precision": precision}}
+    found = trace(resolve(RECIPE | given, {"parallel": {"engine": "fsdp"}}, world_size=NUM), NUM)
+    for end in ("", "_backward"):
+        flops = [op.flops for op in found.ops if op.name == f"_scaled_dot_product_{kernel}_attention{end}"]
+        assert len(flops) == 3 * 2 and all(flops)
+    assert not [op for op in found.ops if op.name == "_safe_softmax"]
 
 
 def test_zero3_s_pieces_at_once_are_what_deepspeed_does_a_piece_at_a_time(monkeypatch):
