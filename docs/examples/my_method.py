@@ -27,7 +27,7 @@ class ColoursSettings(MethodSettings):
     channels: int = opt(3, "colour channels that are regressed", ge=1, le=3, of_network=True)
     weight: float = opt(1.0, "of the loss", gt=0)
 
-    def rules(self, config: Config) -> Iterator[Problem]:
+    def rules(self, config: Config, ranks: int) -> Iterator[Problem]:
         if self.weight > 10 * self.channels:
             yield Problem("colours.weight", self.weight, "must be at most ten a channel", 10 * self.channels)
 

@@ -50,8 +50,7 @@ def _multiples(batch: int, ranks: int) -> tuple[int, ...]:
 
 def _normalised(config: Config, ranks: int) -> int:
     """Images that BatchNorm normalises over at once."""
-    batch = config.train.global_batch
-    return batch // ranks // config.num_micro_batches(ranks) * (config.parallel.sync_bn_group or ranks)
+    return config.images_at_once(ranks) * (config.parallel.sync_bn_group or ranks)
 
 
 def _is_meshed(config: Config) -> bool:
@@ -229,7 +228,7 @@ def check_rules(config: Config, ranks: int, broken: Collection[str] = ()) -> lis
         for rule in RULES
         if not any(is_about(key, broken) for key in rule.keys) and (problem := rule.check(config, ranks))
     ]
-    return found + [p for p in config.method_settings.rules(config) if not is_about(p.key, broken)]
+    return found + [p for p in config.method_settings.rules(config, ranks) if not is_about(p.key, broken)]
 
 
 def is_about(key: str, broken: Collection[str]) -> bool:

@@ -197,8 +197,9 @@ class Method:
 class MethodSettings:
     """The section of a recipe that a method brings: a subclass has its keys, their rules and what they depend on."""
 
-    def rules(self, config: Config) -> Iterator[Problem]:
-        """Rules between these keys, and between them and those of other sections: those that are broken."""
+    def rules(self, config: Config, ranks: int) -> Iterator[Problem]:
+        """Rules between these keys, and between them and those of other sections or the number of ranks: those that
+        are broken."""
         return iter(())
 
     def needs(self) -> dict[str, tuple[bool, str]]:
@@ -456,6 +457,10 @@ class Config:
         share = self.train.global_batch // world_size
         most = self.train.micro_batch or share
         return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+
+    def images_at_once(self, world_size: int) -> int:
+        """Of a micro-batch of a rank."""
+        return self.train.global_batch // world_size // self.num_micro_batches(world_size)
 
     def settings_as(self, cls: type[S]) -> S:
         """The method's section. Raises TypeError where it is another method's."""

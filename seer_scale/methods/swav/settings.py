@@ -26,7 +26,7 @@ class SwAVSettings(MethodSettings):
     queue_from_samples: int = opt(0, "the queue takes part once this many samples were seen (and it is full)", ge=0)
     freeze_samples: int = opt(0, "prototypes stay fixed until this many samples were seen", ge=0)
 
-    def rules(self, config: Config) -> Iterator[Problem]:
+    def rules(self, config: Config, ranks: int) -> Iterator[Problem]:
         batch = config.train.global_batch
         assigned = batch + self.queue
         most = PROTOTYPES_A_SAMPLE * assigned
