@@ -83,13 +83,12 @@ def _peaks(trace: Trace, block: int) -> list[Peak]:
     return peaks
 
 
-def _peak_of_more(fewer: Trace, trace: Trace, num: int, block: int) -> tuple[Peak, Peak]:
-    """(of an update of `num` micro-batches, the one of `trace` that it is like), from traces of n - 1 and of n.
+def _peak_of_more(less: list[Peak], more: list[Peak], num: int) -> tuple[Peak, Peak]:
+    """(of an update of `num` micro-batches, the one of `more` that it is like), from the peaks of n - 1 and of n.
 
     What is held for a micro-batch all along grows with their number: at the first backward by what is made for all
     before, at the last by what stays until then. Those between hold no more than these.
     """
-    less, more = _peaks(fewer, block), _peaks(trace, block)
     count = len(more) - 1
     found = []
     for window in {0, 1, count - 1, count}:
@@ -158,8 +157,9 @@ def memory_of(trace: Trace, device: Device, fewer: Trace | None = None, num: int
     """What the update of a trace takes of a device. fewer: a trace with one micro-batch less: then of an update with
     `num` of them, whose every byte beyond what was traced the allocator takes anew."""
     is_gpu, block = trace.device != "cpu", block_of(trace, device)
-    whole = find_peak(trace, block)
-    peak, traced = _peak_of_more(fewer, trace, num, block) if fewer else (whole, whole)
+    peaks = _peaks(trace, block)
+    whole = max(peaks, key=lambda peak: peak.nbytes)
+    peak, traced = _peak_of_more(_peaks(fewer, block), peaks, num) if fewer else (whole, whole)
     kinds: dict[str, int] = dict(sorted(peak.kinds.items(), key=lambda kind: -kind[1]))
     kinds[WORKSPACES] = peak.workspace + KERNEL_WORKSPACE * is_gpu
     if is_gpu:
