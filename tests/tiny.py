@@ -23,14 +23,31 @@ RECIPE = {
     "train": {"total_samples": 160, "global_batch": 8},
 }
 
+DINOV2 = {
+    "data": {"path": "unused"},
+    "model": {
+        "name": "vit", "width": 24, "depth": 3, "heads": 2, "patch": 4, "image_size": 24, "registers": 2,
+        "drop_path": 0.3, "layer_scale": 0.5,
+    },
+    "views": {"crops": [{"num": 2, "size": 24}, {"num": 2, "size": 16, "scale": [0.05, 0.14]}]},
+    "method": {"name": "dinov2"},
+    "dinov2": {
+        "hidden": [32], "bottleneck": 12, "prototypes": 20, "patch_bottleneck": 8, "patch_prototypes": 14,
+        "koleo_group": 2, "teacher_temperature_samples": 32, "teacher_momentum": 0.8, "freeze_samples": 8,
+    },
+    "optim": {"name": "sgd", "lr": 0.1, "lr_batch": 0},
+    "schedule": {"warmup_samples": 32, "warmup_from": 0.1},
+    "train": {"total_samples": 160, "global_batch": 8},
+}  # fmt: skip
+
 
 def world_of(rank: int, size: int) -> World:
     return World(rank, size, control=dist.group.WORLD if size > 1 else None)
 
 
-def tiny(world: World, **overrides) -> tuple[Config, Engine]:
-    """The engine of RECIPE; overrides are "section.key": value."""
-    config = resolve(RECIPE, sections(overrides), world_size=world.size)
+def tiny(world: World, recipe: dict[str, dict] = RECIPE, **overrides) -> tuple[Config, Engine]:
+    """The engine of `recipe`; overrides are "section.key": value."""
+    config = resolve(recipe, sections(overrides), world_size=world.size)
     return config, build_engine(build_method(config, world), config, world)
 
 

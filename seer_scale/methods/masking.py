@@ -34,12 +34,12 @@ ROUND_UP = 1e-6
 
 class Masks(NamedTuple):
     """Of V views of B images, in host memory. masked: bool [V * B, N], crop-major. places: int64 [M], where
-    masked patches lie among all V * B * N, in their order, padded with 0. weight: fp32 [M], 1 over the number of masked
-    patches of the crop, 0 for padding. M is `BlockMasking.bound`."""
+    masked patches lie among all V * B * N, in their order, padded with 0. counts: fp32 [M], the number of masked
+    patches of the crop of each, 0 for padding. M is `BlockMasking.bound`."""
 
     masked: Tensor
     places: Tensor
-    weight: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +91,10 @@ class BlockMasking:
                     masked[view, i] = self.mask(sample, int(view), stratum).ravel()
         flat = masked.reshape(self.views * images, self.num_patches)
         counts = flat.sum(1)
-        packed, weights = np.flatnonzero(flat), np.repeat(1 / counts.clip(1), counts)
-        places, weight = np.zeros(self.bound(images), np.int64), np.zeros(self.bound(images), np.float32)
-        places[: len(packed)], weight[: len(packed)] = packed, weights
-        return Masks(torch.from_numpy(flat), torch.from_numpy(places), torch.from_numpy(weight))
+        packed, of_places = np.flatnonzero(flat), np.repeat(counts, counts)
+        places, padded = np.zeros(self.bound(images), np.int64), np.zeros(self.bound(images), np.float32)
+        places[: len(packed)], padded[: len(packed)] = packed, of_places
+        return Masks(torch.from_numpy(flat), torch.from_numpy(places), torch.from_numpy(padded))
 
     def mask(self, sample: int, view: int, stratum: int) -> np.ndarray:
         """bool [height, width] of one view of the global sample: a function of these three and the seed alone."""

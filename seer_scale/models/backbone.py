@@ -22,6 +22,15 @@ class StageMap(NamedTuple):
     stride: int
 
 
+class Tokens(NamedTuple):
+    """What a backbone makes of images: what stands for a whole image, `cls` [N, D] (a vision transformer's CLS token,
+    else the pooled features); registers [N, R, D]; and patches [N, height * width, C], row by row."""
+
+    cls: Tensor
+    registers: Tensor
+    patches: Tensor
+
+
 class Backbone(nn.Module, ABC):
     """Construction draws nothing and works on the meta device."""
 
@@ -85,6 +94,32 @@ class Backbone(nn.Module, ABC):
     def forward_stages(self, xs: list[Tensor]) -> list[list[Tensor]]:
         """Images [N_r, 3, H_r, W_r] -> of each of `stage_maps` its maps, one tensor a resolution."""
         raise NotImplementedError(f"{type(self).__name__} has no feature maps")
+
+    @property
+    def patch_map(self) -> StageMap | None:
+        """What patches `tokens` gives: so many channels, and a side of so many pixels; None of a backbone without."""
+        maps = self.stage_maps()
+        return maps[-1] if maps else None
+
+    def tokens(
+        self, xs: list[Tensor], masks: Sequence[Tensor | None] = (), draws: Sequence[Tensor] | None = None
+    ) -> list[Tokens]:
+        """Images [N_r, 3, H_r, W_r], one tensor a resolution. masks: of each resolution None, or bool [N_r, P_r], the
+        patches that it does not see: in the place of their pixels a network of convolutions sees 0, the mean colour.
+        draws: in training, of each resolution uniform numbers [N_r, num_draws] that decide what is dropped; without
+        them nothing is."""
+        raise NotImplementedError(f"{type(self).__name__} has no patches")
+
+    def hide(self, xs: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+        """The images with 0 in the place of what is masked; of a network of convolutions."""
+        stride, out = self.patch_map.stride if self.patch_map else 1, list(xs)
+        for i, mask in enumerate(masks):
+            if mask is not None:
+                height, width = xs[i].shape[2:]
+                grid = mask.view(-1, 1, -(-height // stride), -(-width // stride))
+                pixels = grid.repeat_interleave(stride, 2).repeat_interleave(stride, 3)[:, :, :height, :width]
+                out[i] = xs[i].masked_fill(pixels, 0)
+        return out
 
     def after_stages(self) -> list[str]:
         """The names of the parameters between the last stage and the pooled features, which `forward_stages` does not

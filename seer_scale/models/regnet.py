@@ -8,6 +8,7 @@ The network takes a list of image tensors, one a resolution, and passes the whol
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast, overload
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.models.backbone import Backbone, StageMap
+from seer_scale.models.backbone import Backbone, StageMap, Tokens
 from seer_scale.models.init import Constant, Init, Normal
 from seer_scale.models.layers.norm import BatchNorm
 
@@ -195,9 +196,19 @@ class RegNetY(Backbone):
         self.num_features = in_width
 
     def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
+        return [x.mean((2, 3)) for x in self._last_maps(xs)]
+
+    def _last_maps(self, xs: list[Tensor]) -> list[Tensor]:
         for names in (["stem"], *self.stage_units()):
             xs = self.forward_units(names, xs)
-        return [x.mean((2, 3)) for x in xs]
+        return xs
+
+    def tokens(
+        self, xs: list[Tensor], masks: Sequence[Tensor | None] = (), draws: Sequence[Tensor] | None = None
+    ) -> list[Tokens]:
+        """The pooled features, no registers, and the positions of the last stage's map."""
+        maps = self._last_maps(self.hide(xs, masks))
+        return [Tokens(x.mean((2, 3)), x.new_empty(len(x), 0, x.shape[1]), x.flatten(2).mT) for x in maps]
 
     def stage_maps(self) -> list[StageMap]:
         widths = [self.block(names[-1]).conv3.conv.out_channels for names in self.stage_units()]

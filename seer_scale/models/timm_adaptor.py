@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from operator import attrgetter
 from typing import Any, overload
 
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from seer_scale.errors import NOTHING, Problem, UserError, closest
 from seer_scale.extras import how_to_install
-from seer_scale.models.backbone import Backbone, StageMap
+from seer_scale.models.backbone import Backbone, StageMap, Tokens
 from seer_scale.models.constructor import Constructor
 from seer_scale.models.init import Init
 from seer_scale.models.layers.norm import BatchNorm
@@ -113,10 +113,26 @@ class TimmBackbone(Backbone):
     forward_head: Callable[..., Tensor]
 
     def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
-        before, stages, after = self.steps
-        for names in (*([name] for name in before), *stages, *([name] for name in after)):
-            xs = self._through(names, xs)
+        return self._after_stages(self.forward_stages(xs)[-1])
+
+    def _after_stages(self, xs: list[Tensor]) -> list[Tensor]:
+        for name in self.steps[2]:
+            xs = self._through([name], xs)
         return xs
+
+    def tokens(
+        self, xs: list[Tensor], masks: Sequence[Tensor | None] = (), draws: Sequence[Tensor] | None = None
+    ) -> list[Tokens]:
+        """The pooled features, no registers, and the positions of the last stage's map."""
+        if not self.patch_map:
+            return super().tokens(xs, masks, draws)
+        maps = self.forward_stages(self.hide(xs, masks))[-1]
+        pooled = self._after_stages(maps)
+        return [Tokens(y, y.new_empty(len(y), 0, y.shape[1]), x.flatten(2).mT) for x, y in zip(maps, pooled)]
+
+    @cached_property
+    def patch_map(self) -> StageMap | None:  # a forward on the meta device, once
+        return super().patch_map
 
     def _through(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
         step = attrgetter(names[0])(self)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seer_scale.errors import Problem, UserError, nearest
-from seer_scale.models.backbone import Backbone
+from seer_scale.models.backbone import Backbone, StageMap, Tokens
 from seer_scale.models.init import Constant, Init, Normal, Uniform
+from seer_scale.models.layers.precision import at_least_fp32
 from seer_scale.models.layers.transformer import (
     FFNS,
     LINEAR_STD,
@@ -118,15 +118,6 @@ def _multiples_near(number: int, of: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(n for n in (number // of * of, -(-number // of) * of) if n))
 
 
-class Tokens(NamedTuple):
-    """What a vision transformer makes of images, after the final LayerNorm: the CLS token [N, D], registers [N, R, D]
-    and patches [N, height * width, D], row by row."""
-
-    cls: Tensor
-    registers: Tensor
-    patches: Tensor
-
-
 class Embedding(nn.Module):
     """Images to tokens: the CLS token, registers, then the patches."""
 
@@ -147,14 +138,14 @@ class Embedding(nn.Module):
         -> tokens [N_r, 1 + registers + P_r, D], fp32."""
         tables, out = [], []
         # the mask token takes part without masks, too: some engines await a gradient of every parameter
-        cls = self.cls_token.float() + 0 * self.mask_token.float()
+        cls = at_least_fp32(self.cls_token) + 0 * at_least_fp32(self.mask_token)
         for i, x in enumerate(xs):
-            patches = self.proj(x).float()
+            patches = at_least_fp32(self.proj(x))
             height, width = patches.shape[2:]
             patches = patches.flatten(2).transpose(1, 2)
             mask = masks[i] if masks else None
             if mask is not None:
-                patches = torch.where(mask[:, :, None], self.mask_token.float(), patches)
+                patches = torch.where(mask[:, :, None], at_least_fp32(self.mask_token), patches)
             own = cls
             if self.spec.positions == "table":
                 places = self.places(height, width)
@@ -162,13 +153,13 @@ class Embedding(nn.Module):
             else:
                 head_width = self.spec.width // self.spec.heads
                 tables.append(rope_table(height, width, head_width, x.device))
-            before = torch.cat([own, self.register_tokens.float()]) if self.spec.registers else own
+            before = torch.cat([own, at_least_fp32(self.register_tokens)]) if self.spec.registers else own
             out.append(torch.cat([before.expand(x.shape[0], -1, -1), patches], 1))
         return out + tables
 
     def places(self, height: int, width: int) -> Tensor:
         """The table for the CLS token and height x width patches, [1 + height * width, D], fp32."""
-        table, side = self.pos_embed.float(), self.spec.side
+        table, side = at_least_fp32(self.pos_embed), self.spec.side
         if (height, width) == (side, side):
             return table
         cls, patches = table.split([1, side**2])
@@ -213,12 +204,14 @@ class ViT(Backbone):
         self.blocks = nn.ModuleList(Block(spec.width, spec.heads, spec.ffn, i, rope=rope) for i in range(spec.depth))
         self.norm = FinalNorm(spec.width, NORM_EPS)
 
+    @property
+    def patch_map(self) -> StageMap:
+        return StageMap("norm", self.spec.width, self.spec.patch)
+
     def tokens(
         self, xs: list[Tensor], masks: Sequence[Tensor | None] = (), draws: Sequence[Tensor] | None = None
     ) -> list[Tokens]:
-        """Images [N_r, 3, H_r, W_r], one tensor a resolution. masks: of each resolution None, or bool [N_r, P_r], the
-        patches that the mask token stands for. draws: in training, of each resolution uniform numbers [N_r, num_draws]
-        that decide which branches are dropped; without them none is."""
+        """After the final LayerNorm, fp32. The mask token stands for patches that are masked."""
         tokens = self.embed(xs, masks) if any(mask is not None for mask in masks) else self.embed(xs)
         if self.training and draws is not None and self.num_draws:
             linear = self.spec.drop_path_rule == "linear"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import seer_scale
+from seer_scale.interop.formats import FORMATS
 
 HOUSE = Path(seer_scale.__file__).parent
 ROOMS = [
@@ -141,4 +142,6 @@ def test_no_method_is_named_outside_of_their_room(path):
             said.append(node.value)
     named = [s for s in said for method in METHODS if s.lower() == method or s.lower().startswith(f"{method}.")]
     named += [s for s in said if s.startswith("seer_scale.methods.") and s.split(".")[2] in METHODS]
+    if where.parts[0] == "interop":  # a layout of files that others made bears the name of their project
+        named = [s for s in named if s not in FORMATS]
     assert named == (["swav"] if where == Path("config/schema.py") else []), named

@@ -108,11 +108,11 @@ def test_parts_of_a_batch_have_its_masks(seed, ranks, samples_seen, views, share
 def assert_packed(masks: Masks) -> None:
     counts = masks.masked.sum(1)
     num = int(counts.sum())
-    assert num <= len(masks.places) == len(masks.weight) and len(masks.places) > 0
+    assert num <= len(masks.places) == len(masks.counts) and len(masks.places) > 0
     assert masks.places[:num].tolist() == masks.masked.flatten().nonzero()[:, 0].tolist()
-    assert not masks.places[num:].any() and not masks.weight[num:].any()
+    assert not masks.places[num:].any() and not masks.counts[num:].any()
     crops = masks.places[:num] // masks.masked.shape[1]
-    torch.testing.assert_close(masks.weight[:num], 1 / counts[crops].float())
+    torch.testing.assert_close(masks.counts[:num], counts[crops].float())
 
 
 def test_every_image_has_one_masked_view_of_two_and_every_stratum_one_crop():

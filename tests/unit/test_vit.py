@@ -4,6 +4,7 @@ image, masks, positions. What other libraries make of the same weights is in tes
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,8 +138,8 @@ def test_what_is_dropped_is_a_function_of_the_image_and_its_crop():
         """[images, views, width]"""
         out = []
         for rank, i in itertools.product(range(ranks), range(parts)):
-            draws = ViewDraws(config, World(rank, ranks), 6)
-            draws.seed = seed
+            seeded = replace(config, run=replace(config.run, seed=seed))
+            draws = ViewDraws(seeded, World(rank, ranks), 6)
             batch = config.train.global_batch // ranks // parts
             views = [torch.empty(2 * batch, 1), torch.empty(2 * batch, 1)]
             of_sizes = draws(views, samples_seen, (i, parts))

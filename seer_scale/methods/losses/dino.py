@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seer_scale.models.layers.precision import at_least_fp32
+
 
 class DinoLoss(NamedTuple):
     """0-dim means over the images and over pairs of views. loss: all pairs, with equal weights. between_globals: a
@@ -52,7 +54,3 @@ def sum_of_products(targets: Tensor, log_p: Tensor) -> Tensor:
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(at_least_fp32(logits) / temperature, dim=-1)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

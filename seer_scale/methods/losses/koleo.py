@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seer_scale.methods.losses.dino import at_least_fp32
+from seer_scale.models.layers.precision import at_least_fp32
 
 KOLEO_EPS = 1e-8
 """Added to differences, distances and norms, as published; in fp16 it would be 0, and two equal features infinite."""

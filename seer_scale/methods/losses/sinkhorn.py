@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seer_scale.distributed import World
+from seer_scale.models.layers.precision import at_least_fp32
 
 ABSORB = 4
 ROWS_AT_ONCE = 16
@@ -40,7 +41,7 @@ def sinkhorn(
     zeros; None: all. Returns the same shapes. Collectives: `iterations` + 1 all-reduces of sum(C * K) floats, whatever
     the number of crops and sets.
     """
-    S = [s.float() for s in scores]
+    S = [at_least_fp32(s) for s in scores]
     P = [torch.empty_like(s) for s in S]
     padding = [None if real is None else ~real[:, None] for real in rows or [None] * len(S)]
     m = _reduce([_column_max(s, pad) / epsilon for s, pad in zip(S, padding, strict=True)], dist.ReduceOp.MAX, world)

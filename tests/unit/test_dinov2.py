@@ -1,0 +1,117 @@
+"""DINOv2: loss and gradients against a plain reference in float64; what it declares, schedules and refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from seer_scale.config import resolve
+from seer_scale.distributed import World
+from seer_scale.methods.registry import build_method
+from seer_scale.models.registry import initialise
+from tests.tiny import DINOV2, fake_views, sections
+from tests.unit.test_dino_losses import dino_reference, ibot_reference, koleo_reference
+from tests.unit.test_sinkhorn import reference as sinkhorn_of
+
+VIT_KEYS = ("width", "depth", "heads", "patch", "image_size", "registers", "drop_path", "layer_scale")
+OF_REGNETY = {f"model.{key}": None for key in VIT_KEYS} | {
+    "model.name": "regnety", "model.depth": 5, "model.w0": 8, "model.wa": 12.0, "model.wm": 2.0, "model.group_width": 8,
+    "views.crops": [{"num": 2, "size": 96}, {"num": 2, "size": 40}],
+}  # fmt: skip
+SHARED = {"dinov2.shared_head": True, "dinov2.patch_bottleneck": 256, "dinov2.patch_prototypes": 65536}
+NO_IBOT = {
+    "dinov2.ibot_weight": 0.0, "dinov2.patch_bottleneck": 256, "dinov2.patch_prototypes": 65536,
+}  # fmt: skip
+
+
+def make(**overrides):
+    """(recipe, method in float64, its weights far from where they start)."""
+    config = resolve(DINOV2, sections({"model.drop_path": None} | overrides), world_size=1)
+    method = build_method(config, World())
+    method.to_empty(device="cpu")
+    for buffer in method.buffers():
+        buffer.zero_()
+    initialise(method, 0)
+    method.double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in method.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    for name, group in method.parameter_groups().items():
+        method.get_parameter(name).requires_grad_(not group.average_of)
+    return config, method
+
+
+def head_of(head, x):
+    """DINOHead by torch's own parts."""
+    for layer in head.mlp:
+        x = F.gelu(x) if isinstance(layer, torch.nn.GELU) else F.linear(x, layer.weight, layer.bias)
+    x = x / x.norm(dim=1, keepdim=True)
+    last = torch.nn.Linear(x.shape[1], len(head.last_layer.scale), bias=False, dtype=x.dtype)
+    own = "parametrizations.weight"
+    given = {f"{own}.original0": head.last_layer.scale, f"{own}.original1": head.last_layer.direction}
+    return torch.func.functional_call(weight_norm(last), given, (x,))
+
+
+def crops_of(backbone, views, batch, mask=None):
+    """(class token, patches) of each crop of a resolution. BatchNorm takes the crops of one resolution together."""
+    if getattr(backbone, "patch_map", None) and mask is not None:
+        tokens = backbone.tokens([views], [mask])[0]
+        return list(zip(tokens.cls.split(batch), tokens.patches.split(batch), strict=True))
+    return [(cls, None) for cls in backbone(views).split(batch)]
+
+
+def reference(method, views, samples_seen):
+    """Pair by pair, crop by crop, masked patch by masked patch."""
+    s, batch = method.config, len(views[0]) // 2
+    mask = method.masking.draw(samples_seen, 0, batch).masked if method.masking else None
+    unmasked = None if mask is None else torch.zeros_like(mask)
+    rows = [] if mask is None else [(i // batch, i % batch, patch) for i, patch in mask.nonzero().tolist()]
+    heads = {n: m for n, m in method.named_children() if n.endswith("_head")}
+
+    def scores_of(who, crops):
+        classes = [head_of(heads[f"{who}_head"], cls) for cls, _ in crops]
+        own = heads.get(f"{who}_patch_head", heads[f"{who}_head"])
+        chosen = [crops[crop][1][image, patch] for crop, image, patch in rows]
+        return classes, head_of(own, torch.stack(chosen)) if rows else None
+
+    with torch.no_grad():
+        classes, patches = scores_of("teacher", crops_of(method.teacher, views[0], batch, unmasked))
+        temperature = 0.04 + 0.03 * min(1, samples_seen / s.teacher_temperature_samples)
+        sets = [torch.cat(classes), *([patches] if rows else [])]
+        if s.centering == "sinkhorn":
+            made = [sinkhorn_of(x, temperature, s.iterations) for x in sets]
+        else:
+            made = [(x / temperature).softmax(1) for x in sets]
+    crops = crops_of(method.student, views[0], batch, mask) + crops_of(method.student, views[1], batch)
+    classes, patches = scores_of("student", crops)
+    logits = torch.stack(classes)
+    total = s.dino_weight * dino_reference(logits[:2], logits[2:], made[0].view(2, batch, -1), s.temperature)
+    if rows:
+        ibot = ibot_reference(patches, made[1], [crop * batch + image for crop, image, _ in rows], s.temperature)
+        total = total + s.ibot_weight * ibot / (2 * batch)
+    koleo = koleo_reference(torch.stack([cls for cls, _ in crops[:2]]), s.koleo_group)
+    return total + s.koleo_weight * koleo
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, SHARED, NO_IBOT, {"dinov2.centering": "softmax"}, {"dinov2.mask_exact": True, "model.positions": "rope",
+     "model.width": 32}, OF_REGNETY | {"dinov2.mask_exact": True}],
+    ids=["vit", "shared head", "no iBOT", "centred", "rotary, exact masks", "regnety"],
+)  # fmt: skip
+def test_loss_and_gradients_are_those_of_a_plain_reference(overrides):
+    config, method = make(**overrides)
+    views, seen = [v.double() for v in fake_views(config, 3, World())], 16
+    ours = method.loss(views, samples_seen=seen).loss
+    theirs = reference(method, views, seen)
+    assert ours.dtype == theirs.dtype == torch.float64
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    trained = {n: p for n, p in method.named_parameters() if p.requires_grad}
+    gradients = [torch.autograd.grad(loss, trained.values(), allow_unused=True) for loss in (ours, theirs)]
+    for name, a, b in zip(trained, *gradients, strict=True):
+        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
+        torch.testing.assert_close(a, b.expand_as(a) if not b.ndim else b, rtol=1e-9, atol=1e-9, msg=name)
+        assert a.abs().max() > 0 or name == "student.embed.mask_token" or a.numel() == 1, name
