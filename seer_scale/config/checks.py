@@ -248,6 +248,7 @@ def _needs(config: Config) -> dict[str, tuple[bool, str]]:
         "optim.trust_coefficient": (config.optim.name == "lars", "optim.name lars"),
         "optim.momentum": (config.optim.name != "adamw", "optim.name lars or sgd"),
         "optim.betas": (config.optim.name == "adamw", "optim.name adamw"),
+        "optim.clip_by": (config.optim.clip_norm > 0, "an optim.clip_norm"),
         "schedule.final": is_cosine,
         "schedule.decay_samples": (
             config.schedule.name == "cosine" or config.optim.weight_decay_end is not None,

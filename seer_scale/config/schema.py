@@ -231,6 +231,13 @@ class Optim:
     exclude_vectors: bool = opt(False, "no LARS scaling and no weight decay for biases and normalisation parameters")
     betas: tuple[float, float] = opt((0.9, 0.999), "AdamW: decay rates of the moments", ge=0, lt=1)
     clip_norm: float = opt(0.0, "gradients are clipped to this norm; 0 = never", ge=0)
+    clip_by: Literal["all", "part"] = opt(
+        "all", "clip_norm is that of all gradients together, or of each part of the method (backbone, each head) apart"
+    )
+    layer_decay: float = opt(
+        1.0, "the rate of each unit of the backbone (a ViT's block) is that of the next one times this", gt=0, le=1
+    )
+    patch_lr: float = opt(1.0, "multiplier of the rate of the backbone's first convolution (patch embedding)", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)

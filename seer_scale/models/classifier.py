@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from seer_scale.errors import Problem, UserError
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Normal, initial_values
 from seer_scale.models.layers.stateful import StatefulLayer
-from seer_scale.optim.parameter_groups import ParameterGroup
 
 HEAD_STD = 0.01
 
@@ -69,19 +69,16 @@ def parameter_depths(backbone: Backbone, *, of_stages: bool = False) -> tuple[di
     return depths, top
 
 
-def backbone_groups(
-    backbone: Backbone, *, layer_decay: float = 1.0, patch_lr: float = 1.0
-) -> dict[str, ParameterGroup]:
-    """How DINOv2 treats each parameter of a backbone. The rate of one with n of the top's units still to come is
-    multiplied by layer_decay^n: of a transformer of L blocks L + 1 for what comes before them, L - i for block i, 0 for
-    the final norm and heads; that of the first convolution also by patch_lr. Weight decay of vectors (biases,
-    norms, LayerScale) is 0; tokens and positions are matrices."""
+def layer_rates(backbone: Backbone, *, layer_decay: float = 1.0, patch_lr: float = 1.0) -> dict[str, float]:
+    """What multiplies the rate of each parameter of a backbone, as in BEiT and DINOv2. Of one with n of the top's units
+    still to come layer_decay^n: of a transformer of L blocks L + 1 for what comes before them, L - i for block i, 0 for
+    the final norm and heads. Of the first convolution also patch_lr."""
     depths, top = parameter_depths(backbone)
-    first = next(n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    first = next((n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
+    if first is None and patch_lr != 1.0:
+        rule = "it is for the first convolution, and the backbone has none"
+        raise UserError(Problem("optim.patch_lr", patch_lr, rule, (1.0,)))
     return {
-        name: ParameterGroup(
-            lr=layer_decay ** (top - depths[name]) * (patch_lr if name.startswith(f"{first}.") else 1.0),
-            weight_decay=0.0 if p.ndim < 2 else 1.0,
-        )
-        for name, p in backbone.named_parameters()
+        name: layer_decay ** (top - depth) * (patch_lr if name.startswith(f"{first}.") else 1.0)
+        for name, depth in depths.items()
     }

@@ -20,11 +20,12 @@ from torch.distributed.tensor import DTensor
 from seer_scale.config import Config, EngineName
 from seer_scale.distributed import World
 from seer_scale.methods.base import BufferKind, Features, LossOutput, Method
+from seer_scale.methods.groups import recipe_groups
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.init import initial_values
 from seer_scale.models.registry import reset_buffers
 from seer_scale.optim.optimizers import build_optimizer
-from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, frozen_until, normalized_parameters
+from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, normalized_parameters
 from seer_scale.optim.schedules import weight_decay
 from seer_scale.parallel.loss_scaler import LossScaler
 from seer_scale.parallel.parallelize import parallelize
@@ -43,8 +44,7 @@ class Engine:
         """loaded: beginnings of the names of parameters that a checkpoint will bring; "" is all of them."""
         self.method, self.config, self.world, self._loaded = method, config, world, loaded
         self._initialisers = method.initialisers()
-        frozen = method.backbone_prefixes(), config.train.freeze_backbone_samples
-        self.groups = frozen_until(method.parameter_groups(), *frozen)
+        self.groups = recipe_groups(method, config)
         self._normalized = normalized_parameters(self.groups)
         self.averages = {n: group.average_of for n, group in self.groups.items() if group.average_of}
         for name in self.averages:
@@ -173,7 +173,7 @@ class Engine:
         num, outs = len(batches), []
         targets: list[Any] = self._targets(batches, samples_seen) if self.method.has_batch_targets else [None] * num
         for i, (batch, own) in enumerate(zip(batches, targets, strict=True)):
-            with self._accumulating(i == num - 1), self.buffers.micro_batch(i, num):
+            with self._accumulating(i == num - 1), self.buffers.of_losses.micro_batch(i, num):
                 told = dict(samples_seen=samples_seen, part=(i, num), targets=own, with_metrics=with_metrics)
                 out = self._run("loss", batch(), **told)
                 self._backward(out.loss * self.scaler.scale / num)
@@ -186,11 +186,11 @@ class Engine:
 
     def _targets(self, batches: Sequence[MicroBatch], samples_seen: int) -> list[Any]:
         """Of each micro-batch, over the whole global batch."""
-        with torch.no_grad(), self.buffers.unmoved():
-            inputs = [
-                self._run("prepare_targets", batch(), samples_seen=samples_seen, part=(i, len(batches)))
-                for i, batch in enumerate(batches)
-            ]
+        inputs, num, buffers = [], len(batches), self.buffers
+        with torch.no_grad(), buffers.of_losses.unmoved():
+            for i, batch in enumerate(batches):
+                with buffers.of_targets.micro_batch(i, num):
+                    inputs.append(self._run("prepare_targets", batch(), samples_seen=samples_seen, part=(i, num)))
             return self.method.targets(inputs, samples_seen)
 
     def _run(self, entrance: str, *args: Any, **kwargs: Any) -> Any:

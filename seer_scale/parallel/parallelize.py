@@ -19,7 +19,9 @@ from seer_scale.parallel.recast_linear import compute_small_maps_in_fp32
 
 
 class Wrapping(Protocol):
-    """What engines do each in their own way."""
+    """What engines do each in their own way. averages: names of the method's moving averages, and of their sources."""
+
+    averages: dict[str, str]
 
     def shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
         """Shard the method, still on the meta device."""
@@ -53,7 +55,7 @@ def parallelize(method: Method[Any, Any], config: Config, world: World, engine: 
     if is_half and world.device.type == "cpu":
         compute_small_maps_in_fp32(method)
     engine.materialise()
-    buffers = Buffers(method, world.device)
+    buffers = Buffers(method, world.device, engine.averages)
     return engine.wrap_materialised(module), buffers
 
 

@@ -668,7 +668,8 @@ def _mark_state(recorder: _Recorder, engine: Engine) -> None:
     """What is alive before an update, by what it is for."""
     recorder.mark(iter(engine.optimizer.state.values()), "optimiser state")
     own = engine.buffers
-    recorder.mark(iter([*engine.method.buffers(), own.all, own._before, own._sum, *own._counts]), "buffers")
+    beside = [t for part in (own.of_losses, own.of_targets) for t in (part.before, part.sum, *part.counts)]
+    recorder.mark(iter([*engine.method.buffers(), own.all, *beside]), "buffers")
     recorder.mark((p for n, p in engine.method.named_parameters() if n not in engine.averages), "parameters")
     recorder.mark((p for n, p in engine.method.named_parameters() if n in engine.averages), "moving averages")
     recorder.mark((s.local for n, s in engine.shards.items() if n not in engine.averages), "parameters")

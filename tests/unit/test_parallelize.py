@@ -27,6 +27,8 @@ def test_compile_recompute_shard_materialise_wrap(monkeypatch):
         monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
 
     class Wrapping:
+        averages = {}
+
         def shard_on_meta(self, method):
             assert all(p.is_meta for p in method.parameters())
             calls.append("shard")

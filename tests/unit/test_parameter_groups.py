@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from seer_scale.distributed import World
+from seer_scale.errors import UserError
+from seer_scale.models.classifier import parameter_depths
 from seer_scale.optim.parameter_groups import ParameterGroup, check_groups
 from seer_scale.parallel.engine import Engine
-from tests.tiny import fake_views, losses_of
+from tests.tiny import DINOV2, RECIPE, fake_views, losses_of, tiny
 from tests.toy import UNIT_ROWS, Taught, toy
 
 LR, UPDATES, CLIP = 1e-3, 4, 0.02
@@ -89,3 +91,26 @@ def test_a_moving_average_begins_as_its_source_and_stays_where_an_update_is_skip
 def test_what_cannot_be_declared_is_refused(wrong, told):
     with pytest.raises(ValueError, match=told):
         check_groups(wrong, {"a": torch.Size([2, 3]), "b": torch.Size([3])})
+
+
+@pytest.mark.parametrize(
+    "recipe, parts",
+    [(RECIPE, {"backbone", "head", "prototypes"}), (DINOV2, {"student", "student_head", "student_patch_head"})],
+)
+def test_rates_of_layers_and_clipping_by_part_are_for_every_method(recipe, parts):
+    over = {"optim.layer_decay": 0.5, "optim.patch_lr": 0.2, "optim.clip_norm": 1.0, "optim.clip_by": "part"}
+    config, engine = tiny(World(), recipe, **over)
+    trained = {n: g for n, g in engine.groups.items() if n not in engine.averages}
+    assert {g.clip for g in trained.values()} == parts
+    backbone = next(p for p in ("backbone.", "student.") if any(n.startswith(p) for n in trained))
+    depths, top = parameter_depths(engine.method.backbone)
+    for name, depth in depths.items():
+        first = 0.2 if name in ("embed.proj.weight", "embed.proj.bias", "stem.conv.weight") else 1.0
+        assert engine.groups[backbone + name].lr == pytest.approx(0.5 ** (top - depth) * first)
+    assert all(g.lr == 1 for n, g in trained.items() if not n.startswith(backbone))
+    losses_of(engine, config, World(), range(1))
+
+
+def test_a_rate_for_a_convolution_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="optim.patch_lr"):
+        toy(lambda: Taught(World()), Engine, World(), **{"optim.patch_lr": 0.5})

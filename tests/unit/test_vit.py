@@ -16,7 +16,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.methods.draws import ViewDraws
 from seer_scale.methods.registry import build_method
-from seer_scale.models.classifier import backbone_groups
+from seer_scale.models.classifier import layer_rates
 from seer_scale.models.layers.transformer import drop_scales, rope_table, rotate
 from seer_scale.models.registry import backbone_names, build_backbone, check_sizes, initialise
 from seer_scale.models.vit import VITS, Tokens, ViT
@@ -247,23 +247,19 @@ def test_initial_weights_are_dinov2s():
             assert torch.equal(p, torch.full_like(p, value)), name
 
 
-def test_parameter_groups_are_dinov2s():
+def test_rates_of_layers_are_dinov2s():
     """Of a ViT-L with a decay of 0.9; and a backbone without decay has rates of one."""
     model = on_meta("vit_large_patch16", registers=4)
-    groups = backbone_groups(model, layer_decay=0.9, patch_lr=0.2)
-    assert groups.keys() == dict(model.named_parameters()).keys()
+    rates = layer_rates(model, layer_decay=0.9, patch_lr=0.2)
+    assert rates.keys() == dict(model.named_parameters()).keys()
     for name, rate in {
         "embed.proj.weight": 0.0143580, "embed.proj.bias": 0.0143580, "embed.cls_token": 0.0717898,
         "embed.pos_embed": 0.0717898, "embed.register_tokens": 0.0717898, "blocks.0.attn.qkv.weight": 0.0797664,
         "blocks.23.ls2.gamma": 0.9, "norm.weight": 1.0,
     }.items():  # fmt: skip
-        assert groups[name].lr == pytest.approx(rate, rel=1e-5), name
-    decayed = {name for name, group in groups.items() if group.weight_decay}
-    tokens = {"cls_token", "mask_token", "register_tokens", "pos_embed"}
-    assert decayed == {n for n in groups if n.rpartition(".")[2] in tokens or n.endswith(("qkv.weight", "proj.weight",
-                       "fc1.weight", "fc2.weight"))}  # fmt: skip
-    other = backbone_groups(on_meta("regnety_200mf"), patch_lr=0.5)
-    assert {name for name, group in other.items() if group.lr != 1} == {"stem.conv.weight"}
+        assert rates[name] == pytest.approx(rate, rel=1e-5), name
+    other = layer_rates(on_meta("regnety_200mf"), patch_lr=0.5)
+    assert {name for name, rate in other.items() if rate != 1} == {"stem.conv.weight"}
 
 
 def test_units_hold_all_and_attention_is_counted():

@@ -238,6 +238,9 @@ def _masking(backbone: Backbone, config: Config) -> BlockMasking:
         most = config.train.global_batch * crop.num
         rule = f"of {most} global crops of a batch none would be masked"
         raise UserError(Problem("dinov2.mask_share", s.mask_share, rule, f"nearest: {1 / most:.2g}"))
+    if s.shared_head and _patch_map(backbone, config).channels != backbone.num_features:
+        rule = f"patches of {config.model.name} are not as wide as its class token"
+        raise UserError(Problem("dinov2.shared_head", True, rule, (False,)))
     least = 1 if s.mask_exact else MIN_BLOCK
     if int(side**2 * s.mask_ratio[1]) < least or side**2 < 9 and not s.mask_exact:
         rule = f"a crop of {crop.size} pixels has {side} x {side} patches, of which none would be masked"

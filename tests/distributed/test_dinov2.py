@@ -1,0 +1,206 @@
+"""DINOv2 on every engine: losses, student and teacher of the unsharded run on one, two and four ranks, in any
+micro-batches; another engine and number of ranks at every update; skipped updates; what an update moves."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from seer_scale.bench.collectives import CollectiveCounter
+from seer_scale.checkpoint import store
+from seer_scale.config import Config
+from seer_scale.distributed import World
+from seer_scale.models.layers.norm import BatchNorm
+from seer_scale.parallel.engine import Engine
+from tests.ranks import run_ranks
+from tests.tiny import DINOV2, losses_of, micro_batches, tiny, world_of
+from tests.unit.test_dinov2 import OF_REGNETY
+
+CASES = {
+    "single": {},
+    "ddp": {}, "fsdp": {}, "hsdp": {"parallel.replicate_degree": 2}, "zero1": {}, "zero2": {}, "zero3": {},
+    "fairscale": {},
+    "fsdp recomputed": {"parallel.activation_checkpoint": "every 1"},
+    "zero3 recomputed": {"parallel.activation_checkpoint": "every 1"},
+    "ddp accumulated": {"train.micro_batch": 2}, "fsdp accumulated": {"train.micro_batch": 2},
+    "zero1 accumulated": {"train.micro_batch": 2}, "zero3 accumulated": {"train.micro_batch": 2},
+    "zero2 offloaded": {"parallel.offload": True},
+    "fsdp kept": {"parallel.reshard_after_forward": False},
+}  # fmt: skip
+KINDS = {
+    "vit": {},
+    "centred": {"dinov2.centering": "softmax", "dinov2.shared_head": True, "dinov2.patch_bottleneck": 256,
+                "dinov2.patch_prototypes": 65536},
+    "regnety": OF_REGNETY | {"dinov2.mask_exact": True},
+}  # fmt: skip
+OF_EACH_KIND = ("ddp", "fsdp", "zero1", "zero3", "fairscale")
+RUNS = {
+    2: [("vit", case) for case in CASES if case != "single"]
+    + [("centred", case) for case in ("zero1", "fsdp", "fsdp accumulated")]
+    + [("regnety", case) for case in OF_EACH_KIND],
+    4: [("vit", case) for case in ("ddp", "hsdp", "zero2", "zero3")],
+}
+HALF = [("fsdp", "bf16"), ("fsdp", "fp16"), ("zero3", "fp16"), ("ddp", "bf16")]
+OPTIM = {"optim.name": "adamw", "optim.clip_norm": 0.5, "optim.clip_by": "part", "optim.layer_decay": 0.8,
+         "optim.patch_lr": 0.2, "optim.weight_decay_end": 10.0, "optim.exclude_vectors": True}  # fmt: skip
+UPDATES, LR = 3, 1e-3
+CHAIN = ("fsdp", "zero3", "fairscale", "zero1", "ddp")
+"""Engines that go on from each other's checkpoints, an update each."""
+
+
+def engine_of(kind: str, case: str, world: World, **more: object) -> tuple[Config, Engine]:
+    name = {"hsdp": "fsdp"}.get(case, case.split()[0])
+    return tiny(world, DINOV2, **OPTIM | {"parallel.engine": name} | CASES[case] | KINDS[kind] | more)
+
+
+def trained(kind: str, case: str, world: World, **more: object) -> dict:
+    config, engine = engine_of(kind, case, world, **more)
+    losses = losses_of(engine, config, world, range(UPDATES), LR)
+    engine.average_buffers()
+    assert engine.is_finite()
+    weights = {n: engine.whole(n).numpy().copy() for n in engine.shapes}
+    statistics = {n: b.numpy().copy() for n, b in engine.method.named_buffers() if b.is_floating_point()}
+    engine.close()
+    return {"losses": losses, "weights": weights | statistics}
+
+
+@functools.cache
+def single(kind: str, **more: object) -> dict:
+    torch.set_num_threads(1)
+    return trained(kind, "single", World(), **more)
+
+
+def chained(world: World, folder: Path, first: int = 0, path: Path | None = None) -> list[float]:
+    """Losses of a run whose every update is made by another engine, from the checkpoint of the one before."""
+    losses = []
+    for step, name in list(enumerate(CHAIN))[first:]:
+        config, engine = engine_of("vit", name if world.size > 1 else "single", world)
+        if path:
+            store.load(path, engine.state(), world)
+            engine.refresh()
+        losses += losses_of(engine, config, world, range(step, step + 1), LR)
+        engine.average_buffers()
+        path = store.save(folder, engine.state(), {"samples_seen": 8 * (step + 1)}, world)
+        engine.close()
+    return losses
+
+
+def skipped(world: World, case: str) -> list[str]:
+    """What of the weights (the teacher's too) moved in an update in which one rank saw an inf."""
+    config, engine = engine_of("vit", case, world, **{"train.precision": "bf16"})
+    losses_of(engine, config, world, range(1), LR)
+    before = {n: s.local.clone() for n, s in engine.shards.items()}
+    views = micro_batches(config, 1, world)[0]()
+    if world.rank == 1:
+        views[0][0] = torch.inf
+    engine.gradients([lambda: views], samples_seen=8)
+    engine.update(LR, 8)
+    moved = [n for n, s in engine.shards.items() if not torch.equal(s.local, before[n])]
+    engine.close()
+    return moved
+
+
+def counted(world: World, case: str, **more: object) -> dict:
+    config, engine = engine_of("vit", case, world, **more)
+    losses_of(engine, config, world, range(2), LR)  # DeepSpeed and DDP look around first
+    with CollectiveCounter() as seen:
+        engine.gradients(micro_batches(config, 2, world), samples_seen=16)
+        engine.update(LR, 16)
+    matrices = {n.rpartition(".")[0] for n, shape in engine.shapes.items() if len(shape) > 1}
+    units = [u for u in engine.method.shard_units() if any(f"{n}.".startswith(f"{u}.") for n in matrices)]
+    trained_numel = sum(s.numel() for n, s in engine.shapes.items() if n not in engine.averages)
+    out = {"calls": seen.calls, "units": len(units) // 2, "P": trained_numel}
+    engine.close()
+    return out
+
+
+def everything(rank: int, size: int, folder: Path) -> dict:
+    world = world_of(rank, size)
+    out: dict = {(kind, case): trained(kind, case, world) for kind, case in RUNS[size]}
+    out["chain"] = chained(world, folder / str(size))
+    if size == 2:
+        out |= {pair: trained("vit", pair[0], world, **{"train.precision": pair[1]}) for pair in HALF}
+        out |= {("skipped", case): skipped(world, case) for case in ("fsdp", "zero1")}
+        out |= {("counted", case): counted(world, case) for case in ("ddp", "fsdp")}
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return {size: run_ranks(size, functools.partial(everything, folder=folder)) for size in RUNS}
+
+
+@pytest.mark.parametrize("size,kind,case", [(size, *run) for size in RUNS for run in RUNS[size]])
+def test_losses_student_and_teacher_are_the_unsharded_runs(ranks, size, kind, case):
+    measure = single(kind)
+    for rank in ranks[size]:
+        ours = rank[kind, case]
+        np.testing.assert_allclose(ours["losses"], measure["losses"], rtol=1e-5)
+        for name, weight in measure["weights"].items():
+            np.testing.assert_allclose(ours["weights"][name], weight, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_accumulation_keeps_the_algorithm():
+    """One, two and four micro-batches."""
+    for micro_batch in (4, 2):
+        ours = single("vit", **{"train.micro_batch": micro_batch})
+        np.testing.assert_allclose(ours["losses"], single("vit")["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine,precision", HALF)
+def test_half_precision_is_that_of_the_unsharded_run(ranks, engine, precision):
+    measure = single("vit", **{"train.precision": precision})["losses"]
+    np.testing.assert_allclose(ranks[2][0][engine, precision]["losses"], measure, rtol=0.03)
+
+
+@pytest.mark.parametrize("size", RUNS)
+def test_any_engine_on_any_number_of_ranks_goes_on(ranks, folder, size):
+    """Another engine for each update; and one rank from what they left before the last two."""
+    expected = chained(World(), folder / "one")
+    np.testing.assert_allclose(ranks[size][0]["chain"], expected, rtol=1e-4)
+    left = folder / str(size) / f"samples-{8 * (len(CHAIN) - 2):012d}"
+    ended = chained(World(), folder / f"after {size}", len(CHAIN) - 2, left)
+    np.testing.assert_allclose(ended, expected[-2:], rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["fsdp", "zero1"])
+def test_where_an_update_is_skipped_the_teacher_stays(ranks, case):
+    assert [rank["skipped", case] for rank in ranks[2]] == [[], []]
+
+
+def test_statistics_of_the_teacher_move_once_an_update_in_any_micro_batches():
+    def after(micro_batch: int) -> dict[str, torch.Tensor]:
+        config, engine = engine_of("regnety", "single", World(), **{"train.micro_batch": micro_batch})
+        own = {n: b for n, b in engine.method.named_buffers() if n.endswith("running_mean")}
+        before = {n: b.clone() for n, b in own.items()}
+        losses_of(engine, config, World(), range(1), LR)
+        return {n: b - before[n] for n, b in own.items()}
+
+    whole, parts = after(0), after(4)
+    assert {n.partition(".")[0] for n in whole} == {"student", "teacher"}
+    for name, moved in whole.items():  # means of halves are those of the whole but where a BatchNorm came before
+        assert moved.abs().max() > 0
+        torch.testing.assert_close(parts[name], moved, rtol=0.5, atol=0.3 * moved.abs().max().item())
+    assert any(isinstance(m, BatchNorm) for m in engine_of("regnety", "single", World())[1].method.modules())
+
+
+def test_what_an_update_moves_is_what_the_docs_say(ranks):
+    """docs/engines.md: the teacher's units are gathered once, the student's twice; nothing of it is reduced."""
+    sinkhorn = 3 + 1
+    own = ranks[2][0]["counted", "fsdp"]
+    kinds = [call.kind for call in own["calls"]]
+    assert kinds.count("all_gather") == 3 * own["units"] and kinds.count("reduce_scatter") == own["units"]
+    assert kinds.count("all_reduce") == sinkhorn + 2  # vectors' gradients, norms
+    own = ranks[2][0]["counted", "ddp"]
+    kinds = [call.kind for call in own["calls"]]
+    assert set(kinds) == {"all_reduce"} and kinds.count("all_reduce") == sinkhorn + 1
+    assert sum(call.numel for call in own["calls"][sinkhorn:]) == own["P"]
