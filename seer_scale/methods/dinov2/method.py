@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from seer_scale.config import Config
 from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
+from seer_scale.methods.dinov2.diagnostics import batch_metrics, figures, health, plots_of, sections_of
 from seer_scale.methods.dinov2.settings import DINOv2Settings
 from seer_scale.methods.draws import ViewDraws, first_of_part, sent
 from seer_scale.methods.losses.centering import softmax_center
@@ -29,6 +31,7 @@ from seer_scale.models.init import Init
 from seer_scale.models.layers.heads import DINOHead
 from seer_scale.models.layers.precision import at_least_fp32
 from seer_scale.models.registry import build_backbone
+from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.optim.schedules import cosine, linear
 
@@ -196,12 +199,17 @@ class DINOv2(Method[Teaching, Teaching]):
             of_crops, probabilities = scores[0].unflatten(0, (-1, batch)), targets.sets[0].unflatten(0, (num, batch))
             dino = dino_loss(of_crops[:num], of_crops[num:], probabilities, s.temperature)
             loss = s.dino_weight * dino.loss
+            terms = {"dino": dino.loss, "dino_global": dino.between_globals, "dino_local": dino.local_to_global}
             if masks is not None:
-                ibot = ibot_loss(scores[1], targets.sets[1], masks.counts, num * batch, s.temperature)
-                loss = loss + s.ibot_weight * ibot
+                terms["ibot"] = ibot_loss(scores[1], targets.sets[1], masks.counts, num * batch, s.temperature)
+                loss = loss + s.ibot_weight * terms["ibot"]
             if s.koleo_weight:
-                loss = loss + s.koleo_weight * koleo_loss(classes[0].unflatten(0, (num, batch)), s.koleo_group)
-        return LossOutput(loss, {}, targets.features)
+                terms["koleo"] = koleo_loss(classes[0].unflatten(0, (num, batch)), s.koleo_group)
+                loss = loss + s.koleo_weight * terms["koleo"]
+            metrics = {}
+            if with_metrics:
+                metrics = batch_metrics(terms, targets.sets, masks, classes[0]) | self._scheduled(samples_seen)
+        return LossOutput(loss, metrics, targets.features)
 
     def encode(self, images: Tensor) -> Features:
         features = self.backbone([images])[0].float()
@@ -215,6 +223,26 @@ class DINOv2(Method[Teaching, Teaching]):
         s = self.config
         ibot = s.ibot_weight * s.mask_share * math.log(self._patch_prototypes) if s.ibot_weight else 0.0
         return Baseline("uniform predictions", s.dino_weight * math.log(s.prototypes) + ibot)
+
+    @property
+    def plots(self) -> tuple[MetricPlot, ...]:
+        return plots_of(self.config)
+
+    @property
+    def report_sections(self) -> tuple[ReportSection, ...]:
+        return sections_of(self.config)
+
+    def _scheduled(self, samples_seen: int) -> dict[str, Tensor]:
+        """Beside the tensors of a metric line what follows a schedule; filled in, as a copy would wait."""
+        now = {"teacher_temperature": self.teacher_temperature, "teacher_momentum": self.average_momentum}
+        full = partial(torch.full, (), dtype=torch.float64, device=self.world.device)
+        return {name: full(value(samples_seen)) for name, value in now.items()}
+
+    def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:
+        return figures(means) if means else {}
+
+    def health(self, row: Mapping[str, Any], config: Config) -> Problem | None:
+        return health(row, config)
 
 
 def _patch_map(backbone: Backbone, config: Config) -> StageMap:
