@@ -234,7 +234,7 @@ class Taught(Simple, Method[list[Tensor], list[Tensor]]):
                 own[name] = ParameterGroup(lr=0.2, weight_decay=0.0, clip="embed", frozen=((8, 16),))
         return own
 
-    def average_momentum(self, samples_seen: int) -> float:
+    def average_momentum(self, name: str, samples_seen: int) -> float:
         return 0.5 if samples_seen < 16 else 0.75
 
     @torch.no_grad()

@@ -172,8 +172,9 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
                     found[other.removesuffix(rest)] = None
         return tuple(found)
 
-    def average_momentum(self, samples_seen: int) -> float:
-        """Of the moving averages among the parameters, in the update after `samples_seen` samples."""
+    def average_momentum(self, name: str, samples_seen: int) -> float:
+        """Of the moving average `name`, in the update after `samples_seen` samples: 1 leaves it, 0 copies its
+        source."""
         raise NotImplementedError(f"{type(self).__name__} declares moving averages, but no momentum.")
 
     # --- what it keeps beside parameters and buffers

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 class ParameterGroup:
     """lr, weight_decay: multipliers of the recipe's. frozen: spans [first, end) of samples_seen in which updates leave
     it alone. normalized_rows: its rows, which are matrix rows, are brought back to unit length after every update.
-    average_of: the name of the parameter it is a moving average of: it has no gradient and no optimiser state, and is
-    held as its source is. clip: parameters of one name are clipped together (optim.clip_norm)."""
+    average_of: the name of the parameter it is a moving average of, which may be one of a trained parameter itself: it
+    has no gradient and no optimiser state, and is held as its source is. clip: parameters of one name are clipped
+    together (optim.clip_norm)."""
 
     lr: float = 1.0
     weight_decay: float = 1.0
@@ -42,12 +43,21 @@ def check_groups(groups: Mapping[str, ParameterGroup], shapes: Mapping[str, Sequ
         raise ValueError(f"Parameter groups and parameters differ in {sorted(groups.keys() ^ shapes.keys())}.")
     for name, group in groups.items():
         source = group.average_of
-        if source and (source not in groups or groups[source].average_of or shapes[source] != shapes[name]):
+        if source and (source not in groups or _depth(groups, source) > 1 or shapes[source] != shapes[name]):
             raise ValueError(
-                f"{name} cannot be a moving average of {source}: that must be a trained parameter of its shape."
+                f"{name} cannot be a moving average of {source}: that must be a trained parameter of its shape, or a "
+                f"moving average of one."
             )
         if group.normalized_rows and (source or len(shapes[name]) != 2):
             raise ValueError(f"{name} cannot have normalized rows: it must be a trained matrix.")
+
+
+def _depth(groups: Mapping[str, ParameterGroup], name: str) -> int:
+    """Of how many moving averages one is of another until a trained parameter; 3 where there is no end."""
+    depth = 0
+    while depth < 3 and (group := groups.get(name)) and group.average_of:
+        name, depth = group.average_of, depth + 1
+    return depth
 
 
 def frozen_parameters(groups: Mapping[str, ParameterGroup], samples_seen: int) -> frozenset[str]:

@@ -24,7 +24,7 @@ from seer_scale.methods.groups import recipe_groups
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.init import initial_values
 from seer_scale.models.registry import reset_buffers
-from seer_scale.optim.optimizers import build_optimizer
+from seer_scale.optim.optimizers import alike, build_optimizer
 from seer_scale.optim.parameter_groups import check_groups, frozen_parameters, normalized_parameters
 from seer_scale.optim.schedules import weight_decay
 from seer_scale.parallel.loss_scaler import LossScaler
@@ -47,6 +47,8 @@ class Engine:
         self.groups = recipe_groups(method, config)
         self._normalized = normalized_parameters(self.groups)
         self.averages = {n: group.average_of for n, group in self.groups.items() if group.average_of}
+        later = [n for n, source in self.averages.items() if source in self.averages]
+        self._average_order = [[n for n in self.averages if n not in later], later]
         for name in self.averages:
             method.get_parameter(name).requires_grad_(False)
         self.dtype = COMPUTE_DTYPES[config.train.precision]
@@ -129,22 +131,37 @@ class Engine:
         for p in self.method.parameters():
             p.grad = None
 
-    def _sources(self) -> list[Tensor]:
-        """Of each moving average that this rank holds a run of, the same run of what it is an average of."""
-        return [self.shards[source].local for source in self.averages.values()]
+    def _sources(self, names: Sequence[str]) -> list[Tensor]:
+        """Of each of these moving averages, of which this rank holds a run, the same run of what it is one of."""
+        return [self.shards[self.averages[name]].local for name in names]
 
     @torch.no_grad()
     def _begin_averages(self) -> None:
         """As their sources, whose draws they have, but not yet their rows of unit length. What a checkpoint brings to
         either is its affair."""
-        for (name, source), run in zip(self.averages.items(), self._sources(), strict=True):
-            if source in self._normalized and not source.startswith(self._loaded):
-                self.shards[name].local.copy_(run)
+        for names in self._average_order:
+            for name, run in zip(names, self._sources(names), strict=True):
+                source = self._root(name)
+                if source in self._normalized and not source.startswith(self._loaded):
+                    self.shards[name].local.copy_(run)
 
-    def _average(self, skipped: Tensor, momentum: float) -> None:
-        """Moving averages follow, on what this rank holds: average <- momentum average + (1 - momentum) source."""
-        averages = [self.shards[name].local for name in self.averages]
-        steps = [s.to(a.device) for s, a in zip(self._sources(), averages, strict=True)]
+    def _root(self, name: str) -> str:
+        """The trained parameter that a moving average follows, directly or not; itself where it is none."""
+        while name in self.averages:
+            name = self.averages[name]
+        return name
+
+    def _average(self, skipped: Tensor, samples_seen: int) -> None:
+        """Moving averages follow, on what this rank holds: average <- momentum average + (1 - momentum) source; those
+        of trained parameters first."""
+        for names in self._average_order:
+            for momentum, pick in alike(names, lambda name: self.method.average_momentum(name, samples_seen)):
+                if momentum < 1:
+                    self._follow(pick(names), momentum, skipped)
+
+    def _follow(self, names: Sequence[str], momentum: float, skipped: Tensor) -> None:
+        averages = [self.shards[name].local for name in names]
+        steps = [s.to(a.device) for s, a in zip(self._sources(names), averages, strict=True)]
         ahead = torch._foreach_sub(steps, averages)
         torch._foreach_mul_(ahead, (1 - momentum) * (1 - skipped.to(averages[0].device)))
         torch._foreach_add_(averages, ahead)
@@ -219,7 +236,7 @@ class Engine:
         decay = weight_decay(self.config, samples_seen)
         self._step_within(lambda: stats.update(self._apply(lr, decay, frozen)))
         if self.averages:
-            self._average(stats["skipped"], self.method.average_momentum(samples_seen))
+            self._average(stats["skipped"], samples_seen)
         self._drop_gradients()
         return stats
 
@@ -288,7 +305,7 @@ class Engine:
         if name.startswith(self._loaded):
             local.fill_(torch.nan)
         else:
-            source = self.averages.get(name, name)  # a moving average begins as what it follows
+            source = self._root(name)  # a moving average begins as what it follows
             init, seed = self._initialisers[source], self.config.run.seed
             local.copy_(
                 initial_values(init, self.shapes[name], seed, source, start, start + local.numel()).view_as(local)

@@ -7,7 +7,7 @@ updates, and broadcasts the result. Parameters are dealt out largest first, so t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from unittest import mock
 
@@ -67,8 +67,8 @@ class Fairscale(Engine):
     def _is_spread(self, name: str) -> bool:
         return name not in self.averages
 
-    def _sources(self) -> list[Tensor]:
-        return [self.method.get_parameter(source).detach() for source in self.averages.values()]
+    def _sources(self, names: Sequence[str]) -> list[Tensor]:
+        return [self.method.get_parameter(self.averages[name]).detach() for name in names]
 
     def _accumulating(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.module.no_sync()

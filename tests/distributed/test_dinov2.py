@@ -18,7 +18,7 @@ from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.parallel.engine import Engine
 from tests.ranks import run_ranks
 from tests.tiny import DINOV2, losses_of, micro_batches, tiny, world_of
-from tests.unit.test_dinov2 import OF_REGNETY
+from tests.unit.test_dinov2 import ANCHORED, OF_REGNETY
 
 CASES = {
     "single": {},
@@ -35,13 +35,15 @@ KINDS = {
     "vit": {},
     "centred": {"dinov2.centering": "softmax", "dinov2.shared_head": True, "dinov2.patch_bottleneck": 256,
                 "dinov2.patch_prototypes": 65536},
+    "anchored": ANCHORED,
     "regnety": OF_REGNETY | {"dinov2.mask_exact": True},
 }  # fmt: skip
 OF_EACH_KIND = ("ddp", "fsdp", "zero1", "zero3", "fairscale")
 RUNS = {
     2: [("vit", case) for case in CASES if case != "single"]
     + [("centred", case) for case in ("zero1", "fsdp", "fsdp accumulated")]
-    + [("regnety", case) for case in OF_EACH_KIND],
+    + [("regnety", case) for case in OF_EACH_KIND]
+    + [("anchored", case) for case in ("zero1", "fsdp", "zero3", "fairscale", "ddp accumulated")],
     4: [("vit", case) for case in ("ddp", "hsdp", "zero2", "zero3")],
 }
 HALF = [("fsdp", "bf16"), ("fsdp", "fp16"), ("zero3", "fp16"), ("ddp", "bf16")]

@@ -13,6 +13,7 @@ from seer_scale.distributed import World
 from seer_scale.methods.image_groups import group_problem
 from seer_scale.methods.losses.centering import softmax_center
 from seer_scale.methods.losses.dino import dino_loss
+from seer_scale.methods.losses.gram import gram_loss
 from seer_scale.methods.losses.ibot import ibot_loss
 from seer_scale.methods.losses.koleo import koleo_loss
 from seer_scale.methods.losses.sinkhorn import sinkhorn
@@ -278,3 +279,10 @@ def test_no_step_of_them_reads_a_device_value():
         with pytest.raises(DataDependentOutputException):
             loss.item()
     assert loss.shape == () and codes[1].shape == (1, 6, 8) and views.grad.shape == views.shape
+
+
+def test_gram_matrices_of_unit_vectors_are_compared():
+    """A published figure; lengths do not count."""
+    ours, anchors = torch.eye(2)[None], torch.tensor([[[2.0, 0.0], [0.6, 0.8]]])
+    assert gram_loss(ours, anchors).item() == pytest.approx(0.18)
+    assert gram_loss(anchors, 3 * anchors).item() == pytest.approx(0, abs=1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from seer_scale.config import resolve
 from seer_scale.distributed import World
+from seer_scale.errors import UserError
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import initialise
-from tests.tiny import DINOV2, fake_views, sections
+from tests.tiny import DINOV2, fake_views, losses_of, sections, tiny
 from tests.unit.test_dino_losses import dino_reference, ibot_reference, koleo_reference
 from tests.unit.test_sinkhorn import reference as sinkhorn_of
 
@@ -21,6 +24,12 @@ OF_REGNETY = {f"model.{key}": None for key in VIT_KEYS} | {
     "views.crops": [{"num": 2, "size": 96}, {"num": 2, "size": 40}],
 }  # fmt: skip
 SHARED = {"dinov2.shared_head": True, "dinov2.patch_bottleneck": 256, "dinov2.patch_prototypes": 65536}
+ANCHORED = {
+    "views.crops": [{"num": 2, "size": 48}, {"num": 2, "size": 16}],
+    "dinov2.gram_weight": 2.0, "dinov2.gram_from_samples": 8, "dinov2.gram_every_samples": 8,
+    "dinov2.gram_refreshes": 1,
+}  # fmt: skip
+"""Student and teacher see 24 pixels of 48."""
 NO_IBOT = {
     "dinov2.ibot_weight": 0.0, "dinov2.patch_bottleneck": 256, "dinov2.patch_prototypes": 65536,
 }  # fmt: skip
@@ -77,6 +86,9 @@ def reference(method, views, samples_seen):
         chosen = [crops[crop][1][image, patch] for crop, image, patch in rows]
         return classes, head_of(own, torch.stack(chosen)) if rows else None
 
+    whole = views[0]
+    if s.gram_weight:
+        views = [whole.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)), views[1]]
     with torch.no_grad():
         classes, patches = scores_of("teacher", crops_of(method.teacher, views[0], batch, unmasked))
         temperature = 0.04 + 0.03 * min(1, samples_seen / s.teacher_temperature_samples)
@@ -93,14 +105,23 @@ def reference(method, views, samples_seen):
         ibot = ibot_reference(patches, made[1], [crop * batch + image for crop, image, _ in rows], s.temperature)
         total = total + s.ibot_weight * ibot / (2 * batch)
     koleo = koleo_reference(torch.stack([cls for cls, _ in crops[:2]]), s.koleo_group)
+    if s.gram_weight:
+        with torch.no_grad():
+            side = math.isqrt(crops[0][1].shape[1])
+            grid = method.gram.tokens([whole])[0].patches.mT.unflatten(2, (2 * side, 2 * side))
+            anchors = F.interpolate(grid, (side, side), mode="bicubic").flatten(2).mT
+        for patches, anchor in zip(torch.cat([p for _, p in crops[:2]]), anchors, strict=True):
+            ours, theirs = (x / x.norm(dim=1, keepdim=True) for x in (patches, anchor))
+            total = total + s.gram_weight * (ours @ ours.T - theirs @ theirs.T).square().mean() / len(anchors)
     return total + s.koleo_weight * koleo
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, SHARED, NO_IBOT, {"dinov2.centering": "softmax"}, {"dinov2.mask_exact": True, "model.positions": "rope",
-     "model.width": 32}, OF_REGNETY | {"dinov2.mask_exact": True}],
-    ids=["vit", "shared head", "no iBOT", "centred", "rotary, exact masks", "regnety"],
+    [{}, SHARED, NO_IBOT, ANCHORED, {"dinov2.centering": "softmax"},
+     {"dinov2.mask_exact": True, "model.positions": "rope", "model.width": 32},
+     OF_REGNETY | {"dinov2.mask_exact": True}],
+    ids=["vit", "shared head", "no iBOT", "anchored", "centred", "rotary, exact masks", "regnety"],
 )  # fmt: skip
 def test_loss_and_gradients_are_those_of_a_plain_reference(overrides):
     config, method = make(**overrides)
@@ -115,3 +136,42 @@ def test_loss_and_gradients_are_those_of_a_plain_reference(overrides):
         a, b = (torch.zeros(()) if g is None else g for g in (a, b))
         torch.testing.assert_close(a, b.expand_as(a) if not b.ndim else b, rtol=1e-9, atol=1e-9, msg=name)
         assert a.abs().max() > 0 or name == "student.embed.mask_token" or a.numel() == 1, name
+
+
+def test_the_gram_teacher_is_the_teacher_of_certain_samples():
+    """After 8 and after 16 samples, and between them as it was."""
+    config, engine = tiny(World(), DINOV2, **ANCHORED)
+    name = "embed.proj.weight"
+    held = []
+    for step in range(4):
+        losses_of(engine, config, World(), range(step, step + 1), 0.1)
+        held.append({who: engine.whole(f"{who}.{name}").clone() for who in ("gram", "teacher", "student")})
+    same = [torch.equal(at["gram"], at["teacher"]) for at in held]
+    assert same == [True, True, False, False]
+    assert torch.equal(held[3]["gram"], held[1]["gram"]) and not torch.equal(held[1]["gram"], held[0]["gram"])
+    assert not torch.equal(held[3]["teacher"], held[3]["student"])
+
+
+REFUSED = {
+    "dinov2.koleo_group": ({"dinov2.koleo_group": 3}, 1),
+    "dinov2.koleo_group, one image a rank": ({"dinov2.koleo_group": 2, "parallel.ranks": 8}, 8),
+    "views.crops[0].size": ({"views.crops": [{"num": 2, "size": 27}, {"num": 2, "size": 16}],
+                             "dinov2.gram_weight": 1.0, "dinov2.gram_from_samples": 8}, 1),
+    "dinov2.gram_from_samples": ({"dinov2.gram_weight": 1.0}, 1),
+    "dinov2.gram_every_samples": (ANCHORED | {"dinov2.gram_every_samples": 0}, 1),
+    "dinov2.mask_ratio": ({"dinov2.mask_ratio": [0.01, 0.05]}, 1),
+    "dinov2.mask_share": ({"dinov2.mask_share": 0.01}, 1),
+    "dinov2.ibot_weight": ({"model.name": "timm/test_vit"} | {f"model.{key}": None for key in VIT_KEYS}, 1),
+    "dinov2.dino_weight": ({"dinov2.dino_weight": 0.0} | NO_IBOT, 1),
+    "views.crops": ({"views.crops": [{"num": 1, "size": 24}]}, 1),
+    "dinov2.patch_prototypes": ({"dinov2.shared_head": True, "dinov2.patch_bottleneck": 256}, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_cannot_be_is_refused_before_ranks_start(key):
+    over, ranks = REFUSED[key]
+    with pytest.raises(UserError) as refused:
+        build_method(resolve(DINOV2, sections(over), world_size=ranks), World())
+    assert [problem.key for problem in refused.value.problems] == [key.partition(",")[0]]
+    assert all(problem.nearest or problem.key == "dinov2.mask_share" for problem in refused.value.problems)

@@ -54,7 +54,7 @@ def test_an_update_is_torchs(optimizer):
         with torch.no_grad():
             rows = model.get_parameter(UNIT_ROWS)
             rows.copy_(torch.nn.functional.normalize(rows, dim=1))
-        momentum = model.average_momentum(seen)
+        momentum = model.average_momentum("", seen)
         with torch.no_grad():
             for average, source in zip(model.teacher.parameters(), student.parameters(), strict=True):
                 average.mul_(momentum).add_(source, alpha=1 - momentum)

@@ -14,19 +14,21 @@ from torch import Tensor, nn
 
 from seer_scale.config import Config
 from seer_scale.distributed import World
-from seer_scale.errors import Problem, UserError
+from seer_scale.errors import Problem
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.dinov2.diagnostics import batch_metrics, figures, health, plots_of, sections_of
+from seer_scale.methods.dinov2.patches import check_patches, masking_of
 from seer_scale.methods.dinov2.settings import DINOv2Settings
 from seer_scale.methods.draws import ViewDraws, first_of_part, sent
 from seer_scale.methods.losses.centering import softmax_center
 from seer_scale.methods.losses.dino import dino_loss
+from seer_scale.methods.losses.gram import gram_loss, reduced
 from seer_scale.methods.losses.ibot import ibot_loss
 from seer_scale.methods.losses.koleo import koleo_loss
 from seer_scale.methods.losses.sinkhorn import sinkhorn
-from seer_scale.methods.masking import MIN_BLOCK, BlockMasking, Masks
+from seer_scale.methods.masking import Masks
 from seer_scale.methods.registry import register_method
-from seer_scale.models.backbone import Backbone, StageMap
+from seer_scale.models.backbone import Backbone, Tokens
 from seer_scale.models.init import Init
 from seer_scale.models.layers.heads import DINOHead
 from seer_scale.models.layers.precision import at_least_fp32
@@ -35,17 +37,19 @@ from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 from seer_scale.optim.parameter_groups import ParameterGroup
 from seer_scale.optim.schedules import cosine, linear
 
-STUDENT, TEACHER = "student", "teacher"
+STUDENT, TEACHER, GRAM = "student", "teacher", "gram"
 
 
 class Teaching(NamedTuple):
     """What the teacher makes of a micro-batch of B images with G global crops, at least fp32. sets: of class tokens
     [G * B, K] and, with iBOT, of masked patches [M, K]: scores, or, once made targets, probabilities. masks: of the
-    global crops, on the device; None without iBOT. features: class tokens of the first crop, [B, D]."""
+    global crops, on the device; None without iBOT. features: class tokens of the first crop, [B, D].
+    anchors: the Gram teacher's patches [G * B, P, C], if there is one."""
 
     sets: list[Tensor]
     masks: Masks | None
     features: Tensor
+    anchors: Tensor | None = None
 
 
 @register_method("dinov2")
@@ -64,13 +68,15 @@ class DINOv2(Method[Teaching, Teaching]):
         self.student, self.teacher = (
             build_backbone(config.model.name, **config.model.explicit_keys()) for _ in (STUDENT, TEACHER)
         )
-        self.masking = _masking(self.student, config) if s.ibot_weight else None
+        self.gram = build_backbone(config.model.name, **config.model.explicit_keys()) if s.gram_weight else None
+        check_patches(self.student, config)
+        self.masking = masking_of(self.student, config) if s.ibot_weight else None
         self.draws = ViewDraws(config, world, self.student.num_draws)
         for who in (STUDENT, TEACHER):
             head = DINOHead(self.student.num_features, s.hidden, s.bottleneck, s.prototypes)
             self.add_module(f"{who}_head", head)
-            if s.ibot_weight and not s.shared_head:
-                width = _patch_map(self.student, config).channels
+            if (patches := self.student.patch_map) and s.ibot_weight and not s.shared_head:
+                width = patches.channels
                 self.add_module(f"{who}_patch_head", DINOHead(width, s.hidden, s.patch_bottleneck, s.patch_prototypes))
         if s.centering == "softmax":
             self.register_buffer("class_center", torch.zeros(s.prototypes))
@@ -97,7 +103,8 @@ class DINOv2(Method[Teaching, Teaching]):
     def _parts(self) -> dict[str, Backbone | DINOHead]:
         """The student's first, as its first unit's backward is the last of all."""
         student, teacher = self._heads(STUDENT), self._heads(TEACHER)
-        return {STUDENT: self.student, **student, TEACHER: self.teacher, **teacher}
+        of_gram = {} if self.gram is None else {GRAM: self.gram}
+        return {STUDENT: self.student, **student, TEACHER: self.teacher, **teacher, **of_gram}
 
     def shard_units(self) -> dict[str, nn.Module]:
         units: dict[str, nn.Module] = {}
@@ -110,11 +117,14 @@ class DINOv2(Method[Teaching, Teaching]):
         return [self.student]
 
     def parameter_groups(self) -> dict[str, ParameterGroup]:
-        """The teacher is a moving average; the heads' last layers are fixed for the first `freeze_samples`."""
+        """The teacher is a moving average of the student, the Gram teacher one of the teacher; the heads' last layers
+        are fixed for the first `freeze_samples`."""
         out, until = {}, self.config.freeze_samples
         for name, _ in self.named_parameters():
             if name.startswith(TEACHER):
                 out[name] = ParameterGroup(average_of=STUDENT + name.removeprefix(TEACHER))
+            elif name.startswith(f"{GRAM}."):
+                out[name] = ParameterGroup(average_of=TEACHER + name.removeprefix(GRAM))
             else:
                 out[name] = ParameterGroup(frozen=((0, until),) if until and ".last_layer." in name else ())
         return out
@@ -124,7 +134,15 @@ class DINOv2(Method[Teaching, Teaching]):
 
     # --- schedules
 
-    def average_momentum(self, samples_seen: int) -> float:
+    def average_momentum(self, name: str, samples_seen: int) -> float:
+        """The Gram teacher is the teacher as it was at certain samples."""
+        if not name.startswith(f"{GRAM}."):
+            return self.teacher_momentum(samples_seen)
+        s, after = self.config, samples_seen + self.recipe.train.global_batch
+        taken = [s.gram_from_samples + i * s.gram_every_samples for i in range(s.gram_refreshes + 1)]
+        return 0.0 if any(samples_seen < at <= after for at in taken) else 1.0
+
+    def teacher_momentum(self, samples_seen: int) -> float:
         s = self.config
         return cosine(samples_seen, s.teacher_momentum, s.teacher_momentum_end, self.recipe.decay_samples)
 
@@ -144,16 +162,29 @@ class DINOv2(Method[Teaching, Teaching]):
 
     @torch.no_grad()
     def prepare_targets(self, views: list[Tensor], *, samples_seen: int, part: tuple[int, int]) -> Teaching:
-        """The scores of the global crops, of which the teacher sees all. Collectives: the backbone's."""
-        if not self.masking:
-            classes = self.teacher(views[:1])[0]
-            masks, tokens = None, [classes]
-        else:
-            first, num = first_of_part(self.recipe, self.world, part), len(views[0]) // self.num_globals
+        """The scores of the global crops, of which the teacher sees all. Collectives: the backbones'."""
+        num, masks, anchors = len(views[0]) // self.num_globals, None, None
+        (whole,) = self._seen(self.teacher, self._smaller(views[:1]))
+        if self.gram is not None and samples_seen >= self.config.gram_from_samples:
+            anchors = reduced(self.gram.tokens(views[:1])[0].patches, whole.patches.shape[1], self.config.gram_scale)
+        if self.masking:
+            first = first_of_part(self.recipe, self.world, part)
             masks = Masks(*sent(self.masking.draw(samples_seen, first, num), views[0].device))
-            (whole,) = self.teacher.tokens(views[:1])
-            classes, tokens = whole.cls, [whole.cls, _chosen(whole.patches, masks)]
-        return Teaching(self._scores(TEACHER, tokens), masks, classes[: len(classes) // self.num_globals])
+        chosen = [_chosen(whole.patches, masks)] if masks else []
+        return Teaching(self._scores(TEACHER, [whole.cls, *chosen]), masks, whole.cls[:num], anchors)
+
+    def _seen(
+        self, network: Backbone, views: list[Tensor], mask: Tensor | None = None, draws: Sequence[Tensor] | None = None
+    ) -> list[Tokens]:
+        """Class tokens and patches, of which a backbone without has none. mask: of the global crops."""
+        if network.patch_map is not None:
+            return network.tokens(views, [mask] + [None] * (len(views) - 1), draws)
+        return [Tokens(x, *[x.new_empty(len(x), 0, x.shape[1])] * 2) for x in network(views, draws)]
+
+    def _smaller(self, views: list[Tensor]) -> list[Tensor]:
+        """What student and teacher see: of the global crops, which only the Gram teacher sees whole, areas' means."""
+        scale = self.config.gram_scale if self.gram is not None else 1
+        return views if scale == 1 else [F.avg_pool2d(views[0], scale), *views[1:]]
 
     @torch.no_grad()
     def targets(self, inputs: Sequence[Teaching], samples_seen: int) -> list[Teaching]:
@@ -188,12 +219,10 @@ class DINOv2(Method[Teaching, Teaching]):
             with torch.autocast(device, enabled=False):
                 targets = self.targets([inputs], samples_seen)[0]
         masks, draws = targets.masks, self.draws(views, samples_seen, part)
-        if masks is None:
-            classes, patches = self.student(views, draws), []
-        else:
-            tokens = self.student.tokens(views, [masks.masked] + [None] * (len(views) - 1), draws)
-            classes, patches = [t.cls for t in tokens], [_chosen(tokens[0].patches, masks)]
-        scores = self._scores(STUDENT, [torch.cat(classes), *patches])
+        tokens = self._seen(self.student, self._smaller(views), masks.masked if masks else None, draws)
+        classes = [of_size.cls for of_size in tokens]
+        chosen = [_chosen(tokens[0].patches, masks)] if masks else []
+        scores = self._scores(STUDENT, [torch.cat(classes), *chosen])
         with torch.autocast(device, enabled=False):
             batch = len(targets.features)
             of_crops, probabilities = scores[0].unflatten(0, (-1, batch)), targets.sets[0].unflatten(0, (num, batch))
@@ -206,6 +235,9 @@ class DINOv2(Method[Teaching, Teaching]):
             if s.koleo_weight:
                 terms["koleo"] = koleo_loss(classes[0].unflatten(0, (num, batch)), s.koleo_group)
                 loss = loss + s.koleo_weight * terms["koleo"]
+            if targets.anchors is not None:
+                terms["gram"] = gram_loss(tokens[0].patches, targets.anchors)
+                loss = loss + s.gram_weight * terms["gram"]
             metrics = {}
             if with_metrics:
                 metrics = batch_metrics(terms, targets.sets, masks, classes[0]) | self._scheduled(samples_seen)
@@ -234,7 +266,7 @@ class DINOv2(Method[Teaching, Teaching]):
 
     def _scheduled(self, samples_seen: int) -> dict[str, Tensor]:
         """Beside the tensors of a metric line what follows a schedule; filled in, as a copy would wait."""
-        now = {"teacher_temperature": self.teacher_temperature, "teacher_momentum": self.average_momentum}
+        now = {"teacher_temperature": self.teacher_temperature, "teacher_momentum": self.teacher_momentum}
         full = partial(torch.full, (), dtype=torch.float64, device=self.world.device)
         return {name: full(value(samples_seen)) for name, value in now.items()}
 
@@ -243,37 +275,6 @@ class DINOv2(Method[Teaching, Teaching]):
 
     def health(self, row: Mapping[str, Any], config: Config) -> Problem | None:
         return health(row, config)
-
-
-def _patch_map(backbone: Backbone, config: Config) -> StageMap:
-    """Raises UserError where there is none."""
-    if backbone.patch_map is None:
-        weight = config.settings_as(DINOv2Settings).ibot_weight
-        rule = f"iBOT compares patches, and {config.model.name} has none"
-        raise UserError(Problem("dinov2.ibot_weight", weight, rule, (0.0,)))
-    return backbone.patch_map
-
-
-def _masking(backbone: Backbone, config: Config) -> BlockMasking:
-    """Of the global crops. Raises UserError where no patch would ever be masked."""
-    s, crop = config.settings_as(DINOv2Settings), config.views.crops[0]
-    side = -(-crop.size // _patch_map(backbone, config).stride)
-    masking = BlockMasking(
-        seed=config.run.seed, grid=(side, side), global_batch=config.train.global_batch, views=crop.num,
-        share=s.mask_share, ratio=s.mask_ratio, exact=s.mask_exact,
-    )  # fmt: skip
-    if not masking.num_masked:
-        most = config.train.global_batch * crop.num
-        rule = f"of {most} global crops of a batch none would be masked"
-        raise UserError(Problem("dinov2.mask_share", s.mask_share, rule, f"nearest: {1 / most:.2g}"))
-    if s.shared_head and _patch_map(backbone, config).channels != backbone.num_features:
-        rule = f"patches of {config.model.name} are not as wide as its class token"
-        raise UserError(Problem("dinov2.shared_head", True, rule, (False,)))
-    least = 1 if s.mask_exact else MIN_BLOCK
-    if int(side**2 * s.mask_ratio[1]) < least or side**2 < 9 and not s.mask_exact:
-        rule = f"a crop of {crop.size} pixels has {side} x {side} patches, of which none would be masked"
-        raise UserError(Problem("dinov2.mask_ratio", list(s.mask_ratio), rule, "larger crops, or dinov2.ibot_weight 0"))
-    return masking
 
 
 def _chosen(patches: Tensor, masks: Masks) -> Tensor:

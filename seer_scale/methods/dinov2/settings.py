@@ -43,6 +43,22 @@ class DINOv2Settings(MethodSettings):
         (0.1, 0.5), "share of a masked crop's patches that are masked, from and to", gt=0, lt=1, rising=True
     )
     mask_exact: bool = opt(False, "masks have an exact number of patches (DINOv3), else at most that (DINOv2)")
+    gram_weight: float = opt(
+        0.0, "weight of Gram anchoring (DINOv3): patches as alike as an earlier teacher finds", ge=0
+    )
+    gram_from_samples: int = opt(
+        0,
+        "Gram anchoring begins after so many samples, with the teacher of that time; 0 = at once, with that of "
+        "checkpoint.init_from",
+        ge=0,
+    )
+    gram_every_samples: int = opt(0, "samples after which the Gram teacher becomes the teacher of the time anew", ge=0)
+    gram_refreshes: int = opt(0, "how often it does", ge=0)
+    gram_scale: int = opt(
+        2,
+        "the Gram teacher sees global crops of views.crops[0].size, the others see them so many times smaller",
+        ge=1,
+    )
 
     def rules(self, config: Config, ranks: int) -> Iterator[Problem]:
         crops = config.views.crops
@@ -53,17 +69,34 @@ class DINOv2Settings(MethodSettings):
         if self.dino_weight and crops and config.num_crops < 2:
             fix = "nearest: num: 2"
             yield Problem("views.crops", NOTHING, "makes 1 crop an image, but DINO compares at least 2", fix)
+        if self.gram_weight:
+            yield from self._rules_of_gram(config)
         if self.koleo_weight and (problem := group_problem("dinov2.koleo_group", self.koleo_group, config, ranks)):
             yield problem
+
+    def _rules_of_gram(self, config: Config) -> Iterator[Problem]:
+        if not (self.gram_from_samples or config.checkpoint.init_from):
+            rule = "at once there is no teacher to hold on to but one that checkpoint.init_from brings"
+            yield Problem("dinov2.gram_from_samples", 0, rule, "give checkpoint.init_from, or a number of samples")
+        if self.gram_refreshes and not self.gram_every_samples:
+            rule = f"is 0, so dinov2.gram_refreshes {self.gram_refreshes} would fall together"
+            yield Problem("dinov2.gram_every_samples", 0, rule, "give a number of samples")
+        size, scale = config.views.crops[0].size if config.views.crops else 0, self.gram_scale
+        if size % scale:
+            near = (size // scale * scale, -(-size // scale) * scale)
+            yield Problem("views.crops[0].size", size, f"must be a multiple of dinov2.gram_scale ({scale})", near)
 
     def needs(self) -> dict[str, tuple[bool, str]]:
         has_ibot = (self.ibot_weight > 0, "a dinov2.ibot_weight")
         has_own_head = (self.ibot_weight > 0 and not self.shared_head, "a dinov2.ibot_weight and shared_head false")
+        has_gram = (self.gram_weight > 0, "a dinov2.gram_weight")
         has_koleo = (self.koleo_weight > 0, "a dinov2.koleo_weight")
         is_rising = (self.teacher_temperature_samples > 0, "dinov2.teacher_temperature_samples")
         return {
             "shared_head": has_ibot, "mask_share": has_ibot, "mask_ratio": has_ibot, "mask_exact": has_ibot,
             "patch_bottleneck": has_own_head, "patch_prototypes": has_own_head, "koleo_group": has_koleo,
+            "gram_from_samples": has_gram, "gram_scale": has_gram, "gram_refreshes": has_gram,
+            "gram_every_samples": (self.gram_weight > 0 and self.gram_refreshes > 0, "dinov2.gram_refreshes"),
             "teacher_temperature_from": is_rising,
             "iterations": (self.centering == "sinkhorn", "dinov2.centering sinkhorn"),
             "center_momentum": (self.centering == "softmax", "dinov2.centering softmax"),

@@ -57,8 +57,8 @@ class Zero(Engine):
         """Weights are whole here, so moving averages are, too."""
         return Shard.of(self.method.get_parameter(name).detach())
 
-    def _sources(self) -> list[Tensor]:
-        return [self.method.get_parameter(source).detach() for source in self.averages.values()]
+    def _sources(self, names: Sequence[str]) -> list[Tensor]:
+        return [self.method.get_parameter(self.averages[name]).detach() for name in names]
 
     def _shard_group(self) -> tuple[dist.ProcessGroup | None, int]:
         return dist.group.WORLD, self.world.rank
@@ -175,8 +175,8 @@ class Zero3(Zero):
         if not self.averages:
             private.gather(self.whole_vectors)
 
-    def _average(self, skipped: Tensor, momentum: float) -> None:
-        super()._average(skipped, momentum)
+    def _average(self, skipped: Tensor, samples_seen: int) -> None:
+        super()._average(skipped, samples_seen)
         private.gather(self.whole_vectors)
 
     def _is_spread(self, name: str) -> bool:
@@ -186,8 +186,8 @@ class Zero3(Zero):
         run, first = private.run_of(self.method.get_parameter(name), self.world.rank)
         return Shard(run, first, self.shapes[name])
 
-    def _sources(self) -> list[Tensor]:
-        return Engine._sources(self)
+    def _sources(self, names: Sequence[str]) -> list[Tensor]:
+        return Engine._sources(self, names)
 
     @torch.no_grad()
     def refresh(self) -> None:
