@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
@@ -120,6 +120,11 @@ class Backbone(nn.Module, ABC):
                 pixels = grid.repeat_interleave(stride, 2).repeat_interleave(stride, 3)[:, :, :height, :width]
                 out[i] = xs[i].masked_fill(pixels, 0)
         return out
+
+    def resizer(self, name: str, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
+        """What makes the parameter `name` of a network of this kind for images of another size, which has this shape
+        there, one of this network's; None where nothing does."""
+        return None
 
     def after_stages(self) -> list[str]:
         """The names of the parameters between the last stage and the pooled features, which `forward_stages` does not

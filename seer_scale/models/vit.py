@@ -8,7 +8,7 @@ travels between units is described in layers/transformer.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -159,18 +159,24 @@ class Embedding(nn.Module):
 
     def places(self, height: int, width: int) -> Tensor:
         """The table for the CLS token and height x width patches, [1 + height * width, D], fp32."""
-        table, side = at_least_fp32(self.pos_embed), self.spec.side
-        if (height, width) == (side, side):
-            return table
-        cls, patches = table.split([1, side**2])
-        # contiguous, as torch 2.14 resizes a channels-last map to a width of one wrongly where it antialiases
-        grid = patches.unflatten(0, (side, side)).permute(2, 0, 1)[None].contiguous()
-        if self.spec.resize == "offset":
-            factors = (height + OFFSET) / side, (width + OFFSET) / side
-            grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
-        else:
-            grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=self.spec.resize == "antialias")
-        return torch.cat([cls, grid[0].flatten(1).T])
+        return resized_places(at_least_fp32(self.pos_embed), height, width, self.spec.resize)
+
+
+def resized_places(table: Tensor, height: int, width: int, how: str) -> Tensor:
+    """A table of positions of a CLS token and a square of patches, [1 + side^2, D], for height x width patches, as
+    `ViTSpec.resize` says."""
+    side = math.isqrt(len(table) - 1)
+    if (height, width) == (side, side):
+        return table
+    cls, patches = table.split([1, side**2])
+    # contiguous, as torch 2.14 resizes a channels-last map to a width of one wrongly where it antialiases
+    grid = patches.unflatten(0, (side, side)).permute(2, 0, 1)[None].contiguous()
+    if how == "offset":
+        factors = (height + OFFSET) / side, (width + OFFSET) / side
+        grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
+    else:
+        grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=how == "antialias")
+    return torch.cat([cls, grid[0].flatten(1).T])
 
 
 class PatchProjection(nn.Conv2d):
@@ -242,6 +248,14 @@ class ViT(Backbone):
 
     def after_stages(self) -> list[str]:
         return ["norm.weight", "norm.bias"]
+
+    def resizer(self, name: str, shape: torch.Size) -> Callable[[Tensor], Tensor] | None:
+        """Of the table of positions."""
+        if name != "embed.pos_embed" or len(shape) != 2 or shape[1] != self.spec.width:
+            return None
+        side, how = self.spec.side, self.spec.resize
+        is_square = shape[0] == 1 + math.isqrt(max(1, shape[0] - 1)) ** 2
+        return (lambda table: resized_places(table, side, side, how)) if is_square else None
 
     def refuses(self, size: int) -> str:
         if size % self.spec.patch == 0 and size:

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from seer_scale.checkpoint import store
+from seer_scale.checkpoint.layout import local_of, run_of
 from seer_scale.config import Config
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, Problem
 from seer_scale.interop.artefact import Artefact, is_artefact
 from seer_scale.methods.base import BufferKind, Method
+from seer_scale.models.backbone import Backbone
 
+Resize = Callable[[Tensor], Tensor]
 MODEL = "model/"
 """What the names of weights and statistics begin with in a state."""
 
@@ -31,7 +37,8 @@ def print_warning(sentence: str) -> None:
 class InitialWeights:
     """path: a checkpoint, or an artefact. names: of a run's state, without MODEL, to those in it. loaded: what the
     names begin with that it brings. kept, anew: of the method's own parts, by the first word of their names, those that
-    it brings and those that begin anew."""
+    it brings and those that begin anew. resized: of names that have another shape there, as of images of another size:
+    that shape, and what makes it ours."""
 
     path: Path
     names: Mapping[str, str]
@@ -39,9 +46,15 @@ class InitialWeights:
     kept: tuple[str, ...] = ()
     anew: tuple[str, ...] = ()
     artefact: Artefact | None = None
+    resized: Mapping[str, tuple[torch.Size, Resize]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """What a run is told of them: a clause."""
+        told = ", with positions resized to this run's images" if self.resized else ""
+        return self._origin + told
+
+    @property
+    def _origin(self) -> str:
         if not self.anew:
             return f"Its weights are those of {self.path}"
         if not self.kept:
@@ -53,11 +66,17 @@ class InitialWeights:
     def load(self, state: store.State, world: World) -> int:
         """Fill the tensors of a run's `state` that it brings; the bytes this rank has read. Collective. Raises
         CheckpointError."""
-        wanted = {MODEL + name: state[MODEL + name] for name in self.names}
+        whole = {name: local_of(state[MODEL + name]).new_empty(shape) for name, (shape, _) in self.resized.items()}
+        wanted = {MODEL + name: whole.get(name, state[MODEL + name]) for name in self.names}
         if self.artefact is None:
-            return store.load(self.path, wanted, world, names=_in_model(self.names))
-        with store.agreement(world):
-            return sum(self.artefact.fill(wanted[MODEL + name], source) for name, source in self.names.items())
+            nbytes = store.load(self.path, wanted, world, names=_in_model(self.names))
+        else:
+            with store.agreement(world):
+                nbytes = sum(self.artefact.fill(wanted[MODEL + name], source) for name, source in self.names.items())
+        for name, (_, resize) in self.resized.items():
+            local, (start, stop) = local_of(state[MODEL + name]), run_of(state[MODEL + name])
+            local.copy_(resize(whole[name]).reshape(-1)[start:stop].view_as(local))
+        return nbytes
 
 
 def find_initial_weights(
@@ -92,12 +111,17 @@ def _of_checkpoint(
     config: Config, method: Method[Any, Any], state: store.State, path: Path, world: World
 ) -> InitialWeights:
     prefix = store.read_meta(path, world)["export"]["prefix"]
-    there = {n.removeprefix(MODEL) for n in store.read_layout(path, world).tensors if n.startswith(MODEL)}
+    shapes = {
+        n.removeprefix(MODEL): t.shape for n, t in store.read_layout(path, world).tensors.items() if n.startswith(MODEL)
+    }
+    there = set(shapes)
     names = _backbone(method, state, prefix, there)
+    resized = _resized(method, state, names, shapes)
+    state = {**state, **{MODEL + n: torch.empty(shape, device="meta") for n, (shape, _) in resized.items()}}
     _check(path, state, world, names)
     if config.checkpoint.init_part == "backbone":
         own = method.backbone_prefixes()
-        return InitialWeights(path, names, own, anew=_parts(state, own))
+        return InitialWeights(path, names, own, anew=_parts(state, own), resized=resized)
     twins = _twins(method, state)
     for name in state:
         direct = name.removeprefix(MODEL)
@@ -106,7 +130,7 @@ def _of_checkpoint(
     names |= {n: n for n in there - set(names.values())}  # to be told of
     anew = "give checkpoint.init_part backbone, which draws all else anew, or choose another checkpoint"
     _check(path, state, world, names, anew)
-    return InitialWeights(path, names, ("",))
+    return InitialWeights(path, names, ("",), resized=resized)
 
 
 def _check(
@@ -121,7 +145,9 @@ def _of_artefact(config: Config, method: Method[Any, Any], state: store.State, a
     names = _backbone(method, state, "backbone.", set(held))
     own = method.backbone_prefixes()
     shapes = {MODEL + name: artefact.tensors[held[source]] for name, source in names.items() if source in held}
+    resized = _resized(method, state, names, {n: artefact.tensors[held[n]].shape for n in held})
     network = {n: t for n, t in state.items() if n.removeprefix(MODEL).startswith(own)}
+    network |= {MODEL + name: torch.empty(shape, device="meta") for name, (shape, _) in resized.items()}
     model = " ".join(f"--model.{key} {value}" for key, value in artefact.about.model.items())
     store.compare(artefact.path, network, shapes, f"it is of {model}", casts=True)
     kept, anew = [], []
@@ -138,7 +164,7 @@ def _of_artefact(config: Config, method: Method[Any, Any], state: store.State, a
             anew.append(part)
     found = {name: held[source] for name, source in names.items()}
     loaded = (*own, *(f"{part}." for part in kept))
-    return InitialWeights(artefact.path, found, loaded, tuple(kept), tuple(anew), artefact)
+    return InitialWeights(artefact.path, found, loaded, tuple(kept), tuple(anew), artefact, resized)
 
 
 def _backbone(method: Method[Any, Any], state: store.State, prefix: str, there: set[str]) -> dict[str, str]:
@@ -150,6 +176,20 @@ def _backbone(method: Method[Any, Any], state: store.State, prefix: str, there: 
             names[name] = prefix + name.removeprefix(begin)
     unknown = {n for n in there if n.startswith(prefix)} - set(names.values())
     return names | {own[0] + n.removeprefix(prefix): n for n in unknown}
+
+
+def _resized(
+    method: Method[Any, Any], state: store.State, names: Mapping[str, str], shapes: Mapping[str, torch.Size]
+) -> dict[str, tuple[torch.Size, Resize]]:
+    """What of the backbone has another shape there, of which one of this network can be made."""
+    out = {}
+    for name, source in names.items():
+        shape, prefix = shapes.get(source), next((p for p in method.backbone_prefixes() if name.startswith(p)), None)
+        if prefix is None or shape in (None, state[MODEL + name].shape) or not isinstance(method.backbone, Backbone):
+            continue
+        if resize := method.backbone.resizer(name.removeprefix(prefix), shape):
+            out[name] = shape, resize
+    return out
 
 
 def _parts(state: store.State, own: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.shard import Shard
 from seer_scale.training.initial_weights import find_initial_weights
-from tests.tiny import RECIPE, sections
+from tests.tiny import DINOV2, RECIPE, losses_of, sections, tiny
 from tests.toy import make, toy
 
 ALONE = World()
@@ -154,3 +154,37 @@ def test_a_rank_reads_what_it_holds_of_an_artefact(trained, tmp_path):
         read = held.fill(run, name)
         assert torch.equal(run.local, whole.flatten()[start:stop])
         assert read <= (stop - start + 2 * whole[0].numel()) * 4
+
+
+LARGER = [{"num": 2, "size": 48}, {"num": 2, "size": 24}]
+
+
+@pytest.mark.parametrize("part", ["all", "backbone"])
+def test_a_phase_of_larger_images_begins_with_the_table_resized(tmp_path, part):
+    """Of student and teacher each its own; all else bit for bit, heads too unless they begin anew. A table of another
+    width is refused."""
+    config, engine = tiny(ALONE, DINOV2, **{"parallel.engine": "single"})
+    losses_of(engine, config, ALONE, range(2), 0.1)  # so that student and teacher differ
+    path, before = saved(tmp_path, engine, engine.method.export_prefix)
+    over = {"checkpoint.init_from": str(path), "checkpoint.init_part": part, "model.image_size": 48, "run.seed": 7}
+    config = resolve(DINOV2, sections(over | {"views.crops": LARGER}), world_size=1)
+    weights = find_initial_weights(config, build_method(config, ALONE), ALONE)
+    larger = build_engine(build_method(config, ALONE), config, ALONE, weights.loaded)
+    weights.load(larger.state(), ALONE)
+    assert "positions resized" in str(weights)
+    after = values(larger)
+    for name, value in after.items():
+        who, _, inner = name.partition(".")
+        old = before[name if part == "all" or who == "teacher" else f"teacher.{inner}"] if name in before else None
+        if inner == "embed.pos_embed":
+            grid = old[1:].T.reshape(1, 24, 6, 6)
+            grid = torch.nn.functional.interpolate(grid, (12, 12), mode="bicubic", antialias=True)
+            torch.testing.assert_close(value, torch.cat([old[:1], grid.flatten(2)[0].T]))
+        elif "_head" not in name or part == "all":
+            assert torch.equal(value, old), name
+    if part == "all":
+        assert not torch.equal(after["student.embed.pos_embed"], after["teacher.embed.pos_embed"])
+    assert torch.isfinite(torch.tensor(losses_of(larger, config, ALONE, range(1), 0.1))).all()
+    config = resolve(DINOV2, sections(over | {"model.width": 32}), world_size=1)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        find_initial_weights(config, build_method(config, ALONE), ALONE)
