@@ -14,8 +14,11 @@ from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.checkpoint import store
 from seer_scale.config import Config
 from seer_scale.distributed import World
+from seer_scale.methods.registry import build_method
 from seer_scale.models.layers.norm import BatchNorm
+from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import Engine
+from seer_scale.training.initial_weights import find_initial_weights
 from tests.ranks import run_ranks
 from tests.tiny import DINOV2, losses_of, micro_batches, tiny, world_of
 from tests.unit.test_dinov2 import ANCHORED, OF_REGNETY
@@ -86,9 +89,16 @@ def chained(world: World, folder: Path, first: int = 0, path: Path | None = None
             engine.refresh()
         losses += losses_of(engine, config, world, range(step, step + 1), LR)
         engine.average_buffers()
-        path = store.save(folder, engine.state(), {"samples_seen": 8 * (step + 1)}, world)
+        path = store.save(
+            folder, engine.state(), {"samples_seen": 8 * (step + 1), "export": {"prefix": "teacher."}}, world
+        )
         engine.close()
     return losses
+
+
+def last_of(folder: Path) -> Path:
+    """What `chained` left there."""
+    return folder / f"samples-{8 * len(CHAIN):012d}"
 
 
 def skipped(world: World, case: str) -> list[str]:
@@ -104,6 +114,22 @@ def skipped(world: World, case: str) -> list[str]:
     moved = [n for n, s in engine.shards.items() if not torch.equal(s.local, before[n])]
     engine.close()
     return moved
+
+
+LARGER = {"model.image_size": 48, "views.crops": [{"num": 2, "size": 48}, {"num": 2, "size": 24}]}
+
+
+def begun_larger(world: World, case: str, path: Path) -> dict[str, np.ndarray]:
+    """Tables of positions of a run of larger images that begins with the checkpoint `path`."""
+    config, _ = engine_of("vit", case, world, **LARGER, **{"checkpoint.init_from": str(path)})
+    weights = find_initial_weights(config, build_method(config, world), world)
+    engine = build_engine(build_method(config, world), config, world, weights.loaded)
+    weights.load(engine.state(), world)
+    engine.refresh()
+    out = {n: engine.whole(n).numpy().copy() for n in engine.shapes if n.endswith("pos_embed")}
+    assert np.isfinite(losses_of(engine, config, world, range(1), LR)).all()
+    engine.close()
+    return out
 
 
 def counted(world: World, case: str, **more: object) -> dict:
@@ -128,6 +154,8 @@ def everything(rank: int, size: int, folder: Path) -> dict:
         out |= {pair: trained("vit", pair[0], world, **{"train.precision": pair[1]}) for pair in HALF}
         out |= {("skipped", case): skipped(world, case) for case in ("fsdp", "zero1")}
         out |= {("counted", case): counted(world, case) for case in ("ddp", "fsdp")}
+        left = last_of(folder / str(size))
+        out |= {("larger", case): begun_larger(world, case, left) for case in ("fsdp", "zero3", "zero1")}
     return out
 
 
@@ -172,6 +200,15 @@ def test_any_engine_on_any_number_of_ranks_goes_on(ranks, folder, size):
     left = folder / str(size) / f"samples-{8 * (len(CHAIN) - 2):012d}"
     ended = chained(World(), folder / f"after {size}", len(CHAIN) - 2, left)
     np.testing.assert_allclose(ended, expected[-2:], rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["fsdp", "zero3", "zero1"])
+def test_sharded_tables_of_positions_are_resized_as_whole_ones(ranks, folder, case):
+    expected = begun_larger(World(), "single", last_of(folder / "2"))
+    assert {n for n in expected} == {"student.embed.pos_embed", "teacher.embed.pos_embed"}
+    for rank in ranks[2]:
+        for name, table in rank["larger", case].items():
+            np.testing.assert_array_equal(table, expected[name])
 
 
 @pytest.mark.parametrize("case", ["fsdp", "zero1"])

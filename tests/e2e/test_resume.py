@@ -34,6 +34,7 @@ from tests.e2e.runs import (
     start,
     until,
 )
+from tests.tiny import DINOV2
 from tests.vissl import classy, vissl
 
 
@@ -355,28 +356,39 @@ def test_all_ranks_leave_together_while_it_is_measured_what_runs_fastest(tmp_pat
     assert "Stopped by SIGTERM before training began" in stopped.text and not (tmp_path / "run").exists()
 
 
-def test_a_method_from_outside_goes_on_after_a_kill(tmp_path, photos):
-    """kill -9 of fsdp on 2 ranks; zero2 on 3 ranks goes on to the end: as if never stopped. Nothing of the
-    trainer knows the method."""
-    plugins = json.dumps([str(runs.ROOT / "docs" / "examples" / f"my_{what}.py") for what in ("method", "backbone")])
-    given = {k: v for k, v in runs.RECIPE.items() if k not in ("swav", "model")}
-    given |= {"data": {"path": str(photos), "workers": 0}, "method": {"name": "colours"}, "knn": {"enabled": False}}
-    given |= {"model": {"name": "plain_convnet"}, "optim": {"name": "adamw", "lr": 0.001, "lr_batch": 0}}
-    given["train"] = given["train"] | {"global_batch": 12, "total_samples": 1200}
-    (tmp_path / "outside.yaml").write_text(json.dumps(given))
-    words, place = ("train", tmp_path / "outside.yaml", "--run.plugins", plugins, "--run.dir"), tmp_path / "run"
-    run(*words, tmp_path / "straight", folder=tmp_path)
-    first = start(*words, place, ranks=2, folder=tmp_path)
+def _goes_on_after_a_kill(folder, given: dict, *words: str) -> None:
+    """kill -9 of fsdp on 2 ranks; zero2 on 3 ranks goes on to the end: as if never stopped."""
+    few = {"knn": {"enabled": False}, "health": {"images": 0}, "run": {"prototype_images": 0}}
+    given = {"checkpoint": runs.RECIPE["checkpoint"], "parallel": {"engine": "fsdp"}} | given | few
+    given["train"] = runs.RECIPE["train"] | {"global_batch": 12, "total_samples": 1200}
+    (folder / "given.yaml").write_text(json.dumps(given))
+    words, place = ("train", str(folder / "given.yaml"), *words, "--run.dir"), folder / "run"
+    run(*words, folder / "straight", folder=folder)
+    first = start(*words, place, ranks=2, folder=folder)
     until(reaches(place, 96), lambda: first.text)
     for rank in range(2):
         first.kill(signal.SIGKILL, rank)
     first.wait()
     done = max(runs.steps(place))
     assert done < 1200
-    text = run(*words, place, "--parallel.engine", "zero2", ranks=3, folder=tmp_path)
+    text = run(*words, place, "--parallel.engine", "zero2", ranks=3, folder=folder)
     begun = events(place, "resume")[0]["samples_seen"]
     assert 0 < begun <= done and f"samples-{begun:012d}" in text and "3 ranks (zero2, cpu)" in text
-    assert_same_path(place, tmp_path / "straight")
+    assert_same_path(place, folder / "straight")
+
+
+def test_a_method_from_outside_goes_on_after_a_kill(tmp_path, photos):
+    """Nothing of the trainer knows the method."""
+    plugins = json.dumps([str(runs.ROOT / "docs" / "examples" / f"my_{what}.py") for what in ("method", "backbone")])
+    given = {"data": {"path": str(photos), "workers": 0}, "method": {"name": "colours"}, "views": runs.RECIPE["views"]}
+    given |= {"model": {"name": "plain_convnet"}, "optim": {"name": "adamw", "lr": 0.001, "lr_batch": 0}}
+    _goes_on_after_a_kill(tmp_path, given | {"schedule": runs.RECIPE["schedule"]}, "--run.plugins", plugins)
+
+
+def test_a_student_and_its_teacher_go_on_after_a_kill(tmp_path, photos):
+    """DINOv2: the teacher, masks and dropped paths are those of a run never stopped."""
+    calm = {"optim": {"name": "sgd", "lr": 0.002, "lr_batch": 0}}
+    _goes_on_after_a_kill(tmp_path, DINOV2 | {"data": {"path": str(photos), "workers": 0}} | calm)
 
 
 def test_pretraining_goes_on_from_imported_weights(tmp_path, photos):
