@@ -64,7 +64,7 @@ def start_event(
         "workers": made.workers,
         "memory_format": dtype_name(made.execution.memory_format),
         "accumulation": config.num_micro_batches(world.size),
-        "parameters": sum(shape.numel() for shape in engine.shapes.values()),
+        "parameters": sum(s.numel() for n, s in engine.shapes.items() if n not in engine.averages),
         "staging_bytes": staging_bytes,
     }
     if origin.checkpoint and made.clock.at_end:
