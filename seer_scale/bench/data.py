@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from seer_scale.config import Crop, Data, Views, load_recipe, resolve
+from seer_scale.config import Crop, Data, Photometric, Views, load_recipe, resolve
 from seer_scale.cores import available_cores
 from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
@@ -66,31 +66,31 @@ def reference(views: Views, seed: int) -> Callable[[bytes], list[torch.Tensor]]:
 
     draw = random.Random(seed)
 
-    def blur(image: Image.Image) -> Image.Image:
-        return (
-            image.filter(ImageFilter.GaussianBlur(draw.uniform(*views.blur_sigma)))
-            if draw.random() < views.blur_p
-            else image
-        )
+    def pipeline(crop: Crop, how: Photometric) -> Callable[[Image.Image], torch.Tensor]:
+        def blur(image: Image.Image) -> Image.Image:
+            if draw.random() >= how.blur_p:
+                return image
+            return image.filter(ImageFilter.GaussianBlur(draw.uniform(*how.blur_sigma)))
 
-    def pipeline(crop: Crop) -> Callable[[Image.Image], torch.Tensor]:
         return T.Compose([
-            T.RandomResizedCrop(crop.size, scale=crop.scale), T.RandomHorizontalFlip(views.flip),
-            T.RandomApply([T.ColorJitter(*views.jitter)], views.jitter_p), T.RandomGrayscale(views.grayscale_p),
-            T.Lambda(blur), T.ToTensor(), T.Normalize(MEAN, STD),
+            T.RandomResizedCrop(crop.size, scale=crop.scale), T.RandomHorizontalFlip(how.flip),
+            T.RandomApply([T.ColorJitter(*how.jitter)], how.jitter_p), T.RandomGrayscale(how.grayscale_p),
+            T.Lambda(blur), *[T.RandomSolarize(128, how.solarize_p)] * (how.solarize_p > 0),
+            T.ToTensor(), T.Normalize(MEAN, STD),
         ])  # fmt: skip
 
-    kinds = [(crop.num, pipeline(crop)) for crop in views.crops]
+    pipelines = [pipeline(crop, how) for crop, kind in zip(views.crops, views.photometric) for how in kind]
 
     def make(data: bytes) -> list[torch.Tensor]:
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        return [make_view(image) for num, make_view in kinds for _ in range(num)]
+        return [make_view(image) for make_view in pipelines]
 
     return make
 
 
 def geometry_only(views: Views) -> Views:
-    return Views(crops=views.crops, flip=views.flip, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
+    crops = tuple(Crop(num=c.num, size=c.size, scale=c.scale) for c in views.crops)
+    return Views(crops=crops, flip=views.flip, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
 
 
 def pick(source: Source, num: int) -> list[bytes]:

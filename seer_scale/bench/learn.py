@@ -79,13 +79,16 @@ def configure(args: argparse.Namespace) -> Config:
     if args.seeds < 1:
         raise UserError(Problem("--seeds", args.seeds, "must be at least 1", 1))
     config = resolve(load_recipe(args.recipe), over, world_size=1)
-    s = config.settings_as(SwAVSettings)
+    s, photometrics = config.settings_as(SwAVSettings), {how for kind in config.views.photometric for how in kind}
+    solarize_p = max(how.solarize_p for how in photometrics)
     for key, value, holds, has in (
         ("optim.name", config.optim.name, config.optim.name == "sgd", "sgd"),
         ("swav.hidden", s.hidden, len(s.hidden) == 1, "one hidden layer"),
         ("swav.batch_norm", s.batch_norm, s.batch_norm, "true"),
         ("swav.prototypes", s.prototypes, len(s.prototypes) == 1, "one set"),
         ("swav.queue", s.queue, not s.queue, "0"),
+        ("views.crops", f"of {len(photometrics)} photometrics", len(photometrics) == 1, "the same for all"),
+        ("views.solarize_p", solarize_p, not solarize_p, "0"),
     ):
         if not holds:
             raise UserError(Problem(key, value, "the loop of lightly's modules has another", has))
@@ -137,15 +140,16 @@ def lightly_views(views: Views) -> Any:
     except ImportError as error:
         fix = how_to_install("lightly")
         raise UserError(Problem("lightly", NOTHING, "is what bench learn compares with", fix)) from error
-    brightness, contrast, saturation, hue = views.jitter
+    how = views.photometric[0][0]  # of all crops, as `configure` sees to
+    brightness, contrast, saturation, hue = how.jitter
     crops: dict[str, Any] = {  # lightly's types say two kinds
         "crop_sizes": [c.size for c in views.crops], "crop_counts": [c.num for c in views.crops],
         "crop_min_scales": [c.scale[0] for c in views.crops], "crop_max_scales": [c.scale[1] for c in views.crops],
     }  # fmt: skip
     return SwaVTransform(
-        **crops, hf_prob=views.flip, cj_prob=views.jitter_p, cj_bright=brightness, cj_contrast=contrast,
-        cj_sat=saturation, cj_hue=hue, random_gray_scale=views.grayscale_p, gaussian_blur=views.blur_p,
-        sigmas=views.blur_sigma, normalize={"mean": list(MEAN), "std": list(STD)},
+        **crops, hf_prob=how.flip, cj_prob=how.jitter_p, cj_bright=brightness, cj_contrast=contrast,
+        cj_sat=saturation, cj_hue=hue, random_gray_scale=how.grayscale_p, gaussian_blur=how.blur_p,
+        sigmas=how.blur_sigma, normalize={"mean": list(MEAN), "std": list(STD)},
     )  # fmt: skip
 
 

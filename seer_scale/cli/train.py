@@ -12,7 +12,7 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.cli.parser import OTHERS_WORDS, add_command
-from seer_scale.config import RECIPES, all_keys, load_recipe, plugins_of, recipe_names
+from seer_scale.config import RECIPES, Crop, all_keys, keys_of, load_recipe, plugins_of, recipe_names
 from seer_scale.errors import EXIT_DONE, ConfigError, nothing_begun, print_error
 from seer_scale.files import shown, to_json
 from seer_scale.plugins import load_plugins
@@ -89,11 +89,16 @@ def help_of_train(recipe: str = "") -> str:
         values = given.get(section)
         own = f"; {recipe}: {_as_json(values[name])}" if isinstance(values, dict) and name in values else ""
         lines += [f"  --{key} {kind}", f"      {meaning} (default {_as_json(default)}{own})"]
+        if key == "views.crops":
+            lines += [f"        {name} {kind}: {meaning}" for name, kind, _, meaning in keys_of(Crop)]
     return "\n".join(lines) + "\n"
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value, default=lambda o: o.__dict__, allow_nan=False) if value is not None else "none"
+    def given(section: Any) -> dict[str, Any]:
+        return {k: v for k, v in vars(section).items() if v is not None}
+
+    return json.dumps(value, default=given, allow_nan=False) if value is not None else "none"
 
 
 def recipes(args: argparse.Namespace) -> int:

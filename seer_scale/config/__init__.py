@@ -2,7 +2,7 @@
 bring their own sections (`method_settings`)."""
 
 from seer_scale.config.checks import check_rules, divisor_near, unused_keys
-from seer_scale.config.fields import opt, read_section
+from seer_scale.config.fields import keys_of, opt, read_section
 from seer_scale.config.method_settings import all_keys, keys_of_network, register_settings, settings_classes
 from seer_scale.config.recipe import (
     NOT_YAML,
@@ -35,6 +35,7 @@ from seer_scale.config.schema import (
     Model,
     Optim,
     Parallel,
+    Photometric,
     Probe,
     Run,
     Schedule,
@@ -60,6 +61,7 @@ __all__ = [
     "Model",
     "Optim",
     "Parallel",
+    "Photometric",
     "Probe",
     "Run",
     "Schedule",
@@ -70,6 +72,7 @@ __all__ = [
     "check_rules",
     "checked",
     "divisor_near",
+    "keys_of",
     "keys_of_network",
     "load_recipe",
     "merge",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from seer_scale.config.method_settings import all_keys
-from seer_scale.config.schema import FREE_MODELS, ZERO_ENGINES, Config, keys_of_model
+from seer_scale.config.schema import FREE_MODELS, PER_CROP, ZERO_ENGINES, Config, Photometric, keys_of_model
 from seer_scale.cores import loads_in_processes
 from seer_scale.errors import NOTHING, Problem
 
@@ -170,11 +170,12 @@ RULES = (
         value=lambda config, ranks: [crop.size for crop in config.views.crops],
     ),
     Rule(
-        ("views.jitter",),
-        lambda config, ranks: config.views.jitter[3] > 0.5,
-        "a hue shift, the last of the four, is at most 0.5",
-        lambda config, ranks: [*config.views.jitter[:3], 0.5],
-        value=lambda config, ranks: list(config.views.jitter),
+        ("views.blur_p", "views.crops"),
+        lambda config, ranks: (
+            isinstance(config.views.blur_p, str) and config.views.crops and config.views.crops[0].num != 2
+        ),
+        lambda config, ranks: f"needs a first kind of 2 crops, and views.crops[0].num is {config.views.crops[0].num}",
+        "give that 2, or numbers, of which each kind may have its own",
     ),
     Rule(
         ("schedule.decay_samples", "schedule.warmup_samples", "schedule.warmup_share", "train.total_samples"),
@@ -228,7 +229,27 @@ def check_rules(config: Config, ranks: int, broken: Collection[str] = ()) -> lis
         for rule in RULES
         if not any(is_about(key, broken) for key in rule.keys) and (problem := rule.check(config, ranks))
     ]
+    found += [
+        problem for keys, problem in _photometric_problems(config) if not any(is_about(key, broken) for key in keys)
+    ]
     return found + [p for p in config.method_settings.rules(config, ranks) if not is_about(p.key, broken)]
+
+
+def _photometric_problems(config: Config) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    """What is wrong with photometrics, those of all crops and those of a kind, each with the keys it is about."""
+    kinds = {f"views.crops[{i}]": crop for i, crop in enumerate(config.views.crops)}
+    jitters = {"views": config.views.jitter} | {section: crop.jitter for section, crop in kinds.items()}
+    for section, jitter in jitters.items():
+        if jitter and jitter[3] > 0.5:
+            rule, key = "a hue shift, the last of the four, is at most 0.5", f"{section}.jitter"
+            yield (key,), Problem(key, list(jitter), rule, [*jitter[:3], 0.5])
+    for section, crop in kinds.items():
+        for key in PER_CROP:
+            given, num = getattr(crop, key), crop.num
+            if isinstance(given, tuple) and len(given) != num:
+                rule = f"a list has a value for each crop of the kind, whose num is {num}"
+                near: Any = [*given, *given[-1:] * num][:num] or "give a number"
+                yield (f"{section}.{key}", f"{section}.num"), Problem(f"{section}.{key}", list(given), rule, near)
 
 
 def is_about(key: str, broken: Collection[str]) -> bool:
@@ -279,6 +300,9 @@ def _needs(config: Config) -> dict[str, tuple[bool, str]]:
         "data.split": is_hub,
         "data.image_key": is_hub,
     }
+    for key in Photometric._fields:
+        used = any(getattr(crop, key, None) is None for crop in config.views.crops) or not config.views.crops
+        needs[f"views.{key}"] = (used, f"a kind of views.crops that has no {key} of its own")
     own = config.method_settings.needs()
     return needs | {f"{config.method.name}.{key}": need for key, need in own.items()}
 

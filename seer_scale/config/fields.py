@@ -54,7 +54,15 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[Problem]) -> Any:
             for a in args
             if a is not type(None) and isinstance(value, list | tuple) == (typing.get_origin(a) is tuple)
         ]
-        return _coerce((kinds or args)[0], value, key, problems)
+        broken = []
+        for kind in kinds or args[:1]:
+            try:
+                return _coerce(kind, value, key, problems)
+            except _BadValue as bad:
+                broken.append(bad)
+        first, *others = broken
+        rules = [first.rule, *(bad.rule.removeprefix("must be ") for bad in others)]
+        raise _BadValue(", or ".join(rules), broken[-1].nearest)
     if origin is Literal:
         if value not in args:
             near = closest(str(value), map(str, args))
@@ -100,7 +108,7 @@ def _check_limits(metadata: typing.Mapping[str, Any], value: Any) -> None:
             }[rule]  # fmt: skip
             if not ok:
                 raise _BadValue(f"must be {words} {bound}")
-    if metadata.get("rising") and value[0] > value[1]:
+    if metadata.get("rising") and value is not None and value[0] > value[1]:
         raise _BadValue("must go from small to large", [value[1], value[0]])
 
 
@@ -158,7 +166,7 @@ def type_name(tp: Any) -> str:
         return " | ".join(map(str, args))
     if origin is tuple:
         return f"[{type_name(args[0])}, ...]" if args[1:] == (Ellipsis,) else f"[{', '.join(map(type_name, args))}]"
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return " | ".join(type_name(a) for a in args if a is not type(None))
     if dataclasses.is_dataclass(tp):
         return f"{{{', '.join(f.name for f in dataclasses.fields(tp))}}}"

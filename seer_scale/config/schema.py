@@ -7,8 +7,8 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, TypeVar
+from functools import cache, cached_property
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from seer_scale.config.fields import opt
 from seer_scale.cores import loads_in_processes
@@ -79,7 +79,7 @@ class Data:
         ge=0,
     )
     photometric: Literal["auto", "cpu", "device"] = opt(
-        "auto", "where flip, colours and blur are done; auto: on the device if it is a GPU"
+        "auto", "where flip, colours, blur and solarisation are done; auto: on the device if it is a GPU"
     )
     workers: int | None = opt(
         None,
@@ -106,7 +106,7 @@ class Data:
         return min(4, cores if loads_in_processes() else 0) if self.workers is None else self.workers
 
     def on_device(self, device: str) -> bool:
-        """Whether flip, colours and blur are done on a device of this type, instead of by the loader."""
+        """Whether `photometric` is done on a device of this type, instead of by the loader."""
         return self.photometric == "device" or self.photometric == "auto" and device == "cuda"
 
 
@@ -117,12 +117,42 @@ class Crop:
     scale: tuple[float, float] = opt(
         (0.14, 1.0), "share of the image's area a crop covers, from and to", gt=0.0, le=1.0, rising=True
     )
+    jitter: tuple[float, float, float, float] | None = opt(None, "null: views.jitter", ge=0)
+    jitter_p: float | None = opt(None, "null: views.jitter_p", ge=0, le=1)
+    grayscale_p: float | None = opt(None, "null: views.grayscale_p", ge=0, le=1)
+    blur_p: float | tuple[float, ...] | None = opt(
+        None, "one, or a list of one for each crop of this kind; null: views.blur_p", ge=0, le=1
+    )
+    blur_sigma: tuple[float, float] | None = opt(None, "null: views.blur_sigma", gt=0, rising=True)
+    solarize_p: float | tuple[float, ...] | None = opt(
+        None, "one, or a list of one for each crop of this kind; null: views.solarize_p", ge=0, le=1
+    )
+
+
+PER_CROP = ("blur_p", "solarize_p")
+"""Of a kind of crop, the keys that may be a list, one value for each crop."""
+PUBLISHED_BLUR_P = {"dinov2_published": ((1.0, 0.1), 0.5), "dinov2_released": ((0.0, 0.9), 0.5)}
+"""By name, views.blur_p of the two crops of the first kind and of all others."""
+
+
+class Photometric(NamedTuple):
+    """How one crop is flipped, coloured, blurred and solarised: what the keys of these names in `views`, or in its
+    kind, say."""
+
+    flip: float
+    jitter: tuple[float, float, float, float]
+    jitter_p: float
+    grayscale_p: float
+    blur_p: float
+    blur_sigma: tuple[float, float]
+    solarize_p: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
     crops: tuple[Crop, ...] = opt(
-        (Crop(), Crop(num=4, size=96, scale=(0.05, 0.14))), "kinds of crops; targets are made of the first kind"
+        (Crop(), Crop(num=4, size=96, scale=(0.05, 0.14))),
+        "kinds of crops, each with the keys below; targets are made of the first kind",
     )
     flip: float = opt(0.5, "probability of a horizontal flip", ge=0, le=1)
     jitter: tuple[float, float, float, float] = opt(
@@ -130,10 +160,36 @@ class Views:
     )
     jitter_p: float = opt(0.8, "probability of colour jitter", ge=0, le=1)
     grayscale_p: float = opt(0.2, "probability of conversion to grayscale", ge=0, le=1)
-    blur_p: float = opt(0.5, "probability of a Gaussian blur", ge=0, le=1)
+    blur_p: float | Literal["dinov2_published", "dinov2_released"] = opt(
+        0.5,
+        "probability of a Gaussian blur; dinov2_published: 1.0 and 0.1 for the two crops of the first kind, 0.5 for "
+        "others; dinov2_released: 0.0, 0.9 and 0.5, which the released code makes of these (it inverts them) and "
+        "its weights were trained with",
+        ge=0,
+        le=1,
+    )
     blur_sigma: tuple[float, float] = opt(
         (0.1, 2.0), "standard deviation of the blur in pixels, from and to", gt=0, rising=True
     )
+    solarize_p: float = opt(
+        0.0, "probability of solarisation, which inverts channels of at least 128, after the blur", ge=0, le=1
+    )
+
+    @cached_property
+    def photometric(self) -> tuple[tuple[Photometric, ...], ...]:
+        """For each kind of crop that of each of its crops."""
+        return tuple(tuple(self._photometric(kind, n) for n in range(c.num)) for kind, c in enumerate(self.crops))
+
+    def _photometric(self, kind: int, n: int) -> Photometric:
+        values = {}
+        for key in Photometric._fields:
+            own = getattr(self.crops[kind], key, None)  # flip is the same for all
+            value = getattr(self, key) if own is None else own
+            if isinstance(value, str):
+                first, others = PUBLISHED_BLUR_P[value]
+                value = others if kind else first
+            values[key] = value[n] if key in PER_CROP and isinstance(value, tuple) else value
+        return Photometric(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,7 +552,12 @@ class Config:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+    return [_plain(_without_nulls(v)) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Of a section in a list, a kind of crop, the keys that it gives."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 @cache

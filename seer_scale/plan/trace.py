@@ -12,7 +12,7 @@ import gc
 import sys
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -36,7 +36,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import seer_scale
-from seer_scale.config import Config
+from seer_scale.config import Config, Photometric
 from seer_scale.data.batch import Batch
 from seer_scale.data.transforms.on_device import mean_and_scale, micro_batches
 from seer_scale.data.transforms.photometric import draw, encode
@@ -546,18 +546,18 @@ def _phase(recorder: _Recorder, phase: Phase) -> Iterator[None]:
 
 
 def example_batch(config: Config, world: World) -> Batch:
-    """Of one rank, its images black; colours, flips and blurs as they are drawn."""
+    """Of one rank, its images black; photometrics as they are drawn."""
     num = config.train.global_batch // world.size
     generator = torch.Generator().manual_seed(0)
     on_device = config.data.on_device("cpu" if world.device.type == "cpu" else "cuda")
 
-    def params(rows: int) -> Tensor:
+    def params(kind: Sequence[Photometric]) -> Tensor:
         uniform = iter(lambda: torch.rand((), generator=generator).item(), None)
-        return torch.stack([torch.from_numpy(encode(draw(config.views, uniform))) for _ in range(rows)])
+        return torch.stack([torch.from_numpy(encode(draw(how, uniform))) for how in kind for _ in range(num)])
 
     return Batch(
         [torch.zeros(crop.num * num, 3, crop.size, crop.size, dtype=torch.uint8) for crop in config.views.crops],
-        [params(crop.num * num) for crop in config.views.crops] if on_device else [],
+        [params(kind) for kind in config.views.photometric] if on_device else [],
         torch.zeros(num, dtype=torch.int64), 0, [],
     )  # fmt: skip
 

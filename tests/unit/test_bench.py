@@ -338,6 +338,8 @@ def test_both_loops_begin_alike_and_train_the_backbone(learn_options, tmp_path):
         ("hidden: [16]", "hidden: []", "swav.hidden"),
         ("prototypes: [8]", "prototypes: [8, 8]", "swav.prototypes"),
         ("iterations: 2", "queue: 16", "swav.queue"),
+        ("size: 8", "size: 8, blur_p: 0", "views.crops"),
+        ("views: {", "views: {solarize_p: 0.1, ", "views.solarize_p"),
     ],
 )
 def test_learn_compares_only_what_lightly_has(learn_options, tmp_path, was, now, key):

@@ -73,6 +73,19 @@ def test_text_stays_text():
         ("--parallel.engine=single", "parallel.engine", "single", "use ddp or fsdp", "4 ranks"),
         ("--views.jitter=[0.4, 0.4]", "views.jitter", [0.4, 0.4], "", "needs 4 values"),
         ("--views.crops=[{size: 4}]", "views.crops[0].size", 4, "", "at least 8"),
+        ("--views.crops=[{num: 2, blur_p: [1, 0.1, 0]}]", "views.crops[0].blur_p", [1.0, 0.1, 0.0], [1.0, 0.1],
+         "a value for each crop of the kind, whose num is 2"),
+        ("--views.crops=[{solarize_p: [0, 1.2]}]", "views.crops[0].solarize_p", [0, 1.2], "", "at most 1"),
+        ("--views.crops=[{jitter: [0, 0, 0, 0.6]}]", "views.crops[0].jitter", [0.0, 0.0, 0.0, 0.6],
+         [0.0, 0.0, 0.0, 0.5], "at most 0.5"),
+        ("--views.crops=[{blur_sigma: [2, 1]}]", "views.crops[0].blur_sigma", [2, 1], [1.0, 2.0], "small to large"),
+        ("--views.crops=[{num: x, blur_p: [1, 0, 1]}]", "views.crops[0].num", "x", "", "a whole number"),
+        ("--views.blur_p=dinov2_release", "views.blur_p", "dinov2_release", "did you mean dinov2_released?",
+         "must be a number, or one of dinov2_published, dinov2_released"),
+        ("--views={blur_p: dinov2_published, crops: [{num: 3}]}", "views.blur_p", "dinov2_published",
+         "give that 2, or numbers, of which each kind may have its own", "a first kind of 2 crops"),
+        ("--views={jitter_p: 0.1, crops: [{jitter_p: 0.3}]}", "views.jitter_p", 0.1, "remove it, or give that",
+         "no effect without a kind of views.crops that has no jitter_p of its own"),
         ("--views.blur_sigma=[2, 1]", "views.blur_sigma", [2, 1], [1.0, 2.0], "from small to large"),
         ("--model.depth=9", "model.name", "regnety_8gf", "use model.name regnety, or give --model.depth null", "fixed"),
         ("--schedule.warmup_samples=1000", "schedule.warmup_samples", 1000,
@@ -119,6 +132,25 @@ def test_of_what_could_not_be_read_no_rule_is_told_to_be_broken():
 
 def test_round_trip():
     config = resolve(SMALL, ["--swav.prototypes=[20, 30]", "--model.name=regnety", "--model.depth=5"])
+    assert resolve(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_kinds_of_crops_round_trip_with_the_keys_that_they_give():
+    words = ["--views.crops=[{blur_p: [1, 0.1], jitter: [0.4, 0.4, 0.2, 0.1]}, {num: 8, size: 96, solarize_p: 0.3}]"]
+    config = resolve(SMALL, words)
+    assert resolve(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+    first, second = config.to_dict()["views"]["crops"]
+    assert first["blur_p"] == [1.0, 0.1] and "blur_p" not in second and "jitter" not in second
+
+
+@pytest.mark.parametrize(
+    "name, blurs", [("dinov2_published", [1.0, 0.1, 0.5, 0.5]), ("dinov2_released", [0.0, 0.9, 0.5, 0.5])]
+)
+def test_published_blurs_by_name(name, blurs):
+    """Of DINOv2's paper and of its code, whose GaussianBlur(p) keeps the image with probability p."""
+    crops = "--views.crops=[{num: 2}, {num: 1, size: 98}, {num: 1, size: 64}]"
+    config = resolve(SMALL, [f"--views.blur_p={name}", crops])
+    assert [how.blur_p for kind in config.views.photometric for how in kind] == blurs
     assert resolve(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
@@ -172,6 +204,8 @@ def test_help_names_every_key():
     for key, kind, _, meaning in all_keys():
         row = lines.index(f"  --{key} {kind}")
         assert meaning and meaning in lines[row + 1]
+    assert "        blur_p float | [float, ...]: one, or a list of one for each crop" in help_of_train()
+    assert "  --views.blur_p float | dinov2_published | dinov2_released" in lines
     assert {k.split(".")[0] for k, *_ in all_keys()} == {*Config().sections(), *settings_classes()}
 
 
@@ -262,7 +296,7 @@ def test_only_what_changes_training_is_a_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(load_recipe("photos_laptop"), ["--data.path", "images"])
     then = json.loads(json.dumps(config.to_dict()))
-    del then["run"]["hang_timeout_s"], then["train"]["compile"]  # of a time before these keys
+    del then["run"]["hang_timeout_s"], then["train"]["compile"], then["views"]["solarize_p"]  # before these keys
     then["schedule"]["gone"] = 1
     words = ["--run.dir", "elsewhere", "--checkpoint.resume", "x", "--checkpoint.keep_last", "2"]
     for path in ("images", "./images/", str(tmp_path / "images")):

@@ -40,12 +40,13 @@ def made(kernels, image: np.ndarray, size: int, how: photometric.PhotometricPara
 
 
 some_params = st.builds(
-    lambda flip, ops, sigma: photometric.PhotometricParams(
-        flip, tuple((op, f / 4 if op == photometric.HUE else f) for op, f in ops), sigma
+    lambda flip, ops, *last: photometric.PhotometricParams(
+        flip, tuple((op, f / 4 if op == photometric.HUE else f) for op, f in ops), *last
     ),
     st.booleans(),
     st.lists(st.tuples(st.integers(0, 4), st.floats(0, 2, width=32)), max_size=4, unique_by=lambda x: x[0]),
     st.sampled_from([0.0, 0.3, 2.0, 12.0]),
+    st.booleans(),
 )
 
 

@@ -55,16 +55,18 @@ def noise(size: int, seed: int) -> np.ndarray:
 
 
 def drawn(num: int, seed: int, views: Views | None = None) -> list[p.PhotometricParams]:
-    return [p.draw(views or Views(), iter(u)) for u in np.random.default_rng(seed).random((num, DRAWS)).tolist()]
+    how = (views or Views(solarize_p=0.3)).photometric[0][0]
+    return [p.draw(how, iter(u)) for u in np.random.default_rng(seed).random((num, DRAWS)).tolist()]
 
 
 # ------------------------------------------------------------------------------------------- the CPU's
 
 number = st.floats(0, 3, width=32)
 extreme = st.builds(
-    lambda flip, factors, order, sigma: p.PhotometricParams(flip, tuple((op, factors[op]) for op in order), sigma),
+    lambda flip, factors, order, *last: p.PhotometricParams(flip, tuple((op, factors[op]) for op in order), *last),
     st.booleans(), st.tuples(number, number, number, st.floats(-0.5, 0.5, width=32), number),
     st.lists(st.integers(0, 4), unique=True), st.sampled_from([0.0, 0.125, 1.0]) | st.floats(0.125, 12, width=32),
+    st.booleans(),
 )  # fmt: skip
 
 
@@ -87,6 +89,7 @@ def test_each_operation_is_the_cpus_to_one_level():
     ways += [p.PhotometricParams(False, ((p.HUE, f),), 0.0) for f in (-0.5, -0.2, 0.0, 1 / 6, 0.25, 0.5)]
     ways += [p.PhotometricParams(False, ((p.GREY, 0.0),), 0.0), p.PhotometricParams(True, (), 0.0)]
     ways += [p.PhotometricParams(False, (), sigma) for sigma in (0.125, 0.5, 2.0, 9.0, 30.0)]
+    ways += [p.PhotometricParams(False, (), sigma, solarize=True) for sigma in (0.0, 2.0)]
     for size in (8, 33, 96):
         for images in ([noise(size, i) for i in range(len(ways))], [photo(size, size, i) for i in range(len(ways))]):
             assert apart(at_once(images, ways), one_by_one(images, ways)) <= 1.01
@@ -177,12 +180,10 @@ def test_operations_follow_one_another_in_their_order():
 
 def test_packed_says_all_that_is_drawn():
     for how in drawn(300, 3):
-        flip, *pairs, sigma = p.encode(how).tolist()
+        flip, *pairs, sigma, solarize = p.encode(how).tolist()
         ops = [(int(op), factor) for op, factor in zip(pairs[::2], pairs[1::2]) if op >= 0]
-        assert len(pairs) + 2 == p.PARAMS_PER_CROP and (flip, [op for op, _ in ops]) == (
-            how.flip,
-            [op for op, _ in how.ops],
-        )
+        assert len(pairs) + 3 == p.PARAMS_PER_CROP
+        assert (flip, [op for op, _ in ops], solarize) == (how.flip, [op for op, _ in how.ops], how.solarize)
         assert [sigma, *(f for _, f in ops)] == pytest.approx([how.sigma, *(f for _, f in how.ops)], rel=1e-6)
 
 

@@ -1,4 +1,5 @@
-"""Flip, jitter, grey and blur: torchvision's to two levels, drawn as often as asked, the same in C and in torch."""
+"""Flip, jitter, grey, blur and solarisation: torchvision's to two levels, drawn as often as asked, the same in C and in
+torch."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as tv
 
-from seer_scale.config import Views
+from seer_scale.config import Crop, Photometric, Views
 from seer_scale.data.transforms import photometric as p
 from seer_scale.data.transforms.views import DRAWS
 from tests.pictures import apart, photo
@@ -23,10 +24,16 @@ def kernel(request, monkeypatch):
         pytest.skip("the kernels were not built")
 
 
-def changed(image: np.ndarray, flip=False, ops=(), sigma=0.0) -> np.ndarray:
+def changed(image: np.ndarray, flip=False, ops=(), sigma=0.0, solarize=False) -> np.ndarray:
     planes = np.full((3, *image.shape[:2]), 77, np.uint8)
-    p.apply_photometric(image, p.PhotometricParams(flip, tuple(ops), sigma), planes)
+    p.apply_photometric(image, p.PhotometricParams(flip, tuple(ops), sigma, solarize), planes)
     return planes
+
+
+def of_each(**views: object) -> Photometric:
+    """That of the only kind of crop."""
+    ((how,),) = Views(crops=(Crop(num=1),), **views).photometric
+    return how
 
 
 def exact(image: np.ndarray) -> torch.Tensor:
@@ -66,6 +73,16 @@ def test_blur_is_torchvisions_to_two_levels(kernel, sigma):
     assert apart(changed(image, sigma=sigma), theirs) <= 2
 
 
+def test_solarisation_is_torchvisions_after_the_blur(kernel):
+    image = np.arange(3 * 256).astype(np.uint8).reshape(16, 16, 3)  # every level in every channel
+    theirs = tv.solarize(torch.from_numpy(image).permute(2, 0, 1), 128)
+    assert np.array_equal(changed(image, solarize=True), theirs)
+    image = photo(80, 80)
+    theirs = 255 * tv.solarize(tv.gaussian_blur(exact(image), [13, 13], [2.0, 2.0]), 0.5).numpy()
+    assert apart(changed(image, sigma=2.0, solarize=True), theirs) <= 2
+    assert apart(tv.gaussian_blur(tv.solarize(exact(image), 0.5), [13, 13], [2.0, 2.0]) * 255, theirs) > 20
+
+
 def test_flip_and_nothing(kernel):
     image = photo(50, 50)
     assert np.array_equal(changed(image), image.transpose(2, 0, 1))
@@ -74,22 +91,26 @@ def test_flip_and_nothing(kernel):
 
 
 def test_every_step_happens_as_often_as_asked(kernel):
-    """Shares of flipped, grey and blurred crops within 5 standard errors of their probabilities, alone and together."""
+    """Shares of flipped, grey, blurred and solarised crops within 5 standard errors of their probabilities, alone and
+    together."""
     left = np.zeros((16, 16, 3), np.uint8)
-    left[:, :8] = (200, 60, 20)
-    asked = Views(jitter_p=0.0, flip=0.3, grayscale_p=0.2, blur_p=0.6, blur_sigma=(1.0, 2.0))
+    left[:, :8] = (250, 150, 20)
+    asked = of_each(jitter_p=0.0, flip=0.3, grayscale_p=0.2, blur_p=0.6, blur_sigma=(1.0, 2.0), solarize_p=0.4)
     n = 3000
     draws = np.random.default_rng(1).random((n, DRAWS)).tolist()
     crops = [changed(left, *p.draw(asked, iter(d))).astype(int).transpose(1, 2, 0) for d in draws]
     flipped = np.array([c[0, 0].sum() < c[0, -1].sum() for c in crops])
     grey = np.array([np.ptp(c, axis=2).max() == 0 for c in crops])
+    solarized = np.array([c.max() < 128 for c in crops])
     blurred = np.array([0 < c[8, 6:10].sum(1).min() or len({*c[8, :, 0]}) > 2 for c in crops])
     for share, probability in (
         (flipped, 0.3),
         (grey, 0.2),
         (blurred, 0.6),
+        (solarized, 0.4),
         (flipped & grey, 0.06),
         (grey & blurred, 0.12),
+        (blurred & solarized, 0.24),
     ):
         assert abs(share.mean() - probability) < 5 * np.sqrt(probability * (1 - probability) / n)
 
@@ -97,9 +118,9 @@ def test_every_step_happens_as_often_as_asked(kernel):
 def test_jitter_factors_are_torchvisions_ranges_in_any_order():
     seen: dict[int, list[float]] = {n: [] for n in range(5)}
     orders = set()
-    views = Views(jitter=(0.8, 1.5, 0.0, 0.2), jitter_p=0.8, grayscale_p=0.0)
+    how = of_each(jitter=(0.8, 1.5, 0.0, 0.2), jitter_p=0.8, grayscale_p=0.0)
     for d in np.random.default_rng(2).random((4000, DRAWS)).tolist():
-        ops = p.draw(views, iter(d)).ops
+        ops = p.draw(how, iter(d)).ops
         orders.add(tuple(op for op, _ in ops))
         for op, factor in ops:
             seen[op].append(factor)

@@ -1,5 +1,6 @@
 """Views are a pure function, cut as torchvision's, and whole for any shape of image."""
 
+import hashlib
 import io
 import random
 
@@ -14,6 +15,7 @@ from torchvision.transforms import functional as tv
 
 from seer_scale.bench.data import reference
 from seer_scale.config import Crop, Views
+from seer_scale.data.transforms import on_device, photometric
 from seer_scale.data.transforms import views as v
 from seer_scale.data.transforms.decode import decode
 from seer_scale.data.transforms.on_device import to_float
@@ -36,6 +38,35 @@ def test_views_are_a_pure_function():
 def test_a_crop_does_not_depend_on_the_kinds_after_it():
     alone = v.make_views(photo(), Views(crops=KINDS.crops[:1]), 1, 2, 3)
     assert np.array_equal(alone[0], v.make_views(photo(), KINDS, 1, 2, 3)[0])
+
+
+@pytest.mark.skipif(v.native() is None, reason="the kernels were not built")
+def test_views_are_those_of_earlier_versions():
+    """So that a run goes on as it began: a checksum of what was made before crops had photometrics of their own."""
+    at = np.arange(90 * 120)
+    image = np.stack([at * k // 7 + at // 120 * 3 for k in (1, 2, 3)], -1).reshape(90, 120, 3).astype(np.uint8)
+    made = hashlib.sha256()
+    for index in range(8):
+        for kind in v.make_views(image, KINDS, 1, 2, index):
+            made.update(kind.tobytes())
+    assert made.hexdigest() == "480710789923254844e9f49c91dd45acfb24cbe576e84563fb0f951b01915304"
+
+
+def test_each_crop_has_the_photometrics_of_its_kind(monkeypatch):
+    """Of views where the kind says nothing; of its place where the kind has a list; done here or on the device."""
+    first = Crop(num=2, size=32, blur_p=(1.0, 0.0), solarize_p=(0.0, 1.0), grayscale_p=1.0)
+    asked = Views(crops=(first, Crop(num=1, size=16, jitter_p=0.0)), jitter_p=1.0, grayscale_p=0.0, blur_p=0.0)
+    data = encode(Image.fromarray(photo()), "PNG")
+    here = v.make_views(photo(), asked, 0, 0, 0)
+    out = [np.empty((c.num, 3, c.size, c.size), np.uint8) for c in asked.crops]
+    out += [np.empty((c.num, photometric.PARAMS_PER_CROP), np.float32) for c in asked.crops]
+    for n, kind in enumerate(v.load_views(data, asked, 0, 0, 0, out)[:2]):
+        params = torch.from_numpy(out[2 + n])
+        assert apart(on_device.apply_and_round(torch.from_numpy(kind), params), here[n]) <= 1
+    (blurred, solarized), (third,) = out[2], out[3]
+    assert blurred[-2] > 0 and blurred[-1] == 0 and solarized[-2] == 0 and solarized[-1] == 1
+    assert all(photometric.GREY in params[1:-2:2] and params[1] >= 0 for params in out[2])
+    assert (third[1:-2:2] == -1).all() and not third[-2:].any()
 
 
 @settings(deadline=None)

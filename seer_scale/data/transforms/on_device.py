@@ -1,11 +1,11 @@
 """What is done to a batch on its device: it is cut into micro-batches; the crops of each, all at once, are flipped,
-coloured, blurred and normalised.
+coloured, blurred, solarised and normalised.
 
 This is the second implementation of the kernels of pixels.c, equal to a level, and stands in for them on a CPU where
 they were not built. What each crop needs is known to the host, so no step waits for the device: numbers and indices go
-there in one small copy a chunk. Flip, hue and blur are done to the crops that have them. Every other operation blends a
-crop with black, with the mean of its grey image or with that image, which differ in coefficients alone: each step is
-one formula for all."""
+there in one small copy a chunk. Flip, hue, blur and solarisation are done to the crops that have them. Every other
+operation blends a crop with black, with the mean of its grey image or with that image, which differ in coefficients
+alone: each step is one formula for all."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from seer_scale.data.transforms.photometric import (
     CONTRAST,
     GREY,
     HUE,
+    MAX_OPS,
     PARAMS_PER_CROP,
     SATURATION,
     PhotometricParams,
@@ -61,15 +62,16 @@ def apply_on_cpu(crop: np.ndarray, params: PhotometricParams) -> np.ndarray:
 
 
 def _in_place(x: Tensor, params: Tensor) -> None:
-    ops, factors = params[:, 1:-1:2].T, params[:, 2:-1:2].T  # [MAX_OPS, n]
-    flipped, blurred = params[:, 0].nonzero()[:, 0], params[:, -1].nonzero()[:, 0]
+    flip, pairs, sigma, solarize = params.split((1, 2 * MAX_OPS, 1, 1), 1)
+    ops, factors = pairs[:, ::2].T, pairs[:, 1::2].T  # [MAX_OPS, n]
+    flipped, blurred, solarized = (asked[:, 0].nonzero()[:, 0] for asked in (flip, sigma, solarize))
     steps = []
     for op, factor in zip(ops, factors):
         if (op >= 0).any():
             turned = (op == HUE).nonzero()[:, 0]
             steps += [_shares(op, factor), turned, _thirds(factor[turned])]
-    weights = gaussians(params[blurred, -1])
-    flipped, blurred, weights, *steps = _ship([flipped, blurred, weights, *steps], x.device)
+    weights = gaussians(sigma[blurred, 0])
+    flipped, blurred, weights, solarized, *steps = _ship([flipped, blurred, weights, solarized, *steps], x.device)
 
     if len(flipped):
         x.index_copy_(0, flipped, x.index_select(0, flipped).flip(3))
@@ -79,6 +81,8 @@ def _in_place(x: Tensor, params: Tensor) -> None:
             x.index_copy_(0, turned, _turn(x.index_select(0, turned), thirds))
     if len(blurred):
         x.index_copy_(0, blurred, _blur(x.index_select(0, blurred), weights))
+    if len(solarized):  # as far from 127.5, below it
+        x.index_copy_(0, solarized, x.index_select(0, solarized).sub_(127.5).abs_().neg_().add_(127.5))
 
 
 def _ship(parts: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""Photometric augmentation of a crop: flip, colour jitter, grey, Gaussian blur (SwAV's order and distributions).
+"""Photometric augmentation of a crop: flip, colour jitter, grey, Gaussian blur (SwAV's order and distributions) and
+solarisation, where DINOv2 has it: last.
 
 `draw` draws the parameters; `apply_photometric` applies them to one crop on the CPU: in one or two passes in C
 (pixels.c), or as on_device.py does where that was not built, the same to a level of 255. The operations are
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seer_scale.config import Views
+from seer_scale.config import Photometric
 from seer_scale.data.transforms.native import native, scratch
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY = range(5)
@@ -28,38 +29,41 @@ class PhotometricParams(NamedTuple):
     """(operation, factor) one after the other; for HUE the factor is the turn, as a share of the colour circle."""
     sigma: float
     """The blur's standard deviation in pixels; 0 = none."""
+    solarize: bool = False
+    """Channels of at least 128 are inverted."""
 
 
 IDENTITY = PhotometricParams(False, (), 0.0)
 MAX_OPS = 5
-PARAMS_PER_CROP = 2 + 2 * MAX_OPS
+PARAMS_PER_CROP = 3 + 2 * MAX_OPS
 """Numbers that encode a crop's."""
 
 
 def encode(params: PhotometricParams) -> np.ndarray:
     """float32 [PARAMS_PER_CROP]: flip, (operation, factor) for each of MAX_OPS in order, (-1, 0) where there are fewer,
-    sigma."""
+    sigma, solarize."""
     none = [(-1, 0.0)] * (MAX_OPS - len(params.ops))
-    return np.array([params.flip, *sum((*params.ops, *none), ()), params.sigma], np.float32)
+    return np.array([params.flip, *sum((*params.ops, *none), ()), params.sigma, params.solarize], np.float32)
 
 
-def draw(views: Views, u: Iterator[float]) -> PhotometricParams:
+def draw(how: Photometric, u: Iterator[float]) -> PhotometricParams:
     """One crop's parameters; `u` iterates over uniform numbers in [0, 1)."""
-    flip, ops, sigma = next(u) < views.flip, [], 0.0
-    if next(u) < views.jitter_p:
+    flip, ops, sigma = next(u) < how.flip, [], 0.0
+    if next(u) < how.jitter_p:
         order = sorted(range(4), key=[next(u) for _ in range(4)].__getitem__)
         where = [next(u) for _ in range(4)]
         for op in order:
-            strength = views.jitter[op]
+            strength = how.jitter[op]
             low, high = (-strength, strength) if op == HUE else (max(0.0, 1 - strength), 1 + strength)
             if strength:
                 ops.append((op, low + (high - low) * where[op]))
-    if next(u) < views.grayscale_p:
+    if next(u) < how.grayscale_p:
         ops.append((GREY, 0.0))
-    if next(u) < views.blur_p:
-        low, high = views.blur_sigma
+    if next(u) < how.blur_p:
+        low, high = how.blur_sigma
         sigma = low + (high - low) * next(u)
-    return PhotometricParams(flip, tuple(ops), sigma)
+    solarize = how.solarize_p > 0 and next(u) < how.solarize_p
+    return PhotometricParams(flip, tuple(ops), sigma, solarize)
 
 
 def apply_photometric(crop: np.ndarray, params: PhotometricParams, planes: np.ndarray) -> None:
@@ -84,6 +88,8 @@ def apply_photometric(crop: np.ndarray, params: PhotometricParams, planes: np.nd
             weights.ctypes.data,
             scratch(size * size + size + len(weights)).ctypes.data,
         )
+    if params.solarize:
+        np.minimum(planes, ~planes, out=planes)  # of v and 255 - v the smaller is 255 - v from 128 on
 
 
 def gaussian(sigma: float) -> np.ndarray:

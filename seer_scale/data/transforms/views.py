@@ -1,7 +1,8 @@
 """From pixels to views: every crop cut from one decoded image, resized, its colours changed, all as uint8 on the CPU.
 
 Order and distributions are SwAV's (torchvision's RandomResizedCrop and ColorJitter): random resized crop, flip,
-colour jitter, grey, Gaussian blur. The views of an image are a pure function of (image, views, seed, epoch, index).
+colour jitter, grey, Gaussian blur; then solarisation, as in DINOv2. The views of an image are a pure function of
+(image, views, seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -79,11 +80,12 @@ def _cut(
     """full: (height, width) of the image that `image` is a smaller copy of; boxes are chosen there."""
     planes = (p for kind in out[: len(views.crops)] for p in kind)
     encoded = (p for kind in out[len(views.crops) :] for p in kind)
+    photometrics = (how for kind in views.photometric for how in kind)
     down, right = image.shape[0] / full[0], image.shape[1] / full[1]
-    for to, (kind, u, (top, left, height, width)) in zip(planes, _boxes(views, draws, *full)):
+    for to, how, (kind, u, (top, left, height, width)) in zip(planes, photometrics, _boxes(views, draws, *full)):
         rows = slice(round(top * down), max(round(top * down) + 1, round((top + height) * down)))
         columns = slice(round(left * right), max(round(left * right) + 1, round((left + width) * right)))
-        crop, params = resize(image[rows, columns], kind.size), photometric.draw(views, u)
+        crop, params = resize(image[rows, columns], kind.size), photometric.draw(how, u)
         if (later := next(encoded, None)) is not None:
             later[:], params = photometric.encode(params), photometric.IDENTITY
         photometric.apply_photometric(crop, params, to)
