@@ -83,14 +83,19 @@ class Sample(NamedTuple):
     seconds: float
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds; on one CPU thread of CPU time: other processes do not count."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
 class Clock:
     """Of work on a device. On one CPU thread it counts CPU time: other processes do not. On a GPU it counts the time of
     the device alone, which is kept busy while the host gives the work."""
 
     def __init__(self, device: torch.device, rounds: int):
         self.device, self.rounds = device, rounds
-        alone = device.type == "cpu" and torch.get_num_threads() == 1
-        self.now = time.process_time if alone else time.perf_counter
+        self.now = clock_of(device)
         self.cold_bytes = COLD_BYTES
         if device.type == "cuda":
             self._busy = torch.ones(BUSY_ROWS, BUSY_ROWS, device=device)

@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seer_scale.bench.collectives import CollectiveCounter
 from seer_scale.bench.ranks import run_ranks, seconds, wait, where
 from seer_scale.bench.step import fake_views, read_crops, small_recipe
-from seer_scale.config import ZERO_ENGINES, Config, resolve
+from seer_scale.config import ZERO_ENGINES, Config, merge, resolve
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, Problem, UserError, nearest
 from seer_scale.files import to_json
@@ -338,7 +338,11 @@ def run(args: argparse.Namespace) -> str:
     ranks = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
     crops = read_crops(args.crops)
     cases, left_out = list_cases(args, ranks)
-    base = small_recipe(args.model, crops, args.batch, args.prototypes, args.precision)
+    given_here = {
+        "model": {"name": args.model}, "views": {"crops": crops}, "swav": {"prototypes": [args.prototypes]},
+        "train": {"precision": args.precision},
+    }  # fmt: skip
+    base = merge(small_recipe("swav", args.batch), given_here)
     given = []
     for case in cases:
         try:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from seer_scale.bench.step import SINGLE_RANK
+from seer_scale.bench.reference_swav import SINGLE_RANK
 from seer_scale.config import Config, Views, load_recipe, resolve
 from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler

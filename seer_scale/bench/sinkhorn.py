@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seer_scale.bench.ranks import run_ranks, seconds, where
-from seer_scale.bench.step import textbook_sinkhorn
+from seer_scale.bench.reference_swav import textbook_sinkhorn
 from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.files import to_json

@@ -1,43 +1,46 @@
-"""The update against a plain loop: timm's RegNetY called once a resolution, textbook SwAV (the reference's
-distributed_sinkhorn), torch.optim.SGD, torch.amp.GradScaler; the same weights, views and precision in one process.
+"""The update against a plain loop of the same method: public networks called once a resolution, the textbook loss, an
+optimiser of torch, torch.amp.GradScaler; the same weights, views and precision in one process.
 
-Prints images/s of both, the median of the ratio over interleaved rounds, and both losses. With `--recipe` the model,
-crops, head, prototypes, assignment, precision and recomputation are a recipe's, as far as nothing else is given.
+Prints images/s of both, the median of the ratio over interleaved rounds, and both losses. With `--recipe` the method,
+model, crops, heads, precision and recomputation are a recipe's, as far as nothing else is given. `--parts` times the
+networks of our update one by one, beside their multiply-accumulates.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from seer_scale.bench import calibrate
 from seer_scale.bench.ranks import wait
-from seer_scale.config import Config, Crop, load_recipe, resolve
+from seer_scale.bench.reference import Part, PlainLoop
+from seer_scale.bench.reference_dinov2 import DINOv2Loop
+from seer_scale.bench.reference_swav import SwAVLoop
+from seer_scale.config import Config, Crop, merge
+from seer_scale.config.schema import Method, Model
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.extras import how_to_install
 from seer_scale.files import to_json
-from seer_scale.interop.names import TIMM_MODELS
-from seer_scale.methods.swav.method import SwAV
-from seer_scale.methods.swav.settings import SwAVSettings
+from seer_scale.methods.registry import build_method
 from seer_scale.models.execution import COMPUTE_DTYPES
-from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.parallel import build_engine
+from seer_scale.parallel.engine import Engine
+from seer_scale.training.start import read_recipe, resolve_given
 
+PLAIN_LOOPS: dict[str, type[PlainLoop[Any]]] = {"swav": SwAVLoop, "dinov2": DINOv2Loop}
+
+UPDATE, REST = "update", "losses, optimiser and the rest"
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "V100": 125}
 """Dense half-precision peak of a device, from the makers' data sheets."""
-
-SINGLE_RANK = World()
-
 
 SEER_V100 = ("regnety_256gf", "2x224,4x96", 2.78)
 """Model, crops, images/s of one of 512 V100s: 6.125 s an update of 8,704 images (arXiv 2103.01988)."""
@@ -46,13 +49,19 @@ SEER_V100 = ("regnety_256gf", "2x224,4x96", 2.78)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="", help="a shipped recipe or a YAML file")
     parser.add_argument(
-        "--model", default="", help="a backbone that timm has too (default: the recipe's, or regnety_200mf)"
+        "--method",
+        default="",
+        choices=["", *PLAIN_LOOPS],
+        help="method of pretraining (default: the recipe's, or swav)",
+    )
+    parser.add_argument(
+        "--model", default="", help="a backbone that timm has too (default: the recipe's, or a small one)"
     )
     parser.add_argument("--batch", type=int, default=8, help="images an update")
     parser.add_argument(
-        "--crops", default="", help="number x size of each kind of crop (default: the recipe's, or 2x96,4x64)"
+        "--crops", default="", help="number x size of each kind of crop (default: the recipe's, or small ones)"
     )
-    parser.add_argument("--prototypes", type=int, default=0, help="(default: the recipe's, or 32)")
+    parser.add_argument("--prototypes", type=int, default=0, help="(default: the recipe's, or few)")
     parser.add_argument(
         "--precision", default="", choices=["", *COMPUTE_DTYPES], help="(default: the recipe's, or fp32)"
     )
@@ -64,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--alone",
         action="store_true",
         help="only ours, with the recipe's optimiser, for models of which two do not fit",
+    )
+    parser.add_argument(
+        "--parts", action="store_true", help="also the time of each network of our update, beside what it multiplies"
     )
     parser.add_argument(
         "--recompute",
@@ -107,35 +119,41 @@ def read_crops(text: str) -> list[dict[str, int]]:
         raise UserError(Problem("--crops", text, "must be number x size of each kind", ("2x96,4x64",))) from None
 
 
-def small_recipe(model: str, crops: list[dict[str, int]], batch: int, prototypes: int, precision: str) -> dict:
+def small_recipe(method: str, batch: int) -> dict[str, Any]:
     """A recipe for timing; the data are never read."""
     return {
-        "data": {"path": "-"}, "model": {"name": model}, "views": {"crops": crops},
-        "swav": {"hidden": [512], "embedding_dim": 128, "prototypes": [prototypes], "iterations": 3},
-        "optim": {"name": "lars", "lr": 0.03, "lr_batch": 0}, "schedule": {"warmup_samples": 0},
-        "train": {"total_samples": 10**6, "global_batch": batch, "precision": precision},
-    }  # fmt: skip
+        "data": {"path": "-"}, "method": {"name": method}, "schedule": {"warmup_samples": 0},
+        "train": {"total_samples": 10**6, "global_batch": batch},
+    } | dict(PLAIN_LOOPS[method].small)  # fmt: skip
 
 
 def configure(args: argparse.Namespace) -> Config:
     """What to time on one rank: the recipe, or a small one, and over it what is given. Raises UserError."""
-    crops, precision = args.crops or "2x96,4x64", args.precision or "fp32"
-    given = small_recipe(args.model or "regnety_200mf", read_crops(crops), args.batch, args.prototypes or 32, precision)
-    over: dict = {"parallel": {"engine": "single"}}
+    method = args.method
+    named = {"method": {"name": method}} if method else {}
+    named |= {"model": {"name": args.model}} if args.model else {}
     if args.recipe:
-        given = load_recipe(args.recipe)
-        over = of_ranks(1)
-        over["parallel"]["engine"] = "single"
-        over |= {"model": {"name": args.model}} if args.model else {}
-        over |= {"views": {"crops": read_crops(args.crops)}} if args.crops else {}
-        over |= {"swav": {"prototypes": [args.prototypes]}} if args.prototypes else {}
-        over |= {"train": {"precision": args.precision}} if args.precision else {}
+        given = merge(read_recipe(args.recipe, named)[0], named)
+        method = (given.get("method") or {}).get("name", Method.name)
+        if method not in PLAIN_LOOPS:
+            raise UserError(Problem("method.name", method, "there is no plain loop of it", tuple(PLAIN_LOOPS)))
+    else:
+        method = method or Method.name
+        given = small_recipe(method, args.batch) | named
+    loop, over = PLAIN_LOOPS[method], of_ranks(1)
+    over["parallel"]["engine"] = "single"
     if args.recompute:
         over["parallel"]["activation_checkpoint"] = yaml.safe_load(args.recompute)
+    over |= {"views": {"crops": read_crops(args.crops)}} if args.crops else {}
+    over |= {method: loop.prototypes(args.prototypes)} if args.prototypes else {}
+    over |= {"train": {"precision": args.precision}} if args.precision else {}
     if not args.alone:
-        over["optim"] = {"name": "sgd", "lr": 0.03, "lr_batch": 0}
-        given = given | {"optim": {}}
-    return with_batch(resolve(given, over, world_size=1), args.batch)
+        model = (given.get("model") or {}).get("name", Model.name)
+        given, over = given | {"optim": {}}, merge(over, loop.sides(model))
+    config = with_batch(resolve_given(given, over, 1, with_data=False), args.batch)
+    if problems := list(loop.refusals(config)):
+        raise UserError(*problems)
+    return config
 
 
 def of_ranks(num: int) -> dict[str, Any]:
@@ -160,98 +178,63 @@ def fake_views(
     return [torch.randn(s, generator=generator).to(device).contiguous(memory_format=layout) for s in sizes]
 
 
-def macs_an_image(method: SwAV, crops: Sequence[Crop]) -> int:
-    """Multiply-accumulates of one forward of one image's crops: the trunk's convolutions, groups counted as such, the
-    head's matrices and the prototypes."""
-    linear = sum(m.in_features * m.out_features for m in method.modules() if isinstance(m, nn.Linear))
-    return sum(c.num * (method.backbone.num_macs(c.size) + linear) for c in crops)
+def time_loops(
+    loops: Mapping[str, Callable[[], Tensor]], rounds: int, updates: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
+    """Seconds of each of so many rounds of `updates`, in turn, after one that warms up; the last loss; on a GPU the
+    peak of memory, in GiB."""
+    now = calibrate.clock_of(device)
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    losses: dict[str, float] = {}
+    peaks: dict[str, float] = {}
+    for turn in range(rounds + 1):
+        for name, update in loops.items():
+            wait(device)
+            begin = now()
+            for _ in range(updates):
+                loss = update()
+            wait(device)
+            times[name] += [now() - begin] * bool(turn)
+            losses[name] = loss.item()
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+                torch.cuda.reset_peak_memory_stats()
+    return times, losses, peaks
 
 
-class Reference(nn.Module):
-    """main_swav.py's multi-crop forward over timm's model, its head and prototypes."""
+def time_parts(
+    engine: Engine, parts: Mapping[str, Part], update: Callable[[], Tensor], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each part, and of what else an update takes; whole updates run in turn with them."""
 
-    def __init__(self, ours: SwAV, name: str):
-        super().__init__()
-        try:
-            import timm
-        except ImportError as error:
-            fix = f"install it ({how_to_install('timm')}), or give --alone"
-            raise UserError(Problem("timm", NOTHING, "is what bench step compares with", fix)) from error
-        self.backbone = timm.create_model(TIMM_MODELS[name], num_classes=0)
-        self.backbone.load_state_dict(ours.backbone.state_dict())
-        layers: list[nn.Module] = []
-        for layer in ours.head:
-            if isinstance(layer, nn.Linear):
-                layers.append(nn.Linear(layer.in_features, layer.out_features))
-            elif isinstance(layer, nn.ReLU):
-                layers.append(nn.ReLU(inplace=True))
-            elif isinstance(layer, BatchNorm):
-                layers.append(nn.BatchNorm1d(layer.num_features))
-            else:
-                raise TypeError(f"a projection head has a {type(layer).__name__}")
-        self.head = nn.Sequential(*layers)
-        self.head.load_state_dict(ours.head.state_dict())
-        self.prototypes = nn.Linear(ours.config.embedding_dim, ours.config.prototypes[0], bias=False)
-        self.prototypes.load_state_dict(ours.prototypes[0].state_dict())
+    def run(part: Part) -> None:
+        with torch.autocast(device.type, engine.dtype, enabled=engine.dtype != torch.float32):
+            part.run()
+        engine.method.zero_grad(set_to_none=True)
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
-        z = self.head(torch.cat([self.backbone(v) for v in views]))
-        z = F.normalize(z, dim=1, p=2)
-        return z, self.prototypes(z)
+    works: dict[str, Callable[[], object]] = {name: partial(run, part) for name, part in parts.items()}
+    times: dict[str, list[float]] = {name: [] for name in (UPDATE, *works)}
+    now = calibrate.clock_of(device)
+    for turn in range(rounds + 1):
+        for name, work in {UPDATE: update, **works}.items():
+            wait(device)
+            begin = now()
+            work()
+            wait(device)
+            times[name] += [now() - begin] * bool(turn)
+    seconds = {name: statistics.median(own) for name, own in times.items()}
+    return {name: seconds[name] for name in parts} | {REST: seconds[UPDATE] - sum(seconds[name] for name in parts)}
 
 
-@torch.no_grad()
-def textbook_sinkhorn(scores: Tensor, epsilon: float, iterations: int, world: World = SINGLE_RANK) -> Tensor:
-    """distributed_sinkhorn of main_swav.py. scores [B, K] of this rank -> codes [B, K]."""
-    Q = torch.exp(scores / epsilon).t()
-    K, B = Q.shape[0], Q.shape[1] * world.size
-    Q /= world.sum_(Q.sum())
-    for _ in range(iterations):
-        Q /= world.sum_(Q.sum(dim=1, keepdim=True))
-        Q /= K
-        Q /= Q.sum(dim=0, keepdim=True)
-        Q /= B
-    return (Q * B).t()
-
-
-def textbook_loss(scores: Tensor, config: Config) -> Tensor:
-    """main_swav.py's loss over all crops. scores [V * B, K], crop-major."""
-    s, batch = config.settings_as(SwAVSettings), config.train.global_batch
-    scores = scores.float()
-    none = scores.new_zeros(())
-    loss, assigned = none, config.views.crops[0].num
-    for crop in range(assigned):
-        codes = textbook_sinkhorn(scores[batch * crop : batch * (crop + 1)].detach(), s.epsilon, s.iterations)
-        others = [v for v in range(config.num_crops) if v != crop]
-        terms = [
-            (codes * F.log_softmax(scores[batch * v : batch * (v + 1)] / s.temperature, dim=1)).sum(1).mean()
-            for v in others
-        ]
-        loss = loss - sum(terms, start=none) / len(others)
-    return loss / assigned
-
-
-class ReferenceLoop:
-    def __init__(self, ours: SwAV, config: Config, device: torch.device):
-        self.config, self.device, self.dtype = config, device, COMPUTE_DTYPES[config.train.precision]
-        self.model = Reference(ours, config.model.name).to(device)
-        o = config.optim
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=config.peak_lr, momentum=o.momentum, weight_decay=o.weight_decay
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-
-    def update(self, views: list[Tensor]) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            _, scores = self.model(views)
-        loss = textbook_loss(scores, self.config)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with torch.no_grad():
-            self.model.prototypes.weight.copy_(F.normalize(self.model.prototypes.weight, dim=1))
-        return loss.detach()
+def table_of_parts(parts: Mapping[str, Part], seconds: Mapping[str, float]) -> list[str]:
+    """Shares are of all parts together."""
+    width = max(map(len, seconds))
+    time_s, macs = sum(seconds[name] for name in parts), sum(part.update_macs for part in parts.values())
+    lines = [f"{'part of our update':{width}}  {'ms':>8}  {'time':>7}  {'GMAC':>8}  {'share':>7}"]
+    for name, part in parts.items():
+        shares = f"{seconds[name] / time_s:7.1%}  {part.update_macs / 1e9:8.2f}  {part.update_macs / macs:7.1%}"
+        lines.append(f"{name:{width}}  {1e3 * seconds[name]:8.1f}  {shares}")
+    return [*lines, f"{REST:{width}}  {1e3 * seconds[REST]:8.1f}"]
 
 
 def run(args: argparse.Namespace) -> str:
@@ -260,86 +243,73 @@ def run(args: argparse.Namespace) -> str:
     if args.calibrate:
         return calibrate.run(args)
     config = configure(args)
-    name, batch, kinds = config.model.name, args.batch, config.views.crops
-    if not args.alone and name not in TIMM_MODELS:
-        known = ", ".join(TIMM_MODELS)
-        raise UserError(Problem("--model", name, "timm has none of that name", f"give --alone, or one of {known}"))
-    prototypes = config.settings_as(SwAVSettings).prototypes
-    if not args.alone and len(prototypes) > 1:
-        fix = "give --alone, or --prototypes"
-        raise UserError(Problem("swav.prototypes", prototypes, "the reference has one set of them", fix))
+    loop, name, batch, kinds = PLAIN_LOOPS[config.method.name], config.model.name, args.batch, config.views.crops
+    if not args.alone and (problems := list(loop.problems(config))):
+        raise UserError(*problems)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     world = World(device=device)
-    with torch.device("meta"):
-        method = SwAV(config, world)
+    method = build_method(config, world)
+    views = fake_views(kinds, batch, device, args.channels_last)
+    parts = loop.parts(method, config, views)  # before the engine, after which some networks cannot be copied
     engine = build_engine(method, config, world)
-    reference = None if args.alone else ReferenceLoop(method, config, device)
+    reference = None if args.alone else loop(method, config, device)
     if reference and args.channels_last:
         reference.model.to(memory_format=torch.channels_last)
-    views = fake_views(kinds, batch, device, args.channels_last)
 
-    def ours() -> Tensor:
-        loss = engine.gradients([lambda: views], samples_seen=0).loss
-        engine.update(config.peak_lr, 0)
+    def ours(seen: int) -> Tensor:
+        loss = engine.gradients([lambda: views], samples_seen=seen).loss
+        engine.update(config.peak_lr, seen)
         return loss
 
-    loops = {"ours": ours} | ({"reference": lambda: reference.update(views)} if reference else {})
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    losses: dict[str, float] = {}
-    peaks = {}
-    for turn in range(args.rounds + 1):  # the first warms up
-        for loop, update in loops.items():
-            wait(device)
-            begin = time.perf_counter()
-            for _ in range(args.updates):
-                loss = update()
-            wait(device)
-            times[loop] += [time.perf_counter() - begin] * bool(turn)
-            losses[loop] = loss.item()
-            if device.type == "cuda":
-                peaks[loop] = torch.cuda.max_memory_allocated() / 2**30
-                torch.cuda.reset_peak_memory_stats()
+    def in_turn(update: Callable[[int], Tensor]) -> Callable[[], Tensor]:
+        seen = itertools.count(0, batch)
+        return lambda: update(next(seen))
+
+    loops = {"ours": in_turn(ours)}
+    if reference:
+        loops["reference"] = in_turn(partial(reference.update, views))
+    times, losses, peaks = time_loops(loops, args.rounds, args.updates, device)
+    seconds = time_parts(engine, parts, loops["ours"], args.rounds, device) if args.parts else {}
     total = (args.rounds + 1) * args.updates
-    place = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    on_cpu = f"CPU, {threads} threads" if threads > 1 else "CPU time of 1 thread"
+    place = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
     crops, precision = ",".join(f"{c.num}x{c.size}" for c in kinds), config.train.precision
     lines = [f"{name}, crops {crops}, batch {batch}, {precision}, {place}, torch {torch.__version__}"]
     rates = {loop: batch * args.updates / statistics.median(seconds) for loop, seconds in times.items()}
     ratio = statistics.median(r / o for o, r in zip(times["ours"], times["reference"])) if reference else None
-    macs = macs_an_image(method, kinds)
+    macs, update_macs = (sum(of) // batch for of in zip(*((p.macs, p.update_macs) for p in parts.values())))
     if args.json:
         return to_json({
-            "what": lines[0], "images_per_s": rates, "loss": losses, "peak_gib": peaks, "speed": ratio,
-            "macs_per_image": macs,
-        }, indent=1)  # fmt: skip
+            "what": lines[0], "method": config.method.name, "images_per_s": rates, "loss": losses, "peak_gib": peaks,
+            "speed": ratio, "macs_per_image": macs,
+        } | ({"parts": {
+            part: {"seconds": s, "macs": parts[part].update_macs if part in parts else 0} for part, s in seconds.items()
+        }} if seconds else {}), indent=1)  # fmt: skip
     recomputed = config.parallel.activation_checkpoint
-    if args.recipe or recomputed != "none":
-        s = config.settings_as(SwAVSettings)
-        widths = " x ".join(map(str, [*s.hidden, s.embedding_dim]))
-        norm = " with BatchNorm" if s.batch_norm else ""
+    if args.recipe or config.method.name != Method.name or recomputed != "none":
         spans = recomputed if isinstance(recomputed, str) else [list(stage) for stage in recomputed]
-        lines.append(f"head {widths}{norm}, prototypes {list(s.prototypes)}, {config.optim.name}, recomputed: {spans}")
-    for loop, rate in rates.items():
-        line = f"{loop:9}  {rate:9.2f} images/s   loss after {total} updates {losses[loop]:.6f}"
-        lines.append(line + (f"   peak {peaks[loop]:.1f} GiB" if peaks else ""))
+        lines.append(f"{loop.heads(config)}, {config.optim.name}, recomputed: {spans}")
+    for side, rate in rates.items():
+        line = f"{side:9}  {rate:9.2f} images/s   loss after {total} updates {losses[side]:.6f}"
+        lines.append(line + (f"   peak {peaks[side]:.1f} GiB" if peaks else ""))
     if reference:
         lines.append(
             f"ours / reference: {ratio:.3f} times the images/s (median of {args.rounds} interleaved "
             f"rounds{'; peaks hold both models' if peaks else ''})"
         )
-    rate = rates["ours"]
+    rate, flops = rates["ours"], 2e-12 * update_macs
     peak = next((p for n, p in PEAK_TFLOPS.items() if n in place), None)
-    share = (
-        f", {6e-12 * macs * rate / peak:.1%} of {peak} (model FLOP utilisation)" if peak and precision != "fp32" else ""
-    )
+    share = f", {flops * rate / peak:.1%} of {peak} (model FLOP utilisation)" if peak and precision != "fp32" else ""
     lines.append(
-        f"ours: {macs / 1e9:.1f} GMAC an image forward, {6e-12 * macs * rate:.2f} TFLOP/s without recomputation{share}"
+        f"ours: {macs / 1e9:.1f} GMAC an image forward, {flops * rate:.2f} TFLOP/s without recomputation{share}"
     )
     if (name, crops) == SEER_V100[:2]:
         lines.append(
             f"the paper: {SEER_V100[2]} images/s on each of 512 V100 in fp16, "
-            f"{6e-12 * macs * SEER_V100[2]:.1f} TFLOP/s by the same count; ours here: "
+            f"{flops * SEER_V100[2]:.1f} TFLOP/s by the same count; ours here: "
             f"{rate / SEER_V100[2]:.2f} times that"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + (table_of_parts(parts, seconds) if seconds else []))

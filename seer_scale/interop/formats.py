@@ -16,9 +16,9 @@ from seer_scale.errors import Problem, UserError, nearest
 from seer_scale.extras import how_to_install
 from seer_scale.interop.artefact import OWN_FORMAT
 from seer_scale.interop.names import NAME_MAPS, TIMM_MODELS, TORCHVISION_MODELS
-from seer_scale.interop.vit_layouts import Piece, exported
+from seer_scale.interop.vit_layouts import Piece, exported, vit_of_timm
 from seer_scale.interop.weights import Weights
-from seer_scale.models.layers.transformer import NORM_EPS, swiglu_width
+from seer_scale.models.layers.transformer import NORM_EPS
 from seer_scale.models.registry import spec_of
 from seer_scale.models.regnet import RegNetSpec, RegNetY, stage_plan
 from seer_scale.models.timm_adaptor import TIMM_PREFIX, Whole
@@ -122,7 +122,7 @@ def _timm(weights: Weights) -> Target | str:
     elif vit := _vit(weights):
         if reason := _resizes_otherwise("timm", vit, how, "antialias"):
             return reason
-        network, arguments, made = *_vit_of_timm(vit), exported("timm", vit)
+        network, arguments, made = *vit_of_timm(vit), exported("timm", vit)
         own = {"first_conv": "patch_embed.proj", "classifier": "head"}
     elif spec := _spec(weights):
         network = next(iter(TIMM_MODELS.values()))
@@ -160,25 +160,6 @@ model = timm.create_model("{network}", checkpoint_path="FILE", num_classes=0{giv
 transform = timm.data.create_transform({size}, {", ".join(f"{key}={value!r}" for key, value in transform.items())})
 features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
     return Target(names, network, loading, alone, {"config.json": config}, made)
-
-
-def _vit_of_timm(spec: ViTSpec) -> tuple[str, dict[str, Any]]:
-    """timm's network, and what it is given beside its name. Its feed-forward networks are no numbers: a SwiGLU is that
-    of its giant one."""
-    size = "giant" if spec.ffn == "swiglu" else "small"
-    for known, (width, depth, heads, ffn) in VIT_SIZES.items():
-        if (width, depth, heads, ffn) == (spec.width, spec.depth, spec.heads, spec.ffn):
-            size = known
-    width, depth, heads, _ = VIT_SIZES[size]
-    registers = 4 if spec.registers else 0
-    usual = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": 14, "reg_tokens": registers}
-    given = {"embed_dim": spec.width, "depth": spec.depth, "num_heads": spec.heads, "patch_size": spec.patch,
-             "reg_tokens": spec.registers}  # fmt: skip
-    arguments: dict[str, Any] = {key: value for key, value in given.items() if usual[key] != value}
-    if spec.ffn == "swiglu" and "embed_dim" in arguments:
-        arguments["mlp_ratio"] = 2 * swiglu_width(spec.width) / spec.width
-    network = f"vit_{size}_patch14{'_reg4' * bool(registers)}_dinov2"
-    return network, arguments | {"img_size": spec.image_size, "dynamic_img_size": True}
 
 
 def _without_net(name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.models.layers.transformer import swiglu_width
 from seer_scale.models.vit import VIT_SHAPE, VIT_SIZES, VITS, ViTSpec
 
 Shapes = Mapping[str, torch.Size]
@@ -46,6 +47,25 @@ def exported(library: str, spec: ViTSpec) -> dict[str, Piece]:
         else:
             out |= {name: Piece((ours,), _third(i)) for i, name in enumerate(theirs)}
     return out | _positions_out(library, spec)
+
+
+def vit_of_timm(spec: ViTSpec) -> tuple[str, dict[str, Any]]:
+    """timm's network, and what it is given beside its name. Its feed-forward networks are no numbers: a SwiGLU is that
+    of its giant one."""
+    size = "giant" if spec.ffn == "swiglu" else "small"
+    for known, (width, depth, heads, ffn) in VIT_SIZES.items():
+        if (width, depth, heads, ffn) == (spec.width, spec.depth, spec.heads, spec.ffn):
+            size = known
+    width, depth, heads, _ = VIT_SIZES[size]
+    registers = 4 if spec.registers else 0
+    usual = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": 14, "reg_tokens": registers}
+    given = {"embed_dim": spec.width, "depth": spec.depth, "num_heads": spec.heads, "patch_size": spec.patch,
+             "reg_tokens": spec.registers}  # fmt: skip
+    arguments: dict[str, Any] = {key: value for key, value in given.items() if usual[key] != value}
+    if spec.ffn == "swiglu" and "embed_dim" in arguments:
+        arguments["mlp_ratio"] = 2 * swiglu_width(spec.width) / spec.width
+    network = f"vit_{size}_patch14{'_reg4' * bool(registers)}_dinov2"
+    return network, arguments | {"img_size": spec.image_size, "dynamic_img_size": True}
 
 
 def _same(x: Tensor) -> Tensor:

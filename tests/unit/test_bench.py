@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from seer_scale.bench import checkpoint, data, engines, lars, learn, load, sinkhorn, step
 from seer_scale.bench import embed as embed_bench
 from seer_scale.bench import eval as eval_bench
+from seer_scale.bench.reference_dinov2 import DINOv2Loop
+from seer_scale.bench.reference_swav import SwAVLoop
 from seer_scale.data.sources import open_data
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
 from seer_scale.evaluate.context import accelerator_of
 from seer_scale.methods.losses import sinkhorn as ours
+from seer_scale.methods.registry import build_method
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.models.registry import build_backbone
+from seer_scale.parallel import build_engine
 from tests.pictures import encode, photo
 from tests.tries import tries
 
@@ -237,15 +242,103 @@ def test_configuration_of_step():
 
 def test_multiplications_of_an_image(recipe):
     config = step.configure(options(step, "--recipe", recipe, "--alone", "--batch", "1", "--precision", "fp32"))
-    with torch.device("meta"):
-        method = SwAV(config, World())
+    method, views = build_method(config, World()), step.fake_views(config.views.crops, 1, torch.device("cpu"), False)
+    parts = SwAVLoop.parts(method, config, views)
     # the trunk by torch's counter, which knows groups; head and prototypes by hand
     trunk = build_backbone("regnety_200mf").eval()
     with FlopCounterMode(display=False) as count, torch.no_grad():
         trunk([torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)])
     assert trunk.num_features == 368
     linear = 368 * 24 + 24 * 16 + 16 * 8 + 8 * 48
-    assert step.macs_an_image(method, config.views.crops) == count.get_total_flops() // 2 + 4 * linear
+    assert {name: part.macs for name, part in parts.items()} == {
+        "backbone": count.get_total_flops() // 2, "head and prototypes": 4 * linear,
+    }  # fmt: skip
+    assert all(part.update_macs == 3 * part.macs for part in parts.values())
+
+
+DINOV2_OF_STEP = """
+model: {name: vit, width: 24, depth: 2, heads: 2, patch: 4, image_size: 24, layer_scale: 0.5, drop_path: 0.3}
+views: {crops: [{num: 2, size: 24}, {num: 2, size: 16}]}
+method: {name: dinov2}
+dinov2:
+  {hidden: [32], bottleneck: 12, prototypes: 20, patch_bottleneck: 8, patch_prototypes: 14, koleo_group: 4,
+   freeze_samples: 100, teacher_momentum: 0.5, shared_head: false}
+optim: {name: adamw, lr: 0.001}
+train: {total_samples: 1000, global_batch: 16}
+"""
+
+
+@pytest.fixture
+def dinov2_recipe(tmp_path) -> str:
+    (tmp_path / "dinov2.yaml").write_text(DINOV2_OF_STEP)
+    return str(tmp_path / "dinov2.yaml")
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own heads", "shared head"])
+def test_updates_of_dinov2_are_those_of_a_plain_loop_of_timm(dinov2_recipe, is_shared):
+    """Network, losses, targets, gradients, AdamW and the teacher: what differs in any is seen in the next losses."""
+    if is_shared:
+        text = DINOV2_OF_STEP.replace("false", "true").replace("patch_bottleneck: 8, patch_prototypes: 14, ", "")
+        Path(dinov2_recipe).write_text(text)
+    config = step.configure(options(step, "--recipe", dinov2_recipe))
+    assert config.train.global_batch == 8 and config.method_settings.freeze_samples == 0
+    assert "drop_path" not in config.model.explicit_keys() and config.optim.weight_decay == 0.04
+    method = build_method(config, World())
+    engine = build_engine(method, config, World())
+    loop = DINOv2Loop(method, config, torch.device("cpu"))
+    for group in loop.optimizer.param_groups:
+        group["lr"] = 0.01
+    found = []
+    for i in range(4):
+        views = step.fake_views(config.views.crops, 8, torch.device("cpu"), False, seed=i)
+        loss = engine.gradients([lambda views=views: views], samples_seen=8 * i).loss
+        engine.update(0.01, 8 * i)
+        found.append((loss.item(), loop.update(views, 8 * i).item()))
+    ours, theirs = zip(*found, strict=True)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    teacher = loop.teacher.head.mlp[0].weight
+    torch.testing.assert_close(method.teacher_head.mlp[0].weight, teacher, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(method.student_head.mlp[0].weight, teacher, atol=1e-3)
+
+
+def test_step_of_dinov2(dinov2_recipe):
+    words = ["--recipe", dinov2_recipe, "--rounds", "1", "--updates", "1", "--parts"]
+    title, heads, mine, other, ratio, macs, head, *rows, rest = step.run(options(step, *words)).splitlines()
+    assert title.startswith("vit, crops 2x24,2x16, batch 8, fp32, CPU")
+    assert heads == "head 32 x 12 x 20, of patches 32 x 8 x 14, adamw, recomputed: none"
+    first, second = (float(line.split()[-1]) for line in (mine, other))
+    assert first == pytest.approx(second, rel=1e-4) and "times the images/s" in ratio and "GMAC" in macs
+    assert len(rows) == 6 and head.split()[-1] == "share" and rest.startswith("losses")
+    told = json.loads(step.run(options(step, *words, "--alone", "--json")))
+    assert told["method"] == "dinov2" and told["speed"] is None and set(told["images_per_s"]) == {"ours"}
+    backbone, masked = build_backbone("vit", width=24, depth=2, heads=2, patch=4, image_size=24), 8 * 36 * 0.3
+    of_class, of_patch = 24 * 32 + 32 * 12 + 12 * 20, 24 * 32 + 32 * 8 + 8 * 14
+    counted = {name: part["macs"] for name, part in told["parts"].items()}
+    assert min(part["seconds"] for name, part in told["parts"].items() if counted[name]) > 0
+    patches = counted.pop("teacher: head of masked patches")
+    assert masked <= patches / of_patch < 1.3 * masked and patches % of_patch == 0  # half of 16 crops, 0.1 to 0.5 each
+    assert counted == {
+        "teacher: backbone": 16 * backbone.num_macs(24), "teacher: head of class tokens": 16 * of_class,
+        "student: backbone": 3 * 16 * (backbone.num_macs(24) + backbone.num_macs(16)),
+        "student: head of class tokens": 3 * 32 * of_class, "student: head of masked patches": 3 * patches,
+        "losses, optimiser and the rest": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words,key",
+    [
+        (["--batch", "6", "--alone"], "--batch"),
+        (["--model", "regnety_200mf", "--crops", "2x256"], "--model"),
+        (["--crops", "2x25"], "views.crops.0.size"),
+    ],
+)
+def test_step_refuses_what_dinov2_cannot_compare(dinov2_recipe, words, key):
+    text = DINOV2_OF_STEP if "--model" not in words else re.sub("model: .*", "", DINOV2_OF_STEP)
+    Path(dinov2_recipe).write_text(text)
+    with pytest.raises(UserError) as error:
+        step.run(options(step, "--recipe", dinov2_recipe, *words))
+    assert key in [p.key for p in error.value.problems]
 
 
 # --- data

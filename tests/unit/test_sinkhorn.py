@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seer_scale.bench.step import textbook_sinkhorn
+from seer_scale.bench.reference_swav import textbook_sinkhorn
 from seer_scale.distributed import World
 from seer_scale.methods.losses.sinkhorn import sinkhorn
 

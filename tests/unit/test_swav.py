@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seer_scale.bench.step import textbook_loss, textbook_sinkhorn
+from seer_scale.bench.reference_swav import textbook_loss, textbook_sinkhorn
 from seer_scale.checkpoint.layout import local_of
 from seer_scale.distributed import World
 from seer_scale.methods.losses.sinkhorn import sinkhorn
