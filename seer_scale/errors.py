@@ -85,7 +85,7 @@ class Problem:
     @classmethod
     def from_check(cls, key: str, error: UserError, known: Collection[str] = ()) -> list[Problem]:
         """What a check of `key` has raised, as problems of it, but those of other keys that are `known`."""
-        found, below = [], tuple(f"{name}." for name in (key, *known))  # views.crops.0.size is below views.crops
+        found, below = [], tuple(f"{name}{mark}" for name in (key, *known) for mark in ".[")  # as views.crops[0].size
         for problem in error.problems:
             if problem.key in known or problem.key.startswith(below):
                 found.append(problem)

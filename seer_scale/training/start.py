@@ -132,7 +132,7 @@ def _check_model(config: Config) -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **misplaced))
     with torch.device("meta"):
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
-    sizes = {f"views.crops.{i}.size": crop.size for i, crop in enumerate(config.views.crops)}
+    sizes = {f"views.crops[{i}].size": crop.size for i, crop in enumerate(config.views.crops)}
     sizes["knn.size"] = config.knn.size  # of evaluations, of pictures, and what a checkpoint says of the images
     if problems := check_sizes(backbone, sizes):
         raise ConfigError(problems)

@@ -155,9 +155,9 @@ def test_the_gram_teacher_is_the_teacher_of_certain_samples():
 REFUSED = {
     "dinov2.koleo_group": ({"dinov2.koleo_group": 3}, 1),
     "dinov2.koleo_group, one image a rank": ({"dinov2.koleo_group": 2, "parallel.ranks": 8}, 8),
-    "views.crops.0.size": ({"views.crops": [{"num": 2, "size": 27}, {"num": 2, "size": 16}],
+    "views.crops[0].size": ({"views.crops": [{"num": 2, "size": 27}, {"num": 2, "size": 16}],
                              "dinov2.gram_weight": 1.0, "dinov2.gram_from_samples": 8}, 1),
-    "views.crops.0.size, seen smaller": ({"views.crops": [{"num": 2, "size": 28}, {"num": 2, "size": 16}],
+    "views.crops[0].size, seen smaller": ({"views.crops": [{"num": 2, "size": 28}, {"num": 2, "size": 16}],
                                           "dinov2.gram_weight": 1.0, "dinov2.gram_from_samples": 8}, 1),
     "dinov2.gram_from_samples": ({"dinov2.gram_weight": 1.0}, 1),
     "dinov2.gram_every_samples": (ANCHORED | {"dinov2.gram_every_samples": 0}, 1),

@@ -172,8 +172,8 @@ def test_what_is_no_backbone_of_timm():
     assert (caught.value.problems[0].key, caught.value.problems[0].value) == ("model.name", "timm/resnet50")
     with pytest.raises(UserError, match=r"its net.blocks.0.attn.v.weight starts in a way that cannot be followed"):
         build_backbone("timm/convit_tiny")
-    (problem,) = check_sizes(build_backbone("timm/test_vit"), {"views.crops.1.size": 50, "knn.size": 64})
-    assert (problem.key, problem.value) == ("views.crops.1.size", 50) and "Input height (50)" in problem.rule
+    (problem,) = check_sizes(build_backbone("timm/test_vit"), {"views.crops[1].size": 50, "knn.size": 64})
+    assert (problem.key, problem.value) == ("views.crops[1].size", 50) and "Input height (50)" in problem.rule
     given = RECIPE | {
         "model": {"name": "timm/test_vit"},
         "knn": {"enabled": False, "size": 50},
@@ -182,7 +182,7 @@ def test_what_is_no_backbone_of_timm():
     with pytest.raises(UserError) as caught:
         resolve_given(given, [], 1, with_data=False)
     told = [(p.key, p.value) for p in caught.value.problems]
-    assert ("views.crops.0.size", 24) in told and ("knn.size", 50) in told, "pictures and exports are of that size"
+    assert ("views.crops[0].size", 24) in told and ("knn.size", 50) in told, "pictures and exports are of that size"
     with pytest.raises(UserError) as caught:
         resolve_given(RECIPE | {"model": RECIPE["model"] | {"name": "timm/test_vit"}}, [], 1, with_data=False)
     assert ("model.name", "timm/test_vit") in [(p.key, p.value) for p in caught.value.problems]

@@ -304,8 +304,8 @@ def test_a_recipe_takes_the_keys_of_its_network():
     assert "model.name is vit, but it takes no model.w0; give --model.w0 null" in str(caught.value)
     with pytest.raises(UserError, match=r"its shape is fixed, and model\.heads given; use model\.name vit"):
         resolve_given(recipe | {"model": {"name": "vit_small_patch14", "heads": 3}}, [], 1, with_data=False)
-    with pytest.raises(UserError, match=r"views\.crops\.0\.size is 24.*14 pixels, as 14 or 28"):
+    with pytest.raises(UserError, match=r"views\.crops\[0\]\.size is 24.*14 pixels, as 14 or 28"):
         resolve_given(recipe | {"model": {"name": "vit_small_patch14"}}, [], 1, with_data=False)
-    (problem,) = check_sizes(on_meta("vit_base_patch14"), {"views.crops.1.size": 96, "knn.size": 224})
-    assert problem.key == "views.crops.1.size" and "98" in problem.rule
+    (problem,) = check_sizes(on_meta("vit_base_patch14"), {"views.crops[1].size": 96, "knn.size": 224})
+    assert problem.key == "views.crops[1].size" and "98" in problem.rule
     assert {*VITS, "vit"} <= {*backbone_names()} and Tokens._fields == ("cls", "registers", "patches")

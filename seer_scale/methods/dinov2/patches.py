@@ -42,7 +42,7 @@ def _problems(backbone: Backbone, config: Config) -> Iterator[Problem]:
         return
     if s.gram_weight and (why := backbone.refuses(seen_size(config))):
         rule = f"student and teacher see {seen_size(config)} pixels of it, and the backbone does not take that: {why}"
-        yield Problem("views.crops.0.size", config.views.crops[0].size, rule)
+        yield Problem("views.crops[0].size", config.views.crops[0].size, rule)
     if not s.ibot_weight:
         return
     if s.shared_head and patches.channels != backbone.num_features:

@@ -84,7 +84,7 @@ class DINOv2Settings(MethodSettings):
         size, scale = config.views.crops[0].size if config.views.crops else 0, self.gram_scale
         if size % scale:
             near = (size // scale * scale, -(-size // scale) * scale)
-            yield Problem("views.crops.0.size", size, f"must be a multiple of dinov2.gram_scale ({scale})", near)
+            yield Problem("views.crops[0].size", size, f"must be a multiple of dinov2.gram_scale ({scale})", near)
 
     def needs(self) -> dict[str, tuple[bool, str]]:
         has_ibot = (self.ibot_weight > 0, "a dinov2.ibot_weight")
