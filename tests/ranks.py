@@ -1,4 +1,4 @@
-"""Start gloo ranks for a test: `run_ranks(n, fn, *args)` runs fn(rank, world_size, *args) in n fresh processes.
+"""Start gloo ranks for a test: `run_ranks(n, fn, *args)` runs fn(rank, world_size, *args) in n fresh forks.
 
 Results come back in rank order; an exception on any rank fails the call with that rank's traceback. Each rank has
 one torch thread, and a FutureWarning of torch.distributed is an error. Group many checks in one call: starting
@@ -7,12 +7,13 @@ processes costs more than the checks.
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import tempfile
 import traceback
 import warnings
 from pathlib import Path
+
+from tests.forks import Queue, fork
 
 
 def _rank_main(rank, world_size, rendezvous, fn, args, queue):
@@ -35,14 +36,10 @@ def _rank_main(rank, world_size, rendezvous, fn, args, queue):
 
 def run_ranks(world_size: int, fn, *args, timeout: float = 400.0) -> list:
     """fn must be importable (module level); its result must pickle: return numbers, lists or numpy arrays."""
-    context = mp.get_context("spawn")
-    queue = context.Queue()
+    queue = Queue()
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = str(Path(folder) / "store")
-        processes = [
-            context.Process(target=_rank_main, args=(r, world_size, rendezvous, fn, args, queue))
-            for r in range(world_size)
-        ]
+        processes = [fork(_rank_main, r, world_size, rendezvous, fn, args, queue) for r in range(world_size)]
         for p in processes:
             p.start()
         results = {}

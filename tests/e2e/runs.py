@@ -6,7 +6,6 @@ seconds of imports; `command(...)` starts the real command. Nothing here sleeps 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -21,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from seer_scale.observe.records import read_metrics
+from tests.forks import fork
 
 PYTHON, ROOT = sys.executable, Path(__file__).parents[2]
 LAUNCH = [PYTHON, str(ROOT / "tools" / "launch.py")]
@@ -43,18 +43,6 @@ RECIPE = {
     "knn": {"size": 32, "k": 3, "batch": 8},
 }
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "seer_scale.cli",
-        "seer_scale.launch.local",
-        "seer_scale.evaluate.run",
-        "seer_scale.observe.report",
-        "torch.utils.tensorboard",
-        "tests.e2e.runs",
-    ]
-)
-
 
 def recipe(folder: Path, photos: Path, **changes: dict) -> str:
     """A YAML file of RECIPE; changes are section={key: value}."""
@@ -74,8 +62,7 @@ class Run:
         attempt = uuid.uuid4().hex[:8]
         self.outputs = [folder / f"output-{attempt}-{r}" for r in range(ranks)]
         self.processes = [
-            _context.Process(target=_rank, args=(words, r, ranks, attempt, str(folder), limit_bytes, console))
-            for r in range(ranks)
+            fork(_rank, words, r, ranks, attempt, str(folder), limit_bytes, console) for r in range(ranks)
         ]
         for p in self.processes:
             p.start()

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from seer_scale.bench import checkpoint, data, engines, lars, learn, load, sinkhorn, step
+from seer_scale.bench import checkpoint, data, engines, lars, learn, load, ranks, sinkhorn, step
 from seer_scale.bench import embed as embed_bench
 from seer_scale.bench import eval as eval_bench
 from seer_scale.bench.reference_dinov2 import DINOv2Loop
@@ -30,6 +31,7 @@ from seer_scale.methods.registry import build_method
 from seer_scale.methods.swav.method import SwAV
 from seer_scale.models.registry import build_backbone
 from seer_scale.parallel import build_engine
+from tests import forks
 from tests.pictures import encode, photo
 from tests.tries import tries
 
@@ -46,6 +48,12 @@ def options(bench, *words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     return parser.parse_args([*words, "--device", "cpu"])
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Ranks are forks of the tests' server, not fresh processes as users have them and `test_engines` does."""
+    monkeypatch.setattr(ranks.mp, "spawn", partial(ranks.mp.start_processes, start_method=forks.METHOD))
 
 
 @pytest.fixture
@@ -140,7 +148,7 @@ def test_live_bytes():
 # --- lars
 
 
-def test_lars(recipe):
+def test_lars(recipe, forked):
     words = ["--recipe", recipe, "--as-if", "3", "--rounds", "1"]
     title, held, one, loop, ratio, same = lars.run(options(lars, *words)).splitlines()
     shapes = lars.shapes_of(recipe)
@@ -162,7 +170,7 @@ def test_lars(recipe):
 # --- sinkhorn
 
 
-def test_sinkhorn():
+def test_sinkhorn(forked):
     words = ["--batch", "32", "--prototypes", "20", "--iterations", "5", "--ranks", "2", "--rounds", "1"]
     title, count, speed, mine, bound, textbook, ratio = sinkhorn.run(options(sinkhorn, *words)).splitlines()
     assert title.startswith("B = 32, K = 20, 5 iterations, 1 crops, 2 ranks, CPU") and "GB/s reading (sum)" in speed

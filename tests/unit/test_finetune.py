@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -39,6 +38,7 @@ from seer_scale.models.classifier import Classifier, parameter_depths
 from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.observe.progress import Progress
 from tests.conftest import write_photos
+from tests.forks import fork
 from tests.problems import refused
 from tests.ranks import run_ranks
 from tests.tiny import RECIPE, world_of
@@ -194,9 +194,7 @@ def test_what_was_killed_goes_on_to_the_same_weights(squares, tmp_path, optimize
     """In mid-epoch, with all that has a state."""
     given = EVERYTHING | {"optimizer": optimizer, "lr": "0.02", "save_every": "1e-9", "freeze_epochs": "0.3"}
     whole = measure(evaluation_of(squares, tmp_path / "whole", **given))
-    process = multiprocessing.get_context("spawn").Process(
-        target=train_until_killed, args=(squares, tmp_path / "killed", given)
-    )
+    process = fork(train_until_killed, squares, tmp_path / "killed", given)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

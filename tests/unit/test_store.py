@@ -25,6 +25,7 @@ from seer_scale.checkpoint.lock import RunLock
 from seer_scale.checkpoint.saver import Saver
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, UserError
+from tests.forks import fork
 
 ALONE = World()
 
@@ -329,11 +330,6 @@ def test_a_folder_that_cannot_be_made_and_a_meta_that_is_no_json(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-# Children of one server that has torch loaded: starting them is cheap.
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload([__name__])
-
-
 KILLS = 60
 
 
@@ -360,7 +356,7 @@ def test_killed_at_any_instant_what_was_saved_is_there(tmp_path):
     moments, start, unfinished = random.Random(0), 1, 0
     for _ in range(KILLS):
         acknowledged.unlink(missing_ok=True)
-        child = CHILDREN.Process(target=_save_forever, args=(folder, acknowledged, start))
+        child = fork(_save_forever, folder, acknowledged, start)
         child.start()
         while not acknowledged.exists():
             assert child.is_alive()
@@ -520,7 +516,7 @@ def _hold(run_dir: Path, pipe) -> None:
 def test_one_run_a_directory_until_it_is_killed(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     ours, theirs = multiprocessing.Pipe()
-    owner = CHILDREN.Process(target=_hold, args=(run_dir, theirs))
+    owner = fork(_hold, run_dir, theirs)
     owner.start()
     worker = ours.recv()
     try:
