@@ -36,7 +36,8 @@ from tests.tiny import losses_of, micro_batches, tiny, world_of
 pytestmark = pytest.mark.timeout(1500)  # the ranks run everything before the first test
 
 UPDATES = {"lars": 4, "frozen": 4, "queue": 4}
-"""Of a case; 3 of any other: the third sees what the first two left in weights and optimiser state."""
+"""Of a case; 2 of any other: the second sees what the first left in weights and optimiser state, and the weights it
+makes are compared."""
 CASES = {
     "lars": {},
     "sgd": {"optim.name": "sgd", "optim.lr": 0.05},
@@ -126,7 +127,7 @@ def run_case(world: World, case: str, engine: dict, updates: int = 0) -> dict:
 
     built.optimizer.update = watched
     start = {n: built.whole(n).numpy().copy() for n in built.shapes} if world.size == 1 else {}
-    losses = losses_of(built, config, world, range(updates or UPDATES.get(case, 3)), LR.get(case, 0.02))
+    losses = losses_of(built, config, world, range(updates or UPDATES.get(case, 2)), LR.get(case, 0.02))
     weights = {n: built.whole(n).numpy().copy() for n in built.shapes}
     rows = {
         n: np.abs(np.linalg.norm(forward_weight(built, n), axis=1) - 1).max()
@@ -324,7 +325,7 @@ def evaluated(world: World, over: dict, case: str) -> dict:
     config, engine = tiny(world, **over, **CASES[case])
     num, features = untrained(world, engine)
     losses = []
-    for step in range(3):
+    for step in range(2):
         engine.encode(micro_batches(config, 9, world)[0]()[1])
         losses += losses_of(engine, config, world, range(step, step + 1), 0.02)
     return {"losses": losses, "images": num, "features": features}
@@ -375,7 +376,8 @@ TRAFFIC = {
 def traffic_of(world: World, over: dict, more: dict) -> dict:
     """Of one update; without SyncBN, so that what is left is the engine's, save in one variant."""
     config, engine = tiny(world, **{**over, "parallel.sync_bn_group": 1, "swav.iterations": 3, **more})
-    losses_of(engine, config, world, range(2), 0.01)  # DeepSpeed and DDP look around first
+    if config.parallel.engine != "fsdp":
+        losses_of(engine, config, world, range(2), 0.01)  # DeepSpeed and DDP look around first
     with CollectiveCounter() as seen:
         engine.gradients(micro_batches(config, 2, world), samples_seen=16)
         engine.update(0.01, 16)
@@ -433,7 +435,7 @@ def test_engines_that_reduce_in_the_same_order_agree_to_the_bit(ranks, one, othe
 
 def test_recomputing_changes_no_bit():
     for case in RECOMPUTED:
-        ours, measure = single(case), single("lars", 3)
+        ours, measure = single(case), single("lars", 2)
         assert ours["losses"] == measure["losses"] and all(
             np.array_equal(w, measure["weights"][n]) for n, w in ours["weights"].items()
         )
