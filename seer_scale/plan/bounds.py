@@ -39,8 +39,9 @@ def memory_left(device: Device, gpus: int) -> int:
 def least_held(method: Method[Any, Any], config: Config, engine: str, gpus: int) -> int:
     """Bytes of weights, gradients and optimiser state on one of so many ranks; of moving averages weights alone."""
     slots, offload = (2 if config.optim.name == "adamw" else 1), config.parallel.offload
-    trained = [p for p in method.parameters() if p.requires_grad]
-    fixed = 4 * sum(p.numel() for p in method.parameters() if not p.requires_grad)
+    groups = method.parameter_groups()
+    trained = [p for n, p in method.named_parameters() if not groups[n].average_of]
+    fixed = 4 * sum(p.numel() for n, p in method.named_parameters() if groups[n].average_of)
     vectors, num = sum(p.numel() for p in trained if p.ndim < 2), sum(p.numel() for p in trained)
     each = (8 + 4 * slots) * num
     if engine in ("single", "ddp"):
@@ -49,7 +50,7 @@ def least_held(method: Method[Any, Any], config: Config, engine: str, gpus: int)
         share = config.parallel.shard_degree or max(1, gpus // config.parallel.replicate_degree)
         return (each + fixed) // share + (8 + 4 * slots) * vectors * (share - 1) // share
     if engine == "zero3":
-        return 4 * vectors + (0 if offload else each // gpus)
+        return 4 * vectors + (0 if offload else each // gpus) + fixed // gpus
     whole, shared = {"zero1": (8, 4 + 4 * slots), "zero2": (4, 8 + 4 * slots)}.get(engine, (4, 4 + 4 * slots))
     return whole * num + fixed + (0 if offload else shared * num // gpus)
 

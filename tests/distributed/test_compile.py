@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from seer_scale.distributed import World
+from seer_scale.methods.dinov2.method import DINOv2
 from seer_scale.methods.swav.method import SwAV
 from tests.ranks import run_ranks
-from tests.tiny import losses_of, tiny, world_of
+from tests.tiny import DINOV2, RECIPE, losses_of, tiny, world_of
 
 CASES = {
     "fsdp": {
@@ -24,16 +25,16 @@ CASES = {
 RECOMPUTED = {"parallel.activation_checkpoint": [[1], [1], [2], []]}
 
 
-def of_few(*names: str):
-    """SwAV.shard_units, of which the others are no units: each that is compiled takes seconds."""
-    return lambda self, units=SwAV.shard_units: {n: u for n, u in units(self).items() if n in names}
+def of_few(cls: type, *names: str):
+    """The method's shard_units, of which the others are no units: each that is compiled takes seconds."""
+    return lambda self, units=cls.shard_units: {n: u for n, u in units(self).items() if n in names}
 
 
-def both(world: World, over: dict, steps: int) -> dict[bool, list[float]]:
+def both(world: World, over: dict, steps: int, recipe: dict = RECIPE) -> dict[bool, list[float]]:
     """Losses as they are, and compiled."""
     runs = {}
     for on in (False, True):
-        config, engine = tiny(world, **over, **{"train.compile": on})
+        config, engine = tiny(world, recipe, **over, **{"train.compile": on})
         runs[on] = losses_of(engine, config, world, range(steps), 0.02)
     return runs
 
@@ -41,7 +42,7 @@ def both(world: World, over: dict, steps: int) -> dict[bool, list[float]]:
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU wants a C++ compiler")
 def test_compiled_units_give_the_same_losses(monkeypatch):
     """With the compiler that users get; of one unit, for all of them take minutes on a CPU."""
-    monkeypatch.setattr(SwAV, "shard_units", of_few("backbone.s3.b1"))
+    monkeypatch.setattr(SwAV, "shard_units", of_few(SwAV, "backbone.s3.b1"))
     runs = both(World(), {"parallel.engine": "single", **RECOMPUTED}, 4)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs >= 4, "nothing was compiled"
@@ -51,8 +52,10 @@ def test_compiled_units_give_the_same_losses(monkeypatch):
 def traced(rank: int, size: int) -> dict:
     """With all of torch.compile but the making of kernels, which takes minutes."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    SwAV.shard_units = of_few("backbone.s3.b1", "backbone.s3.b2")
-    return {
+    SwAV.shard_units = of_few(SwAV, "backbone.s3.b1", "backbone.s3.b2")
+    DINOv2.shard_units = of_few(DINOv2, "student.blocks.0", "teacher.blocks.0", "student_head")
+    out = {"fsdp dinov2": both(world_of(rank, size), {"parallel.engine": "fsdp"}, 2, DINOV2)}
+    return out | {
         name: both(world_of(rank, size), {"parallel.engine": name.split()[0], **RECOMPUTED, **more}, 3)
         for name, more in CASES.items()
     }
@@ -63,7 +66,7 @@ def ranks():
     return run_ranks(2, traced, timeout=300)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "fsdp dinov2"])
 def test_engines_wrap_what_is_compiled(ranks, case):
     runs = ranks[0][case]
     np.testing.assert_allclose(runs[True], runs[False], rtol=1e-4)

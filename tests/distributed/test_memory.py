@@ -17,7 +17,7 @@ from seer_scale.parallel import build_engine
 from seer_scale.parallel import engine as frame
 from seer_scale.parallel.fsdp import FSDP
 from tests.ranks import run_ranks
-from tests.tiny import RECIPE, micro_batches, world_of
+from tests.tiny import DINOV2, RECIPE, micro_batches, tiny, world_of
 from tests.toy import Toy, toy
 
 WIDE = {
@@ -102,7 +102,34 @@ def measured(rank: int, size: int) -> dict:
             engine.close()
             del engine
         out[name, "lars"]["forward"] = left_by_forward(world, name)
+    for name in ENGINES:
+        out[name, "taught"] = taught(world, name)
     return out | {("transients", *case): transients(world, *case) for case in TRANSIENTS}
+
+
+TAUGHT = {
+    "model": {"name": "vit", "width": 192, "depth": 4, "heads": 4, "patch": 8, "image_size": 24},
+    "dinov2": DINOV2["dinov2"] | {"hidden": [512], "prototypes": 128, "patch_prototypes": 64, "freeze_samples": 0},
+}
+
+
+def taught(world: World, name: str) -> dict[str, int]:
+    """Bytes held just before an update of DINOv2's student and teacher. P, V: of what is trained; A, VA: of the
+    moving averages."""
+    start = held()
+    over = {"parallel.engine": "fsdp", "parallel.replicate_degree": 2} if name == "hsdp" else {"parallel.engine": name}
+    config, engine = tiny(world, DINOV2 | TAUGHT, **over, **{"optim.name": "adamw", "dinov2.koleo_weight": 0.0,
+                                                             "dinov2.koleo_group": 16})  # fmt: skip
+    engine.gradients(micro_batches(config, 0, world), samples_seen=0)
+    before = held() - start
+    sizes = {n: s.numel() for n, s in engine.shapes.items()}
+    out = {"before": before, "P": 0, "V": 0, "A": 0, "VA": 0}
+    for n, numel in sizes.items():
+        whole, vectors = ("A", "VA") if n in engine.averages else ("P", "V")
+        out[whole] += numel
+        out[vectors] += numel * (n in engine.vectors)
+    engine.close()
+    return out
 
 
 SIDE, DEPTH = 512, 4
@@ -156,6 +183,16 @@ def test_bytes_held_follow_the_formula(ranks, engine, optimizer):
         m = rank[engine, optimizer]
         state, gradients = formula(engine, 4, m["P"], m["V"], 2 if optimizer == "adamw" else 1)
         assert abs(m["before"] - m["buffers"] - state - gradients) < 0.1 * (state + gradients), (m, state, gradients)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_teacher_is_held_as_its_student_is_without_gradients_and_state(ranks, engine):
+    """docs/engines.md: 4P more where weights are whole, 4P / N where they are spread."""
+    parts = {"fsdp": 4, "hsdp": 2, "zero3": 4}.get(engine, 1)
+    for rank in ranks:
+        m = rank[engine, "taught"]
+        own = sum(formula(engine, 4, m["P"], m["V"], 2)) + 4 * ((m["A"] - m["VA"]) / parts + m["VA"])
+        assert abs(m["before"] - own) < 0.1 * own, (m, own)
 
 
 def test_a_sharded_forward_leaves_no_weights_behind(ranks):

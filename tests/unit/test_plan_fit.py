@@ -27,7 +27,7 @@ from seer_scale.plan.plan import Plan, make_plan
 from seer_scale.plan.recompute import Recomputation
 from seer_scale.plan.time import simulate
 from seer_scale.plan.trace import Collective, Held, Op, Trace, trace
-from tests.tiny import RECIPE, sections
+from tests.tiny import DINOV2, RECIPE, sections
 
 GPUS, NODE = 8, 4
 GIB = 2**30
@@ -216,6 +216,16 @@ def test_what_a_rank_holds_at_least_is_what_a_trace_of_it_holds(engine, gpus):
     memory = make_plan(config, gpus, load_device("h100")).memory
     state = memory.kinds["parameters"] + memory.kinds["optimiser state"]
     assert least_held(method, config, engine, gpus) == pytest.approx(1.5 * state, rel=0.05)  # gradients: a third of all
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero3"])
+def test_of_a_teacher_a_rank_holds_weights_alone(engine):
+    wide = {"model.width": 96, "dinov2.hidden": [256], "dinov2.koleo_weight": 0.0, "dinov2.koleo_group": 16}
+    config = resolve(DINOV2, sections(wide | {"parallel.engine": engine}), world_size=2)
+    held = least_held(build_method(config, World()), config, engine, 2)
+    kinds = make_plan(config, 2, load_device("h100")).memory.kinds
+    state = kinds["parameters"] + kinds["optimiser state"]
+    assert held == pytest.approx(1.5 * state + kinds["moving averages"], rel=0.1)  # gradients: a third of the rest
 
 
 def test_the_least_number_of_gpus_holds_the_state_and_no_smaller_one_does():

@@ -34,7 +34,8 @@ class Zero(Engine):
 
     def shard_on_meta(self, method: Method[Any, Any]) -> nn.Module:
         private.join(self.world)
-        self.ds_config = deepspeed_config(self.config, self.world.size, sum(s.numel() for s in self.shapes.values()))
+        trained = sum(s.numel() for n, s in self.shapes.items() if n not in self.averages)  # what gradients are of
+        self.ds_config = deepspeed_config(self.config, self.world.size, trained)
         return method
 
     def wrap_materialised(self, module: nn.Module) -> nn.Module:
