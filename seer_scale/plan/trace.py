@@ -672,8 +672,8 @@ def _mark_state(recorder: _Recorder, engine: Engine) -> None:
     recorder.mark(iter([*engine.method.buffers(), own.all, *beside]), "buffers")
     recorder.mark((p for n, p in engine.method.named_parameters() if n not in engine.averages), "parameters")
     recorder.mark((p for n, p in engine.method.named_parameters() if n in engine.averages), "moving averages")
-    for names, kind in ((engine.shards.keys() - engine.averages, "parameters"), (engine.averages, "moving averages")):
-        recorder.mark((engine.shards[name].local for name in names), kind)
+    recorder.mark((s.local for n, s in engine.shards.items() if n not in engine.averages), "parameters")
+    recorder.mark((s.local for n, s in engine.shards.items() if n in engine.averages), "moving averages")
 
 
 @contextmanager
