@@ -49,6 +49,14 @@ class Run:
     prototype_images: int = opt(
         512, "images used, after training, for the report's pictures of prototypes; 0 = no such pictures", ge=0
     )
+    patch_images: int = opt(
+        8,
+        (
+            "images whose patches the report shows, after training, where one of knn.size has 4 x 4 patches or more; "
+            "0 = none"
+        ),
+        ge=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,9 @@ from seer_scale.observe.gallery import Gallery
 
 SHOWN, ROW, PIXELS = 6, 8, 96
 """Queries or prototypes shown, images in a row, and their height and width."""
+MIN_PATCHES, COLOUR_RANGE = 4, (0.02, 0.98)
+"""Patches a side of an image below which they are not shown; the quantiles of a principal component that are the ends
+of its colour."""
 
 
 def show_crops(run_dir: Path, batch: Batch, views: Views) -> None:
@@ -81,6 +85,50 @@ def show_prototypes(
         if pictures := _small(source, ids[top.indices[:, k]].tolist()):
             gallery.add_prototype(k, share[k].item(), pictures)
     gallery.save()
+
+
+def show_patches(
+    run_dir: Path, encode: Encode, source: Source, *, num: int, size: int, batch: int, workers: int, world: World
+) -> None:
+    """Of images spread over all, each with its patches as colours and, a picture each, the weights that the CLS token
+    and the registers give them. Collective; rank 0 writes. encode: images -> patches [N, P, C], attention [N, Q, P]."""
+    indices = np.linspace(0, len(source) - 1, num).round().astype(np.int64)
+    stream = extract_features(encode, source, indices, size=size, batch=batch, workers=workers, world=world)
+    parts = [(patches, attention, numbers) for patches, attention, _, numbers in stream]
+    patches, attention, ids = (gather_rows(torch.cat(column), world).cpu() for column in zip(*parts))
+    if not world.is_main or not len(ids):
+        return
+    gallery, side = Gallery(run_dir), math.isqrt(patches.shape[1])
+    maps = torch.cat([_principal_colours(patches)[:, None], _greys(attention)], 1)  # [N, 1 + Q, P, 3]
+    pixels = (255 * maps).round().byte().unflatten(2, (side, side)).permute(0, 1, 4, 2, 3).numpy()
+    for row in ids.argsort().tolist():
+        if image := _small(source, [int(ids[row])]):
+            gallery.add_strip("patches", f"image {int(ids[row])}", [*image, *pixels[row]])
+    gallery.save()
+
+
+def _principal_colours(patches: torch.Tensor) -> torch.Tensor:
+    """[N, P, C] -> their first three principal components as colours, [N, P, 3], between 0 and 1; each has the sign in
+    which its largest value is positive."""
+    x = patches.flatten(0, 1).double().nan_to_num()
+    x = x - x.mean(0)
+    if len(x) < x.shape[1]:
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        scores = vectors * values.clamp(min=0).sqrt()
+    else:
+        scores = x @ torch.linalg.eigh(x.T @ x)[1]
+    scores = scores[:, -3:].flip(1)
+    scores = scores * scores.gather(0, scores.abs().argmax(0, keepdim=True)).sign()
+    low, high = scores.quantile(torch.tensor(COLOUR_RANGE, dtype=scores.dtype), dim=0)
+    colours = ((scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)).clamp(0, 1)
+    return colours.float().unflatten(0, patches.shape[:2])
+
+
+def _greys(weights: torch.Tensor) -> torch.Tensor:
+    """[N, Q, P] -> [N, Q, P, 3], the least of each map black and the largest white."""
+    above = weights - weights.amin(2, keepdim=True)
+    share = above / above.amax(2, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return share.nan_to_num()[..., None].expand(-1, -1, -1, 3)
 
 
 def _apart(prototypes: torch.Tensor, closeness: torch.Tensor, num: int) -> list[int]:

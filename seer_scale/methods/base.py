@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from seer_scale.config import Config
 from seer_scale.errors import Problem
+from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Init
 from seer_scale.models.layers.stateful import StatefulLayer
 from seer_scale.observe.metric_plot import MetricPlot, ReportSection
@@ -40,6 +41,15 @@ class Features(NamedTuple):
 
     features: Tensor
     embeddings: Tensor
+
+
+class PatchFeatures(NamedTuple):
+    """patches: the backbone's, [N, P, C], row by row. attention: of a vision transformer, how the CLS token and the
+    registers weigh them in its last block, a mean over its heads, [N, 1 + registers, P]; of another network [N, 0, P].
+    fp32."""
+
+    patches: Tensor
+    attention: Tensor
 
 
 class Baseline(NamedTuple):
@@ -78,8 +88,8 @@ class UnitSequence(Protocol):
 class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     """One class a method. `views`: for each resolution [num * B, 3, S, S], crop-major, float, normalised.
 
-    Four entry points: `loss`, `prepare_targets` and `encode` run the network, called through `forward`; `targets`
-    runs none. Each rank calls each as often as the others, for the collectives within.
+    Five entry points: `loss`, `prepare_targets`, `encode` and `encode_patches` run the network, called through
+    `forward`; `targets` runs none. Each rank calls each as often as the others, for the collectives within.
     """
 
     name: str
@@ -123,7 +133,21 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     def encode(self, images: Tensor) -> Features:
         """Of normalised images [N, 3, S, S], with running statistics; for evaluation."""
 
+    def encode_patches(self, images: Tensor) -> PatchFeatures:
+        """Of normalised images [N, 3, S, S], for the report's pictures; of a method that has a `patch_side`."""
+        tokens, attention = cast(Backbone, self.backbone).tokens_and_attention(images)
+        patches = tokens.patches.float()
+        of_heads = patches.new_zeros(len(patches), 0, patches.shape[1]) if attention is None else attention.mean(1)
+        return PatchFeatures(patches, of_heads.float())
+
     # --- what it declares
+
+    @property
+    def patch_side(self) -> int:
+        """In pixels, of the patches of which `encode_patches` makes features; 0: it has none. Asked for before an
+        engine wraps it."""
+        patch_map = self.backbone.patch_map if isinstance(self.backbone, Backbone) else None
+        return patch_map.stride if patch_map else 0
 
     @property
     def feature_width(self) -> int:

@@ -110,6 +110,11 @@ class Backbone(nn.Module, ABC):
         them nothing is."""
         raise NotImplementedError(f"{type(self).__name__} has no patches")
 
+    def tokens_and_attention(self, images: Tensor) -> tuple[Tokens, Tensor | None]:
+        """Of images [N, 3, H, W], and how the CLS token and the registers weigh the patches in the last block,
+        [N, heads, 1 + registers, height * width]; None of a network without such. Without gradients of the weights."""
+        return self.tokens([images])[0], None
+
     def hide(self, xs: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
         """The images with 0 in the place of what is masked; of a network of convolutions."""
         stride, out = self.patch_map.stride if self.patch_map else 1, list(xs)

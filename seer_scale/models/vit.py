@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -229,6 +230,23 @@ class ViT(Backbone):
             Tokens(x[:, 0], *x[:, 1:].split([self.spec.registers, x.shape[1] - 1 - self.spec.registers], 1))
             for x in normed
         ]
+
+    def tokens_and_attention(self, images: Tensor) -> tuple[Tokens, Tensor]:
+        attention, of_block = cast(Block, self.blocks[-1]).attn, list[Tensor]()
+        # seen from within the forward, as an engine may have these weights at hand there alone
+        hook = attention.qkv.register_forward_hook(lambda _, given, qkv: of_block.append(qkv.detach()))
+        try:
+            (tokens,) = self.tokens([images])
+        finally:
+            hook.remove()
+        table = None
+        if self.spec.positions == "rope":
+            height, width = (side // self.spec.patch for side in images.shape[2:])
+            table = rope_table(height, width, self.spec.width // self.spec.heads, images.device)
+        q, k, _ = attention.split(at_least_fp32(of_block[0]).unflatten(0, (len(images), -1)), table)
+        num = 1 + self.spec.registers
+        weights = (q[:, :, :num] @ k.mT / math.sqrt(q.shape[3])).softmax(3)
+        return tokens, weights[:, :, :, num:]
 
     def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
         """The CLS tokens."""

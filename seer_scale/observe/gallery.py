@@ -25,7 +25,8 @@ def read_gallery(run_dir: Path) -> dict[str, Any]:
     """The sections of a run's gallery, {} where there is none; images are paths relative to RUN/gallery.
 
     {"crops": [{"index", "images"}], "before" and "after": [{"query", "label", "neighbours": [{"image", "label",
-    "similarity"}]}], "prototypes": [{"k", "share", "images"}], "use": share of the images of every prototype}
+    "similarity"}]}], "prototypes": [{"k", "share", "images"}], "use": share of the images of every prototype,
+    "patches" and those of methods: [{"caption", "small", "images"}]}
     """
     path = Path(run_dir) / "gallery" / "gallery.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -60,7 +61,7 @@ class Gallery:
         self._add("prototypes", {"k": int(k), "share": float(share), "images": [self._keep(i) for i in images]})
 
     def add_strip(self, section: str, caption: str, images: list[np.ndarray], small: str = "") -> None:
-        """A row of pictures for a ReportSection of the method whose `pictures` is `section`."""
+        """A row of pictures: of `patches`, or for a ReportSection of the method whose `pictures` is `section`."""
         entry = {"caption": caption, "small": small, "images": [self._keep(i) for i in images]}
         self._add(section, entry)
 

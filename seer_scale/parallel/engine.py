@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from seer_scale.config import Config, EngineName
 from seer_scale.distributed import World
-from seer_scale.methods.base import BufferKind, Features, LossOutput, Method
+from seer_scale.methods.base import BufferKind, Features, LossOutput, Method, PatchFeatures
 from seer_scale.methods.groups import recipe_groups
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.init import initial_values
@@ -215,11 +215,18 @@ class Engine:
         with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.module(entrance, *args, **kwargs)
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Features:
         """What the method makes of normalised images. Every rank must call it as often as the others."""
+        return self._evaluate("encode", images)
+
+    def encode_patches(self, images: Tensor) -> PatchFeatures:
+        """The same of their patches."""
+        return self._evaluate("encode_patches", images)
+
+    @torch.no_grad()
+    def _evaluate(self, entrance: str, images: Tensor) -> Any:
         self.module.eval()
-        out = self._run("encode", images)
+        out = self._run(entrance, images)
         self.module.train()
         return out
 

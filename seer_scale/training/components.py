@@ -55,7 +55,7 @@ class Origin:
 @dataclass(frozen=True)
 class Components:
     """labelled: the images of kNN, health: those whose features are looked at, probe: the one the recipe asks for;
-    None: there are none. cores, workers: CPU cores and loader processes of each rank."""
+    None: there are none. cores, workers: CPU cores and loader processes of each rank. patch_side: of the method."""
 
     engine: Engine
     execution: Execution
@@ -68,6 +68,7 @@ class Components:
     origin: Origin
     cores: int
     workers: int
+    patch_side: int
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by reference."""
@@ -90,6 +91,7 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
     with progress.doing(f"listing the images of {shown(config.data.path)}"):
         saved = store.read_meta(found, world)["data"] if found else None
         history, labelled = list_images(config, run_dir, world, stop, saved)
+    patch_side = method.patch_side if config.run.patch_images else 0
     probe = build_probe(config, method.feature_width, history.source, labelled, world)
     cores = rank_cores(world)
     with progress.doing("measuring how the network runs fastest"):
@@ -107,7 +109,9 @@ def build_components(config: Config, world: World, run_dir: Path, stop: StopRequ
     clock = Clock(config.train.global_batch, config.end(seen), seen, step)
     workers = config.data.num_workers(cores)
     health = health_images(config, history.source, labelled)
-    return Components(engine, execution, schedule, clock, history, labelled, health, probe, origin, cores, workers)
+    return Components(
+        engine, execution, schedule, clock, history, labelled, health, probe, origin, cores, workers, patch_side
+    )
 
 
 def list_images(

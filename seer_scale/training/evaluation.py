@@ -19,11 +19,11 @@ from seer_scale.data.sources import Source
 from seer_scale.distributed import World
 from seer_scale.evaluate.feature_health import HealthImages, feature_health
 from seer_scale.evaluate.features import gather_features
-from seer_scale.evaluate.gallery_pictures import show_crops, show_neighbours, show_prototypes
+from seer_scale.evaluate.gallery_pictures import MIN_PATCHES, show_crops, show_neighbours, show_patches, show_prototypes
 from seer_scale.evaluate.knn import LabelledImages, Neighbours, knn
 from seer_scale.evaluate.statistics import MAX_IMAGES, statistics_of_images
 from seer_scale.formatting import counted, untrained_with
-from seer_scale.methods.base import Features
+from seer_scale.methods.base import Features, PatchFeatures
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.records import compare, read_metrics
 from seer_scale.observe.run_log import RunLog
@@ -40,7 +40,8 @@ class Evaluation:
     """labelled: the images of kNN, health: those whose features are looked at; None: there are none. begins_anew:
     whether the run's weights were drawn, and are no other run's. between_batches: called before each batch, by all
     ranks alike: what it raises ends an evaluation, which may outlast the grace of a preemption. workers: loader
-    processes of a rank. All ranks call all methods alike.
+    processes of a rank. patch_side: in pixels, of the patches to be shown; 0: none are. All ranks call all methods
+    alike.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Evaluation:
     health: HealthImages | None
     begins_anew: bool
     probe: Probe | None
+    patch_side: int
     monitors: Monitors
     checkpoints: Checkpointing
     best: BestCheckpoint
@@ -156,6 +158,8 @@ class Evaluation:
             self.measure("after")
         if "prototypes" not in done:
             self.show_prototypes(source)
+        if "patches" not in done:
+            self.show_patches(source)
 
     def show_crops(self, batch: Batch) -> None:
         """What the network sees of the first images."""
@@ -182,10 +186,30 @@ class Evaluation:
             f"{time.perf_counter() - begin:.0f} s (run.prototype_images; 0 does without).",
         )
 
+    def show_patches(self, source: Source) -> None:
+        """Pictures of what the patches of a few images hold, and of what a vision transformer attends to."""
+        knn, num = self.config.knn, min(self.config.run.patch_images, len(source))
+        if source.is_stream or not num or not self.patch_side or -(-knn.size // self.patch_side) < MIN_PATCHES:
+            return
+        with disk_may_fill(), self.progress.doing("looking at the patches of images", num):
+            show_patches(
+                self.run_dir, self._encode_patches, source,
+                num=num, size=knn.size, batch=knn.batch, workers=self.workers, world=self.world,
+            )  # fmt: skip
+        of = counted(num, "image")
+        self.log_event("patches", f"The report shows the patches of {of} (run.patch_images; 0 does without).")
+
     def _encode(self, images: torch.Tensor) -> Features:
+        self._before_batch(images)
+        return self.engine.encode(images)
+
+    def _encode_patches(self, images: torch.Tensor) -> PatchFeatures:
+        self._before_batch(images)
+        return self.engine.encode_patches(images)
+
+    def _before_batch(self, images: torch.Tensor) -> None:
         self.between_batches()
         self.progress.advance(len(images) * self.world.size)
-        return self.engine.encode(images)
 
 
 def measurement_of(config: Config, labelled: LabelledImages | None, health: HealthImages | None) -> dict[str, str]:

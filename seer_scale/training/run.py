@@ -179,6 +179,7 @@ class TrainingRun:
             health=self.made.health,
             begins_anew=not (self.made.origin.checkpoint or self.made.origin.weights),
             probe=self.made.probe,
+            patch_side=self.made.patch_side,
             monitors=self.monitors,
             checkpoints=self.checkpoints,
             best=best,

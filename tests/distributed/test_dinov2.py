@@ -146,6 +146,20 @@ def counted(world: World, case: str, **more: object) -> dict:
     return out
 
 
+def shown(world: World, case: str) -> dict[str, np.ndarray]:
+    """What a report has of an update: figures of a metric line, patches of images, and what attends to them."""
+    config, engine = engine_of("vit", case, world)
+    losses_of(engine, config, world, range(1), LR)
+    out = engine.gradients(micro_batches(config, 1, world), samples_seen=8, with_metrics=True)
+    engine.update(LR, 8)
+    means = {name: world.sum_(mean.double()) / world.size for name, mean in out.metrics.items()}
+    images = torch.linspace(-1, 1, 3 * 24 * 24).view(1, 3, 24, 24).expand(1 + world.rank, -1, -1, -1)
+    features = engine.encode_patches(images)
+    engine.close()
+    figures = np.array(list(engine.method.metrics(means, 1.0).values()))
+    return {"figures": figures, "patches": features.patches[0].numpy(), "attention": features.attention[0].numpy()}
+
+
 def everything(rank: int, size: int, folder: Path) -> dict:
     world = world_of(rank, size)
     out: dict = {(kind, case): trained(kind, case, world) for kind, case in RUNS[size]}
@@ -153,6 +167,7 @@ def everything(rank: int, size: int, folder: Path) -> dict:
     if size == 2:
         out |= {pair: trained("vit", pair[0], world, **{"train.precision": pair[1]}) for pair in HALF}
         out |= {("skipped", case): skipped(world, case) for case in ("fsdp", "zero1")}
+        out |= {("shown", case): shown(world, case) for case in (*OF_EACH_KIND, "ddp accumulated")}
         out |= {("counted", case): counted(world, case) for case in ("ddp", "fsdp")}
         left = last_of(folder / str(size))
         out |= {("larger", case): begun_larger(world, case, left) for case in ("fsdp", "zero3", "zero1")}
@@ -209,6 +224,16 @@ def test_sharded_tables_of_positions_are_resized_as_whole_ones(ranks, folder, ca
     for rank in ranks[2]:
         for name, table in rank["larger", case].items():
             np.testing.assert_array_equal(table, expected[name])
+
+
+@pytest.mark.parametrize("case", [*OF_EACH_KIND, "ddp accumulated"])
+def test_what_a_report_shows_is_that_of_the_unsharded_run(ranks, case):
+    measure = shown(World(), "single")
+    assert measure["patches"].shape == (36, 24) and measure["attention"].shape == (3, 36) == (1 + 2, 36)
+    assert measure["patches"].std(0).min() > 0 and measure["attention"].std(1).min() > 0
+    for rank in ranks[2]:
+        for name, values in measure.items():
+            np.testing.assert_allclose(rank["shown", case][name], values, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("case", ["fsdp", "zero1"])

@@ -17,10 +17,15 @@ from seer_scale.training.evaluation import Evaluation
 from seer_scale.training.monitors import Monitors
 
 
-def evaluation(run_dir, told: list[str], *, world: World = World(), scores: dict[int, float] | None = None, **config):
+def evaluation(
+    run_dir, told: list[str], *, world: World = World(), scores: dict[int, float] | None = None, patch_side=0, **config
+):
     """That of a run that has seen all of its 640 samples. scores: where the best checkpoint is kept, those known."""
-    sections = {"run": SimpleNamespace(prototype_images=30), "checkpoint": SimpleNamespace(background=True)}
-    knn = SimpleNamespace(size=16, batch=4)
+    sections = {
+        "run": SimpleNamespace(prototype_images=30, patch_images=8),
+        "checkpoint": SimpleNamespace(background=True),
+    }
+    knn = SimpleNamespace(size=64, batch=4)
     labelled = SimpleNamespace(measurement=lambda c: "now", queries=None, query_indices=[1], bank_indices=[2])
     method = SimpleNamespace(anchors="prototypes")
     engine = SimpleNamespace(whole=lambda name: name, method=method, average_buffers=lambda: None)
@@ -35,6 +40,7 @@ def evaluation(run_dir, told: list[str], *, world: World = World(), scores: dict
         health=None,
         begins_anew=True,
         probe=None,
+        patch_side=patch_side,
         monitors=Monitors([], {}, {}, None),
         checkpoints=SimpleNamespace(save_in_step=lambda: told.append("saved")),
         best=best,
@@ -46,13 +52,18 @@ def evaluation(run_dir, told: list[str], *, world: World = World(), scores: dict
     )
 
 
-def at_end(run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 30, stream: bool = False) -> list[str]:
+def at_end(
+    run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 30, patch_images: int = 8, patch_side: int = 0,
+    stream: bool = False,
+) -> list[str]:  # fmt: skip
     """What it does and tells."""
     told: list[str] = []
     source = type("Images", (), {"__len__": lambda _: images, "is_stream": stream})()
     monkeypatch.setattr(module, "show_prototypes", lambda *_, num, **__: told.append(f"looked at {num}"))
     monkeypatch.setattr(Evaluation, "measure", lambda self, stage: told.append(stage))
-    evaluation(run_dir, told, run=SimpleNamespace(prototype_images=prototype_images)).finish(source)
+    monkeypatch.setattr(module, "show_patches", lambda *_, num, **__: told.append(f"patches of {num}"))
+    run = SimpleNamespace(prototype_images=prototype_images, patch_images=patch_images)
+    evaluation(run_dir, told, run=run, patch_side=patch_side).finish(source)
     return told
 
 
@@ -105,3 +116,15 @@ def test_whether_the_best_is_saved_is_rank_0_s_to_say(tmp_path, monkeypatch, say
 def test_pictures_of_prototypes_are_bounded_and_can_be_left_out(tmp_path, monkeypatch):
     assert at_end(tmp_path, monkeypatch, images=20) == ["after", "looked at 20", "prototypes"]
     assert at_end(tmp_path, monkeypatch, prototype_images=0) == at_end(tmp_path, monkeypatch, stream=True) == ["after"]
+
+
+def test_patches_are_shown_where_an_image_has_some(tmp_path, monkeypatch):
+    before = ["after", "looked at 30", "prototypes"]
+    shown = [*before, "patches of 8", "patches"]
+    assert at_end(tmp_path, monkeypatch, patch_side=16) == shown  # 4 x 4 of 64 pixels
+    assert at_end(tmp_path, monkeypatch, patch_side=32) == before  # 2 x 2
+    assert at_end(tmp_path, monkeypatch, patch_side=16, patch_images=0) == before
+    assert at_end(tmp_path, monkeypatch, patch_side=16, stream=True) == ["after"]
+    assert at_end(tmp_path, monkeypatch, patch_side=16, images=5)[-2] == "patches of 5"
+    log(tmp_path, {"event": "patches"})
+    assert at_end(tmp_path, monkeypatch, patch_side=16) == before

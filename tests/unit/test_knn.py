@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from seer_scale.config import Config, Data, Knn
@@ -19,7 +20,7 @@ from seer_scale.data.sources import Source, open_source
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.evaluate.gallery_pictures import show_neighbours, show_prototypes
+from seer_scale.evaluate.gallery_pictures import _principal_colours, show_neighbours, show_patches, show_prototypes
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
 from seer_scale.observe.gallery import read_gallery
 from tests.ranks import run_ranks
@@ -208,6 +209,52 @@ def test_pictures_of_prototypes_look_at_so_many_images_and_no_more(tmp_path):
             tmp_path, counted, torch.eye(3), images.bank, num=num, size=16, batch=4, workers=0, world=World()
         )
         assert min(num, len(images.bank)) - 1 <= sum(looked) <= num
+
+
+def patches_of(batch):
+    """Of images whose four quarters are of colours of their own: 4 x 4 patches of their mean colours, and attention to
+    red and to blue."""
+    colours = F.adaptive_avg_pool2d(batch, 4).flatten(2).mT
+    return colours, colours[:, :, [0, 2]].clamp(min=0).mT
+
+
+def test_pictures_of_patches_are_in_the_gallery(tmp_path):
+    quarters = np.zeros((2, 2, 3), np.uint8)
+    for n in range(9):
+        quarters[0, 0], quarters[0, 1], quarters[1, 0] = (255 - n, 0, 0), (0, 255 - n, 0), (0, 0, 255 - n)
+        Image.fromarray(quarters.repeat(8, 0).repeat(8, 1)).save(tmp_path / f"{n}.png")
+    (tmp_path / "4.png").write_bytes(b"no image")
+    source = open_source(str(tmp_path))
+    show_patches(tmp_path, patches_of, source, num=3, size=16, batch=2, workers=0, world=World())
+    strips = read_gallery(tmp_path)["patches"]
+    assert [strip["caption"] for strip in strips] == ["image 0", "image 8"]
+    _, *maps = (np.asarray(Image.open(tmp_path / "gallery" / name), int) for name in strips[1]["images"])
+    assert [m.shape for m in maps] == [(4, 4, 3)] * 3
+    colours = [maps[0][row, column].tolist() for row in (0, 2) for column in (0, 2)]
+    for m, where in zip(maps[1:], [(slice(2), slice(2)), (slice(2, 4), slice(2))]):
+        inside = m[where].copy()
+        m[where] = 0
+        assert inside.max() == 255 and inside.min() > 200 and m.max() < 30  # white there, and black elsewhere
+    apart = np.abs(np.subtract.outer(colours, colours).diagonal(axis1=1, axis2=3)).max(2)
+    assert apart[~np.eye(4, dtype=bool)].min() > 100 and np.abs(maps[0][:2, :2] - maps[0][0, 0]).max() < 40
+    first = np.asarray(Image.open(tmp_path / "gallery" / strips[0]["images"][1]), int)
+    assert np.abs(first - maps[0]).max() < 40  # what is alike in two images has one colour
+
+
+@pytest.mark.parametrize("width", [5, 40])  # fewer than patches, and more
+def test_colours_of_patches_are_principal_components(width):
+    """Of patches that lie in three directions of ever smaller spread, beside noise."""
+    generator = torch.Generator().manual_seed(width)
+    basis = torch.linalg.qr(torch.randn(width, 3, generator=generator))[0]
+    planted = torch.randn(2, 16, 3, generator=generator) * torch.tensor([9.0, 3.0, 1.0])
+    colours = _principal_colours(planted @ basis.T + 0.01 * torch.randn(2, 16, width, generator=generator) + 7)
+    assert colours.shape == (2, 16, 3) and colours.min() == 0 and colours.max() == 1
+    inside = (colours > 0) & (colours < 1)
+    for channel in range(3):
+        seen = inside[..., channel]
+        together = torch.stack([colours[..., channel][seen], planted[..., channel][seen]])
+        assert torch.corrcoef(together)[0, 1].abs() > 0.9
+    assert torch.equal(_principal_colours(torch.ones(1, 16, width)), torch.zeros(1, 16, 3))
 
 
 def test_prototypes_shown_are_apart_from_each_other():

@@ -168,6 +168,21 @@ def test_a_method_brings_a_section_of_its_own(run_dir):
     assert "What the <decoder> fills in." in Page(write_report(run_dir).read_text()).text
 
 
+@pytest.mark.parametrize("maps,words", [
+    (0, ()), (1, ("the CLS token.",)), (2, ("the CLS token, then the register.",)),
+    (5, ("then each of 4 registers",)),
+])  # fmt: skip
+def test_patches_have_a_section(run_dir, maps, words):
+    gallery = Gallery(run_dir)
+    gallery.add_strip("patches", "image 3", [picture(20), *(picture(n, 4) for n in range(maps + 1))])
+    gallery.save()
+    html = write_report(run_dir).read_text()
+    own = Page(html[html.index("<h2>What its patches hold") - 9 : html.index("<section><h2>How to reproduce")])
+    assert own.open == [] and "image 3" in own.text and ("attends to" in own.text) == bool(maps)
+    assert all(word in own.text for word in words)
+    assert sum(url.startswith("data:") for url in own.fetched) == maps + 2
+
+
 def test_the_headline_has_the_numbers_of_the_metrics(run_dir):
     rows, _ = read_metrics(run_dir)
     evaluated = [r["knn/top1"] for r in rows if "knn/top1" in r]

@@ -86,6 +86,23 @@ def test_a_resolution_is_seen_as_alone(given):
     torch.testing.assert_close(model(xs[0]), together[0].cls, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("given", [{}, {"registers": 0}, {"positions": "rope", "width": 32}])
+def test_attention_is_what_the_last_block_computes(given, monkeypatch):
+    """torch's own kernel gives its weights where the values are the identity."""
+    model, x, calls = spread(small(**given)).double(), images((2, 16, 32))[0].double(), []
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: calls.append(a) or plain(*a))
+    tokens, attention = model.tokens_and_attention(x)
+    queries, keys, _ = calls[-1]
+    num, total = 1 + model.spec.registers, queries.shape[2]
+    weights = plain(queries, keys, torch.eye(total, dtype=torch.float64).expand(2, model.spec.heads, -1, -1))
+    assert attention.shape == (2, model.spec.heads, num, 8) and weights.std(3).min() > 1e-3  # far from uniform
+    torch.testing.assert_close(attention, weights[:, :, :num, num:], rtol=1e-12, atol=1e-12)
+    assert len(calls) == 3 and not attention.requires_grad
+    for a, b in zip(tokens, model.tokens([x])[0], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_linear_layer_runs_once_for_all_resolutions_and_attention_once_for_each(monkeypatch):
     model, calls, attention = small(), [], []
     for name, module in model.named_modules():

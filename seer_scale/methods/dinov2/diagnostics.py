@@ -136,6 +136,11 @@ def sections_of(settings: DINOv2Settings) -> tuple[ReportSection, ...]:
             MetricPlot("KoLeo", "Minus the log of the distance to the nearest neighbour, summed over the global crops. "
                        "Large where images are near-duplicates.", "dinov2/koleo", "loss")
         )  # fmt: skip
+    if settings.gram_weight:
+        plots.append(
+            MetricPlot("Gram anchoring", "Cosines of all pairs of patches beside those of the Gram teacher; from "
+                       "dinov2.gram_from_samples on.", "dinov2/gram", "loss")
+        )  # fmt: skip
     return (ReportSection("The terms of the loss", "Before they are weighted and added.", tuple(plots)),)
 
 

@@ -81,11 +81,14 @@ class Attention(nn.Module):
         tables: Sequence[Tensor | None] = packed.tables or [None] * len(packed.shapes)
         mixed = []
         for qkv, table in zip(packed.unpacked(self.qkv(x)), tables):
-            q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            if table is not None:
-                q, k = rotate(q, table), rotate(k, table)
+            q, k, v = self.split(qkv, table)
             mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
         return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
+
+    def split(self, qkv: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, T, 3 * D] -> queries, keys, values [N, heads, T, D / heads]; the first two turned by a `rope_table`."""
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
 
 
 class Mlp(nn.Module):

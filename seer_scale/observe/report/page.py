@@ -126,6 +126,7 @@ def _data(run_dir: Path) -> dict[str, Any]:
         "prototypes": pictures.prototypes(),
         "has_anchors": bool(newest_start(events).get("anchors", "untold")),  # a method without them has no such section
         "use": pictures.use(),
+        "patches": pictures.strips("patches"),
         "sections": _sections(draw, pictures),
         "results": [(r.task, r.figure, r.score, r.untrained, r.of, r.protocol) for r in rows_of(results)],
         "result_plots": plots_of(results),

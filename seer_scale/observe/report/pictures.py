@@ -80,7 +80,7 @@ class Pictures:
         return strips
 
     def strips(self, section: str) -> list[Strip]:
-        """Of a section of the gallery that a method brings."""
+        """Of a section of the gallery: `patches`, or one that a method brings."""
         return [
             Strip([self._picture(name, 80) for name in entry["images"]], entry["caption"], entry.get("small", ""))
             for entry in self._gallery.get(section, [])
