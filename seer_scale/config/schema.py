@@ -202,16 +202,19 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    name: str = opt("regnety_8gf", "backbone: a registered name, timm/NAME, or regnety or vit with the keys below")
+    name: str = opt(
+        "regnety_8gf", "backbone: a registered name, timm/NAME, or regnety, vit or convnextv2 with the keys below"
+    )
     depth: int | None = opt(None, "regnety, vit: number of blocks", ge=1)
     w0: int | None = opt(None, "regnety: initial width", ge=8)
     wa: float | None = opt(None, "regnety: slope of the width", ge=0)
     wm: float | None = opt(None, "regnety: width quantisation factor", gt=1)
     group_width: int | None = opt(None, "regnety: channels a group", ge=1)
     se_ratio: float | None = opt(None, "regnety: squeeze-and-excitation ratio to the block's input width", gt=0)
-    width: int | None = opt(None, "vit: width of a token", ge=1)
+    width: int | None = opt(None, "vit: width of a token; convnextv2: channels of the first stage", ge=1)
+    depths: tuple[int, ...] | None = opt(None, "convnextv2: blocks of each of its four stages", ge=1)
     heads: int | None = opt(None, "vit: heads of attention", ge=1)
-    patch: int | None = opt(None, "vit: side of a patch in pixels", ge=1)
+    patch: int | None = opt(None, "vit, convnextv2: side of a patch in pixels; null: 4 of a convnextv2", ge=1)
     ffn: Literal["mlp", "swiglu"] | None = opt(None, "vit, vit_SIZE: feed-forward network; null: the size's, or mlp")
     registers: int | None = opt(None, "vit, vit_SIZE: register tokens; null: 0", ge=0)
     positions: Literal["table", "rope"] | None = opt(
@@ -222,7 +225,12 @@ class Model:
         None, "vit, vit_SIZE: how the table is resized; null or auto: antialias with registers, else offset, as DINOv2"
     )
     layer_scale: float | None = opt(None, "vit, vit_SIZE: initial value of LayerScale; null: 1e-5", gt=0)
-    drop_path: float | None = opt(None, "vit, vit_SIZE: rate of dropped branches; null: 0", ge=0, lt=1)
+    drop_path: float | None = opt(
+        None,
+        "vit, vit_SIZE: rate of dropped branches; convnextv2, convnextv2_SIZE: of the last block; null: 0",
+        ge=0,
+        lt=1,
+    )
     drop_path_rule: Literal["constant", "linear"] | None = opt(
         None, "vit, vit_SIZE: that rate in every block, or rising to it; null: constant"
     )
@@ -236,20 +244,30 @@ class Model:
         return [key for key in self.explicit_keys() if key not in keys_of_model(self.name)]
 
 
-FREE_MODELS = ("regnety", "vit")
+_SHAPES = {
+    "regnety": ("depth", "w0", "wa", "wm", "group_width", "se_ratio"),
+    "vit": ("width", "depth", "heads", "patch"),
+    "convnextv2": ("width", "depths", "patch"),
+}
+"""Keys that a size by name fixes."""
+_OPTIONS = {
+    "regnety": (),
+    "vit": ("ffn", "registers", "positions", "image_size", "position_resize", "layer_scale", "drop_path",
+            "drop_path_rule"),
+    "convnextv2": ("drop_path",),
+}  # fmt: skip
+"""Keys that it leaves open."""
+FREE_MODELS = tuple(_SHAPES)
 """Networks whose shape a recipe gives."""
-VIT_FREE = ("width", "depth", "heads", "patch")
 KEYS_OF_TRAINING = ("layer_scale", "drop_path", "drop_path_rule")
 """Of a model, that leave its tensors as they are."""
 
 
 def keys_of_model(name: str) -> tuple[str, ...]:
     """The keys of a recipe's section `model` that a network of this name takes."""
-    of_regnety = ("depth", "w0", "wa", "wm", "group_width", "se_ratio")
-    if name == "regnety":
-        return of_regnety
-    keys = tuple(f.name for f in dataclasses.fields(Model) if f.name not in ("name", *of_regnety, *VIT_FREE))
-    return (*VIT_FREE, *keys) if name == "vit" else keys if name.startswith("vit_") else ()
+    if name in _SHAPES:
+        return _SHAPES[name] + _OPTIONS[name]
+    return next((_OPTIONS[family] for family in _SHAPES if name.startswith(f"{family}_")), ())
 
 
 @dataclass(frozen=True, kw_only=True)

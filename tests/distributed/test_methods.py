@@ -34,6 +34,7 @@ RUNS += [("timm/test_resnet", case) for case in (*ENGINE_OF_EACH_KIND, "fsdp rec
 RUNS += [(kind, case) for kind in ("timm/test_vit", "timm/test_nfnet") for case in ("fsdp recomputed", "zero3")]
 RUNS += [("our vit", case) for case in (*ENGINE_OF_EACH_KIND, "fsdp recomputed", "fsdp accumulated")]
 RUNS += [("our rotary vit", "zero3 recomputed")]
+RUNS += [("our convnext", case) for case in ("fsdp recomputed", "fsdp accumulated", "zero3", "zero1")]
 HALF = [
     ("vit", "fsdp", "bf16"),
     ("our vit", "fsdp", "bf16"),
@@ -60,7 +61,16 @@ OUR_VIT = NO_REGNETY | {
     "swav.batch_norm": False,
 }  # fmt: skip
 """Tokens of two resolutions, of which branches are dropped, the same ones on any rank and in any micro-batch."""
-NETWORKS = {"our vit": OUR_VIT, "our rotary vit": OUR_VIT | {"model.positions": "rope", "model.width": 32}}
+OUR_CONVNEXT = NO_REGNETY | {
+    "model.name": "convnextv2", "model.width": 8, "model.depths": [1, 1, 2, 1], "model.patch": 2,
+    "model.drop_path": 0.3,
+    "swav.batch_norm": False,
+}  # fmt: skip
+NETWORKS = {
+    "our convnext": OUR_CONVNEXT,
+    "our vit": OUR_VIT,
+    "our rotary vit": OUR_VIT | {"model.positions": "rope", "model.width": 32},
+}
 CHAIN = ("fsdp", "zero3", "fairscale", "zero1", "ddp")
 """Engines that go on from each other's checkpoints, an update each."""
 UPDATES = 3

@@ -1,0 +1,261 @@
+"""ConvNeXt V2 (arXiv 2301.00808): depthwise 7 x 7 convolutions, LayerNorm, and an MLP with Global Response
+Normalization, which keeps its channels from dying or saturating in masked pretraining.
+
+Between units travels a list: for each resolution a map [N_r, H_r, W_r, C], channels last, and where paths are dropped a
+last matrix [N, blocks] of what each image's branches are multiplied by, N being the sum of N_r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seer_scale.errors import Problem, UserError
+from seer_scale.models.backbone import Backbone, StageMap, Tokens
+from seer_scale.models.init import Constant, Init, Normal
+from seer_scale.models.layers.precision import at_least_fp32
+
+CONVNEXT_STD, GRN_EPS, CONVNEXT_EPS = 0.02, 1e-6, 1e-6
+STAGES = 4
+
+
+@dataclass(frozen=True)
+class ConvNeXtV2Spec:
+    """width: of the first stage; each of the others has twice the one before. depths: blocks of the four stages.
+    patch: side of the stem's patches in pixels; three more halvings make a stride of 8 patch. drop_path: the rate at
+    which the last block's branch is dropped, by image, rising linearly from 0 at the first."""
+
+    width: int
+    depths: tuple[int, ...]
+    patch: int = 4
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "depths", tuple(self.depths))  # a recipe's are a list
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.width * 2**stage for stage in range(STAGES))
+
+    @property
+    def stride(self) -> int:
+        return self.patch * 2 ** (STAGES - 1)
+
+
+CONVNEXTV2_SIZES = {
+    "atto": (40, (2, 2, 6, 2)), "femto": (48, (2, 2, 6, 2)), "pico": (64, (2, 2, 6, 2)), "nano": (80, (2, 2, 8, 2)),
+    "tiny": (96, (3, 3, 9, 3)), "base": (128, (3, 3, 27, 3)), "large": (192, (3, 3, 27, 3)),
+    "huge": (352, (3, 3, 27, 3)),
+}  # fmt: skip
+"""Width and depths of the published ones."""
+CONVNEXTV2 = {f"convnextv2_{size}": ConvNeXtV2Spec(*shape) for size, shape in CONVNEXTV2_SIZES.items()}
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm of the channels at each place, as they lie last."""
+
+    def __init__(self, width: int):
+        super().__init__(width, CONVNEXT_EPS)
+
+
+class PlainConv(nn.Conv2d):
+    """Of maps with channels last; its weights are whatever memory held until drawn."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing: initial values are those of `ConvNeXtV2.initialisers`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, H, W, C] -> [N, H', W', C']"""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PlainLinear(nn.Linear):
+    """Its weights are whatever memory held until drawn."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing: initial values are those of `ConvNeXtV2.initialisers`."""
+
+
+class GlobalResponseNorm(nn.Module):
+    """Channels of an image compete: each is scaled by its L2 norm over all places, relative to the mean of all
+    channels' norms, beside what it was; identity at first (arXiv 2301.00808, section 4). In fp32 at least."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, H, W, C] -> the same."""
+        norms = torch.linalg.vector_norm(at_least_fp32(x), dim=(1, 2), keepdim=True)
+        relative = norms / (norms.mean(3, keepdim=True) + GRN_EPS)
+        return x * (1 + self.weight * relative).to(x.dtype) + self.bias.to(x.dtype)
+
+
+class Stem(nn.Module):
+    """Non-overlapping patches to vectors, then LayerNorm."""
+
+    def __init__(self, width: int, patch: int):
+        super().__init__()
+        self.conv, self.norm = PlainConv(3, width, patch, patch), ChannelNorm(width)
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        """Images [N_r, 3, H_r, W_r] -> maps [N_r, H_r / patch, W_r / patch, width]."""
+        return [self.norm(self.conv(x.permute(0, 2, 3, 1))) for x in xs]
+
+
+class Downsample(nn.Module):
+    """LayerNorm, then 2 x 2 places to one."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.conv = ChannelNorm(width), PlainConv(width, 2 * width, 2, 2)
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        maps, scales = _maps_of(xs)
+        return [self.conv(self.norm(x)) for x in maps] + scales
+
+
+class Block(nn.Module):
+    """Depthwise 7 x 7 convolution, LayerNorm, Linear, GELU, Global Response Normalization, Linear; beside a shortcut.
+    number: of this block, from 0."""
+
+    def __init__(self, width: int, number: int):
+        super().__init__()
+        self.number = number
+        self.dw, self.norm = PlainConv(width, width, 7, padding=3, groups=width), ChannelNorm(width)
+        self.fc1, self.grn = PlainLinear(width, 4 * width), GlobalResponseNorm(4 * width)
+        self.fc2 = PlainLinear(4 * width, width)
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        """The list of this module's docstring -> the same."""
+        maps, scales = _maps_of(xs)
+        of_images = scales[0][:, self.number].split([len(x) for x in maps]) if scales else [None] * len(maps)
+        out = []
+        for x, scale in zip(maps, of_images):
+            y = self.fc2(self.grn(F.gelu(self.fc1(self.norm(self.dw(x))))))
+            out.append(x + (y if scale is None else y * scale.view(-1, 1, 1, 1)))
+        return out + scales
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What can be sharded apart, in order of use."""
+        return {"dw": self.dw, "fc1": self.fc1, "fc2": self.fc2}
+
+
+def _maps_of(xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The maps, and the matrix of scales if there is one."""
+    return ([*xs[:-1]], [xs[-1]]) if xs[-1].ndim == 2 else (xs, [])
+
+
+class PooledNorm(ChannelNorm):
+    """The mean over all places, then LayerNorm: [N_r, H_r, W_r, C] -> [N_r, C]."""
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:  # type: ignore[override]  # a list, as units take
+        return [super(PooledNorm, self).forward(at_least_fp32(x.mean((1, 2)))) for x in xs]
+
+
+class ConvNeXtV2(Backbone):
+    """ConvNeXt V2 up to its pooled and normalised features.
+
+    Construction draws nothing and works on the meta device; `seer_scale.models.registry.initialise` fills the weights.
+    """
+
+    def __init__(self, spec: ConvNeXtV2Spec):
+        super().__init__()
+        check_convnext(spec)
+        self.spec = spec
+        self.num_features = spec.widths[-1]
+        self.num_draws = sum(spec.depths) if spec.drop_path else 0
+        self.stem = Stem(spec.width, spec.patch)
+        number = 0
+        for s, (width, depth) in enumerate(zip(spec.widths, spec.depths, strict=True), 1):
+            stage = nn.ModuleDict({} if s == 1 else {"down": Downsample(width // 2)})
+            for b in range(1, depth + 1):
+                stage[f"b{b}"] = Block(width, number)
+                number += 1
+            self.add_module(f"s{s}", stage)
+        self.norm = PooledNorm(self.num_features)
+
+    def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
+        return self.norm(_maps_of(self._stages(xs)[-1])[0])
+
+    def features_of_draws(self, xs: list[Tensor], draws: Sequence[Tensor]) -> list[Tensor]:
+        return self.norm(_maps_of(self._stages(xs, draws)[-1])[0])
+
+    def _stages(self, xs: list[Tensor], draws: Sequence[Tensor] | None = None) -> list[list[Tensor]]:
+        """What travels after each stage."""
+        maps, out = self.stem(xs), []
+        if self.training and draws is not None and self.num_draws:
+            maps = [*maps, self._scales(torch.cat(list(draws)))]
+        for names in self.stage_units():
+            maps = self.forward_units(names, maps)
+            out.append(maps)
+        return out
+
+    def _scales(self, draws: Tensor) -> Tensor:
+        """Uniform numbers [N, blocks] -> 0 where a branch is dropped, else 1 / (1 - its rate) (arXiv 1603.09382)."""
+        rates = torch.linspace(0, self.spec.drop_path, draws.shape[1], device=draws.device)
+        return (draws >= rates) / (1 - rates)
+
+    def tokens(
+        self, xs: list[Tensor], masks: Sequence[Tensor | None] = (), draws: Sequence[Tensor] | None = None
+    ) -> list[Tokens]:
+        """The pooled features, no registers, and the places of the last stage's map."""
+        maps, _ = _maps_of(self._stages(self.hide(xs, masks), draws)[-1])
+        pooled = self.norm(maps)
+        return [Tokens(y, y.new_empty(len(y), 0, y.shape[1]), x.flatten(1, 2)) for x, y in zip(maps, pooled)]
+
+    def stage_maps(self) -> list[StageMap]:
+        spec = self.spec
+        return [StageMap(f"s{s}", width, spec.patch * 2 ** (s - 1)) for s, width in enumerate(spec.widths, 1)]
+
+    def forward_stages(self, xs: list[Tensor]) -> list[list[Tensor]]:
+        return [[x.permute(0, 3, 1, 2) for x in maps] for maps in self._stages(xs)]
+
+    def after_stages(self) -> list[str]:
+        return ["norm.weight", "norm.bias"]
+
+    def shard_units(self) -> dict[str, nn.Module]:
+        """ "stem", "s1.b1", ..., "s2.down", ..., "norm"; each takes and gives a list."""
+        units = {name: self.get_submodule(name) for stage in self.stage_units() for name in stage}
+        return {"stem": self.stem, **units, "norm": self.norm}
+
+    def stage_units(self) -> list[list[str]]:
+        return [[f"s{s}.{b}" for b, _ in self.get_submodule(f"s{s}").named_children()] for s in range(1, STAGES + 1)]
+
+    def refuses(self, size: int) -> str:
+        stride = self.spec.stride
+        if size >= stride:
+            return ""
+        return f"it must be at least {stride} pixels, {STAGES - 1} halvings of patches of {self.spec.patch}"
+
+    def initialisers(self) -> dict[str, Init]:
+        """Normal matrices and kernels of a deviation of 0.02, biases 0; a Global Response Normalization that does
+        nothing."""
+        inits: dict[str, Init] = {}
+        for name, layer in self.named_modules():
+            if isinstance(layer, PlainConv | PlainLinear):
+                inits |= {f"{name}.weight": Normal(CONVNEXT_STD), f"{name}.bias": Constant(0)}
+            elif isinstance(layer, nn.LayerNorm):
+                inits |= {f"{name}.weight": Constant(1), f"{name}.bias": Constant(0)}
+            elif isinstance(layer, GlobalResponseNorm):
+                inits |= {f"{name}.weight": Constant(0), f"{name}.bias": Constant(0)}
+        return inits
+
+
+def check_convnext(spec: ConvNeXtV2Spec) -> None:
+    """Raises UserError where the values make no network."""
+    problems = []
+    if len(spec.depths) != STAGES or min(spec.depths, default=0) < 1:
+        rule = f"of a convnextv2 it must be the number of blocks of each of {STAGES} stages, at least 1"
+        problems.append(Problem("model.depths", list(spec.depths), rule, "as in [2, 2, 6, 2]"))
+    for name in ("width", "patch"):
+        if getattr(spec, name) < 1:
+            problems.append(Problem(f"model.{name}", getattr(spec, name), "of a convnextv2 it must be at least 1"))
+    if not 0 <= spec.drop_path < 1:
+        problems.append(Problem("model.drop_path", spec.drop_path, "it must be at least 0 and below 1", (0.0,)))
+    if problems:
+        raise UserError(*problems)
