@@ -23,6 +23,10 @@ OF_REGNETY = {f"model.{key}": None for key in VIT_KEYS} | {
     "model.name": "regnety", "model.depth": 5, "model.w0": 8, "model.wa": 12.0, "model.wm": 2.0, "model.group_width": 8,
     "views.crops": [{"num": 2, "size": 96}, {"num": 2, "size": 40}],
 }  # fmt: skip
+OF_CONVNEXT = {f"model.{key}": None for key in VIT_KEYS} | {
+    "model.name": "convnextv2", "model.width": 8, "model.depths": [1, 1, 1, 1], "model.patch": 2,
+    "views.crops": [{"num": 2, "size": 48}, {"num": 2, "size": 32}], "dinov2.mask_exact": True,
+}  # fmt: skip
 SHARED = {"dinov2.shared_head": True, "dinov2.patch_bottleneck": 256, "dinov2.patch_prototypes": 65536}
 ANCHORED = {
     "views.crops": [{"num": 2, "size": 48}, {"num": 2, "size": 16}],
@@ -120,8 +124,8 @@ def reference(method, views, samples_seen):
     "overrides",
     [{}, SHARED, NO_IBOT, ANCHORED, {"dinov2.centering": "softmax"},
      {"dinov2.mask_exact": True, "model.positions": "rope", "model.width": 32},
-     OF_REGNETY | {"dinov2.mask_exact": True}],
-    ids=["vit", "shared head", "no iBOT", "anchored", "centred", "rotary, exact masks", "regnety"],
+     OF_REGNETY | {"dinov2.mask_exact": True}, OF_CONVNEXT],
+    ids=["vit", "shared head", "no iBOT", "anchored", "centred", "rotary, exact masks", "regnety", "convnext"],
 )  # fmt: skip
 def test_loss_and_gradients_are_those_of_a_plain_reference(overrides):
     config, method = make(**overrides)
