@@ -145,4 +145,6 @@ def test_all_that_is_drawn_is_measured():
     config, engine = tiny(WORLD, DINOV2)
     out = engine.gradients(micro_batches(config, 0, WORLD), samples_seen=0, with_metrics=True)
     plots = [*engine.method.plots, *(plot for section in engine.method.report_sections for plot in section.plots)]
+    broken = engine.method.metrics({name: math.nan * mean for name, mean in out.metrics.items()}, math.nan)
+    assert all(math.isnan(value) for value in broken.values())
     assert {plot.key for plot in plots} <= set(engine.method.metrics(out.metrics, 1.0)) and len(plots) == 11

@@ -72,7 +72,7 @@ def figures(means: Mapping[str, Tensor]) -> dict[str, float]:
         "kl": own["dino"] - entropy,
         "target_information": math.log(used) - entropy,
         "prototype_use": used / len(target),
-        "feature_std": math.sqrt(max(0.0, 1 - token.square().sum().item())),
+        "feature_std": math.sqrt(max(1 - token.square().sum().item(), 0.0)),
     }
     if "ibot" in own:
         crops = own["masked_crops"] or math.nan
