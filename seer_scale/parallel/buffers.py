@@ -33,6 +33,9 @@ class Statistics:
     @contextmanager
     def micro_batch(self, index: int, num: int) -> Iterator[None]:
         """Each micro-batch starts from the statistics kept; after the last, they are the mean of what each came to."""
+        if not self.now.numel():
+            yield
+            return
         self.now.copy_(self.before)
         yield
         self.sum = self.now / num + (self.sum if index else 0)  # no trace of the last update, which may be NaN
@@ -69,10 +72,11 @@ class Buffers:
         self.statistics = self.all.data[first - sum(sizes) :]
         counts = [[b for n, b in part.items() if n not in floats] for part in (of_losses, of_targets)]
         self.of_losses, self.of_targets = map(Statistics, self.statistics.split(sizes), counts)
+        self._parts = [part for part in (self.of_losses, self.of_targets) if part.now.numel()]
 
     def keep(self) -> None:
         """Statistics as they are now are what `restore_where`, `unmoved` and `micro_batch` go back to."""
-        for part in (self.of_losses, self.of_targets):
+        for part in self._parts:
             part.before.copy_(part.now)
 
     @contextmanager
@@ -82,5 +86,5 @@ class Buffers:
             yield
 
     def restore_where(self, condition: Tensor) -> None:
-        for part in (self.of_losses, self.of_targets):
+        for part in self._parts:
             part.now.copy_(torch.where(condition, part.before, part.now))
