@@ -1,14 +1,21 @@
 """ConvNeXt V2 (arXiv 2301.00808): depthwise 7 x 7 convolutions, LayerNorm, and an MLP with Global Response
 Normalization, which keeps its channels from dying or saturating in masked pretraining.
 
-Between units travels a list: for each resolution a map [N_r, H_r, W_r, C], channels last, and where paths are dropped a
-last matrix [N, blocks] of what each image's branches are multiplied by, N being the sum of N_r.
+Between units travels a list (`Travelling`): for each resolution a map [N_r, H_r, W_r, C], channels last, and what
+decides what of it counts.
+
+**Masked pretraining** (FCMAE) sees only some tiles of an image, squares of as many pixels as the last map has a place
+for. Packed, only these are computed: a map is [N_r, K_r, t, t, C], of the K_r visible tiles of each image, with t
+places to a side. Nothing but the depthwise convolution looks beyond a tile; its input is spread on a canvas of zeros.
+That equals the dense network whose maps are set to 0 where tiles are masked: after stem and downsampling, before a
+Global Response Normalization takes its norms, and where a branch is added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +62,64 @@ CONVNEXTV2_SIZES = {
 CONVNEXTV2 = {f"convnextv2_{size}": ConvNeXtV2Spec(*shape) for size, shape in CONVNEXTV2_SIZES.items()}
 
 
+class Travelling(NamedTuple):
+    """What travels between units. maps: dense or packed. masks: of each resolution bool [N_r, H_r / stride, W_r /
+    stride], the tiles that are not seen; or none. places: of packed maps, of each resolution int64 [N_r, K_r], the
+    numbers of the visible tiles, row by row, rising. scales: [N, blocks], what each image's branches are multiplied by,
+    N being the sum of N_r; or none."""
+
+    maps: list[Tensor]
+    masks: list[Tensor]
+    places: list[Tensor]
+    scales: list[Tensor]
+
+    @classmethod
+    def of(cls, xs: Sequence[Tensor]) -> Travelling:
+        floats = [x for x in xs if x.is_floating_point()]
+        return cls(
+            [x for x in floats if x.ndim > 2],
+            [x for x in xs if x.dtype == torch.bool],
+            [x for x in xs if x.dtype == torch.int64],
+            [x for x in floats if x.ndim == 2],
+        )
+
+    def with_maps(self, maps: list[Tensor]) -> list[Tensor]:
+        return [*maps, *self.masks, *self.places, *self.scales]
+
+    def where(self, i: int) -> tuple[Tensor | None, Tensor | None]:
+        """Masks and places of the resolution i, if there are any."""
+        return self.masks[i] if self.masks else None, self.places[i] if self.places else None
+
+
+def with_zeros(x: Tensor, mask: Tensor | None) -> Tensor:
+    """A dense map [N, H, W, C] with 0 where tiles are masked."""
+    if mask is None or x.ndim == 5:
+        return x
+    t = x.shape[1] // mask.shape[1]
+    return x.masked_fill(mask.repeat_interleave(t, 1).repeat_interleave(t, 2)[..., None], 0)
+
+
+def visible_tiles(x: Tensor, grid: torch.Size, places: Tensor) -> Tensor:
+    """A map [N, H, W, C] of grid[0] x grid[1] tiles -> [N, K, t, t, C], those at `places` [N, K]."""
+    num, (height, width) = len(x), grid
+    t = x.shape[1] // height
+    tiles = x.unflatten(2, (width, t)).unflatten(1, (height, t)).transpose(2, 3).reshape(num * height * width, t, t, -1)
+    return tiles.index_select(0, _flat(places, height * width)).unflatten(0, places.shape)
+
+
+def on_canvas(tiles: Tensor, grid: torch.Size, places: Tensor) -> Tensor:
+    """[N, K, t, t, C] -> the map [N, H, W, C] with 0 where there is no tile."""
+    (num, _, t, _, channels), (height, width) = tiles.shape, grid
+    canvas = tiles.new_zeros(num * height * width, t, t, channels)
+    canvas = canvas.index_copy(0, _flat(places, height * width), tiles.flatten(0, 1))
+    return canvas.view(num, height, width, t, t, channels).transpose(2, 3).reshape(num, height * t, width * t, channels)
+
+
+def _flat(places: Tensor, num: int) -> Tensor:
+    """[N, K] of `num` tiles an image -> [N * K] among all of them."""
+    return (places + num * torch.arange(len(places), device=places.device)[:, None]).flatten()
+
+
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm of the channels at each place, as they lie last."""
 
@@ -88,10 +153,12 @@ class GlobalResponseNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, H, W, C] -> the same."""
-        norms = torch.linalg.vector_norm(at_least_fp32(x), dim=(1, 2), keepdim=True)
-        relative = norms / (norms.mean(3, keepdim=True) + GRN_EPS)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[N, H, W, C], or packed [N, K, t, t, C] -> the same. mask: of a dense map; what it hides has no part in
+        norms."""
+        seen = at_least_fp32(with_zeros(x, mask))
+        norms = torch.linalg.vector_norm(seen, dim=tuple(range(1, x.ndim - 1)), keepdim=True)
+        relative = norms / (norms.mean(-1, keepdim=True) + GRN_EPS)
         return x * (1 + self.weight * relative).to(x.dtype) + self.bias.to(x.dtype)
 
 
@@ -103,8 +170,14 @@ class Stem(nn.Module):
         self.conv, self.norm = PlainConv(3, width, patch, patch), ChannelNorm(width)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        """Images [N_r, 3, H_r, W_r] -> maps [N_r, H_r / patch, W_r / patch, width]."""
-        return [self.norm(self.conv(x.permute(0, 2, 3, 1))) for x in xs]
+        """Images [N_r, 3, H_r, W_r] in the place of maps -> maps [N_r, H_r / patch, W_r / patch, width], or packed."""
+        taken, out = Travelling.of(xs), []
+        for i, image in enumerate(taken.maps):
+            (mask, places), x = taken.where(i), image.permute(0, 2, 3, 1)
+            if mask is not None and places is not None:
+                x = visible_tiles(x, mask.shape[1:], places)
+            out.append(with_zeros(self.norm(of_tiles(self.conv, x)), mask))
+        return taken.with_maps(out)
 
 
 class Downsample(nn.Module):
@@ -115,8 +188,9 @@ class Downsample(nn.Module):
         self.norm, self.conv = ChannelNorm(width), PlainConv(width, 2 * width, 2, 2)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        maps, scales = _maps_of(xs)
-        return [self.conv(self.norm(x)) for x in maps] + scales
+        taken = Travelling.of(xs)
+        maps = [of_tiles(self.conv, self.norm(x)) for x in taken.maps]
+        return taken.with_maps([with_zeros(x, taken.where(i)[0]) for i, x in enumerate(maps)])
 
 
 class Block(nn.Module):
@@ -132,22 +206,31 @@ class Block(nn.Module):
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         """The list of this module's docstring -> the same."""
-        maps, scales = _maps_of(xs)
-        of_images = scales[0][:, self.number].split([len(x) for x in maps]) if scales else [None] * len(maps)
-        out = []
-        for x, scale in zip(maps, of_images):
-            y = self.fc2(self.grn(F.gelu(self.fc1(self.norm(self.dw(x))))))
-            out.append(x + (y if scale is None else y * scale.view(-1, 1, 1, 1)))
-        return out + scales
+        taken, out = Travelling.of(xs), []
+        sizes = [len(x) for x in taken.maps]
+        of_images = taken.scales[0][:, self.number].split(sizes) if taken.scales else [None] * len(sizes)
+        for i, (x, scale) in enumerate(zip(taken.maps, of_images)):
+            mask, places = taken.where(i)
+            y = self._spatial(x, mask, places)
+            y = self.fc2(self.grn(F.gelu(self.fc1(self.norm(y))), mask if places is None else None))
+            y = y if scale is None else y * scale.view(-1, *[1] * (y.ndim - 1))
+            out.append(x + with_zeros(y, mask))
+        return taken.with_maps(out)
+
+    def _spatial(self, x: Tensor, mask: Tensor | None, places: Tensor | None) -> Tensor:
+        """The depthwise convolution, of a canvas where the map is packed."""
+        if mask is None or places is None:
+            return self.dw(x)
+        return visible_tiles(self.dw(on_canvas(x, mask.shape[1:], places)), mask.shape[1:], places)
 
     def parts(self) -> dict[str, nn.Module]:
         """What can be sharded apart, in order of use."""
         return {"dw": self.dw, "fc1": self.fc1, "fc2": self.fc2}
 
 
-def _maps_of(xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The maps, and the matrix of scales if there is one."""
-    return ([*xs[:-1]], [xs[-1]]) if xs[-1].ndim == 2 else (xs, [])
+def of_tiles(conv: PlainConv, x: Tensor) -> Tensor:
+    """A convolution that does not look beyond a tile, of a dense or a packed map."""
+    return conv(x) if x.ndim == 4 else conv(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class PooledNorm(ChannelNorm):
@@ -180,19 +263,27 @@ class ConvNeXtV2(Backbone):
         self.norm = PooledNorm(self.num_features)
 
     def pooled_features(self, xs: list[Tensor]) -> list[Tensor]:
-        return self.norm(_maps_of(self._stages(xs)[-1])[0])
+        return self.norm(self._stages(xs)[-1])
 
     def features_of_draws(self, xs: list[Tensor], draws: Sequence[Tensor]) -> list[Tensor]:
-        return self.norm(_maps_of(self._stages(xs, draws)[-1])[0])
+        return self.norm(self._stages(xs, draws)[-1])
+
+    def visible_maps(
+        self, xs: list[Tensor], masks: list[Tensor], places: list[Tensor], draws: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """The last stage's maps [N_r, K_r, 1, 1, C] of what is visible of images [N_r, 3, H_r, W_r], whose sides the
+        stride divides; masks, places: as `Travelling` has them. Without places: dense, [N_r, H_r / stride, W_r /
+        stride, C], with 0 where tiles are masked."""
+        return self._stages([*xs, *masks, *places], draws)[-1]
 
     def _stages(self, xs: list[Tensor], draws: Sequence[Tensor] | None = None) -> list[list[Tensor]]:
-        """What travels after each stage."""
-        maps, out = self.stem(xs), []
+        """The maps after each stage."""
+        travelling, out = self.stem(xs), []
         if self.training and draws is not None and self.num_draws:
-            maps = [*maps, self._scales(torch.cat(list(draws)))]
+            travelling = [*travelling, self._scales(torch.cat(list(draws)))]
         for names in self.stage_units():
-            maps = self.forward_units(names, maps)
-            out.append(maps)
+            travelling = self.forward_units(names, travelling)
+            out.append(Travelling.of(travelling).maps)
         return out
 
     def _scales(self, draws: Tensor) -> Tensor:
@@ -204,7 +295,7 @@ class ConvNeXtV2(Backbone):
         self, xs: list[Tensor], masks: Sequence[Tensor | None] = (), draws: Sequence[Tensor] | None = None
     ) -> list[Tokens]:
         """The pooled features, no registers, and the places of the last stage's map."""
-        maps, _ = _maps_of(self._stages(self.hide(xs, masks), draws)[-1])
+        maps = self._stages(self.hide(xs, masks), draws)[-1]
         pooled = self.norm(maps)
         return [Tokens(y, y.new_empty(len(y), 0, y.shape[1]), x.flatten(1, 2)) for x, y in zip(maps, pooled)]
 

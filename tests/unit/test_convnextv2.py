@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from seer_scale.models.convnextv2 import CONVNEXTV2, ConvNeXtV2, GlobalResponseNorm
+from seer_scale.models.convnextv2 import CONVNEXTV2, ConvNeXtV2, GlobalResponseNorm, on_canvas
 from seer_scale.models.registry import build_backbone, initialise
 
 timm = pytest.importorskip("timm")
@@ -124,3 +124,64 @@ def test_branches_are_dropped_by_image():
     assert not torch.allclose(kept[0], model(images)[0]) and torch.equal(
         model.eval()([images], [draws])[0], model(images)
     )
+
+
+def masked(num: int, grid: tuple[int, int], keep: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(masks, places) of so many visible tiles an image."""
+    noise = torch.rand(num, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
+    places = noise.argsort(1)[:, :keep].sort(1).values
+    return torch.ones_like(noise, dtype=torch.bool).scatter(1, places, False).view(num, *grid), places
+
+
+@pytest.mark.parametrize("size, grid, keep", [("atto", (3, 4), 5), ("femto", (2, 3), 1), ("nano", (3, 3), 8)])
+def test_what_is_packed_is_the_dense_network_with_zeros(size, grid, keep):
+    """Values and gradients, of two resolutions at once."""
+    model = pair(size)[0]
+    images = [
+        torch.randn(2, 3, 32 * grid[0], 32 * grid[1], dtype=torch.float64),
+        torch.randn(3, 3, 64, 64, dtype=torch.float64),
+    ]
+    drawn = [masked(2, grid, keep), masked(3, (2, 2), 2, seed=1)]
+    masks, places = [m for m, _ in drawn], [p for _, p in drawn]
+    gradients = []
+    for given in (places, []):
+        model.zero_grad()
+        maps = model.visible_maps(images, masks, given)
+        if given:
+            maps = [on_canvas(x, m.shape[1:], p) for x, m, p in zip(maps, masks, places, strict=True)]
+        gradients.append((maps, {}))
+        sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in maps).backward()
+        gradients[-1][1].update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    (packed, of_packed), (dense, of_dense) = gradients
+    for a, b in zip(packed, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert of_packed.keys() == of_dense.keys() and len(of_packed) > 20
+    for name, g in of_packed.items():
+        torch.testing.assert_close(
+            g, of_dense[name], rtol=1e-11, atol=1e-11 * of_dense[name].abs().max().item(), msg=name
+        )
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_what_is_masked_changes_nothing(is_packed):
+    model, (masks, places) = pair("atto")[0], masked(2, (3, 3), 4)
+    images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    pixels = masks.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    others = torch.where(pixels, torch.randn_like(images), images)
+    given = [places] if is_packed else []
+    (a,), (b,) = (model.visible_maps([x], [masks], given) for x in (images, others))
+    assert torch.equal(a, b)
+    (whole,) = model.visible_maps([images], [torch.zeros_like(masks)], [torch.arange(9).expand(2, 9)])
+    torch.testing.assert_close(whole.view(2, 3, 3, -1).permute(0, 3, 1, 2), model.forward_stages([images])[-1][0])
+
+
+def test_global_response_normalization_of_what_is_visible_has_the_published_figures():
+    x = (torch.arange(12, dtype=torch.float64) / 10 - 0.3).view(1, 2, 2, 3)
+    mask = torch.zeros(1, 2, 2, dtype=torch.bool)
+    mask[0, 1, 1] = True
+    grn = GlobalResponseNorm(3).double()
+    with torch.no_grad():
+        grn.weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        grn.bias.copy_(torch.tensor([0.1, 0.0, -0.2]))
+    rows = [[-0.333487, -0.007757, -0.529774], [0.1, 0.003879, 0.459548], [0.533487, 0.015515, 1.448870]]
+    torch.testing.assert_close(grn(x, mask).view(4, 3)[:3], torch.tensor(rows, dtype=torch.float64), atol=1e-6, rtol=0)
