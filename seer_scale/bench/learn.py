@@ -1,9 +1,11 @@
-"""What is learned in equal updates and in equal CPU time, against a plain loop of lightly's SwAV modules.
+"""What is learned in equal updates and in equal CPU time, against a plain loop of lightly's modules for the recipe's
+method (SwAV, or DINO for DINOv2), and against other recipes on the same backbone.
 
-Both have the recipe's backbone, initial weights, batch, samples, crops, photometrics, assignment and schedule. The
-reference reads by Pillow, lightly's SwaVTransform and torch's DataLoader, passes each view by itself as lightly's
-examples do, and is updated by torch's SGD. Both run in this process on one CPU thread without loader processes, and
-one kNN measures both. A seed gives both their weights, so differences are taken seed by seed.
+The loop has the recipe's backbone, initial weights, batch, samples, crops, photometrics, temperatures, optimiser and
+schedules (lightly_loops.py says what else). It reads by Pillow, lightly's SwaVTransform and torch's DataLoader, passes
+each view by itself as lightly's examples do, and is updated by torch's SGD or AdamW. All run in this process on one CPU
+thread without loader processes, and one kNN measures all. A seed gives all their weights, so differences are taken seed
+by seed.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ import io
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from seer_scale.bench.lightly_loops import Loop, check_lightly_has, loop_of
 from seer_scale.bench.reference_swav import SINGLE_RANK
 from seer_scale.config import Config, Views, load_recipe, resolve
 from seer_scale.data.loading.loader import train_batches
@@ -29,46 +31,79 @@ from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.sources import Source, open_data
 from seer_scale.data.transforms.on_device import micro_batches
 from seer_scale.data.transforms.views import MEAN, STD
-from seer_scale.errors import NOTHING, Problem, UserError
+from seer_scale.errors import NOTHING, DataError, Problem, UserError
+from seer_scale.evaluate.features import FeatureTable, gather_features
 from seer_scale.evaluate.knn import LabelledImages, knn, labelled_images
+from seer_scale.evaluate.layers import mean_and_variance
+from seer_scale.evaluate.logistic import logistic
 from seer_scale.evaluate.statistics import statistics_of_images
 from seer_scale.extras import how_to_install
 from seer_scale.files import to_json
-from seer_scale.methods.swav.method import SwAV
-from seer_scale.methods.swav.settings import SwAVSettings
+from seer_scale.methods.base import Method
+from seer_scale.methods.registry import build_method
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.execution import choose_execution
-from seer_scale.models.registry import build_backbone, reset_buffers
 from seer_scale.optim.schedules import LearningRate, weight_decay
 from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import Engine
 
 OURS, STEPS, TIME = "ours", "lightly, equal samples", "lightly, equal time"
+SAMPLES_OF, TIME_OF = "samples", "time"
+"""As --against names lightly's loop for as many samples, and for as much time."""
+PILOT = 0.1
+"""Share of a recipe's samples by which its rate is known before the first run for as much time."""
+INVERSE_L2 = 1.0
+"""Of the linear classifiers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="images to train on, as data.path takes them; they vote, too")
-    parser.add_argument("--recipe", default="photos_laptop", help="a shipped recipe or a YAML file")
+    parser.add_argument("--recipe", default="photos_laptop", help="a shipped recipe or a YAML file, of SwAV or DINOv2")
     parser.add_argument("--queries", default="", help="labelled images to classify (default: a fifth of PATH)")
     parser.add_argument("--samples", type=int, default=0, help="images seen (default: the recipe's)")
     parser.add_argument("--seeds", type=int, default=8, help="how many seeds, from 0 on")
+    parser.add_argument(
+        "--against", nargs="*", default=[SAMPLES_OF, TIME_OF], metavar="WHAT",
+        help=f"{SAMPLES_OF}, {TIME_OF} (lightly's loop for as many samples, for as much CPU time; default: both), or a "
+        "recipe, on this one's backbone for as much CPU time",
+    )  # fmt: skip
+    parser.add_argument("--linear", action="store_true", help="fit linear classifiers to the bank's features, too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """knn: top-1 in percent. cpu_s: CPU seconds of training, without measuring."""
+    """knn, linear: top-1 in percent, by neighbours and by a logistic regression (nan where none was asked for). cpu_s:
+    CPU seconds of training, without measuring."""
 
     knn: float
+    linear: float
     samples: int
     cpu_s: float
+
+
+Train = Callable[[Config, Source], tuple[Backbone, float]]
+
+
+@dataclass
+class Contender:
+    """equal_time: it has as many samples as take as long as ours. runs: one a seed. rates: samples and CPU seconds of
+    runs, its own or others of its loop."""
+
+    name: str
+    config: Config
+    train: Train
+    equal_time: bool = False
+    runs: list[Trained] = field(default_factory=list)
+    rates: list[tuple[int, float]] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------------------ ours
 
 
-def configure(args: argparse.Namespace) -> Config:
-    """The recipe on one rank. Raises UserError, also for what lightly's modules do not have."""
+def configure(args: argparse.Namespace, recipe: str = "", model: dict[str, Any] | None = None) -> Config:
+    """A recipe (default: the one asked for) on one rank, with another `model` section if one is given. Raises
+    UserError."""
     over: dict[str, Any] = {
         "data": {"path": args.path, "workers": 0},
         "train": {"threads": 1} | ({"total_samples": args.samples} if args.samples else {}),
@@ -78,27 +113,14 @@ def configure(args: argparse.Namespace) -> Config:
     }
     if args.seeds < 1:
         raise UserError(Problem("--seeds", args.seeds, "must be at least 1", 1))
-    config = resolve(load_recipe(args.recipe), over, world_size=1)
-    s, photometrics = config.settings_as(SwAVSettings), {how for kind in config.views.photometric for how in kind}
-    solarize_p = max(how.solarize_p for how in photometrics)
-    for key, value, holds, has in (
-        ("optim.name", config.optim.name, config.optim.name == "sgd", "sgd"),
-        ("swav.hidden", s.hidden, len(s.hidden) == 1, "one hidden layer"),
-        ("swav.batch_norm", s.batch_norm, s.batch_norm, "true"),
-        ("swav.prototypes", s.prototypes, len(s.prototypes) == 1, "one set"),
-        ("swav.queue", s.queue, not s.queue, "0"),
-        ("views.crops", f"of {len(photometrics)} photometrics", len(photometrics) == 1, "the same for all"),
-        ("views.solarize_p", solarize_p, not solarize_p, "0"),
-    ):
-        if not holds:
-            raise UserError(Problem(key, value, "the loop of lightly's modules has another", has))
-    return config
+    raw = load_recipe(recipe or args.recipe)
+    return resolve(raw | ({"model": model} if model else {}), over, world_size=1)
 
 
-def start(config: Config) -> tuple[SwAV, Engine, torch.memory_format]:
+def start(config: Config) -> tuple[Method[Any, Any], Engine, torch.memory_format]:
     """The network as a run of this recipe starts with it."""
     with torch.device("meta"):
-        method = SwAV(config, SINGLE_RANK)
+        method = build_method(config, SINGLE_RANK)
     memory_format = choose_execution(method.backbone, config, SINGLE_RANK, cores=1).memory_format
     return method, build_engine(method, config, SINGLE_RANK), memory_format
 
@@ -114,7 +136,7 @@ def train_ours(config: Config, source: Source) -> tuple[Backbone, float]:
         views = micro_batches(made, config.views.crops, config.num_micro_batches(1), SINGLE_RANK.device, memory_format)
         engine.gradients(views, samples_seen=made.samples_seen)
         engine.update(lr(made.samples_seen), made.samples_seen)
-    return method.backbone, time.process_time() - begin
+    return cast(Backbone, method.backbone), time.process_time() - begin
 
 
 # ------------------------------------------------------------------------------------------------ the reference
@@ -153,52 +175,14 @@ def lightly_views(views: Views) -> Any:
     )  # fmt: skip
 
 
-class Reference(nn.Module):
-    """lightly's head, prototypes and loss on our backbone, as in its example; all weights are those of `ours`."""
-
-    def __init__(self, ours: SwAV, config: Config):
-        from lightly.loss import SwaVLoss
-        from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
-
-        super().__init__()
-        s, model = ours.config, config.model
-        with torch.device("meta"):
-            backbone = build_backbone(model.name, **model.explicit_keys())  # a copy would keep what an engine binds
-        self.backbone = backbone.to_empty(device="cpu")
-        reset_buffers(self.backbone)
-        self.backbone.load_state_dict(ours.backbone.state_dict())
-        self.head = SwaVProjectionHead(ours.backbone.num_features, s.hidden[0], s.embedding_dim)
-        self.prototypes = SwaVPrototypes(s.embedding_dim, s.prototypes[0])
-        self.loss = SwaVLoss(s.temperature, s.iterations, s.epsilon)
-        self.num_assigned = ours.num_assigned
-        with torch.no_grad():
-            for mine, theirs in zip(_linear(ours.head), _linear(self.head), strict=True):
-                theirs.weight.copy_(mine.weight)
-                if theirs.bias is not None:  # before BatchNorm it has none
-                    theirs.bias.copy_(mine.bias)
-            (scores,) = _linear(self.prototypes)
-            scores.weight.copy_(_linear(ours.prototypes)[0].weight)
-            scores.bias.zero_()
-
-    def forward(self, views: Sequence[Tensor]) -> Tensor:
-        self.prototypes.normalize()
-        scores = [self.prototypes(F.normalize(self.head(self.backbone(view)), dim=1)) for view in views]
-        return self.loss(scores[: self.num_assigned], scores[self.num_assigned :])
-
-
-def _linear(module: nn.Module) -> list[nn.Linear]:
-    return [m for m in module.modules() if isinstance(m, nn.Linear)]
-
-
 def train_reference(config: Config, source: Source) -> tuple[Backbone, float]:
     """The plain loop: its backbone, and the CPU seconds it took."""
     begin, batch, seed = time.process_time(), config.train.global_batch, config.run.seed
     torch.manual_seed(seed)
-    model, optim, lr = Reference(start(config)[0], config), config.optim, LearningRate(config)
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    decayed = {"params": [p for p in model.parameters() if p.dim() > 1], "decays": True}
-    others = {"params": vectors, "decays": not optim.exclude_vectors}
-    optimizer = torch.optim.SGD([decayed, others], lr=config.peak_lr, momentum=optim.momentum)
+    loop, optim, lr = loop_of(start(config)[0], config), config.optim, LearningRate(config)
+    optimizer = _optimizer(loop, config)
+    parts = loop.children() if optim.clip_by == "part" else [loop]
+    clipped = [list(part.parameters()) for part in parts if optim.clip_norm]
     loader = torch.utils.data.DataLoader(
         Pictures(source, lightly_views(config.views)), batch, shuffle=True, drop_last=True,
         generator=torch.Generator().manual_seed(seed),
@@ -210,33 +194,69 @@ def train_reference(config: Config, source: Source) -> tuple[Backbone, float]:
                 group["lr"] = lr(seen)
                 group["weight_decay"] = weight_decay(config, seen) if group["decays"] else 0.0
             optimizer.zero_grad()
-            model(views).backward()
+            loop.loss(views, seen).backward()
+            for together in filter(None, clipped):
+                nn.utils.clip_grad_norm_(together, optim.clip_norm)
             optimizer.step()
+            loop.after_update(seen)
             seen += batch
             if seen >= config.end(0):
                 break
-    return model.backbone, time.process_time() - begin
+    return loop.measured, time.process_time() - begin
+
+
+def _optimizer(loop: Loop, config: Config) -> torch.optim.Optimizer:
+    optim, trained = config.optim, [p for p in loop.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() > 1], "decays": True},
+        {"params": [p for p in trained if p.dim() < 2], "decays": not optim.exclude_vectors},
+    ]
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.peak_lr, betas=optim.betas)
+    return torch.optim.SGD(groups, lr=config.peak_lr, momentum=optim.momentum)
 
 
 # ------------------------------------------------------------------------------------------------ compared
 
 
 @torch.no_grad()
-def measure(backbone: Backbone, images: LabelledImages, config: Config) -> dict[str, float]:
-    """kNN of the features, which both are measured by."""
+def measure(backbone: Backbone, images: LabelledImages, config: Config, *, linear: bool) -> dict[str, float]:
+    """By features, which all are measured by: kNN and, as "linear/top1", a logistic regression of standardised ones
+    (nan without `linear`)."""
+    bank: list[Tensor] = []
 
     def encode(batch: Tensor) -> tuple[Tensor, Tensor]:
         features = backbone(batch)
         return features, features
 
-    return knn(encode, images, replace(config.knn, enabled=True), workers=0, world=SINGLE_RANK)[0]
+    how: dict[str, Any] = dict(workers=0, world=SINGLE_RANK)
+    queries = gather_features(
+        encode, images.queries, images.query_indices, size=config.knn.size, batch=config.knn.batch, **how
+    )
+    see = bank.append if linear else None
+    scores = knn(encode, images, replace(config.knn, enabled=True), queries=queries, see_bank=see, **how)[0]
+    scores["linear/top1"] = _linear(torch.cat(bank), queries, images) if linear else math.nan
+    return scores
 
 
-def measure_untrained(images: LabelledImages, config: Config) -> dict[str, float]:
+def _linear(bank: Tensor, queries: FeatureTable, images: LabelledImages) -> float:
+    """Top-1 in percent. Raises DataError where an image of the bank cannot be read, whose label would be another's."""
+    labels = images.bank.labels
+    assert labels is not None
+    if len(bank) != len(images.bank_indices):
+        raise DataError(Problem("PATH", NOTHING, "has images that cannot be read", "leave out --linear"))
+    mean, variance = mean_and_variance(bank)
+    scale = (variance + 1e-5 * variance.mean()).rsqrt()
+    fit = logistic((bank - mean) * scale, labels[images.bank_indices], len(images.classes), INVERSE_L2)
+    found = fit.scores(((queries.features - mean) * scale).float()).argmax(1)
+    return 100 * (found == torch.tensor(images.query_to_bank)[queries.labels]).double().mean().item()
+
+
+def measure_untrained(images: LabelledImages, config: Config, *, linear: bool) -> dict[str, float]:
     """That of the network as a run begins with it, with BatchNorm statistics of images that vote."""
-    backbone, size = start(config)[0].backbone.eval(), config.knn.size
+    backbone, size = cast(Backbone, start(config)[0].backbone.eval()), config.knn.size
     statistics_of_images(backbone, backbone, images.bank, images.bank_indices, size=size, workers=0, world=SINGLE_RANK)
-    return measure(backbone, images, config)
+    return measure(backbone, images, config, linear=linear)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -253,64 +273,101 @@ def scaled(config: Config, share: float) -> Config:
     return replace(config, train=replace(train, total_samples=total), schedule=replace(schedule, warmup_samples=warmup))
 
 
+def contenders_of(args: argparse.Namespace) -> list[Contender]:
+    """Ours first. Raises UserError."""
+    config = configure(args)
+    if len(set(args.against)) < len(args.against):
+        fix = "nearest: " + " ".join(dict.fromkeys(args.against))
+        raise UserError(Problem("--against", " ".join(args.against), "has one twice", fix))
+    found = [Contender(OURS, config, train_ours)]
+    for what in args.against:
+        if what in (SAMPLES_OF, TIME_OF):
+            check_lightly_has(config)
+            lightly_views(config.views)
+            found.append(Contender(STEPS if what == SAMPLES_OF else TIME, config, train_reference, what == TIME_OF))
+        else:
+            other = configure(args, what, {"name": config.model.name} | config.model.explicit_keys())
+            found.append(Contender(f"{what}, equal time", other, train_ours, equal_time=True))
+    of_lightly = [c for c in found if c.train is train_reference]
+    for contender in of_lightly:  # they are one loop
+        contender.rates = of_lightly[0].rates
+    return found
+
+
+def lasting(contender: Contender, config: Config, cpu_s: float, source: Source) -> Config:
+    """The recipe with as many samples as take so long by its runs so far, or else by a part of one."""
+    if not contender.rates:
+        pilot = scaled(config, PILOT)
+        contender.rates.append((pilot.end(0), contender.train(pilot, source)[1]))
+    samples, took = (sum(column) for column in zip(*contender.rates, strict=True))
+    return scaled(config, cpu_s * samples / took / config.train.total_samples)
+
+
 def run(args: argparse.Namespace) -> str:
     """Measure; returns the lines to print. Raises UserError."""
-    config = configure(args)
-    lightly_views(config.views)
+    contenders = contenders_of(args)
+    ours, *others = contenders
     torch.set_num_threads(1)
-    source = open_data(config.data)
-    images = labelled_images(config, source)
+    source = open_data(ours.config.data)
+    images = labelled_images(ours.config, source)
     if images is None:
         raise UserError(Problem("PATH", args.path, "has no labels to measure kNN by", "give labelled --queries"))
-    runs: dict[str, list[Trained]] = {OURS: [], STEPS: [], TIME: []}
-    scores: dict[str, float] = {}
     untrained = []
     for seed in range(args.seeds):
-        seeded = replace(config, run=replace(config.run, seed=seed))
-        untrained.append(measure_untrained(images, seeded)["knn/top1"])
-        for name in runs:
-            mine = seeded if name != TIME else scaled(seeded, runs[OURS][-1].cpu_s / runs[STEPS][-1].cpu_s)
-            train = train_ours if name == OURS else train_reference
-            backbone, cpu_s = train(mine, source)
-            scores = measure(backbone.eval(), images, config)
-            runs[name].append(Trained(scores["knn/top1"], mine.end(0), cpu_s))
-    differences = {
-        name: mean_and_error([ours.knn - other.knn for ours, other in zip(runs[OURS], runs[name])])
-        for name in (STEPS, TIME)
-    }
+        with_seed = {c.name: replace(c.config, run=replace(c.config.run, seed=seed)) for c in contenders}
+        scores = measure_untrained(images, with_seed[OURS], linear=args.linear)
+        untrained.append(Trained(scores["knn/top1"], scores["linear/top1"], 0, 0.0))
+        for one in contenders:
+            config = with_seed[one.name]
+            if one.equal_time:
+                config = lasting(one, config, ours.runs[-1].cpu_s, source)
+            backbone, cpu_s = one.train(config, source)
+            found = measure(backbone.eval(), images, ours.config, linear=args.linear)
+            one.runs.append(Trained(found["knn/top1"], found["linear/top1"], config.end(0), cpu_s))
+            one.rates.append((config.end(0), cpu_s))
     if args.json:
         return to_json({
-            "recipe": config.to_dict(), "protocol": images.protocol, "queries": scores["knn/queries"],
-            "majority": scores["knn/majority"], "untrained": untrained,
-            "runs": {name: [asdict(one) for one in found] for name, found in runs.items()},
-            "ours_minus": differences,
+            "recipe": ours.config.to_dict(), "protocol": images.protocol, "queries": scores["knn/queries"],
+            "majority": scores["knn/majority"], "untrained": [asdict(one) for one in untrained],
+            "runs": {c.name: [asdict(one) for one in c.runs] for c in contenders},
+            "ours_minus": {c.name: {key: ours_minus(ours, c, key) for key in figures(args)} for c in others},
         }, indent=1)  # fmt: skip
-    return "\n".join(_table(args, images, scores, untrained, runs, differences))
+    return "\n".join(_table(args, images, scores, untrained, contenders))
+
+
+def figures(args: argparse.Namespace) -> list[str]:
+    return ["knn", "linear"] if args.linear else ["knn"]
+
+
+def ours_minus(ours: Contender, other: Contender, key: str) -> tuple[float, float]:
+    return mean_and_error([getattr(a, key) - getattr(b, key) for a, b in zip(ours.runs, other.runs, strict=True)])
 
 
 def _table(
     args: argparse.Namespace,
     images: LabelledImages,
     scores: dict[str, float],
-    untrained: list[float],
-    runs: dict[str, list[Trained]],
-    differences: dict[str, tuple[float, float]],
+    untrained: list[Trained],
+    contenders: list[Contender],
 ) -> list[str]:
-    def figure(values: Sequence[float]) -> str:
-        return "{:6.2f} ± {:.2f} %".format(*mean_and_error(values))
+    ours, width = contenders[0], 1 + max(len(c.name) for c in contenders)
+
+    def of(runs: Sequence[Trained], key: str) -> str:
+        return "{:6.2f} ± {:.2f} %".format(*mean_and_error([getattr(one, key) for one in runs]))
 
     lines = [
         f"{args.recipe}, seeds 0 to {args.seeds - 1}, one CPU thread, torch {torch.__version__}; ± over seeds",
         images.protocol,
         f"{scores['knn/queries']:,.0f} queries (a figure's own standard error: "
         f"{scores['knn/top1_stderr']:.1f}); naming the commonest class: {scores['knn/majority']:.1f} %",
-        f"{'untrained':23}{figure(untrained)}   with BatchNorm statistics of images that vote",
     ]
-    for name, found in runs.items():
-        samples, cpu_s = sum(one.samples for one in found), sum(one.cpu_s for one in found)
-        line = f"{name:23}{figure([one.knn for one in found])}   {samples // len(found):9,} samples"
-        line += f"{samples / cpu_s:9.1f} a CPU second"
-        if name in differences:
-            line += "   ours is {:+.2f} ± {:.2f} from it".format(*differences[name])
-        lines.append(line)
+    for key in figures(args):
+        lines.append(f"{'untrained':{width}}{key} {of(untrained, key)}   with BatchNorm statistics of images that vote")
+        for one in contenders:
+            samples, cpu_s = sum(run.samples for run in one.runs), sum(run.cpu_s for run in one.runs)
+            line = f"{one.name:{width}}{key} {of(one.runs, key)}   {samples // len(one.runs):9,} samples"
+            line += f"{samples / cpu_s:9.1f} a CPU second"
+            if one is not ours:
+                line += "   ours is {:+.2f} ± {:.2f} from it".format(*ours_minus(ours, one, key))
+            lines.append(line)
     return lines

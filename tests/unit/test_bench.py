@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seer_scale.bench import checkpoint, data, engines, lars, learn, load, ranks, sinkhorn, step
 from seer_scale.bench import embed as embed_bench
 from seer_scale.bench import eval as eval_bench
+from seer_scale.bench.lightly_loops import loop_of
 from seer_scale.bench.reference_dinov2 import DINOv2Loop
 from seer_scale.bench.reference_swav import SwAVLoop
 from seer_scale.data.sources import open_data
@@ -403,27 +404,58 @@ def learn_options(tmp_path):
     return options
 
 
-def test_learn(learn_options, tmp_path):
+LEARN_DINO = """
+model: {name: regnety, depth: 5, w0: 16, wa: 24.0, wm: 2.0, group_width: 8}
+views: {crops: [{num: 2, size: 16}]}
+method: {name: dinov2}
+dinov2: {hidden: [16, 16], bottleneck: 8, prototypes: 12, ibot_weight: 0, koleo_weight: 0, centering: softmax}
+optim: {name: adamw, lr: 0.01, lr_batch: 0, clip_norm: 3.0, clip_by: part}
+train: {total_samples: 32, global_batch: 16}
+knn: {size: 16}
+"""
+
+
+def test_learn(learn_options):
     told = json.loads(learn.run(learn_options("--seeds", "2", "--json")))
     assert list(told["runs"]) == [learn.OURS, learn.STEPS, learn.TIME] and told["queries"] == 8
     assert all(len(found) == 2 and found[0]["cpu_s"] > 0 for found in told["runs"].values())
     assert {one["samples"] for name in (learn.OURS, learn.STEPS) for one in told["runs"][name]} == {32}
     ours, other = (told["runs"][name] for name in (learn.OURS, learn.STEPS))
     by_seed = [mine["knn"] - theirs["knn"] for mine, theirs in zip(ours, other)]
-    assert told["ours_minus"][learn.STEPS][0] == pytest.approx(sum(by_seed) / 2)
+    assert told["ours_minus"][learn.STEPS]["knn"][0] == pytest.approx(sum(by_seed) / 2)
     lines = learn.run(learn_options("--seeds", "1", "--samples", "16")).splitlines()
     assert "8 queries" in lines[2] and "16 samples" in lines[4] and "a CPU second" in lines[6]
 
 
-def test_both_loops_begin_alike_and_train_the_backbone(learn_options, tmp_path):
-    (tmp_path / "two.yaml").write_text(LEARN.replace(", {num: 1, size: 8}", ""))
+def test_learn_against_another_recipe_and_by_linear_classifiers(learn_options, tmp_path):
+    pytest.importorskip("sklearn")
+    (tmp_path / "dino.yaml").write_text(LEARN_DINO)
+    (tmp_path / "other.yaml").write_text(LEARN.replace("depth: 5", "depth: 6"))
+    words = ("--recipe", str(tmp_path / "dino.yaml"), "--against", str(tmp_path / "other.yaml"), "--seeds", "2")
+    told = json.loads(learn.run(learn_options(*words, "--linear", "--json")))
+    (ours, other) = told["runs"].values()
+    assert all(0 <= one["linear"] <= 100 for one in (*ours, *other))
+    assert other[1]["samples"] % 16 == 0 and other[1]["samples"] > 0
+    (config,) = (c.config for c in learn.contenders_of(learn_options(*words))[1:])
+    assert config.model.depth == 5 and config.method.name == "swav"
+
+
+def test_as_many_samples_as_take_as_long(learn_options):
+    config = learn.configure(learn_options("--samples", "320"))
+    known = learn.Contender("", config, learn.train_ours, rates=[(64, 1.0), (128, 2.0)])
+    assert learn.lasting(known, config, 2.5, None).train.total_samples == 160  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", [LEARN.replace(", {num: 1, size: 8}", ""), LEARN_DINO])
+def test_both_loops_begin_alike_and_train_the_backbone(recipe, learn_options, tmp_path):
+    (tmp_path / "two.yaml").write_text(recipe)
     config = learn.configure(learn_options("--recipe", str(tmp_path / "two.yaml")))
     method = learn.start(config)[0]
-    reference = learn.Reference(method, config)
+    reference = loop_of(method, config)
     view = torch.randn(16, 3, 16, 16)
     views = [view, view.flip(0)]  # lightly's loop has statistics a view, ours a resolution: here they are the same
     ours = method.train().loss([torch.cat(views)], samples_seen=0).loss
-    assert ours.item() == pytest.approx(reference(views).item(), rel=1e-5)
+    assert ours.item() == pytest.approx(reference.loss(views, 0).item(), rel=1e-5)
 
     source = open_data(config.data)
     weights = {name: p.clone() for name, p in method.backbone.named_parameters()}
@@ -433,18 +465,18 @@ def test_both_loops_begin_alike_and_train_the_backbone(learn_options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "was, now, key",
+    "recipe, was, now, key",
     [
-        ("name: sgd", "name: adamw", "optim.name"),
-        ("hidden: [16]", "hidden: []", "swav.hidden"),
-        ("prototypes: [8]", "prototypes: [8, 8]", "swav.prototypes"),
-        ("iterations: 2", "queue: 16", "swav.queue"),
-        ("size: 8", "size: 8, blur_p: 0", "views.crops"),
-        ("views: {", "views: {solarize_p: 0.1, ", "views.solarize_p"),
+        (LEARN, "name: sgd", "name: lars", "optim.name"),
+        (LEARN, "hidden: [16]", "hidden: []", "swav.hidden"),
+        (LEARN, "prototypes: [8]", "prototypes: [8, 8]", "swav.prototypes"),
+        (LEARN, "iterations: 2", "queue: 16", "swav.queue"),
+        (LEARN_DINO, "hidden: [16, 16]", "hidden: [16, 8]", "dinov2.hidden"),
+        (LEARN_DINO, "bottleneck: 8", "bottleneck: 8, freeze_samples: 16", "dinov2.freeze_samples"),
     ],
 )
-def test_learn_compares_only_what_lightly_has(learn_options, tmp_path, was, now, key):
-    (tmp_path / "learn.yaml").write_text(LEARN.replace(was, now))
+def test_learn_compares_only_what_lightly_has(recipe, was, now, key, learn_options, tmp_path):
+    (tmp_path / "learn.yaml").write_text(recipe.replace(was, now))
     with pytest.raises(UserError) as error:
         learn.run(learn_options())
     assert error.value.problems[0].key == key
@@ -454,6 +486,8 @@ def test_learn_needs_labels_and_seeds(learn_options, tmp_path):
     with pytest.raises(UserError) as error:
         learn.run(learn_options("--seeds", "0"))
     assert error.value.problems[0].key == "--seeds"
+    with pytest.raises(UserError, match="--against is 'time time', but has one twice; nearest: time"):
+        learn.run(learn_options("--against", "time", "time"))
     shutil.rmtree(tmp_path / "images" / "b")
     with pytest.raises(UserError) as error:
         learn.run(learn_options())

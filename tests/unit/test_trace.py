@@ -322,7 +322,7 @@ def trace_recipe(name: str, *ranks: int) -> list[Trace]:
     ranks: -1 is the last."""
     raw = load_recipe(name) | {"data": {"path": "unused"}}
     parallel = raw["parallel"]
-    num = next(n for n in (512, 496, max(2, parallel["ranks"])) if raw["train"]["global_batch"] % n == 0)
+    num = max(2, parallel["ranks"])
     config = resolve(raw, {"parallel": {"engine": parallel.get("engine", "ddp")}}, world_size=num)
     return [trace(config, num, rank=rank % num) for rank in ranks]
 

@@ -41,7 +41,7 @@ def dino_loss(global_logits: Tensor, local_logits: Tensor, targets: Tensor, temp
     together = targets.sum(0)
     own = sum_of_products(together - targets, log_probabilities(global_logits, temperature))
     other = torch.zeros_like(own)
-    for view in local_logits:
+    for view in local_logits if apart else ():  # a plan cannot take nothing apart
         other = other + sum_of_products(together, log_probabilities(view, temperature))
     loss = (own + other) / (between + apart)
     return DinoLoss(loss, own / max(1, between), other / max(1, apart))
