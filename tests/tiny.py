@@ -40,6 +40,17 @@ DINOV2 = {
     "train": {"total_samples": 160, "global_batch": 8},
 }  # fmt: skip
 
+FCMAE = {
+    "data": {"path": "unused"},
+    "model": {"name": "convnextv2", "width": 8, "depths": [1, 1, 2, 1], "patch": 1, "drop_path": 0.3},
+    "views": {"crops": [{"num": 2, "size": 32}, {"num": 1, "size": 24}]},
+    "method": {"name": "fcmae"},
+    "fcmae": {"decoder_width": 16},
+    "optim": {"name": "sgd", "lr": 0.1, "lr_batch": 0},
+    "schedule": {"warmup_samples": 32, "warmup_from": 0.1},
+    "train": {"total_samples": 160, "global_batch": 8},
+}
+
 
 def world_of(rank: int, size: int) -> World:
     return World(rank, size, control=dist.group.WORLD if size > 1 else None)

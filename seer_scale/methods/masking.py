@@ -24,7 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seer_scale.rng import key, numpy_generator
+from seer_scale.config import Config
+from seer_scale.distributed import World
+from seer_scale.methods.draws import first_of_part, sent
+from seer_scale.rng import draw, key, numpy_generator
 
 MIN_BLOCK, BLOCK_TRIES, MIN_ASPECT = 4, 10, 0.3
 """BEiT's: the least area of a block in patches, how often one is drawn anew, and its least height over width."""
@@ -116,6 +119,41 @@ class BlockMasking:
         n = self.num_masked
         near = round(n * (math.sqrt(5) - 1) / 2)
         return min((s for s in range(1, n + 1) if math.gcd(s, n) == 1), key=lambda s: abs(s - near))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomMasking:
+    """So many patches of each view are seen, drawn one by one. ratio: the share that is not."""
+
+    seed: int
+    grid: tuple[int, int]
+    ratio: float
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def keep(self) -> int:
+        """Patches that are seen."""
+        return int(round(self.num_patches * (1 - self.ratio), 6))
+
+    def noise(
+        self, config: Config, world: World, samples_seen: int, part: tuple[int, int], batch: int, views: int, kind: int
+    ) -> Tensor:
+        """Uniform numbers [views * batch, patches], crop-major, on the host: of the images of micro-batch i of this
+        rank's n, part (i, n), and of the kind of crop; the same on any number of ranks and in any micro-batches."""
+        first, row = samples_seen + first_of_part(config, world, part), views * self.num_patches
+        drawn = draw(self.seed, "visible patches", kind, start=first * row, stop=(first + batch) * row)
+        return torch.from_numpy(drawn).view(batch, views, -1).transpose(0, 1).flatten(0, 1)
+
+    def masks(self, noise: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(bool [N, h, w], what is not seen; int64 [N, keep], the numbers of what is, row by row, rising), on the
+        device: the order of noise decides, and the host waits for nothing."""
+        (there,) = sent([noise.contiguous()], device)
+        places = there.argsort(dim=1, stable=True)[:, : self.keep].sort(1).values
+        hidden = torch.ones_like(there, dtype=torch.bool).scatter(1, places, False)
+        return hidden.unflatten(1, self.grid), places
 
 
 def block_mask(draws: np.random.Generator, grid: tuple[int, int], target: int, *, exact: bool = False) -> np.ndarray:

@@ -326,15 +326,20 @@ class ConvNeXtV2(Backbone):
     def initialisers(self) -> dict[str, Init]:
         """Normal matrices and kernels of a deviation of 0.02, biases 0; a Global Response Normalization that does
         nothing."""
-        inits: dict[str, Init] = {}
-        for name, layer in self.named_modules():
-            if isinstance(layer, PlainConv | PlainLinear):
-                inits |= {f"{name}.weight": Normal(CONVNEXT_STD), f"{name}.bias": Constant(0)}
-            elif isinstance(layer, nn.LayerNorm):
-                inits |= {f"{name}.weight": Constant(1), f"{name}.bias": Constant(0)}
-            elif isinstance(layer, GlobalResponseNorm):
-                inits |= {f"{name}.weight": Constant(0), f"{name}.bias": Constant(0)}
-        return inits
+        return convnext_initialisers(self)
+
+
+def convnext_initialisers(module: nn.Module) -> dict[str, Init]:
+    """How the parameters of convolutions, linear layers and norms within start."""
+    inits: dict[str, Init] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            inits |= {f"{name}.weight": Normal(CONVNEXT_STD), f"{name}.bias": Constant(0)}
+        elif isinstance(layer, nn.LayerNorm):
+            inits |= {f"{name}.weight": Constant(1), f"{name}.bias": Constant(0)}
+        elif isinstance(layer, GlobalResponseNorm):
+            inits |= {f"{name}.weight": Constant(0), f"{name}.bias": Constant(0)}
+    return inits
 
 
 def check_convnext(spec: ConvNeXtV2Spec) -> None:

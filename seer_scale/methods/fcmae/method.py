@@ -1,0 +1,189 @@
+"""FCMAE: a network of convolutions sees some patches of an image and predicts the pixels of the others (arXiv
+2301.00808). Only what is visible is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seer_scale.config import Config
+from seer_scale.distributed import World
+from seer_scale.errors import Problem, UserError
+from seer_scale.methods.base import Baseline, Features, LossOutput, Method
+from seer_scale.methods.draws import ViewDraws
+from seer_scale.methods.fcmae.settings import FCMAESettings
+from seer_scale.methods.losses.reconstruction import masked_mean, reconstruction_error
+from seer_scale.methods.masking import RandomMasking
+from seer_scale.methods.registry import register_method
+from seer_scale.models.convnextv2 import CONVNEXT_STD, Block, ConvNeXtV2, Travelling, convnext_initialisers, on_canvas
+from seer_scale.models.init import Init, Normal
+from seer_scale.models.registry import build_backbone
+from seer_scale.optim.parameter_groups import ParameterGroup
+
+NO_BETTER = 0.98
+"""Of what predicting each patch's mean costs: a loss above has learned nothing."""
+
+
+class Embed(nn.Module):
+    """Visible places to the decoder's width, on a map whose other places have the mask token."""
+
+    def __init__(self, width: int, decoder_width: int):
+        super().__init__()
+        self.proj = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.empty(1, decoder_width))
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        """Packed maps, masks and places -> dense maps [N_r, h_r, w_r, decoder_width] alone."""
+        taken, out = Travelling.of(xs), []
+        for x, mask, places in zip(taken.maps, taken.masks, taken.places, strict=True):
+            known = on_canvas(self.proj(x), mask.shape[1:], places)
+            out.append(torch.where(mask[..., None], self.mask_token.to(known.dtype), known))
+        return out
+
+
+class Predict(nn.Linear):
+    """Places to the pixels of their patches."""
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:  # type: ignore[override]  # a list, as units take
+        return [super(Predict, self).forward(x) for x in xs]
+
+
+class Decoder(nn.Module):
+    """A `UnitSequence` beside the backbone."""
+
+    def __init__(self, width: int, decoder_width: int, depth: int, pixels: int):
+        super().__init__()
+        self.embed = Embed(width, decoder_width)
+        self.blocks = nn.ModuleList(Block(decoder_width, i) for i in range(depth))
+        self.pred = Predict(decoder_width, pixels)
+
+    def shard_units(self) -> dict[str, nn.Module]:
+        return {"embed": self.embed, **{f"blocks.{i}": b for i, b in enumerate(self.blocks)}, "pred": self.pred}
+
+    def stage_units(self) -> list[list[str]]:
+        return [[f"blocks.{i}" for i in range(len(self.blocks))]]
+
+    def forward_units(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
+        for name in names:
+            xs = self.get_submodule(name)(xs)
+        return xs
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        """Packed maps, masks and places -> [N_r, h_r, w_r, pixels] each."""
+        return self.pred(self.forward_units(self.stage_units()[0], self.embed(xs)))
+
+    def initialisers(self) -> dict[str, Init]:
+        return convnext_initialisers(self) | {"embed.mask_token": Normal(CONVNEXT_STD)}
+
+
+@register_method("fcmae")
+class FCMAE(Method[None, None]):
+    """Backbone and decoder."""
+
+    backbone: ConvNeXtV2
+
+    def __init__(self, config: Config, world: World):
+        super().__init__()
+        self.config, self.world, self.recipe = config.settings_as(FCMAESettings), world, config
+        backbone = build_backbone(config.model.name, **config.model.explicit_keys())
+        if not isinstance(backbone, ConvNeXtV2):
+            rule = "fcmae packs what is visible, which it can of a convnextv2"
+            raise UserError(Problem("model.name", config.model.name, rule, ("convnextv2_tiny",)))
+        self.backbone, self.patch = backbone, backbone.spec.stride
+        self.maskings = [self._masking(i) for i in range(len(config.views.crops))]
+        s = self.config
+        self.decoder = Decoder(backbone.num_features, s.decoder_width, s.decoder_depth, 3 * self.patch**2)
+        self.draws = ViewDraws(config, world, backbone.num_draws)
+
+    def _masking(self, kind: int) -> RandomMasking:
+        size, ratio, patch = self.recipe.views.crops[kind].size, self.config.mask_ratio, self.patch
+        if size % patch:
+            near = tuple(n for n in (size // patch * patch, -(-size // patch) * patch) if n)
+            rule = f"it must be a multiple of the {patch} pixels of a patch"
+            raise UserError(Problem(f"views.crops[{kind}].size", size, rule, near))
+        masking = RandomMasking(seed=self.recipe.run.seed, grid=(size // patch, size // patch), ratio=ratio)
+        if not 0 < masking.keep < masking.num_patches:
+            rule = f"of {masking.num_patches} patches of a crop of {size} pixels it leaves {masking.keep}"
+            raise UserError(Problem("fcmae.mask_ratio", ratio, rule, "nearest: 0.5, or larger crops"))
+        return masking
+
+    # --- what it declares
+
+    @property
+    def feature_width(self) -> int:
+        return self.backbone.num_features
+
+    def shard_units(self) -> dict[str, nn.Module]:
+        units = {f"backbone.{name}": unit for name, unit in self.backbone.shard_units().items()}
+        return units | {f"decoder.{name}": unit for name, unit in self.decoder.shard_units().items()}
+
+    def parameter_groups(self) -> dict[str, ParameterGroup]:
+        return super().parameter_groups() | {"decoder.embed.mask_token": ParameterGroup(weight_decay=0.0)}
+
+    def initialisers(self) -> dict[str, Init]:
+        parts: dict[str, ConvNeXtV2 | Decoder] = {"backbone": self.backbone, "decoder": self.decoder}
+        return {f"{who}.{n}": init for who, part in parts.items() for n, init in part.initialisers().items()}
+
+    # --- the step
+
+    def _masks(
+        self, views: list[Tensor], samples_seen: int, part: tuple[int, int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        drawn = []
+        for kind, (view, masking) in enumerate(zip(views, self.maskings, strict=True)):
+            num = self.recipe.views.crops[kind].num
+            noise = masking.noise(self.recipe, self.world, samples_seen, part, len(view) // num, num, kind)
+            drawn.append(masking.masks(noise, view.device))
+        return [masks for masks, _ in drawn], [places for _, places in drawn]
+
+    def loss(
+        self,
+        views: list[Tensor],
+        *,
+        samples_seen: int,
+        part: tuple[int, int] = (0, 1),
+        targets: None = None,
+        with_metrics: bool = False,
+    ) -> LossOutput:
+        masks, places = self._masks(views, samples_seen, part)
+        maps = self.backbone.visible_maps(views, masks, places, self.draws(views, samples_seen, part))
+        predicted = self.decoder([*maps, *masks, *places])
+        # pooled features take part by nothing: some engines await a gradient of every parameter, the last norm's too
+        features = self.backbone.norm([x.flatten(1, 3)[:, :, None] for x in maps])
+        with torch.autocast(views[0].device.type, enabled=False):
+            errors = [
+                reconstruction_error(p, x, self.patch, normalise=self.config.normalise)
+                for p, x in zip(predicted, views, strict=True)
+            ]
+            loss = torch.stack([masked_mean(e, m) for e, m in zip(errors, masks, strict=True)]).mean()
+            loss = loss + 0 * torch.stack([f.float().sum() for f in features]).sum()
+        batch = len(views[0]) // self.recipe.views.crops[0].num
+        return LossOutput(loss, {}, features[0][:batch].detach())
+
+    def encode(self, images: Tensor) -> Features:
+        features = self.backbone([images])[0].float()
+        return Features(features, F.normalize(features, dim=1))
+
+    # --- what it says of itself
+
+    @property
+    def baseline(self) -> Baseline:
+        """Of predicting each patch's mean, of normalised patches."""
+        values = 3 * self.patch**2
+        return Baseline("predicting means", (values - 1) / values)
+
+    def health(self, row: Mapping[str, Any], config: Config) -> Problem | None:
+        train = config.train
+        past = config.warmup_samples + train.collapse_after * train.total_samples
+        if not self.config.normalise or row["samples_seen"] < past or row["loss"] < NO_BETTER * self.baseline.loss:
+            return None
+        return Problem(
+            "loss",
+            row["loss"],
+            f"predicting the mean of each patch costs {self.baseline.loss:.3f}: nothing is being learned",
+            "try a higher optim.lr, a lower fcmae.mask_ratio, or more samples",
+        )

@@ -1,0 +1,142 @@
+"""FCMAE: the loss against plain dense masking in float64, published figures, masks, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seer_scale.config import resolve
+from seer_scale.distributed import World
+from seer_scale.errors import UserError
+from seer_scale.methods.losses.reconstruction import (
+    images_of,
+    masked_mean,
+    normalised,
+    patches_of,
+    reconstruction_error,
+)
+from seer_scale.methods.masking import RandomMasking
+from seer_scale.methods.registry import build_method
+from seer_scale.models.registry import initialise
+from tests.tiny import FCMAE, fake_views, losses_of, sections, tiny
+
+DEEPER = {
+    "fcmae.decoder_depth": 2, "fcmae.mask_ratio": 0.3, "model.patch": 2,
+    "views.crops": [{"num": 1, "size": 48}, {"num": 2, "size": 32}],
+}  # fmt: skip
+
+
+def make(**overrides):
+    config = resolve(FCMAE, sections({"model.drop_path": None} | overrides), world_size=1)
+    method = build_method(config, World())
+    method.to_empty(device="cpu")
+    initialise(method, 0)
+    method.double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in method.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return config, method
+
+
+def reference(method, views, masks):
+    """Dense masking, one resolution after the other, image by image in the loss."""
+    total = torch.zeros((), dtype=torch.float64)
+    for view, mask in zip(views, masks, strict=True):
+        (x,) = method.backbone.visible_maps([view], [mask], [])
+        embed = method.decoder.embed
+        x = torch.where(mask[..., None], embed.mask_token, F.linear(x, embed.proj.weight, embed.proj.bias))
+        for block in method.decoder.blocks:
+            x = block([x])[0]
+        x = F.linear(x, method.decoder.pred.weight, method.decoder.pred.bias)
+        side, wrong, num = method.patch, torch.zeros((), dtype=torch.float64), 0
+        for n, row, column in mask.nonzero().tolist():
+            patch = view[n, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
+            target = patch.permute(1, 2, 0).flatten()
+            target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+            wrong, num = wrong + (x[n, row, column] - target).square().mean(), num + 1
+        total = total + wrong / num
+    return total / len(views)
+
+
+@pytest.mark.parametrize("overrides", [{}, DEEPER])
+def test_loss_and_gradients_are_those_of_dense_masking(overrides):
+    config, method = make(**overrides)
+    views = [v.double() for v in fake_views(config, 3, World())]
+    ours = method.loss(views, samples_seen=16).loss
+    theirs = reference(method, views, method._masks(views, 16, (0, 1))[0])
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    trained = dict(method.named_parameters())
+    a, b = (torch.autograd.grad(loss, trained.values(), allow_unused=True) for loss in (ours, theirs))
+    for (name, p), ga, gb in zip(trained.items(), a, b, strict=True):
+        torch.testing.assert_close(ga, torch.zeros_like(p) if gb is None else gb, rtol=1e-9, atol=1e-9, msg=name)
+        assert ga.abs().max() > 0 or name.startswith("backbone.norm."), name
+
+
+def test_the_loss_has_the_published_figures():
+    images = (torch.arange(48, dtype=torch.float64) / 10).view(1, 3, 4, 4).clone()
+    images[:, 1] *= -1
+    images[:, 2] = images[:, 2].square() / 10
+    predicted = torch.zeros(1, 4, 12, dtype=torch.float64)
+    predicted[:, :, 0] = 1
+    predicted[:, 1] = 0.5
+    masks = torch.tensor([[[True, False], [True, True]]])
+    target = normalised(patches_of(images, 2))
+    assert target[0, 0, 0, :3].tolist() == pytest.approx([0.100623, -1.090473, 0.862924], abs=1e-6)
+    errors = reconstruction_error(predicted.view(1, 2, 2, 12), images, 2, normalise=True)
+    assert errors.flatten().tolist() == pytest.approx([0.983229, 1.166666, 0.940527, 0.934881], abs=1e-6)
+    assert masked_mean(errors, masks).item() == pytest.approx(0.952879, abs=1e-6)
+    raw = reconstruction_error(predicted.view(1, 2, 2, 12), images, 2, normalise=False)
+    assert masked_mean(raw, masks).item() == pytest.approx(3.347511, abs=1e-6)
+    nothing = reconstruction_error(torch.zeros(1, 2, 2, 12).double(), images, 2, normalise=True)
+    assert masked_mean(nothing, masks).item() == pytest.approx(11 / 12, abs=1e-6)
+    assert torch.equal(images_of(patches_of(images, 2), 2), images)
+
+
+@pytest.mark.parametrize("side, keep", [(7, 19), (8, 25), (9, 32), (12, 57), (16, 102)])
+def test_as_many_patches_are_seen_as_published(side, keep):
+    assert RandomMasking(seed=0, grid=(side, side), ratio=0.6).keep == keep
+    assert RandomMasking(seed=0, grid=(10, 10), ratio=0.9).keep == 10
+
+
+def test_masks_are_functions_of_the_image():
+    """On any number of ranks and in any micro-batches; every patch as often as another."""
+    config = resolve(FCMAE, {}, world_size=1)
+    masking = RandomMasking(seed=3, grid=(4, 4), ratio=0.6)
+
+    def drawn(seen: int, ranks: int, parts: int) -> torch.Tensor:
+        batch = 8 // ranks // parts
+        out = [
+            masking.masks(masking.noise(config, World(rank, ranks), seen, (i, parts), batch, 2, 0), torch.device("cpu"))
+            for rank in range(ranks) for i in range(parts)
+        ]  # fmt: skip
+        for hidden, places in out:
+            assert not hidden.flatten(1).gather(1, places).any() and (hidden.flatten(1).sum(1) == 16 - 6).all()
+        return torch.cat([hidden.unflatten(0, (2, batch)) for hidden, _ in out], 1)
+
+    whole = drawn(8, 1, 1)
+    assert all(torch.equal(drawn(8, *split), whole) for split in ((2, 1), (2, 2), (1, 4)))
+    assert torch.equal(drawn(4, 1, 1)[:, 4:], whole[:, :4]) and not torch.equal(whole[0], whole[1])
+    share = torch.cat([drawn(8 * i, 1, 1) for i in range(200)], 1).flatten(0, 1).double().mean(0)
+    assert (share - 10 / 16).abs().max() < 0.05
+
+
+def test_micro_batches_and_recomputation_change_nothing():
+    expected = losses_of(*reversed(tiny(World(), FCMAE)), World(), range(3), 0.1)
+    for over in ({"train.micro_batch": 2}, {"parallel.activation_checkpoint": "every 1"}):
+        assert losses_of(*reversed(tiny(World(), FCMAE, **over)), World(), range(3), 0.1) == pytest.approx(
+            expected, rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("over, key", [
+    ({"views.crops": [{"num": 1, "size": 36}]}, "views.crops[0].size"),
+    ({"fcmae.mask_ratio": 0.99}, "fcmae.mask_ratio"),
+    ({"model.name": "regnety_200mf", "model.width": None, "model.depths": None, "model.patch": None,
+      "model.drop_path": None}, "model.name"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_ranks_start(over, key):
+    with pytest.raises(UserError) as refused:
+        build_method(resolve(FCMAE, sections(over), world_size=1), World())
+    assert [problem.key for problem in refused.value.problems] == [key] and refused.value.problems[0].nearest
