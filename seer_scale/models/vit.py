@@ -1,8 +1,8 @@
 """Vision transformers (arXiv 2010.11929) as DINOv2 trains them (arXiv 2304.07193): pre-norm, LayerScale, registers
 (arXiv 2309.16588), a mask token, and a table of positions that is resized, or DINOv3's rotary ones (arXiv 2508.10104).
 
-The network takes a list of image tensors, one a resolution, and passes the whole list through each unit once; what
-travels between units is described in layers/transformer.py.
+The network takes a list of image tensors, one a resolution, and passes all of them through each unit once; what travels
+from block to block is described in layers/transformer.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from seer_scale.models.layers.transformer import (
     NORM_EPS,
     Block,
     drop_scales,
+    packed,
     rope_table,
     transformer_initialisers,
+    unpacked,
 )
 
 TOKEN_STD = 1e-6
@@ -219,13 +221,14 @@ class ViT(Backbone):
         self, xs: list[Tensor], masks: Sequence[Tensor | None] = (), draws: Sequence[Tensor] | None = None
     ) -> list[Tokens]:
         """After the final LayerNorm, fp32. The mask token stands for patches that are masked."""
-        tokens = self.embed(xs, masks) if any(mask is not None for mask in masks) else self.embed(xs)
+        embedded = self.embed(xs, masks) if any(mask is not None for mask in masks) else self.embed(xs)
+        between = [*packed(embedded[: len(xs)]), *embedded[len(xs) :]]
         if self.training and draws is not None and self.num_draws:
             linear = self.spec.drop_path_rule == "linear"
-            tokens = [*tokens, drop_scales(torch.cat(list(draws)), self.spec.drop_path, linear=linear)]
+            between.append(drop_scales(torch.cat(list(draws)), self.spec.drop_path, linear=linear))
         for names in self.stage_units():
-            tokens = self.forward_units(names, tokens)
-        normed = self.norm(tokens[: len(xs)])
+            between = self.forward_units(names, between)
+        normed = self.norm(unpacked(between[0], [x.shape for x in embedded[: len(xs)]]))
         return [
             Tokens(x[:, 0], *x[:, 1:].split([self.spec.registers, x.shape[1] - 1 - self.spec.registers], 1))
             for x in normed

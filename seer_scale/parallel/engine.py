@@ -162,9 +162,8 @@ class Engine:
     def _follow(self, names: Sequence[str], momentum: float, skipped: Tensor) -> None:
         averages = [self.shards[name].local for name in names]
         steps = [s.to(a.device) for s, a in zip(self._sources(names), averages, strict=True)]
-        ahead = torch._foreach_sub(steps, averages)
-        torch._foreach_mul_(ahead, (1 - momentum) * (1 - skipped.to(averages[0].device)))
-        torch._foreach_add_(averages, ahead)
+        share = (1 - momentum) * (1 - skipped.to(averages[0].device))
+        torch._foreach_lerp_(averages, steps, [share] * len(averages))  # in place: what is averaged may be large
 
     def refresh(self) -> None:
         """Bring what was written into the shards outside an update to where forward reads. Collective."""

@@ -339,7 +339,7 @@ def test_step_of_dinov2(dinov2_recipe):
     [
         (["--batch", "6", "--alone"], "--batch"),
         (["--model", "regnety_200mf", "--crops", "2x256"], "--model"),
-        (["--crops", "2x25"], "views.crops.0.size"),
+        (["--crops", "2x25"], "views.crops[0].size"),
     ],
 )
 def test_step_refuses_what_dinov2_cannot_compare(dinov2_recipe, words, key):

@@ -21,7 +21,7 @@ from seer_scale.parallel.private_parts import PrivatePart, moved_parts
 HOUSE = Path(seer_scale.__file__).parent
 QUARANTINE = HOUSE / "parallel" / "deepspeed" / "private.py"
 OF_TORCH = {
-    "torch._foreach_norm": "", "torch._foreach_mul_": "", "torch._foreach_sub": "", "torch._foreach_sub_": "",
+    "torch._foreach_norm": "", "torch._foreach_mul_": "", "torch._foreach_lerp_": "", "torch._foreach_sub_": "",
     "torch._foreach_add_": "", "torch._foreach_copy_": "",
     "torch._fused_sgd_": "momentum_buffer_list weight_decay momentum lr dampening nesterov maximize is_first_step"
     " found_inf",

@@ -25,7 +25,7 @@ from seer_scale.plan import proof
 from seer_scale.plan import trace as trace_module
 from seer_scale.plan.trace import Trace, trace
 from seer_scale.training.probe import Probe
-from tests.tiny import RECIPE, sections
+from tests.tiny import DINOV2, RECIPE, sections
 from tests.toy import SIZE, Toy, make
 
 NUM = 512
@@ -264,6 +264,19 @@ def test_a_backbone_of_timm():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Accessing the data pointer")
         proof.check([trace(config, NUM, rank=NUM - 1)])
+
+
+@pytest.mark.parametrize("engine,copies", [("fsdp", 4), ("zero2", 1)])
+def test_dinov2_with_its_teacher_and_masks(engine, copies):
+    """Masks leave without a wait; a copy of the teacher is held by as many ranks as one of the student."""
+    num = 4
+    over = sections({"parallel.engine": engine, "train.precision": "bf16"})
+    config = resolve(DINOV2, over, world_size=num)
+    traces = [trace(config, num, rank=rank) for rank in (0, num - 1)]
+    proof.check(traces)
+    whole = 4 * sum(shape.numel() for name, shape in traces[0].shapes.items() if name.startswith("teacher"))
+    held = sum(held.nbytes for held, comes in traces[0].changes if comes and held.kind == "moving averages")
+    assert whole / copies <= held < 1.4 * whole / copies
 
 
 @pytest.mark.parametrize("precision,kernel", [("bf16", "flash"), ("fp32", "efficient")])

@@ -1,9 +1,10 @@
 """Blocks of a vision transformer over the tokens of several resolutions.
 
-What travels from block to block is a list: for each resolution its tokens [N_r, T_r, D], fp32; with rotary positions
-for each resolution a table [2, P_r, D / heads] (sine, cosine) of its last P_r tokens; where paths are dropped a last
-matrix [N, 2 * blocks] of what each image's branches are multiplied by, N being the sum of N_r. Linear layers and
-LayerNorm take the tokens of all resolutions as one matrix; attention runs a resolution at a time.
+What travels from block to block is a list. Its first is `packed`: the tokens of all resolutions as one matrix
+[sum of N_r * T_r, D], fp32, as linear layers and LayerNorm take them; then for each resolution an empty tensor
+[N_r, T_r, 0], which says where its tokens lie, as attention runs a resolution at a time; with rotary positions for each
+resolution a table [2, P_r, D / heads] (sine, cosine) of its last P_r tokens; where paths are dropped a last matrix
+[N, 2 * blocks] of what each image's branches are multiplied by, N being the sum of N_r.
 """
 
 from __future__ import annotations
@@ -24,41 +25,39 @@ LINEAR_STD = 0.02
 ROPE_BASE = 100.0
 
 
-class Packed(NamedTuple):
-    """tokens: [sum of N_r * T_r, D]. shapes: (N_r, T_r). tables: of rotary positions, or none. scales: [N, 2 * blocks]
-    or None."""
+def packed(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Tokens [N_r, T_r, D] of each resolution as the first of what travels from block to block."""
+    flat = [x.flatten(0, 1) for x in xs]
+    return [torch.cat(flat) if len(xs) > 1 else flat[0], *(x.new_empty(*x.shape[:2], 0) for x in xs)]
 
-    tokens: Tensor
-    shapes: list[tuple[int, int]]
+
+def unpacked(tokens: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """[sum of N_r * T_r, C] as [N_r, T_r, C] each, of shapes that begin with N_r and T_r."""
+    parts = tokens.split([n * t for n, t, *_ in shapes])
+    return [part.unflatten(0, shape[:2]) for part, shape in zip(parts, shapes)]
+
+
+class Layout(NamedTuple):
+    """What travels beside the tokens. shapes: [N_r, T_r, 0] of each resolution. tables: of rotary positions, or none.
+    scales: [N, 2 * blocks] or None."""
+
+    shapes: list[torch.Size]
     tables: list[Tensor]
     scales: Tensor | None
 
     @classmethod
-    def of(cls, xs: Sequence[Tensor], *, has_tables: bool) -> Packed:
-        *inner, last = xs
-        scales = last if last.ndim == 2 else None
-        inner = inner if last.ndim == 2 else [*inner, last]
+    def of(cls, xs: Sequence[Tensor], *, has_tables: bool) -> Layout:
+        scales = xs[-1] if xs[-1].ndim == 2 else None
+        inner = xs if scales is None else xs[:-1]
         num = len(inner) // 2 if has_tables else len(inner)
-        flat = [x.flatten(0, 1) for x in inner[:num]]
-        shapes = [(x.shape[0], x.shape[1]) for x in inner[:num]]
-        return cls(torch.cat(flat) if num > 1 else flat[0], shapes, inner[num:], scales)
-
-    def unpacked(self, tokens: Tensor) -> list[Tensor]:
-        """[sum of N_r * T_r, C] as [N_r, T_r, C] each."""
-        parts = tokens.split([n * t for n, t in self.shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
-
-    def listed(self, tokens: Tensor, branch: Tensor) -> list[Tensor]:
-        """What the next block takes of the sum; tensors of their own, as FSDP2 hooks what a unit gives."""
-        sums = [x + y for x, y in zip(self.unpacked(tokens), self.unpacked(branch))]
-        return [*sums, *self.tables, *([] if self.scales is None else [self.scales])]
+        return cls([x.shape for x in inner[:num]], list(inner[num:]), scales)
 
     def scaled(self, branch: Tensor, column: int) -> Tensor:
         """A branch [sum of N_r * T_r, D] times `scales[:, column]` of each image."""
         if self.scales is None:
             return branch
-        of_images = self.scales[:, column].split([n for n, _ in self.shapes])
-        of_tokens = [s[:, None].expand(-1, t).flatten() for s, (_, t) in zip(of_images, self.shapes)]
+        of_images = self.scales[:, column].split([n for n, _, _ in self.shapes])
+        of_tokens = [s[:, None].expand(-1, t).flatten() for s, (_, t, _) in zip(of_images, self.shapes)]
         return branch * torch.cat(of_tokens)[:, None]
 
 
@@ -77,10 +76,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
 
-    def forward(self, x: Tensor, packed: Packed) -> Tensor:
-        tables: Sequence[Tensor | None] = packed.tables or [None] * len(packed.shapes)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        tables: Sequence[Tensor | None] = layout.tables or [None] * len(layout.shapes)
         mixed = []
-        for qkv, table in zip(packed.unpacked(self.qkv(x)), tables):
+        for qkv, table in zip(unpacked(self.qkv(x), layout.shapes), tables):
             q, k, v = self.split(qkv, table)
             mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
         return self.proj(torch.cat(mixed) if len(mixed) > 1 else mixed[0])
@@ -147,10 +146,9 @@ class Block(nn.Module):
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         """The list of this module's docstring -> the same."""
-        packed = Packed.of(xs, has_tables=self.rope)
-        x = packed.tokens
-        x = x + packed.scaled(self.ls1(self.attn(self.norm1(x), packed)), 2 * self.number)
-        return packed.listed(x, packed.scaled(self.ls2(self.mlp(self.norm2(x))), 2 * self.number + 1))
+        x, layout = xs[0], Layout.of(xs[1:], has_tables=self.rope)
+        x = x + layout.scaled(self.ls1(self.attn(self.norm1(x), layout)), 2 * self.number)
+        return [x + layout.scaled(self.ls2(self.mlp(self.norm2(x))), 2 * self.number + 1), *xs[1:]]
 
     def parts(self) -> dict[str, nn.Module]:
         """What can be sharded apart, in order of use; LayerNorm and LayerScale have vectors alone."""
