@@ -48,11 +48,6 @@ def _multiples(batch: int, ranks: int) -> tuple[int, ...]:
     return tuple(n for n in (batch // ranks * ranks, -(-batch // ranks) * ranks) if n)
 
 
-def _normalised(config: Config, ranks: int) -> int:
-    """Images that BatchNorm normalises over at once."""
-    return config.images_at_once(ranks) * (config.parallel.sync_bn_group or ranks)
-
-
 def _is_meshed(config: Config) -> bool:
     return config.parallel.engine in ("fsdp", "auto")
 
@@ -143,11 +138,10 @@ RULES = (
         f"use {', '.join(ZERO_ENGINES)}, or offload false",
     ),
     Rule(
-        ("train.global_batch", "train.micro_batch", "parallel.sync_bn_group", "parallel.ranks"),
-        lambda config, ranks: config.train.global_batch % ranks == 0 and _normalised(config, ranks) < 2,
-        lambda config, ranks: (
-            f"leaves BatchNorm {_normalised(config, ranks)} image to normalise over, which needs at least 2"
-        ),
+        ("train.freeze_backbone_samples", "train.total_samples"),
+        lambda config, ranks: config.train.freeze_backbone_samples > config.train.total_samples,
+        lambda config, ranks: f"the run has {config.train.total_samples} samples",
+        lambda config, ranks: config.train.total_samples,
     ),
     Rule(
         ("run.hang_timeout_s", "data.workers", "data.timeout_s"),

@@ -278,13 +278,15 @@ def _dinov2(weights: Weights) -> Target | str:
         return f"is a layout of vision transformers, and this is {weights.about.model['name']}"
     sizes = {(width, depth, heads): name for name, (width, depth, heads, _) in VIT_SIZES.items()}
     size = sizes.get((spec.width, spec.depth, spec.heads))
-    if size is None or (size == "giant") != (spec.ffn == "swiglu"):
-        return f"dinov2 builds {', '.join(VIT_SIZES)} only, the last with swiglu, the others with mlp"
+    if size is None:
+        return f"dinov2 builds {', '.join(VIT_SIZES)} only"
     if reason := _resizes_otherwise("dinov2", spec, how, "antialias" if spec.registers else "offset"):
         return reason
+    usual = "swiglu" if size == "giant" else "mlp"  # its fused SwiGLU has the same tensors, and runs without xFormers
+    ffn = "" if spec.ffn == usual else f', ffn_layer="{"swiglufused" if spec.ffn == "swiglu" else "mlp"}"'
     network = f"dinov2_vit{size[0]}14{'_reg' * bool(spec.registers)}"
     loading = f"""import PIL.Image, safetensors.torch, torch, torchvision
-size = dict(img_size={spec.image_size}, patch_size={spec.patch}, num_register_tokens={spec.registers})
+size = dict(img_size={spec.image_size}, patch_size={spec.patch}, num_register_tokens={spec.registers}{ffn})
 model = torch.hub.load("facebookresearch/dinov2", "{network}", pretrained=False, **size).eval()
 model.load_state_dict(safetensors.torch.load_file("FILE"))
 transform = torchvision.transforms._presets.ImageClassification(

@@ -153,15 +153,20 @@ class Engine:
 
     def _average(self, skipped: Tensor, samples_seen: int) -> None:
         """Moving averages follow, on what this rank holds: average <- momentum average + (1 - momentum) source; those
-        of trained parameters first."""
+        of trained parameters first. What is frozen stays, and all of it where the update is skipped, but that a copy
+        (a momentum of 0) is taken in any case: its source is what it was, and the time for it does not come again."""
         for names in self._average_order:
             for momentum, pick in alike(names, lambda name: self.method.average_momentum(name, samples_seen)):
-                if momentum < 1:
-                    self._follow(pick(names), momentum, skipped)
+                follows = [n for n in pick(names) if not momentum or not self.groups[n].is_frozen(samples_seen)]
+                if momentum < 1 and follows:
+                    self._follow(follows, momentum, skipped)
 
     def _follow(self, names: Sequence[str], momentum: float, skipped: Tensor) -> None:
         averages = [self.shards[name].local for name in names]
         steps = [s.to(a.device) for s, a in zip(self._sources(names), averages, strict=True)]
+        if not momentum:
+            torch._foreach_copy_(averages, steps)
+            return
         share = (1 - momentum) * (1 - skipped.to(averages[0].device))
         torch._foreach_lerp_(averages, steps, [share] * len(averages))  # in place: what is averaged may be large
 

@@ -23,6 +23,7 @@ from seer_scale.errors import CheckpointError, Problem
 from seer_scale.interop.artefact import Artefact, is_artefact
 from seer_scale.methods.base import BufferKind, Method
 from seer_scale.models.backbone import Backbone
+from seer_scale.optim.parameter_groups import ParameterGroup
 
 Resize = Callable[[Tensor], Tensor]
 MODEL = "model/"
@@ -122,15 +123,22 @@ def _of_checkpoint(
     if config.checkpoint.init_part == "backbone":
         own = method.backbone_prefixes()
         return InitialWeights(path, names, own, anew=_parts(state, own), resized=resized)
-    twins = _twins(method, state)
+    twins, groups = _twins(method, state), method.parameter_groups()
     for name in state:
         direct = name.removeprefix(MODEL)
+        if direct in names and (source := groups.get(direct)) and _is_of_average(groups, source.average_of):
+            continue  # what is kept of a teacher begins as the teacher that there is, not as what was kept of another
         if direct in there or direct not in names:  # all of it: as it was there, where it goes by the same name
             names[direct] = next((n for n in (direct, *twins.get(direct, ())) if n in there), direct)
-    names |= {n: n for n in there - set(names.values())}  # to be told of
+    copies = {n for n in there if MODEL + method.export_prefix + n.partition(".")[2] in state}
+    names |= {n: n for n in there - set(names.values()) - copies}  # to be told of
     anew = "give checkpoint.init_part backbone, which draws all else anew, or choose another checkpoint"
     _check(path, state, world, names, anew)
     return InitialWeights(path, names, ("",), resized=resized)
+
+
+def _is_of_average(groups: Mapping[str, ParameterGroup], name: str) -> bool:
+    return name in groups and bool(groups[name].average_of)
 
 
 def _check(
@@ -185,7 +193,9 @@ def _resized(
     out = {}
     for name, source in names.items():
         shape, prefix = shapes.get(source), next((p for p in method.backbone_prefixes() if name.startswith(p)), None)
-        if prefix is None or shape in (None, state[MODEL + name].shape) or not isinstance(method.backbone, Backbone):
+        if prefix is None or shape is None or not isinstance(method.backbone, Backbone):
+            continue
+        if MODEL + name not in state or shape == state[MODEL + name].shape:
             continue
         if resize := method.backbone.resizer(name.removeprefix(prefix), shape):
             out[name] = shape, resize

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from seer_scale import distributed
 from seer_scale.checkpoint.lock import RunLock
@@ -35,6 +36,7 @@ from seer_scale.errors import NOTHING, ConfigError, Problem, RankLostError, User
 from seer_scale.extras import how_to_install
 from seer_scale.formatting import counted
 from seer_scale.methods.registry import build_method
+from seer_scale.models.layers.stateful import StatefulLayer
 from seer_scale.models.registry import build_backbone, check_sizes
 from seer_scale.observe.records import read_records
 from seer_scale.observe.sinks import check_installed
@@ -93,7 +95,7 @@ def check_data(config: Config) -> None:
 def _beyond_config(config: Config, world_size: int, with_data: bool) -> list[Problem]:
     """Problems that only the rooms of models and data can see. No image is listed: that may take minutes."""
     checks: dict[str, Callable[[], Any]] = {
-        "model": partial(_check_model, config),
+        "model": partial(_check_model, config, world_size),
         "run.sinks": partial(check_installed, config.run.sinks),
     }
     if config.parallel.engine in ZERO_ENGINES:
@@ -124,7 +126,7 @@ def _problems(checks: dict[str, Callable[[], Any]]) -> list[Problem]:
     return problems
 
 
-def _check_model(config: Config) -> None:
+def _check_model(config: Config, ranks: int) -> None:
     """The model can be built, cut into units and recomputed as the recipe says. Raises UserError."""
     misplaced: dict[str, Any] = dict.fromkeys(
         config.model.misplaced_keys()
@@ -139,6 +141,8 @@ def _check_model(config: Config) -> None:
     method = build_method(config, World())
     if problem := check_features(config, method.feature_width):
         raise ConfigError([problem])
+    if problem := _check_statistics(config, ranks, method):
+        raise ConfigError([problem])
     unnamed = sorted({name for name, _ in method.named_parameters()} - set(method.initialisers()))
     if unnamed:
         rule = f"its initialisers() do not say how {unnamed[0]} starts ({counted(len(unnamed), 'parameter')} in all)"
@@ -146,6 +150,15 @@ def _check_model(config: Config) -> None:
     for chain in method.checkpointed_sequences():
         find_segments(config.parallel.activation_checkpoint, chain.stage_units())
     sharded_units(method, config)
+
+
+def _check_statistics(config: Config, ranks: int, method: nn.Module) -> Problem | None:
+    """That a BatchNorm has two images or more to normalise over."""
+    if config.train.global_batch % ranks or not any(isinstance(layer, StatefulLayer) for layer in method.modules()):
+        return None
+    images = config.images_at_once(ranks) * (config.parallel.sync_bn_group or ranks)
+    rule = f"leaves BatchNorm {images} image to normalise over, which needs at least 2"
+    return None if images > 1 else Problem("train.global_batch", config.train.global_batch, rule)
 
 
 def _check_data_kind(data: Data) -> None:

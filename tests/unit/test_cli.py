@@ -22,10 +22,14 @@ import yaml
 
 from seer_scale import __version__
 from seer_scale.cli import build_parser, main
+from seer_scale.cli.export import EXPORT_FORMATS
+from seer_scale.cli.imports import SOURCE_FORMATS
 from seer_scale.cli.parser import split_switches
 from seer_scale.cli.reports import BENCHES
 from seer_scale.config import RECIPES, MethodSettings, load_recipe, method_settings, opt, recipe_names, resolve
 from seer_scale.errors import EXIT_STOPPED
+from seer_scale.interop.formats import FORMATS
+from seer_scale.interop.published import SOURCE_LAYOUTS
 
 COMMANDS = (
     "train",
@@ -431,3 +435,8 @@ def test_a_fixed_backbone_with_keys_of_a_free_one_is_one_problem(tmp_path, capsy
     assert main(["train", str(tmp_path / "mine.yaml"), *words]) == 2
     told = capsys.readouterr().err
     assert "The recipe has 1 problem:" in told and "--model.depth null" in told and told.count("model.name") == 2
+
+
+def test_formats_of_the_command_line_are_those_of_the_rooms():
+    assert EXPORT_FORMATS == tuple(sorted(FORMATS, key=EXPORT_FORMATS.index)) and len(EXPORT_FORMATS) == len(FORMATS)
+    assert set(SOURCE_FORMATS) == {"auto", "safetensors", *SOURCE_LAYOUTS}

@@ -180,3 +180,33 @@ def test_what_cannot_be_is_refused_before_ranks_start(key):
     with pytest.raises(UserError) as refused:
         build_method(resolve(DINOV2, sections(over), world_size=ranks), World())
     assert [problem.key for problem in refused.value.problems] == [key.partition(",")[0]]
+
+
+def test_a_skipped_update_does_not_cost_the_gram_teacher():
+    """Whose time comes once: after 8 samples, with an inf in that very update."""
+    config, engine = tiny(World(), DINOV2, **ANCHORED, **{"train.precision": "bf16"})
+    views = fake_views(config, 0, World())
+    views[0][0] = torch.inf
+    with torch.no_grad():
+        engine.shards["teacher.embed.proj.weight"].local.add_(1.0)  # another than both began as
+    engine.gradients([lambda: views], samples_seen=0)
+    assert engine.update(0.1, 0)["skipped"] == 1
+    assert torch.equal(engine.whole("gram.embed.proj.weight"), engine.whole("teacher.embed.proj.weight"))
+
+
+def test_what_is_frozen_is_frozen_in_its_teacher():
+    config, engine = tiny(World(), DINOV2, **{"train.freeze_backbone_samples": 8})
+    with torch.no_grad():
+        engine.shards["teacher.embed.proj.weight"].local.add_(1.0)
+    before = engine.whole("teacher.embed.proj.weight").clone()
+    for step, stays in ((0, True), (1, False)):
+        losses_of(engine, config, World(), range(step, step + 1), 0.1)
+        assert torch.equal(engine.whole("teacher.embed.proj.weight"), before) == stays
+
+
+def test_a_gram_teacher_that_was_never_taken_is_not_anchored_to():
+    later = resolve(DINOV2, sections(ANCHORED | {"dinov2.gram_from_samples": 48}), world_size=1).to_dict()
+    method = build_method(resolve(DINOV2, sections(ANCHORED), world_size=1), World())
+    assert method.load_state({}, later, 0) and method.load_state({}, later, 56)
+    with pytest.raises(UserError, match=r"dinov2.gram_from_samples is 8, .*24 samples.* nearest: 32"):
+        method.load_state({}, later, 24)

@@ -188,3 +188,30 @@ def test_a_phase_of_larger_images_begins_with_the_table_resized(tmp_path, part):
     config = resolve(DINOV2, sections(over | {"model.width": 32}), world_size=1)
     with pytest.raises(CheckpointError, match="another architecture"):
         find_initial_weights(config, build_method(config, ALONE), ALONE)
+
+
+def test_what_is_left_over_is_told_but_copies_of_the_backbone(tmp_path):
+    """A Gram teacher that was kept is not needed; one that is to be kept begins as the teacher there. Another depth is
+    another architecture, also where it is less."""
+    gram = {"dinov2.gram_weight": 1.0, "dinov2.gram_scale": 1}
+    _, engine = tiny(ALONE, DINOV2, **gram, **{"dinov2.gram_from_samples": 8})
+    path, before = saved(tmp_path / "gram", engine, engine.method.export_prefix)
+    plain = resolve(DINOV2, sections({"checkpoint.init_from": str(path)}), world_size=1)
+    anchored = resolve(DINOV2, sections({"checkpoint.init_from": str(path)} | gram), world_size=1)
+    for config in (plain, anchored):
+        weights = find_initial_weights(config, build_method(config, ALONE), ALONE)
+        begun_with = build_engine(build_method(config, ALONE), config, ALONE, weights.loaded)
+        weights.load(begun_with.state(), ALONE)
+        for name, value in values(begun_with).items():
+            who, _, inner = name.partition(".")
+            assert torch.equal(value, before[f"teacher.{inner}" if who == "gram" else name]), name
+    for key, less in (("model.depth", 2), ("model.registers", 0)):
+        config = resolve(DINOV2, sections({"checkpoint.init_from": str(path), key: less}), world_size=1)
+        with pytest.raises(CheckpointError, match="is of another architecture: model/.* and absent in this run"):
+            find_initial_weights(config, build_method(config, ALONE), ALONE)
+    regnety = resolve(RECIPE, sections({"model.depth": 6}), world_size=1)
+    longer = build_engine(build_method(regnety, ALONE), regnety, ALONE)
+    path, _ = saved(tmp_path / "swav", longer, "backbone.")
+    config = resolve(RECIPE, sections({"checkpoint.init_from": str(path)}), world_size=1)
+    with pytest.raises(CheckpointError, match="is of another architecture"):
+        find_initial_weights(config, build_method(config, ALONE), ALONE)

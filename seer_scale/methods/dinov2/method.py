@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seer_scale.config import Config
 from seer_scale.distributed import World
-from seer_scale.errors import Problem
+from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.dinov2.diagnostics import batch_metrics, figures, health, plots_of, sections_of
 from seer_scale.methods.dinov2.patches import check_patches, masking_of
@@ -132,6 +132,17 @@ class DINOv2(Method[Teaching, Teaching]):
     def initialisers(self) -> dict[str, Init]:
         return {f"{name}.{k}": v for name, part in self._parts().items() for k, v in part.initialisers().items()}
 
+    # --- what it keeps
+
+    def load_state(self, saved: Mapping[str, Any], then: Mapping[str, Any], samples_seen: int) -> bool:
+        """Raises UserError where a Gram teacher would be anchored to that was never taken."""
+        before, now = then["dinov2"]["gram_from_samples"], self.config.gram_from_samples
+        if self.gram is not None and now <= samples_seen < before:
+            rule = f"the checkpoint has {samples_seen} samples and was to keep its first Gram teacher after {before}"
+            fix = f"nearest: {samples_seen + self.recipe.train.global_batch}"
+            raise UserError(Problem("dinov2.gram_from_samples", now, rule, fix))
+        return True
+
     # --- schedules
 
     def average_momentum(self, name: str, samples_seen: int) -> float:
@@ -191,7 +202,10 @@ class DINOv2(Method[Teaching, Teaching]):
         """Over the whole global batch. Collectives: those of `sinkhorn` (iterations + 1 all-reduces) or of
         `softmax_center` (one), of class tokens and patches together."""
         s, temperature = self.config, self.teacher_temperature(samples_seen)
-        scores = [torch.cat(of_parts) for of_parts in zip(*(part.sets for part in inputs), strict=True)]
+        scores = [
+            torch.cat(of_parts) if len(inputs) > 1 else of_parts[0]
+            for of_parts in zip(*(part.sets for part in inputs), strict=True)
+        ]
         rows: list[Tensor | None] = [None]
         if self.masking:
             rows.append(torch.cat([part.masks.counts > 0 for part in inputs if part.masks]))

@@ -21,7 +21,9 @@ class DINOv2Settings(MethodSettings):
     patch_bottleneck: int = opt(256, "width of what is compared with the patches' prototypes", ge=2, of_network=True)
     patch_prototypes: int = opt(65536, "number of prototypes of the patches", ge=2, of_network=True)
     dino_weight: float = opt(1.0, "weight of DINO's loss: class tokens of an image's views", ge=0)
-    ibot_weight: float = opt(1.0, "weight of iBOT's loss: masked patches; 0 = none, and no head for them", ge=0)
+    ibot_weight: float = opt(
+        1.0, "weight of iBOT's loss: masked patches; 0 = none, and no head for them", ge=0, of_network=True
+    )
     koleo_weight: float = opt(0.1, "weight of KoLeo's loss: class tokens spread out", ge=0)
     koleo_group: int = opt(16, "images among which KoLeo looks for a nearest neighbour", ge=2)
     temperature: float = opt(0.1, "softmax temperature of the student", gt=0)
@@ -44,7 +46,7 @@ class DINOv2Settings(MethodSettings):
     )
     mask_exact: bool = opt(False, "masks have an exact number of patches (DINOv3), else at most that (DINOv2)")
     gram_weight: float = opt(
-        0.0, "weight of Gram anchoring (DINOv3): patches as alike as an earlier teacher finds", ge=0
+        0.0, "weight of Gram anchoring (DINOv3): patches as alike as an earlier teacher finds", ge=0, of_network=True
     )
     gram_from_samples: int = opt(
         0,
@@ -69,8 +71,17 @@ class DINOv2Settings(MethodSettings):
         if self.dino_weight and crops and config.num_crops < 2:
             fix = "nearest: num: 2"
             yield Problem("views.crops", NOTHING, "makes 1 crop an image, but DINO compares at least 2", fix)
+        total, last = config.train.total_samples, self.gram_from_samples + self.gram_refreshes * self.gram_every_samples
+        ends = {"freeze_samples": self.freeze_samples, "teacher_temperature_samples": self.teacher_temperature_samples}
+        ends |= {"gram_from_samples": self.gram_from_samples} if self.gram_weight else {}
+        for key, samples in ends.items():
+            if samples > total:
+                yield Problem(f"dinov2.{key}", samples, f"the run has {total} samples", (total,))
         if self.gram_weight:
             yield from self._rules_of_gram(config)
+        if self.gram_weight and self.gram_from_samples <= total < last:
+            rule = f"the last would come after {last} samples, and the run has {total}"
+            yield Problem("dinov2.gram_refreshes", self.gram_refreshes, rule, "fewer, or a smaller gram_every_samples")
         if self.koleo_weight and (problem := group_problem("dinov2.koleo_group", self.koleo_group, config, ranks)):
             yield problem
 
