@@ -12,9 +12,10 @@ from seer_scale.errors import EXIT_DONE
 from seer_scale.files import shown, to_json
 
 ABOUT_IMPORT = """Published weights become what --checkpoint.init_from takes: SEER's in VISSL's files (consolidated,
-sharded or sliced), SwAV's ResNet-50, DINOv2's, and those of timm, torchvision and transformers, as files or folders.
-Nothing in a file is run: it is read as data."""
-SOURCE_FORMATS = ("auto", "vissl", "timm", "torchvision", "transformers", "dinov2", "safetensors")
+sharded or sliced), SwAV's ResNet-50, DINOv2's, ConvNeXt V2's, and those of timm, torchvision and transformers, as files
+or folders. Nothing in a file is run: it is read as data."""
+SOURCE_FORMATS = ("auto", "vissl", "timm", "torchvision", "transformers", "dinov2", "convnextv2", "convnextv2_sparse",
+                  "safetensors")  # fmt: skip
 """As `interop.published.SOURCE_LAYOUTS`, without loading torch for --help; auto, and our own."""
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-import torch
-
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.interop.vit_layouts import find_vit, is_vit
+from seer_scale.interop.layouts import layouts_matching
+from seer_scale.interop.pieces import Shapes
 from seer_scale.models.regnet import REGNETY, RegNetSpec, stage_plan
 from seer_scale.models.timm_adaptor import TIMM_PREFIX
 
-Shapes = Mapping[str, torch.Size]
 RESNETS: dict[tuple[int, ...], str] = {
     (False, 2, 2, 2, 2): "resnet18", (False, 3, 4, 6, 3): "resnet34", (True, 3, 4, 6, 3): "resnet50",
     (True, 3, 4, 23, 3): "resnet101", (True, 3, 8, 36, 3): "resnet152",
@@ -43,8 +41,8 @@ def find_model(where: str, shapes: Shapes) -> dict[str, Any]:
     """The keys of a recipe's section `model` for the network that these are the tensors of. Raises UserError."""
     if "s1.b1.conv1.conv.weight" in shapes:
         return _regnety(where, shapes)
-    if is_vit(shapes):
-        return find_vit(where, shapes)
+    if layouts := layouts_matching(shapes):
+        return layouts.find(where, shapes)
     if "layer1.0.conv1.weight" in shapes:
         depths = [_count(f"layer{s}.{{}}.conv1.weight", shapes, first=0) for s in (1, 2, 3, 4)]
         if name := RESNETS.get(("layer1.0.conv3.weight" in shapes, *depths)):

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,11 @@ from torch import Tensor
 from seer_scale.checkpoint.layout import SAFETENSORS_DTYPES, local_of, run_of
 from seer_scale.errors import NOTHING, Problem, UserError, missing_path
 from seer_scale.files import plain, shown
+from seer_scale.interop.layouts import layouts_of
 from seer_scale.interop.names import NAME_MAPS
-from seer_scale.interop.vit_layouts import VIT_LIBRARIES, Piece, imported
+from seer_scale.interop.pieces import FamilyLayouts, Piece
 from seer_scale.models.registry import spec_of
 from seer_scale.models.timm_adaptor import TIMM_PREFIX
-from seer_scale.models.vit import ViTSpec
 
 ABOUT = "seer_scale"
 """The key of a file's metadata under which `About` lies."""
@@ -196,8 +197,8 @@ class Artefact:
             rule = "has no metadata of ours, so what network it is of is not known"
             raise UserError(Problem(str(path), NOTHING, rule, "seer-scale import takes published weights"))
         self.about = about
-        self._spec = spec_of(about.model)
-        is_made = isinstance(self._spec, ViTSpec) and about.format in VIT_LIBRARIES
+        layouts = layouts_of(spec_of(about.model))
+        is_made = layouts is not None and about.format in layouts.libraries
         ours = str if is_made else our_names(self.about, path)
         self._held: dict[str, tuple[Path, str]] = {}
         self._made: dict[str, Piece] = {}
@@ -214,22 +215,21 @@ class Artefact:
                     raise UserError(Problem(str(file), NOTHING, rule)) from None
                 self._held[name] = file, theirs
                 self.tensors[name] = TensorInfo(SAFETENSORS_DTYPES[piece.get_dtype()], torch.Size(piece.get_shape()))
-        if is_made:
-            self._made = self._pieces()
+        if layouts and is_made:
+            self._made = self._pieces(layouts)
 
-    def _pieces(self) -> dict[str, Piece]:
-        """Ours of a vision transformer's in a library's layout; `tensors` become ours. Raises UserError."""
-        theirs, made = self.tensors, imported(self.about.format, self._spec)
+    def _pieces(self, layouts: FamilyLayouts) -> dict[str, Piece]:
+        """Ours of those in a library's layout; `tensors` become ours. Raises UserError."""
+        spec, theirs = spec_of(self.about.model), self.tensors
+        dtype = next((info.dtype for info in theirs.values()), torch.float32)
+        made = {name: Piece((), partial(tensor.to, dtype)) for name, tensor in layouts.initial(spec).items()}
+        made |= layouts.imported(self.about.format, spec)
         self.tensors = {name: info for name, info in theirs.items() if "/" in name}
-        dtypes = [info.dtype for info in theirs.values()]
         for name, piece in made.items():
             if gone := [source for source in piece.sources if source not in theirs]:
                 raise UserError(Problem(str(self.path), NOTHING, f"lacks {gone[0]} of the format {self.about.format}"))
             shape = piece.make(*(torch.empty(theirs[source].shape, device="meta") for source in piece.sources)).shape
-            self.tensors[name] = TensorInfo(dtypes[0], shape)
-        if "embed.mask_token" not in made:
-            made["embed.mask_token"] = Piece((), lambda: torch.zeros(1, self._spec.width, dtype=dtypes[0]))
-            self.tensors["embed.mask_token"] = TensorInfo(dtypes[0], torch.Size((1, self._spec.width)))
+            self.tensors[name] = TensorInfo(dtype, shape)
         return made
 
     def read(self, name: str) -> Tensor:

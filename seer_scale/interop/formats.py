@@ -15,17 +15,17 @@ import torch
 from seer_scale.errors import Problem, UserError, nearest
 from seer_scale.extras import how_to_install
 from seer_scale.interop.artefact import OWN_FORMAT
+from seer_scale.interop.layouts import layouts_of
 from seer_scale.interop.names import NAME_MAPS, TIMM_MODELS, TORCHVISION_MODELS
-from seer_scale.interop.vit_layouts import Piece, exported, vit_of_timm
+from seer_scale.interop.pieces import Network, Piece
 from seer_scale.interop.weights import Weights
-from seer_scale.models.layers.transformer import NORM_EPS
 from seer_scale.models.registry import spec_of
-from seer_scale.models.regnet import RegNetSpec, RegNetY, stage_plan
+from seer_scale.models.regnet import RegNetSpec, stage_plan
 from seer_scale.models.timm_adaptor import TIMM_PREFIX, Whole
-from seer_scale.models.vit import VIT_SIZES, ViT, ViTSpec
 
 LIBRARIES = {OWN_FORMAT: "seer_scale", "timm": "timm", "torchvision": "torchvision", "transformers": "transformers",
-             "dinov2": "dinov2", "onnx": "onnx"}  # fmt: skip
+             "dinov2": "dinov2", "convnextv2": "the original",
+             "convnextv2_sparse": "the original's sparse pretraining", "onnx": "onnx"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,20 @@ def target_of(format: str, weights: Weights) -> Target:
     return target
 
 
-def _spec(weights: Weights) -> RegNetSpec | None:
-    """Of a RegNetY."""
-    return spec_of(weights.about.model) if isinstance(weights.backbone, RegNetY) else None
+def _regnety(weights: Weights) -> RegNetSpec | None:
+    spec = spec_of(weights.about.model)
+    return spec if isinstance(spec, RegNetSpec) else None
 
 
-def _vit(weights: Weights) -> ViTSpec | None:
-    """Of a vision transformer of ours."""
-    return weights.backbone.spec if isinstance(weights.backbone, ViT) else None
-
-
-def _resizes_otherwise(library: str, spec: ViTSpec, how: Mapping[str, Any], resize: str) -> str:
-    """Why a library would give other features of images of the size that ours are evaluated at; empty: it does not."""
-    if spec.positions != "table":
-        return f"{library} has no such network with rotary positions"
-    if how["size"] == spec.image_size or spec.resize == resize:
-        return ""
-    return (
-        f"its table of positions is for {spec.image_size} pixels, and {library} resizes it to images of {how['size']} "
-        f"otherwise (model.position_resize {resize}) than this network ({spec.resize})"
-    )
+def _made(library: str, weights: Weights) -> tuple[Network, dict[str, Piece]] | str | None:
+    """The network of `library` and its tensors, of a family that has layouts of its own there; or a clause on why there
+    is none. None: of other families."""
+    spec = spec_of(weights.about.model)
+    layouts = layouts_of(spec)
+    if layouts is None or library not in layouts.networks:
+        return None
+    network = layouts.networks[library](spec, weights.about.preprocessing)
+    return network if isinstance(network, str) else (network, layouts.exported(library, spec))
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -119,12 +113,12 @@ def _timm(weights: Weights) -> Target | str:
             arguments["dynamic_img_size"] = True
     elif name in TIMM_MODELS:
         network = TIMM_MODELS[name]
-    elif vit := _vit(weights):
-        if reason := _resizes_otherwise("timm", vit, how, "antialias"):
-            return reason
-        network, arguments, made = *vit_of_timm(vit), exported("timm", vit)
-        own = {"first_conv": "patch_embed.proj", "classifier": "head"}
-    elif spec := _spec(weights):
+    elif of_layouts := _made("timm", weights):
+        if isinstance(of_layouts, str):
+            return of_layouts
+        (network, arguments, layers), made = of_layouts
+        own = dict(layers)
+    elif spec := _regnety(weights):
         network = next(iter(TIMM_MODELS.values()))
         arguments = {"depth": spec.depth, "w0": spec.w0, "wa": spec.wa, "wm": spec.wm,
                      "group_size": spec.group_width, "se_ratio": spec.se_ratio}  # fmt: skip
@@ -198,11 +192,14 @@ features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
 
 
 def _transformers(weights: Weights) -> Target | str:
-    spec, how = _spec(weights), weights.about.preprocessing
-    if vit := _vit(weights):
-        return _dinov2_of_transformers(vit, how)
+    spec, how = _regnety(weights), weights.about.preprocessing
+    if of_layouts := _made("transformers", weights):
+        if isinstance(of_layouts, str):
+            return of_layouts
+        (model, config, _), made = of_layouts
+        return _of_transformers(model, config, how, str, made)
     if spec is None:
-        return f"transformers is given RegNetY and ViT only, and this is {weights.about.model['name']}"
+        return f"transformers is given RegNetY, ViT and ConvNeXt V2 only, and this is {weights.about.model['name']}"
     if spec.se_ratio != 0.25:
         return f"a RegNet of transformers has se_ratio 0.25, and this one has {spec.se_ratio:g}"
     widths, depths = stage_plan(spec)
@@ -219,29 +216,6 @@ def _transformers(weights: Weights) -> Target | str:
         "downsample_in_first_stage": True,
     }
     return _of_transformers("RegNetModel", config, how, NAME_MAPS["transformers"].theirs)
-
-
-def _dinov2_of_transformers(spec: ViTSpec, how: Mapping[str, Any]) -> Target | str:
-    if reason := _resizes_otherwise("transformers", spec, how, "antialias" if spec.registers else "exact"):
-        return reason
-    model = "Dinov2WithRegistersModel" if spec.registers else "Dinov2Model"
-    config = {
-        "architectures": [model],
-        "model_type": "dinov2_with_registers" if spec.registers else "dinov2",
-        "hidden_size": spec.width,
-        "num_hidden_layers": spec.depth,
-        "num_attention_heads": spec.heads,
-        "mlp_ratio": 4,
-        "hidden_act": "gelu",
-        "layer_norm_eps": NORM_EPS,
-        "image_size": spec.image_size,
-        "patch_size": spec.patch,
-        "num_channels": 3,
-        "qkv_bias": True,
-        "layerscale_value": spec.layer_scale,
-        "use_swiglu_ffn": spec.ffn == "swiglu",
-    } | ({"num_register_tokens": spec.registers} if spec.registers else {})
-    return _of_transformers(model, config, how, str, exported("transformers", spec))
 
 
 def _of_transformers(
@@ -272,28 +246,23 @@ features = model(**images).pooler_output.flatten(1)"""
 
 
 def _dinov2(weights: Weights) -> Target | str:
-    """The original's own, of which torch.hub builds the published sizes."""
-    spec, how = _vit(weights), weights.about.preprocessing
-    if spec is None:
+    """The original's own."""
+    of_layouts, how = _made("dinov2", weights), weights.about.preprocessing
+    if of_layouts is None:
         return f"is a layout of vision transformers, and this is {weights.about.model['name']}"
-    sizes = {(width, depth, heads): name for name, (width, depth, heads, _) in VIT_SIZES.items()}
-    size = sizes.get((spec.width, spec.depth, spec.heads))
-    if size is None:
-        return f"dinov2 builds {', '.join(VIT_SIZES)} only"
-    if reason := _resizes_otherwise("dinov2", spec, how, "antialias" if spec.registers else "offset"):
-        return reason
-    usual = "swiglu" if size == "giant" else "mlp"  # its fused SwiGLU has the same tensors, and runs without xFormers
-    ffn = "" if spec.ffn == usual else f', ffn_layer="{"swiglufused" if spec.ffn == "swiglu" else "mlp"}"'
-    network = f"dinov2_vit{size[0]}14{'_reg' * bool(spec.registers)}"
+    if isinstance(of_layouts, str):
+        return of_layouts
+    (network, arguments, _), made = of_layouts
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     loading = f"""import PIL.Image, safetensors.torch, torch, torchvision
-size = dict(img_size={spec.image_size}, patch_size={spec.patch}, num_register_tokens={spec.registers}{ffn})
+size = dict({given})
 model = torch.hub.load("facebookresearch/dinov2", "{network}", pretrained=False, **size).eval()
 model.load_state_dict(safetensors.torch.load_file("FILE"))
 transform = torchvision.transforms._presets.ImageClassification(
     crop_size={how["size"]}, resize_size={how["resize_short_side"]}, mean={how["mean"]}, std={how["std"]}
 )
 features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
-    return Target(str, network, loading, made=exported("dinov2", spec))
+    return Target(str, network, loading, made=made)
 
 
 def _onnx(weights: Weights) -> Target:

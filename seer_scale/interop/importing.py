@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -27,25 +28,23 @@ from seer_scale.interop.artefact import (
     write_artefact,
 )
 from seer_scale.interop.formats import LIBRARIES
+from seer_scale.interop.layouts import layouts_of
+from seer_scale.interop.pieces import Piece
 from seer_scale.interop.preprocessing import Prepared, find_preprocessing
 from seer_scale.interop.published import Lazy, Published, open_published
-from seer_scale.interop.vit_layouts import imported
 from seer_scale.interop.write import MAX_SHARD_SIZE, check_replaceable, size_in_bytes
-from seer_scale.models.registry import build_backbone, registered_names
+from seer_scale.models.registry import build_backbone, registered_names, spec_of
 from seer_scale.models.timm_adaptor import STATISTICS, TIMM_PREFIX, Whole
-from seer_scale.models.vit import ViT
 
 COUNT = STATISTICS[2]
 """Of the updates of a BatchNorm's statistics: what a file need not have."""
-MASK_TOKEN = "mask_token"
-"""Which timm leaves out."""
 
 
 @dataclass(frozen=True)
 class Imported:
     """path: of the artefact. format: of what it was made of. model: the keys of a recipe's section `model`. taken: how
     many tensors of each part (backbone, head, prototypes). left: names that were not taken. anew: of the backbone's
-    buffers that were not there and begin as before any training. size: of the images, in pixels. prepared: how images
+    tensors that were not there and begin as before any training. size: of the images, in pixels. prepared: how images
     are, and what told it."""
 
     path: Path
@@ -66,7 +65,7 @@ class Imported:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{counted(n, 'tensor')} of the {part}" for part, n in self.taken.items())
-        model = " ".join(f"--model.{key} {value}" for key, value in self.model.items())
+        model = " ".join(f"--model.{key} {shlex.quote(str(value))}" for key, value in self.model.items())
         library = LIBRARIES.get(self.format, self.format)
         lines = [f"{self.path} has {parts}, by names of {library}.", f"Its network: {model}"]
         source = self.prepared.source
@@ -93,10 +92,10 @@ def import_weights(
 ) -> Imported:
     """Make an artefact at `out`, a folder, of the weights in a file or folder. force: replace an earlier one.
 
-    format: vissl, timm, torchvision, transformers, dinov2 or safetensors (ours); auto goes by the names. model: the
-    backbone they must be of, as in `model.name`; of a plugin's, tensors have the names of its `state_dict`. size: of
-    the images in pixels; 0: as metadata or a library's files tell, else 224. Tensors become fp32, one at a time. Raises
-    UserError, with nothing left behind.
+    format: vissl, timm, torchvision, transformers, dinov2, convnextv2, convnextv2_sparse or safetensors (ours); auto
+    goes by the names. model: the backbone they must be of, as in `model.name`; of a plugin's, tensors have the names of
+    its `state_dict`. size: of the images in pixels; 0: as metadata or a library's files tell, else 224. Tensors become
+    fp32, one at a time. Raises UserError, with nothing left behind.
     """
     check_replaceable(out, force)
     found = open_published(path, format)
@@ -106,17 +105,21 @@ def import_weights(
         backbone = build_backbone(keys["name"], **{k: v for k, v in keys.items() if k != "name"})
     prefix = "net." if isinstance(backbone, Whole) and found.format != OWN_FORMAT else ""
     theirs = {prefix + name: tensor for name, tensor in found.tensors.items()}
-    if isinstance(backbone, ViT) and found.format != OWN_FORMAT:
-        theirs = _of_vit(found, backbone)
+    spec, initial = spec_of(keys), dict[str, Tensor]()
+    if (layouts := layouts_of(spec)) and found.format in layouts.libraries:
+        theirs, initial = _of_pieces(found, layouts.imported(found.format, spec)), layouts.initial(spec)
     wanted = {name: t for name, t in backbone.state_dict().items()}
-    taken, anew = _taken(path, theirs, wanted, {name for name, _ in backbone.named_parameters()}, keys["name"])
+    needed = {name for name, _ in backbone.named_parameters()} - initial.keys()
+    needed |= {name for name in wanted if name.rpartition(".")[2] in STATISTICS[:2]}
+    taken, anew = _taken(path, theirs, wanted, needed, keys["name"])
+    anew = [name for name in anew if name in initial or name.endswith(COUNT)]  # others are computed
     others = {name: TensorInfo(torch.float32, tensor.shape) for name, tensor in found.others.items()}
     infos = {name: TensorInfo(wanted[name].dtype, wanted[name].shape) for name in (*taken, *anew)} | others
     sources = taken | found.others
 
     def read(name: str) -> Tensor:
         if name not in sources:
-            return torch.zeros(infos[name].shape, dtype=infos[name].dtype)
+            return initial[name] if name in initial else torch.zeros(infos[name].shape, dtype=infos[name].dtype)
         tensor = sources[name].read().to(infos[name].dtype)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(Problem(str(path), NOTHING, f"holds values that are not finite, in {name}"))
@@ -143,7 +146,7 @@ def import_weights(
 
 @dataclass(frozen=True)
 class _Made:
-    """A tensor of a vision transformer that is made of a library's own."""
+    """A tensor of ours that is made of a library's own."""
 
     sources: tuple[str, ...]
     lazies: tuple[Lazy, ...]
@@ -164,11 +167,11 @@ class _Made:
         return self.make(*(lazy.read() for lazy in self.lazies))
 
 
-def _of_vit(found: Published, backbone: ViT) -> dict[str, Lazy]:
-    """Our tensors of those in the file."""
+def _of_pieces(found: Published, pieces: Mapping[str, Piece]) -> dict[str, Lazy]:
+    """Our tensors of those in the file, as far as they are there."""
     return {
         name: _Made(piece.sources, tuple(found.tensors[source] for source in piece.sources), piece.make)
-        for name, piece in imported(found.format, backbone.spec).items()
+        for name, piece in pieces.items()
         if all(source in found.tensors for source in piece.sources)
     }
 
@@ -193,18 +196,16 @@ def _model(where: Path, found: Published, asked: str) -> dict[str, Any]:
 
 
 def _taken(
-    where: Path, theirs: Mapping[str, Lazy], wanted: Mapping[str, Tensor], parameters: set[str], model: str
+    where: Path, theirs: Mapping[str, Lazy], wanted: Mapping[str, Tensor], needed: set[str], model: str
 ) -> tuple[dict[str, Lazy], list[str]]:
-    """The tensors of the network, and names of its buffers that are not there. Raises UserError where one of its
-    parameters or statistics is not, or has another shape."""
+    """The tensors of the network, and names of those that are not there. Raises UserError where one that is needed is
+    not, or where one has another shape."""
     taken, anew, wrong = {}, [], []
     for name, tensor in wanted.items():
         if name not in theirs:
-            if name.endswith(MASK_TOKEN):
-                anew.append(name)  # begins at zero
-            elif name in parameters or name.rpartition(".")[2] in STATISTICS[:2]:
+            if name in needed:
                 wrong.append(f"{name} is absent")
-            elif name.endswith(COUNT):
+            else:
                 anew.append(name)
         elif theirs[name].shape != tensor.shape and (tensor.numel() != 1 or theirs[name].shape.numel() != 1):
             wrong.append(f"{name} is {list(theirs[name].shape)} there and {list(tensor.shape)} in it")

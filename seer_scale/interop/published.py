@@ -1,5 +1,5 @@
-"""Published weights as they lie: files of torch.save and safetensors, in the layouts of VISSL, timm, torchvision and
-transformers, by names that are ours.
+"""Published weights as they lie: files of torch.save and safetensors, in the layouts of VISSL, timm, torchvision,
+transformers and the originals, by names that are ours.
 
 Files are hostile until shown otherwise (`pickles.py`). What is opened is read when it is asked for.
 """
@@ -98,7 +98,7 @@ def open_published(path: Path, format: str = "auto") -> Published:
 @dataclass(frozen=True)
 class Layout:
     """marks: what some names, one for each, begin with, by which the layout is known. ours: a name to ours, or None; of
-    a vision transformer to the library's own, of which `vit_layouts` makes ours."""
+    a family that has `FamilyLayouts` to the library's own, of which these make ours."""
 
     marks: tuple[re.Pattern[str], ...]
     ours: Callable[[str], str | None]
@@ -136,7 +136,8 @@ def _of_resnet(name: str) -> str | None:
 
 
 _CHUNKED = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
-_DINOV2 = re.compile(r"^(?:dinov2\w*\.)?(?=embeddings\.|encoder\.layer\.|layernorm\.)")
+_BASE_MODEL = re.compile(r"^(?:dinov2\w*\.|convnextv2\.)?(?=(?:embeddings|encoder|layernorm)\.)")
+"""What transformers puts before the names of a network within one for a task."""
 
 
 def _of_dinov2(name: str) -> str | None:
@@ -146,7 +147,17 @@ def _of_dinov2(name: str) -> str | None:
 
 
 def _of_transformers(name: str) -> str | None:
-    return _DINOV2.sub("", name) if _DINOV2.match(name) else _of_map(NAME_MAPS["transformers"], "regnet.", name)
+    of_regnet = _of_map(NAME_MAPS["transformers"], "regnet.", name)
+    return of_regnet or (_BASE_MODEL.sub("", name) if _BASE_MODEL.match(name) else None)
+
+
+_CONVNEXTV2 = re.compile(r"(?:encoder\.)?((?:downsample_layers|stages|norm)\..+)")
+
+
+def _of_convnextv2(name: str) -> str | None:
+    """Without the decoder of masked pretraining, and the classifier."""
+    match = _CONVNEXTV2.fullmatch(name)
+    return match[1] if match else None
 
 
 def _layout(ours: Callable[[str], str | None], *marks: str) -> Layout:
@@ -156,10 +167,13 @@ def _layout(ours: Callable[[str], str | None], *marks: str) -> Layout:
 SOURCE_LAYOUTS = {
     "vissl": _layout(_of_vissl, r"_feature_blocks\."),
     "transformers": _layout(
-        _of_transformers, r"(?:regnet\.)?embedder\.embedder\.|(?:dinov2\w*\.)?embeddings\.patch_embeddings\."
+        _of_transformers,
+        r"(?:regnet\.)?embedder\.embedder\.|(?:dinov2\w*\.|convnextv2\.)?embeddings\.patch_embeddings\.",
     ),
     "torchvision": _layout(partial(_of_map, NAME_MAPS["torchvision"], ""), r"trunk_output\."),
     "dinov2": _layout(_of_dinov2, r"(?:backbone\.)?mask_token$", r"(?:backbone\.)?blocks\.(?:\d+\.)?\d+\.ls1\.gamma$"),
+    "convnextv2_sparse": _layout(_of_convnextv2, r"(?:encoder\.)?stages\.0\.0\.dwconv\.kernel$"),
+    "convnextv2": _layout(_of_convnextv2, r"(?:encoder\.)?downsample_layers\.0\.0\."),
     "timm": _layout(str, r"\w+(?:\.\w+)+"),
 }
 
@@ -255,15 +269,21 @@ def _of_safetensors(path: Path) -> Iterator[tuple[str, Lazy]]:
         raise UserError(Problem(str(path), NOTHING, f"is no whole safetensors file ({error})")) from None
 
 
+_NEEDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "regnet": ("RegNetY", {"hidden_act": "relu", "downsample_in_first_stage": True, "layer_type": "y"}),
+    "convnextv2": ("ConvNeXt V2", {"hidden_act": "gelu"}),
+}
+"""By transformers' word for a family: ours, and its configuration's values."""
+
+
 def _check_config(folder: Path) -> None:
     """What shapes do not tell, where a transformers' config.json does. Raises UserError."""
     path = folder / CONFIG
     config = read_object(path)
-    if config.get("model_type") != "regnet":
-        return
-    for key, value in {"hidden_act": "relu", "downsample_in_first_stage": True, "layer_type": "y"}.items():
+    family, needed = _NEEDED.get(str(config.get("model_type")), ("", {}))
+    for key, value in needed.items():
         if config.get(key, value) != value:
-            raise UserError(Problem(f"{path}: {key}", config[key], "it is no RegNetY then", (value,)))
+            raise UserError(Problem(f"{path}: {key}", config[key], f"it is no {family} then", (value,)))
 
 
 # ------------------------------------------------------------------------------------------------ torch.save

@@ -11,26 +11,19 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seer_scale.errors import NOTHING, Problem, UserError
-from seer_scale.models.layers.transformer import swiglu_width
+from seer_scale.interop.pieces import FamilyLayouts, Network, Piece, Shapes, same
+from seer_scale.models.layers.transformer import NORM_EPS, swiglu_width
 from seer_scale.models.vit import VIT_SHAPE, VIT_SIZES, VITS, ViTSpec
 
-Shapes = Mapping[str, torch.Size]
 VIT_LIBRARIES = ("dinov2", "timm", "transformers")
 HEAD_WIDTH = 64
 """Of every published size; no tensor tells it."""
-
-
-class Piece(NamedTuple):
-    """A tensor here, made of tensors there; of none where it has no counterpart."""
-
-    sources: tuple[str, ...]
-    make: Callable[..., Tensor]
 
 
 def imported(library: str, spec: ViTSpec) -> dict[str, Piece]:
@@ -68,8 +61,67 @@ def vit_of_timm(spec: ViTSpec) -> tuple[str, dict[str, Any]]:
     return network, arguments | {"img_size": spec.image_size, "dynamic_img_size": True}
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+def timm_network(spec: ViTSpec, how: Mapping[str, Any]) -> Network | str:
+    layers = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    return _resizes_otherwise("timm", spec, how, "antialias") or Network(*vit_of_timm(spec), layers)
+
+
+def transformers_network(spec: ViTSpec, how: Mapping[str, Any]) -> Network | str:
+    if reason := _resizes_otherwise("transformers", spec, how, "antialias" if spec.registers else "exact"):
+        return reason
+    model = "Dinov2WithRegistersModel" if spec.registers else "Dinov2Model"
+    config = {
+        "architectures": [model],
+        "model_type": "dinov2_with_registers" if spec.registers else "dinov2",
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": NORM_EPS,
+        "image_size": spec.image_size,
+        "patch_size": spec.patch,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "layerscale_value": spec.layer_scale,
+        "use_swiglu_ffn": spec.ffn == "swiglu",
+    } | ({"num_register_tokens": spec.registers} if spec.registers else {})
+    return Network(model, config)
+
+
+def dinov2_network(spec: ViTSpec, how: Mapping[str, Any]) -> Network | str:
+    """Of which torch.hub builds the published sizes."""
+    sizes = {(width, depth, heads): name for name, (width, depth, heads, _) in VIT_SIZES.items()}
+    size = sizes.get((spec.width, spec.depth, spec.heads))
+    if size is None:
+        return f"dinov2 builds {', '.join(VIT_SIZES)} only"
+    if reason := _resizes_otherwise("dinov2", spec, how, "antialias" if spec.registers else "offset"):
+        return reason
+    arguments: dict[str, Any] = {
+        "img_size": spec.image_size,
+        "patch_size": spec.patch,
+        "num_register_tokens": spec.registers,
+    }
+    if spec.ffn != ("swiglu" if size == "giant" else "mlp"):  # fused, tensors are the same; no xFormers
+        arguments["ffn_layer"] = "swiglufused" if spec.ffn == "swiglu" else "mlp"
+    return Network(f"dinov2_vit{size[0]}14{'_reg' * bool(spec.registers)}", arguments)
+
+
+def initial(spec: ViTSpec) -> dict[str, Tensor]:
+    """The mask token, which timm leaves out."""
+    return {"embed.mask_token": torch.zeros(1, spec.width)}
+
+
+def _resizes_otherwise(library: str, spec: ViTSpec, how: Mapping[str, Any], resize: str) -> str:
+    """Why a library would give other features of images of the size that ours are evaluated at; empty: it does not."""
+    if spec.positions != "table":
+        return f"{library} has no such network with rotary positions"
+    if how["size"] == spec.image_size or spec.resize == resize:
+        return ""
+    return (
+        f"its table of positions is for {spec.image_size} pixels, and {library} resizes it to images of {how['size']} "
+        f"otherwise (model.position_resize {resize}) than this network ({spec.resize})"
+    )
 
 
 def _with_batch(x: Tensor) -> Tensor:
@@ -98,10 +150,10 @@ def _pairs(library: str, spec: ViTSpec) -> Iterator[tuple[str, Piece, Callable[[
     is_hf = library == "transformers"
     embed = "embeddings.patch_embeddings.projection" if is_hf else "patch_embed.proj"
     for leaf in ("weight", "bias"):
-        yield f"embed.proj.{leaf}", Piece((f"{embed}.{leaf}",), _same), _same
-        yield f"norm.{leaf}", Piece((f"layernorm.{leaf}" if is_hf else f"norm.{leaf}",), _same), _same
+        yield f"embed.proj.{leaf}", Piece((f"{embed}.{leaf}",), same), same
+        yield f"norm.{leaf}", Piece((f"layernorm.{leaf}" if is_hf else f"norm.{leaf}",), same), same
     if library != "timm":
-        yield "embed.mask_token", Piece(("embeddings.mask_token" if is_hf else "mask_token",), _same), _same
+        yield "embed.mask_token", Piece(("embeddings.mask_token" if is_hf else "mask_token",), same), same
     if spec.registers:
         name = {"timm": "reg_token", "dinov2": "register_tokens", "transformers": "embeddings.register_tokens"}[library]
         yield "embed.register_tokens", Piece((name,), _without_batch), _with_batch
@@ -111,10 +163,10 @@ def _pairs(library: str, spec: ViTSpec) -> Iterator[tuple[str, Piece, Callable[[
             if ours.startswith("ls"):
                 if leaf == "bias":
                     continue
-                yield f"blocks.{i}.{ours}", Piece((theirs[0].format(i=i),), _same), _same
+                yield f"blocks.{i}.{ours}", Piece((theirs[0].format(i=i),), same), same
             else:
                 sources = tuple(f"{name.format(i=i)}.{leaf}" for name in theirs)
-                yield f"blocks.{i}.{ours}.{leaf}", Piece(sources, _join if len(sources) > 1 else _same), _same
+                yield f"blocks.{i}.{ours}.{leaf}", Piece(sources, _join if len(sources) > 1 else same), same
 
 
 def _block_names(library: str, spec: ViTSpec) -> Mapping[str, tuple[str, ...]]:
@@ -207,3 +259,15 @@ def _at(i: int) -> Callable[[tuple[str, str]], str]:
 
 _REGISTERS = ("register_tokens", "reg_token")
 _FIRST_OF_FFN = ("0.mlp.fc1.weight", "0.mlp.w12.weight", "0.mlp.weights_in.weight")
+
+
+VIT_LAYOUTS = FamilyLayouts(
+    spec=ViTSpec,
+    libraries=VIT_LIBRARIES,
+    imported=imported,
+    exported=exported,
+    initial=initial,
+    networks={"timm": timm_network, "transformers": transformers_network, "dinov2": dinov2_network},
+    matches=is_vit,
+    find=find_vit,
+)

@@ -19,7 +19,7 @@ from seer_scale.interop.artefact import HEAD_KEY, ONNX_FILE, OWN_FORMAT, WEIGHTS
 from seer_scale.interop.card import README, card, results_of
 from seer_scale.interop.formats import Target, target_of
 from seer_scale.interop.load import materialise
-from seer_scale.interop.vit_layouts import Piece
+from seer_scale.interop.pieces import Piece, same
 from seer_scale.interop.weights import Weights, open_weights
 
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -99,10 +99,10 @@ def _about(weights: Weights, format: str, dtype: str, license: str) -> About:
 
 
 def _write_tensors(weights: Weights, target: Target, out: Path, about: About, dtype: str, max_shard_bytes: int) -> None:
-    made = target.made or {target.names(name): Piece((name,), _itself) for name in weights.backbone.state_dict()}
+    made = target.made or {target.names(name): Piece((name,), same) for name in weights.backbone.state_dict()}
     stored = weights.tensors
     if about.format == OWN_FORMAT:  # other libraries have no place for a head of ours
-        made |= {name: Piece((name,), _itself) for name in weights.others}
+        made |= {name: Piece((name,), same) for name in weights.others}
         stored = stored | weights.others
     tables: Mapping[str, Tensor] = {}  # that a constructor computes, and no checkpoint holds
     if any(name not in stored for piece in made.values() for name in piece.sources):
@@ -119,10 +119,6 @@ def _write_tensors(weights: Weights, target: Target, out: Path, about: About, dt
         shape = make(*(torch.empty(info.shape, device="meta") for info in held)).shape
         infos[theirs] = TensorInfo(EXPORT_DTYPES[dtype] if held[0].dtype.is_floating_point else held[0].dtype, shape)
     write_artefact(out, about, infos, read, max_shard_bytes=max_shard_bytes if target.in_shards else 0)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _cast(name: str, tensor: Tensor, dtype: str, weights: Weights) -> Tensor:
