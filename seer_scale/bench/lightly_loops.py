@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -126,7 +127,11 @@ def _dino_head(ours: DINOv2, name: str) -> nn.Module:
 
     s, head = ours.config, ours.get_submodule(name)
     assert isinstance(head, DINOHead)
-    made = DINOProjectionHead(ours.student.num_features, s.hidden[0], s.bottleneck, s.prototypes, norm_last_layer=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its weight_norm is torch's old one
+        made = DINOProjectionHead(
+            ours.student.num_features, s.hidden[0], s.bottleneck, s.prototypes, norm_last_layer=False
+        )
     _copy_linear(head.mlp, made.layers)
     made.last_layer.weight_v.copy_(head.last_layer.direction)
     made.last_layer.weight_g.copy_(head.last_layer.scale)

@@ -56,3 +56,7 @@ def test_every_laptop_recipe_keeps_to_the_defaults_that_do_not_collapse():
         assert s["epsilon"] <= 0.03 and max(s["prototypes"]) <= recipe["train"]["global_batch"] + s.get("queue", 0), (
             name
         )
+    for name in ("dinov2_laptop", "dinov2_laptop_regnety"):
+        recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+        s, batch = recipe["dinov2"], recipe["train"]["global_batch"]
+        assert s["teacher_temperature"] <= 0.01 and s["prototypes"] <= 2 * batch <= 64, name

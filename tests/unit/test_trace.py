@@ -322,11 +322,11 @@ def test_ranks_of_fsdp_agree_whatever_the_recipe_says(ranks, over):
 
 LARGEST = (
     "seer_regnety_20b", "seer_regnety_40b", "dinov2_regnety_8gf", "dinov2_vitg14", "dinov2_vitl14",
-    "dinov2_vitl16_short",
+    "dinov2_vitl14_518", "dinov2_vitl16_short",
 )  # fmt: skip
 """What `make test` does not trace: the 10B's engine, precision and kind of block, or the small recipes' method, for
 longer."""
-AS_TWO = ("demo", "cifar_laptop", "photos_laptop", "seer_regnety_8gf")
+AS_TWO = ("demo", "cifar_laptop", "photos_laptop", "dinov2_laptop", "seer_regnety_8gf")
 """Recipes of which `make test` traces the first rank, too."""
 
 
