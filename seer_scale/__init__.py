@@ -1,4 +1,4 @@
-"""seer_scale: self-supervised pretraining of large convnets, from a laptop to 512 GPUs, with one recipe and one
+"""seer_scale: self-supervised pretraining of vision backbones, from a laptop to 512 GPUs, with one recipe and one
 checkpoint format."""
 
 import sys

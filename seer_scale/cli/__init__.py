@@ -18,7 +18,7 @@ from seer_scale.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NOTHING, Pro
 from seer_scale.plugins import load_plugins
 
 UNREADABLE = (errno.EACCES, errno.ENAMETOOLONG)
-DESCRIPTION = "Self-supervised pretraining of large convnets, from a laptop to 512 GPUs."
+DESCRIPTION = "Self-supervised pretraining of vision backbones, from a laptop to 512 GPUs."
 MAIN_EPILOG = """--section.key value sets a key of a recipe; seer-scale train RECIPE --help shows all keys. A bool
 alone is true; --section alone sets its key enabled, as in --probe.
 --plugin MODULE (a name, or the path of a .py file) brings methods and backbones; it may be given more than once.

@@ -74,7 +74,8 @@ def _coerce(tp: Any, value: Any, key: str, problems: list[Problem]) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         item_types = [args[0]] * len(items) if args[1:] == (Ellipsis,) else list(args)
         if len(items) != len(item_types):
-            raise _BadValue(f"needs {len(item_types)} values, as in [{', '.join('1' * len(item_types))}]")
+            each = str(items[0]) if len(items) == 1 else "1"
+            raise _BadValue(f"needs {len(item_types)} values, as in [{', '.join([each] * len(item_types))}]")
         return tuple(_coerce(t, v, f"{key}[{i}]", problems) for i, (t, v) in enumerate(zip(item_types, items)))
     if isinstance(tp, type) and dataclasses.is_dataclass(tp):
         return read_section(tp, value, key, problems)

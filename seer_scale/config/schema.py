@@ -224,7 +224,11 @@ class Model:
     position_resize: Literal["auto", "offset", "antialias", "exact"] | None = opt(
         None, "vit, vit_SIZE: how the table is resized; null or auto: antialias with registers, else offset, as DINOv2"
     )
-    layer_scale: float | None = opt(None, "vit, vit_SIZE: initial value of LayerScale; null: 1e-5", gt=0)
+    layer_scale: float | None = opt(
+        None,
+        "vit, vit_SIZE: initial value of LayerScale; null: 1e-5, for large ones; small ones learn sooner with 1",
+        gt=0,
+    )
     drop_path: float | None = opt(
         None,
         "vit, vit_SIZE: rate of dropped branches; convnextv2, convnextv2_SIZE: of the last block; null: 0",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from seer_scale.config import Config
 from seer_scale.errors import Problem
+from seer_scale.formatting import counted
 
 
 def group_problem(key: str, size: int, config: Config, ranks: int) -> Problem | None:
@@ -19,5 +20,8 @@ def group_problem(key: str, size: int, config: Config, ranks: int) -> Problem | 
         fix = "use fewer ranks, or a larger train.global_batch or train.micro_batch"
         return Problem(key, size, "a rank takes one image at once, which has no neighbour", fix)
     near = min((n for n in range(2, images + 1) if images % n == 0), key=lambda n: abs(n - size))
-    rule = f"must be at least 2 and divide the images that a rank takes at once ({images})"
+    of = f"train.global_batch {config.train.global_batch} on {counted(ranks, 'rank')}"
+    parts = config.num_micro_batches(ranks)
+    of += f" in {parts} micro-batches" if parts > 1 else ""
+    rule = f"must be at least 2 and divide the {images} images that a rank takes at once ({of})"
     return Problem(key, size, rule, near)

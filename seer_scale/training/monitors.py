@@ -142,7 +142,8 @@ def low_rank(row: Row) -> Problem | None:
         "health/rankme_embeddings",
         round(rank, 2),
         f"embeddings of different images use at least {least:g} directions while a network learns: they have collapsed",
-        "go back to a checkpoint from before the fall, with a lower optim.lr or a longer schedule.warmup_samples",
+        "where they fell, go back to a checkpoint from before, with a lower optim.lr or a longer "
+        "schedule.warmup_samples; where they always were, a small vision transformer wants model.layer_scale 1",
     )
 
 

@@ -229,9 +229,10 @@ class DINOv2(Method[Teaching, Teaching]):
         """Collectives: the backbones'; where it makes the targets itself, those of `targets`."""
         s, device, num = self.config, views[0].device.type, self.num_globals
         if targets is None:
-            inputs = self.prepare_targets(views, samples_seen=samples_seen, part=part)
+            inputs = [self.prepare_targets(views, samples_seen=samples_seen, part=part)]
             with torch.autocast(device, enabled=False):
-                targets = self.targets([inputs], samples_seen)[0]
+                (targets,) = self.targets(inputs, samples_seen)
+            del inputs  # scores over all prototypes, of gigabytes where there are many
         masks, draws = targets.masks, self.draws(views, samples_seen, part)
         tokens = self._seen(self.student, self._smaller(views), masks.masked if masks else None, draws)
         classes = [of_size.cls for of_size in tokens]

@@ -76,7 +76,8 @@ class DINOv2Settings(MethodSettings):
         ends |= {"gram_from_samples": self.gram_from_samples} if self.gram_weight else {}
         for key, samples in ends.items():
             if samples > total:
-                yield Problem(f"dinov2.{key}", samples, f"the run has {total} samples", (total,))
+                fix = f"nearest: {total}, or less, as in {total // 10}"
+                yield Problem(f"dinov2.{key}", samples, f"the run has {total} samples", fix)
         if self.gram_weight:
             yield from self._rules_of_gram(config)
         if self.gram_weight and self.gram_from_samples <= total < last:

@@ -115,7 +115,7 @@ def _loss(draw: Figures) -> Figure:
     return draw.figure(
         "Loss",
         "Lower is better. The dashed line is the loss of a network that has learned nothing: a curve that stays on "
-        "it has learned nothing, one that leaves it has.",
+        "it has learned nothing.",
         loss,
         wide=True,
         limits=loss_limits([loss], of_nothing),
