@@ -7,6 +7,7 @@ processes costs more than the checks.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -34,12 +35,15 @@ def _rank_main(rank, world_size, rendezvous, fn, args, queue):
         raise SystemExit(1) from None
 
 
-def run_ranks(world_size: int, fn, *args, timeout: float = 400.0) -> list:
-    """fn must be importable (module level); its result must pickle: return numbers, lists or numpy arrays."""
-    queue = Queue()
+def run_ranks(world_size: int, fn, *args, timeout: float = 400.0, fresh: bool = False) -> list:
+    """fn must be importable (module level); its result must pickle: return numbers, lists or numpy arrays. fresh:
+    processes that import everything themselves, for what is read as a process begins, such as malloc's settings."""
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue() if fresh else Queue()
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = str(Path(folder) / "store")
-        processes = [fork(_rank_main, r, world_size, rendezvous, fn, args, queue) for r in range(world_size)]
+        given = [(r, world_size, rendezvous, fn, args, queue) for r in range(world_size)]
+        processes = [spawn.Process(target=_rank_main, args=g) if fresh else fork(_rank_main, *g) for g in given]
         for p in processes:
             p.start()
         results = {}

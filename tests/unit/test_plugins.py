@@ -51,7 +51,7 @@ def beside(tmp_path) -> Path:
 def test_files_beside_bring_a_method_and_a_backbone(beside, photos):
     words = ("train", "recipe.yaml", "--data.path", photos, "--run.dir", "run")
     told = run(*words, folder=beside, status=2)
-    assert "method.name is colours, but must be one of swav" in told and "--plugin" in told
+    assert "method.name is colours, but must be one of dinov2, fcmae, swav" in told and "--plugin" in told
     assert "has 1 problem:" in told  # and not its section, too
     told = run(*words, *BOTH, "--colours.weight", 50, folder=beside, status=2)
     assert "colours.weight is 50, but must be at most ten a channel; nearest: 30" in told

@@ -185,4 +185,4 @@ def test_impossible_requests_name_the_fix(name, free, said):
 
 def test_names():
     names = backbone_names()  # plugins that another test has loaded stand between
-    assert names[: len(REGNETY)] == [*REGNETY] and names[-2:] == ["regnety", "vit"]
+    assert names[: len(REGNETY)] == [*REGNETY] and names[-3:] == ["regnety", "vit", "convnextv2"]

@@ -31,7 +31,7 @@ def made(
     source = type("Images", (), {"__len__": lambda _: num, "is_stream": False, "left_out": None})()
     method = SimpleNamespace(baseline=("ln K", 2.0), anchors="", plots=(), report_sections=())
     return SimpleNamespace(
-        engine=SimpleNamespace(name="single", method=method, shapes={"w": torch.Size([1000, 1000])}),
+        engine=SimpleNamespace(name="single", method=method, shapes={"w": torch.Size([1000, 1000])}, averages={}),
         execution=Execution(threads, torch.contiguous_format, given.get("contended", "")),
         clock=Clock(config.train.global_batch, config.end(seen), seen, 0),
         probe=None,

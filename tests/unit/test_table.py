@@ -123,7 +123,7 @@ def pictures(tmp_path_factory) -> Path:
 def test_a_rank_holds_no_copy_of_the_features(pictures, monkeypatch):
     """79 MB, of which it may hold half for its blocks; and the figures are those of few large blocks."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # blocks go back to the system, as those of 64 MB do
-    ((figures, held),) = run_ranks(1, watched, pictures)
+    ((figures, held),) = run_ranks(1, watched, pictures, fresh=True)
     assert held.pop("a copy") > 0.9
     assert max(held.values()) < HELD, held
     for name in TASKS:
