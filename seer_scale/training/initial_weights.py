@@ -130,7 +130,8 @@ def _of_checkpoint(
             continue  # what is kept of a teacher begins as the teacher that there is, not as what was kept of another
         if direct in there or direct not in names:  # all of it: as it was there, where it goes by the same name
             names[direct] = next((n for n in (direct, *twins.get(direct, ())) if n in there), direct)
-    copies = {n for n in there if MODEL + method.export_prefix + n.partition(".")[2] in state}
+    product = MODEL + method.export_prefix
+    copies = {n for n in there if product + n.partition(".")[2] in state}
     names |= {n: n for n in there - set(names.values()) - copies}  # to be told of
     anew = "give checkpoint.init_part backbone, which draws all else anew, or choose another checkpoint"
     _check(path, state, world, names, anew)
@@ -190,14 +191,13 @@ def _resized(
     method: Method[Any, Any], state: store.State, names: Mapping[str, str], shapes: Mapping[str, torch.Size]
 ) -> dict[str, tuple[torch.Size, Resize]]:
     """What of the backbone has another shape there, of which one of this network can be made."""
-    out = {}
+    out, backbone, prefixes = {}, method.backbone, method.backbone_prefixes()
     for name, source in names.items():
-        shape, prefix = shapes.get(source), next((p for p in method.backbone_prefixes() if name.startswith(p)), None)
-        if prefix is None or shape is None or not isinstance(method.backbone, Backbone):
+        ours, shape = state.get(MODEL + name), shapes.get(source)
+        if ours is None or shape in (None, ours.shape) or not isinstance(backbone, Backbone):
             continue
-        if MODEL + name not in state or shape == state[MODEL + name].shape:
-            continue
-        if resize := method.backbone.resizer(name.removeprefix(prefix), shape):
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        if prefix is not None and (resize := backbone.resizer(name.removeprefix(prefix), shape)):
             out[name] = shape, resize
     return out
 
