@@ -95,6 +95,23 @@ class Backbone(nn.Module, ABC):
         """Images [N_r, 3, H_r, W_r] -> of each of `stage_maps` its maps, one tensor a resolution."""
         raise NotImplementedError(f"{type(self).__name__} has no feature maps")
 
+    def visible_stages(
+        self, xs: list[Tensor], masks: list[Tensor], places: list[Tensor], draws: Sequence[Tensor] | None = None
+    ) -> list[list[Tensor]]:
+        """What is visible of images [N_r, 3, H_r, W_r], whose sides the stride of the last stage divides: of each of
+        `stage_maps` its maps [N_r, K_r, t, t, C], t falling to 1; masks, places: as `layers.tiles.Travelling` has them.
+        Without places: dense, [N_r, H_r / stride, W_r / stride, C], with 0 where tiles are masked. Of a backbone that
+        `hides_tiles`."""
+        raise NotImplementedError(f"{type(self).__name__} hides no tiles")
+
+    def pooled_visible(self, maps: list[Tensor]) -> list[Tensor]:
+        """The pooled features [N_r, num_features] of the packed last maps that `visible_stages` gives."""
+        raise NotImplementedError(f"{type(self).__name__} hides no tiles")
+
+    @property
+    def hides_tiles(self) -> bool:
+        return type(self).visible_stages is not Backbone.visible_stages
+
     @property
     def patch_map(self) -> StageMap | None:
         """What patches `tokens` gives: so many channels, and a side of so many pixels; None of a backbone without."""

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from seer_scale.models.convnextv2 import CONVNEXTV2, ConvNeXtV2, GlobalResponseNorm, on_canvas
+from seer_scale.models.convnextv2 import CONVNEXTV2, ConvNeXtV2, GlobalResponseNorm
+from seer_scale.models.layers.tiles import on_canvas
 from seer_scale.models.registry import build_backbone, initialise
 
 timm = pytest.importorskip("timm")
@@ -146,7 +147,7 @@ def test_what_is_packed_is_the_dense_network_with_zeros(size, grid, keep):
     gradients = []
     for given in (places, []):
         model.zero_grad()
-        maps = model.visible_maps(images, masks, given)
+        maps = model.visible_stages(images, masks, given)[-1]
         if given:
             maps = [on_canvas(x, m.shape[1:], p) for x, m, p in zip(maps, masks, places, strict=True)]
         gradients.append((maps, {}))
@@ -169,9 +170,9 @@ def test_what_is_masked_changes_nothing(is_packed):
     pixels = masks.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
     others = torch.where(pixels, torch.randn_like(images), images)
     given = [places] if is_packed else []
-    (a,), (b,) = (model.visible_maps([x], [masks], given) for x in (images, others))
+    (a,), (b,) = (model.visible_stages([x], [masks], given)[-1] for x in (images, others))
     assert torch.equal(a, b)
-    (whole,) = model.visible_maps([images], [torch.zeros_like(masks)], [torch.arange(9).expand(2, 9)])
+    (whole,) = model.visible_stages([images], [torch.zeros_like(masks)], [torch.arange(9).expand(2, 9)])[-1]
     torch.testing.assert_close(whole.view(2, 3, 3, -1).permute(0, 3, 1, 2), model.forward_stages([images])[-1][0])
 
 

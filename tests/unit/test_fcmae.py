@@ -44,7 +44,7 @@ def reference(method, views, masks):
     """Dense masking, one resolution after the other, image by image in the loss."""
     total = torch.zeros((), dtype=torch.float64)
     for view, mask in zip(views, masks, strict=True):
-        (x,) = method.backbone.visible_maps([view], [mask], [])
+        (x,) = method.backbone.visible_stages([view], [mask], [])[-1]
         embed = method.decoder.embed
         x = torch.where(mask[..., None], embed.mask_token, F.linear(x, embed.proj.weight, embed.proj.bias))
         for block in method.decoder.blocks:

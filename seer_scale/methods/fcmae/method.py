@@ -19,8 +19,10 @@ from seer_scale.methods.fcmae.settings import FCMAESettings
 from seer_scale.methods.losses.reconstruction import masked_mean, reconstruction_error
 from seer_scale.methods.masking import RandomMasking
 from seer_scale.methods.registry import register_method
-from seer_scale.models.convnextv2 import CONVNEXT_STD, Block, ConvNeXtV2, Travelling, convnext_initialisers, on_canvas
+from seer_scale.models.backbone import Backbone
+from seer_scale.models.convnextv2 import CONVNEXT_STD, Block, convnext_initialisers
 from seer_scale.models.init import Init, Normal
+from seer_scale.models.layers.tiles import Travelling, on_canvas
 from seer_scale.models.registry import build_backbone
 from seer_scale.optim.parameter_groups import ParameterGroup
 
@@ -84,16 +86,17 @@ class Decoder(nn.Module):
 class FCMAE(Method[None, None]):
     """Backbone and decoder."""
 
-    backbone: ConvNeXtV2
+    backbone: Backbone
 
     def __init__(self, config: Config, world: World):
         super().__init__()
         self.config, self.world, self.recipe = config.settings_as(FCMAESettings), world, config
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
-        if not isinstance(backbone, ConvNeXtV2):
+        patches = backbone.patch_map
+        if not backbone.hides_tiles or patches is None:
             rule = "fcmae packs what is visible, which it can of a convnextv2"
             raise UserError(Problem("model.name", config.model.name, rule, ("convnextv2_tiny",)))
-        self.backbone, self.patch = backbone, backbone.spec.stride
+        self.backbone, self.patch = backbone, patches.stride
         self.maskings = [self._masking(i) for i in range(len(config.views.crops))]
         s = self.config
         self.decoder = Decoder(backbone.num_features, s.decoder_width, s.decoder_depth, 3 * self.patch**2)
@@ -125,7 +128,7 @@ class FCMAE(Method[None, None]):
         return super().parameter_groups() | {"decoder.embed.mask_token": ParameterGroup(weight_decay=0.0)}
 
     def initialisers(self) -> dict[str, Init]:
-        parts: dict[str, ConvNeXtV2 | Decoder] = {"backbone": self.backbone, "decoder": self.decoder}
+        parts: dict[str, Backbone | Decoder] = {"backbone": self.backbone, "decoder": self.decoder}
         return {f"{who}.{n}": init for who, part in parts.items() for n, init in part.initialisers().items()}
 
     # --- the step
@@ -150,10 +153,10 @@ class FCMAE(Method[None, None]):
         with_metrics: bool = False,
     ) -> LossOutput:
         masks, places = self._masks(views, samples_seen, part)
-        maps = self.backbone.visible_maps(views, masks, places, self.draws(views, samples_seen, part))
+        maps = self.backbone.visible_stages(views, masks, places, self.draws(views, samples_seen, part))[-1]
         predicted = self.decoder([*maps, *masks, *places])
         # pooled features take part by nothing: some engines await a gradient of every parameter, the last norm's too
-        features = self.backbone.norm([x.flatten(1, 3)[:, :, None] for x in maps])
+        features = self.backbone.pooled_visible(maps)
         with torch.autocast(views[0].device.type, enabled=False):
             errors = [
                 reconstruction_error(p, x, self.patch, normalise=self.config.normalise)

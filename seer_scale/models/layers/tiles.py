@@ -1,0 +1,153 @@
+"""Maps of which some tiles are seen: squares of as many pixels as the last map has a place for.
+
+Dense, a map is [N, H, W, C] with 0 where tiles are masked; packed, [N, K, t, t, C], of the K visible tiles of each
+image, with t places to a side. What looks beyond a tile, a convolution of a kernel wider than its stride, takes either
+a canvas of zeros on which the tiles lie, or windows: each tile with the edges of its eight neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class Travelling(NamedTuple):
+    """What travels between units of a masked network. maps: dense or packed. masks: of each resolution bool [N_r, H_r /
+    stride, W_r / stride], the tiles that are not seen; or none. places: of packed maps, of each resolution int64 [N_r,
+    K_r], the numbers of the visible tiles, row by row, rising; near: `neighbours` of them. scales: [N, blocks], what
+    each image's branches are multiplied by, N being the sum of N_r; or none."""
+
+    maps: list[Tensor]
+    masks: list[Tensor]
+    places: list[Tensor]
+    near: list[Tensor]
+    scales: list[Tensor]
+
+    @classmethod
+    def of(cls, xs: Sequence[Tensor]) -> Travelling:
+        floats = [x for x in xs if x.is_floating_point()]
+        numbers = [x for x in xs if x.dtype == torch.int64]
+        return cls(
+            [x for x in floats if x.ndim > 2],
+            [x for x in xs if x.dtype == torch.bool],
+            [x for x in numbers if x.ndim == 2],
+            [x for x in numbers if x.ndim == 3],
+            [x for x in floats if x.ndim == 2],
+        )
+
+    def with_maps(self, maps: list[Tensor]) -> list[Tensor]:
+        return [*maps, *self.masks, *self.places, *self.near, *self.scales]
+
+    def mask(self, i: int) -> Tensor | None:
+        """Of the resolution i, where its map is dense and masked."""
+        return self.masks[i] if self.masks and not self.places else None
+
+
+def packed(xs: Sequence[Tensor], masks: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
+    """What the first unit takes: images [N_r, 3, H_r, W_r] and what decides which of their tiles are computed, as
+    `Travelling` has them; without places all are, as a dense masked network."""
+    near = [neighbours(m, p) for m, p in zip(masks, places)] if places else []
+    return [*xs, *masks, *places, *near]
+
+
+def with_zeros(x: Tensor, mask: Tensor | None) -> Tensor:
+    """A dense map [N, H, W, C] with 0 where tiles are masked."""
+    if mask is None:
+        return x
+    t = x.shape[1] // mask.shape[1]
+    return x.masked_fill(mask.repeat_interleave(t, 1).repeat_interleave(t, 2)[..., None], 0)
+
+
+def visible_tiles(x: Tensor, grid: torch.Size, places: Tensor) -> Tensor:
+    """A map [N, H, W, C] of grid[0] x grid[1] tiles -> [N, K, t, t, C], those at `places` [N, K]."""
+    num, (height, width) = len(x), grid
+    t = x.shape[1] // height
+    tiles = x.unflatten(2, (width, t)).unflatten(1, (height, t)).transpose(2, 3).reshape(num * height * width, t, t, -1)
+    return tiles.index_select(0, _flat(places, height * width)).unflatten(0, places.shape)
+
+
+def on_canvas(tiles: Tensor, grid: torch.Size, places: Tensor) -> Tensor:
+    """[N, K, t, t, C] -> the map [N, H, W, C] with 0 where there is no tile."""
+    (num, _, t, _, channels), (height, width) = tiles.shape, grid
+    canvas = tiles.new_zeros(num * height * width, t, t, channels)
+    canvas = canvas.index_copy(0, _flat(places, height * width), tiles.flatten(0, 1))
+    return canvas.view(num, height, width, t, t, channels).transpose(2, 3).reshape(num, height * t, width * t, channels)
+
+
+def _flat(places: Tensor, num: int) -> Tensor:
+    """[N, K] of `num` tiles an image -> [N * K] among all of them."""
+    return (places + num * torch.arange(len(places), device=places.device)[:, None]).flatten()
+
+
+def neighbours(mask: Tensor, places: Tensor) -> Tensor:
+    """Where among all N * K visible tiles lie the nine about each, row by row, itself in the middle; N * K for one that
+    is masked or beyond the image. int64 [N, K, 9]; mask, places: as `Travelling` has them."""
+    (num, keep), (height, width) = places.shape, mask.shape[1:]
+    wide = width + 2
+    slots = places.new_full((num, (height + 2) * wide), num * keep)
+    at = (places // width + 1) * wide + places % width + 1
+    slots = slots.scatter(1, at, torch.arange(num * keep, device=places.device).view(num, keep))
+    shifts = torch.arange(3, device=places.device) - 1
+    about = at[..., None] + (shifts[:, None] * wide + shifts).flatten()
+    return slots.gather(1, about.flatten(1)).view(num, keep, 9)
+
+
+def windows(tiles: Tensor, near: Tensor, before: int, after: int) -> Tensor:
+    """[N, K, t, t, C] -> [N, K, before + t + after, before + t + after, C]: each tile within the edges of its
+    neighbours, 0 where there is none. near: `neighbours`; before, after: at most t."""
+    return _Windows.apply(tiles.flatten(0, 1), near.flatten(0, 1), before, after).unflatten(0, tiles.shape[:2])
+
+
+class _Context(FunctionCtx):
+    """What autograd makes of a forward for its backward, to type checkers."""
+
+    saved_tensors: tuple[Tensor, ...]
+    sides: tuple[int, int, int]
+
+
+class _Windows(torch.autograd.Function):
+    """[M, t, t, C] -> windows. Backward gathers, too, from the opposite neighbours: no two of its writes meet."""
+
+    @staticmethod
+    def forward(ctx: _Context, tiles: Tensor, near: Tensor, before: int, after: int) -> Tensor:
+        num, t, _, channels = tiles.shape
+        ctx.save_for_backward(near)
+        ctx.sides = before, t, after
+        out = tiles.new_empty(num, before + t + after, before + t + after, channels)
+        for of_window, of_tile, slots, _ in _pieces(near, *ctx.sides):
+            out[of_window] = _at(tiles[of_tile], slots)
+        return out
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (near,), (before, t, _) = ctx.saved_tensors, ctx.sides
+        out = torch.zeros_like(grad[:, before : before + t, before : before + t])
+        for of_window, of_tile, _, opposite in _pieces(near, *ctx.sides):
+            out[of_tile] += _at(grad[of_window], opposite)
+        return out, None, None, None
+
+
+Piece = tuple[slice, slice, slice]
+
+
+def _pieces(
+    near: Tensor, before: int, t: int, after: int
+) -> Iterator[tuple[Piece, Piece, Tensor | None, Tensor | None]]:
+    """Of each of the nine that gives something: the piece of windows that it fills, the piece of tiles that it is, in
+    which tile that lies, and of which window a tile fills it; None: its own."""
+    along = [(slice(0, before), slice(t - before, t)), (slice(before, before + t), slice(0, t)),
+             (slice(before + t, before + t + after), slice(0, after))]  # fmt: skip
+    for n, ((down, rows), (across, columns)) in enumerate(itertools.product(along, repeat=2)):
+        if down.start < down.stop and across.start < across.stop:
+            slots = (None, None) if n == 4 else (near[:, n], near[:, 8 - n])
+            yield (slice(None), down, across), (slice(None), rows, columns), *slots
+
+
+def _at(x: Tensor, slots: Tensor | None) -> Tensor:
+    """x [M, ...] at `slots` [M], 0 at M."""
+    return x if slots is None else torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, slots)
