@@ -15,6 +15,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.draws import ViewDraws
+from seer_scale.methods.fcmae.diagnostics import SECTIONS, batch_metrics, figures, health, plots_of
 from seer_scale.methods.fcmae.settings import FCMAESettings
 from seer_scale.methods.losses.reconstruction import masked_mean, reconstruction_error
 from seer_scale.methods.masking import RandomMasking
@@ -24,10 +25,8 @@ from seer_scale.models.convnextv2 import CONVNEXT_STD, Block, convnext_initialis
 from seer_scale.models.init import Init, Normal
 from seer_scale.models.layers.tiles import Travelling, on_canvas
 from seer_scale.models.registry import build_backbone
+from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 from seer_scale.optim.parameter_groups import ParameterGroup
-
-NO_BETTER = 0.98
-"""Of what predicting each patch's mean costs: a loss above has learned nothing."""
 
 
 class Embed(nn.Module):
@@ -164,8 +163,9 @@ class FCMAE(Method[None, None]):
             ]
             loss = torch.stack([masked_mean(e, m) for e, m in zip(errors, masks, strict=True)]).mean()
             loss = loss + 0 * torch.stack([f.float().sum() for f in features]).sum()
+            metrics = batch_metrics([x.flatten(1, 3) for x in maps]) if with_metrics else {}
         batch = len(views[0]) // self.recipe.views.crops[0].num
-        return LossOutput(loss, {}, features[0][:batch].detach())
+        return LossOutput(loss, metrics, features[0][:batch].detach())
 
     def encode(self, images: Tensor) -> Features:
         features = self.backbone([images])[0].float()
@@ -179,14 +179,16 @@ class FCMAE(Method[None, None]):
         values = 3 * self.patch**2
         return Baseline("predicting means", (values - 1) / values)
 
+    @property
+    def plots(self) -> tuple[MetricPlot, ...]:
+        return plots_of(self.config)
+
+    @property
+    def report_sections(self) -> tuple[ReportSection, ...]:
+        return SECTIONS
+
+    def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:
+        return figures(means, loss, self.baseline if self.config.normalise else None) if means else {}
+
     def health(self, row: Mapping[str, Any], config: Config) -> Problem | None:
-        train = config.train
-        past = config.warmup_samples + train.collapse_after * train.total_samples
-        if not self.config.normalise or row["samples_seen"] < past or row["loss"] < NO_BETTER * self.baseline.loss:
-            return None
-        return Problem(
-            "loss",
-            row["loss"],
-            f"predicting the mean of each patch costs {self.baseline.loss:.3f}: nothing is being learned",
-            "try a higher optim.lr, a lower fcmae.mask_ratio, or more samples",
-        )
+        return health(row, config, self.baseline)
