@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from seer_scale.errors import Problem, UserError
 from seer_scale.models.backbone import Backbone, StageMap, Tokens
@@ -27,6 +28,8 @@ from seer_scale.models.layers.tiles import Travelling, on_canvas, packed, visibl
 
 CONVNEXT_STD, GRN_EPS, CONVNEXT_EPS = 0.02, 1e-6, 1e-6
 STAGES, KERNEL = 4, 7
+AT_ONCE = 512
+"""Channels of a depthwise convolution on a CPU: the gradient of more takes 20 ms, whatever the batch, in oneDNN."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,21 @@ class PlainConv(nn.Conv2d):
         """[N, H, W, C] -> [N, H', W', C']"""
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def inside(self, x: Tensor) -> Tensor:
-        """As `forward`, without zeros about a map."""
-        return F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, groups=self.groups).permute(0, 2, 3, 1)
+
+class DepthwiseConv(PlainConv):
+    """KERNEL x KERNEL of each channel by itself; of maps with channels last."""
+
+    bias: Tensor
+
+    def __init__(self, width: int):
+        super().__init__(width, width, KERNEL, groups=width)
+
+    def forward(self, x: Tensor, border: int = KERNEL // 2) -> Tensor:
+        """[N, H, W, C] -> [N, H', W', C], with so many zeros about the map; by default H' = H, W' = W."""
+        num = self.groups if x.device.type != "cpu" else AT_ONCE
+        parts = zip(x.split(num, 3), self.weight.split(num), self.bias.split(num))
+        out = [F.conv2d(y.permute(0, 3, 1, 2), w, b, padding=border, groups=len(w)) for y, w, b in parts]
+        return (out[0] if len(out) == 1 else torch.cat(out, 1)).permute(0, 2, 3, 1)
 
 
 class PlainLinear(nn.Linear):
@@ -92,7 +107,7 @@ class PlainLinear(nn.Linear):
 
 class GlobalResponseNorm(nn.Module):
     """Channels of an image compete: each is scaled by its L2 norm over all places, relative to the mean of all
-    channels' norms, beside what it was; identity at first (arXiv 2301.00808, section 4). In fp32 at least."""
+    channels' norms, beside what it was; identity at first (arXiv 2301.00808, section 4). Norms in fp32 at least."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -100,11 +115,38 @@ class GlobalResponseNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[N, H, W, C], or packed [N, K, t, t, C] -> the same. mask: of a dense map; what it hides has no part in
-        norms."""
-        seen = at_least_fp32(with_zeros(x, mask))
-        norms = torch.linalg.vector_norm(seen, dim=tuple(range(1, x.ndim - 1)), keepdim=True)
+        norms, and what is made of it means nothing."""
+        rows = with_zeros(x, mask).flatten(1, -2)
+        return _RespondGlobally.apply(rows, self.weight, self.bias).view(x.shape)
+
+
+class _Context(FunctionCtx):
+    """What autograd makes of a forward for its backward, to type checkers."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _RespondGlobally(torch.autograd.Function):
+    """[N, V, C], of V places each -> the same. Keeps nothing of the size of x but x, whatever its precision."""
+
+    @staticmethod
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        wide = at_least_fp32(x.new_empty(0)).dtype
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)
         relative = norms / (norms.mean(-1, keepdim=True) + GRN_EPS)
-        return x * (1 + self.weight * relative).to(x.dtype) + self.bias.to(x.dtype)
+        ctx.save_for_backward(x, weight, norms, relative)
+        return (x * (1 + weight * relative).to(x.dtype)).add_(bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, norms, relative = ctx.saved_tensors
+        along = (grad * x).sum(1, keepdim=True, dtype=norms.dtype)
+        d_relative = along * weight
+        shared = norms.mean(-1, keepdim=True) + GRN_EPS
+        d_norms = (d_relative - (d_relative * relative).mean(-1, keepdim=True)) / shared
+        by_x = torch.where(norms > 0, d_norms / norms, 0)
+        dx = (grad * (1 + weight * relative).to(x.dtype)).addcmul_(x, by_x.to(x.dtype))
+        return dx, (along * relative).sum((0, 1)), grad.sum((0, 1), dtype=norms.dtype)
 
 
 class Stem(nn.Module):
@@ -145,7 +187,7 @@ class Block(nn.Module):
     def __init__(self, width: int, number: int):
         super().__init__()
         self.number = number
-        self.dw, self.norm = PlainConv(width, width, KERNEL, padding=KERNEL // 2, groups=width), ChannelNorm(width)
+        self.dw, self.norm = DepthwiseConv(width), ChannelNorm(width)
         self.fc1, self.grn = PlainLinear(width, 4 * width), GlobalResponseNorm(4 * width)
         self.fc2 = PlainLinear(4 * width, width)
 
@@ -168,7 +210,7 @@ class Block(nn.Module):
         grid, places, reach = taken.masks[i].shape[1:], taken.places[i], KERNEL // 2
         if x.shape[2] <= 2 * reach:
             return visible_tiles(self.dw(on_canvas(x, grid, places)), grid, places)
-        return self.dw.inside(windows(x, taken.near[i], reach, reach).flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.dw(windows(x, taken.near[i], reach, reach).flatten(0, 1), 0).unflatten(0, x.shape[:2])
 
     def parts(self) -> dict[str, nn.Module]:
         """What can be sharded apart, in order of use."""
