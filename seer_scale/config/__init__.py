@@ -41,6 +41,7 @@ from seer_scale.config.schema import (
     Schedule,
     Train,
     Views,
+    keys_of_model,
 )
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "checked",
     "divisor_near",
     "keys_of",
+    "keys_of_model",
     "keys_of_network",
     "load_recipe",
     "merge",

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from seer_scale.config import Crop, Data, Views
+from seer_scale.config import Crop, Data, Views, keys_of_model
 from seer_scale.config.fields import opt
 from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.errors import DataError, Problem, UserError
+from seer_scale.evaluate.augmenting import erase, rand_augment
 from seer_scale.evaluate.context import Evaluation, accelerator_of
 from seer_scale.evaluate.features import gather_features
 from seer_scale.evaluate.metrics import average_precisions, mean_of, per_class_accuracy, topk_accuracy
@@ -37,8 +38,11 @@ from seer_scale.evaluate.state import read_more, read_tensors, save_state
 from seer_scale.evaluate.subject import Subject
 from seer_scale.evaluate.task import NOT_IN_FIGURES, TaskSettings
 from seer_scale.formatting import counted
-from seer_scale.models.classifier import Classifier, parameter_depths
+from seer_scale.models.backbone import Backbone
+from seer_scale.models.classifier import HEAD_STD, Classifier, LayerDecayBy, parameter_depths
 from seer_scale.models.layers.stateful import share_statistics
+from seer_scale.models.registry import build_backbone, reset_buffers
+from seer_scale.rng import draw
 
 LR_BATCH = 256
 """Images of the global batch for which --lr is given; it scales with it."""
@@ -63,15 +67,18 @@ class TrainingSettings(TaskSettings):
     weight_decay: float = opt(1e-4, "weight decay", ge=0)
     exclude_vectors: bool = opt(False, "no weight decay of biases and of BatchNorm's weights")
     schedule: Literal["steps", "cosine"] = opt(
-        "steps", "of the learning rate: divided by 10 at --steps, or cosine to 0"
+        "steps", "of the learning rate: divided by 10 at --steps, or cosine to --final"
     )
     steps: tuple[float, ...] = opt(
         (30 / 35,), "shares of the training after which the rate is divided by 10; [] = never", gt=0, lt=1
     )
+    final: float = opt(0.0, "where cosine ends, as a share of the peak", ge=0, le=1)
     warmup_epochs: float = opt(0.0, "epochs over which the rate rises from 0", ge=0)
     freeze_epochs: float = opt(0.0, "epochs at first in which the head alone is trained", ge=0)
     layer_decay: float = opt(1.0, "the rate of each unit as a share of that of the next one up", gt=0, le=1)
-    layer_decay_by: Literal["units", "stages"] = opt("units", "what layer decay counts: blocks, or stages")
+    layer_decay_by: LayerDecayBy = opt(
+        "units", "what layer decay counts: units, blocks or stages; or ConvNeXt's groups: stages, the third by threes"
+    )
     clip_norm: float = opt(0.0, "longest gradient, over all parameters; 0 = no limit", ge=0)
     statistics: Literal["synchronised", "frozen"] = opt(
         "synchronised", "BatchNorm: by a part's statistics over all processes, or by those of the pretraining"
@@ -80,10 +87,16 @@ class TrainingSettings(TaskSettings):
     crop_scale: tuple[float, float] = opt(
         (0.08, 1.0), "share of the image's area a random crop covers", gt=0.0, le=1.0, rising=True
     )
+    randaugment: float = opt(
+        0.0, "magnitude of two operations of RandAugment, each done to half of the images; 0 = none", ge=0, le=10
+    )
+    erasing: float = opt(0.0, "share of the images of which a rectangle becomes noise", ge=0, le=1)
     mixup: float = opt(0.0, "alpha of mixup; 0 = none", ge=0)
     cutmix: float = opt(0.0, "alpha of CutMix; 0 = none; with mixup, each pair has one of them", ge=0)
     label_smoothing: float = opt(0.0, "share of a target that is spread over all classes", ge=0, lt=1)
     dropout: float = opt(0.0, "share of the features dropped before the head", ge=0, lt=1)
+    drop_path: float = opt(0.0, "rate of dropped branches, as model.drop_path, of a backbone that has it", ge=0, lt=1)
+    head_std: float = opt(HEAD_STD, "deviation of the head's first weights", ge=0)
     ema: float = opt(0.0, "decay an update of a moving average of the weights, which is then measured; 0 = none", ge=0,
                      lt=1)  # fmt: skip
     save_every: float = opt(10.0, "minutes after which what was done is saved, beside the end of each epoch", gt=0)
@@ -101,7 +114,9 @@ class TrainingSettings(TaskSettings):
 
     def without_effect(self) -> dict[str, str]:
         found = super().without_effect()
-        found |= {"steps": "with --schedule cosine"} if self.schedule == "cosine" else {}
+        found |= (
+            {"steps": "with --schedule cosine"} if self.schedule == "cosine" else {"final": "with --schedule steps"}
+        )
         found |= {"momentum": "with --optimizer adamw"} if self.optimizer == "adamw" else {}
         return found | ({"layer_decay_by": "without --layer-decay"} if self.layer_decay == 1 else {})
 
@@ -137,11 +152,14 @@ class TrainingSettings(TaskSettings):
             return (update + 1) / (warmup + 1)
         if self.schedule == "steps":
             return 0.1 ** sum(update >= step * total for step in self.steps)
-        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(TrainingSettings):
+    recipe: str = opt(
+        "", "options of a shipped recipe, such as convnextv2_tiny, or a YAML file; what else is given wins"
+    )
     held_out: float = opt(
         0.05, "share of the training images that is not trained on, for the curve by epoch; 0 = none", ge=0, lt=1
     )
@@ -181,9 +199,29 @@ def told_of_statistics(options: TrainingSettings, subject: Subject, num: int = 0
 
 
 def new_classifier(evaluation: Evaluation[Any], data: DataSet) -> Classifier:
-    """A copy of the subject's network, with a head over the classes of the data."""
-    network, seed = copy.deepcopy(evaluation.subject.model), evaluation.options.seed
-    return Classifier(network, data.classes, multi_label=data.train.multi_label, seed=seed)
+    """A copy of the subject's network, with a head over the classes of the data. Raises UserError where it cannot drop
+    what it is asked to."""
+    options = evaluation.options
+    return Classifier(
+        _copy_of(evaluation.subject, options.drop_path), data.classes, multi_label=data.train.multi_label,
+        seed=options.seed, head_std=options.head_std,
+    )  # fmt: skip
+
+
+def _copy_of(subject: Subject, drop_path: float) -> Backbone:
+    if not drop_path:
+        return copy.deepcopy(subject.model)
+    assert subject.about is not None, "it was opened from a path"
+    model, device = subject.about.model, next(subject.model.parameters()).device
+    if "drop_path" not in keys_of_model(name := str(model["name"])):
+        raise UserError(Problem("--drop-path", drop_path, f"{name} has no branches that are dropped", (0.0,)))
+    with torch.device("meta"):
+        network = build_backbone(**{**model, "drop_path": drop_path})
+    network.to_empty(device=device)
+    reset_buffers(network)
+    network.load_state_dict(subject.model.state_dict())
+    network.transform = subject.model.transform
+    return network.eval()
 
 
 def told_of_few_updates(options: TrainingSettings, num: int, of: str = "") -> tuple[str, ...]:
@@ -212,7 +250,7 @@ def losses(scores: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
 
 def parameter_groups(network: Classifier, options: TrainingSettings) -> list[dict[str, Any]]:
     """For torch's optimisers; "rate" multiplies the learning rate of the group."""
-    depths, top = parameter_depths(network.backbone, of_stages=options.layer_decay_by == "stages")
+    depths, top = parameter_depths(network.backbone, options.layer_decay_by)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in network.named_parameters():
         rate = options.layer_decay ** (top - depths.get(name.removeprefix("backbone."), top))
@@ -373,14 +411,22 @@ class Finetuning:
 
     def _loss_of(self, wrapped: nn.Module, pixels: Tensor, targets: Tensor) -> Tensor:
         """The mean over this process's images of a part."""
-        options, images = self.options, to_float(pixels)
-        first, scale, shares = self.done.samples_seen + self.world.rank * len(images), None, None
+        options, num = self.options, len(pixels)
+        first, scale, draws, shares = self.done.samples_seen + self.world.rank * num, None, None, None
+        if options.randaugment:
+            pixels = rand_augment(pixels, first, options.randaugment, options.seed)
+        images = to_float(pixels)
+        if options.erasing:
+            images = erase(images, first, options.erasing, options.seed)
         if options.mixup or options.cutmix:
             images, shares = mix_pairs(images, first, mixup=options.mixup, cutmix=options.cutmix, seed=options.seed)
         if options.dropout:
             width = self.network.backbone.num_features
-            scale = dropout_scale(first, (len(images), width), options.dropout, options.seed).to(images.device)
-        scores = wrapped(images, scale)
+            scale = dropout_scale(first, (num, width), options.dropout, options.seed).to(images.device)
+        if width := self.network.backbone.num_draws * (options.drop_path > 0):
+            drawn = draw(options.seed, "drop path", start=first * width, stop=(first + num) * width)
+            draws = torch.from_numpy(drawn).view(num, width).to(images.device)
+        scores = wrapped(images, scale, draws)
         each = losses(scores, targets, options.label_smoothing)
         if shares is not None:
             of_partner = losses(scores, targets[partners(len(targets)).to(targets.device)], options.label_smoothing)
@@ -456,8 +502,8 @@ class _Wrapped(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor, feature_scale: Tensor | None) -> Tensor:
-        return self.network(images, feature_scale)
+    def forward(self, images: Tensor, feature_scale: Tensor | None, draws: Tensor | None) -> Tensor:
+        return self.network(images, feature_scale, draws)
 
 
 def figures(scores: Tensor, targets: np.ndarray) -> dict[str, float]:

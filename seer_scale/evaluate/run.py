@@ -17,10 +17,10 @@ import yaml
 
 from seer_scale import distributed
 from seer_scale.checkpoint import store
-from seer_scale.config import NOT_YAML
+from seer_scale.config import NOT_YAML, RECIPES, read_yaml
 from seer_scale.config.fields import read_section
 from seer_scale.distributed import World
-from seer_scale.errors import ConfigError, Problem, UserError
+from seer_scale.errors import NOTHING, ConfigError, Problem, UserError, nearest
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.layouts import word_of
 from seer_scale.evaluate.plotting import draw
@@ -41,10 +41,13 @@ HISTORY = "history.jsonl"
 
 def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
     """The options of the task `name`, by field: text is read as a YAML value, or as several, "1,2", where the field is
-    no text; what is no text is taken as it is. Raises ConfigError with every problem, among them options that have no
-    effect beside the others."""
+    no text; what is no text is taken as it is. Of a task with recipes, those of its `recipe` that are not given are
+    that one's, but for what has no effect beside what is given. Raises ConfigError with every problem, among them
+    options that have no effect beside the others."""
     problems: list[Problem] = []
     task, values = task_class(name), {}
+    of_recipe = options_of_recipe(name, given["recipe"]) if task.takes_recipes and given.get("recipe") else {}
+    chosen, given = given.keys(), {**of_recipe, **given}
     kinds = {f.name: f.type for cls in (task.settings, *task.variants.values()) for f in dataclasses.fields(cls)}
     for field, text in given.items():
         try:
@@ -54,23 +57,49 @@ def read_settings(name: str, given: Mapping[str, Any]) -> TaskSettings:
         except NOT_YAML:
             problems.append(Problem(field, text, "must be a YAML value", "such as 3, 0.1, true or [1, 2]"))
     flag = next((flag for flag in task.variants if values.get(flag) is True), "")
-    chosen = task.variants.get(flag, task.settings)
+    cls = task.variants.get(flag, task.settings)
     idle = {
         field: f"with {option_of(flag)}" if flag else f"without {' or '.join(map(option_of, task.variants))}"
-        for field in kinds.keys() - chosen.__dataclass_fields__.keys()
+        for field in kinds.keys() - cls.__dataclass_fields__.keys()
     }
-    settings = read_section(chosen, {k: v for k, v in values.items() if k not in idle}, "", problems)
+    own = {k: v for k, v in values.items() if k not in idle}
+    settings = read_section(cls, own, "", problems)
     if not problems:  # a broken one keeps its default, which tells nothing
         idle |= settings.without_effect()
+        displaced = idle.keys() & (of_recipe.keys() - chosen)
+        settings = read_section(cls, {k: v for k, v in own.items() if k not in displaced}, "", problems)
     problems += [
         Problem(field, value, f"has no effect {idle[field]}", "leave it out")
-        for field, value in values.items() if field in idle
+        for field, value in values.items() if field in idle and field in chosen
     ]  # fmt: skip
     problems += _given_twice(settings, values)
     problems += settings.name_problems(task_names().keys() - {name}) + settings.problems()
     if problems:
         raise ConfigError([dataclasses.replace(p, key=option_of(p.key)) for p in problems], f"eval {name}")
     return settings
+
+
+def recipes_of(name: str) -> dict[str, Path]:
+    """The shipped recipes of a task, by name."""
+    return {path.stem: path for path in sorted((RECIPES / name).glob("*.yaml"))}
+
+
+def options_of_recipe(name: str, recipe: str) -> dict[str, Any]:
+    """The options in a shipped recipe of the task `name`, or in a YAML file, by field. Raises UserError, with every
+    problem."""
+    shipped = recipes_of(name)
+    path = shipped.get(recipe, Path(recipe))
+    if not path.is_file():
+        rule = "is neither a file nor a shipped recipe"
+        raise UserError(Problem("--recipe", recipe, rule, nearest(recipe, shipped)))
+    options = {k.replace("-", "_"): v for k, v in read_yaml(path, "options, such as 'lr: 1e-3'").items()}
+    if "recipe" in options:
+        raise UserError(Problem(shown(path), NOTHING, "names another recipe", "give its options"))
+    try:
+        read_settings(name, options)
+    except ConfigError as error:
+        raise ConfigError(error.problems, f"The recipe {shown(recipe)}") from error
+    return options
 
 
 def _given_twice(settings: TaskSettings, given: Mapping[str, Any]) -> list[Problem]:

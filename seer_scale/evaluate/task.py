@@ -16,8 +16,8 @@ from seer_scale.config.fields import opt
 from seer_scale.errors import Problem
 from seer_scale.observe.chart import Chart
 
-NOT_IN_FIGURES = ("data", "test", "batch", "workers", "name")
-"""Options of every task on which figures do not depend; of the images there is a mark of their own."""
+NOT_IN_FIGURES = ("data", "test", "batch", "workers", "name", "recipe")
+"""Options of tasks on which figures do not depend; of the images there is a mark of their own."""
 RESERVED = ("suite", "history", "unfinished", "logs", "launch")
 """What else lies in the folder of results."""
 SUFFIXES = (".json", ".jsonl", ".svg")
@@ -114,6 +114,8 @@ class Task(ABC, Generic[SettingsT]):
     """The options it has instead with a flag, by the flag, a field of all of them."""
     trains_backbone: ClassVar[bool] = False
     """Whether it leaves other weights in its subject, which no task after it is given."""
+    takes_recipes: ClassVar[bool] = False
+    """Whether it has an option `recipe`: files of its options, those of the package in `recipes/TASK`."""
     keeps_network: ClassVar[bool] = False
     """Whether it keeps a network, in a folder called by the result's name."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 import seer_scale
+from seer_scale.config import load_recipe
 from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.transforms.on_device import to_float
 from seer_scale.data.transforms.views import eval_preprocessing
 from seer_scale.distributed import World
 from seer_scale.errors import ConfigError, UserError
+from seer_scale.evaluate.augmenting import erase, operations, rand_augment
 from seer_scale.evaluate.context import Evaluation
 from seer_scale.evaluate.finetuning import (
     FinetuneSettings,
@@ -30,24 +33,26 @@ from seer_scale.evaluate.finetuning import (
 )
 from seer_scale.evaluate.mixing import dropout_scale, mix_pairs, partners
 from seer_scale.evaluate.registry import task_class
-from seer_scale.evaluate.run import as_record, read_settings
+from seer_scale.evaluate.run import as_record, read_settings, recipes_of
 from seer_scale.evaluate.splits import Split
 from seer_scale.evaluate.subject import Subject
 from seer_scale.interop.artefact import About, Artefact, TensorInfo, write_artefact
 from seer_scale.models.classifier import Classifier, parameter_depths
+from seer_scale.models.convnextv2 import CONVNEXTV2
 from seer_scale.models.registry import build_backbone, initialise
 from seer_scale.observe.progress import Progress
 from tests.conftest import write_photos
 from tests.forks import fork
 from tests.problems import refused
 from tests.ranks import run_ranks
-from tests.tiny import RECIPE, world_of
+from tests.tiny import FCMAE, RECIPE, world_of
 
 SIZE, MODEL = 24, RECIPE["model"]
 COLOURS = {"blue": (60, 80, 200), "green": (60, 180, 60), "red": (200, 70, 60)}
 EVERYTHING = {
     "mixup": "0.4", "cutmix": "1", "dropout": "0.2", "label_smoothing": "0.1", "ema": "0.5", "layer_decay": "0.8",
-    "accumulate": "2", "clip_norm": "1", "warmup_epochs": "0.5", "schedule": "cosine",
+    "accumulate": "2", "clip_norm": "1", "warmup_epochs": "0.5", "schedule": "cosine", "final": "0.1",
+    "randaugment": "9", "erasing": "0.5",
 }  # fmt: skip
 QUICK = {"epochs": "2", "global_batch": "8", "lr": "0.8"}
 
@@ -73,20 +78,26 @@ def squares(tmp_path_factory):
     return write_squares(tmp_path_factory.mktemp("squares"))
 
 
-def backbone():
-    made = build_backbone(**MODEL)
+def backbone(model=MODEL):
+    made = build_backbone(**model)
     initialise(made, 0)
     return made.eval()
 
 
 def evaluation_of(
-    data: Path, folder: Path, world: World = World(), weights: str = "trained", task: str = "finetune", **given
+    data: Path,
+    folder: Path,
+    world: World = World(),
+    weights: str = "trained",
+    task: str = "finetune",
+    model=MODEL,
+    **given,
 ) -> Evaluation:
     quick = QUICK if task in ("finetune", "lowshot", "linear") else {}
     settings = read_settings(task, {"workers": "0", "batch": "16", "data": str(data), **quick, **given})
-    about = About("safetensors", MODEL, eval_preprocessing(SIZE), {"method": "toy"})
+    about = About("safetensors", model, eval_preprocessing(SIZE), {"method": "toy"})
     subject = Subject(
-        path=folder, model=backbone(), fingerprint="0", weights=weights, size=SIZE, samples_seen=7, about=about
+        path=folder, model=backbone(model), fingerprint="0", weights=weights, size=SIZE, samples_seen=7, about=about
     )
     return Evaluation(
         task=task, subject=subject, options=settings, world=world, progress=Progress(active=False),
@@ -210,7 +221,11 @@ def test_what_was_killed_goes_on_to_the_same_weights(squares, tmp_path, optimize
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-CASES = {"synchronised": EVERYTHING, "frozen": EVERYTHING | {"statistics": "frozen", "optimizer": "adamw"}}
+CONVNEXT = FCMAE["model"] | {"drop_path": 0.0}
+CASES = {
+    "synchronised": EVERYTHING, "frozen": EVERYTHING | {"statistics": "frozen", "optimizer": "adamw"},
+    "dropping": {"model": CONVNEXT, "drop_path": "0.5"},
+}  # fmt: skip
 
 
 def on_ranks(rank: int, size: int, squares: Path, folder: Path) -> list:
@@ -389,6 +404,7 @@ def test_few_labels_are_seen_as_often_as_they_need():
         ("linear", {"lr": "1", "weight_decay": "0", "refit": "true"}, {"--refit": "with one classifier"}),
         ("linear", {"crop_scale": "0.1,1"}, {"--crop-scale": "without --augment"}),
         ("finetune", {"optimizer": "adamw", "momentum": "0.9"}, {"--momentum": "with --optimizer adamw"}),
+        ("finetune", {"final": "0"}, {"--final": "with --schedule steps"}),
         ("finetune", {"layer_decay_by": "units"}, {"--layer-decay-by": "without --layer-decay"}),
         ("retrieval", {"gem_p": "3"}, {"--gem-p": "without --pool gem"}),
         ("retrieval", {"data": "rparis6k:x", "k": "1"}, {"--k": "with images of a revisited set, taken whole"}),
@@ -403,12 +419,17 @@ def test_an_option_that_has_no_effect_is_refused(task, given, told):
     assert {p.key: p.rule for p in found.value.problems} == {k: f"has no effect {why}" for k, why in told.items()}
 
 
+VIT = {"name": "vit", "width": 8, "depth": 2, "heads": 2, "patch": 8, "image_size": SIZE}
+
+
 @pytest.mark.parametrize(
     ("given", "key", "nearest"),
     [
         ({"lr": "1e30"}, "--lr", "give a lower one"),
         ({"precision": "fp16"}, "--precision", ("bf16", "fp32")),
         ({"global_batch": "9", "mixup": "1"}, "--global-batch", (10,)),
+        ({"drop_path": "0.1"}, "--drop-path", (0.0,)),
+        ({"layer_decay": "0.9", "layer_decay_by": "groups", "model": VIT}, "--layer-decay-by", ("units", "stages")),
     ],
 )
 def test_what_cannot_be_trained_is_told_and_leaves_nothing(squares, tmp_path, given, key, nearest):
@@ -475,10 +496,99 @@ def test_lower_units_learn_more_slowly():
     assert rates["head.bias"] == 1 and rates["backbone.stem.conv.weight"] == 0.5**top
     last = network.backbone.stage_units()[-1][-1]
     assert rates[f"backbone.{last}.conv1.conv.weight"] == 0.5 and top == 1 + 5
-    assert {d for n, d in parameter_depths(network.backbone, of_stages=True)[0].items()} == {0, 1, 2, 3, 4}
+    assert {d for n, d in parameter_depths(network.backbone, "stages")[0].items()} == {0, 1, 2, 3, 4}
     assert sum(len(group["params"]) for group in groups) == len(rates) == len(depths) + 2
     for name, p in network.named_parameters():
         assert of[id(p)]["weight_decay"] == (0 if p.ndim < 2 else options.weight_decay), name
+
+
+def layer_id(name: str, depths: tuple[int, ...], by: str) -> int:
+    """As ConvNeXt V2's released code numbers, of a parameter by our name."""
+    if not name.startswith(("backbone.s1", "backbone.s2", "backbone.s3", "backbone.s4", "backbone.stem")):
+        return 13 if by == "groups" else sum(depths) + 1
+    _, stage, block, *_ = name.split(".")
+    s = 0 if stage == "stem" else int(stage[1]) - 1
+    if by == "groups":
+        if stage == "stem" or block == "down":
+            return (0, 2, 3, 12)[s]
+        return (1, 2, 3 + (int(block[1:]) - 1) // 3, 12)[s]
+    return sum(depths[:s]) + (1 if stage == "stem" or block == "down" else int(block[1:]))
+
+
+@pytest.mark.parametrize("size, by, stem", [
+    ("atto", "blocks", 0.9**12), ("tiny", "blocks", 0.9**18), ("tiny", "groups", 0.9**13),
+    ("base", "groups", 0.001306069), ("huge", "blocks", 0.75**36),
+])  # fmt: skip
+def test_rates_of_convnext_s_published_fine_tuning(size, by, stem):
+    """By the shipped recipe, whose option is another of `tiny` alone; what is a vector does not decay."""
+    options = read_settings(
+        "finetune", {"recipe": f"convnextv2_{size}"} | ({"layer_decay_by": by} if size == "tiny" else {})
+    )
+    with torch.device("meta"):
+        network = Classifier(build_backbone(f"convnextv2_{size}"), ["a", "b"])
+    of = {id(p): group for group in parameter_groups(network, options) for p in group["params"]}
+    depths = network.backbone.spec.depths
+    top = layer_id("head", depths, by)
+    for name, p in network.named_parameters():
+        wanted = options.layer_decay ** (top - layer_id(name, depths, by))
+        assert of[id(p)]["rate"] == pytest.approx(wanted, rel=1e-12), name
+        assert of[id(p)]["weight_decay"] == (0 if p.ndim < 2 else options.weight_decay), name
+    assert of[id(network.backbone.stem.conv.weight)]["rate"] == pytest.approx(stem, rel=1e-6)
+
+
+def test_shipped_recipes_of_fine_tuning_and_what_is_given_beside(tmp_path):
+    for name, path in recipes_of("finetune").items():
+        options = read_settings("finetune", {"recipe": name})
+        text = path.read_text()
+        assert f"eval finetune RUN --recipe {name} " in text.splitlines()[0] and "# Should reach: " in text
+        assert name in CONVNEXTV2 and options.final * options.lr * 1024 / 256 == pytest.approx(1e-6)
+        assert options.rate(0, 1_281_167) <= 1 and set(options.given) <= set(load_recipe(str(path))) | {"recipe"}
+    tiny = read_settings("finetune", {"recipe": "convnextv2_tiny", "lr": "0.1", "mixup": "0"})
+    assert (tiny.lr, tiny.mixup, tiny.cutmix, tiny.epochs, tiny.drop_path) == (0.1, 0, 1.0, 300, 0.2)
+    steps = read_settings("finetune", {"recipe": "convnextv2_tiny", "schedule": "steps", "warmup_epochs": "0"})
+    assert (steps.schedule, steps.final) == ("steps", 0.0), "what goes with cosine alone"
+    assert "recipe" not in steps.of_weights
+    with refused("--recipe", "convnextv2_tinny", "did you mean convnextv2_tiny?", error=UserError):
+        read_settings("finetune", {"recipe": "convnextv2_tinny"})
+    own = tmp_path / "own.yaml"
+    for text, key, rule in (
+        ("momentun: 0.9\n", "--momentun", "is not a key"), ("lr: -1\n", "--lr", "must be greater than 0"),
+        ("optimizer: adamw\nmomentum: 0.9", "--momentum", "has no effect with --optimizer adamw"),
+        ("recipe: convnextv2_tiny", str(own), "names another recipe"),
+    ):  # fmt: skip
+        own.write_text(text)
+        with pytest.raises(UserError, match=rule) as found:
+            read_settings("finetune", {"recipe": str(own)})
+        assert [p.key for p in found.value.problems] == [key]
+
+
+def test_operations_are_timms(monkeypatch):
+    """On one image, each at two strengths and both signs, to interpolation and rounding; and which are drawn is a
+    function of the sample."""
+    augment = pytest.importorskip("timm.data.auto_augment")
+    image = Image.fromarray(np.random.default_rng(0).integers(20, 230, (6, 6, 3), np.uint8)).resize((48, 48))
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert list(operations()) == augment._RAND_INCREASING_TRANSFORMS
+    for name, apply in operations().items():
+        how = {"resample": Image.BILINEAR, "fillcolor": (124, 116, 104)}
+        for strength, sign in itertools.product((0.35, 0.98), (1.0, -1.0)):
+            monkeypatch.setattr(augment, "_randomly_negate", lambda value, sign=sign: sign * value)
+            level = augment.LEVEL_TO_ARG[name]
+            theirs = augment.NAME_TO_OP[name](image, *(level(10 * strength, {}) if level else ()), **how)
+            theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1)
+            off = (apply(x, strength, sign).int() - theirs.int()).abs()[:, 2:-2, 2:-2].float()
+            assert off.mean() < 1.5 and (off > 8).float().mean() < 0.04, (name, strength, sign, off.mean(), off.max())
+    images = torch.stack([x.roll(i, 1) for i in range(40)])
+    done = rand_augment(images, 8, 9.0, seed=1)
+    assert torch.equal(done[10:], rand_augment(images[10:], 18, 9.0, seed=1)) and done.dtype == torch.uint8
+    same = torch.tensor([torch.equal(a, b) for a, b in zip(images, done)]).float().mean()
+    assert 0.1 < same < 0.45, "two of chance a half leave a quarter"
+    noisy = erase(torch.full((200, 3, 24, 24), 9.0), 4, 0.25, seed=1)
+    is_noise = (noisy != 9).float()
+    hurt = is_noise.amax((1, 2, 3)) > 0
+    assert 0.17 < hurt.float().mean() < 0.33 and 0.1 < is_noise[hurt].mean() < 0.25
+    assert abs(noisy[noisy != 9].std() - 1) < 0.05
+    assert torch.equal(noisy[50:60], erase(torch.full((10, 3, 24, 24), 9.0), 54, 0.25, seed=1))
 
 
 @pytest.mark.parametrize("alphas", [(0.5, 0.0), (0.0, 1.0), (0.5, 1.0)])

@@ -56,7 +56,7 @@ from seer_scale.observe.chart import Chart
 
 @register_task("finetune", FinetuneSettings)
 class Finetune(Task[FinetuneSettings]):
-    keeps_network = True
+    keeps_network, takes_recipes = True, True
 
     def measure(self, evaluation: Evaluation[FinetuneSettings]) -> Result:
         options, subject = self.options, evaluation.subject
