@@ -323,8 +323,9 @@ def convnext_initialisers(module: nn.Module) -> dict[str, Init]:
     inits: dict[str, Init] = {}
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            inits |= {f"{name}.weight": Normal(CONVNEXT_STD), f"{name}.bias": Constant(0)}
-        elif isinstance(layer, nn.LayerNorm):
+            inits[f"{name}.weight"] = Normal(CONVNEXT_STD)
+            inits |= {} if layer.bias is None else {f"{name}.bias": Constant(0)}
+        elif isinstance(layer, nn.LayerNorm | nn.BatchNorm2d):
             inits |= {f"{name}.weight": Constant(1), f"{name}.bias": Constant(0)}
         elif isinstance(layer, GlobalResponseNorm):
             inits |= {f"{name}.weight": Constant(0), f"{name}.bias": Constant(0)}

@@ -36,6 +36,7 @@ RUNS += [("our vit", case) for case in (*ENGINE_OF_EACH_KIND, "fsdp recomputed",
 RUNS += [("our rotary vit", "zero3 recomputed")]
 RUNS += [("fcmae", case) for case in (*ENGINE_OF_EACH_KIND, "hsdp", "fsdp recomputed", "fsdp accumulated")]
 RUNS += [("our convnext", case) for case in ("fsdp recomputed", "fsdp accumulated", "zero3", "zero1")]
+RUNS += [("fcmae unet", case) for case in ("fsdp", "zero3", "zero1", "ddp")]
 HALF = [
     ("vit", "fsdp", "bf16"),
     ("our vit", "fsdp", "bf16"),
@@ -55,6 +56,7 @@ HALF = [
 ]
 OPTIM = {"optim.name": "adamw", "optim.clip_norm": 0.05, "optim.weight_decay_end": 10.0}
 """Gradients are clipped in every update, and a few updates at the beginning of a run decay visibly."""
+FCMAES = {"fcmae": {}, "fcmae unet": {"fcmae.decoder": "unet"}}
 NO_REGNETY = {f"model.{key}": None for key in ("depth", "w0", "wa", "wm", "group_width")}
 NO_REGNETY |= {"optim.name": "sgd"}  # AdamW makes a whole step of a gradient that is all rounding
 OF_TIMM = NO_REGNETY | {"views.crops": [{"num": 2, "size": 64}, {"num": 2, "size": 32}]}
@@ -85,8 +87,8 @@ def trained(kind: str, case: str, world: World, precision: str = "fp32", updates
     over = OPTIM | {"parallel.engine": name, "train.precision": precision} | CASES.get(case, {})
     if kind.startswith("timm/"):
         config, engine = tiny(world, **over | OF_TIMM | {"model.name": kind})
-    elif kind == "fcmae":
-        config, engine = tiny(world, FCMAE, **over)
+    elif kind in FCMAES:
+        config, engine = tiny(world, FCMAE, **over | FCMAES[kind])
     elif kind in NETWORKS:
         config, engine = tiny(world, **over | NETWORKS[kind])
     else:
@@ -152,7 +154,7 @@ def ranks(folder):
 @pytest.mark.parametrize("kind,case", RUNS)
 def test_any_method_trains_as_unsharded(ranks, kind, case):
     measure = single(kind)
-    falls = not (kind.startswith("timm/") or kind in NETWORKS or kind == "fcmae")  # in three updates of other images
+    falls = not (kind.startswith("timm/") or kind in NETWORKS or kind in FCMAES)  # in three updates of other images
     assert measure["losses"][-1] < measure["losses"][0] or not falls
     for rank in ranks:
         ours = rank[kind, case, "fp32"]

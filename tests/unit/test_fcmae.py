@@ -27,6 +27,9 @@ DEEPER = {
 }  # fmt: skip
 
 
+UNET = {"fcmae.decoder": "unet", "fcmae.decoder_width": 16, "model.patch": 2, "views.crops": [{"num": 2, "size": 48}]}
+
+
 def make(**overrides):
     config = resolve(FCMAE, sections({"model.drop_path": None} | overrides), world_size=1)
     method = build_method(config, World())
@@ -44,13 +47,9 @@ def reference(method, views, masks):
     """Dense masking, one resolution after the other, image by image in the loss."""
     total = torch.zeros((), dtype=torch.float64)
     for view, mask in zip(views, masks, strict=True):
-        (x,) = method.backbone.visible_stages([view], [mask], [])[-1]
-        embed = method.decoder.embed
-        x = torch.where(mask[..., None], embed.mask_token, F.linear(x, embed.proj.weight, embed.proj.bias))
-        for block in method.decoder.blocks:
-            x = block([x])[0]
-        x = F.linear(x, method.decoder.pred.weight, method.decoder.pred.bias)
-        side, wrong, num = method.patch, torch.zeros((), dtype=torch.float64), 0
+        stages = [maps for (maps,) in method.backbone.visible_stages([view], [mask], [])]
+        decoder = unet if hasattr(method.decoder, "densify") else convnext
+        x, side, wrong, num = decoder(method.decoder, stages, mask), method.patch, torch.zeros(()).double(), 0
         for n, row, column in mask.nonzero().tolist():
             patch = view[n, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
             target = patch.permute(1, 2, 0).flatten()
@@ -60,7 +59,35 @@ def reference(method, views, masks):
     return total / len(views)
 
 
-@pytest.mark.parametrize("overrides", [{}, DEEPER])
+def convnext(decoder, stages, mask):
+    embed = decoder.embed
+    x = torch.where(mask[..., None], embed.mask_token, F.linear(stages[-1], embed.proj.weight, embed.proj.bias))
+    for block in decoder.blocks:
+        x = block([x])[0]
+    return F.linear(x, decoder.pred.weight, decoder.pred.bias)
+
+
+def unet(decoder, stages, mask):
+    """SparK's, with torch's functions; [N, C, H, W] throughout."""
+    x = 0
+    for i, block in enumerate(decoder.blocks):
+        if i < len(decoder.densify):
+            part, known = decoder.densify[i], stages[-1 - i]
+            known = F.layer_norm(known, known.shape[-1:], part.norm.weight, part.norm.bias, 1e-6)
+            hidden = mask[:, None].double().repeat_interleave(2**i, 2).repeat_interleave(2**i, 3) > 0
+            seen = torch.where(hidden, part.mask_token[..., None, None], known.permute(0, 3, 1, 2))
+            x = x + F.conv2d(seen, part.proj.weight, part.proj.bias, padding=part.proj.kernel_size[0] // 2)
+        x = F.conv_transpose2d(x, block.up.weight, block.up.bias, stride=2, padding=1)
+        x = F.conv2d(x, block.conv1.weight, padding=1)
+        x = F.batch_norm(x, None, None, block.bn1.weight, block.bn1.bias, training=True).clamp(0, 6)
+        x = F.conv2d(x, block.conv2.weight, padding=1)
+        x = F.batch_norm(x, None, None, block.bn2.weight, block.bn2.bias, training=True)
+    x = F.conv2d(x, decoder.pred.weight[..., None, None], decoder.pred.bias)
+    assert x.shape[2] == decoder.patch * mask.shape[1]
+    return patches_of(x, decoder.patch)
+
+
+@pytest.mark.parametrize("overrides", [{}, DEEPER, UNET, UNET | {"model.patch": 1}])
 def test_loss_and_gradients_are_those_of_dense_masking(overrides):
     config, method = make(**overrides)
     views = [v.double() for v in fake_views(config, 3, World())]
@@ -133,6 +160,7 @@ def test_micro_batches_and_recomputation_change_nothing():
 @pytest.mark.parametrize("over, key", [
     ({"views.crops": [{"num": 1, "size": 36}]}, "views.crops[0].size"),
     ({"fcmae.mask_ratio": 0.99}, "fcmae.mask_ratio"),
+    (UNET | {"fcmae.decoder_width": 20}, "fcmae.decoder_width"),
     ({"model.name": "regnety_200mf", "model.width": None, "model.depths": None, "model.patch": None,
       "model.drop_path": None}, "model.name"),
 ])  # fmt: skip

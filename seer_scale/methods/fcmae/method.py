@@ -15,70 +15,17 @@ from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.draws import ViewDraws
+from seer_scale.methods.fcmae.decoder import ConvNeXtDecoder, Decoder, UNetDecoder, is_token
 from seer_scale.methods.fcmae.diagnostics import SECTIONS, batch_metrics, figures, health, plots_of
 from seer_scale.methods.fcmae.settings import FCMAESettings
 from seer_scale.methods.losses.reconstruction import masked_mean, reconstruction_error
 from seer_scale.methods.masking import RandomMasking
 from seer_scale.methods.registry import register_method
 from seer_scale.models.backbone import Backbone
-from seer_scale.models.convnextv2 import CONVNEXT_STD, Block, convnext_initialisers
-from seer_scale.models.init import Init, Normal
-from seer_scale.models.layers.tiles import Travelling, on_canvas
+from seer_scale.models.init import Init
 from seer_scale.models.registry import build_backbone
 from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 from seer_scale.optim.parameter_groups import ParameterGroup
-
-
-class Embed(nn.Module):
-    """Visible places to the decoder's width, on a map whose other places have the mask token."""
-
-    def __init__(self, width: int, decoder_width: int):
-        super().__init__()
-        self.proj = nn.Linear(width, decoder_width)
-        self.mask_token = nn.Parameter(torch.empty(1, decoder_width))
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        """Packed maps, masks and places -> dense maps [N_r, h_r, w_r, decoder_width] alone."""
-        taken, out = Travelling.of(xs), []
-        for x, mask, places in zip(taken.maps, taken.masks, taken.places, strict=True):
-            known = on_canvas(self.proj(x), mask.shape[1:], places)
-            out.append(torch.where(mask[..., None], self.mask_token.to(known.dtype), known))
-        return out
-
-
-class Predict(nn.Linear):
-    """Places to the pixels of their patches."""
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:  # type: ignore[override]  # a list, as units take
-        return [super(Predict, self).forward(x) for x in xs]
-
-
-class Decoder(nn.Module):
-    """A `UnitSequence` beside the backbone."""
-
-    def __init__(self, width: int, decoder_width: int, depth: int, pixels: int):
-        super().__init__()
-        self.embed = Embed(width, decoder_width)
-        self.blocks = nn.ModuleList(Block(decoder_width, i) for i in range(depth))
-        self.pred = Predict(decoder_width, pixels)
-
-    def shard_units(self) -> dict[str, nn.Module]:
-        return {"embed": self.embed, **{f"blocks.{i}": b for i, b in enumerate(self.blocks)}, "pred": self.pred}
-
-    def stage_units(self) -> list[list[str]]:
-        return [[f"blocks.{i}" for i in range(len(self.blocks))]]
-
-    def forward_units(self, names: list[str], xs: list[Tensor]) -> list[Tensor]:
-        for name in names:
-            xs = self.get_submodule(name)(xs)
-        return xs
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        """Packed maps, masks and places -> [N_r, h_r, w_r, pixels] each."""
-        return self.pred(self.forward_units(self.stage_units()[0], self.embed(xs)))
-
-    def initialisers(self) -> dict[str, Init]:
-        return convnext_initialisers(self) | {"embed.mask_token": Normal(CONVNEXT_STD)}
 
 
 @register_method("fcmae")
@@ -97,9 +44,14 @@ class FCMAE(Method[None, None]):
             raise UserError(Problem("model.name", config.model.name, rule, ("convnextv2_tiny",)))
         self.backbone, self.patch = backbone, patches.stride
         self.maskings = [self._masking(i) for i in range(len(config.views.crops))]
-        s = self.config
-        self.decoder = Decoder(backbone.num_features, s.decoder_width, s.decoder_depth, 3 * self.patch**2)
+        self.decoder = self._decoder()
         self.draws = ViewDraws(config, world, backbone.num_draws)
+
+    def _decoder(self) -> Decoder:
+        s = self.config
+        if s.decoder == "unet":
+            return UNetDecoder(self.backbone.stage_maps(), s.decoder_width)
+        return ConvNeXtDecoder(self.backbone.num_features, s.decoder_width, s.decoder_depth, 3 * self.patch**2)
 
     def _masking(self, kind: int) -> RandomMasking:
         size, ratio, patch = self.recipe.views.crops[kind].size, self.config.mask_ratio, self.patch
@@ -124,7 +76,8 @@ class FCMAE(Method[None, None]):
         return units | {f"decoder.{name}": unit for name, unit in self.decoder.shard_units().items()}
 
     def parameter_groups(self) -> dict[str, ParameterGroup]:
-        return super().parameter_groups() | {"decoder.embed.mask_token": ParameterGroup(weight_decay=0.0)}
+        groups = super().parameter_groups()
+        return {n: ParameterGroup(weight_decay=0.0) if is_token(n) else group for n, group in groups.items()}
 
     def initialisers(self) -> dict[str, Init]:
         parts: dict[str, Backbone | Decoder] = {"backbone": self.backbone, "decoder": self.decoder}
@@ -152,8 +105,8 @@ class FCMAE(Method[None, None]):
         with_metrics: bool = False,
     ) -> LossOutput:
         masks, places = self._masks(views, samples_seen, part)
-        maps = self.backbone.visible_stages(views, masks, places, self.draws(views, samples_seen, part))[-1]
-        predicted = self.decoder([*maps, *masks, *places])
+        stages = self.backbone.visible_stages(views, masks, places, self.draws(views, samples_seen, part))
+        predicted, maps = self.decoder(stages, masks, places), stages[-1]
         # pooled features take part by nothing: some engines await a gradient of every parameter, the last norm's too
         features = self.backbone.pooled_visible(maps)
         with torch.autocast(views[0].device.type, enabled=False):
