@@ -21,6 +21,7 @@ BENCHES = {
     "load": ("bench.load", "what loading a backbone reads of a checkpoint of many ranks"),
     "lars": ("bench.lars", "LARS on sharded parameters"),
     "sinkhorn": ("bench.sinkhorn", "Sinkhorn against a lower bound from its memory traffic"),
+    "fcmae": ("bench.fcmae", "visible tiles alone against the whole image, masked and unmasked"),
     "eval": ("bench.eval", "a sweep of linear classifiers against a single one"),
     "embed": ("bench.embed", "images/s that embed makes, against the bare forward"),
     "learn": ("bench.learn", "what is learned in equal updates and equal time, against lightly"),

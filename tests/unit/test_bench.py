@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seer_scale.bench import checkpoint, data, engines, lars, learn, load, ranks, sinkhorn, step
 from seer_scale.bench import embed as embed_bench
 from seer_scale.bench import eval as eval_bench
+from seer_scale.bench import fcmae as fcmae_bench
 from seer_scale.bench.lightly_loops import loop_of
 from seer_scale.bench.reference_dinov2 import DINOv2Loop
 from seer_scale.bench.reference_swav import SwAVLoop
@@ -166,6 +167,22 @@ def test_lars(recipe, forked):
     with pytest.raises(UserError) as caught:
         lars.run(options(lars, "--as-if", "1"))
     assert [(p.key, p.value, p.nearest) for p in caught.value.problems] == [("--as-if", 1, (2,))]
+
+
+# --- fcmae
+
+
+def test_fcmae():
+    words = ("--model", "convnextv2_atto", "--size", "96", "--batch", "1", "--rounds", "1", "--mask-ratio", "0.5")
+    lines = fcmae_bench.run(options(fcmae_bench, *words, "--kinds")).splitlines()
+    assert "4 of 9 patches seen" in lines[0] and "differ by at most" in lines[7] and len(lines) > 10
+    facts = json.loads(fcmae_bench.run(options(fcmae_bench, *words, "--json")))
+    ratio = facts["ratios"]["masked"]
+    assert 4 / 9 < ratio["macs"] < 0.48 and 4 / 9 < ratio["kept"] < 0.55  # a canvas for what looks beyond a tile
+    assert facts["rows"]["masked"]["macs"] == facts["rows"]["unmasked"]["macs"] and facts["differ"] < 1e-5
+    for wrong in (("--size", "100"), ("--model", "vit_small_patch14"), ("--mask-ratio", "0.99"), ("--batch", "0")):
+        with pytest.raises(UserError, match=wrong[0]):
+            fcmae_bench.run(options(fcmae_bench, *words, *wrong))
 
 
 # --- sinkhorn
