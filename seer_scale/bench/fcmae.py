@@ -29,8 +29,8 @@ from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.layers.tiles import on_canvas
 from seer_scale.models.registry import build_backbone, initialise
 
-WORDS = {"packed": "packed", "masked": "dense, masked", "unmasked": "dense, unmasked"}
-CLOSE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+CONTENDERS = {"packed": "packed", "masked": "dense, masked", "unmasked": "dense, unmasked"}
+MAY_DIFFER_BY = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """By how much values may differ, as a share of the largest: sums of other orders."""
 
 
@@ -153,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             times[name] += [(of_forward, clock() - begin)] * bool(turn)
     chosen = {"packed": "packed"} | {name: _faster(times, name) for name in ("masked", "unmasked")}
     apart = contenders.apart()
-    if not apart <= CLOSE[args.precision]:
+    if not apart <= MAY_DIFFER_BY[args.precision]:
         raise AssertionError(f"packed and dense values differ by {apart:.1e} of the largest")
     rows = {}
     for name, way in chosen.items():
@@ -208,19 +208,21 @@ def run(args: argparse.Namespace) -> str:
         f"{'':28}{'forward':>10}{'and backward':>15}{'kept for it':>13}{'GMAC an image':>15}",
     ]
     for name, row in got["rows"].items():
-        word = WORDS[name] + (", channels last" if "," in row["way"] else "")
+        word = CONTENDERS[name] + (", channels last" if "," in row["way"] else "")
         lines.append(
             f"{word:28}{1e3 * row['forward_s']:7.0f} ms{1e3 * row['both_s']:12.0f} ms"
             f"{memory_size(row['kept_bytes']):>13}{row['macs'] / 1e9:15.3f}"
         )
     for against, ratio in got["ratios"].items():
         lines.append(
-            f"{'packed / ' + WORDS[against]:28}{ratio['forward']:10.3f}{ratio['both']:15.3f}{ratio['kept']:13.3f}"
+            f"{'packed / ' + CONTENDERS[against]:28}{ratio['forward']:10.3f}{ratio['both']:15.3f}{ratio['kept']:13.3f}"
             f"{ratio['macs']:15.3f}"
         )
     lines.append(f"medians of {args.rounds} rounds in turn; packed and masked values differ by at most "
                  f"{got['differ']:.1e} of the largest")  # fmt: skip
     for kind in sorted({kind for times in got["kinds"].values() for kind in times}):
         of_all = [times.get(kind, 0.0) for times in got["kinds"].values()]
-        lines.append(f"{kind:28}" + "  ".join(f"{1e3 * s:7.0f} ms {WORDS[n]}" for n, s in zip(got["kinds"], of_all)))
+        lines.append(
+            f"{kind:28}" + "  ".join(f"{1e3 * s:7.0f} ms {CONTENDERS[n]}" for n, s in zip(got["kinds"], of_all))
+        )
     return "\n".join(lines)

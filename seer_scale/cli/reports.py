@@ -7,25 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from seer_scale.bench import BENCHES
 from seer_scale.cli.modules import add_module_commands
 from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE, EXIT_FAILED, NOTHING, Problem, UserError
 from seer_scale.files import shown, to_json
 
-BENCHES = {
-    "step": ("bench.step", "an update against a plain loop"),
-    "plan": ("bench.plan", "what is planned of an update against what it takes"),
-    "data": ("bench.data", "images/s that a core makes of your files"),
-    "engines": ("bench.engines", "every engine against ddp, in speed and memory"),
-    "checkpoint": ("bench.checkpoint", "how long training waits for a checkpoint"),
-    "load": ("bench.load", "what loading a backbone reads of a checkpoint of many ranks"),
-    "lars": ("bench.lars", "LARS on sharded parameters"),
-    "sinkhorn": ("bench.sinkhorn", "Sinkhorn against a lower bound from its memory traffic"),
-    "fcmae": ("bench.fcmae", "visible tiles alone against the whole image, masked and unmasked"),
-    "eval": ("bench.eval", "a sweep of linear classifiers against a single one"),
-    "embed": ("bench.embed", "images/s that embed makes, against the bare forward"),
-    "learn": ("bench.learn", "what is learned in equal updates and equal time, against lightly"),
-}
 INSPECT = (
     "Of a checkpoint: what is in it, who wrote it, whether it is whole; this reads no tensor. Of a run: where its "
     "time went."

@@ -21,11 +21,11 @@ import pytest
 import yaml
 
 from seer_scale import __version__
+from seer_scale.bench import BENCHES
 from seer_scale.cli import build_parser, main
 from seer_scale.cli.export import EXPORT_FORMATS
 from seer_scale.cli.imports import SOURCE_FORMATS
 from seer_scale.cli.parser import split_switches
-from seer_scale.cli.reports import BENCHES
 from seer_scale.config import RECIPES, MethodSettings, load_recipe, method_settings, opt, recipe_names, resolve
 from seer_scale.errors import EXIT_STOPPED
 from seer_scale.interop.formats import FORMATS
