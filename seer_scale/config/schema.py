@@ -203,7 +203,7 @@ class Views:
 @dataclass(frozen=True, kw_only=True)
 class Model:
     name: str = opt(
-        "regnety_8gf", "backbone: a registered name, timm/NAME, or regnety, vit or convnextv2 with the keys below"
+        "regnety_8gf", "backbone: a registered name, timm/NAME, or regnety, vit, convnext(v2) with the keys below"
     )
     depth: int | None = opt(None, "regnety, vit: number of blocks", ge=1)
     w0: int | None = opt(None, "regnety: initial width", ge=8)
@@ -211,10 +211,10 @@ class Model:
     wm: float | None = opt(None, "regnety: width quantisation factor", gt=1)
     group_width: int | None = opt(None, "regnety: channels a group", ge=1)
     se_ratio: float | None = opt(None, "regnety: squeeze-and-excitation ratio to the block's input width", gt=0)
-    width: int | None = opt(None, "vit: width of a token; convnextv2: channels of the first stage", ge=1)
-    depths: tuple[int, ...] | None = opt(None, "convnextv2: blocks of each of its four stages", ge=1)
+    width: int | None = opt(None, "vit: width of a token; convnext(v2): channels of the first stage", ge=1)
+    depths: tuple[int, ...] | None = opt(None, "convnext(v2): blocks of each of its four stages", ge=1)
     heads: int | None = opt(None, "vit: heads of attention", ge=1)
-    patch: int | None = opt(None, "vit, convnextv2: side of a patch in pixels; null: 4 of a convnextv2", ge=1)
+    patch: int | None = opt(None, "vit, convnext(v2): side of a patch in pixels; null: 4 of a convnext(v2)", ge=1)
     ffn: Literal["mlp", "swiglu"] | None = opt(None, "vit, vit_SIZE: feed-forward network; null: the size's, or mlp")
     registers: int | None = opt(None, "vit, vit_SIZE: register tokens; null: 0", ge=0)
     positions: Literal["table", "rope"] | None = opt(
@@ -226,12 +226,13 @@ class Model:
     )
     layer_scale: float | None = opt(
         None,
-        "vit, vit_SIZE: initial value of LayerScale; null: 1e-5, for large ones; small ones learn sooner with 1",
+        "vit, convnext and their sizes: initial value of LayerScale; null: 1e-5 of a vit, for large ones (small ones "
+        "learn sooner with 1), 1e-6 of a convnext",
         gt=0,
     )
     drop_path: float | None = opt(
         None,
-        "vit, vit_SIZE: rate of dropped branches; convnextv2, convnextv2_SIZE: of the last block; null: 0",
+        "vit and its sizes: rate of dropped branches; convnext(v2) and its sizes: of the last block; null: 0",
         ge=0,
         lt=1,
     )
@@ -251,6 +252,7 @@ class Model:
 _SHAPES = {
     "regnety": ("depth", "w0", "wa", "wm", "group_width", "se_ratio"),
     "vit": ("width", "depth", "heads", "patch"),
+    "convnext": ("width", "depths", "patch"),
     "convnextv2": ("width", "depths", "patch"),
 }
 """Keys that a size by name fixes."""
@@ -258,6 +260,7 @@ _OPTIONS = {
     "regnety": (),
     "vit": ("ffn", "registers", "positions", "image_size", "position_resize", "layer_scale", "drop_path",
             "drop_path_rule"),
+    "convnext": ("layer_scale", "drop_path"),
     "convnextv2": ("drop_path",),
 }  # fmt: skip
 """Keys that it leaves open."""

@@ -1,8 +1,8 @@
-"""What other libraries make of a ConvNeXt V2's tensors.
+"""What other libraries make of the tensors of a ConvNeXt V2, and of the first ConvNeXt.
 
-timm, transformers' ConvNextV2Model, and the original (github.com/facebookresearch/ConvNeXt-V2): `convnextv2` as its
-published files have it, `convnextv2_sparse` as its sparse pretraining writes it, whose kernels have the places of a
-convolution first, column by column.
+timm, transformers' ConvNextV2Model and ConvNextModel, and the originals (github.com/facebookresearch/ConvNeXt-V2 and
+ConvNeXt): `convnextv2` as the published files of both have it, `convnextv2_sparse` as V2's sparse pretraining writes
+it, whose kernels have the places of a convolution first, column by column.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,16 @@ from torch import Tensor
 
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.interop.pieces import FamilyLayouts, Network, Piece, Shapes, same
-from seer_scale.models.convnextv2 import CONVNEXT_EPS, CONVNEXTV2, CONVNEXTV2_SIZES, STAGES, ConvNeXtV2Spec
+from seer_scale.models.convnextv2 import (
+    CONVNEXT,
+    CONVNEXT_EPS,
+    CONVNEXT_SIZES,
+    CONVNEXTV2,
+    CONVNEXTV2_SIZES,
+    STAGES,
+    ConvNeXtSpec,
+    ConvNeXtV2Spec,
+)
 
 _OUR_LAYERS = (
     "stem.conv", "stem.norm", "s{S}.down.norm", "s{S}.down.conv", "s{S}.b{B}.dw", "s{S}.b{B}.norm", "s{S}.b{B}.fc1",
@@ -48,6 +58,9 @@ _LAYERS = {
     ),
 }  # fmt: skip
 """Layers by the names of each library, in the order of ours: stage `s` and block `b` from 0, `S` and `B` from 1."""
+_SCALES = {"timm": "stages.{s}.blocks.{b}.gamma", "transformers": "encoder.stages.{s}.layers.{b}.layer_scale_parameter",
+           "convnextv2": "stages.{s}.{b}.gamma"}  # fmt: skip
+"""LayerScale of the first ConvNeXt, which has it instead of `grn`; our s{S}.b{B}.gamma."""
 TIMM_CONVOLVES = ("atto", "femto", "pico", "nano")
 """Whose linear layers are convolutions of 1 x 1 in timm."""
 
@@ -59,7 +72,7 @@ def imported(library: str, spec: ConvNeXtV2Spec) -> dict[str, Piece]:
 
 def exported(library: str, spec: ConvNeXtV2Spec) -> dict[str, Piece]:
     """Tensors of `library`, timm or transformers, of our parameters."""
-    convolves = library == "timm" and _size(spec) in TIMM_CONVOLVES
+    convolves = library == "timm" and not isinstance(spec, ConvNeXtSpec) and _size(spec) in TIMM_CONVOLVES
     out = {}
     for template, ours, theirs in _parameters(library, spec):
         make: Callable[[Tensor], Tensor] = same
@@ -80,14 +93,18 @@ def timm_network(spec: ConvNeXtV2Spec, how: Mapping[str, Any]) -> Network | str:
     if spec.patch != ConvNeXtV2Spec.patch:
         arguments["patch_size"] = spec.patch
     layers = {"pool_size": [7, 7], "first_conv": "stem.0", "classifier": "head.fc"}
-    return Network(f"convnextv2_{size or 'tiny'}", arguments, layers)
+    family = "convnext" if isinstance(spec, ConvNeXtSpec) else "convnextv2"
+    return Network(f"{family}_{size or 'tiny'}", arguments, layers)
 
 
 def transformers_network(spec: ConvNeXtV2Spec, how: Mapping[str, Any]) -> Network:
     """With the original's eps in the last LayerNorm too, where transformers has 1e-12 if none is given."""
+    name, kind, own = "ConvNextV2Model", "convnextv2", {}
+    if isinstance(spec, ConvNeXtSpec):
+        name, kind, own = "ConvNextModel", "convnext", {"layer_scale_init_value": spec.layer_scale}
     config = {
-        "architectures": ["ConvNextV2Model"],
-        "model_type": "convnextv2",
+        "architectures": [name],
+        "model_type": kind,
         "num_channels": 3,
         "image_size": how["size"],
         "patch_size": spec.patch,
@@ -97,8 +114,9 @@ def transformers_network(spec: ConvNeXtV2Spec, how: Mapping[str, Any]) -> Networ
         "hidden_act": "gelu",
         "layer_norm_eps": CONVNEXT_EPS,
         "drop_path_rate": spec.drop_path,
+        **own,
     }
-    return Network("ConvNextV2Model", config)
+    return Network(name, config)
 
 
 def initial(spec: ConvNeXtV2Spec) -> dict[str, Tensor]:
@@ -108,14 +126,22 @@ def initial(spec: ConvNeXtV2Spec) -> dict[str, Tensor]:
 
 def _size(spec: ConvNeXtV2Spec) -> str:
     """A published one's; empty for others."""
-    return next((size for size, shape in CONVNEXTV2_SIZES.items() if shape == (spec.width, spec.depths)), "")
+    sizes = CONVNEXT_SIZES if isinstance(spec, ConvNeXtSpec) else CONVNEXTV2_SIZES
+    return next((size for size, shape in sizes.items() if shape == (spec.width, spec.depths)), "")
 
 
 def _parameters(library: str, spec: ConvNeXtV2Spec) -> Iterator[tuple[str, str, str]]:
     """Of each: the template of our layer, our name and theirs."""
+    is_first = isinstance(spec, ConvNeXtSpec)
+    if is_first:
+        for s, depth in enumerate(spec.depths):
+            for b in range(depth):
+                yield "s{S}.b{B}.gamma", f"s{s + 1}.b{b + 1}.gamma", _SCALES[library].format(s=s, b=b)
     for (template, theirs), leaf in itertools.product(
         zip(_OUR_LAYERS, _LAYERS[library], strict=True), ("weight", "bias")
     ):
+        if is_first and template.endswith("grn"):
+            continue
         if "{B}" in template:
             places = [(s, b) for s, depth in enumerate(spec.depths) for b in range(depth)]
         else:
@@ -163,29 +189,47 @@ def _of_map(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ which one it is
 
 
-def _marks() -> Iterator[tuple[str, str]]:
-    """By library: the stem's kernel, and what every block has one of."""
+def _marks() -> Iterator[tuple[type[ConvNeXtV2Spec], str, str]]:
+    """Of each family in each library: the stem's kernel, and what every block has one of."""
     for library, names in _LAYERS.items():
-        grn = _OUR_LAYERS.index("s{S}.b{B}.grn")
-        yield f"{names[0]}.weight", f"{names[grn]}.{_leaf(library, _OUR_LAYERS[grn], 'weight')}"
+        grn, stem = _OUR_LAYERS.index("s{S}.b{B}.grn"), f"{names[0]}.weight"
+        yield ConvNeXtV2Spec, stem, f"{names[grn]}.{_leaf(library, _OUR_LAYERS[grn], 'weight')}"
+        if library in _SCALES:
+            yield ConvNeXtSpec, stem, _SCALES[library]
+
+
+def _mark_of(shapes: Shapes) -> tuple[type[ConvNeXtV2Spec], str, str] | None:
+    return next((m for m in _marks() if m[1] in shapes and m[2].format(s=0, b=0) in shapes), None)
 
 
 def is_convnext(shapes: Shapes) -> bool:
-    """Whether these names are those of a ConvNeXt with Global Response Normalization, in any of the libraries."""
-    return any(stem in shapes and block.format(s=0, b=0) in shapes for stem, block in _marks())
+    """Whether these names are those of a ConvNeXt V2, with Global Response Normalization, in any of the libraries."""
+    found = _mark_of(shapes)
+    return found is not None and found[0] is ConvNeXtV2Spec
+
+
+def is_first_convnext(shapes: Shapes) -> bool:
+    """Whether they are those of a ConvNeXt with LayerScale."""
+    found = _mark_of(shapes)
+    return found is not None and found[0] is ConvNeXtSpec
 
 
 def find_convnext(where: str, shapes: Shapes) -> dict[str, Any]:
-    """The keys of a recipe's section `model` for it. Raises UserError where its tensors do not tell them."""
-    stem, block = next(marks for marks in _marks() if marks[0] in shapes)
+    """The keys of a recipe's section `model` for it, whichever it is. Raises UserError where its tensors do not tell
+    them."""
+    marks = _mark_of(shapes)
+    if marks is None:
+        raise ValueError(f"{where} is no ConvNeXt: ask is_convnext first")
+    kind, stem, block = marks
     depths = [next(b for b in itertools.count() if block.format(s=s, b=b) not in shapes) for s in range(STAGES + 1)]
     if len(shapes[stem]) != 4 or not all(depths[:STAGES]) or depths[STAGES]:
-        rule = f"holds no ConvNeXt V2 of {STAGES} stages: they have {depths} blocks, the stem is {list(shapes[stem])}"
+        rule = f"holds no ConvNeXt of {STAGES} stages: they have {depths} blocks, the stem is {list(shapes[stem])}"
         raise UserError(Problem(where, NOTHING, rule))
-    found = ConvNeXtV2Spec(shapes[stem][0], tuple(depths[:STAGES]), shapes[stem][2])
-    if name := next((name for name, spec in CONVNEXTV2.items() if spec == found), ""):
+    found = kind(shapes[stem][0], tuple(depths[:STAGES]), shapes[stem][2])
+    if name := next((name for name, spec in (CONVNEXTV2 | CONVNEXT).items() if spec == found), ""):
         return {"name": name}
-    keys = {"name": "convnextv2", "width": found.width, "depths": list(found.depths)}
+    keys = {"name": "convnext" if kind is ConvNeXtSpec else "convnextv2", "width": found.width,
+            "depths": list(found.depths)}  # fmt: skip
     return keys | ({} if found.patch == ConvNeXtV2Spec.patch else {"patch": found.patch})
 
 
@@ -198,4 +242,7 @@ CONVNEXT_LAYOUTS = FamilyLayouts(
     networks={"timm": timm_network, "transformers": transformers_network},
     matches=is_convnext,
     find=find_convnext,
+)
+FIRST_CONVNEXT_LAYOUTS = replace(
+    CONVNEXT_LAYOUTS, spec=ConvNeXtSpec, libraries=tuple(_SCALES), matches=is_first_convnext
 )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from seer_scale.interop.convnext_layouts import CONVNEXT_LAYOUTS
+from seer_scale.interop.convnext_layouts import CONVNEXT_LAYOUTS, FIRST_CONVNEXT_LAYOUTS
 from seer_scale.interop.pieces import FamilyLayouts, Shapes
 from seer_scale.interop.vit_layouts import VIT_LAYOUTS
 
-FAMILY_LAYOUTS = (VIT_LAYOUTS, CONVNEXT_LAYOUTS)
+FAMILY_LAYOUTS = (VIT_LAYOUTS, CONVNEXT_LAYOUTS, FIRST_CONVNEXT_LAYOUTS)
 
 
 def layouts_of(spec: Any) -> FamilyLayouts | None:
     """Of the network that `spec_of` gives this for; None where tensors are ours by other names at most."""
-    return next((layouts for layouts in FAMILY_LAYOUTS if isinstance(spec, layouts.spec)), None)
+    return next((layouts for layouts in FAMILY_LAYOUTS if type(spec) is layouts.spec), None)
 
 
 def layouts_matching(shapes: Shapes) -> FamilyLayouts | None:

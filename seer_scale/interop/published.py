@@ -136,7 +136,7 @@ def _of_resnet(name: str) -> str | None:
 
 
 _CHUNKED = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
-_BASE_MODEL = re.compile(r"^(?:dinov2\w*\.|convnextv2\.)?(?=(?:embeddings|encoder|layernorm)\.)")
+_BASE_MODEL = re.compile(r"^(?:dinov2\w*\.|convnext(?:v2)?\.)?(?=(?:embeddings|encoder|layernorm)\.)")
 """What transformers puts before the names of a network within one for a task."""
 
 
@@ -168,7 +168,7 @@ SOURCE_LAYOUTS = {
     "vissl": _layout(_of_vissl, r"_feature_blocks\."),
     "transformers": _layout(
         _of_transformers,
-        r"(?:regnet\.)?embedder\.embedder\.|(?:dinov2\w*\.|convnextv2\.)?embeddings\.patch_embeddings\.",
+        r"(?:regnet\.)?embedder\.embedder\.|(?:dinov2\w*\.|convnext(?:v2)?\.)?embeddings\.patch_embeddings\.",
     ),
     "torchvision": _layout(partial(_of_map, NAME_MAPS["torchvision"], ""), r"trunk_output\."),
     "dinov2": _layout(_of_dinov2, r"(?:backbone\.)?mask_token$", r"(?:backbone\.)?blocks\.(?:\d+\.)?\d+\.ls1\.gamma$"),
@@ -271,6 +271,7 @@ def _of_safetensors(path: Path) -> Iterator[tuple[str, Lazy]]:
 
 _NEEDED: dict[str, tuple[str, dict[str, Any]]] = {
     "regnet": ("RegNetY", {"hidden_act": "relu", "downsample_in_first_stage": True, "layer_type": "y"}),
+    "convnext": ("ConvNeXt", {"hidden_act": "gelu"}),
     "convnextv2": ("ConvNeXt V2", {"hidden_act": "gelu"}),
 }
 """By transformers' word for a family: ours, and its configuration's values."""

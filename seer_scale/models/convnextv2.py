@@ -1,5 +1,6 @@
 """ConvNeXt V2 (arXiv 2301.00808): depthwise 7 x 7 convolutions, LayerNorm, and an MLP with Global Response
-Normalization, which keeps its channels from dying or saturating in masked pretraining.
+Normalization, which keeps its channels from dying or saturating in masked pretraining. ConvNeXt, the first (arXiv
+2201.03545), has LayerScale in its place.
 
 Between units travels a list (`Travelling`): for each resolution a map [N_r, H_r, W_r, C], channels last, and what
 decides what of it counts.
@@ -55,6 +56,13 @@ class ConvNeXtV2Spec:
         return self.patch * 2 ** (STAGES - 1)
 
 
+@dataclass(frozen=True)
+class ConvNeXtSpec(ConvNeXtV2Spec):
+    """Of the first ConvNeXt. layer_scale: what each branch is multiplied by, channel by channel, at first."""
+
+    layer_scale: float = 1e-6
+
+
 CONVNEXTV2_SIZES = {
     "atto": (40, (2, 2, 6, 2)), "femto": (48, (2, 2, 6, 2)), "pico": (64, (2, 2, 6, 2)), "nano": (80, (2, 2, 8, 2)),
     "tiny": (96, (3, 3, 9, 3)), "base": (128, (3, 3, 27, 3)), "large": (192, (3, 3, 27, 3)),
@@ -62,6 +70,12 @@ CONVNEXTV2_SIZES = {
 }  # fmt: skip
 """Width and depths of the published ones."""
 CONVNEXTV2 = {f"convnextv2_{size}": ConvNeXtV2Spec(*shape) for size, shape in CONVNEXTV2_SIZES.items()}
+CONVNEXT_SIZES = {
+    "tiny": (96, (3, 3, 9, 3)), "small": (96, (3, 3, 27, 3)), "base": (128, (3, 3, 27, 3)),
+    "large": (192, (3, 3, 27, 3)), "xlarge": (256, (3, 3, 27, 3)),
+}  # fmt: skip
+"""Of the first ConvNeXt."""
+CONVNEXT = {f"convnext_{size}": ConvNeXtSpec(*shape) for size, shape in CONVNEXT_SIZES.items()}
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -182,14 +196,15 @@ class Downsample(nn.Module):
 
 class Block(nn.Module):
     """Depthwise 7 x 7 convolution, LayerNorm, Linear, GELU, Global Response Normalization, Linear; beside a shortcut.
-    number: of this block, from 0."""
+    number: of this block, from 0. is_first: of the first ConvNeXt, with LayerScale at the end instead."""
 
-    def __init__(self, width: int, number: int):
+    def __init__(self, width: int, number: int, *, is_first: bool = False):
         super().__init__()
         self.number = number
         self.dw, self.norm = DepthwiseConv(width), ChannelNorm(width)
-        self.fc1, self.grn = PlainLinear(width, 4 * width), GlobalResponseNorm(4 * width)
+        self.fc1, self.grn = PlainLinear(width, 4 * width), None if is_first else GlobalResponseNorm(4 * width)
         self.fc2 = PlainLinear(4 * width, width)
+        self.gamma = nn.Parameter(torch.empty(width)) if is_first else None
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         """The list of this module's docstring -> the same."""
@@ -199,7 +214,9 @@ class Block(nn.Module):
         for i, (x, scale) in enumerate(zip(taken.maps, of_images)):
             mask = taken.mask(i)
             y = self._packed_dw(x, taken, i) if taken.places else self.dw(x)
-            y = self.fc2(self.grn(F.gelu(self.fc1(self.norm(y))), mask))
+            y = F.gelu(self.fc1(self.norm(y)))
+            y = self.fc2(y if self.grn is None else self.grn(y, mask))
+            y = y if self.gamma is None else y * self.gamma
             y = y if scale is None else y * scale.view(-1, *[1] * (y.ndim - 1))
             out.append(x + with_zeros(y, mask))
         return taken.with_maps(out)
@@ -230,7 +247,7 @@ class PooledNorm(ChannelNorm):
 
 
 class ConvNeXtV2(Backbone):
-    """ConvNeXt V2 up to its pooled and normalised features.
+    """ConvNeXt V2, or V1 of a `ConvNeXtSpec`, up to its pooled and normalised features.
 
     Construction draws nothing and works on the meta device; `seer_scale.models.registry.initialise` fills the weights.
     """
@@ -246,7 +263,7 @@ class ConvNeXtV2(Backbone):
         for s, (width, depth) in enumerate(zip(spec.widths, spec.depths, strict=True), 1):
             stage = nn.ModuleDict({} if s == 1 else {"down": Downsample(width // 2)})
             for b in range(1, depth + 1):
-                stage[f"b{b}"] = Block(width, number)
+                stage[f"b{b}"] = Block(width, number, is_first=isinstance(spec, ConvNeXtSpec))
                 number += 1
             self.add_module(f"s{s}", stage)
         self.norm = PooledNorm(self.num_features)
@@ -314,8 +331,10 @@ class ConvNeXtV2(Backbone):
 
     def initialisers(self) -> dict[str, Init]:
         """Normal matrices and kernels of a deviation of 0.02, biases 0; a Global Response Normalization that does
-        nothing."""
-        return convnext_initialisers(self)
+        nothing, or LayerScale."""
+        scale = self.spec.layer_scale if isinstance(self.spec, ConvNeXtSpec) else 1.0
+        scales = {n: Constant(scale) for n, _ in self.named_parameters() if n.endswith(".gamma")}
+        return convnext_initialisers(self) | scales
 
 
 def convnext_initialisers(module: nn.Module) -> dict[str, Init]:
@@ -336,11 +355,13 @@ def check_convnext(spec: ConvNeXtV2Spec) -> None:
     """Raises UserError where the values make no network."""
     problems = []
     if len(spec.depths) != STAGES or min(spec.depths, default=0) < 1:
-        rule = f"of a convnextv2 it must be the number of blocks of each of {STAGES} stages, at least 1"
+        rule = f"of a ConvNeXt it must be the number of blocks of each of {STAGES} stages, at least 1"
         problems.append(Problem("model.depths", list(spec.depths), rule, "as in [2, 2, 6, 2]"))
     for name in ("width", "patch"):
         if getattr(spec, name) < 1:
-            problems.append(Problem(f"model.{name}", getattr(spec, name), "of a convnextv2 it must be at least 1"))
+            problems.append(Problem(f"model.{name}", getattr(spec, name), "of a ConvNeXt it must be at least 1"))
+    if isinstance(spec, ConvNeXtSpec) and not spec.layer_scale > 0:
+        problems.append(Problem("model.layer_scale", spec.layer_scale, "it must be above 0", (1e-6,)))
     if not 0 <= spec.drop_path < 1:
         problems.append(Problem("model.drop_path", spec.drop_path, "it must be at least 0 and below 1", (0.0,)))
     if problems:

@@ -12,7 +12,7 @@ from torch import nn
 
 from seer_scale.errors import NOTHING, Problem, UserError, closest, nearest
 from seer_scale.models.backbone import Backbone
-from seer_scale.models.convnextv2 import CONVNEXTV2, ConvNeXtV2, ConvNeXtV2Spec
+from seer_scale.models.convnextv2 import CONVNEXT, CONVNEXTV2, ConvNeXtSpec, ConvNeXtV2, ConvNeXtV2Spec
 from seer_scale.models.init import Init, initial_values
 from seer_scale.models.regnet import REGNETY, RegNetSpec, RegNetY
 from seer_scale.models.timm_adaptor import TIMM_PREFIX, build_timm
@@ -39,6 +39,7 @@ class Family:
 FAMILIES = {
     "regnety": Family(RegNetSpec, RegNetY, REGNETY, tuple(f.name for f in fields(RegNetSpec)), hidden=("stem_width",)),
     "vit": Family(ViTSpec, ViT, VITS, VIT_SHAPE),
+    "convnext": Family(ConvNeXtSpec, ConvNeXtV2, CONVNEXT, ("width", "depths", "patch")),
     "convnextv2": Family(ConvNeXtV2Spec, ConvNeXtV2, CONVNEXTV2, ("width", "depths", "patch")),
 }
 """By the name under which all keys are free."""
@@ -80,9 +81,9 @@ def build_backbone(name: str, **given: Any) -> Backbone:
     """The backbone `name`, on the current default device, its weights not yet drawn (see `initialise`); of timm/NAME on
     the meta device.
 
-    `regnety` takes the keys of a `RegNetSpec` but stem_width, `vit` those of a `ViTSpec`, `convnextv2` those of a
-    `ConvNeXtV2Spec`; a `vit_SIZE` or `convnextv2_SIZE` those that its name leaves open. Raises UserError for a name or
-    values that make no network.
+    `regnety` takes the keys of a `RegNetSpec` but stem_width, `vit` those of a `ViTSpec`, `convnext` those of a
+    `ConvNeXtSpec`, `convnextv2` those of a `ConvNeXtV2Spec`; a size by name, such as `vit_SIZE`, those that its name
+    leaves open. Raises UserError for a name or values that make no network.
     """
     fixed: Callable[[], Backbone] | None = _REGISTERED.get(name)
     if name.startswith(TIMM_PREFIX):
@@ -118,8 +119,7 @@ def build_backbone(name: str, **given: Any) -> Backbone:
 
 
 def spec_of(model: Mapping[str, Any]) -> Any:
-    """The `RegNetSpec`, `ViTSpec` or `ConvNeXtV2Spec` that a section `model` of a recipe stands for; None of another
-    network's."""
+    """The spec, as `RegNetSpec`, that a section `model` of a recipe stands for; None of a network without."""
     given = {key: value for key, value in model.items() if key != "name"}
     of = _known_sizes().get(model["name"], model["name"])
     if of not in FAMILIES:

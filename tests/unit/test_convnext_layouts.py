@@ -20,19 +20,20 @@ from seer_scale.interop.convnext_layouts import (
     exported,
     find_convnext,
     imported,
-    is_convnext,
     timm_network,
     transformers_network,
 )
-from seer_scale.models.convnextv2 import CONVNEXTV2, ConvNeXtV2, ConvNeXtV2Spec
+from seer_scale.interop.layouts import layouts_matching, layouts_of
+from seer_scale.models.convnextv2 import CONVNEXT, CONVNEXTV2, ConvNeXtV2, ConvNeXtV2Spec
 from seer_scale.models.registry import build_backbone, initialise
 from tests.unit import test_export
 from tests.unit.test_export import close, images, problem_of, run_lines
 from tests.unit.test_load import checkpoint
 
 photo = test_export.photo
-SIZE = 64
+SIZE, SPECS = 64, CONVNEXTV2 | CONVNEXT
 FREE = {"name": "convnextv2", "width": 8, "depths": [1, 1, 2, 1], "patch": 3}
+FIRST = FREE | {"name": "convnext", "layer_scale": 0.5}
 
 
 def trained(folder, model):
@@ -62,12 +63,12 @@ def of_timm(name: str) -> nn.Module:
 
 
 def of_transformers(name: str) -> nn.Module:
-    config = transformers_network(CONVNEXTV2[name], {"size": 224}).arguments
-    return transformers.ConvNextV2Model(transformers.ConvNextV2Config(**config))
+    cls, config, _ = transformers_network(SPECS[name], {"size": 224})
+    return getattr(transformers, cls)(getattr(transformers, cls.replace("Model", "Config"))(**config))
 
 
 @pytest.mark.parametrize("library,make", [("timm", of_timm), ("transformers", of_transformers)])
-@pytest.mark.parametrize("name", CONVNEXTV2)
+@pytest.mark.parametrize("name", SPECS)
 def test_every_tensor_of_a_published_size_is_theirs_and_tells_the_network(
     name, library: str, make: Callable[[str], nn.Module]
 ):
@@ -75,17 +76,18 @@ def test_every_tensor_of_a_published_size_is_theirs_and_tells_the_network(
         ours, theirs = build_backbone(name), make(name)
     shapes = {key: tensor.shape for key, tensor in given(library, ours).items()}
     assert shapes == {key: tensor.shape for key, tensor in theirs.state_dict().items()}
-    assert is_convnext(shapes) and find_convnext("a file", shapes) == {"name": name}
+    assert layouts_matching(shapes) is layouts_of(ours.spec) and find_convnext("a file", shapes) == {"name": name}
     pieces, held = imported(library, ours.spec), given(library, ours)
     back = {key: make(*(held[s] for s in sources)).shape for key, (sources, make) in pieces.items()}
     assert back == {key: tensor.shape for key, tensor in ours.state_dict().items()}
 
 
 @pytest.mark.parametrize("format", ["timm", "transformers"])
-@pytest.mark.parametrize("model", [{"name": "convnextv2_atto"}, FREE], ids=["atto", "free"])
+@pytest.mark.parametrize("model", [{"name": "convnextv2_atto"}, FREE, FIRST], ids=["atto", "free", "first"])
 def test_an_export_gives_our_features_and_is_read_again(format, model, atto, tmp_path, photo, monkeypatch):
     """By its metadata, and by names and shapes alone."""
-    net, place = atto if model != FREE else trained(tmp_path / "run", model)
+    net, place = atto if model["name"] == "convnextv2_atto" else trained(tmp_path / "run", model)
+    model = {key: value for key, value in model.items() if key != "layer_scale"}  # where training began
     out = seer_scale.export(place, tmp_path / "out", format)
     theirs, x = run_lines(out, monkeypatch, photo)["model"].eval(), images(size=SIZE)
     assert is_same(seer_scale.load(out), net)
@@ -108,7 +110,8 @@ def is_same(a: nn.Module, b: nn.Module, but: tuple[str, ...] = ()) -> bool:
 
 
 def originals(net: ConvNeXtV2) -> dict[str, Tensor]:
-    """By names and shapes of the original's published files (models/convnextv2.py of its repository)."""
+    """By names and shapes of the original's published files (models/convnextv2.py of its repository, convnext.py of the
+    first one's)."""
     out = {}
     for name, tensor in net.state_dict().items():
         *layer, leaf = name.split(".")
@@ -118,6 +121,8 @@ def originals(net: ConvNeXtV2) -> dict[str, Tensor]:
             out[name] = tensor
         elif layer[1] == "down":
             out[f"downsample_layers.{int(layer[0][1:]) - 1}.{('norm', 'conv').index(layer[2])}.{leaf}"] = tensor
+        elif leaf == "gamma":
+            out[f"stages.{int(layer[0][1:]) - 1}.{int(layer[1][1:]) - 1}.gamma"] = tensor
         else:
             part = {"dw": "dwconv", "fc1": "pwconv1", "fc2": "pwconv2"}.get(layer[2], layer[2])
             if part == "grn":
@@ -147,6 +152,14 @@ def sparse(dense: dict[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith("norm."):  # which fine-tuning adds
             out[f"encoder.{layer}.{leaf}"] = tensor.contiguous()
     return out | {"mask_token": torch.zeros(1, 512, 1, 1), "decoder.0.norm.weight": torch.ones(512)}
+
+
+def test_files_of_the_first_convnext_come_in_to_the_bit(tmp_path):
+    net = trained(tmp_path / "run", FIRST)[0]
+    torch.save({"model": originals(net) | {"head.bias": torch.zeros(10)}}, tmp_path / "file.pth")
+    made = seer_scale.import_weights(tmp_path / "file.pth", tmp_path / "out")
+    assert made.model == {k: v for k, v in FIRST.items() if k != "layer_scale"} and made.left == ["head.bias"]
+    assert made.anew == [] and is_same(seer_scale.load(tmp_path / "out"), net)
 
 
 NORM = ("norm.weight", "norm.bias")
@@ -207,7 +220,7 @@ def test_what_is_another_network_is_refused(free, tmp_path):
     )
     state = originals(free)
     torch.save({n: t for n, t in state.items() if not n.startswith("stages.3.")}, tmp_path / "three.pth")
-    with pytest.raises(UserError, match=r"no ConvNeXt V2 of 4 stages: they have \[1, 1, 2, 0, 0\] blocks"):
+    with pytest.raises(UserError, match=r"no ConvNeXt of 4 stages: they have \[1, 1, 2, 0, 0\] blocks"):
         seer_scale.import_weights(tmp_path / "three.pth", tmp_path / "in")
     del state["stages.2.1.dwconv.weight"]
     torch.save(state, tmp_path / "less.pth")

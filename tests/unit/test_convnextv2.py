@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from seer_scale.models.convnextv2 import CONVNEXTV2, ConvNeXtV2, GlobalResponseNorm
+from seer_scale.interop.convnext_layouts import exported
+from seer_scale.models.convnextv2 import CONVNEXT, CONVNEXTV2, ConvNeXtV2, GlobalResponseNorm
 from seer_scale.models.layers.tiles import on_canvas
 from seer_scale.models.registry import build_backbone, initialise
 
@@ -89,6 +90,31 @@ def test_outputs_are_timms_also_after_a_step(size):
     expected = theirs.forward_intermediates(images, intermediates_only=True)
     for (ours_of_stage,), x in zip(maps, expected, strict=True):
         torch.testing.assert_close(ours_of_stage, x, rtol=1e-9, atol=1e-9)
+
+
+def test_the_first_convnext_is_timms_and_hides_tiles():
+    """Outputs, gradients, and what is packed; sizes by parameters."""
+    ours = build_backbone("convnext", width=8, depths=(1, 1, 2, 1), layer_scale=0.5)
+    initialise(ours, 0)
+    assert all((p == 0.5).all() for n, p in ours.named_parameters() if n.endswith(".gamma"))
+    theirs = timm.create_model("convnext_tiny", num_classes=0, depths=[1, 1, 2, 1], dims=[8, 16, 32, 64]).double()
+    ours, pieces = ours.double(), exported("timm", ours.spec)
+    state = ours.state_dict()
+    theirs.load_state_dict({name: make(*(state[s] for s in sources)) for name, (sources, make) in pieces.items()})
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    a, b = ours(images), theirs(images)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    (a.square().sum() + b.square().sum()).backward()
+    of_ours, of_theirs = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    for name, (sources, _) in pieces.items():
+        torch.testing.assert_close(of_theirs[name].grad, of_ours[sources[0]].grad.view_as(of_theirs[name]))
+    masks, places = masked(2, (2, 3), 3)
+    (tiles,), (dense,) = (ours.visible_stages([images], [masks], given)[-1] for given in ([places], []))
+    torch.testing.assert_close(on_canvas(tiles, masks.shape[1:], places), dense, rtol=1e-12, atol=1e-12)
+    for name in CONVNEXT:
+        with torch.device("meta"):
+            networks = build_backbone(name), timm.create_model(name, num_classes=0)
+        assert len({sum(p.numel() for p in network.parameters()) for network in networks}) == 1
 
 
 def test_resolutions_go_together_as_they_do_apart():
