@@ -51,6 +51,11 @@ FCMAE = {
     "train": {"total_samples": 160, "global_batch": 8},
 }
 
+FCMAE_REGNETY = FCMAE | {
+    "model": RECIPE["model"], "views": {"crops": [{"num": 2, "size": 64}]},
+    "fcmae": {"decoder_width": 16, "mask_ratio": 0.5},
+}  # fmt: skip
+
 
 def world_of(rank: int, size: int) -> World:
     return World(rank, size, control=dist.group.WORLD if size > 1 else None)

@@ -177,6 +177,11 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         is_stateful = isinstance(self.get_submodule(name.rpartition(".")[0]), StatefulLayer)
         return BufferKind.STATISTICS if is_stateful else BufferKind.CONSTANT
 
+    def check_statistics(self, config: Config, images: int) -> Problem | None:
+        """What is wrong where a BatchNorm normalises over so many images and needs more."""
+        rule = f"leaves BatchNorm {images} image to normalise over, which needs at least 2"
+        return None if images > 1 else Problem("train.global_batch", config.train.global_batch, rule)
+
     @abstractmethod
     def initialisers(self) -> dict[str, Init]:
         """How each parameter starts."""

@@ -3,6 +3,12 @@
 head.
 
 The network takes a list of image tensors, one a resolution, and passes the whole list through each unit once.
+
+**Masked pretraining** (FCMAE) sees only some tiles of an image. Packed (`layers.tiles`), its K visible tiles stand one
+below the other, as one map [N_r, C, K t, t], with channels last in memory. So 1 x 1 convolutions, also of stride 2,
+BatchNorm, squeeze-and-excitation and shortcuts are as of any map, and of visible places alone; only the 3 x 3
+convolutions know of tiles, and take windows. That equals the dense network that sees 0 in the place of masked pixels,
+takes statistics of visible places, and whose maps are set to 0 elsewhere after each BatchNorm.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
@@ -19,6 +26,7 @@ from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.models.backbone import Backbone, StageMap, Tokens
 from seer_scale.models.init import Constant, Init, Normal
 from seer_scale.models.layers.norm import BatchNorm
+from seer_scale.models.layers.tiles import Travelling, convolved_windows, packed, visible_places, visible_tiles
 
 
 @dataclass(frozen=True)
@@ -115,14 +123,30 @@ class Conv(nn.Conv2d):
     def reset_parameters(self) -> None:
         """Draws nothing: initial values come from `RegNetY.initialisers` through seer_scale.models.init."""
 
+    def of_windows(self, x: Tensor, near: Tensor) -> Tensor:
+        """As `forward`, of tiles one below the other; near: `layers.tiles.neighbours`."""
+        before = self.kernel_size[0] // 2
+        after = self.kernel_size[0] - self.stride[0] - before
+        return stacked(convolved_windows(unstacked(x), near, before, after, self.weight, self.stride[0], self.groups))
+
     def num_macs(self, size: int) -> int:
         """Multiply-accumulates to make one size x size output."""
         per_pixel = self.kernel_size[0] ** 2 * self.in_channels // self.groups * self.out_channels
         return per_pixel * size**2
 
 
+def stacked(tiles: Tensor) -> Tensor:
+    """[N, K, t, t, C] -> [N, C, K t, t], a view"""
+    return tiles.flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def unstacked(x: Tensor) -> Tensor:
+    """The way back from `stacked`."""
+    return x.permute(0, 2, 3, 1).unflatten(1, (-1, x.shape[3]))
+
+
 class ConvNorm(nn.Module):
-    """Convolution and BatchNorm, of a list of [N_r, C, H_r, W_r]."""
+    """Convolution and BatchNorm, of a list of [N_r, C, H_r, W_r], or of what travels in a masked network."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
         super().__init__()
@@ -130,18 +154,30 @@ class ConvNorm(nn.Module):
         self.bn = BatchNorm(out_channels)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        return self.bn([self.conv(x) for x in xs])
+        """Gives maps alone."""
+        taken = Travelling.of(xs)
+        if taken.places and self.conv.kernel_size > self.conv.stride:
+            return self.bn([self.conv.of_windows(x, near) for x, near in zip(taken.maps, taken.near)])
+        ys = [self.conv(x) for x in taken.maps]
+        return self.bn(ys) if taken.places or not taken.masks else self._of_visible(ys, taken.masks)
+
+    def _of_visible(self, ys: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+        """BatchNorm of the visible places of dense maps, and 0 elsewhere."""
+        maps = [y.movedim(1, 3) for y in ys]
+        seen = [visible_places(x, mask) for x, mask in zip(maps, masks)]
+        rows = self.bn([x[at] for x, at in zip(maps, seen)])  # [visible places, C] each
+        return [torch.zeros_like(x).index_put((at,), row).movedim(3, 1) for x, at, row in zip(maps, seen, rows)]
 
 
 class Stem(ConvNorm):
     """Convolution, BatchNorm, ReLU."""
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        return [relu(x, inplace=True) for x in super().forward(xs)]
+        return Travelling.of(xs).with_maps([relu(x, inplace=True) for x in super().forward(xs)])
 
 
 class SqueezeExcite(nn.Module):
-    """Channel attention (arXiv 1709.01507), of a list of [N_r, C, H_r, W_r]."""
+    """Channel attention (arXiv 1709.01507), of a list of [N_r, C, H_r, W_r], or of what travels in a masked network."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -149,7 +185,14 @@ class SqueezeExcite(nn.Module):
         self.fc2 = Conv(hidden, channels, bias=True)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        return [x * self.fc2(relu(self.fc1(x.mean((2, 3), keepdim=True)), inplace=True)).sigmoid() for x in xs]
+        """Gives maps alone."""
+        taken, out = Travelling.of(xs), []
+        for i, x in enumerate(taken.maps):
+            means, mask = x.mean((2, 3), keepdim=True), taken.mask(i)
+            if mask is not None:  # the mean of what is visible, the rest being 0
+                means = means / mask.logical_not().to(x.dtype).mean((1, 2)).view(-1, 1, 1, 1)
+            out.append(x * self.fc2(relu(self.fc1(means), inplace=True)).sigmoid())
+        return out
 
 
 class Block(nn.Module):
@@ -164,11 +207,13 @@ class Block(nn.Module):
         self.downsample = ConvNorm(in_width, width, stride=stride) if (in_width, stride) != (width, 1) else None
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        """A list of maps, or what travels in a masked network -> the same."""
+        taken = Travelling.of(xs)
         ys = [relu(y, inplace=True) for y in self.conv1(xs)]
-        ys = self.se([relu(y, inplace=True) for y in self.conv2(ys)])
-        ys = self.conv3(ys)
-        shortcuts = self.downsample(xs) if self.downsample is not None else xs
-        return [relu(y.add_(shortcut), inplace=True) for y, shortcut in zip(ys, shortcuts)]
+        ys = [relu(y, inplace=True) for y in self.conv2(taken.with_maps(ys))]
+        ys = self.conv3(taken.with_maps(self.se(taken.with_maps(ys))))
+        shortcuts = self.downsample(xs) if self.downsample is not None else taken.maps
+        return taken.with_maps([relu(y.add_(shortcut), inplace=True) for y, shortcut in zip(ys, shortcuts)])
 
     def parts(self) -> dict[str, nn.Module]:
         """What can be sharded apart, in order of use; each takes a list once a pass."""
@@ -225,12 +270,29 @@ class RegNetY(Backbone):
         4."""
         if isinstance(xs, Tensor):
             return [maps[0] for maps in self.forward_stages([xs])]
-        maps: list[Tensor] = self.stem(xs)
-        stages = []
+        return self._stages(xs)
+
+    def _stages(self, xs: list[Tensor]) -> list[list[Tensor]]:
+        """The maps after each stage."""
+        travelling, out = self.stem(xs), []
         for names in self.stage_units():
-            maps = self.forward_units(names, maps)
-            stages.append(maps)
-        return stages
+            travelling = self.forward_units(names, travelling)
+            out.append(Travelling.of(travelling).maps)
+        return out
+
+    def visible_stages(
+        self, xs: list[Tensor], masks: list[Tensor], places: list[Tensor], draws: Sequence[Tensor] | None = None
+    ) -> list[list[Tensor]]:
+        """In training, statistics are of visible places."""
+        if not places:
+            hidden = self.hide(xs, masks)
+            return [[x.movedim(1, 3) for x in maps] for maps in self._stages(packed(hidden, masks, places))]
+        tiles = [visible_tiles(x.movedim(1, 3), m.shape[1:], p) for x, m, p in zip(xs, masks, places)]
+        stages = self._stages(packed([stacked(t) for t in tiles], masks, places))
+        return [[unstacked(x) for x in maps] for maps in stages]
+
+    def pooled_visible(self, maps: list[Tensor]) -> list[Tensor]:
+        return [x.mean((1, 2, 3)) for x in maps]
 
     def shard_units(self) -> dict[str, nn.Module]:
         """What an engine shards and recomputes by, in order of use: "stem", "s1.b1", ...; each takes and gives a

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from seer_scale import distributed
 from seer_scale.checkpoint.lock import RunLock
@@ -35,6 +34,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, ConfigError, Problem, RankLostError, UserError, nothing_begun
 from seer_scale.extras import how_to_install
 from seer_scale.formatting import counted
+from seer_scale.methods.base import Method
 from seer_scale.methods.registry import build_method
 from seer_scale.models.layers.stateful import StatefulLayer
 from seer_scale.models.registry import build_backbone, check_sizes
@@ -152,13 +152,11 @@ def _check_model(config: Config, ranks: int) -> None:
     sharded_units(method, config)
 
 
-def _check_statistics(config: Config, ranks: int, method: nn.Module) -> Problem | None:
-    """That a BatchNorm has two images or more to normalise over."""
+def _check_statistics(config: Config, ranks: int, method: Method[Any, Any]) -> Problem | None:
+    """That a BatchNorm has enough to normalise over."""
     if config.train.global_batch % ranks or not any(isinstance(layer, StatefulLayer) for layer in method.modules()):
         return None
-    images = config.images_at_once(ranks) * (config.parallel.sync_bn_group or ranks)
-    rule = f"leaves BatchNorm {images} image to normalise over, which needs at least 2"
-    return None if images > 1 else Problem("train.global_batch", config.train.global_batch, rule)
+    return method.check_statistics(config, config.images_at_once(ranks) * (config.parallel.sync_bn_group or ranks))
 
 
 def _check_data_kind(data: Data) -> None:

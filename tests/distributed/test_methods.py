@@ -15,7 +15,7 @@ from seer_scale.checkpoint import store
 from seer_scale.distributed import World
 from seer_scale.parallel import ENGINES, load
 from tests.ranks import run_ranks
-from tests.tiny import FCMAE, losses_of, tiny, world_of
+from tests.tiny import FCMAE, FCMAE_REGNETY, losses_of, tiny, world_of
 from tests.toy import make, toy
 
 CASES = {
@@ -35,6 +35,7 @@ RUNS += [(kind, case) for kind in ("timm/test_vit", "timm/test_nfnet") for case 
 RUNS += [("our vit", case) for case in (*ENGINE_OF_EACH_KIND, "fsdp recomputed", "fsdp accumulated")]
 RUNS += [("our rotary vit", "zero3 recomputed")]
 RUNS += [("fcmae", case) for case in (*ENGINE_OF_EACH_KIND, "hsdp", "fsdp recomputed", "fsdp accumulated")]
+RUNS += [("fcmae regnety", case) for case in (*ENGINE_OF_EACH_KIND, "zero2", "fsdp recomputed", "zero3 recomputed")]
 RUNS += [("our convnext", case) for case in ("fsdp recomputed", "fsdp accumulated", "zero3", "zero1")]
 RUNS += [("fcmae unet", case) for case in ("fsdp", "zero3", "zero1", "ddp")]
 HALF = [
@@ -46,6 +47,8 @@ HALF = [
     ("classifier", "zero3", "bf16"),
     ("fcmae", "fsdp", "bf16"),
     ("fcmae", "zero1", "fp16"),
+    ("fcmae regnety", "fsdp", "bf16"),
+    ("fcmae regnety", "zero1", "fp16"),
     ("autoencoder", "fsdp", "bf16"),
     ("teacher", "ddp", "fp16"),
     ("teacher", "zero2", "fp16"),
@@ -56,7 +59,9 @@ HALF = [
 ]
 OPTIM = {"optim.name": "adamw", "optim.clip_norm": 0.05, "optim.weight_decay_end": 10.0}
 """Gradients are clipped in every update, and a few updates at the beginning of a run decay visibly."""
-FCMAES = {"fcmae": {}, "fcmae unet": {"fcmae.decoder": "unet"}}
+FCMAES = {
+    "fcmae": (FCMAE, {}), "fcmae unet": (FCMAE, {"fcmae.decoder": "unet"}), "fcmae regnety": (FCMAE_REGNETY, {}),
+}  # fmt: skip
 NO_REGNETY = {f"model.{key}": None for key in ("depth", "w0", "wa", "wm", "group_width")}
 NO_REGNETY |= {"optim.name": "sgd"}  # AdamW makes a whole step of a gradient that is all rounding
 OF_TIMM = NO_REGNETY | {"views.crops": [{"num": 2, "size": 64}, {"num": 2, "size": 32}]}
@@ -88,7 +93,8 @@ def trained(kind: str, case: str, world: World, precision: str = "fp32", updates
     if kind.startswith("timm/"):
         config, engine = tiny(world, **over | OF_TIMM | {"model.name": kind})
     elif kind in FCMAES:
-        config, engine = tiny(world, FCMAE, **over | FCMAES[kind])
+        recipe, of_kind = FCMAES[kind]
+        config, engine = tiny(world, recipe, **over | of_kind)
     elif kind in NETWORKS:
         config, engine = tiny(world, **over | NETWORKS[kind])
     else:

@@ -11,6 +11,7 @@ from seer_scale.interop.convnext_layouts import exported
 from seer_scale.models.convnextv2 import CONVNEXT, CONVNEXTV2, ConvNeXtV2, GlobalResponseNorm
 from seer_scale.models.layers.tiles import on_canvas
 from seer_scale.models.registry import build_backbone, initialise
+from tests.tiles import drawn
 
 timm = pytest.importorskip("timm")
 ENCODERS = {
@@ -108,7 +109,7 @@ def test_the_first_convnext_is_timms_and_hides_tiles():
     of_ours, of_theirs = dict(ours.named_parameters()), dict(theirs.named_parameters())
     for name, (sources, _) in pieces.items():
         torch.testing.assert_close(of_theirs[name].grad, of_ours[sources[0]].grad.view_as(of_theirs[name]))
-    masks, places = masked(2, (2, 3), 3)
+    masks, places = drawn(2, (2, 3), 3)
     (tiles,), (dense,) = (ours.visible_stages([images], [masks], given)[-1] for given in ([places], []))
     torch.testing.assert_close(on_canvas(tiles, masks.shape[1:], places), dense, rtol=1e-12, atol=1e-12)
     for name in CONVNEXT:
@@ -153,13 +154,6 @@ def test_branches_are_dropped_by_image():
     )
 
 
-def masked(num: int, grid: tuple[int, int], keep: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(masks, places) of so many visible tiles an image."""
-    noise = torch.rand(num, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
-    places = noise.argsort(1)[:, :keep].sort(1).values
-    return torch.ones_like(noise, dtype=torch.bool).scatter(1, places, False).view(num, *grid), places
-
-
 @pytest.mark.parametrize("size, grid, keep", [("atto", (3, 4), 5), ("femto", (2, 3), 1), ("nano", (3, 3), 8)])
 def test_what_is_packed_is_the_dense_network_with_zeros(size, grid, keep):
     """Values and gradients, of two resolutions at once."""
@@ -168,8 +162,8 @@ def test_what_is_packed_is_the_dense_network_with_zeros(size, grid, keep):
         torch.randn(2, 3, 32 * grid[0], 32 * grid[1], dtype=torch.float64),
         torch.randn(3, 3, 64, 64, dtype=torch.float64),
     ]
-    drawn = [masked(2, grid, keep), masked(3, (2, 2), 2, seed=1)]
-    masks, places = [m for m, _ in drawn], [p for _, p in drawn]
+    of_sizes = [drawn(2, grid, keep), drawn(3, (2, 2), 2, seed=1)]
+    masks, places = [m for m, _ in of_sizes], [p for _, p in of_sizes]
     gradients = []
     for given in (places, []):
         model.zero_grad()
@@ -191,7 +185,7 @@ def test_what_is_packed_is_the_dense_network_with_zeros(size, grid, keep):
 
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_what_is_masked_changes_nothing(is_packed):
-    model, (masks, places) = pair("atto")[0], masked(2, (3, 3), 4)
+    model, (masks, places) = pair("atto")[0], drawn(2, (3, 3), 4)
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
     pixels = masks.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
     others = torch.where(pixels, torch.randn_like(images), images)

@@ -19,7 +19,7 @@ from seer_scale.methods.losses.reconstruction import (
 from seer_scale.methods.masking import RandomMasking
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import initialise
-from tests.tiny import FCMAE, fake_views, losses_of, sections, tiny
+from tests.tiny import FCMAE, FCMAE_REGNETY, fake_views, losses_of, sections, tiny
 
 DEEPER = {
     "fcmae.decoder_depth": 2, "fcmae.mask_ratio": 0.3, "model.patch": 2,
@@ -30,8 +30,8 @@ DEEPER = {
 UNET = {"fcmae.decoder": "unet", "fcmae.decoder_width": 16, "model.patch": 2, "views.crops": [{"num": 2, "size": 48}]}
 
 
-def make(**overrides):
-    config = resolve(FCMAE, sections({"model.drop_path": None} | overrides), world_size=1)
+def make(recipe=FCMAE, **overrides):
+    config = resolve(recipe, sections(overrides | {"model.drop_path": None}), world_size=1)
     method = build_method(config, World())
     method.to_empty(device="cpu")
     initialise(method, 0)
@@ -87,9 +87,13 @@ def unet(decoder, stages, mask):
     return patches_of(x, decoder.patch)
 
 
-@pytest.mark.parametrize("overrides", [{}, DEEPER, UNET, UNET | {"model.patch": 1}])
-def test_loss_and_gradients_are_those_of_dense_masking(overrides):
-    config, method = make(**overrides)
+@pytest.mark.parametrize("recipe, overrides", [
+    (FCMAE, {}), (FCMAE, DEEPER), (FCMAE, UNET), (FCMAE, UNET | {"model.patch": 1}),
+    (FCMAE_REGNETY, {"views.crops": [{"num": 1, "size": 96}, {"num": 2, "size": 64}], "train.global_batch": 4}),
+    (FCMAE_REGNETY, {"fcmae.decoder": "unet", "fcmae.decoder_width": 32, "train.global_batch": 4}),
+])  # fmt: skip
+def test_loss_and_gradients_are_those_of_dense_masking(recipe, overrides):
+    config, method = make(recipe, **overrides)
     views = [v.double() for v in fake_views(config, 3, World())]
     ours = method.loss(views, samples_seen=16).loss
     theirs = reference(method, views, method._masks(views, 16, (0, 1))[0])
@@ -149,6 +153,27 @@ def test_masks_are_functions_of_the_image():
     assert (share - 10 / 16).abs().max() < 0.05
 
 
+def test_recomputing_a_regnety_changes_no_statistic():
+    engines = []
+    for over in ({}, {"parallel.activation_checkpoint": "every 1"}):
+        config, engine = tiny(World(), FCMAE_REGNETY, **over)
+        losses_of(engine, config, World(), range(2), 0.1)
+        engines.append(engine)
+    for name in engines[0].shapes:
+        assert torch.equal(*(engine.whole(name) for engine in engines)), name
+    (first, again) = (dict(engine.method.named_buffers()) for engine in engines)
+    assert len(first) > 20 and all(torch.equal(b, again[name]) for name, b in first.items())
+
+
+def test_a_batch_norm_of_one_visible_patch_is_refused_before_ranks_start():
+    over = {"train.global_batch": 1, "views.crops": [{"num": 1, "size": 64}], "fcmae.mask_ratio": 0.7}
+    config = resolve(FCMAE_REGNETY, sections(over), world_size=1)
+    method = build_method(config, World())
+    problem = method.check_statistics(config, 1)
+    assert problem.key == "train.global_batch" and problem.value == 1 and "1 visible patch" in problem.rule
+    assert "fcmae.mask_ratio" in problem.nearest and method.check_statistics(config, 2) is None
+
+
 def test_micro_batches_and_recomputation_change_nothing():
     expected = losses_of(*reversed(tiny(World(), FCMAE)), World(), range(3), 0.1)
     for over in ({"train.micro_batch": 2}, {"parallel.activation_checkpoint": "every 1"}):
@@ -161,8 +186,8 @@ def test_micro_batches_and_recomputation_change_nothing():
     ({"views.crops": [{"num": 1, "size": 36}]}, "views.crops[0].size"),
     ({"fcmae.mask_ratio": 0.99}, "fcmae.mask_ratio"),
     (UNET | {"fcmae.decoder_width": 20}, "fcmae.decoder_width"),
-    ({"model.name": "regnety_200mf", "model.width": None, "model.depths": None, "model.patch": None,
-      "model.drop_path": None}, "model.name"),
+    ({"model.name": "vit", "model.depths": None, "model.depth": 1, "model.heads": 1, "model.image_size": 32},
+     "model.name"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_ranks_start(over, key):
     with pytest.raises(UserError) as refused:

@@ -1,5 +1,6 @@
 """RegNetY against the published table and against timm. A new row of REGNETY is tested by being listed."""
 
+import copy
 import re
 import time
 
@@ -10,8 +11,10 @@ import torch
 from seer_scale.errors import UserError
 from seer_scale.interop.names import TIMM_MODELS
 from seer_scale.models.layers.norm import BatchNorm
+from seer_scale.models.layers.tiles import on_canvas
 from seer_scale.models.registry import backbone_names, build_backbone, initialise
-from seer_scale.models.regnet import REGNETY, RegNetY, stage_plan, widened
+from seer_scale.models.regnet import REGNETY, ConvNorm, RegNetY, stage_plan, widened
+from tests.tiles import drawn
 
 # widths, depths, trunk parameters, GMAC at 224: docs/facts, from arXiv 2003.13678 (to 32GF), 2103.01988 and 2202.08360
 PUBLISHED = {
@@ -185,4 +188,76 @@ def test_impossible_requests_name_the_fix(name, free, said):
 
 def test_names():
     names = backbone_names()  # plugins that another test has loaded stand between
-    assert names[: len(REGNETY)] == [*REGNETY] and names[-3:] == ["regnety", "vit", "convnextv2"]
+    assert names[: len(REGNETY)] == [*REGNETY] and names[-4:] == ["regnety", "vit", "convnext", "convnextv2"]
+
+
+def in_fp64() -> RegNetY:
+    """With weights that are no identity, and running statistics of their own."""
+    model, generator = tiny().double(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for t in (*model.parameters(), *(b for n, b in model.named_buffers() if "running" in n)):
+            t.add_(0.1 * torch.randn(t.shape, generator=generator, dtype=t.dtype).abs())
+    return model
+
+
+def of_visible(model: RegNetY, images, masks, places, is_packed: bool) -> tuple[list, dict, dict]:
+    """(dense maps of every stage, gradients, buffers) of a copy."""
+    model = copy.deepcopy(model)
+    stages = model.visible_stages(images, masks, places if is_packed else [])
+    if is_packed:
+        stages = [[on_canvas(*of) for of in zip(maps, [m.shape[1:] for m in masks], places)] for maps in stages]
+    maps = [x for maps in stages for x in maps]
+    sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in maps).backward()
+    return maps, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grid, keep", [((3, 4), 5), ((2, 3), 1), ((3, 3), 8)])
+def test_what_is_packed_is_the_dense_network_with_zeros(grid, keep, training):
+    """Maps of every stage, gradients and running statistics, of two resolutions at once."""
+    model = in_fp64().train(training)
+    of_sizes = [(2, grid, keep, 0), (3, (2, 2), 2, 1)]
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        torch.randn(num, 3, 32 * g[0], 32 * g[1], generator=generator, dtype=torch.float64) for num, g, *_ in of_sizes
+    ]
+    masks, places = map(list, zip(*(drawn(*of) for of in of_sizes)))
+    ours, theirs = (of_visible(model, images, masks, places, is_packed) for is_packed in (True, False))
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * b.abs().max().item())
+    for name, g in ours[1].items():
+        within = 1e-11 * theirs[1][name].abs().max().item()
+        torch.testing.assert_close(g, theirs[1][name], rtol=1e-11, atol=within, msg=name)
+    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-12, atol=1e-12)
+    assert training != torch.equal(ours[2]["s4.b1.conv3.bn.running_var"], model.s4.b1.conv3.bn.running_var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_masked_changes_nothing(training):
+    """And where nothing is, the packed network is the whole one."""
+    model, (masks, places) = in_fp64().train(training), drawn(2, (3, 3), 4)
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pixels = masks.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    others = torch.where(pixels, torch.randn_like(images), images)
+    for given in ([places], []):
+        (a,), (b,) = (model.visible_stages([x], [masks], given)[-1] for x in (images, others))
+        assert torch.equal(a, b)
+    whole = model.visible_stages([images], [torch.zeros_like(masks)], [torch.arange(9).expand(2, 9)])[-1]
+    (last,) = model.forward_stages([images])[-1]
+    within = 1e-12 * last.abs().max().item()
+    torch.testing.assert_close(whole[0].view(2, 3, 3, -1).permute(0, 3, 1, 2), last, rtol=1e-12, atol=within)
+    torch.testing.assert_close(model.pooled_visible(whole), model([images]), rtol=1e-12, atol=within)
+
+
+def test_statistics_are_of_visible_places():
+    """1, 2, 3, 6 beside six zeros: a mean of 3 and a variance of 3.5, not of 1.2 and 3.56."""
+    layer = ConvNorm(1, 1)
+    for p, value in zip(layer.parameters(), (1.0, 1.0, 5.0), strict=True):
+        torch.nn.init.constant_(p, value)
+    layer.bn.reset_buffers()
+    layer.bn.momentum = 1.0
+    x = torch.tensor([[1.0, 0, 2, 0, 0], [0, 3, 0, 6, 0]]).view(1, 1, 2, 5)
+    (y,) = layer([x, x[:, 0] == 0])
+    assert layer.bn.running_mean.item() == pytest.approx(3) and layer.bn.running_var.item() == pytest.approx(14 / 3)
+    expected = torch.where(x == 0, 0.0, (x - 3) / 3.5**0.5 + 5)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)

@@ -23,6 +23,7 @@ from seer_scale.methods.masking import RandomMasking
 from seer_scale.methods.registry import register_method
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Init
+from seer_scale.models.layers.stateful import StatefulLayer
 from seer_scale.models.registry import build_backbone
 from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 from seer_scale.optim.parameter_groups import ParameterGroup
@@ -40,8 +41,8 @@ class FCMAE(Method[None, None]):
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
         patches = backbone.patch_map
         if not backbone.hides_tiles or patches is None:
-            rule = "fcmae packs what is visible, which it can of a convnextv2"
-            raise UserError(Problem("model.name", config.model.name, rule, ("convnextv2_tiny",)))
+            rule = "fcmae packs what is visible, which it can of a convnext, convnextv2 or regnety"
+            raise UserError(Problem("model.name", config.model.name, rule, ("convnextv2_tiny", "regnety_8gf")))
         self.backbone, self.patch = backbone, patches.stride
         self.maskings = [self._masking(i) for i in range(len(config.views.crops))]
         self.decoder = self._decoder()
@@ -74,6 +75,16 @@ class FCMAE(Method[None, None]):
     def shard_units(self) -> dict[str, nn.Module]:
         units = {f"backbone.{name}": unit for name, unit in self.backbone.shard_units().items()}
         return units | {f"decoder.{name}": unit for name, unit in self.decoder.shard_units().items()}
+
+    def check_statistics(self, config: Config, images: int) -> Problem | None:
+        if not any(isinstance(layer, StatefulLayer) for layer in self.backbone.modules()):
+            return super().check_statistics(config, images)
+        for i, (crop, masking) in enumerate(zip(config.views.crops, self.maskings, strict=True)):
+            if (num := images * crop.num * masking.keep) < 2:
+                rule = f"leaves BatchNorm {num} visible patch of views.crops[{i}] to normalise over, which needs 2"
+                fix = "lower fcmae.mask_ratio, or take more images at once"
+                return Problem("train.global_batch", config.train.global_batch, rule, fix)
+        return None
 
     def parameter_groups(self) -> dict[str, ParameterGroup]:
         groups = super().parameter_groups()

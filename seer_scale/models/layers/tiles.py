@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -55,12 +56,17 @@ def packed(xs: Sequence[Tensor], masks: Sequence[Tensor], places: Sequence[Tenso
     return [*xs, *masks, *places, *near]
 
 
+def visible_places(x: Tensor, mask: Tensor) -> Tensor:
+    """bool [N, H, W] of a dense map [N, H, W, C]."""
+    t = x.shape[1] // mask.shape[1]
+    return ~mask.repeat_interleave(t, 1).repeat_interleave(t, 2)
+
+
 def with_zeros(x: Tensor, mask: Tensor | None) -> Tensor:
     """A dense map [N, H, W, C] with 0 where tiles are masked."""
     if mask is None:
         return x
-    t = x.shape[1] // mask.shape[1]
-    return x.masked_fill(mask.repeat_interleave(t, 1).repeat_interleave(t, 2)[..., None], 0)
+    return x.masked_fill(~visible_places(x, mask)[..., None], 0)
 
 
 def visible_tiles(x: Tensor, grid: torch.Size, places: Tensor) -> Tensor:
@@ -103,33 +109,84 @@ def windows(tiles: Tensor, near: Tensor, before: int, after: int) -> Tensor:
     return _Windows.apply(tiles.flatten(0, 1), near.flatten(0, 1), before, after).unflatten(0, tiles.shape[:2])
 
 
+def convolved_windows(
+    tiles: Tensor, near: Tensor, before: int, after: int, weight: Tensor, stride: int, groups: int
+) -> Tensor:
+    """The convolution by weight [C', C / groups, k, k] of `windows`, as the map has it: [N, K, t, t, C] -> [N, K, t /
+    stride, t / stride, C']. For backward, tiles and the parameter are kept, neither windows nor a cast copy."""
+    if torch.is_autocast_enabled(tiles.device.type):
+        tiles = tiles.to(torch.get_autocast_dtype(tiles.device.type))
+    settings = before, after, stride, groups
+    return _ConvolvedWindows.apply(tiles.flatten(0, 1), near.flatten(0, 1), weight, settings).unflatten(
+        0, tiles.shape[:2]
+    )
+
+
 class _Context(FunctionCtx):
     """What autograd makes of a forward for its backward, to type checkers."""
 
     saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
     sides: tuple[int, int, int]
+    settings: tuple[int, int, int, int]
 
 
 class _Windows(torch.autograd.Function):
-    """[M, t, t, C] -> windows. Backward gathers, too, from the opposite neighbours: no two of its writes meet."""
+    """[M, t, t, C] -> windows."""
 
     @staticmethod
     def forward(ctx: _Context, tiles: Tensor, near: Tensor, before: int, after: int) -> Tensor:
-        num, t, _, channels = tiles.shape
         ctx.save_for_backward(near)
-        ctx.sides = before, t, after
-        out = tiles.new_empty(num, before + t + after, before + t + after, channels)
-        for of_window, of_tile, slots, _ in _pieces(near, *ctx.sides):
-            out[of_window] = _at(tiles[of_tile], slots)
-        return out
+        ctx.sides = before, tiles.shape[1], after
+        return _gathered(tiles, near, *ctx.sides)
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (near,), (before, t, _) = ctx.saved_tensors, ctx.sides
-        out = torch.zeros_like(grad[:, before : before + t, before : before + t])
-        for of_window, of_tile, _, opposite in _pieces(near, *ctx.sides):
+        (near,) = ctx.saved_tensors
+        return _returned(grad, near, *ctx.sides), None, None, None
+
+
+class _ConvolvedWindows(torch.autograd.Function):
+    """[M, t, t, C] -> [M, t / stride, t / stride, C']; settings: before, after, stride, groups."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context, tiles: Tensor, near: Tensor, weight: Tensor, settings: tuple[int, int, int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(tiles, near, weight)
+        ctx.settings = before, after, stride, groups = settings
+        of_windows = _gathered(tiles, near, before, tiles.shape[1], after).permute(0, 3, 1, 2)
+        return F.conv2d(of_windows, weight.to(tiles.dtype), stride=stride, groups=groups).permute(0, 2, 3, 1)
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        tiles, near, weight = ctx.saved_tensors
+        before, after, stride, groups = ctx.settings
+        sides = before, tiles.shape[1], after
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            grad.permute(0, 3, 1, 2), _gathered(tiles, near, *sides).permute(0, 3, 1, 2), weight.to(tiles.dtype), None,
+            [stride] * 2, [0, 0], [1, 1], False, [0, 0], groups,
+            [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False],
+        )  # fmt: skip
+        dtiles = None if dx is None else _returned(dx.permute(0, 2, 3, 1), near, *sides)
+        return dtiles, None, None if dw is None else dw.to(weight.dtype), None
+
+
+def _gathered(tiles: Tensor, near: Tensor, before: int, t: int, after: int) -> Tensor:
+    """[M, t, t, C] -> windows."""
+    out = tiles.new_empty(len(tiles), before + t + after, before + t + after, tiles.shape[3])
+    for of_window, of_tile, slots, _ in _pieces(near, before, t, after):
+        out[of_window] = _at(tiles[of_tile], slots)
+    return out
+
+
+def _returned(grad: Tensor, near: Tensor, before: int, t: int, after: int) -> Tensor:
+    """The gradient of windows -> that of tiles. Gathers, too, from the opposite neighbours: no two writes meet."""
+    out = grad[:, before : before + t, before : before + t].contiguous()
+    for of_window, of_tile, _, opposite in _pieces(near, before, t, after):
+        if opposite is not None:
             out[of_tile] += _at(grad[of_window], opposite)
-        return out, None, None, None
+    return out
 
 
 Piece = tuple[slice, slice, slice]
