@@ -25,7 +25,14 @@ from seer_scale.errors import Problem, UserError
 from seer_scale.models.backbone import Backbone, StageMap, Tokens
 from seer_scale.models.init import Constant, Init, Normal
 from seer_scale.models.layers.precision import at_least_fp32
-from seer_scale.models.layers.tiles import Travelling, on_canvas, packed, visible_tiles, windows, with_zeros
+from seer_scale.models.layers.tiles import (
+    Travelling,
+    convolved_canvas,
+    convolved_windows,
+    packed,
+    visible_tiles,
+    with_zeros,
+)
 
 CONVNEXT_STD, GRN_EPS, CONVNEXT_EPS = 0.02, 1e-6, 1e-6
 STAGES, KERNEL = 4, 7
@@ -104,12 +111,25 @@ class DepthwiseConv(PlainConv):
     def __init__(self, width: int):
         super().__init__(width, width, KERNEL, groups=width)
 
-    def forward(self, x: Tensor, border: int = KERNEL // 2) -> Tensor:
-        """[N, H, W, C] -> [N, H', W', C], with so many zeros about the map; by default H' = H, W' = W."""
+    def forward(self, x: Tensor, taken: Travelling | None = None, i: int = 0) -> Tensor:
+        """[N, H, W, C] -> [N, H, W, C], or packed [N, K, t, t, C] -> the same, of the resolution i of what travels."""
         num = self.groups if x.device.type != "cpu" else AT_ONCE
-        parts = zip(x.split(num, 3), self.weight.split(num), self.bias.split(num))
-        out = [F.conv2d(y.permute(0, 3, 1, 2), w, b, padding=border, groups=len(w)) for y, w, b in parts]
-        return (out[0] if len(out) == 1 else torch.cat(out, 1)).permute(0, 2, 3, 1)
+        parts = zip(x.split(num, -1), self.weight.split(num), self.bias.split(num))
+        if taken is not None and taken.places:
+            out = [self._packed(y, w, taken, i) + b.to(y.dtype) for y, w, b in parts]
+        else:
+            out = [
+                F.conv2d(y.permute(0, 3, 1, 2), w, b, padding=KERNEL // 2, groups=len(w)).permute(0, 2, 3, 1)
+                for y, w, b in parts
+            ]
+        return out[0] if len(out) == 1 else torch.cat(out, -1)
+
+    def _packed(self, x: Tensor, weight: Tensor, taken: Travelling, i: int) -> Tensor:
+        """Of windows where a tile is wider than what they add, else of a canvas, which is as fast at half the width."""
+        reach = KERNEL // 2
+        if x.shape[2] <= 2 * reach:
+            return convolved_canvas(x, taken.masks[i].shape[1:], taken.places[i], weight, len(weight))
+        return convolved_windows(x, taken.near[i], reach, reach, weight, 1, len(weight))
 
 
 class PlainLinear(nn.Linear):
@@ -213,21 +233,12 @@ class Block(nn.Module):
         of_images = taken.scales[0][:, self.number].split(sizes) if taken.scales else [None] * len(sizes)
         for i, (x, scale) in enumerate(zip(taken.maps, of_images)):
             mask = taken.mask(i)
-            y = self._packed_dw(x, taken, i) if taken.places else self.dw(x)
-            y = F.gelu(self.fc1(self.norm(y)))
+            y = F.gelu(self.fc1(self.norm(self.dw(x, taken, i))))
             y = self.fc2(y if self.grn is None else self.grn(y, mask))
             y = y if self.gamma is None else y * self.gamma
             y = y if scale is None else y * scale.view(-1, *[1] * (y.ndim - 1))
             out.append(x + with_zeros(y, mask))
         return taken.with_maps(out)
-
-    def _packed_dw(self, x: Tensor, taken: Travelling, i: int) -> Tensor:
-        """The depthwise convolution of a packed map: of windows where a tile is wider than what they add, else of a
-        canvas, which is measured to be as fast at half the width and needs no more memory."""
-        grid, places, reach = taken.masks[i].shape[1:], taken.places[i], KERNEL // 2
-        if x.shape[2] <= 2 * reach:
-            return visible_tiles(self.dw(on_canvas(x, grid, places)), grid, places)
-        return self.dw(windows(x, taken.near[i], reach, reach).flatten(0, 1), 0).unflatten(0, x.shape[:2])
 
     def parts(self) -> dict[str, nn.Module]:
         """What can be sharded apart, in order of use."""

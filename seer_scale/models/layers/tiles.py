@@ -103,23 +103,25 @@ def neighbours(mask: Tensor, places: Tensor) -> Tensor:
     return slots.gather(1, about.flatten(1)).view(num, keep, 9)
 
 
-def windows(tiles: Tensor, near: Tensor, before: int, after: int) -> Tensor:
-    """[N, K, t, t, C] -> [N, K, before + t + after, before + t + after, C]: each tile within the edges of its
-    neighbours, 0 where there is none. near: `neighbours`; before, after: at most t."""
-    return _Windows.apply(tiles.flatten(0, 1), near.flatten(0, 1), before, after).unflatten(0, tiles.shape[:2])
-
-
 def convolved_windows(
     tiles: Tensor, near: Tensor, before: int, after: int, weight: Tensor, stride: int, groups: int
 ) -> Tensor:
-    """The convolution by weight [C', C / groups, k, k] of `windows`, as the map has it: [N, K, t, t, C] -> [N, K, t /
-    stride, t / stride, C']. For backward, tiles and the parameter are kept, neither windows nor a cast copy."""
+    """The convolution by weight [C', C / groups, k, k] of tiles within `before` and `after` places of their neighbours,
+    at most t, 0 where there is none: as the map has it, [N, K, t, t, C] -> [N, K, t / stride, t / stride, C']. near:
+    `neighbours`. For backward, tiles and the parameter are kept, neither windows nor a cast copy."""
     if torch.is_autocast_enabled(tiles.device.type):
         tiles = tiles.to(torch.get_autocast_dtype(tiles.device.type))
     settings = before, after, stride, groups
-    return _ConvolvedWindows.apply(tiles.flatten(0, 1), near.flatten(0, 1), weight, settings).unflatten(
-        0, tiles.shape[:2]
-    )
+    out = _ConvolvedWindows.apply(tiles.flatten(0, 1), near.flatten(0, 1), weight, settings)
+    return out.unflatten(0, tiles.shape[:2])
+
+
+def convolved_canvas(tiles: Tensor, grid: torch.Size, places: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """As `convolved_windows`, by way of `on_canvas`, of a convolution that keeps the sides of a map: [N, K, t, t, C] ->
+    [N, K, t, t, C']. For backward, tiles and the parameter are kept, neither a canvas nor a cast copy."""
+    if torch.is_autocast_enabled(tiles.device.type):
+        tiles = tiles.to(torch.get_autocast_dtype(tiles.device.type))
+    return _ConvolvedCanvas.apply(tiles, places, weight, (grid, groups))
 
 
 class _Context(FunctionCtx):
@@ -127,23 +129,7 @@ class _Context(FunctionCtx):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    sides: tuple[int, int, int]
     settings: tuple[int, int, int, int]
-
-
-class _Windows(torch.autograd.Function):
-    """[M, t, t, C] -> windows."""
-
-    @staticmethod
-    def forward(ctx: _Context, tiles: Tensor, near: Tensor, before: int, after: int) -> Tensor:
-        ctx.save_for_backward(near)
-        ctx.sides = before, tiles.shape[1], after
-        return _gathered(tiles, near, *ctx.sides)
-
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (near,) = ctx.saved_tensors
-        return _returned(grad, near, *ctx.sides), None, None, None
 
 
 class _ConvolvedWindows(torch.autograd.Function):
@@ -172,8 +158,41 @@ class _ConvolvedWindows(torch.autograd.Function):
         return dtiles, None, None if dw is None else dw.to(weight.dtype), None
 
 
+class _OfCanvas(FunctionCtx):
+    """As `_Context`."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    settings: tuple[torch.Size, int]
+
+
+class _ConvolvedCanvas(torch.autograd.Function):
+    """[N, K, t, t, C] -> [N, K, t, t, C']; settings: grid, groups."""
+
+    @staticmethod
+    def forward(
+        ctx: _OfCanvas, tiles: Tensor, places: Tensor, weight: Tensor, settings: tuple[torch.Size, int]
+    ) -> Tensor:
+        ctx.save_for_backward(tiles, places, weight)
+        ctx.settings = grid, groups = settings
+        canvas, pad = on_canvas(tiles, grid, places).permute(0, 3, 1, 2), weight.shape[2] // 2
+        y = F.conv2d(canvas, weight.to(tiles.dtype), padding=pad, groups=groups)
+        return visible_tiles(y.permute(0, 2, 3, 1), grid, places)
+
+    @staticmethod
+    def backward(ctx: _OfCanvas, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        (tiles, places, weight), (grid, groups) = ctx.saved_tensors, ctx.settings
+        of_output, canvas = (on_canvas(x, grid, places).permute(0, 3, 1, 2) for x in (grad, tiles))
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            of_output, canvas, weight.to(tiles.dtype), None, [1, 1], [weight.shape[2] // 2] * 2, [1, 1], False, [0, 0],
+            groups, [ctx.needs_input_grad[0], ctx.needs_input_grad[2], False],
+        )  # fmt: skip
+        dtiles = None if dx is None else visible_tiles(dx.permute(0, 2, 3, 1), grid, places)
+        return dtiles, None, None if dw is None else dw.to(weight.dtype), None
+
+
 def _gathered(tiles: Tensor, near: Tensor, before: int, t: int, after: int) -> Tensor:
-    """[M, t, t, C] -> windows."""
+    """[M, t, t, C] -> windows [M, before + t + after, before + t + after, C]."""
     out = tiles.new_empty(len(tiles), before + t + after, before + t + after, tiles.shape[3])
     for of_window, of_tile, slots, _ in _pieces(near, before, t, after):
         out[of_window] = _at(tiles[of_tile], slots)
