@@ -52,8 +52,8 @@ class Run:
     patch_images: int = opt(
         8,
         (
-            "images whose patches the report shows, after training, where one of knn.size has 4 x 4 patches or more; "
-            "0 = none"
+            "images whose patches the report shows, after training, where one of knn.size has 4 x 4 patches or more, "
+            "and whose reconstructions, of a method that makes some; 0 = none"
         ),
         ge=0,
     )

@@ -41,7 +41,8 @@ def extract_features(
     Every rank yields equally often, for the collectives within `encode` and the caller's own; a rank that has run
     out yields empty batches. Images that cannot be read are left out.
     """
-    for images, labels, numbers in _rounds(source, indices, size=size, batch=batch, workers=workers, world=world):
+    stream = shared_batches(source, indices, size=size, batch=batch, workers=workers, world=world)
+    for images, labels, numbers in stream:
         (f, z), n = encode(images), len(labels)
         yield f[:n], z[:n], labels, numbers
 
@@ -55,7 +56,7 @@ def gather_features(
     rounds = _num_rounds(num_pairs, batch, world)
     twice = torch.from_numpy(np.asarray(indices[:num_pairs], np.int64)).to(world.device)
     rows, pairs = [], []
-    stream = _rounds(source, indices, size=size, batch=batch, workers=workers, world=world)
+    stream = shared_batches(source, indices, size=size, batch=batch, workers=workers, world=world)
     for number, (images, labels, numbers) in enumerate(stream):
         (f, z), n = encode(images), len(labels)
         rows.append((f[:n], z[:n], labels, numbers))
@@ -81,7 +82,7 @@ def draw_indices(source: Source, first: int, max_num: int) -> np.ndarray:
     return np.sort(permute(np.arange(first, min(n, first + max_num) if max_num else n), n, seed=0, epoch=0))
 
 
-def _rounds(
+def shared_batches(
     source: Source, indices: np.ndarray, *, size: int, batch: int, workers: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share of `indices`, on its device: (images, normalised, labels [b], image numbers [b]) a batch; the

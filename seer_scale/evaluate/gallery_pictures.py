@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from seer_scale.config import Views
+from seer_scale.config import Config, Views
 from seer_scale.data.batch import Batch
-from seer_scale.data.sources import Source
+from seer_scale.data.sources import Source, Subset
 from seer_scale.data.transforms.decode import decode
 from seer_scale.data.transforms.on_device import apply_and_round
-from seer_scale.data.transforms.views import resize_centre
+from seer_scale.data.transforms.views import MEAN, STD, resize_centre
 from seer_scale.distributed import World
 from seer_scale.errors import DataError
-from seer_scale.evaluate.features import Encode, extract_features, gather_rows
+from seer_scale.evaluate.features import Encode, extract_features, gather_rows, shared_batches
 from seer_scale.evaluate.knn import LabelledImages, Neighbours
+from seer_scale.methods.base import Reconstructions
 from seer_scale.observe.gallery import Gallery
 
 SHOWN, ROW, PIXELS = 6, 8, 96
@@ -27,6 +30,10 @@ SHOWN, ROW, PIXELS = 6, 8, 96
 MIN_PATCHES, COLOUR_RANGE = 4, (0.02, 0.98)
 """Patches a side of an image below which they are not shown; the quantiles of a principal component that are the ends
 of its colour."""
+AMONG = 64
+"""So many times as many images are looked through for some that are not trained on."""
+NO_ERROR = (66.0, 112.0, 178.0)
+"""The colour of patches of which no error is taken."""
 
 
 def show_crops(run_dir: Path, batch: Batch, views: Views) -> None:
@@ -70,7 +77,7 @@ def show_prototypes(
     """How the images are shared out among the prototypes, and those nearest to a few prototypes that hold theirs close
     and are far from each other. Collective; rank 0 writes. prototypes [K, dim]; num: images looked at, spread over
     all."""
-    indices = np.linspace(0, len(source) - 1, min(num, len(source))).round().astype(np.int64)
+    indices = _spread(len(source), num)
     stream = extract_features(encode, source, indices, size=size, batch=batch, workers=workers, world=world)
     parts = [(z, i) for _, z, _, i in stream]
     z, ids = (gather_rows(torch.cat(column), world) for column in zip(*parts))
@@ -92,7 +99,7 @@ def show_patches(
 ) -> None:
     """Of images spread over all, each with its patches as colours and, a picture each, the weights that the CLS token
     and the registers give them. Collective; rank 0 writes. encode: images -> patches [N, P, C], attention [N, Q, P]."""
-    indices = np.linspace(0, len(source) - 1, num).round().astype(np.int64)
+    indices = _spread(len(source), num)
     stream = extract_features(encode, source, indices, size=size, batch=batch, workers=workers, world=world)
     parts = [(patches, attention, numbers) for patches, attention, _, numbers in stream]
     patches, attention, ids = (gather_rows(torch.cat(column), world).cpu() for column in zip(*parts))
@@ -105,6 +112,77 @@ def show_patches(
         if image := _small(source, [int(ids[row])]):
             gallery.add_strip("patches", f"image {int(ids[row])}", [*image, *pixels[row]])
     gallery.save()
+
+
+class ShownImages(NamedTuple):
+    """caption: of each, with its number for {}."""
+
+    source: Source
+    indices: np.ndarray
+    caption: str
+
+
+def images_to_reconstruct(config: Config, source: Source, labelled: LabelledImages | None) -> list[ShownImages]:
+    """`run.patch_images` of those trained on, and as many others: of `knn.queries`, where these do not lie in
+    `data.path`, or else of those that `data.max_images` leaves out."""
+    num = config.run.patch_images
+    shown = [ShownImages(source, _spread(len(source), num), "image {}")]
+    if labelled and config.knn.queries and not _lies_in(config.knn.queries, config.data.path):
+        queries = labelled.query_indices
+        shown.append(ShownImages(labelled.queries, queries[_spread(len(queries), num)], "image {} of knn.queries"))
+    elif isinstance(source, Subset) and len(source) < len(source.whole):
+        among = _spread(len(source.whole), AMONG * num)
+        rest = among[~np.isin(among, source.indices)]
+        shown.append(ShownImages(source.whole, rest[_spread(len(rest), num)], "image {}, beyond data.max_images"))
+    return [images for images in shown if len(images.indices)]
+
+
+def _spread(length: int, num: int) -> np.ndarray:
+    """`num` numbers below `length`, from the first to the last; all, where there are fewer."""
+    return np.linspace(0, length - 1, min(num, length)).round().astype(np.int64)
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    inner, outer = os.path.realpath(path), os.path.realpath(folder)
+    return inner == outer or inner.startswith(os.path.join(outer, ""))
+
+
+def show_reconstructions(
+    run_dir: Path, reconstruct: Callable[[torch.Tensor, list[int]], Reconstructions], shown: Sequence[ShownImages], *,
+    size: int, batch: int, workers: int, world: World,
+) -> None:  # fmt: skip
+    """A row an image: as it is, as it is seen, as it is filled in, and errors of patches. Collective; rank 0 writes."""
+    gallery = Gallery(run_dir)
+    for source, indices, caption in shown:
+        parts = []
+        stream = shared_batches(source, indices, size=size, batch=batch, workers=workers, world=world)
+        for images, _, numbers in stream:
+            n = len(numbers)
+            made = reconstruct(images, numbers.tolist() or [0])
+            parts.append([x[:n] for x in (images, *made)] + [numbers])
+        images, seen, filled, errors, ids = (gather_rows(torch.cat(column), world).cpu() for column in zip(*parts))
+        if not world.is_main:
+            continue
+        rows = torch.stack([*map(_pixels, (images, seen, filled)), _error_colours(errors, size)], 1).numpy()
+        of_image = errors.flatten(1).nanmean(1).tolist()
+        for row in ids.argsort().tolist():
+            small = f"error {of_image[row]:.2f} of the mean's"
+            gallery.add_strip("reconstructions", caption.format(int(ids[row])), list(rows[row]), small)
+    if world.is_main:
+        gallery.save()
+
+
+def _pixels(images: torch.Tensor) -> torch.Tensor:
+    """Normalised images as uint8."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (255 * (images * std + mean)).round().nan_to_num().clamp(0, 255).byte()
+
+
+def _error_colours(errors: torch.Tensor, size: int) -> torch.Tensor:
+    """[N, h, w] -> uint8 [N, 3, size, size]: from black to white at 1, and a colour where there is none."""
+    colours = torch.where(errors.isnan()[..., None], torch.tensor(NO_ERROR), 255 * errors.clamp(0, 1)[..., None])
+    pixels = colours.round().byte().permute(0, 3, 1, 2)
+    return pixels.repeat_interleave(size // errors.shape[1], 2).repeat_interleave(size // errors.shape[2], 3)
 
 
 def _principal_colours(patches: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,16 @@ class PatchFeatures(NamedTuple):
     attention: Tensor
 
 
+class Reconstructions(NamedTuple):
+    """seen: the images, 0 where the network sees nothing, [N, 3, S, S]. filled: what it makes of the rest pasted into
+    them, normalised as they are. errors: of each patch that it does not see the mean square error, as a share of what
+    the patch's own mean has; NaN where it sees, [N, h, w]. fp32."""
+
+    seen: Tensor
+    filled: Tensor
+    errors: Tensor
+
+
 class Baseline(NamedTuple):
     """The loss of a network that has learned nothing, and what it is called."""
 
@@ -88,8 +98,8 @@ class UnitSequence(Protocol):
 class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
     """One class a method. `views`: for each resolution [num * B, 3, S, S], crop-major, float, normalised.
 
-    Five entry points: `loss`, `prepare_targets`, `encode` and `encode_patches` run the network, called through
-    `forward`; `targets` runs none. Each rank calls each as often as the others, for the collectives within.
+    Six entry points: `loss`, `prepare_targets`, `encode`, `encode_patches` and `reconstruct` run the network, called
+    through `forward`; `targets` runs none. Each rank calls each as often as the others, for the collectives within.
     """
 
     name: str
@@ -140,6 +150,11 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         of_heads = patches.new_zeros(len(patches), 0, patches.shape[1]) if attention is None else attention.mean(1)
         return PatchFeatures(patches, of_heads.float())
 
+    def reconstruct(self, images: Tensor, numbers: Sequence[int]) -> Reconstructions:
+        """Of normalised images [N, 3, S, S], S being `reconstruction_size`, for the report's pictures; what is not seen
+        of each is a function of its number."""
+        raise NotImplementedError(f"{type(self).__name__} reconstructs nothing")
+
     # --- what it declares
 
     @property
@@ -148,6 +163,11 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         engine wraps it."""
         patch_map = self.backbone.patch_map if isinstance(self.backbone, Backbone) else None
         return patch_map.stride if patch_map else 0
+
+    @property
+    def reconstruction_size(self) -> int:
+        """In pixels, of the images that `reconstruct` takes; 0: it has none."""
+        return 0
 
     @property
     def feature_width(self) -> int:

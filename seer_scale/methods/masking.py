@@ -16,6 +16,7 @@ hardly larger than what fills them:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -146,6 +147,12 @@ class RandomMasking:
         first, row = samples_seen + first_of_part(config, world, part), views * self.num_patches
         drawn = draw(self.seed, "visible patches", kind, start=first * row, stop=(first + batch) * row)
         return torch.from_numpy(drawn).view(batch, views, -1).transpose(0, 1).flatten(0, 1)
+
+    def noise_of(self, numbers: Sequence[int]) -> Tensor:
+        """The same of images that are only looked at, by their numbers: [N, patches]."""
+        num = self.num_patches
+        drawn = [draw(self.seed, "patches shown", start=n * num, stop=(n + 1) * num) for n in numbers]
+        return torch.from_numpy(np.stack(drawn))
 
     def masks(self, noise: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """(bool [N, h, w], what is not seen; int64 [N, keep], the numbers of what is, row by row, rising), on the

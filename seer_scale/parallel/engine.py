@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from seer_scale.config import Config, EngineName
 from seer_scale.distributed import World
-from seer_scale.methods.base import BufferKind, Features, LossOutput, Method, PatchFeatures
+from seer_scale.methods.base import BufferKind, Features, LossOutput, Method, PatchFeatures, Reconstructions
 from seer_scale.methods.groups import recipe_groups
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.models.init import initial_values
@@ -227,10 +227,14 @@ class Engine:
         """The same of their patches."""
         return self._evaluate("encode_patches", images)
 
+    def reconstruct(self, images: Tensor, numbers: Sequence[int]) -> Reconstructions:
+        """What it makes of what it does not see of them."""
+        return self._evaluate("reconstruct", images, numbers)
+
     @torch.no_grad()
-    def _evaluate(self, entrance: str, images: Tensor) -> Any:
+    def _evaluate(self, entrance: str, *args: Any) -> Any:
         self.module.eval()
-        out = self._run(entrance, images)
+        out = self._run(entrance, *args)
         self.module.train()
         return out
 

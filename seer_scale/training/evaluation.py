@@ -19,11 +19,19 @@ from seer_scale.data.sources import Source
 from seer_scale.distributed import World
 from seer_scale.evaluate.feature_health import HealthImages, feature_health
 from seer_scale.evaluate.features import gather_features
-from seer_scale.evaluate.gallery_pictures import MIN_PATCHES, show_crops, show_neighbours, show_patches, show_prototypes
+from seer_scale.evaluate.gallery_pictures import (
+    MIN_PATCHES,
+    images_to_reconstruct,
+    show_crops,
+    show_neighbours,
+    show_patches,
+    show_prototypes,
+    show_reconstructions,
+)
 from seer_scale.evaluate.knn import LabelledImages, Neighbours, knn
 from seer_scale.evaluate.statistics import MAX_IMAGES, statistics_of_images
 from seer_scale.formatting import counted, untrained_with
-from seer_scale.methods.base import Features, PatchFeatures
+from seer_scale.methods.base import Features, PatchFeatures, Reconstructions
 from seer_scale.observe.progress import Progress
 from seer_scale.observe.records import compare, read_metrics
 from seer_scale.observe.run_log import RunLog
@@ -160,6 +168,8 @@ class Evaluation:
             self.show_prototypes(source)
         if "patches" not in done:
             self.show_patches(source)
+        if "reconstructions" not in done:
+            self.show_reconstructions(source)
 
     def show_crops(self, batch: Batch) -> None:
         """What the network sees of the first images."""
@@ -199,6 +209,23 @@ class Evaluation:
         of = counted(num, "image")
         self.log_event("patches", f"The report shows the patches of {of} (run.patch_images; 0 does without).")
 
+    def show_reconstructions(self, source: Source) -> None:
+        """Pictures of what a method makes of what it does not see: of images trained on, and of others."""
+        size, config = self.engine.method.reconstruction_size, self.config
+        if source.is_stream or not size or not config.run.patch_images:
+            return
+        shown = images_to_reconstruct(config, source, self.labelled)
+        num = sum(len(images.indices) for images in shown)
+        with disk_may_fill(), self.progress.doing("reconstructing images", num):
+            show_reconstructions(
+                self.run_dir, self._reconstruct, shown,
+                size=size, batch=config.knn.batch, workers=self.workers, world=self.world,
+            )  # fmt: skip
+        own, *others = (len(images.indices) for images in shown)
+        of = f"{counted(own, 'image')} trained on" + f" and {sum(others):,} others" * bool(others)
+        text = f"The report shows reconstructions of {of} (run.patch_images; 0 does without)."
+        self.log_event("reconstructions", text)
+
     def _encode(self, images: torch.Tensor) -> Features:
         self._before_batch(images)
         return self.engine.encode(images)
@@ -206,6 +233,10 @@ class Evaluation:
     def _encode_patches(self, images: torch.Tensor) -> PatchFeatures:
         self._before_batch(images)
         return self.engine.encode_patches(images)
+
+    def _reconstruct(self, images: torch.Tensor, numbers: list[int]) -> Reconstructions:
+        self._before_batch(images)
+        return self.engine.reconstruct(images, numbers)
 
     def _before_batch(self, images: torch.Tensor) -> None:
         self.between_batches()

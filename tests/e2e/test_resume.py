@@ -15,6 +15,7 @@ from seer_scale.cli import main
 from seer_scale.launch.job import Job
 from seer_scale.models import execution as layout
 from seer_scale.models.init import initial_values
+from seer_scale.observe.gallery import read_gallery
 from seer_scale.observe.records import read_metrics
 from seer_scale.parallel import engine
 from seer_scale.rank_info import detect
@@ -34,7 +35,7 @@ from tests.e2e.runs import (
     start,
     until,
 )
-from tests.tiny import DINOV2
+from tests.tiny import DINOV2, FCMAE
 from tests.vissl import classy, vissl
 
 
@@ -356,11 +357,11 @@ def test_all_ranks_leave_together_while_it_is_measured_what_runs_fastest(tmp_pat
     assert "Stopped by SIGTERM before training began" in stopped.text and not (tmp_path / "run").exists()
 
 
-def _goes_on_after_a_kill(folder, given: dict, *words: str) -> None:
+def _goes_on_after_a_kill(folder, given: dict, *words: str, samples: int = 1200) -> None:
     """kill -9 of fsdp on 2 ranks; zero2 on 3 ranks goes on to the end: as if never stopped."""
     few = {"knn": {"enabled": False}, "health": {"images": 0}, "run": {"prototype_images": 0}}
     given = {"checkpoint": runs.RECIPE["checkpoint"], "parallel": {"engine": "fsdp"}} | given | few
-    given["train"] = runs.RECIPE["train"] | {"global_batch": 12, "total_samples": 1200}
+    given["train"] = runs.RECIPE["train"] | {"global_batch": 12, "total_samples": samples}
     (folder / "given.yaml").write_text(json.dumps(given))
     words, place = ("train", str(folder / "given.yaml"), *words, "--run.dir"), folder / "run"
     run(*words, folder / "straight", folder=folder)
@@ -370,7 +371,7 @@ def _goes_on_after_a_kill(folder, given: dict, *words: str) -> None:
         first.kill(signal.SIGKILL, rank)
     first.wait()
     done = max(runs.steps(place))
-    assert done < 1200
+    assert done < samples
     text = run(*words, place, "--parallel.engine", "zero2", ranks=3, folder=folder)
     begun = events(place, "resume")[0]["samples_seen"]
     assert 0 < begun <= done and f"samples-{begun:012d}" in text and "3 ranks (zero2, cpu)" in text
@@ -389,6 +390,15 @@ def test_a_student_and_its_teacher_go_on_after_a_kill(tmp_path, photos):
     """DINOv2: the teacher, masks and dropped paths are those of a run never stopped."""
     calm = {"optim": {"name": "sgd", "lr": 0.002, "lr_batch": 0}}
     _goes_on_after_a_kill(tmp_path, DINOV2 | {"data": {"path": str(photos), "workers": 0}} | calm)
+
+
+def test_masked_pretraining_goes_on_after_a_kill(tmp_path, photos):
+    """FCMAE: masks and dropped paths are those of a run never stopped; three ranks reconstruct what one did."""
+    _goes_on_after_a_kill(tmp_path, FCMAE | {"data": {"path": str(photos), "workers": 0}}, samples=600)
+    made, straight = (read_gallery(tmp_path / name)["reconstructions"] for name in ("run", "straight"))
+    captions = [[(strip["caption"], strip["small"], len(strip["images"])) for strip in of] for of in (made, straight)]
+    assert captions[0] == captions[1] and len(made) == 8
+    assert "<h2>Reconstructions</h2>" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_pretraining_goes_on_from_imported_weights(tmp_path, photos):

@@ -18,7 +18,14 @@ from seer_scale.training.monitors import Monitors
 
 
 def evaluation(
-    run_dir, told: list[str], *, world: World = World(), scores: dict[int, float] | None = None, patch_side=0, **config
+    run_dir,
+    told: list[str],
+    *,
+    world: World = World(),
+    scores: dict[int, float] | None = None,
+    patch_side=0,
+    reconstruction_size=0,
+    **config,
 ):
     """That of a run that has seen all of its 640 samples. scores: where the best checkpoint is kept, those known."""
     sections = {
@@ -27,7 +34,7 @@ def evaluation(
     }
     knn = SimpleNamespace(size=64, batch=4)
     labelled = SimpleNamespace(measurement=lambda c: "now", queries=None, query_indices=[1], bank_indices=[2])
-    method = SimpleNamespace(anchors="prototypes")
+    method = SimpleNamespace(anchors="prototypes", reconstruction_size=reconstruction_size)
     engine = SimpleNamespace(whole=lambda name: name, method=method, average_buffers=lambda: None)
     best = BestCheckpoint(run_dir, world, None, scores or {}, active=scores is not None)
     return Evaluation(
@@ -54,7 +61,7 @@ def evaluation(
 
 def at_end(
     run_dir, monkeypatch, *, images: int = 100, prototype_images: int = 30, patch_images: int = 8, patch_side: int = 0,
-    stream: bool = False,
+    stream: bool = False, reconstruction_size: int = 0,
 ) -> list[str]:  # fmt: skip
     """What it does and tells."""
     told: list[str] = []
@@ -62,8 +69,10 @@ def at_end(
     monkeypatch.setattr(module, "show_prototypes", lambda *_, num, **__: told.append(f"looked at {num}"))
     monkeypatch.setattr(Evaluation, "measure", lambda self, stage: told.append(stage))
     monkeypatch.setattr(module, "show_patches", lambda *_, num, **__: told.append(f"patches of {num}"))
+    monkeypatch.setattr(module, "show_reconstructions", lambda *_, size, **__: told.append(f"reconstructed at {size}"))
     run = SimpleNamespace(prototype_images=prototype_images, patch_images=patch_images)
-    evaluation(run_dir, told, run=run, patch_side=patch_side).finish(source)
+    knn, sizes = SimpleNamespace(size=64, batch=4, queries=""), dict(reconstruction_size=reconstruction_size)
+    evaluation(run_dir, told, run=run, knn=knn, patch_side=patch_side, **sizes).finish(source)
     return told
 
 
@@ -128,3 +137,12 @@ def test_patches_are_shown_where_an_image_has_some(tmp_path, monkeypatch):
     assert at_end(tmp_path, monkeypatch, patch_side=16, images=5)[-2] == "patches of 5"
     log(tmp_path, {"event": "patches"})
     assert at_end(tmp_path, monkeypatch, patch_side=16) == before
+
+
+def test_reconstructions_are_shown_of_a_method_that_makes_some(tmp_path, monkeypatch):
+    before = ["after", "looked at 30", "prototypes"]
+    assert at_end(tmp_path, monkeypatch, reconstruction_size=96) == [*before, "reconstructed at 96", "reconstructions"]
+    assert at_end(tmp_path, monkeypatch, reconstruction_size=96, patch_images=0) == before
+    assert at_end(tmp_path, monkeypatch, reconstruction_size=96, stream=True) == ["after"]
+    log(tmp_path, {"event": "reconstructions"})
+    assert at_end(tmp_path, monkeypatch, reconstruction_size=96) == before

@@ -125,6 +125,37 @@ def test_the_loss_has_the_published_figures():
     assert torch.equal(images_of(patches_of(images, 2), 2), images)
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+def test_reconstructions_are_the_predictions_beside_what_is_seen(normalise):
+    """To the pixel where it sees; elsewhere with the mean and deviation that each patch has."""
+    config, method = make(**{"fcmae.normalise": normalise})
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    method.eval()
+    with torch.no_grad():
+        made = method.reconstruct(images, [5, 0, 9])
+        masks, places = method.maskings[0].masks(method.maskings[0].noise_of([5, 0, 9]), images.device)
+        _, (predicted,) = method._predict([images], [masks], [places])
+    assert (
+        method.reconstruction_size == 32
+        and torch.equal(made.errors.isnan(), ~masks)
+        and (masks.sum((1, 2)) == 10).all()
+    )
+    for n, row, column in torch.ones_like(masks).nonzero().tolist():
+        where = (n, slice(None), slice(8 * row, 8 * row + 8), slice(8 * column, 8 * column + 8))
+        if not masks[n, row, column]:
+            assert torch.equal(made.seen[where], images[where]) and torch.equal(made.filled[where], images[where])
+            continue
+        ours, patch = predicted[n, row, column].view(8, 8, 3).permute(2, 0, 1), images[where]
+        if normalise:
+            ours = ours * (patch.var() + 1e-6).sqrt() + patch.mean()
+        torch.testing.assert_close(made.filled[where], ours)
+        error = (ours - patch).square().mean() / patch.var(correction=0)
+        torch.testing.assert_close(made.errors[n, row, column], error)
+        assert (made.seen[where] == 0).all()
+    alone = method.reconstruct(images[1:2], [0])
+    torch.testing.assert_close(alone.filled, made.filled[1:2])  # a function of the image and its number
+
+
 @pytest.mark.parametrize("side, keep", [(7, 19), (8, 25), (9, 32), (12, 57), (16, 102)])
 def test_as_many_patches_are_seen_as_published(side, keep):
     assert RandomMasking(seed=0, grid=(side, side), ratio=0.6).keep == keep

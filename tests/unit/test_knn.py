@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import warnings
@@ -14,14 +15,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seer_scale.config import Config, Data, Knn
+from seer_scale.config import Config, Data, Knn, Run
 from seer_scale.data.loading.loader import eval_batches
-from seer_scale.data.sources import Source, open_source
+from seer_scale.data.sources import Source, open_source, subset
+from seer_scale.data.transforms.decode import decode
 from seer_scale.data.transforms.on_device import to_float
+from seer_scale.data.transforms.views import resize_centre
 from seer_scale.distributed import World
 from seer_scale.errors import CheckpointError, UserError
-from seer_scale.evaluate.gallery_pictures import _principal_colours, show_neighbours, show_patches, show_prototypes
+from seer_scale.evaluate.gallery_pictures import (
+    _principal_colours,
+    images_to_reconstruct,
+    show_neighbours,
+    show_patches,
+    show_prototypes,
+    show_reconstructions,
+)
 from seer_scale.evaluate.knn import knn, labelled_images, why_unlabelled
+from seer_scale.methods.base import Reconstructions
 from seer_scale.observe.gallery import read_gallery
 from tests.ranks import run_ranks
 from tests.tiny import world_of
@@ -239,6 +250,58 @@ def test_pictures_of_patches_are_in_the_gallery(tmp_path):
     assert apart[~np.eye(4, dtype=bool)].min() > 100 and np.abs(maps[0][:2, :2] - maps[0][0, 0]).max() < 40
     first = np.asarray(Image.open(tmp_path / "gallery" / strips[0]["images"][1]), int)
     assert np.abs(first - maps[0]).max() < 40  # what is alike in two images has one colour
+
+
+def half_hidden(images, numbers):
+    """The upper half is not seen; it is filled with mid grey, at half the error of the mean's and at twice."""
+    seen, filled, errors = images.clone(), images.clone(), torch.full((len(images), 2, 2), math.nan)
+    seen[:, :, :8], filled[:, :, :8] = 0, to_float(torch.full((1, 3, 1, 1), 128, dtype=torch.uint8))
+    errors[:, 0] = torch.tensor([0.5, 2.0])
+    assert len(numbers) == len(images)
+    return Reconstructions(seen, filled, errors)
+
+
+def test_reconstructions_of_images_trained_on_and_of_others_are_in_the_gallery(tmp_path):
+    """What is visible is as in the image, to the pixel."""
+    images = images_of(write_corpus(tmp_path))
+    config = Config(
+        data=Data(path=str(tmp_path / "train")),
+        knn=dataclasses.replace(KNN, queries=str(tmp_path / "test")),
+        run=Run(patch_images=3),
+    )
+    shown = images_to_reconstruct(config, images.bank, images)
+    assert [images.indices.tolist() for images in shown] == [[0, 16, 33], [0, 7, 14]]
+    broken = next(i for i in range(34) if "broken" in images.bank.name(i))
+    shown[0] = shown[0]._replace(indices=np.array([0, broken, 33]))
+    show_reconstructions(tmp_path, half_hidden, shown, size=16, batch=2, workers=0, world=World())
+    strips = read_gallery(tmp_path)["reconstructions"]
+    names = ["image 0", "image 33", *(f"image {i} of knn.queries" for i in (0, 7, 14))]
+    assert [strip["caption"] for strip in strips] == names
+    assert all(s["small"] == "error 1.25 of the mean's" for s in strips)
+    for strip, i in zip(strips[-3:], (0, 7, 14), strict=True):
+        whole, seen, filled, errors = (np.asarray(Image.open(tmp_path / "gallery" / n), int) for n in strip["images"])
+        assert np.array_equal(whole, resize_centre(decode(images.queries.read(i)), 16).transpose(1, 2, 0))
+        assert np.array_equal(seen[8:], whole[8:]) and np.array_equal(filled[8:], whole[8:])
+        assert (filled[:8] == 128).all() and (seen[:8] == [124, 116, 104]).all()  # the mean colour of ImageNet
+        assert (errors[:8, :8] == 128).all() and (errors[:8, 8:] == 255).all() and (errors[8:] == [66, 112, 178]).all()
+
+
+def test_images_not_trained_on_are_those_of_other_folders_or_beyond_max_images(tmp_path):
+    labelled = images_of(write_corpus(tmp_path))
+
+    def others(source, data: str, queries: str) -> list[str]:
+        knn = dataclasses.replace(KNN, queries=queries and str(tmp_path / queries))
+        shown = images_to_reconstruct(Config(data=Data(path=str(tmp_path / data)), knn=knn), source, labelled)
+        return [images.caption for images in shown[1:]]
+
+    bank = labelled.bank
+    assert others(bank, "train", "test") == ["image {} of knn.queries"]
+    assert others(bank, "test", "test") == others(bank, ".", "test") == others(bank, "train", "") == []
+    some = subset(bank, np.arange(30))
+    config = Config(data=Data(path=str(tmp_path / "train")), knn=KNN)
+    (_, beyond) = images_to_reconstruct(config, some, labelled)
+    assert beyond.source is bank and beyond.indices.tolist() == [30, 31, 32, 33]
+    assert len(images_to_reconstruct(config, subset(bank, np.arange(34)), None)) == 1
 
 
 @pytest.mark.parametrize("width", [5, 40])  # fewer than patches, and more

@@ -116,24 +116,24 @@ def subset(source: Source, indices: np.ndarray) -> Subset:
 
 
 class Subset(Source):
-    """Some images of another source, `whole`."""
+    """The images `indices` (int64 [m]) of another source, `whole`."""
 
     labels: np.ndarray | None = None
     classes: Sequence[str] = ()
 
     def __init__(self, source: Source, indices: np.ndarray):
-        self.whole, self._indices = source, indices
+        self.whole, self.indices = source, indices
         self.labels = None if source.labels is None else source.labels[indices]
         self.classes = source.classes
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def read(self, i: int) -> bytes:
-        return self.whole.read(int(self._indices[i]))
+        return self.whole.read(int(self.indices[i]))
 
     def name(self, i: int) -> str:
-        return self.whole.name(int(self._indices[i]))
+        return self.whole.name(int(self.indices[i]))
 
     def arrive(self) -> None:
         self.whole.arrive()

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from seer_scale.config import Config
 from seer_scale.errors import Problem
-from seer_scale.methods.base import Baseline
+from seer_scale.methods.base import Baseline, Reconstructions
 from seer_scale.methods.fcmae.settings import FCMAESettings
+from seer_scale.methods.losses.reconstruction import denormalised, images_of, patches_of
 from seer_scale.models.layers.precision import at_least_fp32
 from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 
@@ -70,6 +71,20 @@ def figures(means: Mapping[str, Tensor], loss: float, baseline: Baseline | None)
     return {f"fcmae/{name}": value for name, value in out.items()}
 
 
+def filled_in(predicted: Tensor, images: Tensor, masks: Tensor, side: int, *, normalised: bool) -> Reconstructions:
+    """Of images [N, 3, H, W] and predictions of all their patches [N, h, w, pixels], normalised or not. What is visible
+    is pasted in, as no loss is taken there. masks: bool [N, h, w]."""
+    patches, values = patches_of(at_least_fp32(images), side), at_least_fp32(predicted)
+    if normalised:
+        values = denormalised(values, patches)
+    of_mean = (patches - patches.mean(-1, keepdim=True)).square().mean(-1).clamp(min=torch.finfo(patches.dtype).tiny)
+    return Reconstructions(
+        seen=images_of(patches.masked_fill(masks[..., None], 0), side),
+        filled=images_of(torch.where(masks[..., None], values, patches), side),
+        errors=((values - patches).square().mean(-1) / of_mean).masked_fill(~masks, math.nan),
+    )
+
+
 def plots_of(settings: FCMAESettings) -> tuple[MetricPlot, ...]:
     explained = MetricPlot(
         "Explained of what is not seen",
@@ -108,6 +123,15 @@ SECTIONS = (
             MetricPlot("Largest feature", "fp16 holds no more than 65,504.", "fcmae/feature_max", "largest",
                        limits=(0, None)),
         ),
+    ),
+    ReportSection(
+        "Reconstructions",
+        "An image; what the network sees of it; what it makes of the rest, in the brightness and contrast that each "
+        "patch really has, with what it sees pasted in; and the errors of patches: black is none, white that of the "
+        "patch's mean or more, blue what it sees. Sharp edges are not to be expected: the mean of what may be there "
+        "has the least error. First images that it was trained on, then others: those of knn.queries, or beyond "
+        "data.max_images.",
+        pictures="reconstructions",
     ),
 )  # fmt: skip
 

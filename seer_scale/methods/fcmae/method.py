@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from seer_scale.config import Config
 from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
-from seer_scale.methods.base import Baseline, Features, LossOutput, Method
+from seer_scale.methods.base import Baseline, Features, LossOutput, Method, Reconstructions
 from seer_scale.methods.draws import ViewDraws
 from seer_scale.methods.fcmae.decoder import ConvNeXtDecoder, Decoder, UNetDecoder, is_token
-from seer_scale.methods.fcmae.diagnostics import SECTIONS, batch_metrics, figures, health, plots_of
+from seer_scale.methods.fcmae.diagnostics import SECTIONS, batch_metrics, figures, filled_in, health, plots_of
 from seer_scale.methods.fcmae.settings import FCMAESettings
 from seer_scale.methods.losses.reconstruction import masked_mean, reconstruction_error
 from seer_scale.methods.masking import RandomMasking
@@ -106,6 +106,13 @@ class FCMAE(Method[None, None]):
             drawn.append(masking.masks(noise, view.device))
         return [masks for masks, _ in drawn], [places for _, places in drawn]
 
+    def _predict(
+        self, views: list[Tensor], masks: list[Tensor], places: list[Tensor], draws: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The last stage's maps of what is visible, and predictions of all patches [N_r, h_r, w_r, pixels]."""
+        stages = self.backbone.visible_stages(views, masks, places, draws)
+        return stages[-1], self.decoder(stages, masks, places)
+
     def loss(
         self,
         views: list[Tensor],
@@ -116,8 +123,7 @@ class FCMAE(Method[None, None]):
         with_metrics: bool = False,
     ) -> LossOutput:
         masks, places = self._masks(views, samples_seen, part)
-        stages = self.backbone.visible_stages(views, masks, places, self.draws(views, samples_seen, part))
-        predicted, maps = self.decoder(stages, masks, places), stages[-1]
+        maps, predicted = self._predict(views, masks, places, self.draws(views, samples_seen, part))
         # pooled features take part by nothing: some engines await a gradient of every parameter, the last norm's too
         features = self.backbone.pooled_visible(maps)
         with torch.autocast(views[0].device.type, enabled=False):
@@ -134,6 +140,15 @@ class FCMAE(Method[None, None]):
     def encode(self, images: Tensor) -> Features:
         features = self.backbone([images])[0].float()
         return Features(features, F.normalize(features, dim=1))
+
+    @property
+    def reconstruction_size(self) -> int:
+        return self.recipe.views.crops[0].size
+
+    def reconstruct(self, images: Tensor, numbers: Sequence[int]) -> Reconstructions:
+        masks, places = self.maskings[0].masks(self.maskings[0].noise_of(numbers), images.device)
+        _, (predicted,) = self._predict([images], [masks], [places])
+        return filled_in(predicted, images, masks, self.patch, normalised=self.config.normalise)
 
     # --- what it says of itself
 

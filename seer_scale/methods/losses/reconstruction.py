@@ -24,8 +24,19 @@ def images_of(patches: Tensor, side: int) -> Tensor:
 
 def normalised(patches: Tensor) -> Tensor:
     """Each patch less its mean, over its standard deviation (unbiased), in fp32 at least."""
+    mean, deviation = _mean_and_deviation(patches)
+    return (patches - mean) / deviation
+
+
+def denormalised(predicted: Tensor, patches: Tensor) -> Tensor:
+    """The way back, with means and deviations of `patches`."""
+    mean, deviation = _mean_and_deviation(patches)
+    return predicted * deviation + mean
+
+
+def _mean_and_deviation(patches: Tensor) -> tuple[Tensor, Tensor]:
     x = at_least_fp32(patches)
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + TARGET_EPS).sqrt()
+    return x.mean(-1, keepdim=True), (x.var(-1, keepdim=True) + TARGET_EPS).sqrt()
 
 
 def reconstruction_error(predicted: Tensor, images: Tensor, side: int, *, normalise: bool) -> Tensor:

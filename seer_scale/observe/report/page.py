@@ -198,7 +198,7 @@ def _sections(draw: Figures, pictures: Pictures) -> list[dict[str, Any]]:
             "title": section["title"],
             "note": section["note"],
             "plots": draw.of_method(section["plots"]),
-            "strips": pictures.strips(section["pictures"]),
+            "strips": pictures.strips(section["pictures"], 112),
         }
         for section in latest(draw.events, "sections") or []
     ]

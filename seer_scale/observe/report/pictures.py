@@ -79,10 +79,10 @@ class Pictures:
             strips.append(Strip(pictures, f"image {entry['index']}"))
         return strips
 
-    def strips(self, section: str) -> list[Strip]:
+    def strips(self, section: str, side: int = 80) -> list[Strip]:
         """Of a section of the gallery: `patches`, or one that a method brings."""
         return [
-            Strip([self._picture(name, 80) for name in entry["images"]], entry["caption"], entry.get("small", ""))
+            Strip([self._picture(name, side) for name in entry["images"]], entry["caption"], entry.get("small", ""))
             for entry in self._gallery.get(section, [])
         ]
 
