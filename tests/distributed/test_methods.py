@@ -104,8 +104,9 @@ def trained(kind: str, case: str, world: World, precision: str = "fp32", updates
     engine.average_buffers()
     assert engine.is_finite()
     out = {"losses": losses, "weights": {n: engine.whole(n).numpy().copy() for n in engine.shapes}}
-    if kind == "fcmae":
-        images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
+    if kind in FCMAES:
+        side = engine.method.reconstruction_size
+        images = torch.linspace(-9, 9, 6 * side**2).sin().view(2, 3, side, side)
         out["weights"]["filled in"] = engine.reconstruct(images, [4, 7]).filled.numpy()
     engine.close()
     return out
