@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from seer_scale.config import resolve
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
+from seer_scale.methods.fcmae.diagnostics import filled_in
 from seer_scale.methods.losses.reconstruction import (
     images_of,
     masked_mean,
@@ -103,6 +104,21 @@ def test_loss_and_gradients_are_those_of_dense_masking(recipe, overrides):
     for (name, p), ga, gb in zip(trained.items(), a, b, strict=True):
         torch.testing.assert_close(ga, torch.zeros_like(p) if gb is None else gb, rtol=1e-9, atol=1e-9, msg=name)
         assert ga.abs().max() > 0 or name.startswith("backbone.norm."), name
+
+
+@pytest.mark.parametrize("recipe, overrides", [(FCMAE, {}), (FCMAE, UNET), (FCMAE_REGNETY, {})])
+def test_images_need_not_be_square(recipe, overrides):
+    """Crops are, and no more than these."""
+    config, method = make(recipe, **overrides)
+    grid, side = (2, 5), method.patch
+    images = torch.randn(3, 3, *(side * n for n in grid), generator=torch.Generator().manual_seed(3)).double()
+    masking = RandomMasking(seed=0, grid=grid, ratio=0.6)
+    masks, places = masking.masks(masking.noise_of(range(3)), images.device)
+    _, (predicted,) = method._predict([images], [masks], [places])
+    loss = masked_mean(reconstruction_error(predicted, images, side, normalise=True), masks)
+    torch.testing.assert_close(loss, reference(method, [images], [masks]), rtol=1e-9, atol=1e-9)
+    made = filled_in(predicted, images, masks, side, normalised=True)
+    assert made.filled.shape == images.shape and torch.equal(made.filled[made.seen != 0], images[made.seen != 0])
 
 
 def test_the_loss_has_the_published_figures():

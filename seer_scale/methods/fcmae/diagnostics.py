@@ -21,8 +21,8 @@ from seer_scale.methods.losses.reconstruction import denormalised, images_of, pa
 from seer_scale.models.layers.precision import at_least_fp32
 from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 
-NO_BETTER = 0.98
-"""Of what predicting each patch's mean costs: a loss above has learned nothing."""
+NO_BETTER, DIVERGED = 0.98, 1.1
+"""Of what predicting each patch's mean costs: a loss above the first has learned nothing, above the second worse."""
 DEAD, SATURATED = 0.02, 0.25
 """A channel is dead whose root mean square is at most this share of that of all channels; saturated, if it is not dead
 and deviates from its mean by at most this share of it. In healthy runs none comes near: 0.25 and 1 at least."""
@@ -187,8 +187,10 @@ def _alike(row: Mapping[str, Any]) -> Problem | None:
 
 
 def _learns_nothing(row: Mapping[str, Any], baseline: Baseline) -> Problem | None:
-    if not row["loss"] >= NO_BETTER * baseline.loss:
+    loss, of_mean = row["loss"], f"predicting the mean of each patch costs {baseline.loss:.3f}"
+    if not loss >= NO_BETTER * baseline.loss:
         return None
-    rule = f"predicting the mean of each patch costs {baseline.loss:.3f}: nothing is being learned"
+    if loss > DIVERGED * baseline.loss:
+        return Problem("loss", loss, f"{of_mean}: the run has diverged", CALMER)
     fix = "try a higher optim.lr (a lower one, where the loss was below), a lower fcmae.mask_ratio, or more samples"
-    return Problem("loss", row["loss"], rule, fix)
+    return Problem("loss", loss, f"{of_mean}: nothing is being learned", fix)
