@@ -58,7 +58,7 @@ INVERSE_L2 = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="images to train on, as data.path takes them; they vote, too")
-    parser.add_argument("--recipe", default="photos_laptop", help="a shipped recipe or a YAML file, of SwAV or DINOv2")
+    parser.add_argument("--recipe", default="photos_laptop", help="a shipped recipe or a YAML file")
     parser.add_argument("--queries", default="", help="labelled images to classify (default: a fifth of PATH)")
     parser.add_argument("--samples", type=int, default=0, help="images seen (default: the recipe's)")
     parser.add_argument("--seeds", type=int, default=8, help="how many seeds, from 0 on")
@@ -350,7 +350,7 @@ def _table(
     untrained: list[Trained],
     contenders: list[Contender],
 ) -> list[str]:
-    ours, width = contenders[0], 1 + max(len(c.name) for c in contenders)
+    ours, width = contenders[0], 1 + max(map(len, ["untrained", *(c.name for c in contenders)]))
 
     def of(runs: Sequence[Trained], key: str) -> str:
         return "{:6.2f} ± {:.2f} %".format(*mean_and_error([getattr(one, key) for one in runs]))
