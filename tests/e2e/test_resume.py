@@ -360,7 +360,7 @@ def test_all_ranks_leave_together_while_it_is_measured_what_runs_fastest(tmp_pat
 def _goes_on_after_a_kill(folder, given: dict, *words: str, samples: int = 1200) -> None:
     """kill -9 of fsdp on 2 ranks; zero2 on 3 ranks goes on to the end: as if never stopped."""
     few = {"knn": {"enabled": False}, "health": {"images": 0}, "run": {"prototype_images": 0}}
-    given = {"checkpoint": runs.RECIPE["checkpoint"], "parallel": {"engine": "fsdp"}} | given | few
+    given = {"checkpoint": {"every_samples": 96}, "parallel": {"engine": "fsdp"}} | given | few
     given["train"] = runs.RECIPE["train"] | {"global_batch": 12, "total_samples": samples}
     (folder / "given.yaml").write_text(json.dumps(given))
     words, place = ("train", str(folder / "given.yaml"), *words, "--run.dir"), folder / "run"

@@ -87,6 +87,7 @@ def test_what_stops_learning_is_named_and_a_healthy_run_is_not(kind, steps, lr, 
     assert method.health({"samples_seen": begins, "loss": 0.5}, config) is None  # of a stop
     nothing = dict.fromkeys(rows[-1], math.nan) | {"samples_seen": begins}
     assert method.health(nothing, config) is None  # of a skipped update
+    assert method.health(nothing | {"fcmae/feature_max": math.inf}, config).key == "fcmae/feature_max"
 
 
 def test_figures_are_what_they_say():
@@ -120,6 +121,7 @@ def test_channels_are_counted_by_kind():
     shown = figures(batch_metrics([x, x]), 0.5, None)
     assert (shown["fcmae/dead_channels"], shown["fcmae/saturated_channels"]) == (0.2, 0.3)
     assert figures(batch_metrics([0 * x]), 0.5, None)["fcmae/dead_channels"] == 1
+    batch_metrics([x.to("meta")])  # reads nothing of the device
     broken = figures(batch_metrics([math.nan * x]), math.nan, Baseline("", 1.0))
     assert all(math.isnan(value) for value in broken.values())
 

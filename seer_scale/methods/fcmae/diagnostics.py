@@ -157,7 +157,7 @@ def _too_large(row: Mapping[str, Any]) -> Problem | None:
     if not largest > LARGEST_HALF:
         return None
     rule = f"features beyond {LARGEST_HALF:,.0f} are infinite in fp16, in which the network may be used later"
-    return Problem("fcmae/feature_max", round(largest), rule, f"{CALMER}, or a higher optim.weight_decay")
+    return Problem("fcmae/feature_max", largest, rule, f"{CALMER}, or a higher optim.weight_decay")
 
 
 def _dead(row: Mapping[str, Any]) -> Problem | None:
