@@ -40,7 +40,7 @@ from seer_scale.evaluate.task import NOT_IN_FIGURES, TaskSettings
 from seer_scale.formatting import counted
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.classifier import HEAD_STD, Classifier, LayerDecayBy, parameter_depths
-from seer_scale.models.layers.stateful import share_statistics
+from seer_scale.models.layers.stateful import StatefulLayer, share_statistics
 from seer_scale.models.registry import build_backbone, reset_buffers
 from seer_scale.rng import draw
 
@@ -190,12 +190,16 @@ def begins_with(subject: Subject) -> str:
 
 
 def told_of_statistics(options: TrainingSettings, subject: Subject, num: int = 0) -> str:
-    """Which BatchNorm has, as a protocol says it. num: images there are to train on, where a part may have more."""
+    """Which BatchNorm has, as a protocol says it, after a comma; "" of a network without. num: images there are
+    to train on, where a part may have more."""
+    if not any(isinstance(layer, StatefulLayer) for layer in subject.model.modules()):
+        return ""
     if options.statistics == "synchronised":
         several = f" of {num:,} images" if 0 < num < options.part else ""
-        return f"statistics of {options.part:,} crops{several}"
+        return f", BatchNorm by statistics of {options.part:,} crops{several}"
     images = subject.statistics_images
-    return f"statistics of {counted(images, 'image')}, taken before" if images else "statistics as they were"
+    taken = f"of {counted(images, 'image')}, taken before" if images else "as they were"
+    return f", BatchNorm by statistics {taken}"
 
 
 def new_classifier(evaluation: Evaluation[Any], data: DataSet) -> Classifier:

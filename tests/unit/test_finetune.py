@@ -442,8 +442,10 @@ def test_what_cannot_be_trained_is_told_and_leaves_nothing(squares, tmp_path, gi
 def test_statistics_of_more_crops_than_images_are_told_as_that():
     options = FinetuneSettings()
     task, split = task_class("finetune")(options), Split(None, np.zeros(60, np.int64), ["a"])
-    subject = Subject(path=Path(), model=None, fingerprint="", weights="trained", size=SIZE)
+    subject = Subject(path=Path(), model=backbone(), fingerprint="", weights="trained", size=SIZE)
     assert "BatchNorm by statistics of 256 crops of 60 images; " in task._how(split, subject)
+    subject.model = backbone(CONVNEXT)
+    assert "from the pretrained weights; measured are" in task._how(split, subject), "it has no BatchNorm"
     num = next(n for n in range(1, 10_000) if not told_of_few_updates(options, n))
     assert options.updates(35, num) == 100 and options.updates(35, num - 1) == 99
 

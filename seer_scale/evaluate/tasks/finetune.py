@@ -101,7 +101,7 @@ class Finetune(Task[FinetuneSettings]):
         which = f"the moving average of the weights ({options.ema:g} an update)" if options.ema else "the last weights"
         return (
             f"The whole network was trained on {len(split):,} of these for {counted(options.epochs, 'epoch')} "
-            f"{begins_with(subject)}, BatchNorm by {statistics}; measured are {which}."
+            f"{begins_with(subject)}{statistics}; measured are {which}."
         )
 
 

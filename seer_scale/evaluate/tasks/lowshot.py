@@ -256,8 +256,8 @@ class Lowshot(Task[LowshotSettings | LowshotFinetuneSettings]):
             for shot in shots:
                 num = min(row["images"] for row in table if row["shots"] == shot)
                 warnings += told_of_few_updates(options.of_images(num), num, f"Draws of {shot}: ")
-            how = f"the whole network was trained on each draw for {epochs} {begins_with(subject)}, "
-            how += f"BatchNorm by {statistics}; measured are the last weights"
+            how = f"the whole network was trained on each draw for {epochs} {begins_with(subject)}"
+            how += f"{statistics}; measured are the last weights"
         return Result(
             scores={key: float(value) for key, value in scores.items()},
             headline=f"{names[shots[0]]}_top1",
