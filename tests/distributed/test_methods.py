@@ -15,7 +15,7 @@ from seer_scale.checkpoint import store
 from seer_scale.distributed import World
 from seer_scale.parallel import ENGINES, load
 from tests.ranks import run_ranks
-from tests.tiny import FCMAE, FCMAE_REGNETY, losses_of, tiny, world_of
+from tests.tiny import losses_of, tiny, world_of
 from tests.toy import make, toy
 
 CASES = {
@@ -34,10 +34,7 @@ RUNS += [("timm/test_resnet", case) for case in (*ENGINE_OF_EACH_KIND, "fsdp rec
 RUNS += [(kind, case) for kind in ("timm/test_vit", "timm/test_nfnet") for case in ("fsdp recomputed", "zero3")]
 RUNS += [("our vit", case) for case in (*ENGINE_OF_EACH_KIND, "fsdp recomputed", "fsdp accumulated")]
 RUNS += [("our rotary vit", "zero3 recomputed")]
-RUNS += [("fcmae", case) for case in (*ENGINE_OF_EACH_KIND, "hsdp", "fsdp recomputed", "fsdp accumulated")]
-RUNS += [("fcmae regnety", case) for case in (*ENGINE_OF_EACH_KIND, "zero2", "fsdp recomputed", "zero3 recomputed")]
 RUNS += [("our convnext", case) for case in ("fsdp recomputed", "fsdp accumulated", "zero3", "zero1")]
-RUNS += [("fcmae unet", case) for case in ("fsdp", "zero3", "zero1", "ddp")]
 HALF = [
     ("vit", "fsdp", "bf16"),
     ("our vit", "fsdp", "bf16"),
@@ -45,10 +42,6 @@ HALF = [
     ("teacher", "fsdp", "bf16"),
     ("teacher", "zero1", "bf16"),
     ("classifier", "zero3", "bf16"),
-    ("fcmae", "fsdp", "bf16"),
-    ("fcmae", "zero1", "fp16"),
-    ("fcmae regnety", "fsdp", "bf16"),
-    ("fcmae regnety", "zero1", "fp16"),
     ("autoencoder", "fsdp", "bf16"),
     ("teacher", "ddp", "fp16"),
     ("teacher", "zero2", "fp16"),
@@ -59,9 +52,6 @@ HALF = [
 ]
 OPTIM = {"optim.name": "adamw", "optim.clip_norm": 0.05, "optim.weight_decay_end": 10.0}
 """Gradients are clipped in every update, and a few updates at the beginning of a run decay visibly."""
-FCMAES = {
-    "fcmae": (FCMAE, {}), "fcmae unet": (FCMAE, {"fcmae.decoder": "unet"}), "fcmae regnety": (FCMAE_REGNETY, {}),
-}  # fmt: skip
 NO_REGNETY = {f"model.{key}": None for key in ("depth", "w0", "wa", "wm", "group_width")}
 NO_REGNETY |= {"optim.name": "sgd"}  # AdamW makes a whole step of a gradient that is all rounding
 OF_TIMM = NO_REGNETY | {"views.crops": [{"num": 2, "size": 64}, {"num": 2, "size": 32}]}
@@ -92,9 +82,6 @@ def trained(kind: str, case: str, world: World, precision: str = "fp32", updates
     over = OPTIM | {"parallel.engine": name, "train.precision": precision} | CASES.get(case, {})
     if kind.startswith("timm/"):
         config, engine = tiny(world, **over | OF_TIMM | {"model.name": kind})
-    elif kind in FCMAES:
-        recipe, of_kind = FCMAES[kind]
-        config, engine = tiny(world, recipe, **over | of_kind)
     elif kind in NETWORKS:
         config, engine = tiny(world, **over | NETWORKS[kind])
     else:
@@ -104,10 +91,6 @@ def trained(kind: str, case: str, world: World, precision: str = "fp32", updates
     engine.average_buffers()
     assert engine.is_finite()
     out = {"losses": losses, "weights": {n: engine.whole(n).numpy().copy() for n in engine.shapes}}
-    if kind in FCMAES:
-        side = engine.method.reconstruction_size
-        images = torch.linspace(-9, 9, 6 * side**2).sin().view(2, 3, side, side)
-        out["weights"]["filled in"] = engine.reconstruct(images, [4, 7]).filled.numpy()
     engine.close()
     return out
 
@@ -164,7 +147,7 @@ def ranks(folder):
 @pytest.mark.parametrize("kind,case", RUNS)
 def test_any_method_trains_as_unsharded(ranks, kind, case):
     measure = single(kind)
-    falls = not (kind.startswith("timm/") or kind in NETWORKS or kind in FCMAES)  # in three updates of other images
+    falls = not (kind.startswith("timm/") or kind in NETWORKS)  # in three updates of other images
     assert measure["losses"][-1] < measure["losses"][0] or not falls
     for rank in ranks:
         ours = rank[kind, case, "fp32"]
