@@ -36,8 +36,9 @@ from seer_scale.models.layers.tiles import (
 
 CONVNEXT_STD, GRN_EPS, CONVNEXT_EPS = 0.02, 1e-6, 1e-6
 STAGES, KERNEL = 4, 7
-AT_ONCE = 512
-"""Channels of a depthwise convolution on a CPU: the gradient of more takes 20 ms, whatever the batch, in oneDNN."""
+AT_ONCE = 256
+"""Channels of a depthwise convolution on a CPU: oneDNN takes twice as long for the gradient of 512 together on maps of
+14 x 14, and 20 ms more, whatever the batch, for that of 768."""
 
 
 @dataclass(frozen=True)
