@@ -2,8 +2,8 @@
 (which gives the same values) and against the same unmasked, forward and backward, without decoder.
 
 In one process, in turn; medians, and medians of the ratios within a round. On one CPU thread seconds are of CPU time.
-Memory is what autograd keeps for the backward pass, weights apart. Dense ones run with maps channels first and, where
-that is another way of running them, channels last; the faster counts.
+Memory is what autograd keeps for the backward pass of an image more, so no weight and no cast copy of one. Dense ones
+run with images channels first and channels last; the faster counts.
 """
 
 from __future__ import annotations
@@ -63,27 +63,23 @@ class Contenders:
         self.masking = _masking(args, patch)
         initialise(self.backbone, 0)
         self.backbone.to(self.device).train()
-        self.precision, size = COMPUTE_DTYPES[args.precision], (args.batch, 3, args.size, args.size)
+        self.precision, size = COMPUTE_DTYPES[args.precision], (args.batch + 1, 3, args.size, args.size)
         self.images = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(self.device)
-        noise = torch.rand(args.batch, self.masking.num_patches, generator=torch.Generator().manual_seed(1))
+        noise = torch.rand(args.batch + 1, self.masking.num_patches, generator=torch.Generator().manual_seed(1))
         self.mask, self.places = self.masking.masks(noise, self.device)
 
-    def forwards(self) -> dict[str, Work]:
-        """By "packed", "masked" and "unmasked", the dense ones also with images channels last."""
-        last = self.images.contiguous(memory_format=torch.channels_last)
+    def forwards(self, num: int) -> dict[str, Work]:
+        """Of the first `num` images. By "packed", "masked" and "unmasked", the dense ones also with images channels
+        last."""
+        images, mask, places = self.images[:num], self.mask[:num], self.places[:num]
+        last, net = images.contiguous(memory_format=torch.channels_last), self.backbone
         return {
-            "packed": lambda: self._visible(self.images, [self.places]),
-            "masked": lambda: self._visible(self.images, []),
-            "masked, channels last": lambda: self._visible(last, []),
-            "unmasked": lambda: self._unmasked(self.images),
-            "unmasked, channels last": lambda: self._unmasked(last),
+            "packed": lambda: net.visible_stages([images], [mask], [places])[-1][0],
+            "masked": lambda: net.visible_stages([images], [mask], [])[-1][0],
+            "masked, channels last": lambda: net.visible_stages([last], [mask], [])[-1][0],
+            "unmasked": lambda: net.forward_stages([images])[-1][0],
+            "unmasked, channels last": lambda: net.forward_stages([last])[-1][0],
         }
-
-    def _visible(self, images: Tensor, places: list[Tensor]) -> Tensor:
-        return self.backbone.visible_stages([images], [self.mask], places)[-1][0]
-
-    def _unmasked(self, images: Tensor) -> Tensor:
-        return self.backbone.forward_stages([images])[-1][0]
 
     def both(self, forward: Work) -> float:
         """Forward and backward; seconds of the forward."""
@@ -99,15 +95,15 @@ class Contenders:
         wait(self.device)
         return taken
 
-    def kept(self, forward: Work) -> int:
-        """Bytes that autograd keeps of a forward, weights apart."""
-        weights = {p.untyped_storage().data_ptr() for p in self.backbone.parameters()}
+    def kept(self, way: str) -> int:
+        """Bytes that autograd keeps of an image."""
+        return self._kept(self.forwards(2)[way]) - self._kept(self.forwards(1)[way])
+
+    def _kept(self, forward: Work) -> int:
         found: dict[int, int] = {}
 
         def keep(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in weights:
-                found[storage.data_ptr()] = storage.nbytes()
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with (
@@ -120,9 +116,9 @@ class Contenders:
 
     def apart(self) -> float:
         """The largest difference of packed values from masked ones, as a share of the largest value."""
-        packed, masked = (self.forwards()[name]().float() for name in ("packed", "masked"))
-        masked = masked * ~self.mask[..., None]
-        return ((on_canvas(packed, self.mask.shape[1:], self.places) - masked).abs().max() / masked.abs().max()).item()
+        packed, masked = (self.forwards(len(self.mask))[name]().float() for name in ("packed", "masked"))
+        difference = on_canvas(packed, self.mask.shape[1:], self.places) - masked * ~self.mask[..., None]
+        return (difference.abs().max() / packed.abs().max()).item()
 
 
 def _masking(args: argparse.Namespace, patch: int) -> RandomMasking:
@@ -143,7 +139,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(*wrong)
     torch.set_num_threads(args.threads)
     contenders = Contenders(args)
-    works = contenders.forwards()
+    works = contenders.forwards(args.batch)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for turn in range(args.rounds + 1):  # the first warms up
         for name, forward in works.items():
@@ -163,7 +159,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "way": way,
             "forward_s": statistics.median(f for f, _ in times[way]),
             "both_s": statistics.median(b for _, b in times[way]),
-            "kept_bytes": contenders.kept(works[way]),
+            "kept_bytes": contenders.kept(way),
             "macs": counter.get_total_flops() / 2 / args.batch,
         }
     kinds = {}
@@ -205,17 +201,17 @@ def run(args: argparse.Namespace) -> str:
     lines = [
         f"{got['model']}, {got['batch']} images of {got['size']} x {got['size']}, {got['seen']} of {got['patches']} "
         f"patches seen, {got['precision']}, {got['where']}",
-        f"{'':28}{'forward':>10}{'and backward':>15}{'kept for it':>13}{'GMAC an image':>15}",
+        f"{'':28}{'forward':>10}{'and backward':>15}{'kept an image':>15}{'GMAC an image':>15}",
     ]
     for name, row in got["rows"].items():
         word = CONTENDERS[name] + (", channels last" if "," in row["way"] else "")
         lines.append(
             f"{word:28}{1e3 * row['forward_s']:7.0f} ms{1e3 * row['both_s']:12.0f} ms"
-            f"{memory_size(row['kept_bytes']):>13}{row['macs'] / 1e9:15.3f}"
+            f"{memory_size(row['kept_bytes']):>15}{row['macs'] / 1e9:15.3f}"
         )
     for against, ratio in got["ratios"].items():
         lines.append(
-            f"{'packed / ' + CONTENDERS[against]:28}{ratio['forward']:10.3f}{ratio['both']:15.3f}{ratio['kept']:13.3f}"
+            f"{'packed / ' + CONTENDERS[against]:28}{ratio['forward']:10.3f}{ratio['both']:15.3f}{ratio['kept']:15.3f}"
             f"{ratio['macs']:15.3f}"
         )
     lines.append(f"medians of {args.rounds} rounds in turn; packed and masked values differ by at most "
