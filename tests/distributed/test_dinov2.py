@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from seer_scale.bench.collectives import CollectiveCounter
-from seer_scale.checkpoint import store
 from seer_scale.config import Config
 from seer_scale.distributed import World
 from seer_scale.methods.registry import build_method
@@ -19,21 +18,12 @@ from seer_scale.models.layers.norm import BatchNorm
 from seer_scale.parallel import build_engine
 from seer_scale.parallel.engine import Engine
 from seer_scale.training.initial_weights import find_initial_weights
+from tests import over_engines
+from tests.over_engines import CASES, CHAIN, LR, OF_EACH_KIND, check_same, left_by, settings
 from tests.ranks import run_ranks
 from tests.tiny import DINOV2, losses_of, micro_batches, tiny, world_of
 from tests.unit.test_dinov2 import ANCHORED, OF_REGNETY
 
-CASES = {
-    "single": {},
-    "ddp": {}, "fsdp": {}, "hsdp": {"parallel.replicate_degree": 2}, "zero1": {}, "zero2": {}, "zero3": {},
-    "fairscale": {},
-    "fsdp recomputed": {"parallel.activation_checkpoint": "every 1"},
-    "zero3 recomputed": {"parallel.activation_checkpoint": "every 1"},
-    "ddp accumulated": {"train.micro_batch": 2}, "fsdp accumulated": {"train.micro_batch": 2},
-    "zero1 accumulated": {"train.micro_batch": 2}, "zero3 accumulated": {"train.micro_batch": 2},
-    "zero2 offloaded": {"parallel.offload": True},
-    "fsdp kept": {"parallel.reshard_after_forward": False},
-}  # fmt: skip
 KINDS = {
     "vit": {},
     "centred": {"dinov2.centering": "softmax", "dinov2.shared_head": True, "dinov2.patch_bottleneck": 256,
@@ -41,7 +31,6 @@ KINDS = {
     "anchored": ANCHORED,
     "regnety": OF_REGNETY | {"dinov2.mask_exact": True},
 }  # fmt: skip
-OF_EACH_KIND = ("ddp", "fsdp", "zero1", "zero3", "fairscale")
 RUNS = {
     2: [("vit", case) for case in CASES if case != "single"]
     + [("centred", case) for case in ("zero1", "fsdp", "fsdp accumulated")]
@@ -52,25 +41,17 @@ RUNS = {
 HALF = [("fsdp", "bf16"), ("fsdp", "fp16"), ("zero3", "fp16"), ("ddp", "bf16")]
 OPTIM = {"optim.name": "adamw", "optim.clip_norm": 0.5, "optim.clip_by": "part", "optim.layer_decay": 0.8,
          "optim.patch_lr": 0.2, "optim.weight_decay_end": 10.0, "optim.exclude_vectors": True}  # fmt: skip
-UPDATES, LR = 3, 1e-3
-CHAIN = ("fsdp", "zero3", "fairscale", "zero1", "ddp")
-"""Engines that go on from each other's checkpoints, an update each."""
 
 
 def engine_of(kind: str, case: str, world: World, **more: object) -> tuple[Config, Engine]:
-    name = {"hsdp": "fsdp"}.get(case, case.split()[0])
-    return tiny(world, DINOV2, **OPTIM | {"parallel.engine": name} | CASES[case] | KINDS[kind] | more)
+    return tiny(world, DINOV2, **OPTIM | settings(case) | KINDS[kind] | more)
 
 
 def trained(kind: str, case: str, world: World, **more: object) -> dict:
     config, engine = engine_of(kind, case, world, **more)
-    losses = losses_of(engine, config, world, range(UPDATES), LR)
-    engine.average_buffers()
-    assert engine.is_finite()
-    weights = {n: engine.whole(n).numpy().copy() for n in engine.shapes}
-    statistics = {n: b.numpy().copy() for n, b in engine.method.named_buffers() if b.is_floating_point()}
+    out = over_engines.trained(config, engine, world)
     engine.close()
-    return {"losses": losses, "weights": weights | statistics}
+    return out
 
 
 @functools.cache
@@ -79,26 +60,9 @@ def single(kind: str, **more: object) -> dict:
     return trained(kind, "single", World(), **more)
 
 
-def chained(world: World, folder: Path, first: int = 0, path: Path | None = None) -> list[float]:
-    """Losses of a run whose every update is made by another engine, from the checkpoint of the one before."""
-    losses = []
-    for step, name in list(enumerate(CHAIN))[first:]:
-        config, engine = engine_of("vit", name if world.size > 1 else "single", world)
-        if path:
-            store.load(path, engine.state(), world)
-            engine.refresh()
-        losses += losses_of(engine, config, world, range(step, step + 1), LR)
-        engine.average_buffers()
-        path = store.save(
-            folder, engine.state(), {"samples_seen": 8 * (step + 1), "export": {"prefix": "teacher."}}, world
-        )
-        engine.close()
-    return losses
-
-
-def last_of(folder: Path) -> Path:
-    """What `chained` left there."""
-    return folder / f"samples-{8 * len(CHAIN):012d}"
+def chained(world: World, folder: Path, *given: object) -> list[float]:
+    own = {"export": {"prefix": "teacher."}}
+    return over_engines.chained(lambda case: engine_of("vit", case, world), world, folder, *given, **own)
 
 
 def skipped(world: World, case: str) -> list[str]:
@@ -169,7 +133,7 @@ def everything(rank: int, size: int, folder: Path) -> dict:
         out |= {("skipped", case): skipped(world, case) for case in ("fsdp", "zero1")}
         out |= {("shown", case): shown(world, case) for case in (*OF_EACH_KIND, "ddp accumulated")}
         out |= {("counted", case): counted(world, case) for case in ("ddp", "fsdp")}
-        left = last_of(folder / str(size))
+        left = left_by(folder / str(size))
         out |= {("larger", case): begun_larger(world, case, left) for case in ("fsdp", "zero3", "zero1")}
     return out
 
@@ -186,12 +150,8 @@ def ranks(folder):
 
 @pytest.mark.parametrize("size,kind,case", [(size, *run) for size in RUNS for run in RUNS[size]])
 def test_losses_student_and_teacher_are_the_unsharded_runs(ranks, size, kind, case):
-    measure = single(kind)
     for rank in ranks[size]:
-        ours = rank[kind, case]
-        np.testing.assert_allclose(ours["losses"], measure["losses"], rtol=1e-5)
-        for name, weight in measure["weights"].items():
-            np.testing.assert_allclose(ours["weights"][name], weight, rtol=1e-4, atol=2e-5, err_msg=name)
+        check_same(rank[kind, case], single(kind))
 
 
 def test_accumulation_keeps_the_algorithm():
@@ -212,14 +172,14 @@ def test_any_engine_on_any_number_of_ranks_goes_on(ranks, folder, size):
     """Another engine for each update; and one rank from what they left before the last two."""
     expected = chained(World(), folder / "one")
     np.testing.assert_allclose(ranks[size][0]["chain"], expected, rtol=1e-4)
-    left = folder / str(size) / f"samples-{8 * (len(CHAIN) - 2):012d}"
+    left = left_by(folder / str(size), 2)
     ended = chained(World(), folder / f"after {size}", len(CHAIN) - 2, left)
     np.testing.assert_allclose(ended, expected[-2:], rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["fsdp", "zero3", "zero1"])
 def test_sharded_tables_of_positions_are_resized_as_whole_ones(ranks, folder, case):
-    expected = begun_larger(World(), "single", last_of(folder / "2"))
+    expected = begun_larger(World(), "single", left_by(folder / "2"))
     assert {n for n in expected} == {"student.embed.pos_embed", "teacher.embed.pos_embed"}
     for rank in ranks[2]:
         for name, table in rank["larger", case].items():

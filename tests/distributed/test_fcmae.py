@@ -10,29 +10,31 @@ import numpy as np
 import pytest
 import torch
 
-from seer_scale.checkpoint import store
 from seer_scale.config import Config
 from seer_scale.distributed import World
 from seer_scale.parallel.engine import Engine
+from tests import over_engines
+from tests.over_engines import CHAIN, OF_EACH_KIND, check_same, left_by, settings
 from tests.ranks import run_ranks
-from tests.tiny import FCMAE, FCMAE_REGNETY, losses_of, tiny, world_of
+from tests.tiny import FCMAE, FCMAE_REGNETY, tiny, world_of
 
-CASES = {
-    "single": {},
-    "ddp": {}, "fsdp": {}, "hsdp": {"parallel.replicate_degree": 2}, "zero1": {}, "zero2": {}, "zero3": {},
-    "fairscale": {},
-    "fsdp recomputed": {"parallel.activation_checkpoint": "every 1"},
-    "zero3 recomputed": {"parallel.activation_checkpoint": "every 1"},
-    "fsdp accumulated": {"train.micro_batch": 2}, "zero3 accumulated": {"train.micro_batch": 2},
-}  # fmt: skip
 KINDS = {
     "convnext": (FCMAE, {}), "unet": (FCMAE, {"fcmae.decoder": "unet"}), "regnety": (FCMAE_REGNETY, {}),
 }  # fmt: skip
 """The last two have BatchNorm, whose statistics are those of a micro-batch."""
-OF_EACH_KIND = ("ddp", "fsdp", "zero1", "zero3", "fairscale")
 RUNS = {
     1: [("convnext", case) for case in ("ddp", "fsdp", "zero2", "zero3", "fairscale")],
-    2: [("convnext", case) for case in CASES if case not in ("single", "zero2")]
+    2: [
+        ("convnext", case)
+        for case in (
+            *OF_EACH_KIND,
+            "hsdp",
+            "fsdp recomputed",
+            "zero3 recomputed",
+            "fsdp accumulated",
+            "zero3 accumulated",
+        )
+    ]
     + [("unet", case) for case in ("ddp", "fsdp", "zero1", "zero3")]
     + [("regnety", case) for case in (*OF_EACH_KIND, "fsdp recomputed", "zero3 recomputed")],
     4: [("convnext", case) for case in ("hsdp", "zero1", "zero3")] + [("regnety", case) for case in ("fsdp", "zero2")],
@@ -40,28 +42,20 @@ RUNS = {
 HALF = [("convnext", "fsdp", "bf16"), ("convnext", "zero1", "fp16"), ("regnety", "fsdp", "bf16"),
         ("regnety", "zero1", "fp16")]  # fmt: skip
 OPTIM = {"optim.name": "adamw", "optim.clip_norm": 0.05, "optim.weight_decay_end": 10.0}
-UPDATES, LR = 3, 1e-3
-CHAIN = ("fsdp", "zero3", "fairscale", "zero1", "ddp")
-"""Engines that go on from each other's checkpoints, an update each."""
 
 
 def engine_of(kind: str, case: str, world: World, **more: object) -> tuple[Config, Engine]:
-    name, (recipe, of_kind) = {"hsdp": "fsdp"}.get(case, case.split()[0]), KINDS[kind]
-    return tiny(world, recipe, **OPTIM | {"parallel.engine": name} | CASES[case] | of_kind | more)
+    recipe, of_kind = KINDS[kind]
+    return tiny(world, recipe, **OPTIM | settings(case) | of_kind | more)
 
 
 def trained(kind: str, case: str, world: World, **more: object) -> dict:
     config, engine = engine_of(kind, case, world, **more)
-    losses = losses_of(engine, config, world, range(UPDATES), LR)
-    engine.average_buffers()
-    assert engine.is_finite()
-    weights = {n: engine.whole(n).numpy().copy() for n in engine.shapes}
-    statistics = {n: b.numpy().copy() for n, b in engine.method.named_buffers() if b.is_floating_point()}
-    side = engine.method.reconstruction_size
+    out, side = over_engines.trained(config, engine, world), engine.method.reconstruction_size
     images = torch.linspace(-9, 9, 6 * side**2).sin().view(2, 3, side, side)
-    filled = {"filled in": engine.reconstruct(images, [4, 7]).filled.numpy()}
+    out["weights"]["filled in"] = engine.reconstruct(images, [4, 7]).filled.numpy()
     engine.close()
-    return {"losses": losses, "weights": weights | statistics | filled}
+    return out
 
 
 @functools.cache
@@ -70,19 +64,8 @@ def single(kind: str, **more: object) -> dict:
     return trained(kind, "single", World(), **more)
 
 
-def chained(kind: str, world: World, folder: Path, first: int = 0, path: Path | None = None) -> list[float]:
-    """Losses of a run whose every update is made by another engine, from the checkpoint of the one before."""
-    losses = []
-    for step, name in list(enumerate(CHAIN))[first:]:
-        config, engine = engine_of(kind, name if world.size > 1 else "single", world)
-        if path:
-            store.load(path, engine.state(), world)
-            engine.refresh()
-        losses += losses_of(engine, config, world, range(step, step + 1), LR)
-        engine.average_buffers()
-        path = store.save(folder / kind, engine.state(), {"samples_seen": 8 * (step + 1)}, world)
-        engine.close()
-    return losses
+def chained(kind: str, world: World, folder: Path, *given: object) -> list[float]:
+    return over_engines.chained(lambda case: engine_of(kind, case, world), world, folder / kind, *given)
 
 
 def everything(rank: int, size: int, folder: Path) -> dict:
@@ -107,12 +90,8 @@ def ranks(folder):
 
 @pytest.mark.parametrize("size,kind,case", [(size, *run) for size in RUNS for run in RUNS[size]])
 def test_losses_and_weights_are_the_unsharded_runs(ranks, size, kind, case):
-    measure = single(kind)
     for rank in ranks[size]:
-        ours = rank[kind, case]
-        np.testing.assert_allclose(ours["losses"], measure["losses"], rtol=1e-5)
-        for name, weight in measure["weights"].items():
-            np.testing.assert_allclose(ours["weights"][name], weight, rtol=1e-4, atol=2e-5, err_msg=name)
+        check_same(rank[kind, case], single(kind))
 
 
 @pytest.mark.parametrize("kind,engine,precision", HALF)
@@ -127,6 +106,6 @@ def test_any_engine_on_any_number_of_ranks_goes_on(ranks, folder, size, kind):
     """Another engine for each update; and one rank from what they left before the last two."""
     expected = chained(kind, World(), folder / "one")
     np.testing.assert_allclose(ranks[size][0]["chain", kind], expected, rtol=1e-4)
-    left = folder / str(size) / kind / f"samples-{8 * (len(CHAIN) - 2):012d}"
+    left = left_by(folder / str(size) / kind, 2)
     ended = chained(kind, World(), folder / f"after {size}", len(CHAIN) - 2, left)
     np.testing.assert_allclose(ended, expected[-2:], rtol=1e-4)
