@@ -211,7 +211,8 @@ class Block(nn.Module):
         taken = Travelling.of(xs)
         ys = [relu(y, inplace=True) for y in self.conv1(xs)]
         ys = [relu(y, inplace=True) for y in self.conv2(taken.with_maps(ys))]
-        ys = self.conv3(taken.with_maps(self.se(taken.with_maps(ys))))
+        ys = self.se(taken.with_maps(ys))
+        ys = self.conv3(taken.with_maps(ys))
         shortcuts = self.downsample(xs) if self.downsample is not None else taken.maps
         return taken.with_maps([relu(y.add_(shortcut), inplace=True) for y, shortcut in zip(ys, shortcuts)])
 
