@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PRODUCTS: dict[str, Callable[..., int]] = {}
@@ -100,13 +101,17 @@ def moved_bytes(out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def cpu_workspace(name: str, out: Any, args: tuple[Any, ...]) -> int:
     """Bytes that a kernel of torch's for CPUs takes while it runs, its result among them, in fp32: oneDNN computes on
-    blocked copies, BatchNorm's backward on a copy of the gradient, and gloo's reduce-scatter on one of its input. (Seen
-    with torch 2.14; half precision differs.)
+    blocked copies of weights and of maps with channels first, BatchNorm's backward on a copy of the gradient, and
+    gloo's reduce-scatter on one of its input. (Seen with torch 2.14; half precision differs.)
     """
     result = sum(map(_bytes, tensors(out)))
     if name == "aten.convolution" and len(args[0]) >= ONEDNN_BATCH:
+        if args[0].is_contiguous(memory_format=torch.channels_last):
+            return result + 2 * _bytes(args[1])
         return result + max(_bytes(args[0]) if args[1].shape[1] > 3 else 0, _bytes(out))
     if name == "aten.convolution_backward" and len(args[1]) >= ONEDNN_BATCH:
+        if args[1].is_contiguous(memory_format=torch.channels_last):
+            return result + 3 * _bytes(args[2])
         y, x, is_image = _bytes(args[0]), _bytes(args[1]), args[2].shape[1] <= 3
         return result + (y if is_image else max(2 * x * bool(args[10][0]), x + y))
     if name == "c10d._reduce_scatter_base_":

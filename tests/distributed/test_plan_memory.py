@@ -50,6 +50,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "train": {"total_samples": 480, "global_batch": 96, "micro_batch": 8},
         "optim": {"name": "sgd", "lr": 0.1},
     },
+    "tiles": {
+        "model": {"name": "regnety", "depth": 5, "w0": 32, "wa": 48.0, "wm": 2.0, "group_width": 16},
+        "views": {"crops": [{"num": 2, "size": 96}]},
+        "method": {"name": "fcmae"},
+        "fcmae": {"decoder_width": 32},
+        "swav": {},
+        "optim": {"name": "sgd", "lr": 0.1},
+    },
 }
 """By what most of the peak is, or how it comes about."""
 Case = tuple[str, str, str]
@@ -58,6 +66,7 @@ FEW: list[Case] = [
     ("activations", "ddp", "none"),
     ("weights", "fairscale", "none"),
     ("micro-batches", "fsdp", "every 1"),
+    ("tiles", "ddp", "every 1"),
 ]
 """Without DeepSpeed, whose import by three processes takes as long as all of these."""
 ALL = product(MODELS, ("ddp", "fsdp", "zero1", "zero2", "zero3", "fairscale"), ("none", "every 1"))
@@ -68,7 +77,7 @@ CLOSE = 0.05
 def config_of(model: str, engine: str, recomputed: str) -> Config:
     given = RECIPE | {"train": {"total_samples": 160, "global_batch": 16}} | MODELS[model]
     over = {"parallel": {"engine": engine, "activation_checkpoint": recomputed}}
-    return resolve(given, over, world_size=RANKS)
+    return resolve({name: section for name, section in given.items() if section}, over, world_size=RANKS)
 
 
 # ------------------------------------------------------------------------------------------------ the real update
