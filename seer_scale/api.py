@@ -321,7 +321,7 @@ def embed(
 
 @dataclass(frozen=True)
 class ViewSheet:
-    """The crops that training would see. crops: for each kind in views.crops uint8 [num, S, S, 3]."""
+    """The crops that training would see. crops: for each kind in views.crops uint8 [num, H, W, 3]."""
 
     crops: list[np.ndarray]
 

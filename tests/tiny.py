@@ -85,7 +85,7 @@ def fake_views(config: Config, step: int, world: World) -> list[torch.Tensor]:
     b = config.train.global_batch // world.size
     out = []
     for crop in config.views.crops:
-        whole = torch.randn(crop.num, config.train.global_batch, 3, crop.size, crop.size, generator=generator)
+        whole = torch.randn(crop.num, config.train.global_batch, 3, *crop.shape, generator=generator)
         out.append(whole[:, world.rank * b : (world.rank + 1) * b].flatten(0, 1))
     return out
 

@@ -269,7 +269,7 @@ def measure_host(clock: Clock, memory: Memory) -> Interval:
     with torch.device("meta"):
         method = build_method(config, world)
     engine = build_engine(method, config, world)
-    views = [torch.randn(c.num * 8, 3, c.size, c.size, device=clock.device) for c in config.views.crops]
+    views = [torch.randn(c.num * 8, 3, *c.shape, device=clock.device) for c in config.views.crops]
 
     def update() -> None:
         engine.gradients([lambda: views], samples_seen=0)

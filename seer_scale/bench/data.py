@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from seer_scale.config import Crop, Data, Photometric, Views, load_recipe, resolve
+from seer_scale.config import Crop, Data, Photometric, Views, load_recipe, resolve, size_text
 from seer_scale.cores import available_cores
 from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> str:
         ])  # fmt: skip
     by_workers = {w: _compare(column, [r[0] for r in rounds]) for w, column in zip(workers, zip(*rounds))}
     pixels = statistics.median(math.prod(decode(d).shape[:2]) for d in images[:50])
-    crops = " + ".join(f"{c.num} x {c.size}" for c in views.crops)
+    crops = " + ".join(f"{c.num} x {size_text(c.size)}" for c in views.crops)
     title = (
         f"{len(images)} images of {args.path}, median {pixels / 1e6:.2f} megapixels and "
         f"{statistics.median(map(len, images)) / 1e3:.0f} kB; {crops}; one thread"

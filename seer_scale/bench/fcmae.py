@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seer_scale.bench.calibrate import clock_of
 from seer_scale.bench.plan import time_kinds
 from seer_scale.bench.ranks import wait, where
+from seer_scale.config import multiples_near
 from seer_scale.errors import Problem, UserError
 from seer_scale.files import to_json
 from seer_scale.formatting import memory_size
@@ -123,8 +124,8 @@ class Contenders:
 
 def _masking(args: argparse.Namespace, patch: int) -> RandomMasking:
     if args.size < patch or args.size % patch:
-        near = tuple(n for n in (args.size // patch * patch, -(-args.size // patch) * patch) if n)
-        raise UserError(Problem("--size", args.size, f"must be a multiple of the {patch} pixels of a patch", near))
+        rule = f"must be a multiple of the {patch} pixels of a patch"
+        raise UserError(Problem("--size", args.size, rule, multiples_near(args.size, patch)))
     grid = (args.size // patch,) * 2
     masking = RandomMasking(seed=0, grid=grid, ratio=args.mask_ratio)
     if not 0 < masking.keep <= masking.num_patches:

@@ -193,7 +193,7 @@ class DINOv2Loop(PlainLoop[DINOv2]):
                 tokens = network.tokens(list(images), masks)
                 return torch.cat([x.flatten() for of_size in tokens for x in of_size])
 
-            macs = sum(len(v) * network.num_macs(v.shape[-1]) for v in images)
+            macs = sum(len(v) * network.num_macs((v.shape[2], v.shape[3])) for v in images)
             return Part(macs=macs, forward=forward, is_trained=who == STUDENT)
 
         def head(who: str, num: int, *, of_patches: bool) -> Part:

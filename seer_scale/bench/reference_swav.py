@@ -129,9 +129,8 @@ class SwAVLoop(PlainLoop[SwAV]):
             for m in part.modules()
             if isinstance(m, nn.Linear)
         )
-        sizes = [(len(v), v.shape[-1]) for v in views]
         features = torch.randn(
-            sum(n for n, _ in sizes), method.backbone.num_features, device=views[0].device, requires_grad=True
+            sum(map(len, views)), method.backbone.num_features, device=views[0].device, requires_grad=True
         )
 
         def scores() -> Tensor:
@@ -140,7 +139,7 @@ class SwAVLoop(PlainLoop[SwAV]):
 
         return {
             "backbone": Part(
-                macs=sum(n * method.backbone.num_macs(size) for n, size in sizes),
+                macs=sum(len(v) * method.backbone.num_macs((v.shape[2], v.shape[3])) for v in views),
                 forward=lambda: torch.cat(method.backbone(list(views))),
             ),
             "head and prototypes": Part(macs=len(features) * linear, forward=scores),

@@ -25,7 +25,7 @@ from seer_scale.bench.ranks import wait
 from seer_scale.bench.reference import Part, PlainLoop
 from seer_scale.bench.reference_dinov2 import DINOv2Loop
 from seer_scale.bench.reference_swav import SwAVLoop
-from seer_scale.config import Config, Crop, merge
+from seer_scale.config import Config, Crop, merge, size_text
 from seer_scale.config.schema import Method, Model
 from seer_scale.distributed import World
 from seer_scale.errors import NOTHING, Problem, UserError
@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=8, help="images an update")
     parser.add_argument(
-        "--crops", default="", help="number x size of each kind of crop (default: the recipe's, or small ones)"
+        "--crops",
+        default="",
+        help="number x size, or number x height x width, of each kind of crop (default: the recipe's, or small ones)",
     )
     parser.add_argument("--prototypes", type=int, default=0, help="(default: the recipe's, or few)")
     parser.add_argument(
@@ -111,12 +113,14 @@ def check_calibrate(args: argparse.Namespace) -> None:
         raise UserError(*problems)
 
 
-def read_crops(text: str) -> list[dict[str, int]]:
-    """`2x96,4x64` as views.crops. Raises UserError."""
-    try:
-        return [dict(zip(("num", "size"), map(int, kind.split("x")), strict=True)) for kind in text.split(",")]
-    except ValueError:
-        raise UserError(Problem("--crops", text, "must be number x size of each kind", ("2x96,4x64",))) from None
+def read_crops(text: str) -> list[dict[str, Any]]:
+    """`2x96,4x48x64` as views.crops. Raises UserError."""
+    kinds = [kind.split("x") for kind in text.split(",")]
+    if not all(len(kind) in (2, 3) and all(map(str.isdecimal, kind)) for kind in kinds):
+        rule = "must be number x size, or number x height x width, of each kind"
+        raise UserError(Problem("--crops", text, rule, ("2x96,4x64",)))
+    of_kinds = [list(map(int, kind)) for kind in kinds]
+    return [{"num": num, "size": size if len(size) > 1 else size[0]} for num, *size in of_kinds]
 
 
 def small_recipe(method: str, batch: int) -> dict[str, Any]:
@@ -171,10 +175,10 @@ def with_batch(config: Config, batch: int, micro_batch: int = 0) -> Config:
 def fake_views(
     crops: Sequence[Crop], batch: int, device: torch.device, channels_last: bool, seed: int = 0
 ) -> list[Tensor]:
-    """Random images, for each resolution [num * batch, 3, S, S]."""
+    """Random images, for each resolution [num * batch, 3, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    sizes = [(c.num * batch, 3, c.size, c.size) for c in crops]
+    sizes = [(c.num * batch, 3, *c.shape) for c in crops]
     return [torch.randn(s, generator=generator).to(device).contiguous(memory_format=layout) for s in sizes]
 
 
@@ -276,7 +280,7 @@ def run(args: argparse.Namespace) -> str:
     threads = torch.get_num_threads()
     on_cpu = f"CPU, {threads} threads" if threads > 1 else "CPU time of 1 thread"
     place = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
-    crops, precision = ",".join(f"{c.num}x{c.size}" for c in kinds), config.train.precision
+    crops, precision = ",".join(f"{c.num}x{size_text(c.size)}" for c in kinds), config.train.precision
     lines = [f"{name}, crops {crops}, batch {batch}, {precision}, {place}, torch {torch.__version__}"]
     rates = {loop: batch * args.updates / statistics.median(seconds) for loop, seconds in times.items()}
     ratio = statistics.median(r / o for o, r in zip(times["ours"], times["reference"])) if reference else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_scale.checkpoint import store
+from seer_scale.config import size_text
 from seer_scale.distributed import World
 from seer_scale.formatting import counted, memory_size
 
@@ -100,7 +101,7 @@ def _preprocessing(how: dict[str, Any] | None) -> str:
     if not how:
         return "unknown"
     filtered = f"{how['interpolation']}{', antialiased' * how['antialias']}"
-    sizes = ", ".join(map(str, how["training_sizes"]))
+    sizes = ", ".join(map(size_text, how["training_sizes"]))
     mean, std = (" ".join(f"{v:g}" for v in how[key]) for key in ("mean", "std"))
     return (
         f"short side {how['resize_short_side']} ({filtered}), {how['crop']} {how['size']}, mean {mean}, std {std}; "

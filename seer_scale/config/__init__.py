@@ -1,7 +1,7 @@
 """Recipes: frozen typed dataclasses (`schema`), read (`fields`), checked (`checks`) and resolved (`recipe`); methods
 bring their own sections (`method_settings`)."""
 
-from seer_scale.config.checks import check_rules, divisor_near, unused_keys
+from seer_scale.config.checks import check_rules, divisor_near, multiples_near, unused_keys
 from seer_scale.config.fields import keys_of, opt, read_section
 from seer_scale.config.method_settings import all_keys, keys_of_network, register_settings, settings_classes
 from seer_scale.config.recipe import (
@@ -29,6 +29,7 @@ from seer_scale.config.schema import (
     Data,
     EngineName,
     Health,
+    ImageSize,
     Knn,
     Method,
     MethodSettings,
@@ -42,6 +43,9 @@ from seer_scale.config.schema import (
     Train,
     Views,
     keys_of_model,
+    shape_of,
+    sides_of,
+    size_text,
 )
 
 __all__ = [
@@ -56,6 +60,7 @@ __all__ = [
     "Data",
     "EngineName",
     "Health",
+    "ImageSize",
     "Knn",
     "Method",
     "MethodSettings",
@@ -78,6 +83,7 @@ __all__ = [
     "keys_of_network",
     "load_recipe",
     "merge",
+    "multiples_near",
     "opt",
     "parse_overrides",
     "plugins_of",
@@ -88,6 +94,9 @@ __all__ = [
     "register_settings",
     "resolve",
     "settings_classes",
+    "shape_of",
+    "sides_of",
+    "size_text",
     "unused_keys",
     "yaml_problem",
 ]

@@ -44,8 +44,9 @@ def divisor_near(number: int, of: int, at_most: bool = False) -> int:
     return min(divisors, key=lambda d: abs(d - number))
 
 
-def _multiples(batch: int, ranks: int) -> tuple[int, ...]:
-    return tuple(n for n in (batch // ranks * ranks, -(-batch // ranks) * ranks) if n)
+def multiples_near(number: int, of: int) -> tuple[int, ...]:
+    """The multiples of `of` around `number`, but 0."""
+    return tuple(dict.fromkeys(n for n in (number // of * of, -(-number // of) * of) if n))
 
 
 def _is_meshed(config: Config) -> bool:
@@ -87,7 +88,7 @@ RULES = (
         ("train.global_batch", "parallel.ranks"),
         lambda config, ranks: config.train.global_batch % ranks,
         lambda config, ranks: f"must divide evenly among the ranks ({ranks})",
-        lambda config, ranks: _multiples(config.train.global_batch, ranks),
+        lambda config, ranks: multiples_near(config.train.global_batch, ranks),
     ),
     Rule(
         ("parallel.sync_bn_group", "parallel.ranks"),
@@ -158,7 +159,7 @@ RULES = (
     ),
     Rule(
         ("views.crops",),
-        lambda config, ranks: len({crop.size for crop in config.views.crops}) < len(config.views.crops),
+        lambda config, ranks: len({crop.shape for crop in config.views.crops}) < len(config.views.crops),
         "each kind of crop needs a size of its own",
         "give kinds of one size one entry",
         value=lambda config, ranks: [crop.size for crop in config.views.crops],

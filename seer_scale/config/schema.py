@@ -118,10 +118,30 @@ class Data:
         return self.photometric == "device" or self.photometric == "auto" and device == "cuda"
 
 
+ImageSize = int | tuple[int, int]
+"""In pixels: the side of a square, or (height, width)."""
+
+
+def shape_of(size: ImageSize) -> tuple[int, int]:
+    """(height, width)"""
+    return (size, size) if isinstance(size, int) else size
+
+
+def sides_of(size: ImageSize) -> dict[str, int]:
+    """A square's side as "it", others' as "its height" and "its width", as a problem calls them."""
+    height, width = shape_of(size)
+    return {"it": height} if height == width else {"its height": height, "its width": width}
+
+
+def size_text(size: ImageSize | list[int]) -> str:
+    """As in `224`, `160x224`; of a size in JSON, too."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Crop:
     num: int = opt(2, "crops of this kind an image", ge=1)
-    size: int = opt(224, "height and width in pixels", ge=8)
+    size: ImageSize = opt(224, "in pixels: the side of a square, or [height, width]", ge=8)
     scale: tuple[float, float] = opt(
         (0.14, 1.0), "share of the image's area a crop covers, from and to", gt=0.0, le=1.0, rising=True
     )
@@ -135,6 +155,11 @@ class Crop:
     solarize_p: float | tuple[float, ...] | None = opt(
         None, "one, or a list of one for each crop of this kind; null: views.solarize_p", ge=0, le=1
     )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width)"""
+        return shape_of(self.size)
 
 
 PER_CROP = ("blur_p", "solarize_p")

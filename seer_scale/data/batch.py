@@ -11,7 +11,7 @@ from torch import Tensor
 class Batch:
     """One rank's part of a global batch, b images, in host memory.
 
-    views: for each kind of crop uint8 [num * b, 3, size, size], all images' first crop, then all their second.
+    views: for each kind of crop uint8 [num * b, 3, *shape], all images' first crop, then all their second.
     photometric_params: for each kind float32 [num * b, photometric.PARAMS_PER_CROP], to be applied on the device; or
     none, where the views are done. indices: int64 [b], the images really used. samples_seen: global samples before this
     batch. unreadable: "name: reason" of each image that was replaced.

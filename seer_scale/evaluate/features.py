@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seer_scale.config import ImageSize, shape_of
 from seer_scale.data.loading.loader import eval_batches
 from seer_scale.data.sampling.order import permute
 from seer_scale.data.sources import Source
@@ -83,14 +84,14 @@ def draw_indices(source: Source, first: int, max_num: int) -> np.ndarray:
 
 
 def shared_batches(
-    source: Source, indices: np.ndarray, *, size: int, batch: int, workers: int, world: World
+    source: Source, indices: np.ndarray, *, size: ImageSize, batch: int, workers: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share of `indices`, on its device: (images, normalised, labels [b], image numbers [b]) a batch; the
     image of an empty batch is there for the collectives of the network."""
     mine = indices[world.rank :: world.size]
     batches = eval_batches(source, mine, size, batch=batch, workers=workers)
     none = torch.empty(0, dtype=torch.int64)
-    nothing = torch.zeros(1, 3, size, size, dtype=torch.uint8), none, none
+    nothing = torch.zeros(1, 3, *shape_of(size), dtype=torch.uint8), none, none
     for _ in range(_num_rounds(len(indices), batch, world)):
         images, labels, numbers = (x.to(world.device) for x in next(batches, nothing))
         yield to_float(images), labels, numbers

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from seer_scale.config import Config, Views
+from seer_scale.config import Config, ImageSize, Views
 from seer_scale.data.batch import Batch
 from seer_scale.data.sources import Source, Subset
 from seer_scale.data.transforms.decode import decode
@@ -149,7 +149,7 @@ def _lies_in(path: str, folder: str) -> bool:
 
 def show_reconstructions(
     run_dir: Path, reconstruct: Callable[[torch.Tensor, list[int]], Reconstructions], shown: Sequence[ShownImages], *,
-    size: int, batch: int, workers: int, world: World,
+    size: ImageSize, batch: int, workers: int, world: World,
 ) -> None:  # fmt: skip
     """A row an image: as it is, as it is seen, as it is filled in, and errors of patches. Collective; rank 0 writes."""
     gallery = Gallery(run_dir)
@@ -163,7 +163,7 @@ def show_reconstructions(
         images, seen, filled, errors, ids = (gather_rows(torch.cat(column), world).cpu() for column in zip(*parts))
         if not world.is_main:
             continue
-        rows = torch.stack([*map(_pixels, (images, seen, filled)), _error_colours(errors, size)], 1).numpy()
+        rows = torch.stack([*map(_pixels, (images, seen, filled)), _error_colours(errors, images.shape[3])], 1).numpy()
         of_image = errors.flatten(1).nanmean(1).tolist()
         for row in ids.argsort().tolist():
             small = f"error {of_image[row]:.2f} of the mean's"
@@ -178,11 +178,12 @@ def _pixels(images: torch.Tensor) -> torch.Tensor:
     return (255 * (images * std + mean)).round().nan_to_num().clamp(0, 255).byte()
 
 
-def _error_colours(errors: torch.Tensor, size: int) -> torch.Tensor:
-    """[N, h, w] -> uint8 [N, 3, size, size]: from black to white at 1, and a colour where there is none."""
+def _error_colours(errors: torch.Tensor, width: int) -> torch.Tensor:
+    """[N, h, w] -> uint8 [N, 3, height, width]: from black to white at 1, and a colour where there is none."""
     colours = torch.where(errors.isnan()[..., None], torch.tensor(NO_ERROR), 255 * errors.clamp(0, 1)[..., None])
     pixels = colours.round().byte().permute(0, 3, 1, 2)
-    return pixels.repeat_interleave(size // errors.shape[1], 2).repeat_interleave(size // errors.shape[2], 3)
+    side = width // errors.shape[2]
+    return pixels.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
 
 def _principal_colours(patches: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
-from seer_scale.config import Config
+from seer_scale.config import Config, ImageSize
 from seer_scale.errors import Problem
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.init import Init
@@ -53,7 +53,7 @@ class PatchFeatures(NamedTuple):
 
 
 class Reconstructions(NamedTuple):
-    """seen: the images, 0 where the network sees nothing, [N, 3, S, S]. filled: what it makes of the rest pasted into
+    """seen: the images, 0 where the network sees nothing, [N, 3, H, W]. filled: what it makes of the rest pasted into
     them, normalised as they are. errors: of each patch that it does not see the mean square error, as a share of what
     the patch's own mean has; NaN where it sees, [N, h, w]. fp32."""
 
@@ -96,7 +96,7 @@ class UnitSequence(Protocol):
 
 
 class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
-    """One class a method. `views`: for each resolution [num * B, 3, S, S], crop-major, float, normalised.
+    """One class a method. `views`: for each resolution [num * B, 3, H, W], crop-major, float, normalised.
 
     Six entry points: `loss`, `prepare_targets`, `encode`, `encode_patches` and `reconstruct` run the network, called
     through `forward`; `targets` runs none. Each rank calls each as often as the others, for the collectives within.
@@ -151,8 +151,8 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         return PatchFeatures(patches, of_heads.float())
 
     def reconstruct(self, images: Tensor, numbers: Sequence[int]) -> Reconstructions:
-        """Of normalised images [N, 3, S, S], S being `reconstruction_size`, for the report's pictures; what is not seen
-        of each is a function of its number."""
+        """Of normalised images [N, 3, H, W] of `reconstruction_size`, for the report's pictures; what is not seen of
+        each is a function of its number."""
         raise NotImplementedError(f"{type(self).__name__} reconstructs nothing")
 
     # --- what it declares
@@ -165,8 +165,8 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
         return patch_map.stride if patch_map else 0
 
     @property
-    def reconstruction_size(self) -> int:
-        """In pixels, of the images that `reconstruct` takes; 0: it has none."""
+    def reconstruction_size(self) -> ImageSize:
+        """Of the images that `reconstruct` takes; 0: it has none."""
         return 0
 
     @property

@@ -34,7 +34,7 @@ class ViewDraws:
         self.nums = [crop.num for crop in config.views.crops]
 
     def __call__(self, views: Sequence[Tensor], samples_seen: int, part: tuple[int, int]) -> list[Tensor] | None:
-        """For each resolution [num * B, width] beside views [num * B, 3, S, S], crop-major, of micro-batch i of this
+        """For each resolution [num * B, width] beside views [num * B, 3, H, W], crop-major, of micro-batch i of this
         rank's n, part (i, n); on their device."""
         if not self.width:
             return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from seer_scale.config import ImageSize, shape_of
 from seer_scale.models.init import Init
 
 
@@ -153,24 +154,25 @@ class Backbone(nn.Module, ABC):
         use."""
         return []
 
-    def refuses(self, size: int) -> str:
-        """Why it takes no size x size images, as a clause; empty where it does. Asked of one on the meta device."""
+    def refuses(self, size: ImageSize) -> list[str]:
+        """Why it takes no images of this size, a clause each, of each side where it is one; none where it does. Asked
+        of one on the meta device."""
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                self(torch.empty(1, 3, size, size, device="meta"))
+                self(torch.empty(1, 3, *shape_of(size), device="meta"))
         except Exception as error:  # of another library, which says in its own way what it takes
-            return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            return [" ".join(str(error).split()).rstrip(".") or type(error).__name__]
         finally:
             self.train(training)
-        return ""
+        return []
 
-    def num_macs(self, size: int) -> int:
-        """Multiply-accumulates of convolutions and products of matrices in one forward of one size x size image."""
+    def num_macs(self, size: ImageSize) -> int:
+        """Multiply-accumulates of convolutions and products of matrices in one forward of one image of this size."""
         twin = copy.deepcopy(self).to("meta").eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            twin(torch.empty(1, 3, size, size, device="meta"))
+            twin(torch.empty(1, 3, *shape_of(size), device="meta"))
         return counter.get_total_flops() // 2
 
     @abstractmethod

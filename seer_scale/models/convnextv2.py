@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from seer_scale.config import ImageSize, sides_of
 from seer_scale.errors import Problem, UserError
 from seer_scale.models.backbone import Backbone, StageMap, Tokens
 from seer_scale.models.init import Constant, Init, Normal
@@ -335,11 +336,13 @@ class ConvNeXtV2(Backbone):
     def stage_units(self) -> list[list[str]]:
         return [[f"s{s}.{b}" for b, _ in self.get_submodule(f"s{s}").named_children()] for s in range(1, STAGES + 1)]
 
-    def refuses(self, size: int) -> str:
+    def refuses(self, size: ImageSize) -> list[str]:
         stride = self.spec.stride
-        if size >= stride:
-            return ""
-        return f"it must be at least {stride} pixels, {STAGES - 1} halvings of patches of {self.spec.patch}"
+        return [
+            f"{side} must be at least {stride} pixels, {STAGES - 1} halvings of patches of {self.spec.patch}"
+            for side, pixels in sides_of(size).items()
+            if pixels < stride
+        ]
 
     def initialisers(self) -> dict[str, Init]:
         """Normal matrices and kernels of a deviation of 0.02, biases 0; a Global Response Normalization that does

@@ -96,7 +96,7 @@ def measure(
     """
     batch = config.train.global_batch // world.size // config.num_micro_batches(world.size)
     total = 0.0
-    images = [torch.empty(crop.num * batch, 3, crop.size, crop.size, device="meta") for crop in config.views.crops]
+    images = [torch.empty(crop.num * batch, 3, *crop.shape, device="meta") for crop in config.views.crops]
     stages = cast(Backbone, backbone).stage_units()
     takes = _shapes(backbone, [names[-1] for names in stages], images)
     for names in stages:

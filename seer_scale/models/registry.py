@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from seer_scale.config import ImageSize
 from seer_scale.errors import NOTHING, Problem, UserError, closest, nearest
 from seer_scale.models.backbone import Backbone
 from seer_scale.models.convnextv2 import CONVNEXT, CONVNEXTV2, ConvNeXtSpec, ConvNeXtV2, ConvNeXtV2Spec
@@ -160,7 +161,10 @@ def reset_buffers(module: nn.Module | Initialised) -> None:
             reset()
 
 
-def check_sizes(backbone: Backbone, sizes: Mapping[str, int]) -> list[Problem]:
-    """The keys of a recipe whose sizes in pixels a backbone on the meta device does not take."""
-    asked = ((key, size, backbone.refuses(size)) for key, size in sizes.items())
-    return [Problem(key, size, f"the backbone does not take it: {why}") for key, size, why in asked if why]
+def check_sizes(backbone: Backbone, sizes: Mapping[str, ImageSize]) -> list[Problem]:
+    """The keys of a recipe whose sizes a backbone on the meta device does not take, once for each side."""
+    return [
+        Problem(key, size, f"the backbone does not take it: {why}")
+        for key, size in sizes.items()
+        for why in backbone.refuses(size)
+    ]

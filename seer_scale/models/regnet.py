@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from seer_scale.config import ImageSize, shape_of
 from seer_scale.errors import NOTHING, Problem, UserError
 from seer_scale.models.backbone import Backbone, StageMap, Tokens
 from seer_scale.models.init import Constant, Init, Normal
@@ -129,10 +130,10 @@ class Conv(nn.Conv2d):
         after = self.kernel_size[0] - self.stride[0] - before
         return stacked(convolved_windows(unstacked(x), near, before, after, self.weight, self.stride[0], self.groups))
 
-    def num_macs(self, size: int) -> int:
-        """Multiply-accumulates to make one size x size output."""
+    def num_macs(self, size: ImageSize) -> int:
+        """Multiply-accumulates to make one output of this size."""
         per_pixel = self.kernel_size[0] ** 2 * self.in_channels // self.groups * self.out_channels
-        return per_pixel * size**2
+        return per_pixel * math.prod(shape_of(size))
 
 
 def stacked(tiles: Tensor) -> Tensor:
@@ -309,20 +310,20 @@ class RegNetY(Backbone):
         """The unit of a stage that has this name."""
         return cast(Block, self.get_submodule(name))
 
-    def refuses(self, size: int) -> str:
+    def refuses(self, size: ImageSize) -> list[str]:
         """Nothing: stages halve whatever is left."""
-        return ""
+        return []
 
-    def num_macs(self, size: int) -> int:
-        """Multiply-accumulates of the convolutions in one forward of one size x size image."""
-        size = math.ceil(size / 2)
-        total = self.stem.conv.num_macs(size)
+    def num_macs(self, size: ImageSize) -> int:
+        """Multiply-accumulates of the convolutions in one forward of one image of this size."""
+        height, width = (math.ceil(side / 2) for side in shape_of(size))
+        total = self.stem.conv.num_macs((height, width))
         for block in (self.block(name) for names in self.stage_units() for name in names):
-            total += block.conv1.conv.num_macs(size)
-            size = math.ceil(size / block.conv2.conv.stride[0])
-            total += block.conv2.conv.num_macs(size) + block.conv3.conv.num_macs(size)
+            total += block.conv1.conv.num_macs((height, width))
+            height, width = (math.ceil(side / block.conv2.conv.stride[0]) for side in (height, width))
+            total += block.conv2.conv.num_macs((height, width)) + block.conv3.conv.num_macs((height, width))
             total += block.se.fc1.num_macs(1) + block.se.fc2.num_macs(1)
-            total += block.downsample.conv.num_macs(size) if block.downsample is not None else 0
+            total += block.downsample.conv.num_macs((height, width)) if block.downsample is not None else 0
         return total
 
     def initialisers(self) -> dict[str, Init]:

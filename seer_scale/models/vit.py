@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seer_scale.config import ImageSize, multiples_near, sides_of
 from seer_scale.errors import Problem, UserError, nearest
 from seer_scale.models.backbone import Backbone, StageMap, Tokens
 from seer_scale.models.init import Constant, Init, Normal, Uniform
@@ -108,17 +109,13 @@ def check_spec(spec: ViTSpec) -> None:
     for name, of, told in (("width", step, why), ("image_size", spec.patch, "(model.patch)")):
         if (value := getattr(spec, name)) % of:
             rule = f"of a vit it must be a multiple of {of} {told}"
-            problems.append(Problem(f"model.{name}", value, rule, _multiples_near(value, of)))
+            problems.append(Problem(f"model.{name}", value, rule, multiples_near(value, of)))
     if spec.registers < 0:
         problems.append(Problem("model.registers", spec.registers, "it must not be negative", (0,)))
     if not 0 <= spec.drop_path < 1:
         problems.append(Problem("model.drop_path", spec.drop_path, "it must be at least 0 and below 1", (0.0,)))
     if problems:
         raise UserError(*problems)
-
-
-def _multiples_near(number: int, of: int) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(n for n in (number // of * of, -(-number // of) * of) if n))
 
 
 class Embedding(nn.Module):
@@ -278,11 +275,14 @@ class ViT(Backbone):
         is_square = shape[0] == 1 + math.isqrt(max(1, shape[0] - 1)) ** 2
         return (lambda table: resized_places(table, side, side, how)) if is_square else None
 
-    def refuses(self, size: int) -> str:
-        if size % self.spec.patch == 0 and size:
-            return ""
-        near = " or ".join(map(str, _multiples_near(size, self.spec.patch)))
-        return f"it must be a multiple of its patches' {self.spec.patch} pixels, as {near}"
+    def refuses(self, size: ImageSize) -> list[str]:
+        patch = self.spec.patch
+        return [
+            f"{side} must be a multiple of its patches' {patch} pixels, as "
+            + " or ".join(map(str, multiples_near(pixels, patch)))
+            for side, pixels in sides_of(size).items()
+            if pixels % patch or not pixels
+        ]
 
     def initialisers(self) -> dict[str, Init]:
         """As DINOv2's: trunc-normal matrices (std 0.02), tokens near 0, the patches' convolution as torch starts it."""

@@ -32,7 +32,7 @@ from seer_scale.parallel.parallelize import parallelize
 from seer_scale.parallel.shard import Shard
 
 MicroBatch = Callable[[], list[Tensor]]
-"""Makes the views of one micro-batch, for each resolution [num * B, 3, S, S], crop-major, float, normalised."""
+"""Makes the views of one micro-batch, for each resolution [num * B, 3, H, W], crop-major, float, normalised."""
 
 
 class Engine:

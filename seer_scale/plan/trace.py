@@ -556,7 +556,7 @@ def example_batch(config: Config, world: World) -> Batch:
         return torch.stack([torch.from_numpy(encode(draw(how, uniform))) for how in kind for _ in range(num)])
 
     return Batch(
-        [torch.zeros(crop.num * num, 3, crop.size, crop.size, dtype=torch.uint8) for crop in config.views.crops],
+        [torch.zeros(crop.num * num, 3, *crop.shape, dtype=torch.uint8) for crop in config.views.crops],
         [params(kind) for kind in config.views.photometric] if on_device else [],
         torch.zeros(num, dtype=torch.int64), 0, [],
     )  # fmt: skip

@@ -20,6 +20,7 @@ from seer_scale.config import (
     ZERO_ENGINES,
     Config,
     Data,
+    ImageSize,
     all_keys,
     as_asked,
     checked,
@@ -134,7 +135,7 @@ def _check_model(config: Config, ranks: int) -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **misplaced))
     with torch.device("meta"):
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
-    sizes = {f"views.crops[{i}].size": crop.size for i, crop in enumerate(config.views.crops)}
+    sizes: dict[str, ImageSize] = {f"views.crops[{i}].size": crop.size for i, crop in enumerate(config.views.crops)}
     sizes["knn.size"] = config.knn.size  # of evaluations, of pictures, and what a checkpoint says of the images
     if problems := check_sizes(backbone, sizes):
         raise ConfigError(problems)

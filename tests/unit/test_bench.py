@@ -257,10 +257,13 @@ def test_configuration_of_step():
     assert got.train.global_batch == 16 and got.train.precision == "fp16" and got.optim.name == "lars"
     assert got.parallel.engine == "single" and got.parallel.activation_checkpoint == "every 1"
     assert [(c.num, c.size) for c in got.views.crops] == [(2, 224), (4, 96)]
+    assert step.read_crops("2x96,4x48x64") == [{"num": 2, "size": 96}, {"num": 4, "size": [48, 64]}]
     listed = step.configure(options(step, "--recipe", "seer_regnety_10b", "--recompute", "[[1], [], [3, 5], []]"))
     assert listed.parallel.activation_checkpoint == ((1,), (), (3, 5), ()) and listed.optim.name == "sgd"
     assert step.configure(options(step)).model.name == "regnety_200mf"
-    with pytest.raises(UserError, match="--crops is 96, but must be number x size of each kind; nearest: 2x96,4x64"):
+    with pytest.raises(
+        UserError, match="--crops is 96, but must be number x size, or number x .* of each kind; nearest: 2x96,4x64"
+    ):
         step.configure(options(step, "--crops", "96"))
     with pytest.raises(UserError, match="--model is regnety_10b, but timm has none of that name"):
         step.run(options(step, "--model", "regnety_10b"))

@@ -73,6 +73,9 @@ def test_text_stays_text():
         ("--parallel.engine=single", "parallel.engine", "single", "use ddp or fsdp", "4 ranks"),
         ("--views.jitter=[0.4, 0.4]", "views.jitter", [0.4, 0.4], "", "needs 4 values"),
         ("--views.crops=[{size: 4}]", "views.crops[0].size", 4, "", "at least 8"),
+        ("--views.crops=[{size: [160, 4]}]", "views.crops[0].size", [160, 4], "", "at least 8"),
+        ("--views.crops=[{size: [160, 224, 3]}]", "views.crops[0].size", [160, 224, 3], "", "needs 2 values"),
+        ("--views.crops=[{size: 160x224}]", "views.crops[0].size", "160x224", "", "a whole number"),
         ("--views.crops=[{num: 2, blur_p: [1, 0.1, 0]}]", "views.crops[0].blur_p", [1.0, 0.1, 0.0], [1.0, 0.1],
          "a value for each crop of the kind, whose num is 2"),
         ("--views.crops=[{solarize_p: [0, 1.2]}]", "views.crops[0].solarize_p", [0, 1.2], "", "at most 1"),
@@ -91,7 +94,8 @@ def test_text_stays_text():
         ("--schedule.warmup_samples=1000", "schedule.warmup_samples", 1000,
          "nearest: 640, or less, as in --schedule.warmup_samples 64", "640 samples"),
         ("--schedule.decay_samples=5", "schedule.decay_samples", 5, 320, "the warm-up alone takes 320"),
-        ("--views.crops=[{size: 64}, {size: 64}]", "views.crops", [64, 64], "give kinds of one size one entry", "size"),
+        ("--views.crops=[{size: 64}, {size: [64, 64]}]", "views.crops", [64, (64, 64)],
+         "give kinds of one size one entry", "size"),
         ("--views.crops=[]", "views.crops", [], "nearest: [{num: 2}]", "at least one kind"),
         ("--views.jitter=[0, 0, 0, 0.6]", "views.jitter", [0.0, 0.0, 0.0, 0.6], [0.0, 0.0, 0.0, 0.5], "at most 0.5"),
         ("--schedule.name=plateau", "schedule.plateau_samples", 0, 64, "a window needs at least one update"),
@@ -131,7 +135,9 @@ def test_of_what_could_not_be_read_no_rule_is_told_to_be_broken():
 
 
 def test_round_trip():
-    config = resolve(SMALL, ["--swav.prototypes=[20, 30]", "--model.name=regnety", "--model.depth=5"])
+    words = ["--swav.prototypes=[20, 30]", "--model.name=regnety", "--model.depth=5"]
+    config = resolve(SMALL, [*words, "--views.crops=[{size: [160, 224]}, {size: 96}]"])
+    assert [crop.shape for crop in config.views.crops] == [(160, 224), (96, 96)]
     assert resolve(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
@@ -205,6 +211,7 @@ def test_help_names_every_key():
         row = lines.index(f"  --{key} {kind}")
         assert meaning and meaning in lines[row + 1]
     assert "        blur_p float | [float, ...]: one, or a list of one for each crop" in help_of_train()
+    assert "        size int | [int, int]: in pixels: the side of a square, or [height, width]" in help_of_train()
     assert "  --views.blur_p float | dinov2_published | dinov2_released" in lines
     assert {k.split(".")[0] for k, *_ in all_keys()} == {*Config().sections(), *settings_classes()}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,15 +23,15 @@ OF_REGNETY = {f"model.{key}": None for key in VIT_KEYS} | {
 }  # fmt: skip
 OF_CONVNEXT = {f"model.{key}": None for key in VIT_KEYS} | {
     "model.name": "convnextv2", "model.width": 8, "model.depths": [1, 1, 1, 1], "model.patch": 2,
-    "views.crops": [{"num": 2, "size": 48}, {"num": 2, "size": 32}], "dinov2.mask_exact": True,
+    "views.crops": [{"num": 2, "size": [32, 64]}, {"num": 2, "size": 32}], "dinov2.mask_exact": True,
 }  # fmt: skip
 SHARED = {"dinov2.shared_head": True, "dinov2.patch_bottleneck": 256, "dinov2.patch_prototypes": 65536}
 ANCHORED = {
-    "views.crops": [{"num": 2, "size": 48}, {"num": 2, "size": 16}],
+    "views.crops": [{"num": 2, "size": [48, 32]}, {"num": 2, "size": 16}],
     "dinov2.gram_weight": 2.0, "dinov2.gram_from_samples": 8, "dinov2.gram_every_samples": 8,
     "dinov2.gram_refreshes": 1,
 }  # fmt: skip
-"""Student and teacher see 24 pixels of 48."""
+"""Student and teacher see 24 x 16 pixels of 48 x 32."""
 NO_IBOT = {
     "dinov2.ibot_weight": 0.0, "dinov2.patch_bottleneck": 256, "dinov2.patch_prototypes": 65536,
 }  # fmt: skip
@@ -111,9 +109,9 @@ def reference(method, views, samples_seen):
     koleo = koleo_reference(torch.stack([cls for cls, _ in crops[:2]]), s.koleo_group)
     if s.gram_weight:
         with torch.no_grad():
-            side = math.isqrt(crops[0][1].shape[1])
-            grid = method.gram.tokens([whole])[0].patches.mT.unflatten(2, (2 * side, 2 * side))
-            anchors = F.interpolate(grid, (side, side), mode="bicubic").flatten(2).mT
+            side = method.student.patch_map.stride
+            grid = method.gram.tokens([whole])[0].patches.mT.unflatten(2, [n // side for n in whole.shape[2:]])
+            anchors = F.interpolate(grid, [n // side // 2 for n in whole.shape[2:]], mode="bicubic").flatten(2).mT
         for patches, anchor in zip(torch.cat([p for _, p in crops[:2]]), anchors, strict=True):
             ours, theirs = (x / x.norm(dim=1, keepdim=True) for x in (patches, anchor))
             total = total + s.gram_weight * (ours @ ours.T - theirs @ theirs.T).square().mean() / len(anchors)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+import seer_scale
+from seer_scale.checkpoint import inspect
 from seer_scale.config import resolve
 from seer_scale.distributed import World
 from seer_scale.errors import UserError
-from seer_scale.methods.fcmae.diagnostics import filled_in
 from seer_scale.methods.losses.reconstruction import (
     images_of,
     masked_mean,
@@ -20,15 +24,21 @@ from seer_scale.methods.losses.reconstruction import (
 from seer_scale.methods.masking import RandomMasking
 from seer_scale.methods.registry import build_method
 from seer_scale.models.registry import initialise
+from seer_scale.observe.gallery import read_gallery
 from tests.tiny import FCMAE, FCMAE_REGNETY, fake_views, losses_of, sections, tiny
 
 DEEPER = {
     "fcmae.decoder_depth": 2, "fcmae.mask_ratio": 0.3, "model.patch": 2,
-    "views.crops": [{"num": 1, "size": 48}, {"num": 2, "size": 32}],
+    "views.crops": [{"num": 1, "size": [48, 32]}, {"num": 2, "size": 32}],
 }  # fmt: skip
 
 
-UNET = {"fcmae.decoder": "unet", "fcmae.decoder_width": 16, "model.patch": 2, "views.crops": [{"num": 2, "size": 48}]}
+UNET = {
+    "fcmae.decoder": "unet",
+    "fcmae.decoder_width": 16,
+    "model.patch": 2,
+    "views.crops": [{"num": 2, "size": [32, 64]}],
+}
 
 
 def make(recipe=FCMAE, **overrides):
@@ -90,7 +100,7 @@ def unet(decoder, stages, mask):
 
 @pytest.mark.parametrize("recipe, overrides", [
     (FCMAE, {}), (FCMAE, DEEPER), (FCMAE, UNET), (FCMAE, UNET | {"model.patch": 1}),
-    (FCMAE_REGNETY, {"views.crops": [{"num": 1, "size": 96}, {"num": 2, "size": 64}], "train.global_batch": 4}),
+    (FCMAE_REGNETY, {"views.crops": [{"num": 1, "size": [64, 96]}, {"num": 2, "size": 64}], "train.global_batch": 4}),
     (FCMAE_REGNETY, {"fcmae.decoder": "unet", "fcmae.decoder_width": 32, "train.global_batch": 4}),
 ])  # fmt: skip
 def test_loss_and_gradients_are_those_of_dense_masking(recipe, overrides):
@@ -104,21 +114,6 @@ def test_loss_and_gradients_are_those_of_dense_masking(recipe, overrides):
     for (name, p), ga, gb in zip(trained.items(), a, b, strict=True):
         torch.testing.assert_close(ga, torch.zeros_like(p) if gb is None else gb, rtol=1e-9, atol=1e-9, msg=name)
         assert ga.abs().max() > 0 or name.startswith("backbone.norm."), name
-
-
-@pytest.mark.parametrize("recipe, overrides", [(FCMAE, {}), (FCMAE, UNET), (FCMAE_REGNETY, {})])
-def test_images_need_not_be_square(recipe, overrides):
-    """Crops are, and no more than these."""
-    config, method = make(recipe, **overrides)
-    grid, side = (2, 5), method.patch
-    images = torch.randn(3, 3, *(side * n for n in grid), generator=torch.Generator().manual_seed(3)).double()
-    masking = RandomMasking(seed=0, grid=grid, ratio=0.6)
-    masks, places = masking.masks(masking.noise_of(range(3)), images.device)
-    _, (predicted,) = method._predict([images], [masks], [places])
-    loss = masked_mean(reconstruction_error(predicted, images, side, normalise=True), masks)
-    torch.testing.assert_close(loss, reference(method, [images], [masks]), rtol=1e-9, atol=1e-9)
-    made = filled_in(predicted, images, masks, side, normalised=True)
-    assert made.filled.shape == images.shape and torch.equal(made.filled[made.seen != 0], images[made.seen != 0])
 
 
 def test_the_loss_has_the_published_figures():
@@ -144,15 +139,15 @@ def test_the_loss_has_the_published_figures():
 @pytest.mark.parametrize("normalise", [True, False])
 def test_reconstructions_are_the_predictions_beside_what_is_seen(normalise):
     """To the pixel where it sees; elsewhere with the mean and deviation that each patch has."""
-    config, method = make(**{"fcmae.normalise": normalise})
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    config, method = make(**{"fcmae.normalise": normalise, "views.crops": [{"num": 1, "size": [16, 64]}]})
+    images = torch.randn(3, 3, 16, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     method.eval()
     with torch.no_grad():
         made = method.reconstruct(images, [5, 0, 9])
         masks, places = method.maskings[0].masks(method.maskings[0].noise_of([5, 0, 9]), images.device)
         _, (predicted,) = method._predict([images], [masks], [places])
     assert (
-        method.reconstruction_size == 32
+        method.reconstruction_size == (16, 64)
         and torch.equal(made.errors.isnan(), ~masks)
         and (masks.sum((1, 2)) == 10).all()
     )
@@ -181,7 +176,7 @@ def test_as_many_patches_are_seen_as_published(side, keep):
 def test_masks_are_functions_of_the_image():
     """On any number of ranks and in any micro-batches; every patch as often as another."""
     config = resolve(FCMAE, {}, world_size=1)
-    masking = RandomMasking(seed=3, grid=(4, 4), ratio=0.6)
+    masking = RandomMasking(seed=3, grid=(2, 8), ratio=0.6)
 
     def drawn(seen: int, ranks: int, parts: int) -> torch.Tensor:
         batch = 8 // ranks // parts
@@ -232,6 +227,7 @@ def test_micro_batches_and_recomputation_change_nothing():
 @pytest.mark.parametrize("over, key", [
     ({"views.crops": [{"num": 1, "size": 36}]}, "views.crops[0].size"),
     ({"fcmae.mask_ratio": 0.99}, "fcmae.mask_ratio"),
+    ({"views.crops": [{"num": 1, "size": [32, 8]}], "fcmae.mask_ratio": 0.9}, "fcmae.mask_ratio"),
     (UNET | {"fcmae.decoder_width": 20}, "fcmae.decoder_width"),
     ({"model.name": "vit", "model.depths": None, "model.depth": 1, "model.heads": 1, "model.image_size": 32},
      "model.name"),
@@ -240,3 +236,33 @@ def test_what_cannot_be_is_refused_before_ranks_start(over, key):
     with pytest.raises(UserError) as refused:
         build_method(resolve(FCMAE, sections(over), world_size=1), World())
     assert [problem.key for problem in refused.value.problems] == [key] and refused.value.problems[0].nearest
+
+
+def test_each_side_of_a_crop_is_a_multiple_of_the_patch():
+    with pytest.raises(UserError) as refused:
+        build_method(resolve(FCMAE, {"views": {"crops": [{"size": [36, 44]}]}}, world_size=1), World())
+    height, width = refused.value.problems
+    assert (height.key, height.value, height.nearest) == ("views.crops[0].size", (36, 44), (32, 40))
+    assert str(height).startswith("views.crops[0].size is [36, 44], but its height must be a multiple of the 8 pixels")
+    assert (width.key, width.nearest) == ("views.crops[0].size", (40, 48)) and "its width" in width.rule
+
+
+def test_a_run_on_crops_that_are_not_square(photos, tmp_path):
+    """Crops, what is reconstructed and a checkpoint's words are of their height and width."""
+    given = sections({
+        "views.crops": [{"num": 1, "size": [16, 32]}, {"num": 1, "size": [24, 16]}], "train.total_samples": 24,
+        "knn.enabled": False, "health.images": 0, "run.patch_images": 2, "schedule.warmup_samples": 8,
+    })  # fmt: skip
+    run = seer_scale.train(FCMAE | {"data": {"workers": 0}}, photos, run_dir=tmp_path / "run", **given)
+    losses = [row["loss"] for row in run.metrics() if "loss" in row]
+    assert run.samples_seen == 24 and losses and all(map(math.isfinite, losses))
+    gallery = read_gallery(run.path)
+    sizes = {
+        name: {
+            Image.open(run.path / "gallery" / picture).size for strip in gallery[name] for picture in strip["images"]
+        }
+        for name in ("crops", "reconstructions")
+    }
+    assert sizes == {"crops": {(32, 16), (16, 24)}, "reconstructions": {(32, 16)}}
+    newest = max((run.path / "checkpoints").glob("samples-*"))
+    assert "trained on crops of 16x32, 24x16" in inspect.text(inspect.describe(newest))

@@ -28,7 +28,7 @@ def saved(tmp_path):
         "step": 10,
         "method": {"name": "swav", "state": {}},
         "export": {"prefix": "backbone."},
-        "preprocessing": eval_preprocessing(56) | {"training_sizes": [48, 24]},
+        "preprocessing": eval_preprocessing(56) | {"training_sizes": [[48, 64], 24]},
         "engine": "zero3",
         "world_size": 4,
         "seer_scale": "0.1.0",
@@ -65,7 +65,8 @@ def test_what_an_exporter_needs_is_told_and_no_network_is_built(saved, capsys, m
     text = capsys.readouterr().out
     assert "swav, its backbone's tensors model/backbone.*" in text
     assert (
-        "short side 64 (bilinear, antialiased), centre 56, mean 0.485 0.456 0.406" in text and "crops of 48, 24" in text
+        "short side 64 (bilinear, antialiased), centre 56, mean 0.485 0.456 0.406" in text
+        and "crops of 48x64, 24" in text
     )
     assert cli.main(["inspect", str(saved), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -254,9 +254,9 @@ def test_pictures_of_patches_are_in_the_gallery(tmp_path):
 
 def half_hidden(images, numbers):
     """The upper half is not seen; it is filled with mid grey, at half the error of the mean's and at twice."""
-    seen, filled, errors = images.clone(), images.clone(), torch.full((len(images), 2, 2), math.nan)
+    seen, filled, errors = images.clone(), images.clone(), torch.full((len(images), 2, 3), math.nan)
     seen[:, :, :8], filled[:, :, :8] = 0, to_float(torch.full((1, 3, 1, 1), 128, dtype=torch.uint8))
-    errors[:, 0] = torch.tensor([0.5, 2.0])
+    errors[:, 0] = torch.tensor([0.5, 0.5, 2.0])
     assert len(numbers) == len(images)
     return Reconstructions(seen, filled, errors)
 
@@ -273,17 +273,19 @@ def test_reconstructions_of_images_trained_on_and_of_others_are_in_the_gallery(t
     assert [images.indices.tolist() for images in shown] == [[0, 16, 33], [0, 7, 14]]
     broken = next(i for i in range(34) if "broken" in images.bank.name(i))
     shown[0] = shown[0]._replace(indices=np.array([0, broken, 33]))
-    show_reconstructions(tmp_path, half_hidden, shown, size=16, batch=2, workers=0, world=World())
+    show_reconstructions(tmp_path, half_hidden, shown, size=(16, 24), batch=2, workers=0, world=World())
     strips = read_gallery(tmp_path)["reconstructions"]
     names = ["image 0", "image 33", *(f"image {i} of knn.queries" for i in (0, 7, 14))]
     assert [strip["caption"] for strip in strips] == names
-    assert all(s["small"] == "error 1.25 of the mean's" for s in strips)
+    assert all(s["small"] == "error 1.00 of the mean's" for s in strips)
     for strip, i in zip(strips[-3:], (0, 7, 14), strict=True):
         whole, seen, filled, errors = (np.asarray(Image.open(tmp_path / "gallery" / n), int) for n in strip["images"])
-        assert np.array_equal(whole, resize_centre(decode(images.queries.read(i)), 16).transpose(1, 2, 0))
+        assert np.array_equal(whole, resize_centre(decode(images.queries.read(i)), (16, 24)).transpose(1, 2, 0))
         assert np.array_equal(seen[8:], whole[8:]) and np.array_equal(filled[8:], whole[8:])
         assert (filled[:8] == 128).all() and (seen[:8] == [124, 116, 104]).all()  # the mean colour of ImageNet
-        assert (errors[:8, :8] == 128).all() and (errors[:8, 8:] == 255).all() and (errors[8:] == [66, 112, 178]).all()
+        assert (
+            (errors[:8, :16] == 128).all() and (errors[:8, 16:] == 255).all() and (errors[8:] == [66, 112, 178]).all()
+        )
 
 
 def test_images_not_trained_on_are_those_of_other_folders_or_beyond_max_images(tmp_path):

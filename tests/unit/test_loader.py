@@ -27,7 +27,7 @@ from tests import processes
 from tests.problems import refused
 from tests.sources import Counted, Endless, Passing, Waiting
 
-VIEWS = Views(crops=(Crop(num=2, size=24), Crop(num=3, size=16, scale=(0.05, 0.14))))
+VIEWS = Views(crops=(Crop(num=2, size=24), Crop(num=3, size=(16, 20), scale=(0.05, 0.14))))
 N, BATCH = 30, 12
 
 
@@ -87,7 +87,7 @@ def joined(parts):
 
 def test_shapes_and_layout(photos):
     first = batches(photos)[0]
-    assert [tuple(v.shape) for v in first.views] == [(24, 3, 24, 24), (36, 3, 16, 16)]
+    assert [tuple(v.shape) for v in first.views] == [(24, 3, 24, 24), (36, 3, 16, 20)]
     assert all(v.dtype == torch.uint8 and v.is_contiguous() for v in first.views) and first.indices.dtype == torch.int64
     image = int(first.indices[4])
     expected = load_views(photos.read(image), VIEWS, 3, 0, image)

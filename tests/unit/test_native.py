@@ -29,12 +29,14 @@ ROOT = PACKAGE.parent
 BUILT = [name for name in n.SETS if n.load(name)]
 
 
-def made(kernels, image: np.ndarray, size: int, how: photometric.PhotometricParams) -> tuple[np.ndarray, np.ndarray]:
+def made(
+    kernels, image: np.ndarray, size: tuple[int, int], how: photometric.PhotometricParams
+) -> tuple[np.ndarray, np.ndarray]:
     """What resizing gives, and what photometrics make of it, by these kernels (None: by torch)."""
     with pytest.MonkeyPatch.context() as m:
         for module in (photometric, views):
             m.setattr(module, "native", lambda: kernels)
-        small, planes = views.resize(image, size), np.empty((3, size, size), np.uint8)
+        small, planes = views.resize(image, size), np.empty((3, *size), np.uint8)
         photometric.apply_photometric(small, how, planes)
     return small, planes
 
@@ -54,7 +56,7 @@ some_params = st.builds(
 @given(
     height=st.integers(1, 300),
     width=st.integers(1, 300),
-    size=st.integers(1, 70),
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     seed=st.integers(0, 99),
     how=some_params,
 )
@@ -86,6 +88,13 @@ def build(folder: Path, **environment: str) -> set[str]:
     ]
     subprocess.run(words, cwd=ROOT, env=os.environ | environment, check=True, capture_output=True)
     return {path.name.removeprefix("_pixels_").partition(".")[0] for path in folder.rglob("_pixels_*.so")}
+
+
+@pytest.mark.skipif(not BUILT, reason="the kernels were not built")
+def test_kernels_of_other_sources_are_not_called(monkeypatch):
+    """They would take other arguments: those of an installation that was not renewed with its sources."""
+    monkeypatch.setattr(n, "INTERFACE", n.INTERFACE - 1)
+    assert not any(map(n.load, n.SETS))
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc").split()[0]), reason="there is no C compiler")
@@ -138,7 +147,7 @@ from seer_scale.data.transforms.native import native
 from seer_scale.data.sampling.sampler import ElasticSampler, DataVersion
 from seer_scale.data.sources import open_source
 assert native() is None
-views = Views(crops=(Crop(num=2, size=48), Crop(num=2, size=24, scale=(0.05, 0.14))))
+views = Views(crops=(Crop(num=2, size=(48, 64)), Crop(num=2, size=24, scale=(0.05, 0.14))))
 source = open_source({str(tmp_path / "images")!r})
 sampler = ElasticSampler([DataVersion(0, (("all", 4),))], 0, 4)
 for workers in (0, 1):
@@ -148,7 +157,7 @@ for workers in (0, 1):
 """)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    kinds = Views(crops=(Crop(num=2, size=48), Crop(num=2, size=24, scale=(0.05, 0.14))))
+    kinds = Views(crops=(Crop(num=2, size=(48, 64)), Crop(num=2, size=24, scale=(0.05, 0.14))))
     for workers in (0, 1):
         theirs = np.load(tmp_path / f"made{workers}.npz")
         for place, index in enumerate(theirs["indices"].tolist()):

@@ -135,7 +135,7 @@ def test_small_all_reduces_go_by_a_tree():
 # --- a trace
 
 
-SMALL = calibrate.TINY_RECIPE | {"views": {"crops": [{"num": 2, "size": 32}, {"num": 2, "size": 16}]}}
+SMALL = calibrate.TINY_RECIPE | {"views": {"crops": [{"num": 2, "size": [32, 48]}, {"num": 2, "size": 16}]}}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,9 @@ def test_products_of_a_trace_are_those_of_the_backbone(small_trace):
     with torch.device("meta"):
         backbone = build_backbone(config.model.name, **config.model.explicit_keys())
     macs = sum(8 * crop.num * backbone.num_macs(crop.size) for crop in config.views.crops)
-    stem = sum(8 * crop.num * backbone.stem.conv.num_macs(crop.size // 2) for crop in config.views.crops)
+    stem = sum(
+        8 * crop.num * backbone.stem.conv.num_macs(tuple(n // 2 for n in crop.shape)) for crop in config.views.crops
+    )
     convolutions = [o for o in small_trace.ops if o.name.startswith("convolution")]
     assert sum(o.flops for o in convolutions) == 6 * macs - 2 * stem
     assert {o.group_width for o in convolutions} == {0, 8}

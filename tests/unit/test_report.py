@@ -17,6 +17,7 @@ from seer_scale.observe.gallery import Gallery, read_gallery
 from seer_scale.observe.metric_plot import MetricPlot, ReportSection
 from seer_scale.observe.records import read_metrics
 from seer_scale.observe.report import figures, write_report
+from seer_scale.observe.report.pictures import Pictures
 from seer_scale.observe.report.plots import COLOURS, Plot, metric, smoothed, svg
 from seer_scale.observe.run_log import RunLog
 from tests.tiny import RECIPE
@@ -278,6 +279,15 @@ def test_tiny_images_are_kept_to_the_pixel(tmp_path):
     gallery.save()
     name = read_gallery(tmp_path)["crops"][0]["images"][0]
     assert np.array_equal(np.array(Image.open(tmp_path / "gallery" / name)).transpose(2, 0, 1), image)
+
+
+def test_pictures_keep_their_shape(tmp_path):
+    """Of a crop less high than wide, and of the largest, whose longer side is longer on the page."""
+    gallery = Gallery(tmp_path)
+    gallery.add_crops(0, [np.zeros((3, 60, 80), np.uint8), np.zeros((3, 40, 40), np.uint8)])
+    gallery.save()
+    ((wide, square),) = [strip.pictures for strip in Pictures(tmp_path).crops()]
+    assert (wide.width, wide.height, square.width, square.height) == (136, 102, 84, 84)
 
 
 def test_smoothing_begins_and_ends_on_the_data_and_never_crosses_a_restart():

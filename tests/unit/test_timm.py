@@ -174,6 +174,8 @@ def test_what_is_no_backbone_of_timm():
         build_backbone("timm/convit_tiny")
     (problem,) = check_sizes(build_backbone("timm/test_vit"), {"views.crops[1].size": 50, "knn.size": 64})
     assert (problem.key, problem.value) == ("views.crops[1].size", 50) and "Input height (50)" in problem.rule
+    (problem,) = check_sizes(build_backbone("timm/test_vit"), {"views.crops[1].size": (64, 50), "knn.size": (64, 96)})
+    assert problem.value == (64, 50) and "Input width (50)" in problem.rule
     given = RECIPE | {
         "model": {"name": "timm/test_vit"},
         "knn": {"enabled": False, "size": 50},

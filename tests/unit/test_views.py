@@ -22,6 +22,7 @@ from seer_scale.data.transforms.on_device import to_float
 from tests.pictures import apart, encode, photo
 
 KINDS = Views(crops=(Crop(num=2, size=64), Crop(num=3, size=32, scale=(0.05, 0.14))))
+WIDE = Views(crops=(Crop(num=2, size=(48, 80)), Crop(num=3, size=(40, 24), scale=(0.05, 0.14))))
 
 
 def test_views_are_a_pure_function():
@@ -33,6 +34,20 @@ def test_views_are_a_pure_function():
     assert all(np.array_equal(a, b) for a, b in zip(first, again)) and np.array_equal(image, photo())
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
         assert not any(np.array_equal(a, b) for a, b in zip(first, v.make_views(image, KINDS, *other)))
+
+
+def test_crops_of_any_height_and_width_are_torchvisions():
+    """Regions are those of squares, as RandomResizedCrop's are, resized to another shape."""
+    image, plain = photo(), dict(flip=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
+    wide = v.make_views(image, Views(crops=WIDE.crops, **plain), 1, 2, 3)
+    assert [c.shape for c in wide] == [(2, 3, 48, 80), (3, 3, 40, 24)]
+    boxes, of_squares = (
+        [box for *_, box in v._boxes(views, v._draws(views, 1, 2, 3), *image.shape[:2])] for views in (WIDE, KINDS)
+    )
+    assert boxes == of_squares
+    for box, crop in zip(boxes, (crop for kind in wide for crop in kind)):
+        theirs = tv.resized_crop(Image.fromarray(image), *box, crop.shape[1:])
+        assert apart(crop, np.asarray(theirs).transpose(2, 0, 1)) <= 2
 
 
 def test_a_crop_does_not_depend_on_the_kinds_after_it():
@@ -73,7 +88,7 @@ def test_each_crop_has_the_photometrics_of_its_kind(monkeypatch):
 @given(height=st.integers(1, 300), width=st.integers(1, 300), index=st.integers(0, 10**9))
 def test_any_shape_of_image_gives_whole_crops(height, width, index):
     image = np.full((height, width, 3), 77, np.uint8)
-    plain = Views(crops=KINDS.crops, jitter_p=0.0)
+    plain = Views(crops=KINDS.crops + WIDE.crops, jitter_p=0.0)
     assert all(apart(c, 77) <= 1 for c in v.make_views(image, plain, 0, 0, index))  # no padding, no black border
 
 
@@ -104,6 +119,7 @@ def test_crop_boxes_are_torchvisions(shape, scale):
 def test_resize_is_pillows_bilinear(shape):
     image = photo(*shape)
     assert apart(v.resize(image, 96), Image.fromarray(image).resize((96, 96), Image.BILINEAR)) <= 2
+    assert apart(v.resize(image, (48, 80)), Image.fromarray(image).resize((80, 48), Image.BILINEAR)) <= 2
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
@@ -119,6 +135,17 @@ def test_resize_centre_is_torchvisions(shape):
     assert np.abs(ours - theirs).mean() < 8  # cut to whole source pixels before resizing instead of after
 
 
+@pytest.mark.parametrize("shape", [(120, 160), (200, 90), (90, 130)])
+def test_the_centre_of_another_shape_is_of_what_covers_it(shape):
+    image = photo(*shape)
+    share = max(round(48 * 8 / 7) / shape[0], round(80 * 8 / 7) / shape[1])
+    big = tv.resize(Image.fromarray(image), [round(side * share) for side in shape])
+    theirs = np.asarray(tv.center_crop(big, (48, 80)), float).transpose(2, 0, 1)
+    ours = v.resize_centre(image, (48, 80))
+    assert ours.shape == (3, 48, 80) and np.abs(ours - theirs).mean() < 8
+    assert np.array_equal(v.resize_centre(image, (64, 64)), v.resize_centre(image, 64))
+
+
 def test_resize_centre_of_a_thread_takes_no_memory():
     assert v.resize_centre(np.full((1, 60_000, 3), 9, np.uint8), 224).shape == (3, 224, 224)
 
@@ -132,7 +159,7 @@ def test_to_float_is_torchvisions_normalize(dtype, tolerance):
 
 
 SMALL = Views(
-    crops=(Crop(num=2, size=32, scale=(0.3, 1.0)), Crop(num=2, size=16, scale=(0.1, 0.3))),
+    crops=(Crop(num=2, size=32, scale=(0.3, 1.0)), Crop(num=2, size=(16, 12), scale=(0.1, 0.3))),
     jitter_p=0.0,
     blur_p=0.0,
     grayscale_p=0.0,

@@ -62,7 +62,7 @@ def test_parameters_are_as_many_as_published(size, more, at_518, at_224):
         model = on_meta(f"vit_{size}_patch14", image_size=image_size, registers=registers, **more)
         wanted = (at_518 if image_size == 518 else at_224) + registers * model.num_features
         assert sum(p.numel() for p in model.parameters()) == wanted
-    assert on_meta(f"vit_{size}_patch16").refuses(112) == "" and len(model.stage_units()[0]) == model.spec.depth
+    assert on_meta(f"vit_{size}_patch16").refuses((112, 96)) == [] and len(model.stage_units()[0]) == model.spec.depth
 
 
 @pytest.mark.parametrize("given", [{}, {"ffn": "swiglu", "registers": 0}, {"positions": "rope", "width": 32}])
@@ -285,7 +285,7 @@ def test_units_hold_all_and_attention_is_counted():
     assert len(inside) == len({*map(id, inside)}) == len(list(model.parameters()))
     tokens, width = 197, 384
     per_block = tokens * 12 * width**2 + 2 * tokens**2 * width
-    assert model.num_macs(224) == 12 * per_block + 196 * 3 * 16**2 * width
+    assert model.num_macs(224) == model.num_macs((112, 448)) == 12 * per_block + 196 * 3 * 16**2 * width
     parts = model.blocks[3].parts()
     assert list(parts) == ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
@@ -325,4 +325,8 @@ def test_a_recipe_takes_the_keys_of_its_network():
         resolve_given(recipe | {"model": {"name": "vit_small_patch14"}}, [], 1, with_data=False)
     (problem,) = check_sizes(on_meta("vit_base_patch14"), {"views.crops[1].size": 96, "knn.size": 224})
     assert problem.key == "views.crops[1].size" and "98" in problem.rule
+    of_sides = check_sizes(on_meta("vit_base_patch14"), {"views.crops[0].size": (160, 230)})
+    assert [(p.key, p.value) for p in of_sides] == [("views.crops[0].size", (160, 230))] * 2
+    assert "its height must be a multiple" in of_sides[0].rule and of_sides[0].rule.endswith("as 154 or 168")
+    assert "its width must be a multiple" in of_sides[1].rule and of_sides[1].rule.endswith("as 224 or 238")
     assert {*VITS, "vit"} <= {*backbone_names()} and Tokens._fields == ("cls", "registers", "patches")

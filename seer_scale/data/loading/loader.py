@@ -14,7 +14,7 @@ from contextlib import closing
 import numpy as np
 import torch
 
-from seer_scale.config import Data, Views
+from seer_scale.config import Data, ImageSize, Views
 from seer_scale.cores import available_cores
 from seer_scale.data.batch import Batch
 from seer_scale.data.loading.pool import iterate_batches, warn
@@ -54,13 +54,13 @@ def _own(array: np.ndarray, pin: bool) -> torch.Tensor:
 def eval_batches(
     source: Source,
     indices: Sequence[int] | np.ndarray,
-    size: int,
+    size: ImageSize,
     *,
     batch: int,
     workers: int,
     within: int = sys.maxsize,
 ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None, None]:
-    """(images uint8 [b, 3, size, size], labels int64 [b], image numbers int64 [b]) for evaluation, in order.
+    """(images uint8 [b, 3, *shape], labels int64 [b], image numbers int64 [b]) for evaluation, in order.
 
     b is at most `batch`. within: no batch reaches over a multiple of so many indices. Images that cannot be read are
     left out; the label is -1 where there is none.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from seer_scale.config import Views
+from seer_scale.config import ImageSize, Views, shape_of
 from seer_scale.data.loading.worker import ItemTracker, Spec
 from seer_scale.data.sampling.sampler import ElasticSampler
 from seer_scale.data.sources import Source, Stream
@@ -54,7 +54,7 @@ class TrainBatches:
 
     def buffers(self) -> list[Spec]:
         b, crops = self.rows(0), self.views.crops
-        pixels: list[Spec] = [((c.num, b, 3, c.size, c.size), np.uint8) for c in crops]
+        pixels: list[Spec] = [((c.num, b, 3, *c.shape), np.uint8) for c in crops]
         params: list[Spec] = [((c.num, b, photometric.PARAMS_PER_CROP), np.float32) for c in crops]
         return pixels + params * self.on_device
 
@@ -189,7 +189,7 @@ class EvalBatches:
 
     source: Source
     indices: np.ndarray
-    size: int
+    size: ImageSize
     batch: int
     within: int = sys.maxsize
 
@@ -199,7 +199,7 @@ class EvalBatches:
         return [i for first in range(0, n, self.within) for i in range(first, min(first + self.within, n), self.batch)]
 
     def buffers(self) -> list[Spec]:
-        return [((self.batch, 3, self.size, self.size), np.uint8), ((self.batch,), np.int64)]
+        return [((self.batch, 3, *shape_of(self.size)), np.uint8), ((self.batch,), np.int64)]
 
     def rows(self, key: int) -> int:
         return min(self.batch, self.within - key % self.within, len(self.indices) - key)

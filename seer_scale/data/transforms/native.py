@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+INTERFACE = 2
+"""Of pixels.c: kernels that were built from sources with another take other arguments, and are not called."""
 SETS = ("avx512", "avx2", "sse4", "plain")
 MISSING = (
-    "The image kernels in C were not built when seer_scale was installed: views are made in torch, the same to one "
-    "level of 255 but ten times slower. Install a C compiler (gcc or clang), and then seer_scale again."
+    "The image kernels in C were not built when this version of seer_scale was installed: views are made in torch, the "
+    "same to one level of 255 but ten times slower. Install a C compiler (gcc or clang), and then seer_scale again."
 )
 
 
@@ -36,16 +38,16 @@ def load(name: str) -> ctypes.CDLL | None:
             kernels = ctypes.CDLL(str(place))
         except OSError:  # of another machine: folders are shared
             continue
-        if kernels.supported():
+        if hasattr(kernels, "interface") and kernels.interface() == INTERFACE and kernels.supported():
             return _typed(kernels)
     return None
 
 
 def _typed(kernels: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    kernels.resize.argtypes = (pointer, ctypes.c_long, number, number, number, pointer, pointer)
-    kernels.photometric.argtypes = (pointer, number, number, number, pointer, pointer, pointer)
-    kernels.blur.argtypes = (pointer, number, number, pointer, pointer)
+    kernels.resize.argtypes = (pointer, ctypes.c_long, number, number, number, number, pointer, pointer)
+    kernels.photometric.argtypes = (pointer, number, number, number, number, pointer, pointer, pointer)
+    kernels.blur.argtypes = (pointer, number, number, number, pointer, pointer)
     kernels.resize.restype = kernels.photometric.restype = kernels.blur.restype = None
     return kernels
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seer_scale.config import Crop
+from seer_scale.config import Crop, ImageSize, shape_of
 from seer_scale.data.batch import Batch
 from seer_scale.data.transforms.photometric import (
     CONTRAST,
@@ -37,7 +37,7 @@ PHOTOMETRIC_CHUNK = 2**24
 
 @torch.no_grad()
 def apply_photometric(crops: Tensor, params: Tensor) -> Tensor:
-    """uint8 [N, 3, S, S] by `params`, float32 [N, PARAMS_PER_CROP] on the CPU: float32 in [0, 255], not rounded.
+    """uint8 [N, 3, H, W] by `params`, float32 [N, PARAMS_PER_CROP] on the CPU: float32 in [0, 255], not rounded.
 
     To one level `photometric.apply_photometric` of each, which rounds twice: before the blur and after it. Raises under
     autocast, which would blur in half precision.
@@ -56,7 +56,7 @@ def apply_and_round(crops: Tensor, params: Tensor) -> Tensor:
 
 
 def apply_on_cpu(crop: np.ndarray, params: PhotometricParams) -> np.ndarray:
-    """RGB uint8 [S, S, 3] as uint8 [3, S, S]: `photometric.apply_photometric` without kernels in C."""
+    """RGB uint8 [H, W, 3] as uint8 [3, H, W]: `photometric.apply_photometric` without kernels in C."""
     planes = torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))[None]
     return apply_and_round(planes, torch.from_numpy(encode(params))[None])[0].numpy()
 
@@ -118,7 +118,7 @@ def _thirds(turn: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, thirds: Tensor) -> Tensor:
-    """The hue of [n, 3, S, S] turned, in place. From its own colour on, a channel is highest for 1 of 6, falls for 1,
+    """The hue of [n, 3, H, W] turned, in place. From its own colour on, a channel is highest for 1 of 6, falls for 1,
     is lowest for 2, rises for 1 and is highest for 1; what is highest and lowest stays, so HSV and back is that and no
     more."""
     red, green, blue = x.unbind(1)
@@ -145,13 +145,13 @@ def gaussians(sigma: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, weights: Tensor) -> Tensor:
-    """[n, 3, S, S] with a line of weights each, across and then down: depthwise, as one image of 3n channels."""
-    num, _, size, _ = x.shape
+    """[n, 3, H, W] with a line of weights each, across and then down: depthwise, as one image of 3n channels."""
+    shape, groups = x.shape, 3 * len(x)
     weights, radius = weights.repeat_interleave(3, 0)[:, None, None], weights.shape[1] // 2
-    x = x.view(1, 3 * num, size, size)
-    x = F.conv2d(_mirror(x, radius, down=False), weights, groups=3 * num)
-    x = F.conv2d(_mirror(x, radius, down=True), weights.mT, groups=3 * num)
-    return x.view(num, 3, size, size)
+    x = x.view(1, groups, *shape[2:])
+    x = F.conv2d(_mirror(x, radius, down=False), weights, groups=groups)
+    x = F.conv2d(_mirror(x, radius, down=True), weights.mT, groups=groups)
+    return x.view(shape)
 
 
 def _mirror(x: Tensor, radius: int, down: bool) -> Tensor:
@@ -181,7 +181,7 @@ def micro_batches(
     batch: Batch, crops: Sequence[Crop], num: int, device: torch.device, memory_format: torch.memory_format
 ) -> list[Callable[[], list[Tensor]]]:
     """What makes the views of each of `num` equal parts of a batch: for each kind of crop float32 [kind.num * b / num,
-    3, S, S], on `device`, photometrics applied and normalised.
+    3, *kind.shape], on `device`, photometrics applied and normalised.
 
     All of the uint8 goes to the device at once; floats exist a part at a time, where one is asked for.
     """
@@ -208,21 +208,21 @@ def micro_batches(
 # --------------------------------------------------------------------------------------------- resizing
 
 
-def resize_on_cpu(image: np.ndarray, size: int) -> np.ndarray:
+def resize_on_cpu(image: np.ndarray, size: ImageSize) -> np.ndarray:
     """`views.resize` without kernels in C: their sums in their order, so the same bytes."""
-    height, width = image.shape[:2]
+    (height, width), (to_height, to_width) = image.shape[:2], shape_of(size)
     pixels = torch.from_numpy(np.ascontiguousarray(image))
-    first, num, weights = _triangle(height, size)
+    first, num, weights = _triangle(height, to_height)
     odd = num % 2  # rows are added two by two, an odd one before them
     taps = int(num.max())
     place = torch.arange(taps + taps % 2 + 2) - odd[:, None]
     weights = F.pad(weights, (1, 3)).gather(1, place + 1)[..., None, None]
     rows = (first[:, None] + place).clamp_(0, height - 1)
-    down = torch.zeros(size, width, 3)
+    down = torch.zeros(to_height, width, 3)
     for k in range(0, place.shape[1], 2):
         down += weights[:, k] * pixels[rows[:, k]] + weights[:, k + 1] * pixels[rows[:, k + 1]]
-    first, num, weights = _triangle(width, size)
-    across = torch.zeros(size, size, 3)
+    first, num, weights = _triangle(width, to_width)
+    across = torch.zeros(to_height, to_width, 3)
     for k in range(int(num.max())):
         across += weights[:, k, None] * down[:, (first + k).clamp_(0, width - 1)]
     return across.add_(0.5).to(torch.uint8).numpy()

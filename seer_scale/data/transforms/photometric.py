@@ -67,26 +67,27 @@ def draw(how: Photometric, u: Iterator[float]) -> PhotometricParams:
 
 
 def apply_photometric(crop: np.ndarray, params: PhotometricParams, planes: np.ndarray) -> None:
-    """RGB uint8 [S, S, 3] by `params` into `planes`, uint8 [3, S, S], contiguous."""
+    """RGB uint8 [H, W, 3] by `params` into `planes`, uint8 [3, H, W], contiguous."""
     kernel = native()
     if kernel is None:
         from seer_scale.data.transforms import on_device  # loads torch, which loader processes otherwise do without
 
         planes[:] = on_device.apply_on_cpu(crop, params)
         return
-    size, num = len(crop), len(params.ops)
+    height, width, num = *crop.shape[:2], len(params.ops)
     crop = np.ascontiguousarray(crop)
     ops = (ctypes.c_int * num)(*(op for op, _ in params.ops))
     factors = (ctypes.c_float * num)(*(factor for _, factor in params.ops))
-    kernel.photometric(crop.ctypes.data, size, params.flip, num, ops, factors, planes.ctypes.data)
+    kernel.photometric(crop.ctypes.data, height, width, params.flip, num, ops, factors, planes.ctypes.data)
     if params.sigma:
         weights = gaussian(params.sigma)
         kernel.blur(
             planes.ctypes.data,
-            size,
+            height,
+            width,
             len(weights) // 2,
             weights.ctypes.data,
-            scratch(size * size + size + len(weights)).ctypes.data,
+            scratch(height * width + width + len(weights)).ctypes.data,
         )
     if params.solarize:
         np.minimum(planes, ~planes, out=planes)  # of v and 255 - v the smaller is 255 - v from 128 on

@@ -5,6 +5,9 @@
 #include <stdint.h>
 #include <string.h>
 
+/* What native.py is to find: another number with every change of what a kernel takes. */
+int interface(void) { return 2; }
+
 /* Built once for each instruction set (setup.py): every operation is done as it is written, none fused or reordered, so
    that all of them give the same bytes. */
 int supported(void) {
@@ -93,19 +96,19 @@ static void apply(int op, float f, float mean, float *restrict r, float *restric
     }
 }
 
-/* image: [size, size, 3]; out: [3, size, size]; ops, factors: what to do in turn. */
-void photometric(const uint8_t *restrict image, int size, int flip, int num, const int *ops, const float *factors,
-                 uint8_t *restrict out) {
-    const int plane = size * size;
+/* image: [height, width, 3]; out: [3, height, width]; ops, factors: what to do in turn. */
+void photometric(const uint8_t *restrict image, int height, int width, int flip, int num, const int *ops,
+                 const float *factors, uint8_t *restrict out) {
+    const int plane = height * width;
     float planes[3][BLOCK], mean = 0;
     int contrast = num;
     for (int i = 0; i < num; i++) if (ops[i] == CONTRAST) contrast = i;
     if (contrast < num) {
         double sum = 0;
-        for (int y = 0; y < size; y++) {
-            const uint8_t *row = image + 3 * y * size;
-            for (int x = 0; x < size; x += BLOCK) {
-                const int n = size - x < BLOCK ? size - x : BLOCK;
+        for (int y = 0; y < height; y++) {
+            const uint8_t *row = image + 3 * y * width;
+            for (int x = 0; x < width; x += BLOCK) {
+                const int n = width - x < BLOCK ? width - x : BLOCK;
                 take_apart(row + 3 * x, planes[0], planes[1], planes[2], n);
                 for (int k = 0; k < contrast; k++) apply(ops[k], factors[k], 0, planes[0], planes[1], planes[2], n);
                 float lanes[16] = {0};
@@ -117,15 +120,15 @@ void photometric(const uint8_t *restrict image, int size, int flip, int num, con
         }
         mean = sum / plane;
     }
-    for (int y = 0; y < size; y++) {
-        const uint8_t *row = image + 3 * y * size;
-        for (int x = 0; x < size; x += BLOCK) {
-            const int n = size - x < BLOCK ? size - x : BLOCK;
+    for (int y = 0; y < height; y++) {
+        const uint8_t *row = image + 3 * y * width;
+        for (int x = 0; x < width; x += BLOCK) {
+            const int n = width - x < BLOCK ? width - x : BLOCK;
             take_apart(row + 3 * x, planes[0], planes[1], planes[2], n);
             for (int k = 0; k < num; k++) apply(ops[k], factors[k], mean, planes[0], planes[1], planes[2], n);
             for (int c = 0; c < 3; c++) {
-                uint8_t *to = out + c * plane + y * size;
-                if (flip) for (int i = 0; i < n; i++) to[size - 1 - x - i] = (uint8_t)(planes[c][i] + 0.5f);
+                uint8_t *to = out + c * plane + y * width;
+                if (flip) for (int i = 0; i < n; i++) to[width - 1 - x - i] = (uint8_t)(planes[c][i] + 0.5f);
                 else for (int i = 0; i < n; i++) to[x + i] = (uint8_t)(planes[c][i] + 0.5f);
             }
         }
@@ -139,35 +142,36 @@ static inline int mirror(int i, int n) {
     return i < n ? i : period - i;
 }
 
-/* In place on [3, size, size]; weights: 2 * radius + 1; scratch: size * size + size + 2 * radius floats. */
-void blur(uint8_t *restrict planes, int size, int radius, const float *restrict weights, float *restrict scratch) {
-    float *across = scratch, *line = scratch + size * size;
+/* In place on [3, height, width]; weights: 2 * radius + 1; scratch: height * width + width + 2 * radius floats. */
+void blur(uint8_t *restrict planes, int height, int width, int radius, const float *restrict weights,
+          float *restrict scratch) {
+    float *across = scratch, *line = scratch + height * width;
     for (int c = 0; c < 3; c++) {
-        uint8_t *plane = planes + c * size * size;
-        for (int y = 0; y < size; y++) {
-            const uint8_t *row = plane + y * size;
-            for (int i = 0; i < radius; i++) { line[i] = row[mirror(i - radius, size)]; line[size + radius + i] = row[mirror(size + i, size)]; }
-            for (int i = 0; i < size; i++) line[radius + i] = row[i];
-            float *to = across + y * size;
+        uint8_t *plane = planes + c * height * width;
+        for (int y = 0; y < height; y++) {
+            const uint8_t *row = plane + y * width;
+            for (int i = 0; i < radius; i++) { line[i] = row[mirror(i - radius, width)]; line[width + radius + i] = row[mirror(width + i, width)]; }
+            for (int i = 0; i < width; i++) line[radius + i] = row[i];
+            float *to = across + y * width;
             const float w0 = weights[radius];
-            for (int i = 0; i < size; i++) to[i] = w0 * line[radius + i];
+            for (int i = 0; i < width; i++) to[i] = w0 * line[radius + i];
             for (int k = 1; k <= radius; k++) {
                 const float w = weights[radius + k];
                 const float *a = line + radius - k, *b = line + radius + k;
-                for (int i = 0; i < size; i++) to[i] += w * (a[i] + b[i]);
+                for (int i = 0; i < width; i++) to[i] += w * (a[i] + b[i]);
             }
         }
-        for (int y = 0; y < size; y++) {
-            const float *row = across + y * size;
+        for (int y = 0; y < height; y++) {
+            const float *row = across + y * width;
             const float w0 = weights[radius];
-            for (int i = 0; i < size; i++) line[i] = w0 * row[i] + 0.5f;
+            for (int i = 0; i < width; i++) line[i] = w0 * row[i] + 0.5f;
             for (int k = 1; k <= radius; k++) {
                 const float w = weights[radius + k];
-                const float *a = across + mirror(y - k, size) * size, *b = across + mirror(y + k, size) * size;
-                for (int i = 0; i < size; i++) line[i] += w * (a[i] + b[i]);
+                const float *a = across + mirror(y - k, height) * width, *b = across + mirror(y + k, height) * width;
+                for (int i = 0; i < width; i++) line[i] += w * (a[i] + b[i]);
             }
-            uint8_t *to = plane + y * size;
-            for (int i = 0; i < size; i++) to[i] = (uint8_t)line[i];
+            uint8_t *to = plane + y * width;
+            for (int i = 0; i < width; i++) to[i] = (uint8_t)line[i];
         }
     }
 }
@@ -222,17 +226,19 @@ static void weigh(const uint8_t *restrict p, long stride, const float *restrict 
     }
 }
 
-/* RGB [height, width] at src, rows `stride` bytes apart, to [size, size]. Eight output rows at a time: down first, turned so
-   that the eight lie side by side, then across. scratch: floats, size * (rows + columns) + 16 * (3 * width + 8) + 4 * size of them, where rows and columns are
-   2 * ceil(how often size goes into the axis, 1 at least) + 2. */
-void resize(const uint8_t *src, long stride, int height, int width, int size, uint8_t *dst, float *scratch) {
-    const int tall = 2 * (int)ceil(height > size ? (double)height / size : 1) + 2, wide = 2 * (int)ceil(width > size ? (double)width / size : 1) + 2, n = 3 * width;
-    float *down = scratch, *across = down + (long)size * tall, *turned = across + (long)size * wide, *sums = turned + 8 * (n + 8L);
-    int *top = (int *)(sums + 8 * (n + 8L)), *rows = top + size, *left = rows + size, *columns = left + size;
-    triangle(height, size, tall, top, rows, down);
-    triangle(width, size, wide, left, columns, across);
-    for (int y = 0; y < size; y += 8) {
-        const int live = size - y < 8 ? size - y : 8;
+/* RGB [height, width] at src, rows `stride` bytes apart, to [to_height, to_width]. Eight output rows at a time: down
+   first, turned so that the eight lie side by side, then across. scratch: 16 * (3 * width + 8) floats, and for each axis
+   as many times as it has outputs 2 * ceil(how often these go into its inputs, 1 at least) + 4. */
+void resize(const uint8_t *src, long stride, int height, int width, int to_height, int to_width, uint8_t *dst,
+            float *scratch) {
+    const int tall = 2 * (int)ceil(height > to_height ? (double)height / to_height : 1) + 2;
+    const int wide = 2 * (int)ceil(width > to_width ? (double)width / to_width : 1) + 2, n = 3 * width;
+    float *down = scratch, *across = down + (long)to_height * tall, *turned = across + (long)to_width * wide, *sums = turned + 8 * (n + 8L);
+    int *top = (int *)(sums + 8 * (n + 8L)), *rows = top + to_height, *left = rows + to_height, *columns = left + to_width;
+    triangle(height, to_height, tall, top, rows, down);
+    triangle(width, to_width, wide, left, columns, across);
+    for (int y = 0; y < to_height; y += 8) {
+        const int live = to_height - y < 8 ? to_height - y : 8;
         for (int r = 0; r < 8; r++) {
             const int o = y + (r < live ? r : live - 1);
             weigh(src + top[o] * stride, stride, down + (long)o * tall, rows[o], n, sums + (long)r * (n + 8));
@@ -243,10 +249,10 @@ void resize(const uint8_t *src, long stride, int height, int width, int size, ui
             transpose(v);
             memcpy(turned + 8L * x, v, sizeof v);
         }
-        for (int e = 0; e < 3 * size; e += 8) {
+        for (int e = 0; e < 3 * to_width; e += 8) {
             f8 v[8];
             for (int j = 0; j < 8; j++) {
-                const int at = e + j < 3 * size ? e + j : 3 * size - 1, o = at / 3, c = at % 3;
+                const int at = e + j < 3 * to_width ? e + j : 3 * to_width - 1, o = at / 3, c = at % 3;
                 const float *w = across + (long)o * wide, *p = turned + 8L * (3 * left[o] + c);
                 f8 sum = {0};
                 for (int k = 0; k < columns[o]; k++) { f8 t; memcpy(&t, p + 24L * k, sizeof t); sum += w[k] * t; }
@@ -255,7 +261,7 @@ void resize(const uint8_t *src, long stride, int height, int width, int size, ui
             transpose(v);
             for (int r = 0; r < live; r++) {
                 const b8 bytes = __builtin_convertvector(__builtin_convertvector(v[r], i8), b8);
-                memcpy(dst + 3L * size * (y + r) + e, &bytes, 3 * size - e < 8 ? 3 * size - e : 8);
+                memcpy(dst + 3L * to_width * (y + r) + e, &bytes, 3 * to_width - e < 8 ? 3 * to_width - e : 8);
             }
         }
     }

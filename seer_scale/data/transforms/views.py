@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from seer_scale.config import Crop, Views
+from seer_scale.config import Crop, ImageSize, Views, shape_of
 from seer_scale.data.transforms import photometric
 from seer_scale.data.transforms.decode import decode
 from seer_scale.data.transforms.native import native, scratch
@@ -43,7 +43,8 @@ def load_views(
 
     def at_least(height: int, width: int) -> tuple[int, int]:
         full[:] = height, width
-        share = max(kind.size / min(box[2:]) for kind, _, box in _boxes(views, draws, height, width))
+        boxes = ((kind.shape, box[2:]) for kind, _, box in _boxes(views, draws, height, width))
+        share = max(side / of_box for shape, box in boxes for side, of_box in zip(shape, box))
         return math.ceil(height * share), math.ceil(width * share)
 
     image = decode(data, at_least)
@@ -51,14 +52,14 @@ def load_views(
 
 
 def make_views(image: np.ndarray, views: Views, seed: int, epoch: int, index: int) -> list[np.ndarray]:
-    """The crops of RGB uint8 [H, W, 3], one uint8 array [num, 3, size, size] for each kind in views.crops."""
+    """The crops of RGB uint8 [H, W, 3], one uint8 array [num, 3, *shape] for each kind in views.crops."""
     out = _arrays(views)
     _cut(image, views, _draws(views, seed, epoch, index), image.shape[:2], out)
     return out
 
 
 def _arrays(views: Views) -> list[np.ndarray]:
-    return [np.empty((kind.num, 3, kind.size, kind.size), np.uint8) for kind in views.crops]
+    return [np.empty((kind.num, 3, *kind.shape), np.uint8) for kind in views.crops]
 
 
 def _draws(views: Views, seed: int, epoch: int, index: int) -> list[list[float]]:
@@ -109,29 +110,31 @@ def crop_box(height: int, width: int, scale: tuple[float, float], u: Iterator[fl
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] to [size, size, 3], bilinear, antialiased along an axis that shrinks: Pillow's, to one level."""
+def resize(image: np.ndarray, size: ImageSize) -> np.ndarray:
+    """uint8 [H, W, 3] to this size, bilinear, antialiased along an axis that shrinks: Pillow's, to one level."""
     kernels = native()
     if kernels is None:
         from seer_scale.data.transforms import on_device  # loads torch, which loader processes otherwise do without
 
         return on_device.resize_on_cpu(image, size)
-    height, width = image.shape[:2]
     if image.strides[1:] != (3, 1):
         image = np.ascontiguousarray(image)
-    out = np.empty((size, size, 3), np.uint8)
-    taps = sum(2 * math.ceil(max(1, n / size)) + 2 for n in (height, width))
-    floats = scratch(size * taps + 16 * (3 * width + 8) + 4 * size)
-    kernels.resize(image.ctypes.data, image.strides[0], height, width, size, out.ctypes.data, floats.ctypes.data)
+    (height, width), shape = image.shape[:2], shape_of(size)
+    out = np.empty((*shape, 3), np.uint8)
+    of_axes = sum(to * (2 * math.ceil(max(1, n / to)) + 4) for n, to in zip((height, width), shape))
+    floats = scratch(of_axes + 16 * (3 * width + 8))
+    kernels.resize(image.ctypes.data, image.strides[0], height, width, *shape, out.ctypes.data, floats.ctypes.data)
     return out
 
 
-def resize_centre(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [3, size, size] for evaluation: what centre-cropping leaves once the short side is round(size * 8/7)."""
-    height, width = image.shape[:2]
-    side = max(1, round(min(height, width) * size / short_side(size)))  # cut first: no huge image on the way
-    top, left = (height - side) // 2, (width - side) // 2
-    crop = resize(image[top : top + side, left : left + side], size)
+def resize_centre(image: np.ndarray, size: ImageSize) -> np.ndarray:
+    """uint8 [3, size, size] for evaluation: what centre-cropping leaves once the short side is round(size * 8/7). Where
+    the size is (height, width), once the image is as small as still covers 8/7 of both."""
+    shape = shape_of(size)
+    within, whole = min(zip(image.shape, map(short_side, shape)), key=lambda axis: axis[0] / axis[1])
+    height, width = (max(1, round(within * side / whole)) for side in shape)  # cut first: no huge image on the way
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    crop = resize(image[top : top + height, left : left + width], size)
     return np.ascontiguousarray(crop.transpose(2, 0, 1))
 
 

@@ -17,7 +17,7 @@ from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method
 from seer_scale.methods.dinov2.diagnostics import batch_metrics, figures, health, plots_of, sections_of
-from seer_scale.methods.dinov2.patches import check_patches, masking_of
+from seer_scale.methods.dinov2.patches import check_patches, grid_of, masking_of
 from seer_scale.methods.dinov2.settings import DINOv2Settings
 from seer_scale.methods.draws import ViewDraws, first_of_part, sent
 from seer_scale.methods.losses.centering import softmax_center
@@ -71,6 +71,7 @@ class DINOv2(Method[Teaching, Teaching]):
         self.gram = build_backbone(config.model.name, **config.model.explicit_keys()) if s.gram_weight else None
         check_patches(self.student, config)
         self.masking = masking_of(self.student, config) if s.ibot_weight else None
+        self.grid = grid_of(self.student, config)
         self.draws = ViewDraws(config, world, self.student.num_draws)
         for who in (STUDENT, TEACHER):
             head = DINOHead(self.student.num_features, s.hidden, s.bottleneck, s.prototypes)
@@ -177,7 +178,7 @@ class DINOv2(Method[Teaching, Teaching]):
         num, masks, anchors = len(views[0]) // self.num_globals, None, None
         (whole,) = self._seen(self.teacher, self._smaller(views[:1]))
         if self.gram is not None and samples_seen >= self.config.gram_from_samples:
-            anchors = reduced(self.gram.tokens(views[:1])[0].patches, whole.patches.shape[1], self.config.gram_scale)
+            anchors = reduced(self.gram.tokens(views[:1])[0].patches, self.grid, self.config.gram_scale)
         if self.masking:
             first = first_of_part(self.recipe, self.world, part)
             masks = Masks(*sent(self.masking.draw(samples_seen, first, num), views[0].device))

@@ -11,18 +11,24 @@ from seer_scale.methods.masking import MIN_BLOCK, BlockMasking
 from seer_scale.models.backbone import Backbone
 
 
-def seen_size(config: Config) -> int:
-    """Of a global crop, in pixels, as student and teacher see it."""
-    s = config.settings_as(DINOv2Settings)
-    return config.views.crops[0].size // (s.gram_scale if s.gram_weight else 1)
+def seen_shape(config: Config) -> tuple[int, int]:
+    """Of a global crop, (height, width) in pixels, as student and teacher see it."""
+    s, (height, width) = config.settings_as(DINOv2Settings), config.views.crops[0].shape
+    scale = s.gram_scale if s.gram_weight else 1
+    return height // scale, width // scale
+
+
+def grid_of(backbone: Backbone, config: Config) -> tuple[int, int]:
+    """Patches of a global crop, high and wide, as student and teacher see it; none of a backbone without."""
+    (height, width), stride = seen_shape(config), backbone.patch_map.stride if backbone.patch_map else 0
+    return (-(-height // stride), -(-width // stride)) if stride else (0, 0)
 
 
 def masking_of(backbone: Backbone, config: Config) -> BlockMasking:
     """Of the global crops."""
-    s, patches = config.settings_as(DINOv2Settings), backbone.patch_map
-    side = -(-seen_size(config) // patches.stride) if patches else 0
+    s = config.settings_as(DINOv2Settings)
     return BlockMasking(
-        seed=config.run.seed, grid=(side, side), global_batch=config.train.global_batch,
+        seed=config.run.seed, grid=grid_of(backbone, config), global_batch=config.train.global_batch,
         views=config.views.crops[0].num, share=s.mask_share, ratio=s.mask_ratio, exact=s.mask_exact,
     )  # fmt: skip
 
@@ -40,9 +46,10 @@ def _problems(backbone: Backbone, config: Config) -> Iterator[Problem]:
             if weight:
                 yield Problem(f"dinov2.{key}", weight, f"it compares patches, and {name} has none", (0.0,))
         return
-    if s.gram_weight and (why := backbone.refuses(seen_size(config))):
-        rule = f"student and teacher see {seen_size(config)} pixels of it, and the backbone does not take that: {why}"
-        yield Problem("views.crops[0].size", config.views.crops[0].size, rule)
+    size, seen = config.views.crops[0].size, " x ".join(map(str, seen_shape(config)))
+    for why in backbone.refuses(seen_shape(config)) if s.gram_weight else ():
+        rule = f"student and teacher see {seen} pixels of it, and the backbone does not take that: {why}"
+        yield Problem("views.crops[0].size", size, rule)
     if not s.ibot_weight:
         return
     if s.shared_head and patches.channels != backbone.num_features:
@@ -53,10 +60,10 @@ def _problems(backbone: Backbone, config: Config) -> Iterator[Problem]:
         crops = config.train.global_batch * config.views.crops[0].num
         rule = f"of a batch's {crops} global crops none would be masked"
         yield Problem("dinov2.mask_share", s.mask_share, rule, f"nearest: {1 / crops:.2g}")
-    side, most = masking.grid[0], int(masking.num_patches * s.mask_ratio[1])
-    blocks_fit = s.mask_exact or side > 2 and most >= MIN_BLOCK
+    (height, width), most = masking.grid, int(masking.num_patches * s.mask_ratio[1])
+    blocks_fit = s.mask_exact or min(height, width) > 1 and height + width > 5 and most >= MIN_BLOCK
     if not (most and blocks_fit):
-        rule = f"of the {side} x {side} patches of a crop none would be masked" + (
+        rule = f"of the {height} x {width} patches of a crop none would be masked" + (
             "" if s.mask_exact else f": a block has at least {MIN_BLOCK}, and is smaller than the crop both ways"
         )
         fix = "larger crops (views.crops[0].size), or dinov2.ibot_weight 0"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from seer_scale.config import Config, MethodSettings, opt, register_settings
+from seer_scale.config import Config, MethodSettings, multiples_near, opt, register_settings, sides_of
 from seer_scale.errors import NOTHING, Problem
 from seer_scale.methods.image_groups import group_problem
 
@@ -94,9 +94,10 @@ class DINOv2Settings(MethodSettings):
             rule = f"is 0, so dinov2.gram_refreshes {self.gram_refreshes} would fall together"
             yield Problem("dinov2.gram_every_samples", 0, rule, "give a number of samples")
         size, scale = config.views.crops[0].size if config.views.crops else 0, self.gram_scale
-        if size % scale:
-            near = (size // scale * scale, -(-size // scale) * scale)
-            yield Problem("views.crops[0].size", size, f"must be a multiple of dinov2.gram_scale ({scale})", near)
+        for side, pixels in sides_of(size).items():
+            if pixels % scale:
+                rule = f"{side} must be a multiple of dinov2.gram_scale ({scale})"
+                yield Problem("views.crops[0].size", size, rule, multiples_near(pixels, scale))
 
     def needs(self) -> dict[str, tuple[bool, str]]:
         has_ibot = (self.ibot_weight > 0, "a dinov2.ibot_weight")

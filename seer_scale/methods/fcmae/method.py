@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seer_scale.config import Config
+from seer_scale.config import Config, ImageSize, multiples_near, sides_of, size_text
 from seer_scale.distributed import World
 from seer_scale.errors import Problem, UserError
 from seer_scale.methods.base import Baseline, Features, LossOutput, Method, Reconstructions
@@ -55,14 +55,19 @@ class FCMAE(Method[None, None]):
         return ConvNeXtDecoder(self.backbone.num_features, s.decoder_width, s.decoder_depth, 3 * self.patch**2)
 
     def _masking(self, kind: int) -> RandomMasking:
-        size, ratio, patch = self.recipe.views.crops[kind].size, self.config.mask_ratio, self.patch
-        if size % patch:
-            near = tuple(n for n in (size // patch * patch, -(-size // patch) * patch) if n)
-            rule = f"it must be a multiple of the {patch} pixels of a patch"
-            raise UserError(Problem(f"views.crops[{kind}].size", size, rule, near))
-        masking = RandomMasking(seed=self.recipe.run.seed, grid=(size // patch, size // patch), ratio=ratio)
+        crop, ratio, patch = self.recipe.views.crops[kind], self.config.mask_ratio, self.patch
+        rule = f"must be a multiple of the {patch} pixels of a patch"
+        if problems := [
+            Problem(f"views.crops[{kind}].size", crop.size, f"{side} {rule}", multiples_near(pixels, patch))
+            for side, pixels in sides_of(crop.size).items()
+            if pixels % patch
+        ]:
+            raise UserError(*problems)
+        height, width = crop.shape
+        masking = RandomMasking(seed=self.recipe.run.seed, grid=(height // patch, width // patch), ratio=ratio)
         if not 0 < masking.keep < masking.num_patches:
-            rule = f"of {masking.num_patches} patches of a crop of {size} pixels it leaves {masking.keep}"
+            of_pixels = f"{size_text(crop.size)} pixels"
+            rule = f"of {masking.num_patches} patches of a crop of {of_pixels} it leaves {masking.keep}"
             raise UserError(Problem("fcmae.mask_ratio", ratio, rule, "nearest: 0.5, or larger crops"))
         return masking
 
@@ -142,7 +147,7 @@ class FCMAE(Method[None, None]):
         return Features(features, F.normalize(features, dim=1))
 
     @property
-    def reconstruction_size(self) -> int:
+    def reconstruction_size(self) -> ImageSize:
         return self.recipe.views.crops[0].size
 
     def reconstruct(self, images: Tensor, numbers: Sequence[int]) -> Reconstructions:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +19,11 @@ def gram_loss(patches: Tensor, anchors: Tensor) -> Tensor:
         return (ours @ ours.mT - theirs @ theirs.mT).square().mean()
 
 
-def reduced(patches: Tensor, num: int, scale: int) -> Tensor:
-    """Patches of square images that are `scale` times larger, [N, scale^2 num, C], as [N, num, C]: bicubic, without
-    antialiasing, as released."""
+def reduced(patches: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
+    """Patches of images that are `scale` times larger, [N, scale^2 height width, C], as those of a grid (height,
+    width), [N, height width, C]: bicubic, without antialiasing, as released."""
     if scale == 1:
         return patches
-    side = math.isqrt(num)
-    grid = at_least_fp32(patches).mT.unflatten(2, (scale * side, scale * side))
-    return F.interpolate(grid, (side, side), mode="bicubic", align_corners=False).flatten(2).mT
+    height, width = grid
+    maps = at_least_fp32(patches).mT.unflatten(2, (scale * height, scale * width))
+    return F.interpolate(maps, grid, mode="bicubic", align_corners=False).flatten(2).mT

@@ -97,7 +97,7 @@ class SwAV(Method[AssignmentInputs, list[Tensor]]):
     # --- the step
 
     def embed(self, views: list[Tensor], samples_seen: int, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """views: for each resolution [num * B, 3, S, S], crop-major. Returns unit vectors, fp32 [V, B, dim], and the
+        """views: for each resolution [num * B, 3, H, W], crop-major. Returns unit vectors, fp32 [V, B, dim], and the
         features of the first crop [B, D], without a graph."""
         features = self.backbone(views, self.draws(views, samples_seen, part))
         z = F.normalize(self.head(torch.cat(features)).float(), dim=1)

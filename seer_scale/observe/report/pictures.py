@@ -16,9 +16,11 @@ from seer_scale.observe.report.plots import BLUE, Curve, Plot, svg
 
 @dataclass(frozen=True)
 class Picture:
-    """side: pixels on the page. uri: of its content; "" where the file is gone. tiny: to be magnified by pixels."""
+    """width, height: pixels on the page. uri: of its content; "" where the file is gone. tiny: to be magnified by
+    pixels."""
 
-    side: int
+    width: int
+    height: int
     uri: str
     label: str = ""
     tiny: bool = False
@@ -59,12 +61,14 @@ class Pictures:
         self._folder, self._gallery = run_dir / "gallery", read_gallery(run_dir)
 
     def _picture(self, name: str, side: int, label: str = "") -> Picture:
+        """side: pixels of its longer side on the page."""
         path = self._folder / name
         if not path.exists():
-            return Picture(side, "")
-        kind = "png" if path.suffix == ".png" else "jpeg"
+            return Picture(side, side, "")
+        kind, pixels = "png" if path.suffix == ".png" else "jpeg", Image.open(path).size
+        width, height = (round(side * n / max(pixels)) for n in pixels)
         uri = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-        return Picture(side, uri, label, tiny=kind == "png")
+        return Picture(width, height, uri, label, tiny=kind == "png")
 
     def _pixels(self, name: str) -> int:
         path = self._folder / name
