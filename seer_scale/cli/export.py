@@ -11,7 +11,7 @@ from seer_scale.cli.parser import add_command
 from seer_scale.errors import EXIT_DONE
 from seer_scale.files import shown, to_json
 
-EXPORT_FORMATS = ("timm", "torchvision", "transformers", "dinov2", "safetensors", "onnx")
+EXPORT_FORMATS = ("timm", "torchvision", "transformers", "dinov2", "convnextv2", "safetensors", "onnx")
 """As `interop.formats.FORMATS`, without loading torch for --help."""
 
 

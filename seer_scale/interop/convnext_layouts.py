@@ -71,12 +71,12 @@ def imported(library: str, spec: ConvNeXtV2Spec) -> dict[str, Piece]:
 
 
 def exported(library: str, spec: ConvNeXtV2Spec) -> dict[str, Piece]:
-    """Tensors of `library`, timm or transformers, of our parameters."""
+    """Tensors of `library`, timm, transformers or the original, of our parameters."""
     convolves = library == "timm" and not isinstance(spec, ConvNeXtSpec) and _size(spec) in TIMM_CONVOLVES
     out = {}
     for template, ours, theirs in _parameters(library, spec):
         make: Callable[[Tensor], Tensor] = same
-        if library == "transformers" and template.endswith("grn"):
+        if library != "timm" and template.endswith("grn"):
             make = _of_map
         elif convolves and template.endswith(("fc1", "fc2")) and theirs.endswith(".weight"):
             make = _as_convolution
@@ -117,6 +117,14 @@ def transformers_network(spec: ConvNeXtV2Spec, how: Mapping[str, Any]) -> Networ
         **own,
     }
     return Network(name, config)
+
+
+def original_network(spec: ConvNeXtV2Spec, how: Mapping[str, Any]) -> Network | str:
+    """The class of models/convnextv2.py, or of the first one's models/convnext.py, whose patches are 4 pixels."""
+    if spec.patch != ConvNeXtV2Spec.patch:
+        return f"the original's network has patches of {ConvNeXtV2Spec.patch}, and this one of {spec.patch}"
+    name = "ConvNeXt" if isinstance(spec, ConvNeXtSpec) else "ConvNeXtV2"
+    return Network(name, {"depths": list(spec.depths), "dims": list(spec.widths)})
 
 
 def initial(spec: ConvNeXtV2Spec) -> dict[str, Tensor]:
@@ -239,7 +247,7 @@ CONVNEXT_LAYOUTS = FamilyLayouts(
     imported=imported,
     exported=exported,
     initial=initial,
-    networks={"timm": timm_network, "transformers": transformers_network},
+    networks={"timm": timm_network, "transformers": transformers_network, "convnextv2": original_network},
     matches=is_convnext,
     find=find_convnext,
 )

@@ -265,6 +265,27 @@ features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
     return Target(str, network, loading, made=made)
 
 
+def _convnextv2(weights: Weights) -> Target | str:
+    """The original's own, V2's or the first one's."""
+    of_layouts, how = _made("convnextv2", weights), weights.about.preprocessing
+    if of_layouts is None:
+        return f"is a layout of ConvNeXts, and this is {weights.about.model['name']}"
+    if isinstance(of_layouts, str):
+        return of_layouts
+    (network, arguments, _), made = of_layouts
+    repository = {"ConvNeXtV2": "ConvNeXt-V2"}.get(network, network)
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    loading = f"""import PIL.Image, safetensors.torch, torchvision
+from models.{network.lower()} import {network}  # in a checkout of github.com/facebookresearch/{repository}
+model = {network}({given}).eval()
+model.load_state_dict(safetensors.torch.load_file("FILE"), strict=False)  # all but its classifier
+transform = torchvision.transforms._presets.ImageClassification(
+    crop_size={how["size"]}, resize_size={how["resize_short_side"]}, mean={how["mean"]}, std={how["std"]}
+)
+features = model.forward_features(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
+    return Target(str, network, loading, made=made)
+
+
 def _onnx(weights: Weights) -> Target:
     how = weights.about.preprocessing
     loading = f"""import numpy, onnxruntime, PIL.Image, torchvision
@@ -281,6 +302,7 @@ FORMATS: dict[str, Callable[[Weights], Target | str]] = {
     "torchvision": _torchvision,
     "transformers": _transformers,
     "dinov2": _dinov2,
+    "convnextv2": _convnextv2,
     OWN_FORMAT: _own,
     "onnx": _onnx,
 }

@@ -47,6 +47,10 @@ def write_onnx(path: Path, backbone: Backbone, about: About, dtype: torch.dtype)
             rule = f"torch cannot make a graph of {about.model['name']} ({first})"
             raise UserError(Problem("--format", "onnx", rule, "another format")) from error
     assert program is not None
+    batch = (program.model.graph.inputs[0].shape or [0])[0]
+    if isinstance(batch, int):
+        rule = f"torch makes a graph of {about.model['name']} that takes {batch} images at once, no more or less"
+        raise UserError(Problem("--format", "onnx", rule, "another format"))
     properties = {"preprocessing": to_json(about.preprocessing), ABOUT: about.to_json()}
     program.model.metadata_props.update(properties)
     nbytes = sum(t.nbytes for t in backbone.state_dict().values())

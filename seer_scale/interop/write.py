@@ -27,7 +27,10 @@ MAX_SHARD_SIZE = "5GB"
 SHARDS = "model*.safetensors*"
 EXPORTED_NAMES = (README, "config.json", "preprocessor_config.json", ONNX_FILE, f"{ONNX_FILE}.data")
 """What may lie in a folder that --force replaces, beside SHARDS."""
-LONE_FILES = {".onnx": ("onnx",), ".safetensors": (OWN_FORMAT, "timm", "torchvision", "transformers", "dinov2")}
+LONE_FILES = {
+    ".onnx": ("onnx",),
+    ".safetensors": (OWN_FORMAT, "timm", "torchvision", "transformers", "dinov2", "convnextv2"),
+}
 """How the name of a lone file ends, and of which formats it may be."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

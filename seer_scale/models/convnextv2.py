@@ -176,13 +176,14 @@ class _RespondGlobally(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, norms, relative = ctx.saved_tensors
-        along = (grad * x).sum(1, keepdim=True, dtype=norms.dtype)
+        wide = grad.to(norms.dtype)  # halves of a product: of a channel that is nearly off one is huge, the other tiny
+        along = (wide * x).sum(1, keepdim=True)
         d_relative = along * weight
         shared = norms.mean(-1, keepdim=True) + GRN_EPS
         d_norms = (d_relative - (d_relative * relative).mean(-1, keepdim=True)) / shared
         by_x = torch.where(norms > 0, d_norms / norms, 0)
-        dx = (grad * (1 + weight * relative).to(x.dtype)).addcmul_(x, by_x.to(x.dtype))
-        return dx, (along * relative).sum((0, 1)), grad.sum((0, 1), dtype=norms.dtype)
+        dx = (wide * (1 + weight * relative)).add_(x * by_x).to(x.dtype)
+        return dx, (along * relative).sum((0, 1)), wide.sum((0, 1))
 
 
 class Stem(nn.Module):
@@ -231,7 +232,7 @@ class Block(nn.Module):
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         """The list of this module's docstring -> the same."""
         taken, out = Travelling.of(xs), []
-        sizes = [len(x) for x in taken.maps]
+        sizes = [x.shape[0] for x in taken.maps]  # len() would be a constant of a graph
         of_images = taken.scales[0][:, self.number].split(sizes) if taken.scales else [None] * len(sizes)
         for i, (x, scale) in enumerate(zip(taken.maps, of_images)):
             mask = taken.mask(i)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -100,6 +101,21 @@ def test_an_export_gives_our_features_and_is_read_again(format, model, atto, tmp
     made = seer_scale.import_weights(out, tmp_path / "in")
     assert (made.format, made.model, made.left, made.anew, made.size) == (format, model, [], [], SIZE)
     assert is_same(seer_scale.load(tmp_path / "in"), net)
+
+
+@pytest.mark.parametrize("model", [FREE | {"patch": 4}, FIRST | {"patch": 4}], ids=["free", "first"])
+def test_originals_and_graphs_are_exported(model, tmp_path):
+    """The original's to the tensor; a graph takes any number of images."""
+    net, place = trained(tmp_path / "run", model)
+    written = load_file(seer_scale.export(place, tmp_path / "out", "convnextv2") / "model.safetensors")
+    expected = originals(net)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    session = onnxruntime.InferenceSession(seer_scale.export(place, tmp_path / "onnx", "onnx") / "model.onnx")
+    for n in (1, 3):
+        x = images(n, size=SIZE)
+        with torch.no_grad():
+            close(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), net(x), 1e-5)
 
 
 def is_same(a: nn.Module, b: nn.Module, but: tuple[str, ...] = ()) -> bool:
