@@ -128,7 +128,7 @@ def _masking(args: argparse.Namespace, patch: int) -> RandomMasking:
         raise UserError(Problem("--size", args.size, rule, multiples_near(args.size, patch)))
     grid = (args.size // patch,) * 2
     masking = RandomMasking(seed=0, grid=grid, ratio=args.mask_ratio)
-    if not 0 < masking.keep <= masking.num_patches:
+    if not (0 <= args.mask_ratio < 1 and masking.keep):
         raise UserError(Problem("--mask-ratio", args.mask_ratio, "must leave a patch to see", (0.6,)))
     return masking
 

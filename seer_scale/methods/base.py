@@ -241,8 +241,8 @@ class Method(nn.Module, ABC, Generic[InputsT, TargetsT]):
 
     @property
     @abstractmethod
-    def baseline(self) -> Baseline:
-        """What a network that has learned nothing would have as its loss."""
+    def baseline(self) -> Baseline | None:
+        """What a network that has learned nothing would have as its loss; None where only the images say."""
 
     @property
     def plots(self) -> Sequence[MetricPlot]:

@@ -16,9 +16,10 @@ from seer_scale.observe.records import START_EVENTS, Record
 
 
 class ConsoleSink:
-    """total_samples: the length of the run. baseline: a name and the loss of a network that has learned nothing."""
+    """total_samples: the length of the run. baseline: a name and the loss of a network that has learned
+    nothing, where it is known."""
 
-    def __init__(self, total_samples: int, baseline: tuple[str, float], progress: Progress, eta: Eta):
+    def __init__(self, total_samples: int, baseline: tuple[str, float] | None, progress: Progress, eta: Eta):
         self._total, self._baseline, self._progress, self._eta = total_samples, baseline, progress, eta
         self._latest: Record = {"samples_seen": 0}
         progress.display = self._display
@@ -56,8 +57,8 @@ class ConsoleSink:
         words = []
         if "loss" in row:
             loss = _number(row, "loss")
-            name, of_nothing = self._baseline
-            words.append(f"loss {'not finite' if loss is None else f'{loss:.3f}'} ({name} {of_nothing:.3f})")
+            of_nothing = f" ({self._baseline[0]} {self._baseline[1]:.3f})" if self._baseline else ""
+            words.append(f"loss {'not finite' if loss is None else f'{loss:.3f}'}{of_nothing}")
         if (lr := _number(row, "lr")) is not None:
             words.append(f"lr {lr:.3g}")
         if (scale := _number(row, "loss_scale")) is not None and scale != 1:

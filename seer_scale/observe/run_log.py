@@ -24,7 +24,7 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, total_samples: int, baseline: tuple[str, float], *, active: bool,
+        self, run_dir: Path, total_samples: int, baseline: tuple[str, float] | None, *, active: bool,
         progress: Progress | None = None, eta: Eta | None = None, sinks: Sequence[str] = ("tensorboard",),
     ):  # fmt: skip
         self.run_dir, self.active = Path(run_dir), active

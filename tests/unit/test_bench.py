@@ -180,7 +180,9 @@ def test_fcmae():
     ratio = facts["ratios"]["masked"]
     assert 4 / 9 < ratio["macs"] < 0.48 and 4 / 9 < ratio["kept"] < 0.55  # a canvas for what looks beyond a tile
     assert facts["rows"]["masked"]["macs"] == facts["rows"]["unmasked"]["macs"] and facts["differ"] < 1e-5
-    for wrong in (("--size", "100"), ("--model", "vit_small_patch14"), ("--mask-ratio", "0.99"), ("--batch", "0")):
+    wrong_words = [("--size", "100"), ("--model", "vit_small_patch14"), ("--mask-ratio", "0.99"),
+                   ("--mask-ratio", "nan"), ("--batch", "0")]  # fmt: skip
+    for wrong in wrong_words:
         with pytest.raises(UserError, match=wrong[0]):
             fcmae_bench.run(options(fcmae_bench, *words, *wrong))
 

@@ -238,6 +238,26 @@ def test_what_cannot_be_is_refused_before_ranks_start(over, key):
     assert [problem.key for problem in refused.value.problems] == [key] and refused.value.problems[0].nearest
 
 
+@pytest.mark.parametrize("size, ratio", [(32, 0.99), (56, 0.999), (32, 1e-9), ([32, 8], 0.9)])
+def test_the_nearest_ratio_is_one_that_can_be(size, ratio):
+    over = {"views": {"crops": [{"num": 1, "size": size}]}}
+    with pytest.raises(UserError) as refused:
+        build_method(resolve(FCMAE, over | {"fcmae": {"mask_ratio": ratio}}, world_size=1), World())
+    (near, _) = refused.value.problems[0].nearest
+    (masking,) = build_method(resolve(FCMAE, over | {"fcmae": {"mask_ratio": near}}, world_size=1), World()).maskings
+    assert masking.keep == (1 if ratio > 0.5 else masking.num_patches - 1)
+
+
+def test_a_crop_of_one_patch_wants_larger_crops():
+    with pytest.raises(UserError) as refused:
+        build_method(resolve(FCMAE, {"views": {"crops": [{"num": 1, "size": 8}]}}, world_size=1), World())
+    assert refused.value.problems[0].key == "views.crops[0].size" and refused.value.problems[0].nearest == (16,)
+
+
+def test_a_loss_of_plain_pixels_is_compared_with_nothing():
+    assert make(**{"fcmae.normalise": False})[1].baseline is None and make()[1].baseline.loss == 191 / 192
+
+
 def test_each_side_of_a_crop_is_a_multiple_of_the_patch():
     with pytest.raises(UserError) as refused:
         build_method(resolve(FCMAE, {"views": {"crops": [{"size": [36, 44]}]}}, world_size=1), World())

@@ -87,7 +87,7 @@ def test_what_stops_learning_is_named_and_a_healthy_run_is_not(kind, steps, lr, 
     assert method.health({"samples_seen": begins, "loss": 0.5}, config) is None  # of a stop
     nothing = dict.fromkeys(rows[-1], math.nan) | {"samples_seen": begins}
     assert method.health(nothing, config) is None  # of a skipped update
-    assert method.health(nothing | {"fcmae/feature_max": math.inf}, config).key == "fcmae/feature_max"
+    assert method.health(nothing | {"fcmae/beyond_half": 1e-9}, config).key == "fcmae/feature_max"
 
 
 def test_figures_are_what_they_say():
@@ -105,10 +105,11 @@ def test_figures_are_what_they_say():
         "channel_overlap": [c.square().mean() for c in cosines],
         "feature_norm": [x.square().sum(2).sqrt().mean() for x in maps],
         "feature_max": [x.abs().max() for x in maps],
+        "beyond_half": [0 * x.sum() for x in maps],
     }
     for name, of_sizes in expected.items():
         assert shown[f"fcmae/{name}"] == pytest.approx(sum(of_sizes).item() / 2, rel=1e-4), name
-    assert shown["fcmae/explained"] == pytest.approx(1 - 0.5 / (191 / 192)) and len(shown) == 7
+    assert shown["fcmae/explained"] == pytest.approx(1 - 0.5 / (191 / 192)) and len(shown) == 8
     assert method.loss(views, samples_seen=8).metrics == {} and method.metrics({}, 0.5) == {}
 
 
@@ -121,9 +122,11 @@ def test_channels_are_counted_by_kind():
     shown = figures(batch_metrics([x, x]), 0.5, None)
     assert (shown["fcmae/dead_channels"], shown["fcmae/saturated_channels"]) == (0.2, 0.3)
     assert figures(batch_metrics([0 * x]), 0.5, None)["fcmae/dead_channels"] == 1
+    x[0, 0, 5] = -1e5  # one of many: a mean of what is largest would hide it
+    assert figures(batch_metrics([x, x]), 0.5, None)["fcmae/beyond_half"] == pytest.approx(1 / x.numel())
     batch_metrics([x.to("meta")])  # reads nothing of the device
     broken = figures(batch_metrics([math.nan * x]), math.nan, Baseline("", 1.0))
-    assert all(math.isnan(value) for value in broken.values())
+    assert all(math.isnan(value) for name, value in broken.items() if name != "fcmae/beyond_half")
 
 
 def test_figures_of_micro_batches_are_those_of_the_batch_and_all_that_is_drawn_is_measured():

@@ -48,6 +48,7 @@ def _measures(x: Tensor) -> dict[str, Tensor]:
         "square": x.square().mean((0, 1)),
         "norm": torch.linalg.vector_norm(x, dim=2).mean(),
         "largest": x.abs().amax(),
+        "beyond_half": (x.abs() > LARGEST_HALF).float().mean(),
         "cosine": unit.mean(2).square().sum(1).mean(),
         "square_cosine": (unit @ unit.mT).square().sum((1, 2)).mean() / x.shape[2] ** 2,
     }
@@ -63,6 +64,7 @@ def figures(means: Mapping[str, Tensor], loss: float, baseline: Baseline | None)
     out = {
         "feature_norm": means["norm"].item(),
         "feature_max": means["largest"].item(),
+        "beyond_half": means["beyond_half"].item(),
         "dead_channels": dead.double().mean().item() + unknown,
         "saturated_channels": saturated.double().mean().item() + unknown,
         "channel_distance": (1 - means["cosine"].item()) / 2,
@@ -120,8 +122,10 @@ SECTIONS = (
                        "distance", limits=(0, 1.05)),
             MetricPlot("Norm of features", "Mean norm of the vector at a place.", "fcmae/feature_norm", "norm",
                        limits=(0, None)),
-            MetricPlot("Largest feature", "fp16 holds no more than 65,504.", "fcmae/feature_max", "largest",
-                       limits=(0, None)),
+            MetricPlot("Largest feature", "Mean over ranks and micro-batches of each one's largest.",
+                       "fcmae/feature_max", "largest", limits=(0, None)),
+            MetricPlot("Features beyond fp16", "Share of the values beyond 65,504, the largest that fp16 holds.",
+                       "fcmae/beyond_half", "beyond", unit="%", scale=100, limits=(0, 105)),
         ),
     ),
     ReportSection(
@@ -139,25 +143,24 @@ SECTIONS = (
 # --- what they show to be wrong
 
 
-def health(row: Mapping[str, Any], config: Config, baseline: Baseline) -> Problem | None:
+def health(row: Mapping[str, Any], config: Config, baseline: Baseline | None) -> Problem | None:
     """What keeps a network from learning, once warm-up is over."""
     begins = config.warmup_samples + config.train.collapse_after * config.train.total_samples
     if row["samples_seen"] < begins:
         return None
     forms = (_too_large, _dead, _saturated, _alike) if "fcmae/feature_max" in row else ()
     found = next((problem for form in forms if (problem := form(row))), None)
-    return found or (_learns_nothing(row, baseline) if config.settings_as(FCMAESettings).normalise else None)
+    return found or (_learns_nothing(row, baseline) if baseline else None)
 
 
 CALMER = "go back to a checkpoint from before, with a lower optim.lr or a longer schedule.warmup_samples"
 
 
 def _too_large(row: Mapping[str, Any]) -> Problem | None:
-    largest = row["fcmae/feature_max"]
-    if not largest > LARGEST_HALF:
+    if not row["fcmae/beyond_half"] > 0:
         return None
     rule = f"features beyond {LARGEST_HALF:,.0f} are infinite in fp16, in which the network may be used later"
-    return Problem("fcmae/feature_max", largest, rule, f"{CALMER}, or a higher optim.weight_decay")
+    return Problem("fcmae/feature_max", row["fcmae/feature_max"], rule, f"{CALMER}, or a higher optim.weight_decay")
 
 
 def _dead(row: Mapping[str, Any]) -> Problem | None:

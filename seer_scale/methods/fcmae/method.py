@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,10 +66,14 @@ class FCMAE(Method[None, None]):
             raise UserError(*problems)
         height, width = crop.shape
         masking = RandomMasking(seed=self.recipe.run.seed, grid=(height // patch, width // patch), ratio=ratio)
-        if not 0 < masking.keep < masking.num_patches:
-            of_pixels = f"{size_text(crop.size)} pixels"
-            rule = f"of {masking.num_patches} patches of a crop of {of_pixels} it leaves {masking.keep}"
-            raise UserError(Problem("fcmae.mask_ratio", ratio, rule, "nearest: 0.5, or larger crops"))
+        num = masking.num_patches
+        if num == 1:
+            rule = "is one patch: there is nothing to see, or nothing to predict"
+            raise UserError(Problem(f"views.crops[{kind}].size", crop.size, rule, (2 * patch,)))
+        if not 0 < masking.keep < num:
+            rule = f"of {num} patches of a crop of {size_text(crop.size)} pixels it leaves {masking.keep}"
+            near = math.ceil(1e4 / num) if masking.keep else math.floor(1e4 * (num - 1) / num)
+            raise UserError(Problem("fcmae.mask_ratio", ratio, rule, (near / 1e4, "larger crops")))
         return masking
 
     # --- what it declares
@@ -83,7 +88,7 @@ class FCMAE(Method[None, None]):
 
     def check_statistics(self, config: Config, images: int) -> Problem | None:
         if not any(isinstance(layer, StatefulLayer) for layer in self.backbone.modules()):
-            return super().check_statistics(config, images)
+            return None  # a U-Net's has four places or more of each patch
         for i, (crop, masking) in enumerate(zip(config.views.crops, self.maskings, strict=True)):
             if (num := images * crop.num * masking.keep) < 2:
                 rule = f"leaves BatchNorm {num} visible patch of views.crops[{i}] to normalise over, which needs 2"
@@ -158,10 +163,10 @@ class FCMAE(Method[None, None]):
     # --- what it says of itself
 
     @property
-    def baseline(self) -> Baseline:
+    def baseline(self) -> Baseline | None:
         """Of predicting each patch's mean, of normalised patches."""
         values = 3 * self.patch**2
-        return Baseline("predicting means", (values - 1) / values)
+        return Baseline("predicting means", (values - 1) / values) if self.config.normalise else None
 
     @property
     def plots(self) -> tuple[MetricPlot, ...]:
@@ -172,7 +177,7 @@ class FCMAE(Method[None, None]):
         return SECTIONS
 
     def metrics(self, means: Mapping[str, Tensor], loss: float) -> dict[str, float]:
-        return figures(means, loss, self.baseline if self.config.normalise else None) if means else {}
+        return figures(means, loss, self.baseline) if means else {}
 
     def health(self, row: Mapping[str, Any], config: Config) -> Problem | None:
         return health(row, config, self.baseline)
