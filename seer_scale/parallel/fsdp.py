@@ -9,6 +9,7 @@ run beside computing, reduce-scatters have a communicator of their own, lest the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -27,6 +28,9 @@ from seer_scale.methods.base import Method
 from seer_scale.models.execution import COMPUTE_DTYPES
 from seer_scale.parallel.engine import Engine
 from seer_scale.parallel.units import compute_type, joined_units
+
+# of maps with channels last; nothing writes in place to a view that a unit gives
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 def overlaps(world: World) -> bool:

@@ -222,7 +222,8 @@ class Evaluation:
                 size=size, batch=config.knn.batch, workers=self.workers, world=self.world,
             )  # fmt: skip
         own, *others = (len(images.indices) for images in shown)
-        of = f"{counted(own, 'image')} trained on" + f" and {sum(others):,} others" * bool(others)
+        of_others = f"{sum(others):,} others" if others else "no others, as knn.queries or data.max_images would leave"
+        of = f"{counted(own, 'image')} trained on and {of_others}"
         text = f"The report shows reconstructions of {of} (run.patch_images; 0 does without)."
         self.log_event("reconstructions", text)
 

@@ -133,8 +133,8 @@ SECTIONS = (
         "An image; what the network sees of it; what it makes of the rest, in the brightness and contrast that each "
         "patch really has, with what it sees pasted in; and the errors of patches: black is none, white that of the "
         "patch's mean or more, blue what it sees. Sharp edges are not to be expected: the mean of what may be there "
-        "has the least error. First images that it was trained on, then others: those of knn.queries, or beyond "
-        "data.max_images.",
+        "has the least error. Images that it was trained on, and others where there are some: those of knn.queries, "
+        "or beyond data.max_images.",
         pictures="reconstructions",
     ),
 )  # fmt: skip
