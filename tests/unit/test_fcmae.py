@@ -84,7 +84,12 @@ def unet(decoder, stages, mask):
     for i, block in enumerate(decoder.blocks):
         if i < len(decoder.densify):
             part, known = decoder.densify[i], stages[-1 - i]
-            known = F.layer_norm(known, known.shape[-1:], part.norm.weight, part.norm.bias, 1e-6)
+            if isinstance(part.norm, torch.nn.LayerNorm):
+                known = F.layer_norm(known, known.shape[-1:], part.norm.weight, part.norm.bias, 1e-6)
+            else:  # of visible places
+                at = ~mask.repeat_interleave(2**i, 1).repeat_interleave(2**i, 2)
+                rows = F.batch_norm(known[at], None, None, part.norm.weight, part.norm.bias, training=True)
+                known = torch.zeros_like(known).index_put((at,), rows)
             hidden = mask[:, None].double().repeat_interleave(2**i, 2).repeat_interleave(2**i, 3) > 0
             seen = torch.where(hidden, part.mask_token[..., None, None], known.permute(0, 3, 1, 2))
             x = x + F.conv2d(seen, part.proj.weight, part.proj.bias, padding=part.proj.kernel_size[0] // 2)

@@ -90,18 +90,25 @@ class ConvNeXtDecoder(Decoder):
 
 
 class Densify(nn.Module):
-    """Visible places normalised, among mask tokens, to the decoder's width by a convolution."""
+    """Visible places normalised, among mask tokens, to the decoder's width by a convolution. batch_norm: normalised as
+    a BatchNorm does, over the visible places of all images, instead of each by itself."""
 
-    def __init__(self, width: int, decoder_width: int, kernel: int):
+    def __init__(self, width: int, decoder_width: int, kernel: int, *, batch_norm: bool):
         super().__init__()
-        self.norm = ChannelNorm(width)
+        self.norm = BatchNorm(width) if batch_norm else ChannelNorm(width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.proj = PlainConv(width, decoder_width, kernel, padding=kernel // 2)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         """As `Embed`."""
-        of_sizes = zip(*Travelling.of(xs)[:3], strict=True)
-        return [self.proj(with_token(self.norm(x), mask, places, self.mask_token)) for x, mask, places in of_sizes]
+        taken = Travelling.of(xs)
+        if isinstance(self.norm, BatchNorm):
+            rows = self.norm([x.flatten(0, 3) for x in taken.maps])
+            known = [y.view(x.shape) for x, y in zip(taken.maps, rows)]
+        else:
+            known = [self.norm(x) for x in taken.maps]
+        of_sizes = zip(known, taken.masks, taken.places, strict=True)
+        return [self.proj(with_token(x, mask, places, self.mask_token)) for x, mask, places in of_sizes]
 
 
 class Upsampling(nn.ConvTranspose2d):
@@ -132,21 +139,25 @@ class UNetBlock(nn.Module):
 
 class UNetDecoder(Decoder):
     """From the last map, of twice the sides with each block, to which those of the other stages are added; of half the
-    width with each block. stages: the encoder's, finest first."""
+    width with each block. stages: the encoder's, finest first. batch_norm: whether it normalises by batches, as the
+    decoder then does what it takes."""
 
-    def __init__(self, stages: Sequence[StageMap], width: int):
+    def __init__(self, stages: Sequence[StageMap], width: int, *, batch_norm: bool):
         super().__init__()
         self.patch = stages[-1].stride
         ups = round(math.log2(self.patch))
         if 2**ups != self.patch:
-            raise UserError(Problem("fcmae.decoder", "unet", f"patches of {self.patch} pixels are no power of 2"))
+            rule = f"it doubles maps up to pixels, and patches of {self.patch} are no power of 2"
+            raise UserError(Problem("fcmae.decoder", "unet", rule, ("convnext",)))
         if width % 2**ups:
             rule = f"a U-Net halves it {ups} times, from patches of {self.patch} pixels to one"
             near = tuple(n for n in (width // 2**ups * 2**ups, (width // 2**ups + 1) * 2**ups) if n)
             raise UserError(Problem("fcmae.decoder_width", width, rule, near))
         widths = [width // 2**i for i in range(ups + 1)]
         of_blocks = zip(reversed(stages), widths[:ups])  # what is as fine as pixels comes too late
-        self.densify = nn.ModuleList(Densify(s.channels, w, 3 if i else 1) for i, (s, w) in enumerate(of_blocks))
+        self.densify = nn.ModuleList(
+            Densify(s.channels, w, 3 if i else 1, batch_norm=batch_norm) for i, (s, w) in enumerate(of_blocks)
+        )
         self.blocks = nn.ModuleList(UNetBlock(*pair) for pair in zip(widths, widths[1:]))
         self.pred = Predict(widths[-1], 3)
 

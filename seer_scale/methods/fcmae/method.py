@@ -52,7 +52,7 @@ class FCMAE(Method[None, None]):
     def _decoder(self) -> Decoder:
         s = self.config
         if s.decoder == "unet":
-            return UNetDecoder(self.backbone.stage_maps(), s.decoder_width)
+            return UNetDecoder(self.backbone.stage_maps(), s.decoder_width, batch_norm=self.has_statistics)
         return ConvNeXtDecoder(self.backbone.num_features, s.decoder_width, s.decoder_depth, 3 * self.patch**2)
 
     def _masking(self, kind: int) -> RandomMasking:
@@ -86,8 +86,13 @@ class FCMAE(Method[None, None]):
         units = {f"backbone.{name}": unit for name, unit in self.backbone.shard_units().items()}
         return units | {f"decoder.{name}": unit for name, unit in self.decoder.shard_units().items()}
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the backbone normalises by batches."""
+        return any(isinstance(layer, StatefulLayer) for layer in self.backbone.modules())
+
     def check_statistics(self, config: Config, images: int) -> Problem | None:
-        if not any(isinstance(layer, StatefulLayer) for layer in self.backbone.modules()):
+        if not self.has_statistics:
             return None  # a U-Net's has four places or more of each patch
         for i, (crop, masking) in enumerate(zip(config.views.crops, self.maskings, strict=True)):
             if (num := images * crop.num * masking.keep) < 2:
