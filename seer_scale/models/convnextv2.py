@@ -176,14 +176,16 @@ class _RespondGlobally(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, norms, relative = ctx.saved_tensors
-        wide = grad.to(norms.dtype)  # halves of a product: of a channel that is nearly off one is huge, the other tiny
-        along = (wide * x).sum(1, keepdim=True)
+        # of a channel that is nearly off, one factor is huge, the other tiny; bf16 has the range of fp32
+        kind = norms.dtype if x.dtype == torch.float16 else x.dtype
+        wide = grad.to(kind)
+        along = (wide * x).sum(1, keepdim=True, dtype=norms.dtype)
         d_relative = along * weight
         shared = norms.mean(-1, keepdim=True) + GRN_EPS
         d_norms = (d_relative - (d_relative * relative).mean(-1, keepdim=True)) / shared
         by_x = torch.where(norms > 0, d_norms / norms, 0)
-        dx = (wide * (1 + weight * relative)).add_(x * by_x).to(x.dtype)
-        return dx, (along * relative).sum((0, 1)), wide.sum((0, 1))
+        dx = (wide * (1 + weight * relative).to(kind)).addcmul_(x.to(kind), by_x.to(kind)).to(x.dtype)
+        return dx, (along * relative).sum((0, 1)), wide.sum((0, 1), dtype=norms.dtype)
 
 
 class Stem(nn.Module):
