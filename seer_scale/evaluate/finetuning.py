@@ -46,6 +46,8 @@ from seer_scale.rng import draw
 
 LR_BATCH = 256
 """Images of the global batch for which --lr is given; it scales with it."""
+MUCH_OF_INITIAL = 0.05
+"""Share of a moving average of weights that is of their initial values: above, these matter in what is measured."""
 FEW_UPDATES = 100
 """Below so many a figure tells more of how few they were than of the weights they began with."""
 
@@ -231,12 +233,19 @@ def _copy_of(subject: Subject, drop_path: float) -> Backbone:
 def told_of_few_updates(options: TrainingSettings, num: int, of: str = "") -> tuple[str, ...]:
     """A warning where `num` images make too few, or nothing. of: which images, as it begins: "Draws of 5: "."""
     updates, epochs = options.updates(options.epochs, num), math.ceil(FEW_UPDATES * options.global_batch / num)
-    if updates >= FEW_UPDATES:
-        return ()
-    return (
-        f"{of}{counted(updates, 'update')} can hardly train a network: give a smaller --global-batch, or more --epochs "
-        f"({epochs:,} make {FEW_UPDATES} updates of {options.global_batch} images).",
-    )
+    out = []
+    if updates < FEW_UPDATES:
+        out.append(
+            f"{of}{counted(updates, 'update')} can hardly train a network: give a smaller --global-batch, or more "
+            f"--epochs ({epochs:,} make {FEW_UPDATES} updates of {options.global_batch} images)."
+        )
+    if options.ema and (share := options.ema**updates) > MUCH_OF_INITIAL:
+        near = MUCH_OF_INITIAL ** (1 / updates)
+        out.append(
+            f"{of}the moving average of --ema {options.ema:g}, which is measured, is {100 * share:.3g} % initial "
+            f"weights after {counted(updates, 'update')}: give --ema 0, or {near:.4g} at most."
+        )
+    return tuple(out)
 
 
 # ------------------------------------------------------------------------------------------------ loss, optimiser

@@ -450,6 +450,13 @@ def test_statistics_of_more_crops_than_images_are_told_as_that():
     assert options.updates(35, num) == 100 and options.updates(35, num - 1) == 99
 
 
+def test_an_average_that_has_hardly_moved_is_told_and_the_nearest_has():
+    options = FinetuneSettings(epochs=10, global_batch=64, ema=0.9999)
+    (told,) = told_of_few_updates(options, 1280)
+    assert "98 % initial weights after 200 updates: give --ema 0, or 0.9851 at most" in told
+    assert told_of_few_updates(dataclasses.replace(options, ema=0.985), 1280) == ()
+
+
 def test_untrained_weights_have_statistics_of_images_to_keep(squares, tmp_path):
     evaluation = evaluation_of(squares, tmp_path, weights="random", statistics="frozen", epochs="1")
     result = measure(evaluation)
