@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from seer_scale.config import Crop, Data, Photometric, Views, load_recipe, resolve, size_text
+from seer_scale.config import Crop, Data, Method, Photometric, Views, load_recipe, resolve, size_text
 from seer_scale.cores import available_cores
 from seer_scale.data.loading.loader import train_batches
 from seer_scale.data.sampling.sampler import DataVersion, ElasticSampler
@@ -250,9 +250,12 @@ def _compare(own: Sequence[tuple[float, float]], first: Sequence[tuple[float, fl
 def _views(recipe: str) -> Views:
     if not recipe:
         return Views()
-    views = load_recipe(recipe).get("views") or {}
-    others = {"data": {"path": "unused"}, "train": {"total_samples": 1 << 40}, "swav": {"prototypes": [8]}}  # but valid
-    return resolve({"views": views, **others}).views
+    given, usual = load_recipe(recipe), {"swav": {"prototypes": [8]}}  # but valid
+    method = (given.get("method") or {}).get("name", Method().name)
+    if method != Method().name:  # it has rules of crops of its own
+        usual = {"method": {"name": method}}
+    others = {"data": {"path": "unused"}, "train": {"total_samples": 1 << 40}}
+    return resolve({"views": given.get("views") or {}, **others, **usual}).views
 
 
 def _count(word: str) -> int:

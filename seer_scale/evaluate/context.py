@@ -7,10 +7,12 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
@@ -263,7 +265,9 @@ def accelerator_of(world: World, precision: str = "no", accumulate: int = 1) -> 
         AcceleratorState._reset_state()  # it refuses a second precision in a process, where several tasks may run
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older torch knows no other
     threads = torch.get_num_threads()
-    with warnings.catch_warnings():  # on CPUs it chooses threads by itself and warns of it
+    # DeepSpeed leaves a LOCAL_RANK, by which accelerate would join other ranks
+    alone = mock.patch.dict(os.environ, {"LOCAL_RANK": "-1"}) if world.size == 1 else nullcontext()
+    with alone, warnings.catch_warnings():  # on CPUs it chooses threads by itself and warns of it
         warnings.simplefilter("ignore")
         made = Accelerator(
             cpu=world.device.type == "cpu",

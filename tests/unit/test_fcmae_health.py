@@ -67,7 +67,7 @@ def trained(kind: str, steps: int, lr: float):
         ("", 4, 0.0, "loss", ("nothing is being learned", "higher optim.lr", "fcmae.mask_ratio")),
         ("", 16, 0.1, "fcmae/saturated_channels", ("one value wherever it looks", "lower optim.lr")),
         ("", 20, 0.3, "fcmae/feature_max", ("65,504", "infinite in fp16", "optim.weight_decay")),
-        ("regnety", 12, 0.1, "loss", ("has diverged", "lower optim.lr")),
+        ("regnety", 12, 0.3, "loss", ("has diverged", "lower optim.lr")),
         ("dead", 4, 0.0, "fcmae/dead_channels", ("69 %", "Global Response Normalization")),
         ("alike", 4, 0.0, "fcmae/channel_overlap", ("the same map", "lower optim.lr")),
     ],

@@ -558,3 +558,12 @@ def test_the_usual_shots_leave_an_image_of_each_class():
     assert (
         of(1300, 100) == ("1%", "10%") and of(1300, 99) == ("5", "10%") and of(9, 50) == ("5",) and of(3, 50) == ("3",)
     )
+
+
+def test_a_rank_to_which_deepspeed_left_a_number_is_alone(monkeypatch):
+    """As in a process that trained with it before."""
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    state._reset_state(reset_partial_state=True)
+    assert context.accelerator_of(World()).num_processes == 1
+    assert os.environ["LOCAL_RANK"] == "0"
