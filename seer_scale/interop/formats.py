@@ -73,6 +73,13 @@ def _made(library: str, weights: Weights) -> tuple[Network, dict[str, Piece]] | 
     return network if isinstance(network, str) else (network, layouts.exported(library, spec))
 
 
+def _transform(how: Mapping[str, Any]) -> str:
+    """Lines of Python that prepare an image by torchvision."""
+    return f"""transform = torchvision.transforms._presets.ImageClassification(
+    crop_size={how["size"]}, resize_size={how["resize_short_side"]}, mean={how["mean"]}, std={how["std"]}
+)"""
+
+
 # ------------------------------------------------------------------------------------------------ formats
 
 
@@ -184,9 +191,7 @@ def _torchvision(weights: Weights) -> Target | str:
 model = torchvision.models.{network}(num_classes=1).eval()
 model.fc = torch.nn.Identity()
 model.load_state_dict(safetensors.torch.load_file("FILE"))
-transform = torchvision.transforms._presets.ImageClassification(
-    crop_size={how["size"]}, resize_size={how["resize_short_side"]}, mean={how["mean"]}, std={how["std"]}
-)
+{_transform(how)}
 features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
     return Target(NAME_MAPS["torchvision"].theirs, network, loading)
 
@@ -258,9 +263,7 @@ def _dinov2(weights: Weights) -> Target | str:
 size = dict({given})
 model = torch.hub.load("facebookresearch/dinov2", "{network}", pretrained=False, **size).eval()
 model.load_state_dict(safetensors.torch.load_file("FILE"))
-transform = torchvision.transforms._presets.ImageClassification(
-    crop_size={how["size"]}, resize_size={how["resize_short_side"]}, mean={how["mean"]}, std={how["std"]}
-)
+{_transform(how)}
 features = model(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
     return Target(str, network, loading, made=made)
 
@@ -279,9 +282,7 @@ def _convnextv2(weights: Weights) -> Target | str:
 from models.{network.lower()} import {network}  # in a checkout of github.com/facebookresearch/{repository}
 model = {network}({given}).eval()
 model.load_state_dict(safetensors.torch.load_file("FILE"), strict=False)  # all but its classifier
-transform = torchvision.transforms._presets.ImageClassification(
-    crop_size={how["size"]}, resize_size={how["resize_short_side"]}, mean={how["mean"]}, std={how["std"]}
-)
+{_transform(how)}
 features = model.forward_features(transform(PIL.Image.open("photo.jpg").convert("RGB"))[None])"""
     return Target(str, network, loading, made=made)
 
@@ -289,9 +290,7 @@ features = model.forward_features(transform(PIL.Image.open("photo.jpg").convert(
 def _onnx(weights: Weights) -> Target:
     how = weights.about.preprocessing
     loading = f"""import numpy, onnxruntime, PIL.Image, torchvision
-transform = torchvision.transforms._presets.ImageClassification(
-    crop_size={how["size"]}, resize_size={how["resize_short_side"]}, mean={how["mean"]}, std={how["std"]}
-)
+{_transform(how)}
 images = transform(PIL.Image.open("photo.jpg").convert("RGB"))[None].numpy()
 (features,) = onnxruntime.InferenceSession("FILE").run(None, {{"images": images}})"""
     return Target(str, weights.about.model["name"], loading)

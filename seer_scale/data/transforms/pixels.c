@@ -150,7 +150,10 @@ void blur(uint8_t *restrict planes, int height, int width, int radius, const flo
         uint8_t *plane = planes + c * height * width;
         for (int y = 0; y < height; y++) {
             const uint8_t *row = plane + y * width;
-            for (int i = 0; i < radius; i++) { line[i] = row[mirror(i - radius, width)]; line[width + radius + i] = row[mirror(width + i, width)]; }
+            for (int i = 0; i < radius; i++) {
+                line[i] = row[mirror(i - radius, width)];
+                line[width + radius + i] = row[mirror(width + i, width)];
+            }
             for (int i = 0; i < width; i++) line[radius + i] = row[i];
             float *to = across + y * width;
             const float w0 = weights[radius];
@@ -233,8 +236,10 @@ void resize(const uint8_t *src, long stride, int height, int width, int to_heigh
             float *scratch) {
     const int tall = 2 * (int)ceil(height > to_height ? (double)height / to_height : 1) + 2;
     const int wide = 2 * (int)ceil(width > to_width ? (double)width / to_width : 1) + 2, n = 3 * width;
-    float *down = scratch, *across = down + (long)to_height * tall, *turned = across + (long)to_width * wide, *sums = turned + 8 * (n + 8L);
-    int *top = (int *)(sums + 8 * (n + 8L)), *rows = top + to_height, *left = rows + to_height, *columns = left + to_width;
+    float *down = scratch, *across = down + (long)to_height * tall, *turned = across + (long)to_width * wide;
+    float *sums = turned + 8 * (n + 8L);
+    int *top = (int *)(sums + 8 * (n + 8L)), *rows = top + to_height;
+    int *left = rows + to_height, *columns = left + to_width;
     triangle(height, to_height, tall, top, rows, down);
     triangle(width, to_width, wide, left, columns, across);
     for (int y = 0; y < to_height; y += 8) {

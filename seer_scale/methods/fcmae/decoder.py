@@ -18,7 +18,7 @@ from seer_scale.models.backbone import StageMap
 from seer_scale.models.convnextv2 import CONVNEXT_STD, Block, ChannelNorm, PlainConv, PlainLinear, convnext_initialisers
 from seer_scale.models.init import Constant, Init, Normal
 from seer_scale.models.layers.norm import BatchNorm
-from seer_scale.models.layers.tiles import Travelling, on_canvas
+from seer_scale.models.layers.tiles import Travelling, on_canvas, visible_places
 from seer_scale.models.regnet import Conv
 
 
@@ -44,9 +44,8 @@ def is_token(name: str) -> bool:
 
 def with_token(x: Tensor, mask: Tensor, places: Tensor, token: Tensor) -> Tensor:
     """A packed map [N, K, t, t, C] -> a dense one [N, H, W, C] that is token [1, C] where tiles are masked."""
-    t, known = x.shape[2], on_canvas(x, mask.shape[1:], places)
-    hidden = mask.repeat_interleave(t, 1).repeat_interleave(t, 2)[..., None]
-    return torch.where(hidden, token.to(known.dtype), known)
+    known = on_canvas(x, mask.shape[1:], places)
+    return torch.where(visible_places(known, mask)[..., None], known, token.to(known.dtype))
 
 
 class Embed(nn.Module):
